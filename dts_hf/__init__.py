@@ -1,0 +1,46 @@
+"""dts_hf: knowledge distillation for Hugging Face Transformers, with the temperature as a policy.
+
+The public names are loaded on first use, so that ``import dts_hf`` and ``dts-hf --help`` stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "DTSDistillationTrainer": "trainer",
+    "DistillationLoss": "losses",
+    "DistillationTrainer": "trainer",
+    "Head": "head",
+    "Recipe": "recipe",
+    "RunDirectory": "run_directory",
+    "TemperaturePolicy": "temperature",
+    "UserError": "errors",
+    "build_temperature": "temperature",
+    "distill": "distill",
+    "load_recipe": "recipe",
+}
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from dts_hf.distill import distill
+    from dts_hf.errors import UserError
+    from dts_hf.head import Head
+    from dts_hf.losses import DistillationLoss
+    from dts_hf.recipe import Recipe, load_recipe
+    from dts_hf.run_directory import RunDirectory
+    from dts_hf.temperature import TemperaturePolicy, build_temperature
+    from dts_hf.trainer import DistillationTrainer, DTSDistillationTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -1,0 +1,153 @@
+"""What happens around an optimizer step: the temperature moves, the run directory is written, people see progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dts_hf.temperature.base import StepStats
+
+if TYPE_CHECKING:
+    from dts_hf.run_directory import RunDirectory
+    from dts_hf.trainer import DistillationTrainer
+
+
+class TemperatureCallback(TrainerCallback):
+    """``begin_step`` before every optimizer step, one reduction over ranks and ``end_step`` after it.
+
+    The statistics are those of all micro-batches of all ranks, so every rank computes the same temperature and the
+    schedule does not depend on how a step was split.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.temperature.begin_step(state.global_step / max(state.max_steps, 1))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
+        if not totals or not totals["rows"]:
+            return  # no label in the whole step: nothing was learned about the gap
+        rows = totals["rows"]
+        self.trainer.mean_log.add(totals)
+        stats = StepStats(totals["ce"] / rows, totals["teacher_ce"] / rows, totals["kd"] / rows, rows)
+        self.trainer.temperature.end_step(stats)
+
+
+class OrderCallback(TrainerCallback):
+    """Tells our sampler the epoch. Accelerate's own ``set_epoch`` does not reach it on a resume with several processes."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class RunLogCallback(TrainerCallback):
+    """Appends every log line of the main process to ``log.jsonl`` of the run directory."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        kind = "eval" if "eval_loss" in logs else "train" if "loss" in logs else None
+        if kind is not None:
+            self.run.append_log({"kind": kind, "step": state.global_step, **logs})
+
+
+class GenerationEvalCallback(TrainerCallback):
+    """Scores generated answers every ``every_steps`` optimizer steps and at the end of training.
+
+    Args:
+        score: runs the generation and returns the scores; it must leave the training RNG untouched.
+        every_steps: optimizer steps between two scorings.
+        record: takes (step, epoch, scores) on the main process.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[], dict[str, Any] | None],
+        every_steps: int,
+        record: Callable[[int, float, dict[str, Any]], None],
+    ) -> None:
+        self.score, self.every_steps, self.record = score, every_steps, record
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The last step is left out: the finished student is scored anyway.
+        if state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
+            scores = self.score()
+            if scores is not None and state.is_world_process_zero:
+                self.record(state.global_step, float(state.epoch or 0.0), scores)
+
+
+class ProgressCallback(TrainerCallback):
+    """One live line on the main process: steps, loss, temperature, gap, tokens per second, time left."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.started = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or args.disable_tqdm:
+            return
+        columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        # On a terminal the line is live; in a file or a CI log rich prints it once, at the end.
+        self.progress = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.progress is None or not logs:
+            return
+        if "kl" in logs:
+            text = (
+                f"loss {float(logs['loss']):.3f}  kl {logs['kl']:.3f}  gap {logs['gap']:+.2f}  "
+                f"T {logs['temperature']:.2f}  {logs['tokens_per_second']:,.0f} tok/s"
+            )
+            self.progress.update(self.task, description=text)
+            if not self.progress.console.is_terminal:
+                self.progress.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+        elif "eval_loss" in logs:
+            self.progress.console.print(
+                f"step {state.global_step}/{state.max_steps}  held out: loss {logs['eval_loss']:.3f}  "
+                f"kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

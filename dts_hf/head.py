@@ -1,0 +1,160 @@
+"""``Head``: how final states become logits, and the way to reach it inside a wrapped model.
+
+Torch alone, so that the loss can use it without knowing Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dts_hf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (states @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap) when given.
+
+    Args:
+        weight: ``[V, H]``.
+        bias: ``[V]`` or None.
+        logit_scale: a constant factor (Cohere multiplies by it, Granite divides by its inverse).
+        softcap: the bound of Gemma-like models, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def cut(self, vocab_size: int) -> Head:
+        """The same head for the first ``vocab_size`` ids; the cut rows get a zero gradient."""
+        if vocab_size == self.vocab_size:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """Scale and soft-cap raw logits ``[C, V]`` (returns ``raw`` itself where there is nothing to do)."""
+        logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def activate_backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Turn, in place, a gradient with respect to ``logits`` into one with respect to the raw logits."""
+        if self.softcap is not None:
+            grad.mul_(1.0 - (logits / self.softcap).square())
+        return grad if self.logit_scale == 1.0 else grad.mul_(self.logit_scale)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Dense logits ``[..., V]``: for probes and tests, never for training."""
+        return self.activate(torch.nn.functional.linear(states, self.weight, self.bias))
+
+
+def output_module(model: nn.Module) -> nn.Module:
+    """The module that turns final states into logits.
+
+    Raises:
+        UserError: there is none, or an adapter sits on it (its delta would be skipped without a word).
+    """
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    name = type(model).__name__
+    if module is None or not hasattr(module, "weight"):
+        raise UserError(f"{name} has no output embedding with a weight; dts_hf distils causal language models")
+    if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
+        raise UserError(
+            f"{name}: an adapter sits on the output layer, which the fused loss would skip. "
+            "Leave lm_head out of student.lora.target_modules ('all-linear' does so by itself)"
+        )
+    return module
+
+
+def _text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config()  # type: ignore[operator, union-attr]
+
+
+def head_of(model: nn.Module) -> Head:
+    """Read the ``Head`` of a causal language model: weight, bias, and what the model does to its logits afterwards."""
+    module, config = output_module(model), _text_config(model)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
+    return Head(weight, bias, scale, None if softcap is None else float(softcap))
+
+
+@contextmanager
+def loss_in_head(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within this context the output layer of ``model`` returns ``fn(states)`` instead of logits.
+
+    Call the *wrapped* model as usual: every wrapper's hooks fire where they belong (DDP synchronises, ZeRO-3 and FSDP2
+    gather the head for forward and backward), no logits exist, and the returned "logits" are what ``fn`` returned.
+    Whatever the model does to logits afterwards (scale, soft-cap) is switched off, because ``Head`` does it in the loss.
+
+    Args:
+        model: the unwrapped model that owns the output layer.
+        fn: takes the final states ``[B, T, H]``.
+    """
+    module, config = output_module(model), _text_config(model)
+    neutral = {"final_logit_softcapping": None, "logits_scaling": 1.0}
+    saved = {key: getattr(config, key) for key in neutral if getattr(config, key, None) is not None}
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    logit_scale = getattr(owner, "logit_scale", None)
+    try:
+        for key in saved:
+            setattr(config, key, neutral[key])
+        if logit_scale is not None:
+            owner.logit_scale = 1.0
+        module.forward = fn  # type: ignore[assignment]
+        yield
+    finally:
+        del module.forward  # the instance attribute: the class's own forward shows again
+        for key, value in saved.items():
+            setattr(config, key, value)
+        if logit_scale is not None:
+            owner.logit_scale = logit_scale
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, *, role: str = "model") -> None:
+    """Probe once that ``head_of(model)(states)`` equals the model's own logits, and that its backbone ends in those states.
+
+    Raises:
+        UserError: the model does something to its logits that ``Head`` cannot represent; the message names the model.
+    """
+    head, module = head_of(model), output_module(model)
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()))
+    ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        backbone_states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+        model.train(was_training)
+    low_precision = logits.dtype in (torch.bfloat16, torch.float16)
+    tolerance = (5e-2 if low_precision else 1e-4) * float(logits.float().abs().max().clamp(min=1.0))
+    expected = head(seen[0].to(head.weight.dtype))
+    if not torch.allclose(expected.float(), logits.float(), rtol=0.0, atol=tolerance):
+        error = float((expected.float() - logits.float()).abs().max())
+        raise UserError(
+            f"{role}: {type(model).__name__} ({model.config.name_or_path}) changes its logits in a way that dts_hf does not "  # type: ignore[union-attr]
+            f"know (largest difference {error:.3g}); it knows a weight, a bias, a constant scale and a soft-cap"
+        )
+    if not torch.allclose(backbone_states.float(), seen[0].float(), rtol=0.0, atol=tolerance):
+        raise UserError(f"{role}: the backbone of {type(model).__name__} does not end in the states its head reads")
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The model without its output layer; its ``last_hidden_state`` is what the head reads."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return getattr(owner, owner.base_model_prefix)

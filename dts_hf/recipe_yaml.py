@@ -1,0 +1,185 @@
+"""Recipe files and overrides become one nested dict: strict YAML, ``extends``, merging, paths. No types, no ranges."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dts_hf.errors import UserError, nearest
+
+# The keys that hold a path or a model name; a value that starts with ./ or ../ is relative to the file that says it.
+PATH_KEYS = (
+    ("student", "model"),
+    ("teacher", "model"),
+    ("teacher", "tokenizer"),
+    ("data", "train"),
+    ("data", "validation"),
+)
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read ``path``, what it extends, and the overrides on top.
+
+    Returns:
+        The merged values, and for every dotted key the file (or ``command line``) that it came from.
+    """
+    origins: dict[str, str] = {}
+    values = _read_chain(path, origins, [])
+    if overrides:
+        changes = expand(_parse_overrides(overrides), "")
+        origins.update(dict.fromkeys(_dotted_keys(changes), "command line"))
+        values = _merge(values, changes)
+    return values, origins
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """``values`` as YAML in their own order; ``read_values`` gives them back unchanged."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def shown(value: Any) -> str:
+    """``value`` as a person would write it in a recipe, on one short line."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_chain(path: Path, origins: dict[str, str], below: list[Path]) -> dict[str, Any]:
+    """The values of one file on top of those that it extends; ``origins`` maps dotted paths to file names."""
+    if path.resolve() in below:
+        raise UserError(f"{path}: extends: this file extends itself through {', '.join(p.name for p in below)}")
+    values = expand(_read_yaml(path), path.parent)
+    base = values.pop("extends", None)
+    merged: dict[str, Any] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: extends: got {shown(base)}, expected the file name of another recipe")
+        merged = _read_chain(path.parent / base, origins, [*below, path.resolve()])
+    origins.update(dict.fromkeys(_dotted_keys(values), str(path)))
+    return _merge(merged, values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such recipe file.{nearest(path.name, siblings)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{path}: cannot read this recipe: {reason}") from None
+    values = parse_yaml(text, str(path))
+    if values is None:
+        raise UserError(f"{path}: the file is empty, expected a recipe with student, teacher, data and output")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {shown(values)}, expected a mapping of sections (student:, teacher:, ...)")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (1e-4 is a number, ``no`` is a word, a date is a word), and no key twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in seen:
+                problem = f"key {shown(key)} " + ("appears twice" if isinstance(key, str) else "is not a name")
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else, so that any reader gets the string."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9_]*)",
+    "float": r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)|[-+]?\.inf|\.nan",
+    "merge": "<<",
+}.items():
+    for _target in (_Loader, _Dumper):
+        _target.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{source}: {where}broken YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: broken YAML: {error}") from None
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"override {override!r}: expected key=value, for example training.learning_rate=1e-4")
+        new: Any = parse_yaml(text, f"override {override!r}")
+        for key in reversed(keys):
+            new = {key: new}
+        values = _merge(values, new)
+    return values
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``new`` on top of ``old``. Another ``name`` is another choice: the old one's options do not belong to it."""
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            same_choice = "name" not in before or value.get("name", before["name"]) == before["name"]
+            merged[key] = _merge(before, value) if same_choice else value
+        else:
+            merged[key] = value
+    return merged
+
+
+def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Write short forms out, and resolve ``./``, ``../`` and ``~/`` against ``folder``."""
+    expanded = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for holder, key in ((expanded, "temperature"), (expanded.get("loss"), "divergence")):
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            holder[key] = {"name": holder[key]}
+    for section, key in PATH_KEYS:
+        holder = expanded.get(section)
+        if isinstance(holder, dict) and key in holder:
+            many = isinstance(holder[key], list)
+            paths = [_resolve(item, folder) for item in (holder[key] if many else [holder[key]])]
+            holder[key] = paths if many else paths[0]
+    return expanded
+
+
+def _resolve(value: Any, folder: str | Path) -> Any:
+    if not isinstance(value, str) or not value.startswith(("./", "../", "~/")):
+        return value
+    # Relative to the current folder where possible: a saved recipe then holds no home path.
+    absolute = Path(os.path.abspath(os.path.join(folder, os.path.expanduser(value))))
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
+def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted_keys(value, f"{prefix}{key}.")

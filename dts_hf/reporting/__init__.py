@@ -1,0 +1,1 @@
+"""Figures, tables, model card and report of one run. This package reads run directories only, never models."""

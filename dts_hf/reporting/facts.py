@@ -1,0 +1,296 @@
+"""What a report says about one run, read once: names in plain words, scores, sizes. Tables, card and page share it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+from dts_hf.run_directory import RunDirectory
+
+MODELS = ("teacher", "student_before", "student")
+MODEL_LABELS = {"teacher": "teacher", "student_before": "student before", "student": "student after"}
+PACKAGE_PREFIX = "package:"
+_LOCAL_SUFFIXES = (".gguf", ".jsonl", ".json", ".gz", ".parquet", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The contents of a run directory. A piece that the run does not have is an empty dict or list."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    manifest: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    predictions: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """One section of the recipe, empty when the run has none."""
+        return self.recipe.get(name) or {}
+
+    def model(self, name: str) -> Mapping[str, Any]:
+        """The ``metrics.json`` entry of ``teacher``, ``student_before`` or ``student``."""
+        return (self.metrics.get("models") or {}).get(name) or {}
+
+    @property
+    def models(self) -> list[str]:
+        """The models that have scores or predictions, teacher first."""
+        return [name for name in MODELS if self.model(name) or self.predictions.get(name)]
+
+    @property
+    def sets(self) -> list[str]:
+        """The names of the evaluation sets, in the order of ``metrics.json``."""
+        return list(dict.fromkeys(s for name in MODELS for s in self.model(name).get("sets") or {}))
+
+    def rows_in(self, set_name: str) -> int | None:
+        """How many prompts of ``set_name`` were answered (the smallest count over the models)."""
+        counts = [self.model(name).get("sets", {}).get(set_name, {}).get("n") for name in MODELS]
+        return min((int(n) for n in counts if n is not None), default=None)
+
+
+def gather(run: RunDirectory) -> Facts:
+    """Read everything that ``run`` has."""
+    # A trainer used from Python, without a recipe, also asks for a card.
+    recipe = run.read_recipe().model_dump(mode="json") if run.recipe_path.is_file() else {}
+    return Facts(
+        name=run.path.resolve().name,
+        recipe=recipe,
+        metrics=run.read_metrics(),
+        log=run.read_log(),
+        manifest=run.read_data_manifest(),
+        environment=run.read_environment(),
+        predictions={name: run.read_predictions(name) for name in run.predictions_names()},
+    )
+
+
+def number(value: object) -> float | None:
+    """``value`` as a finite float, or None for anything else (absent, NaN, a string)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+def is_local(value: str) -> bool:
+    """Whether ``value`` is a path of this machine rather than a name on the Hub (or ``package:NAME/FILE``)."""
+    if value.startswith(PACKAGE_PREFIX):
+        return False
+    return (
+        value.startswith((".", "/", "~", "\\"))
+        or bool(re.match(r"[A-Za-z]:[\\/]", value))
+        or value.endswith(_LOCAL_SUFFIXES)
+        or value.count("/") > 1
+        or Path(value).exists()
+    )
+
+
+def short_name(value: str) -> str:
+    """A name fit for publication: a local path loses its folders (they may name a person or a machine)."""
+    if not is_local(value):
+        return value
+    path = PureWindowsPath(value) if "\\" in value else PurePosixPath(value)
+    return path.name or value
+
+
+def publishable(value: Any) -> Any:
+    """JSON-like ``value`` with every path outside the current folder cut to its last name and every token masked."""
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if str(key) in ("hub_token", "push_to_hub_token") and item else publishable(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [publishable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"(/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)", value):
+        value = short_name(value)
+    return re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", value)
+
+
+def hub_id(value: str | None) -> str | None:
+    """``value`` if it can be the name of a repository on the Hub, else None."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not value or is_local(value) or value.startswith(PACKAGE_PREFIX):
+        return None
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return None
+    return value
+
+
+def model_words(value: str, revision: str | None = None) -> str:
+    """Where a model came from, in words: a Hub name with its revision, a local folder or file, a packaged file."""
+    if value.startswith(PACKAGE_PREFIX):
+        package, _, file = value.removeprefix(PACKAGE_PREFIX).partition("/")
+        return f"the file `{PurePosixPath(file).name}` of the installed Python package `{package}`"
+    if is_local(value):
+        kind = "file" if value.endswith(_LOCAL_SUFFIXES) else "folder"
+        return f"the local {kind} `{short_name(value)}`"
+    return f"`{value}`" + (f" at revision `{revision}`" if revision else " (no revision pinned)")
+
+
+def teacher_words(facts: Facts) -> str:
+    """The teacher, in words."""
+    teacher = facts.section("teacher")
+    if not teacher.get("model"):
+        return "unknown (the run has no recipe)"
+    words = model_words(teacher["model"], teacher.get("revision"))
+    if teacher.get("quantization") not in (None, "none"):
+        words += f", quantised to {teacher['quantization']}"
+    return words
+
+
+def student_words(facts: Facts) -> str:
+    """Where the student's first weights came from, in words."""
+    student = facts.section("student")
+    init = student.get("init")
+    if init:
+        layers = init.get("layers")
+        kept = f"{layers} evenly spaced layers" if isinstance(layers, int) else f"layers {layers}"
+        words = f"pruned from the teacher ({kept} kept)"
+    elif student.get("model"):
+        words = model_words(student["model"], student.get("revision"))
+    else:
+        return "unknown (the run has no recipe)"
+    lora = student.get("lora")
+    if lora:
+        end = "merged into the weights" if lora.get("save") == "merged" else "saved as an adapter"
+        words += f", trained with LoRA of rank {lora.get('r')} ({end})"
+    return words
+
+
+def divergence(facts: Facts) -> tuple[str, dict[str, Any]]:
+    """Name and options of the divergence."""
+    return _name_and_options(facts.section("loss").get("divergence"))
+
+
+def temperature(facts: Facts) -> tuple[str, dict[str, Any]]:
+    """Name and options of the temperature policy, as the recipe gives them."""
+    return _name_and_options(facts.section("temperature"))
+
+
+def _name_and_options(value: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(value, str):
+        return value, {}
+    options = dict(value or {})
+    return str(options.pop("name", "unknown")), options
+
+
+def call_words(name: str, options: Mapping[str, Any]) -> str:
+    """``dts(rule=gap, t_init=3.0)``."""
+    return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})" if options else name
+
+
+DTS_RULES = {
+    "gap": "the target equals the cosine at gap 0, rises smoothly with the gap (student cross-entropy minus teacher "
+    "cross-entropy) and never passes t_init",
+    "paper": "the paper's equations as printed; the gap acts only when the student is more than one nat per label "
+    "better than the teacher, so an ordinary run is the plain cosine",
+    "code": "the authors' released code; the gap raises the temperature once the student is more than one nat per "
+    "label worse than the teacher",
+}
+
+
+class Policy(NamedTuple):
+    """What a temperature policy says of itself: all options with their defaults, its rule in words, its paper."""
+
+    options: dict[str, Any]
+    rule: str
+    paper: str | None
+
+
+def policy_facts(facts: Facts) -> Policy:
+    """Ask the policy of the recipe; only the recipe's own words remain where it cannot be built here."""
+    name, options = temperature(facts)
+    try:
+        # Imports torch; and the report may be written on a machine that lacks a user's own policy.
+        from dts_hf.temperature import build_temperature
+
+        policy = build_temperature(name, **options)
+    except (ImportError, ValueError, TypeError):
+        return Policy(options, "", None)
+    known = [key for key in inspect.signature(type(policy).__init__).parameters if key != "self"]
+    options = {**options, **{key: getattr(policy, key) for key in known if getattr(policy, key, None) is not None}}
+    document = " ".join((type(policy).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
+    return Policy(options, DTS_RULES.get(str(options.get("rule")), "") if name == "dts" else document, policy.paper)
+
+
+def paper_link(paper: str | None) -> str | None:
+    """Address of the paper, where its identifier tells one."""
+    found = re.search(r"\b\d{4}\.\d{4,5}\b", paper or "")
+    if found:
+        return f"https://arxiv.org/abs/{found.group()}"
+    found = re.search(r"https?://[^\s)>\]]+", paper or "")
+    return found.group() if found else None
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def teacher_is_reference(facts: Facts) -> bool:
+    """Whether the teacher's answers are themselves the references (then its ROUGE-L says nothing about quality)."""
+    rows = facts.predictions.get("teacher") or []
+    same = sum(
+        row.get("prediction", "").strip() in {str(r).strip() for r in row.get("references", ())} for row in rows
+    )
+    return bool(rows) and same >= 0.9 * len(rows)
+
+
+def interval(facts: Facts, model: str, set_name: str) -> float | None:
+    """Half width of the 95 % interval of mean ROUGE-L over prompts (normal approximation), in points.
+
+    A prompt that was answered under several seeds counts once, by its mean.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for row in facts.predictions.get(model) or []:
+        score = number(row.get("rougeL"))
+        if row.get("set", set_name) == set_name and score is not None:
+            by_prompt.setdefault(str(row.get("id")), []).append(points(score))
+    means = [sum(scores) / len(scores) for scores in by_prompt.values()]
+    if len(means) < 2:
+        return None
+    mean = sum(means) / len(means)
+    variance = sum((m - mean) ** 2 for m in means) / (len(means) - 1)
+    return 1.96 * math.sqrt(variance / len(means))
+
+
+def points(score: float) -> float:
+    """A ROUGE-L of one row (a fraction) in points, 0 to 100."""
+    return 100.0 * score
+
+
+def share_of(part: float | None, whole: float | None) -> float | None:
+    """``part / whole`` in percent, None when either is unknown or ``whole`` is 0."""
+    return 100.0 * part / whole if part is not None and whole else None
+
+
+def count_words(value: float | None) -> str:
+    """``81.9 M`` for 81900000."""
+    if value is None:
+        return "-"
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.1f} {letter}"
+    return f"{value:.0f}"
+
+
+def duration_words(seconds: float | None) -> str:
+    """``1 h 05 min``, ``5 min 12 s`` or ``42 s``."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,299 @@
+"""The model card of a run: what the student is, how it was made, how good it is, how to load and to make it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from dts_hf.reporting.facts import (
+    Facts,
+    call_words,
+    count_words,
+    divergence,
+    duration_words,
+    gather,
+    hub_id,
+    number,
+    paper_link,
+    policy_facts,
+    publishable,
+    share_of,
+    short_name,
+    student_words,
+    teacher_is_reference,
+    teacher_words,
+    temperature,
+)
+from dts_hf.reporting.tables import MEASURES, counts_words, markdown_scores
+from dts_hf.run_directory import RunDirectory
+
+TEMPLATES = Path(__file__).parent / "templates"
+EXAMPLE_QUESTION = "Name three things that float on water."
+VERSIONS_SHOWN = ("dts-hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
+
+
+def render_model_card(run: RunDirectory) -> str:
+    """The card as markdown with YAML metadata that the Hub accepts.
+
+    Names of local folders and files appear without the folders that hold them. Pieces that the run does not have
+    (scores, figures, a recipe) are left out, in words.
+    """
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    facts = gather(run)
+    # Markdown, not HTML: escaping would put &lt; into code blocks. No text written by a model enters the card.
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    text = environment.get_template("model_card.md.jinja").render(
+        facts=facts,
+        metadata=card_data(facts).to_yaml(),
+        scores=markdown_scores(facts),
+        counts=counts_words(facts),
+        teacher_is_reference=teacher_is_reference(facts),
+        settings=settings(facts),
+        policy=policy_facts(facts),
+        temperature_name=temperature(facts)[0],
+        link=paper_link(policy_facts(facts).paper),
+        summary=summary(facts),
+        measures=MEASURES,
+        figures=[name for name in ("temperature", "losses", "rouge") if (run.figures_path / f"{name}.png").is_file()],
+        adapter=is_adapter(facts),
+        prompt=example_prompt(facts),
+        question=EXAMPLE_QUESTION,
+        protocol=facts.metrics.get("protocol") or {},
+        limits=limits(facts),
+    )
+    return ModelCard(text).content
+
+
+def card_data(facts: Facts) -> Any:
+    """The metadata block as ``huggingface_hub.ModelCardData``. Only what the run itself knows is stated."""
+    from huggingface_hub import ModelCardData
+
+    policy, loss = temperature(facts)[0], divergence(facts)[0]
+    tags = ["dts_hf", "knowledge-distillation", policy, loss]
+    base_model = hub_id(_origin(facts))
+    results = eval_results(facts)
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter(facts) else "finetune"}
+    return ModelCardData(
+        base_model=base_model,
+        library_name="peft" if is_adapter(facts) else "transformers",
+        pipeline_tag="text-generation",
+        tags=[tag for tag in tags if tag != "unknown"],
+        datasets=[name for source in _sources(facts) if (name := hub_id(source))] or None,
+        metrics=["rouge", "exact_match"] if results else None,
+        model_name=facts.name,
+        eval_results=results or None,
+        **(relation if base_model else {}),
+    )
+
+
+def eval_results(facts: Facts) -> list[Any]:
+    """ROUGE-L and exact match of the student, for each evaluation set, as ``model-index`` entries."""
+    from huggingface_hub import EvalResult
+
+    protocol = facts.metrics.get("protocol") or {}
+    shown = {key: protocol[key] for key in ("fingerprint", "template", "max_new_tokens") if key in protocol}
+    results = []
+    for set_name in facts.sets:
+        source = (facts.manifest.get("splits") or {}).get(set_name, {}).get("source")
+        for measure in MEASURES:
+            value = measure.value(facts, "student", set_name)
+            if measure.key not in ("rougeL", "exact_match") or value is None:
+                continue
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=_published(source) if source else set_name,
+                    dataset_name=f"{_published(source)} ({set_name})" if source else set_name,
+                    dataset_split=set_name,
+                    metric_type="rouge" if measure.key == "rougeL" else measure.key,
+                    metric_name="ROUGE-L" if measure.key == "rougeL" else "Exact match",
+                    metric_value=round(value, 4),
+                    metric_args={**shown, "n": facts.rows_in(set_name)},
+                )
+            )
+    return results
+
+
+def is_adapter(facts: Facts) -> bool:
+    """Whether ``final/`` holds an adapter instead of whole weights."""
+    return (facts.section("student").get("lora") or {}).get("save") == "adapter"
+
+
+def summary(facts: Facts) -> str:
+    """One sentence: what this model is."""
+    size = number(facts.model("student").get("parameters"))
+    share = share_of(size, number(facts.model("teacher").get("parameters")))
+    words = f"A student of {count_words(size)} parameters" if size else "A student"
+    if share:
+        words += f" ({share:.0f} % of its teacher's)"
+    if not facts.recipe:
+        return f"{words}, distilled with `dts_hf`. The run directory has no recipe, so its making is not told here."
+    policy = temperature(facts)[0]
+    return (
+        f"{words}, distilled with `dts_hf` from {teacher_words(facts)}. Its first weights: {student_words(facts)}. "
+        f"Divergence `{divergence(facts)[0]}`, temperature policy `{policy}`."
+    )
+
+
+def settings(facts: Facts) -> list[tuple[str, str]]:
+    """Everything that made the student, as (name, value) pairs in markdown."""
+    if not facts.recipe:
+        return []
+    loss, data, policy = facts.section("loss"), facts.section("data"), policy_facts(facts)
+    ratio = number(loss.get("kd_ratio"))
+    scaling = {
+        "squared": "squared: the KD loss is multiplied by T² (T_student x T_teacher where they differ)",
+        "none": "none: the KD loss is not multiplied by T²",
+    }.get(str(loss.get("temperature_scaling")), str(loss.get("temperature_scaling")))
+    rows = [
+        ("teacher", teacher_words(facts)),
+        (
+            "teacher's tokenizer",
+            f"`{_published(name)}`" if (name := facts.section("teacher").get("tokenizer")) else "",
+        ),
+        ("student", student_words(facts)),
+        ("parameters", _parameter_words(facts)),
+        ("divergence", f"`{call_words(*divergence(facts))}`"),
+        ("temperature policy", f"`{call_words(temperature(facts)[0], policy.options)}`"),
+        ("rule", policy.rule),
+        ("T² factor", scaling),
+        (
+            "loss",
+            f"{1 - ratio:.3g} x cross-entropy on the hard labels + {ratio:.3g} x KD loss" if ratio is not None else "",
+        ),
+        ("answers learnt from", _answers_words(facts)),
+        ("prompt template", f"`{data.get('prompt_template')}`"),
+        ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
+        *((f"data, {split}", _split_words(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
+        ("training", _training_words(facts)),
+        ("versions", _version_words(facts)),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def limits(facts: Facts) -> list[str]:
+    """What the scores do not tell, in plain sentences."""
+    found = ["One training run with one seed: another seed gives other numbers, and their spread was not measured."]
+    counts = [(name, n) for name in facts.sets if (n := facts.rows_in(name))]
+    protocol = facts.metrics.get("protocol") or {}
+    if counts:
+        prompts = ", ".join(f"{n} prompts ({name})" for name, n in counts)
+        found.append(f"The scores rest on {prompts}; differences of a few points are within chance at such sizes.")
+        if protocol.get("do_sample"):
+            found.append(
+                "Answers were sampled, with the seeds named above the table; greedy answers score differently."
+            )
+        else:
+            found.append(
+                "Answers were generated greedily (always the most probable token); sampled answers score differently."
+            )
+    else:
+        found.append("This student was not evaluated by generation.")
+    if protocol.get("no_repeat_ngram_size"):
+        found.append(
+            f"Generation forbade repeated {protocol['no_repeat_ngram_size']}-grams; without that rule the student "
+            "may repeat itself more."
+        )
+    if teacher_is_reference(facts):
+        found.append(
+            "The reference answers are the teacher's own. ROUGE-L and exact match tell how well the student imitates "
+            "the teacher, not whether an answer is true."
+        )
+    else:
+        found.append("ROUGE-L measures shared wording with a reference answer, not whether an answer is true.")
+    found.append("The student inherits its teacher's errors and biases. It was not tested for safety.")
+    found.append("Its licence follows from the teacher's and from that of the data; `dts_hf` does not set one.")
+    return found
+
+
+def example_prompt(facts: Facts) -> str | None:
+    """The example question in the prompt template, as a Python string; None for ``chat``, which the tokenizer has."""
+    name = facts.section("data").get("prompt_template")
+    if name in (None, "chat"):
+        return None
+    from dts_hf.data import Row
+    from dts_hf.prompts import get_template
+
+    row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)
+    return repr(get_template(name).render(row, cast(Any, None)))  # these templates ask no tokenizer
+
+
+# -------------------------------------------------------------------------------------------------------- helpers
+
+
+def _origin(facts: Facts) -> str | None:
+    student = facts.section("student")
+    return facts.section("teacher").get("model") if student.get("init") else student.get("model")
+
+
+def _sources(facts: Facts) -> list[str]:
+    train = facts.section("data").get("train") or []
+    return [train] if isinstance(train, str) else list(train)
+
+
+def _published(source: Any) -> str:
+    return ", ".join(map(short_name, source)) if isinstance(source, list) else short_name(str(source))
+
+
+def _parameter_words(facts: Facts) -> str:
+    student, teacher = (number(facts.model(name).get("parameters")) for name in ("student", "teacher"))
+    words = f"student {count_words(student)}" if student else ""
+    if teacher:
+        words += f"{', ' if words else ''}teacher {count_words(teacher)}"
+    return words
+
+
+def _answers_words(facts: Facts) -> str:
+    if facts.section("data").get("responses") == "teacher":
+        return "the teacher's: it answered every training prompt once (sequence-level distillation)"
+    return "those of the data"
+
+
+def _split_words(entry: dict[str, Any]) -> str:
+    words = f"`{_published(entry.get('source', 'unknown'))}`"
+    if entry.get("kept") is not None:
+        words += f", {entry['kept']} of {entry.get('rows', '?')} rows used"
+    for key in ("dropped", "cut"):
+        if entry.get(key):
+            words += f", {entry[key]} {key}"
+    if entry.get("response_tokens"):
+        words += f", {count_words(entry['response_tokens'])} answer tokens"
+    if entry.get("sha256"):
+        words += f", sha256 `{entry['sha256']}`"
+    return words
+
+
+def _training_words(facts: Facts) -> str:
+    done = facts.metrics.get("training") or {}
+    parts = []
+    if done.get("steps"):
+        parts.append(f"{done['steps']} optimizer steps")
+    if done.get("tokens"):
+        parts.append(f"{count_words(done['tokens'])} tokens")
+    if done.get("seconds"):
+        parts.append(duration_words(done["seconds"]))
+    if number(done.get("peak_memory_gb")):
+        parts.append(f"peak memory {done['peak_memory_gb']:.1f} GB")
+    given = publishable(dict(facts.section("training")))
+    parts += [
+        f"`{key}={given[key]}`" for key in ("learning_rate", "num_train_epochs", "max_steps", "seed") if key in given
+    ]
+    return ", ".join(parts)
+
+
+def _version_words(facts: Facts) -> str:
+    packages = facts.environment.get("packages") or {}
+    shown = [f"{name} {packages[name]}" for name in VERSIONS_SHOWN if name in packages]
+    if facts.environment.get("python"):
+        shown.insert(0, f"Python {facts.environment['python']}")
+    if facts.environment.get("git_commit"):
+        shown.append(f"git commit of the working folder `{facts.environment['git_commit']}`")
+    return ", ".join(shown)

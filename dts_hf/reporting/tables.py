@@ -1,0 +1,262 @@
+"""The scores of teacher, student before and student after as tables: for the terminal (rich) and for markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dts_hf.reporting.facts import MODEL_LABELS, MODELS, Facts, count_words, gather, number
+from dts_hf.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of ``metrics.json``: where it stands, how it is written, what it means."""
+
+    key: str
+    label: str
+    meaning: str
+    better: Literal["higher", "lower", ""]
+    where: Literal["model", "set", "teacher_forced"]
+    scale: float = 1.0
+    digits: int = 1
+    unit: str = ""
+    in_summary: bool = True
+
+    def value(self, facts: Facts, model: str, set_name: str = "") -> float | None:
+        """The number in the unit it is shown in; None where the run does not have it."""
+        entry = facts.model(model)
+        if self.where == "set":
+            found = (entry.get("sets", {}).get(set_name, {}).get(self.key) or {}).get("mean")
+        elif self.where == "teacher_forced":
+            found = (entry.get("teacher_forced") or {}).get(self.key)
+        else:
+            found = entry.get(self.key)
+        value = number(found)
+        return None if value is None else value * self.scale
+
+    def spread(self, facts: Facts, model: str, set_name: str) -> float | None:
+        """Standard deviation over seeds, where more than one seed was generated."""
+        entry = facts.model(model).get("sets", {}).get(set_name, {}) if self.where == "set" else {}
+        if len(entry.get("seeds") or ()) < 2:
+            return None
+        value = number((entry.get(self.key) or {}).get("sd"))
+        return None if value is None else value * self.scale
+
+    def text(self, value: float | None, signed: bool = False) -> str:
+        """``value`` as it is printed, without its unit; a ``signed`` change of nothing is a dash."""
+        if value is None or (signed and value == 0):
+            return ABSENT
+        if self.key == "parameters":
+            return ("+" if signed and value > 0 else "") + count_words(value)
+        return f"{value:{'+' if signed else ''}.{self.digits}f}"
+
+
+MEASURES = (
+    Measure("parameters", "parameters", "How many weights the model has: its size.", "", "model"),
+    Measure(
+        "rougeL",
+        "ROUGE-L",
+        "How much of the reference answer's wording, in the same order, the generated answer shares: 0 is nothing, "
+        "100 is the same words. It measures overlap, not truth.",
+        "higher",
+        "set",
+        scale=100.0,
+    ),
+    Measure(
+        "exact_match",
+        "exact match",
+        "Share of answers equal to a reference once case, punctuation and spaces are set aside. Small for open "
+        "questions, where many answers are right.",
+        "higher",
+        "set",
+        scale=100.0,
+        unit="%",
+        in_summary=False,
+    ),
+    Measure(
+        "kl",
+        "held-out KL at T = 1",
+        "How far the model's next-word probabilities are from the teacher's, on reference answers it was not trained "
+        "on. 0 means it predicts exactly as the teacher does. Always taken at temperature 1, so that runs with "
+        "different temperatures can be compared.",
+        "lower",
+        "teacher_forced",
+        digits=3,
+        unit="nats per label",
+    ),
+    Measure(
+        "ce",
+        "held-out cross-entropy",
+        "How surprised the model is, on average, by each token of the reference answers. 0 would be no surprise.",
+        "lower",
+        "teacher_forced",
+        digits=3,
+        unit="nats per label",
+    ),
+    Measure(
+        "top1_agreement",
+        "same first choice as the teacher",
+        "How often the model's most probable next token is the teacher's most probable one.",
+        "higher",
+        "teacher_forced",
+        scale=100.0,
+        unit="%",
+    ),
+    Measure(
+        "repeats_4gram",
+        "answers that repeat a 4-gram",
+        "Share of answers in which the same four words in a row occur twice: the mark of a model that runs in "
+        "circles. Lists and quotations repeat a little by nature, so compare it with the teacher's share.",
+        "lower",
+        "set",
+        scale=100.0,
+        unit="%",
+    ),
+    Measure(
+        "cut_at_limit",
+        "answers cut at the limit",
+        "Share of answers that had not ended when the limit of new tokens was reached.",
+        "lower",
+        "set",
+        scale=100.0,
+        unit="%",
+    ),
+    Measure(
+        "empty",
+        "empty answers",
+        "Share of answers without any text.",
+        "lower",
+        "set",
+        scale=100.0,
+        unit="%",
+        in_summary=False,
+    ),
+    Measure(
+        "mean_tokens",
+        "mean length of an answer",
+        "Tokens per generated answer. Neither more nor less is better; close to the teacher's is a good sign.",
+        "",
+        "set",
+        unit="tokens",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table of scores. ``values`` and ``spreads`` have one entry for each model of the table."""
+
+    measure: Measure
+    label: str
+    values: tuple[float | None, ...]
+    spreads: tuple[float | None, ...]
+    change: float | None
+
+    @property
+    def cells(self) -> list[str]:
+        """The printed values, ``mean ± sd`` where there is a spread over seeds."""
+        return [
+            self.measure.text(value) + (f" ± {self.measure.text(spread)}" if spread is not None else "")
+            for value, spread in zip(self.values, self.spreads, strict=True)
+        ]
+
+    @property
+    def change_text(self) -> str:
+        """Student after minus student before."""
+        return self.measure.text(self.change, signed=True)
+
+    @property
+    def improved(self) -> bool | None:
+        """Whether the student got better; None where no direction is better, or nothing changed."""
+        if not self.measure.better or not self.change:
+            return None
+        return (self.change > 0) == (self.measure.better == "higher")
+
+
+def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: True) -> list[Line]:
+    """The table of scores: a line for each measure (and evaluation set) that at least one model has."""
+    lines = []
+    for measure in filter(keep, MEASURES):
+        for set_name in facts.sets if measure.where == "set" else [""]:
+            values = tuple(measure.value(facts, model, set_name) for model in MODELS)
+            if all(value is None for value in values):
+                continue
+            before, after = values[1:]
+            label = measure.label + (f", {set_name}" if set_name and len(facts.sets) > 1 else "")
+            lines.append(
+                Line(
+                    measure,
+                    label,
+                    values,
+                    tuple(measure.spread(facts, model, set_name) for model in MODELS),
+                    None if before is None or after is None else after - before,
+                )
+            )
+    return lines
+
+
+def counts_words(facts: Facts) -> str:
+    """How many prompts and tokens the scores rest on: ``validation: 64 prompts, seed 10; ...``."""
+    parts = []
+    for set_name in facts.sets:
+        entry = next(e for m in MODELS if (e := facts.model(m).get("sets", {}).get(set_name)))
+        words = f"{set_name}: {facts.rows_in(set_name)} prompts"
+        if entry.get("dropped"):
+            words += f" ({entry['dropped']} more were too long and left out)"
+        seeds = entry.get("seeds") or []
+        if len(seeds) > 1:
+            words += f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+        parts.append(words)
+    tokens = [n for m in MODELS if (n := number((facts.model(m).get("teacher_forced") or {}).get("n_tokens")))]
+    if tokens:
+        parts.append(f"KL, cross-entropy and agreement over {tokens[0]:.0f} tokens")
+    return "; ".join(parts)
+
+
+def summary_table(run: RunDirectory) -> Table:
+    """The table printed at the end of a run: teacher, student before, student after, and the change."""
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = gather(run)
+    table = Table(title=f"{facts.name}: scores", caption=counts_words(facts) or None)
+    table.add_column("")
+    for model in MODELS:
+        table.add_column(MODEL_LABELS[model], justify="right")
+    table.add_column("change", justify="right")
+    table.add_column("better")
+    lines = score_lines(facts, keep=lambda measure: measure.in_summary)
+    for line in lines:
+        style = {True: "green", False: "red", None: ""}[line.improved]
+        unit = f" ({line.measure.unit})" if line.measure.unit else ""
+        table.add_row(Text(line.label + unit), *line.cells, Text(line.change_text, style), line.measure.better)
+    if not lines:
+        table.caption = "This run has no scores yet: it was not evaluated."
+    return table
+
+
+def markdown_table(run: RunDirectory) -> str:
+    """The same scores as a markdown table; one sentence instead where the run was not evaluated."""
+    return markdown_scores(gather(run))
+
+
+def markdown_scores(facts: Facts) -> str:
+    """The table of :func:`markdown_table` from facts already read."""
+    lines = score_lines(facts)
+    if not lines:
+        return "This run was not evaluated: it has no scores."
+    rows = [
+        ["", *(MODEL_LABELS[model] for model in MODELS), "change", "better"],
+        ["---", *["---:"] * (len(MODELS) + 1), "---"],
+    ]
+    for line in lines:
+        unit = f" ({line.measure.unit})" if line.measure.unit else ""
+        rows.append([line.label + unit, *line.cells, line.change_text, line.measure.better])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

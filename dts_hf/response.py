@@ -1,0 +1,38 @@
+"""The only shift and the only mask of the package.
+
+Everywhere else ``labels`` are unshifted (the Hugging Face contract) and rows are already aligned with their targets.
+Shapes: ``B`` batch, ``T`` time, ``H`` hidden, ``N`` labelled rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def select_response(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the states that predict a label, and those labels.
+
+    The state at position i predicts the token at i + 1, so the label of position 0 is never a target and the last state
+    never predicts one. Only the rows that come out of here meet a vocabulary-sized matmul.
+
+    Args:
+        states: ``[B, T, H]``.
+        labels: ``[B, T]`` unshifted, ``IGNORE_INDEX`` where nothing is to be learned.
+
+    Returns:
+        rows ``[N, H]`` in reading order (differentiable) and targets ``[N]``; N may be 0.
+    """
+    width = states.shape[-1]
+    keep = (labels[:, 1:] != IGNORE_INDEX).reshape(-1).nonzero().squeeze(-1)
+    # Positions in the flattened [B, T] grid: the shifted grid has T - 1 columns, so add one per finished row.
+    index = keep + torch.div(keep, max(labels.shape[1] - 1, 1), rounding_mode="floor")
+    rows = states.reshape(-1, width).index_select(0, index.to(states.device))
+    return rows, labels[:, 1:].reshape(-1).index_select(0, keep)
+
+
+def count_targets(labels: Tensor) -> Tensor:
+    """How many rows ``select_response`` would keep, as a 0-d tensor."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum()

@@ -1,0 +1,339 @@
+"""The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
+
+    recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  metrics.json
+    predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
+
+Files are written under a temporary name and then renamed, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dts_hf.errors import UserError, nearest
+from dts_hf.recipe import Recipe
+from dts_hf.recipe_yaml import parse_yaml
+
+RECIPE_HEADER = (
+    "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
+)
+# What create(overwrite=True) removes. Anything else in the folder is not ours and stays.
+OUR_NAMES = (
+    "recipe.yaml",
+    "environment.json",
+    "data_manifest.json",
+    "log.jsonl",
+    "checkpoint-*",
+    "final",
+    "metrics.json",
+    "predictions",
+    "figures",
+    "report.html",
+    "README.md",
+)
+PREDICTION_ORDER = ("teacher", "student_before", "student")
+PACKAGES = (
+    "dts-hf",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "evaluate",
+    "gguf",
+    "huggingface_hub",
+    "numpy",
+    "pydantic",
+)
+
+
+class RunDirectory:
+    """Typed reader and writer of one run. Readers give back an empty value for a file that the run does not have.
+
+    Args:
+        path: the folder; use ``create`` for a new run and ``open`` for one that exists.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_path = self.path / "recipe.yaml"
+        self.environment_path = self.path / "environment.json"
+        self.data_manifest_path = self.path / "data_manifest.json"
+        self.log_path = self.path / "log.jsonl"
+        self.final_path = self.path / "final"
+        self.metrics_path = self.path / "metrics.json"
+        self.predictions_path = self.path / "predictions"
+        self.figures_path = self.path / "figures"
+        self.report_path = self.path / "report.html"
+        self.card_path = self.path / "README.md"
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    # ------------------------------------------------------------------------------------------- opening and making
+
+    @classmethod
+    def check_can_create(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:
+        """Refuse now what ``create`` would refuse later; makes and removes nothing. Call it before models are loaded.
+
+        Raises:
+            UserError: the path is a file, a folder with something in it, or a place where nothing can be written.
+        """
+        path = Path(path)
+        if _exists(path) and not path.is_dir():
+            raise UserError(f"output.dir: {path} is a file, expected a folder that does not exist yet")
+        existing = next(folder for folder in [path, *path.absolute().parents] if _exists(folder))
+        if not existing.is_dir():
+            raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"output.dir: no permission to write in {existing}. Choose another folder")
+        if resume or not path.is_dir() or not any(path.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(
+                f"output.dir: {path} is not empty. Choose another folder, or replace the run in it with"
+                " output.overwrite=true (--overwrite)"
+            )
+        if not _made_by_a_run(path / "recipe.yaml"):
+            raise UserError(
+                f"output.dir: {path} is not empty and holds no run of dts_hf, so it is not overwritten."
+                " Choose another folder"
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> RunDirectory:
+        """Make the folder and return it.
+
+        Args:
+            path: does not exist, or is an empty folder, unless one of the following is set.
+            overwrite: remove the files of the run that is there first. Files that are not ours are left alone.
+            resume: keep the files of the run that is there, its checkpoints and log included.
+
+        Raises:
+            UserError: see ``check_can_create``.
+        """
+        cls.check_can_create(path, overwrite, resume)
+        run = cls(path)
+        if overwrite and not resume:
+            for old in run._our_files():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output.dir: cannot make {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Return the run at ``path``.
+
+        Raises:
+            UserError: there is no such folder, or it holds no run.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+            raise UserError(f"{path}: no such run directory.{nearest(path.name, siblings)}")
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path}: this is no run directory of dts_hf, it has no recipe.yaml")
+        return cls(path)
+
+    def _our_files(self) -> list[Path]:
+        return [found for name in OUR_NAMES for found in self.path.glob(name)]
+
+    # ------------------------------------------------------------------------------------------ one pair for each file
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Write the effective recipe; ``read_recipe`` and ``load_recipe`` give back an equal one."""
+        write_text_atomic(self.recipe_path, RECIPE_HEADER + recipe.to_yaml())
+
+    def read_recipe(self) -> Recipe:
+        """Return the recipe that made this run, without loading torch."""
+        values = parse_yaml(self.recipe_path.read_text(encoding="utf-8"), str(self.recipe_path))
+        return Recipe.from_dict(values, str(self.recipe_path), deep=False)
+
+    def write_environment(self, values: Mapping[str, Any]) -> None:
+        """Write ``environment.json``; see the function ``environment``."""
+        write_json_atomic(self.environment_path, values)
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return ``environment.json``."""
+        return _read_json(self.environment_path)
+
+    def write_data_manifest(self, values: Mapping[str, Any]) -> None:
+        """Write ``data_manifest.json``: what was read, its hash, what was dropped."""
+        write_json_atomic(self.data_manifest_path, values)
+
+    def read_data_manifest(self) -> dict[str, Any]:
+        """Return ``data_manifest.json``."""
+        return _read_json(self.data_manifest_path)
+
+    def write_metrics(self, values: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint."""
+        write_json_atomic(self.metrics_path, values)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Return ``metrics.json``."""
+        return _read_json(self.metrics_path)
+
+    def append_log(self, record: Mapping[str, Any]) -> None:
+        """Add one line to ``log.jsonl``. A number that is not finite becomes null: JSON has no NaN.
+
+        Args:
+            record: ``{"kind": "train" | "eval" | "generation", "step": optimizer step, "epoch": float, ...}``.
+        """
+        with self.log_path.open("ab+") as file:
+            _drop_half_line(self.log_path, file.tell())
+            file.write((json.dumps(_jsonable(record), ensure_ascii=False) + "\n").encode())
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the records of ``log.jsonl``; a last line that a killed process left half-written is left out."""
+        return list(_read_jsonl(self.log_path, may_end_early=True))
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``predictions/{name}.jsonl``.
+
+        Args:
+            name: ``teacher``, ``student_before`` or ``student``.
+            rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
+        """
+        self.predictions_path.mkdir(exist_ok=True)
+        lines = [json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows]
+        write_text_atomic(self.predictions_path / f"{name}.jsonl", "".join(lines))
+
+    def read_predictions(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of ``predictions/{name}.jsonl``."""
+        return list(_read_jsonl(self.predictions_path / f"{name}.jsonl"))
+
+    def predictions_names(self) -> list[str]:
+        """Models with predictions: teacher, student before, student, then any other."""
+        names = sorted(path.stem for path in self.predictions_path.glob("*.jsonl"))
+        first = [name for name in PREDICTION_ORDER if name in names]
+        return first + [name for name in names if name not in first]
+
+
+# ---------------------------------------------------------------------------------------------------- reading, writing
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either its old content or all of the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: str | Path, values: Any) -> None:
+    """Write ``values`` as indented JSON; tensors and numpy scalars become numbers, paths text, NaN and inf null."""
+    write_text_atomic(path, json.dumps(_jsonable(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_jsonable(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _jsonable(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON: {error}") from None
+    return values
+
+
+def _read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            if may_end_early and number == len(lines):
+                return
+            raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
+
+
+def _drop_half_line(path: Path, size: int) -> None:
+    """Remove what a killed process left after the last newline, so that the next record starts its own line."""
+    with path.open("rb+") as file:
+        file.seek(max(size - 1, 0))
+        if size and file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _made_by_a_run(recipe: Path) -> bool:
+    return recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(RECIPE_HEADER)
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, machine, commit, command. No environment variable, no token."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "gpus": _gpu_names(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "git_commit": _git_commit(),
+        "argv": [_masked(argument) for argument in sys.argv],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_commit() -> str | None:
+    """The commit of the current folder, with ``-dirty`` when tracked files differ; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _masked(argument: str) -> str:
+    argument = re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", argument)
+    return re.sub(rf"(^|=){re.escape(str(Path.home()))}(?=/)", r"\1~", argument)

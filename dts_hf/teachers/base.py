@@ -1,0 +1,29 @@
+"""The contract between a teacher and the loss."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dts_hf.head import Head
+
+
+class Teacher(Protocol):
+    """Answers a batch with the states that its head turns into logits."""
+
+    head: Head
+
+    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        """Final states of the labelled rows, ``[N, H_t]``, in the order of ``response.select_response``; no gradient.
+
+        Args:
+            batch: what the student sees (``input_ids`` and ``attention_mask`` or ``position_ids``).
+            labels: ``[B, T]`` unshifted.
+        """
+        ...
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move to the student's device."""
+        ...

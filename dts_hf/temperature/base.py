@@ -1,0 +1,133 @@
+"""What every temperature policy is: a function of progress, of the last step's statistics and of one chunk of logits.
+
+Shapes: ``C`` rows of a chunk, ``V`` vocabulary entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dts_hf.errors import UserError
+
+
+class Temperatures(NamedTuple):
+    """The temperatures of one chunk, each ``[]`` or ``[C, 1]``, finite and above zero."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+class RowStats(NamedTuple):
+    """Per-row statistics at T = 1, each ``[C]``, computed once per chunk and shared by policy and loss (nats)."""
+
+    student_ce: Tensor
+    teacher_ce: Tensor
+    student_lse: Tensor
+    teacher_lse: Tensor
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Means over ONE optimizer step: every micro-batch of every rank, weighted by labels (nats per label)."""
+
+    student_ce: float
+    teacher_ce: float
+    kd: float
+    num_items: float
+
+    @property
+    def gap(self) -> float:
+        """Student CE minus teacher CE, nats per label; positive while the student is the worse one."""
+        return self.student_ce - self.teacher_ce
+
+
+class TemperaturePolicy(nn.Module):
+    """Base of all policies. A policy is one file in this folder, found by its ``name``.
+
+    A training loop calls ``begin_step`` once before an optimizer step, ``forward`` once per chunk of logits, and
+    ``end_step`` once after it. State is plain numbers (``state_fields``), so it fits into a JSON file.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    state_fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.progress = 0.0
+
+    @property
+    def temperature(self) -> float:
+        """The temperature now in force (the mean over rows for a per-row policy)."""
+        raise NotImplementedError
+
+    @property
+    def cosine(self) -> float | None:
+        """The plain cosine this policy is compared with, where it has one (logged beside the temperature)."""
+        return None
+
+    def begin_step(self, progress: float) -> None:
+        """Tell the policy where training is: ``progress`` in [0, 1], once per optimizer step."""
+        self.progress = min(max(float(progress), 0.0), 1.0)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        """Temperatures for one chunk of logits ``[C, V]``; pure, so chunking cannot change the result."""
+        value = torch.full((), self.temperature, dtype=student_logits.dtype, device=student_logits.device)
+        return Temperatures(value, value)
+
+    def end_step(self, stats: StepStats) -> None:
+        """Take the reduced statistics of the optimizer step that just ended."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that must survive a checkpoint, as JSON-ready numbers."""
+        return {field: getattr(self, field) for field in self.state_fields}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``state`` returned.
+
+        Raises:
+            UserError: a field is missing, or was written by another policy.
+        """
+        if set(state) != set(self.state_fields):
+            raise UserError(
+                f"temperature state of '{self.name}': got the fields {sorted(state)}, expected {sorted(self.state_fields)}; "
+                "was the checkpoint written with another policy?"
+            )
+        for field, value in state.items():
+            setattr(self, field, value)
+
+    # nn.Module.state_dict carries the same numbers, so torch users need nothing special.
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.state()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.load_state(state)
+
+    def extra_repr(self) -> str:
+        return f"name={self.name}, temperature={self.temperature:g}"
+
+
+def check_number(policy: str, option: str, value: object, *, low: float, high: float, low_open: bool = False) -> float:
+    """Return ``value`` as a float inside [low, high] ((low, high] when ``low_open``), or raise a UserError naming the option."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not usable or value < low or value > high or (low_open and value == low):  # type: ignore[operator]
+        bound = f"{'above' if low_open else 'from'} {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")
+        raise UserError(f"temperature.{option}: got {value!r} for policy '{policy}', expected a number {bound}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_range(policy: str, t_init: object, t_min: object, t_max: object) -> tuple[float, float, float]:
+    """Return (t_init, t_min, t_max) with 0 < t_min <= t_init <= t_max; T_min = 0 would divide the logits by zero."""
+    low = check_number(policy, "t_min", t_min, low=0.0, high=math.inf, low_open=True)
+    high = check_number(policy, "t_max", t_max, low=low, high=math.inf)
+    return check_number(policy, "t_init", t_init, low=low, high=high), low, high
+
+
+def half_cosine(progress: float) -> float:
+    """S(p) = (1 + cos(pi p)) / 2, from 1 at p = 0 to 0 at p = 1 (DTS, arXiv 2511.13767, Eq. 4)."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

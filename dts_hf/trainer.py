@@ -1,0 +1,379 @@
+"""``DistillationTrainer``: Hugging Face's Trainer whose loss runs teacher and student on the same batch.
+
+The name is also used by TRL (always on-policy) and DistillKit; ``DTSDistillationTrainer`` is the same class under a
+name that cannot be confused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+
+from dts_hf.callbacks import OrderCallback, ProgressCallback, TemperatureCallback
+from dts_hf.data import EncodedDataset, LengthGroupedSampler, PackedCollator, PaddedCollator, check_packing
+from dts_hf.data import encode_rows, rows_from_dataset
+from dts_hf.divergences import Divergence
+from dts_hf.errors import UserError
+from dts_hf.head import Head, head_of, loss_in_head
+from dts_hf.losses import DistillationLoss
+from dts_hf.meters import MeanLog, SumMeter, means
+from dts_hf.models import align_vocabularies, check_head, load_model, load_tokenizer
+from dts_hf.prompts import get_template
+from dts_hf.response import IGNORE_INDEX, count_targets, select_response
+from dts_hf.run_directory import write_json_atomic
+from dts_hf.teachers import LiveTeacher, Teacher
+from dts_hf.temperature import TemperaturePolicy, build_temperature
+from dts_hf.temperature.constant import Constant
+
+TEMPERATURE_STATE = "temperature.json"
+
+
+class DistillationTrainer(Trainer):
+    """Distil ``teacher`` into ``model``.
+
+    Args:
+        model: the student, or the name or folder of one.
+        teacher: a causal language model, its name or folder, or anything with the ``Teacher`` interface.
+        temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
+        divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
+        kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
+        args: ``transformers.TrainingArguments``.
+        train_dataset: rows (``instruction``/``input``/``output`` or ``messages``), or tokenised rows with unshifted
+            ``input_ids`` and ``labels``.
+        eval_dataset: the same kinds.
+        processing_class: the tokenizer; by default the student's own.
+        temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
+        logits_budget_mb: memory for one chunk of logits, MiB.
+        prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
+        max_length, max_prompt_length, long_rows: for rows; see ``data.encode_rows`` (tokens).
+        packing: lay the rows of a batch end to end, without padding.
+        vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
+        teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
+        model_card: returns the text of the model card that ``push_to_hub`` uploads.
+        kwargs: everything else that ``Trainer`` takes.
+
+    Raises:
+        UserError: anything that does not fit together, before the first step.
+    """
+
+    # Our loss is divided by the labels of the whole optimizer step, so the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        teacher: nn.Module | Teacher | str,
+        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = 2.0,
+        divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
+        kd_ratio: float = 0.5,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        temperature_scaling: str = "squared",
+        logits_budget_mb: float = 256,
+        prompt_template: str | None = None,
+        max_length: int = 512,
+        max_prompt_length: int = 256,
+        long_rows: str = "drop",
+        packing: bool = False,
+        vocab_alignment: str = "strict",
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        model_card: Callable[[], str] | None = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or TrainingArguments(output_dir="runs/distillation")
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot carry this loss. Launch one "
+                f"process per GPU: accelerate launch --num_processes {args.n_gpu} -m dts_hf train RECIPE.yaml"
+            )
+        args.remove_unused_columns = False  # row_id is no argument of any model's forward
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model, key="model")
+            model = load_model(model, key="model")
+        if isinstance(teacher, str):
+            teacher_tokenizer = teacher_tokenizer or load_tokenizer(teacher, key="teacher")
+            teacher = load_model(teacher, key="teacher", dtype=str(next(model.parameters()).dtype).split(".")[-1])
+        if processing_class is None:
+            raise UserError("processing_class: got None, expected the student's tokenizer")
+        check_head(model, role="student")
+        if isinstance(teacher, nn.Module):
+            check_head(teacher, role="teacher")
+            plan = align_vocabularies(
+                model, teacher, processing_class, teacher_tokenizer or processing_class, vocab_alignment
+            )
+            self.vocab_size, self.vocab_note = plan.size, plan.note
+            self.teacher: Teacher = LiveTeacher(teacher)
+        else:
+            self.vocab_size, self.vocab_note = min(head_of(model).vocab_size, teacher.head.vocab_size), ""
+            self.teacher = teacher
+        if packing:
+            check_packing(model, "the student")  # type: ignore[arg-type]
+            if isinstance(self.teacher, LiveTeacher):
+                check_packing(self.teacher.model, "the teacher")  # type: ignore[arg-type]
+
+        template = get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca"))
+
+        def encode(dataset: Any, name: str) -> Any:
+            if dataset is None or _is_tokenised(dataset):
+                return dataset
+            limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
+            return encode_rows(rows_from_dataset(dataset, name), processing_class, template, **limits)[0]  # type: ignore[arg-type]
+
+        self.temperature = _temperature(temperature)
+        options: dict[str, Any] = {
+            "kd_ratio": kd_ratio,
+            "temperature_scaling": temperature_scaling,
+            "logits_budget_mb": logits_budget_mb,
+        }
+        self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
+        # Held-out losses are taken at T = 1: they must not move because the schedule did.
+        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog()
+        self.model_card = model_card
+        self.train_sampler: LengthGroupedSampler | None = None
+        self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
+        self._logged_at = time.monotonic()
+        collator = data_collator or (PackedCollator() if packing else PaddedCollator(processing_class.pad_token_id))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=encode(train_dataset, "train_dataset"),
+            eval_dataset=encode(eval_dataset, "eval_dataset"),
+            processing_class=processing_class,
+            callbacks=[TemperatureCallback(self), OrderCallback(self), ProgressCallback(), *(callbacks or [])],
+            **kwargs,
+        )
+        self.remove_callback(TqdmCallback)
+        self.remove_callback(PrinterCallback)
+        self.teacher.to(self.args.device)
+        self.loss.to(self.args.device)
+        for dataset in (self.train_dataset, self.eval_dataset):
+            self._check_ids(dataset)
+
+    # ------------------------------------------------------------------------------------------------- the batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Teacher and student on the same batch; returns token_sum / num_items_in_batch * num_processes.
+
+        The factor undoes the mean over ranks that DDP, ZeRO and FSDP take of gradients. ``model`` is the wrapped model
+        and is called as usual, so every wrapper's hooks fire; the loss itself runs where its output layer would.
+        """
+        labels = inputs["labels"]
+        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
+        if num_items_in_batch is None:
+            num_items_in_batch = count_targets(labels).clamp(min=1)
+        normalizer = num_items_in_batch / self.accelerator.num_processes
+        loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)
+        student = self.accelerator.unwrap_model(model)
+        teacher_states = self.teacher.states(batch, labels)
+        teacher_head = self._cut(self.teacher.head)
+        sums: dict[str, Tensor] = {}
+
+        def loss_of_states(states: Tensor) -> Tensor:
+            rows, targets = select_response(states, labels)
+            output = loss_fn(rows, self._cut(head_of(student)), teacher_states, teacher_head, targets, normalizer)
+            sums.update(output.sums)
+            return output.loss
+
+        with loss_in_head(student, loss_of_states):
+            loss = model(**batch, use_cache=False).logits
+        meter.add({**sums, "tokens": _count_tokens(batch)})
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _cut(self, head: Head) -> Head:
+        return head.cut(self.vocab_size)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Labels of the whole optimizer step: all micro-batches of all ranks, counted after the shift."""
+        local = sum((count_targets(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
+        return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
+
+    # ---------------------------------------------------------------------------------------------- held-out loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds the batch's sums to the meter; ``evaluation_loop`` turns them into means over labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop, with its mean of batch means replaced by means over labels of all ranks, at T = 1."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals = self.eval_meter.reduce(self.accelerator)
+        if totals:
+            values = means(totals)
+            values["loss"] = (1 - self.loss.kd_ratio) * values["ce_loss"] + self.loss.kd_ratio * values["kd_loss"]
+            values["rows"] = totals["rows"]
+            for name in ("temperature", "temperature_min", "temperature_max", "effective_support"):
+                values.pop(name)
+            for name in ("student_entropy_at_t", "teacher_entropy_at_t"):
+                values.pop(name)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        if dataset is None:
+            raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
+        multiple = self.args.eval_batch_size * self.accelerator.num_processes
+        return super().get_eval_dataloader(_EvaluationOrder(dataset, multiple))
+
+    # ------------------------------------------------------------------------------------------- order, log, state
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Our own sampler for our own data set: its order depends on seed and epoch alone, so ranks and resumes agree."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not isinstance(dataset, EncodedDataset) or strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(dataset)
+        grouped = strategy == "group_by_length" and not isinstance(self.data_collator, PackedCollator)
+        rows = self.args.train_batch_size * self.accelerator.num_processes if grouped else 1
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self.train_sampler = LengthGroupedSampler(dataset.lengths, rows, seed=seed)
+        return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        return SequentialSampler(eval_dataset)  # _EvaluationOrder has sorted the rows already
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over labels since the last log line to the Trainer's own numbers."""
+        if "loss" in logs:
+            totals = dict(self.mean_log.totals)
+            values = self.mean_log.pop()
+            if values:
+                now = time.monotonic()
+                values["tokens_per_second"] = totals["tokens"] / max(now - self._logged_at, 1e-9)
+                self.tokens_seen += totals["tokens"]
+                self._logged_at = now
+                values["temperature_cosine"] = self.temperature.cosine  # type: ignore[assignment]
+                ignored = getattr(self.temperature, "ignored_gaps", 0)
+                logs.update(values if not ignored else {**values, "ignored_gaps": ignored})
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._logged_at = time.monotonic()
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the rest: trainer_state.json is written last and tells a complete checkpoint.
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(folder / TEMPERATURE_STATE, {"name": self.temperature.name, **self.temperature.state()})
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / TEMPERATURE_STATE
+        if not path.is_file():
+            raise UserError(f"{path}: missing, so the temperature cannot go on where it was; resume from another checkpoint")
+        state = _read_json(path)
+        if state.pop("name", None) != self.temperature.name:
+            raise UserError(f"{path}: written by another temperature policy, expected '{self.temperature.name}'")
+        self.temperature.load_state(state)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The distillation's own card where there is one, else the Trainer's with our tags."""
+        if self.model_card is None:
+            tags = ["dts_hf", "knowledge-distillation", self.temperature.name]
+            super().create_model_card(*args, **{**kwargs, "tags": [*tags, *(kwargs.get("tags") or [])]})
+        elif self.is_world_process_zero():
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(self.args.output_dir) / "README.md").write_text(self.model_card(), encoding="utf-8")
+
+    def _check_ids(self, dataset: Any) -> None:
+        """A label beyond the aligned vocabulary would index outside the logits; say so now."""
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return
+        for index in range(len(dataset)):
+            top = max(max(dataset[index]["input_ids"], default=0), max(dataset[index]["labels"], default=0))
+            if top >= self.vocab_size:
+                raise UserError(
+                    f"row {index}: token id {top} is outside the {self.vocab_size:,} ids that teacher and student share"
+                )
+
+
+DTSDistillationTrainer = DistillationTrainer
+
+
+class _EvaluationOrder(Dataset[dict[str, Any]]):
+    """Rows by falling length, then copies of the shortest one without labels up to a multiple of the global batch.
+
+    Copies that carry no label add nothing to any sum, and every rank still runs the same number of forwards, which
+    sharded models need.
+    """
+
+    def __init__(self, dataset: Any, multiple: int) -> None:
+        self.dataset = dataset
+        lengths = getattr(dataset, "lengths", None) or [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+        self.order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
+        self.fillers = -len(dataset) % multiple
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fillers
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # without it, iterating over this data set would never end
+        if index < len(self.order):
+            return dict(self.dataset[self.order[index]])
+        filler = dict(self.dataset[self.order[-1]])
+        filler["labels"] = [IGNORE_INDEX] * len(filler["input_ids"])
+        return filler
+
+
+def _is_tokenised(dataset: Any) -> bool:
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return True
+    return len(dataset) > 0 and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
+
+
+def _count_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Real tokens of the batch, padding left out."""
+    mask = batch.get("attention_mask")
+    return mask.sum() if mask is not None else torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+
+
+def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:
+    if isinstance(spec, TemperaturePolicy):
+        return spec
+    if isinstance(spec, str):
+        return build_temperature(spec)
+    if isinstance(spec, Mapping):
+        return build_temperature(**spec)
+    return build_temperature("constant", value=spec)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    import json
+
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

@@ -1,0 +1,123 @@
+"""ROUGE-L against the package ``rouge_score``, which is the definition; the other text measures by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from dts_hf.evaluation.rouge import best_rouge_l, lcs_length, rouge_l
+from dts_hf.evaluation.text import exact_match, normalize, repeats_ngram
+
+NASTY = [
+    "",
+    " \n\t ",
+    "...!?",
+    "a",
+    "The cat sat on the mat.",
+    "the CAT, sat; on-the mats",
+    "running runs runner ran generalizations generalization relational",
+    "Café crème brûlée naïve coöperate",
+    "ﬁnal ﬂight of the ﬃ ligature",
+    "İstanbul ISPARTA \u0131ss\u0131z I i",
+    "東京は日本の首都です",
+    "東京 Tokyo 2021 東京",
+    "Straße ẞ GROSS",
+    "x" * 3000,
+    "y" * 3000,
+    ("abcdefghij" * 300) + "ing",
+    "don't it's o'clock U.S.A. e-mail 3.14 1,000",
+    "one two " * 200,
+    "under_score snake_case __init__",
+    "emoji 🎉 and\u200bzero width\u00a0space",
+    "I\u0307 K\u212a \u017f long s",
+]
+
+
+def oracle(prediction: str, reference: str, use_stemmer: bool) -> float:
+    return RougeScorer(["rougeL"], use_stemmer=use_stemmer).score(reference, prediction)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize("use_stemmer", [True, False])
+def test_nasty_texts_score_exactly_as_in_rouge_score(use_stemmer: bool) -> None:
+    for prediction, reference in itertools.product(NASTY, NASTY):
+        assert rouge_l(prediction, reference, use_stemmer) == oracle(prediction, reference, use_stemmer)
+
+
+@pytest.mark.parametrize("use_stemmer", [True, False])
+def test_random_texts_score_exactly_as_in_rouge_score(use_stemmer: bool) -> None:
+    generator = random.Random(0)
+    words = [
+        "rain",
+        "rains",
+        "raining",
+        "the",
+        "a",
+        "of",
+        "trains",
+        "trained",
+        "it's",
+        "happily",
+        "happiness",
+        "Ärger",
+        "9",
+        "x1",
+    ]
+    for _ in range(400):
+        first, second = (
+            " ".join(generator.choices(words, k=generator.randrange(0, 40)))
+            + generator.choice(["", ".", "\n", " \u3000"])
+            for _ in range(2)
+        )
+        assert rouge_l(first, second, use_stemmer) == oracle(first, second, use_stemmer)
+
+
+def test_the_stemmer_is_on_by_default_and_matters() -> None:
+    assert rouge_l("It rained", "it rains") == 1.0
+    assert rouge_l("It rained", "it rains", use_stemmer=False) == 0.5
+
+
+def test_lcs_length_equals_the_table() -> None:
+    generator = random.Random(1)
+    for _ in range(300):
+        first, second = ([generator.choice("abcde") for _ in range(generator.randrange(0, 30))] for _ in range(2))
+        table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+        for i, j in itertools.product(range(len(first)), range(len(second))):
+            same = first[i] == second[j]
+            table[i + 1][j + 1] = table[i][j] + 1 if same else max(table[i][j + 1], table[i + 1][j])
+        assert lcs_length(first, second) == table[-1][-1]
+
+
+def test_the_best_reference_counts() -> None:
+    assert best_rouge_l("two apples", ["no match here", "two apples", ""]) == 1.0
+
+
+def test_the_metrics_are_evaluate_metrics_that_work_without_network() -> None:
+    from dts_hf.evaluation.metrics import ExactMatch, RougeL
+
+    predictions = ["The boats sailed.", "nothing"]
+    references = [["the boat sails", "The boats sailed"], ["something else"]]
+    rouge = RougeL(keep_in_memory=True)
+    rouge.add_batch(predictions=predictions[:1], references=references[:1])
+    rouge.add_batch(predictions=predictions[1:], references=references[1:])
+    result = rouge.compute(per_example=True)
+    assert result == {"rougeL": 0.5, "rougeL_scores": [1.0, 0.0]}
+    assert ExactMatch(keep_in_memory=True).compute(predictions=predictions, references=references) == {
+        "exact_match": 0.5
+    }
+
+
+def test_exact_match_sets_case_punctuation_and_spaces_aside_but_not_articles() -> None:
+    assert normalize("  The  Answer,\n is: 42! ") == "the answer is 42"
+    assert exact_match("the answer", ["An answer", "THE answer."])
+    assert not exact_match("the answer", ["answer"])
+
+
+def test_a_repeated_4gram_is_found() -> None:
+    assert repeats_ngram("we like to sing and we LIKE to sing")
+    assert not repeats_ngram("we like to sing and you like to sing")  # three words only
+    assert repeats_ngram("no no no no no")  # overlapping
+    assert not repeats_ngram("no no no no")
+    assert not repeats_ngram("")

@@ -1,0 +1,237 @@
+"""The run directory: what is written is read back, half-written files do no harm, nobody's files are deleted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dts_hf.errors import UserError
+from dts_hf.recipe import Recipe, load_recipe
+from dts_hf.run_directory import RunDirectory, environment, write_json_atomic, write_text_atomic
+
+VALUES = {
+    "student": {"model": "small"},
+    "teacher": {"model": "large"},
+    "data": {"train": "rows.jsonl"},
+    "output": {"dir": "runs/x"},
+    "temperature": {"name": "constant", "value": 2},
+}
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.from_dict(VALUES, deep=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Recipe) -> RunDirectory:
+    run = RunDirectory.create(tmp_path / "runs" / "x")
+    run.save_recipe(recipe)
+    return run
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ------------------------------------------------------------------------------------------------- reading and writing
+
+
+def test_recipe_round_trip(run: RunDirectory, recipe: Recipe) -> None:
+    assert run.read_recipe() == recipe
+    assert load_recipe(run.recipe_path) == recipe
+    assert RunDirectory.open(run.path).path == run.path
+
+
+def test_json_files_round_trip_and_are_empty_when_absent(run: RunDirectory) -> None:
+    for name in ("environment", "data_manifest", "metrics"):
+        assert getattr(run, f"read_{name}")() == {}
+        values = {"format": 1, "deep": {"list": [1, 2.5, None, True, "ünïcode"]}}
+        getattr(run, f"write_{name}")(values)
+        assert getattr(run, f"read_{name}")() == values
+    assert tree(run.path) == ["data_manifest.json", "environment.json", "metrics.json", "recipe.yaml"]
+
+
+def test_broken_json_is_a_user_error(run: RunDirectory) -> None:
+    run.metrics_path.write_text('{"a": ')
+    with pytest.raises(UserError, match=r"metrics.json: broken JSON"):
+        run.read_metrics()
+
+
+def test_tensors_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    values = {
+        "t": torch.tensor(2),
+        "n": np.float32(0.5),
+        "i": np.int64(3),
+        "nan": math.nan,
+        "p": tmp_path,
+        "s": (1, 2),
+    }
+    write_json_atomic(tmp_path / "a.json", {**values, 7: [-math.inf]})
+    read = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert read == {"t": 2, "n": 0.5, "i": 3, "nan": None, "p": str(tmp_path), "s": [1, 2], "7": [None]}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text_atomic(tmp_path / "a.txt", "old")
+
+    def fail(*paths: object) -> None:
+        raise OSError("disk")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        write_text_atomic(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old" and tree(tmp_path) == ["a.txt"]
+
+
+def test_log_round_trip(run: RunDirectory) -> None:
+    assert run.read_log() == []
+    run.append_log({"kind": "train", "step": 1, "loss": 2.5, "gap": math.nan})
+    run.append_log({"kind": "eval", "step": 1, "eval_loss": 2.0})
+    assert run.read_log() == [
+        {"kind": "train", "step": 1, "loss": 2.5, "gap": None},
+        {"kind": "eval", "step": 1, "eval_loss": 2.0},
+    ]
+
+
+@pytest.mark.parametrize("rest", ['{"kind": "train", "st', '{"kind": "tr\u00fc', "{"])
+def test_half_written_last_log_line_is_left_out_and_then_replaced(run: RunDirectory, rest: str) -> None:
+    run.append_log({"step": 1})
+    with run.log_path.open("ab") as file:
+        file.write(rest.encode()[:-1] or b"{")
+    assert run.read_log() == [{"step": 1}]
+    run.append_log({"step": 2})
+    assert run.read_log() == [{"step": 1}, {"step": 2}]
+
+
+def test_half_written_first_log_line(run: RunDirectory) -> None:
+    run.log_path.write_text('{"step"')
+    assert run.read_log() == []
+    run.append_log({"step": 1})
+    assert run.read_log() == [{"step": 1}]
+
+
+def test_broken_line_inside_the_log_is_named(run: RunDirectory) -> None:
+    run.log_path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"log.jsonl: line 2: broken JSON"):
+        run.read_log()
+
+
+def test_predictions(run: RunDirectory) -> None:
+    rows = [{"id": "1", "prediction": "line one\nline two\u2028three"}, {"id": "2", "prediction": ""}]
+    for name in ("student", "other", "teacher", "student_before"):
+        run.write_predictions(name, rows)
+    assert run.predictions_names() == ["teacher", "student_before", "student", "other"]
+    assert run.read_predictions("student") == rows
+    assert RunDirectory(run.path / "nothing").predictions_names() == []
+
+
+# -------------------------------------------------------------------------------------------------- making and opening
+
+
+def refused(path: Path, overwrite: bool = False) -> str:
+    before = tree(path.parent) if path.parent.is_dir() else []
+    with pytest.raises(UserError) as checked:
+        RunDirectory.check_can_create(path, overwrite)
+    with pytest.raises(UserError) as created:
+        RunDirectory.create(path, overwrite)
+    assert str(checked.value) == str(created.value)
+    assert (tree(path.parent) if path.parent.is_dir() else []) == before
+    return str(checked.value)
+
+
+def test_check_makes_nothing_and_create_makes_parents(tmp_path: Path) -> None:
+    RunDirectory.check_can_create(tmp_path / "a" / "b")
+    assert tree(tmp_path) == []
+    assert RunDirectory.create(tmp_path / "a" / "b").path.is_dir()
+    RunDirectory.create(tmp_path / "a" / "b")  # still empty
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refused(tmp_path / "file")
+    assert "is a file" in refused(tmp_path / "file", overwrite=True)
+    assert "is a file" in refused(tmp_path / "file" / "below" / "it")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert "is a file" in refused(tmp_path / "dangling")
+
+
+def test_a_folder_with_something_in_it(run: RunDirectory, tmp_path: Path) -> None:
+    assert "is not empty. Choose another folder, or replace" in refused(run.path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    (tmp_path / "mine" / "recipe.yaml").write_text("student: {}")
+    assert "holds no run of dts_hf" in refused(tmp_path / "mine", overwrite=True)
+
+
+def test_overwrite_removes_our_files_only(run: RunDirectory) -> None:
+    run.append_log({"step": 1})
+    run.write_predictions("student", [])
+    (run.path / "checkpoint-10").mkdir()
+    (run.path / "checkpoint-10" / "weights").write_text("x")
+    (run.path / "notes.txt").write_text("mine")
+    (run.path / "figures").symlink_to(run.path.parent)
+    RunDirectory.check_can_create(run.path, overwrite=True)
+    assert (run.path / "log.jsonl").is_file()
+    RunDirectory.create(run.path, overwrite=True)
+    assert tree(run.path) == ["notes.txt"]
+    assert run.path.parent.is_dir()
+
+
+def test_resume_keeps_everything(run: RunDirectory) -> None:
+    run.append_log({"step": 1})
+    RunDirectory.check_can_create(run.path, resume=True)
+    assert RunDirectory.create(run.path, overwrite=True, resume=True).read_log() == [{"step": 1}]
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere, so chmod proves nothing
+    assert f"no permission to write in {tmp_path}" in refused(tmp_path / "new" / "run")
+
+
+def test_mkdir_that_fails_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match="No space left"):
+        RunDirectory.create(tmp_path / "run")
+
+
+def test_open_refuses_what_is_no_run(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such run directory. Did you mean 'x'\?"):
+        RunDirectory.open(run.path.parent / "X")
+    with pytest.raises(UserError, match=r"is no run directory of dts_hf"):
+        RunDirectory.open(tmp_path)
+    with pytest.raises(UserError, match="no such run directory"):
+        RunDirectory.open(run.recipe_path)
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+
+
+def test_environment_says_enough_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_environmentSecret123")
+    home = Path.home()
+    monkeypatch.setattr(sys, "argv", [f"{home}/bin/dts-hf", "train", "x=hf_abcdefGHIJ1234", f"output.dir={home}/runs"])
+    found = environment()
+    assert found["argv"] == ["~/bin/dts-hf", "train", "x=hf_***", "output.dir=~/runs"]
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["python"].startswith("3.") and found["cpu_count"] >= 1
+    assert found["gpus"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    assert "environmentSecret" not in json.dumps(found)
+
+
+def test_environment_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment()["git_commit"] is None
+    monkeypatch.setenv("PATH", "")
+    assert environment()["git_commit"] is None

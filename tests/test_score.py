@@ -1,0 +1,82 @@
+"""Scores of a file of predictions, and its error messages."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dts_hf.errors import UserError
+from dts_hf.evaluation.metrics import ExactMatch, RougeL
+from dts_hf.evaluation.score import score_file
+
+ROWS = [
+    {"prediction": "Rain falls.", "references": ["rain fell", "Rain falls"], "id": 1},
+    {"prediction": "", "reference": "Something"},
+    {"prediction": "a b c d e a b c d", "output": ["x"]},
+    {"prediction": "two words", "output": "two other words"},
+]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_scores_of_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.jsonl", "\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    scores = score_file(file)
+    predictions = [row["prediction"] for row in ROWS]
+    references = [["rain fell", "Rain falls"], ["Something"], ["x"], ["two other words"]]
+    metric = RougeL(keep_in_memory=True).compute(predictions=predictions, references=references)
+    exact = ExactMatch(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert scores == {"n": 4, **metric, **exact, "empty": 0.25, "repeats_4gram": 0.25}
+    assert scores["rougeL"] == pytest.approx((1 + 0 + 0 + 0.8) / 4)
+    assert scores["exact_match"] == 0.25
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path: Path) -> None:
+    row = json.dumps({"prediction": "one\u2028two\u0085three", "reference": "one two three"}, ensure_ascii=False)
+    assert score_file(write(tmp_path / "p.jsonl", "\ufeff" + row))["rougeL"] == 1.0
+
+
+GOOD = '{"prediction": "a", "reference": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (GOOD + '{"prediction": "a", ', ["line 2", "broken JSON"]),
+        (GOOD + "\n[1]", ["line 3", "[1]", "expected an object"]),
+        ('{"predictions": "a", "reference": "b"}', ["line 1", "'prediction'", "Did you mean 'predictions'?"]),
+        ('{"prediction": null, "reference": "b"}', ["line 1", "prediction", "null", "expected a text"]),
+        ('{"prediction": "a", "refrences": ["b"]}', ["line 1", "'references'", "Did you mean 'refrences'?"]),
+        ('{"prediction": "a", "references": []}', ["line 1", "references", "[]", "at least one"]),
+        ('{"prediction": "a", "references": ["b", 3]}', ["line 1", "references", "3"]),
+        ("\n \n", ["no rows"]),
+        ("", ["no rows"]),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = write(tmp_path / "bad.jsonl", text)
+    with pytest.raises(UserError) as error:
+        score_file(file)
+    for part in [str(file), *parts]:
+        assert part in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "answers.jsonl", GOOD)
+    with pytest.raises(UserError, match=r"no such file.*Did you mean 'answers.jsonl'"):
+        score_file(tmp_path / "answer.jsonl")
+    with pytest.raises(UserError, match="is a folder"):
+        score_file(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + '{"prediction": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        score_file(tmp_path / "latin.jsonl")
+    if os.geteuid() != 0:
+        (tmp_path / "answers.jsonl").chmod(0)
+        with pytest.raises(UserError, match="cannot be read"):
+            score_file(tmp_path / "answers.jsonl")
