@@ -41,8 +41,6 @@ ARITHMETIC_ROWS = 66
 EXTRACTION_ROWS = 66
 HELD_OUT_PER_KIND = 4
 
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
 # People, things and cities of the computed kinds; the second tuple of each pair is held out.
 PEOPLE = (
     ("Tom", "he"), ("Anna", "she"), ("Ben", "he"), ("Clara", "she"), ("David", "he"), ("Eva", "she"),
@@ -61,7 +59,7 @@ CITIES = (
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 DEEDS = (
     ("bought", "buy", "a red bicycle"), ("sold", "sell", "an old piano"), ("found", "find", "a silver ring"),
-    ("lost", "lose", "a brown wallet"), ("repaired", "repair", "a broken clock"), ("painted", "paint", "a wooden door"),
+    ("lost", "lose", "a brown wallet"), ("repaired", "repair", "a broken clock"), ("painted", "paint", "a white door"),
     ("borrowed", "borrow", "a large tent"), ("baked", "bake", "a plum cake"), ("built", "build", "a bird house"),
     ("visited", "visit", "a small museum"), ("met", "meet", "an old friend"), ("opened", "open", "a flower shop"),
     ("rented", "rent", "a blue van"), ("watched", "watch", "a football match"), ("ordered", "order", "a fish soup"),
@@ -128,7 +126,9 @@ def definition() -> Iterator[Item]:
     for number, (fields, held_out) in enumerate(read_list("definitions")):
         thing, meaning = fields
         word = re.sub(r"^(an?|the) ", "", thing)
-        ask = f"What is {thing}? Answer in one sentence." if number % 3 else f"Define the term '{word}' in one sentence."
+        ask = (
+            f"What is {thing}? Answer in one sentence." if number % 3 else f"Define the term '{word}' in one sentence."
+        )
         yield Item("definition", thing, held_out, ask, "", sentence(meaning))
 
 
@@ -192,18 +192,20 @@ def word_problem(form: int, rng: random.Random, part: int) -> tuple[str, str]:
     name, pronoun = rng.choice(PEOPLE[part])
     things = rng.choice(THINGS[part])
     if form == 0:
-        a, b = rng.randint(2, 9), rng.randint(2, 9)
-        story = f"{name} has {NUMBERS[a]} {things} and buys {NUMBERS[b]} more"
-        return f"{story}. How many {things} does {pronoun} have now?", f"{story}, so {pronoun} has {a + b} {things} now."
-    if form == 1:
-        a = rng.randint(5, 12)
+        a, b = rng.randint(2, 12), rng.randint(2, 9)
+        story = f"{name} has {a} {things} and buys {b} more"
+        answer = f"{story}, so {pronoun} has {a} + {b} = {a + b} {things} now."
+    elif form == 1:
+        a = rng.randint(5, 20)
         b = rng.randint(2, a - 2)
-        story = f"{name} had {NUMBERS[a]} {things} and lost {NUMBERS[b]}"
-        return f"{story}. How many {things} are left?", f"{story}, so {pronoun} had {a - b} {things} left."
-    one, many = rng.choice(CONTAINERS[part])
-    a, b = rng.randint(2, 9), rng.randint(2, 6)
-    story = f"One {one} holds {NUMBERS[a]} {things}"
-    return f"{story}. How many {things} do {NUMBERS[b]} {many} hold?", f"{story}, so {b} {many} hold {a * b} {things}."
+        story = f"{name} has {a} {things} and gives {b} away"
+        answer = f"{story}, so {pronoun} has {a} - {b} = {a - b} {things} now."
+    else:
+        one, many = rng.choice(CONTAINERS[part])
+        a, b = rng.randint(3, 12), rng.randint(2, 6)
+        story = f"{name} has {b} {many} with {a} {things} in each {one}"
+        answer = f"{story}, so {pronoun} has {b} * {a} = {a * b} {things} now."
+    return f"{story}. How many {things} does {pronoun} have now?", answer
 
 
 def arithmetic() -> Iterator[Item]:
@@ -214,15 +216,17 @@ def arithmetic() -> Iterator[Item]:
             problem, answer = word_problem(len(seen) % 3, rng, int(held_out))
             if problem not in seen:
                 seen.add(problem)
-                yield Item("arithmetic", problem, held_out, f"{problem} Answer in one sentence.", "", answer)
+                yield Item(
+                    "arithmetic", problem, held_out, f"{problem} Show the calculation in one sentence.", "", answer
+                )
 
 
 def lists() -> Iterator[Item]:
-    yield from from_list(
-        "list",
-        "lists",
-        lambda group, members: (f"Complete the sentence: Three {group} are", "", f"Three {group} are {members}."),
-    )
+    for (group, members), held_out in read_list("lists"):
+        which = group if group.startswith(("largest", "longest")) else f"most common {group}"
+        ask = f"What are the three {which}? Answer in one sentence."
+        answer = f"The three {which} are" if which == group else f"Three common {group} are"
+        yield Item("list", group, held_out, ask, "", f"{answer} {members}.")
 
 
 def summary() -> Iterator[Item]:

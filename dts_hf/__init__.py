@@ -23,7 +23,19 @@ _WHERE = {
     "distill": "distill",
     "load_recipe": "recipe",
 }
-__all__ = sorted(_WHERE)
+__all__ = [
+    "DTSDistillationTrainer",
+    "DistillationLoss",
+    "DistillationTrainer",
+    "Head",
+    "Recipe",
+    "RunDirectory",
+    "TemperaturePolicy",
+    "UserError",
+    "build_temperature",
+    "distill",
+    "load_recipe",
+]
 
 if TYPE_CHECKING:
     from dts_hf.distill import distill

@@ -31,7 +31,9 @@ class TemperatureCallback(TrainerCallback):
     ) -> None:
         self.trainer.temperature.begin_step(state.global_step / max(state.max_steps, 1))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
         if not totals or not totals["rows"]:
             return  # no label in the whole step: nothing was learned about the gap
@@ -92,7 +94,9 @@ class GenerationEvalCallback(TrainerCallback):
     ) -> None:
         self.score, self.every_steps, self.record = score, every_steps, record
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # The last step is left out: the finished student is scored anyway.
         if state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
             scores = self.score()
@@ -119,7 +123,9 @@ class ProgressCallback(TrainerCallback):
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
 
@@ -147,7 +153,9 @@ class ProgressCallback(TrainerCallback):
                 f"kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

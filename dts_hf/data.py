@@ -519,6 +519,7 @@ def encode_rows(
     max_prompt_length: int,
     long_rows: str = "drop",
     progress: str | None = None,
+    name: str = "data",
 ) -> tuple[EncodedDataset, EncodingReport]:
     """Tokenise prompts and responses: ``prompt + response + end-of-sequence``, labels on response and end.
 
@@ -535,6 +536,7 @@ def encode_rows(
             shortened; a row whose prompt does not fit even then is dropped.
         long_rows: ``"drop"`` rows longer than ``max_length``, or ``"cut"`` their response (the end is lost with it).
         progress: the title of a progress bar on stderr, shown for more than 2,000 rows; None shows none.
+        name: what errors call these rows, such as ``data.train``.
 
     Raises:
         UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, no row left.
@@ -576,7 +578,7 @@ def encode_rows(
     report.response_tokens = sum(dataset.lengths) - report.prompt_tokens
     if not len(dataset):
         raise UserError(
-            f"no row left: all {len(rows)} rows are too long for data.max_prompt_length = {max_prompt_length} and "
+            f"{name}: no row left: all {len(rows)} rows are too long for data.max_prompt_length = {max_prompt_length} and "
             f"data.max_length = {max_length} (in tokens). Raise the limits, or use data.long_rows: cut."
         )
     return dataset, report
@@ -691,6 +693,27 @@ def check_packing(model: PreTrainedModel, name: str = "the model") -> None:
             raise _packing_error(name, model)
     finally:
         model.train(was_training)
+
+
+def check_positions(model: PreTrainedModel, name: str, tokens: int, advice: str) -> None:
+    """Refuse ``tokens`` tokens in one row where ``model`` has fewer positions.
+
+    Learned positions would fail in the middle of the run; rotary ones would get worse without a word.
+
+    Args:
+        model: a causal language model; one whose configuration names no limit takes everything.
+        name: the word for it in the error.
+        tokens: of the longest row.
+        advice: what to change.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"{name} ({type(model).__name__}) has {positions} positions, but the longest row needs {tokens}. {advice}"
+        )
 
 
 def _packing_error(name: str, model: PreTrainedModel) -> UserError:

@@ -18,16 +18,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dts_hf.callbacks import GenerationEvalCallback, RunLogCallback
-from dts_hf.data import EncodedDataset, EncodingReport, Row, encode_rows, load_many, load_rows, manifest
+from dts_hf.data import (
+    EncodedDataset,
+    EncodingReport,
+    Row,
+    check_positions,
+    encode_rows,
+    load_many,
+    load_rows,
+    manifest,
+)
 from dts_hf.errors import UserError
 from dts_hf.evaluation.instruct import evaluate_instruct, protocol_fingerprint
 from dts_hf.generation import GenerationSettings
 from dts_hf.models import load_model, load_student, load_teacher, load_tokenizer, save_student
-from dts_hf.prompts import Template, get_template
+from dts_hf.prompts import Template, encode_prompts, get_template
 from dts_hf.recipe import Recipe, training_arguments
 from dts_hf.run_directory import RunDirectory, environment
 from dts_hf.teacher_answers import answer_rows
@@ -44,7 +53,12 @@ def distill(recipe: Recipe) -> RunDirectory:
         UserError: wrong input, named by key, row or file; nothing has been written then.
     """
     started = time.monotonic()
-    RunDirectory.check_can_create(recipe.output.dir, overwrite=recipe.output.overwrite)
+    resume = recipe.training.get("resume_from_checkpoint")
+    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(
+            f"training.resume_from_checkpoint: {resume} is no complete checkpoint (checkpoint-STEP of a run)"
+        )
+    RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
     args = training_arguments(recipe, recipe.output.dir)
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
@@ -54,9 +68,10 @@ def distill(recipe: Recipe) -> RunDirectory:
     train_rows = load_many(recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows)
     validation_rows = _load_validation(recipe)
     tokenizer, teacher_tokenizer = _load_tokenizers(recipe)
-    train_data, train_report = _encode(recipe, train_rows, tokenizer, template)
+    train_data, train_report = _encode(recipe, train_rows, tokenizer, template, "data.train")
     teacher = load_teacher(recipe.teacher).to(args.device)  # type: ignore[arg-type]
     student = load_student(recipe.student, teacher)
+    _check_room(recipe, [teacher, student], tokenizer, template, validation_rows)
 
     answers: dict[str, Any] | None = None
     if recipe.data.responses == "teacher":  # sequence-level KD: train on what the teacher itself would say
@@ -64,10 +79,12 @@ def distill(recipe: Recipe) -> RunDirectory:
             rows = [*train_rows, *validation_rows]
             answered, answers = answer_rows(recipe, teacher, tokenizer, template, rows)
         train_rows = [row for row in answered[: len(train_rows)] if row is not None]
+        if not train_rows:
+            raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
         validation_rows = [row for row in answered[len(rows) - len(validation_rows) :] if row is not None]
-        train_data, train_report = _encode(recipe, train_rows, tokenizer, template)
+        train_data, train_report = _encode(recipe, train_rows, tokenizer, template, "data.train")
     validation_data, validation_report = (
-        _encode(recipe, validation_rows, tokenizer, template) if validation_rows else (None, None)
+        _encode(recipe, validation_rows, tokenizer, template, "data.validation") if validation_rows else (None, None)
     )
 
     policy = build_temperature(recipe.temperature.name, **recipe.temperature.options)
@@ -92,7 +109,7 @@ def distill(recipe: Recipe) -> RunDirectory:
     run = RunDirectory(recipe.output.dir)
     main = trainer.is_world_process_zero()
     if main:
-        run = RunDirectory.create(recipe.output.dir, overwrite=recipe.output.overwrite)
+        run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
         run.save_recipe(recipe)
         run.write_environment(environment())
         run.write_data_manifest(
@@ -164,7 +181,7 @@ def _load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTraine
 
 
 def _encode(
-    recipe: Recipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template
+    recipe: Recipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template, name: str
 ) -> tuple[EncodedDataset, EncodingReport]:
     return encode_rows(
         rows,
@@ -173,7 +190,24 @@ def _encode(
         max_length=recipe.data.max_length,
         max_prompt_length=recipe.data.max_prompt_length,
         long_rows=recipe.data.long_rows,
+        name=name,
     )
+
+
+def _check_room(
+    recipe: Recipe,
+    models: Sequence[nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    rows: Sequence[Row],
+) -> None:
+    """Generation would refuse too long prompts as well, but only once the run directory is there."""
+    wanted = recipe.evaluation
+    prompts = encode_prompts(list(rows[: wanted.rows]), tokenizer, template, recipe.data.max_prompt_length)
+    longest = max((len(prompt.ids) for prompt in prompts if prompt is not None), default=0)
+    for model in models:
+        advice = f"Lower evaluation.max_new_tokens ({wanted.max_new_tokens}) or data.max_prompt_length"
+        check_positions(model, "evaluation: the model", longest + wanted.max_new_tokens, advice)  # type: ignore[arg-type]
 
 
 def _manifest(
@@ -367,6 +401,8 @@ def evaluate_command(
     Raises:
         UserError: unknown model, no rows, or wrong options.
     """
+    if predictions is not None and not predictions.parent.is_dir():
+        raise UserError(f"--predictions: the folder {predictions.parent} does not exist")
     is_run = (Path(model) / "recipe.yaml").is_file()
     run = RunDirectory.open(model) if is_run else None
     recipe = run.read_recipe() if run is not None else None
@@ -375,6 +411,8 @@ def evaluate_command(
             raise UserError(f"evaluate: {model!r} is no run directory with validation rows; say which: --data FILE")
         data = recipe.data.validation
     source = str(run.final_path) if run is not None else model
+    if run is not None and not run.final_path.is_dir():
+        raise UserError(f"{model}: this run holds no student ({run.final_path} is missing): its training has not ended")
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens or (recipe.evaluation.max_new_tokens if recipe else 128),
         batch_size=batch_size,
@@ -405,9 +443,7 @@ def evaluate_command(
         from dts_hf.run_directory import write_text_atomic
 
         write_text_atomic(predictions, "".join(_json_line(row) for row in result.predictions))
-    protocol = protocol_fingerprint(
-        tokenizer, chosen, settings, max_prompt_length=limit, seeds=list(seeds or ())
-    )
+    protocol = protocol_fingerprint(tokenizer, chosen, settings, max_prompt_length=limit, seeds=list(seeds or ()))
     return {**result.scores, "protocol": protocol}
 
 

@@ -1,4 +1,4 @@
-"""``DistillationLoss``: cross-entropy and divergence from hidden states, chunk by chunk, gradients formed in the forward pass.
+"""``DistillationLoss``: cross-entropy and divergence from hidden states, with gradients formed in the forward pass.
 
 One labelled row costs four vocabulary-sized matmuls (student logits, teacher logits, dH, dW; three when the head is
 frozen) and nothing is recomputed in the backward pass. Memory is a fixed budget, whatever the batch.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dts_hf.divergences import Distributions, Divergence, build_divergence, dot
+from dts_hf.divergences import Distribution, Distributions, Divergence, build_divergence
 from dts_hf.errors import UserError
 from dts_hf.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
@@ -35,8 +35,8 @@ SUM_NAMES = (
     "temperature",
 )
 
-#: Rows are processed in blocks of about this many bytes of logits on a CPU, so that the elementwise work stays in its cache.
-_CPU_BLOCK_BYTES = 1 << 20
+#: On a CPU, rows are processed in blocks of about this many bytes of logits: the elementwise work stays in its cache.
+_CPU_BLOCK_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ class DistillationLoss(nn.Module):
         """
         if not student_states.shape[0] == teacher_states.shape[0] == targets.shape[0]:
             raise ValueError(
-                f"rows differ: student {student_states.shape[0]}, teacher {teacher_states.shape[0]}, targets {targets.shape[0]}"
+                f"rows differ: student {student_states.shape[0]}, teacher {teacher_states.shape[0]}, "
+                f"targets {targets.shape[0]}"
             )
         if student_head.vocab_size != teacher_head.vocab_size:
             raise ValueError(
@@ -195,7 +196,7 @@ class _ChunkWalk:
         self.matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else head.weight.dtype
         self.math_dtype = torch.float64 if self.matmul_dtype == torch.float64 else torch.float32
         self.weight = head.weight.detach().to(self.matmul_dtype)
-        self.inverse = 1.0 / normalizer
+        self.inverse = 1.0 / torch.as_tensor(normalizer, dtype=self.math_dtype) if len(states) else 0.0
         self.need_states, self.need_weight, self.need_bias = need
         self.need_any = any(need)
         rows, width = states.shape
@@ -237,27 +238,30 @@ class _ChunkWalk:
         """Statistics of one block of rows; overwrites ``raw_student`` with the gradient of the normalised loss."""
         z_s, z_t = self.head.activate(raw_student), self.teacher_head.activate(raw_teacher)
         picked = targets.unsqueeze(-1)
-        lse_s, lse_t = z_s.logsumexp(-1), z_t.logsumexp(-1)
+        top_s, top_t = z_s.max(-1, keepdim=True), z_t.amax(-1, keepdim=True)
+        shifted_s, shifted_t = z_s - top_s.values, z_t - top_t
+        at_one = Distributions(p=Distribution.of(shifted_t), q=Distribution.of(shifted_s))
+        lse_s = (top_s.values + at_one.q.log_norm).squeeze(-1)
+        lse_t = (top_t + at_one.p.log_norm).squeeze(-1)
         student_ce = lse_s - z_s.gather(-1, picked).squeeze(-1)
         teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)
         temperatures = self.module.temperature(z_s, z_t, RowStats(student_ce, teacher_ce, lse_s, lse_t))
 
-        at_one = _distributions(z_s, z_t, lse_s, lse_t)
         self._add("ce", student_ce)
         self._add("teacher_ce", teacher_ce)
-        self._add("kl", dot(at_one.p, at_one.log_p - at_one.log_q))
-        student_entropy, teacher_entropy = -dot(at_one.q, at_one.log_q), -dot(at_one.p, at_one.log_p)
+        self._add("kl", at_one.forward_kl())
+        student_entropy, teacher_entropy = at_one.q.entropy(), at_one.p.entropy()
         self._add("student_entropy", student_entropy)
         self._add("teacher_entropy", teacher_entropy)
-        self._add("top1_agreement", (z_s.argmax(-1) == z_t.argmax(-1)).to(self.math_dtype))
+        # They agree where the teacher's logit at the student's first choice is the teacher's largest.
+        self._add("top1_agreement", (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
 
         t_s, t_t = temperatures.student, temperatures.teacher
         if _is_one(temperatures):  # T = 1 needs no second softmax; q is still needed for the gradient of CE
-            at_t = at_one._replace(q=at_one.q.clone()) if self.need_any else at_one
-        else:
-            tempered_s, tempered_t = z_s / t_s, z_t / t_t
-            at_t = _distributions(tempered_s, tempered_t, tempered_s.logsumexp(-1), tempered_t.logsumexp(-1))
-            student_entropy, teacher_entropy = -dot(at_t.q, at_t.log_q), -dot(at_t.p, at_t.log_p)
+            at_t = at_one._replace(q=at_one.q._replace(prob=at_one.q.prob.clone())) if self.need_any else at_one
+        else:  # a row's maximum stays 0 when it is divided by T > 0
+            at_t = Distributions(p=Distribution.of(shifted_t / t_t), q=Distribution.of(shifted_s / t_s))
+            student_entropy, teacher_entropy = at_t.q.entropy(), at_t.p.entropy()
         self._add("student_entropy_at_t", student_entropy)
         self._add("teacher_entropy_at_t", teacher_entropy)
         mean_t = torch.broadcast_to(t_s.squeeze(-1) if t_s.dim() else t_s, student_ce.shape)
@@ -274,7 +278,7 @@ class _ChunkWalk:
         grad = d_tempered.mul_(scale / t_s * (kd_ratio * self.inverse))
         if kd_ratio < 1.0:
             ce_weight = (1.0 - kd_ratio) * self.inverse
-            grad.add_(at_one.q.mul_(ce_weight))
+            grad.add_(at_one.q.prob.mul_(ce_weight))
             weights = torch.as_tensor(ce_weight, dtype=grad.dtype, device=grad.device).expand(picked.shape)
             grad.scatter_add_(-1, picked, -weights)
         raw_student.copy_(self.head.activate_backward_(grad, z_s))
@@ -309,11 +313,6 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Ten
     else:
         logits.copy_(hidden @ weight.t())
     return logits if bias is None else logits.add_(bias.detach())
-
-
-def _distributions(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor) -> Distributions:
-    log_p, log_q = z_t - lse_t.unsqueeze(-1), z_s - lse_s.unsqueeze(-1)
-    return Distributions(log_p, log_p.exp(), log_q, log_q.exp())
 
 
 def _is_one(temperatures: Temperatures) -> bool:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,6 +66,7 @@ class ModelSource:
         """
         if name.startswith(PACKAGE_PREFIX):
             package, _, file = name[len(PACKAGE_PREFIX) :].partition("/")
+            package = package.replace("-", "_")  # the name that pip knows, or the one that Python imports
             spec = importlib.util.find_spec(package) if package.isidentifier() else None
             folders = list(spec.submodule_search_locations or ()) if spec else []
             if not folders:
@@ -103,7 +106,9 @@ def load_tokenizer(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(key, name, error) from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{key}: the tokenizer of {name!r} has no end-of-sequence token, so a student could never stop")
+        raise UserError(
+            f"{key}: the tokenizer of {name!r} has no end-of-sequence token, so a student could never stop"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -135,16 +140,28 @@ def load_model(
         if quantization != "none":
             options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, ImportError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(key, name, error) from error
+    model, found = loaded
+    if found["missing_keys"]:  # transformers only warns, and makes them up at random
+        raise UserError(
+            f"{key}: the files of {name!r} lack {len(found['missing_keys'])} weights of {type(model).__name__}, among them "
+            f"{min(found['missing_keys'])}; expected a complete causal language model"
+        )
     if source.gguf_file is not None:
         _clear_quantised_mark(model)
     return model
 
 
 def _not_loadable(key: str, name: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+    if Path(name).exists():
+        return UserError(
+            f"{key}: cannot load {name!r}, expected a folder made by save_pretrained, or a .gguf file: {reason}"
+        )
     return UserError(
         f"{key}: cannot load {name!r}: expected a folder made by save_pretrained, a .gguf file, 'package:NAME/FILE.gguf', "
         f"or a name that the Hugging Face Hub knows (is this machine online, and the name spelt right?). {reason}"
@@ -160,15 +177,21 @@ def _bitsandbytes_config(quantization: str, dtype: str) -> Any:
 
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), bnb_4bit_quant_type="nf4")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), bnb_4bit_quant_type="nf4"
+    )
 
 
 def _clear_quantised_mark(model: PreTrainedModel) -> None:
     """The dequantised weights are plain tensors; the leftover mark would make ``save_pretrained`` refuse them."""
-    for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
         if hasattr(holder, name):
             delattr(holder, name)
-    model.is_quantized = False
+    setattr(model, "is_quantized", False)  # noqa: B010  (typed as a tensor or module by nn.Module)
 
 
 def load_teacher(teacher: Teacher) -> PreTrainedModel:
@@ -265,7 +288,9 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
 def _kept_layers(layers: int | Sequence[int], total: int) -> list[int]:
     if isinstance(layers, int):
         if not 1 <= layers <= total:
-            raise UserError(f"student.init.layers: got {layers}, expected a number from 1 to {total}, the teacher's layers")
+            raise UserError(
+                f"student.init.layers: got {layers}, expected a number from 1 to {total}, the teacher's layers"
+            )
         return evenly_spaced(layers, total)
     kept = list(layers)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
@@ -286,7 +311,8 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     try:
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:  # no module has such a name
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        inside = backbone_of(model).named_modules()
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in inside if isinstance(module, nn.Linear)})
         raise UserError(
             f"student.lora.target_modules: got {target!r}, expected 'all-linear' or names among {', '.join(linear)}"
         ) from error
@@ -294,7 +320,9 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     return adapted
 
 
-def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge_lora: bool = True) -> None:
+def save_student(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge_lora: bool = True
+) -> None:
     """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone."""
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
@@ -341,12 +369,15 @@ def align_vocabularies(
     if mode == "strict":
         if widths[0] != widths[1]:
             raise UserError(
-                f"teacher.vocab_alignment: strict, but the student's head has {widths[0]:,} rows and the teacher's {widths[1]:,}. "
-                f"The tokenizer is the same ({tokens[0]:,} entries), so the rest is padding: use truncate_to_tokenizer"
+                f"teacher.vocab_alignment: strict, but the student's head has {widths[0]:,} rows and the teacher's "
+                f"{widths[1]:,}. The tokenizer is the same ({tokens[0]:,} entries), so the rest is padding: "
+                "use truncate_to_tokenizer"
             )
         return VocabularyPlan(widths[0])
     size = min(*widths, max(tokens) if mode == "truncate_to_tokenizer" else min(shared, *widths))
-    cut = [f"{width - size:,} of the {who}'s {width:,}" for who, width in zip(("student", "teacher"), widths, strict=True)]
+    cut = [
+        f"{width - size:,} of the {who}'s {width:,}" for who, width in zip(("student", "teacher"), widths, strict=True)
+    ]
     note = f"vocabulary cut to {size:,} ids ({mode}): left out {cut[0]} and {cut[1]}" if size < max(widths) else ""
     if note:
         logger.warning(note)

@@ -87,6 +87,8 @@ class Student(Section):
         if (self.model is None) == (self.init is None):
             found = "neither" if self.model is None else "both"
             raise ValueError(f"give exactly one of 'model' and 'init', got {found} (null removes a key)")
+        if self.init is not None and self.lora is not None and self.lora.save == "adapter":
+            raise ValueError("lora.save is 'adapter', but a student made by 'init' has no base to load: use 'merged'")
         return self
 
 

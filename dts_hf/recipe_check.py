@@ -23,6 +23,7 @@ Schema = Mapping[str, Any]
 
 RESERVED_TRAINING_KEYS = {
     "output_dir": "not allowed here: it is the run directory, set output.dir",
+    "label_smoothing_factor": "not supported: the loss takes the labels as they are; the teacher does the smoothing",
     "hub_token": "not allowed here: recipes are saved and shared. Run 'hf auth login' or set HF_TOKEN",
 }
 RENAMED_TRAINING_KEYS = {  # keys of older versions that many recipes still carry
@@ -41,8 +42,10 @@ POSITIVE_TRAINING_KEYS = (
     "logging_steps",
     "save_steps",
     "eval_steps",
+    "seed",
+    "data_seed",
 )
-ALSO_ZERO = ("learning_rate",)
+ALSO_ZERO = ("learning_rate", "seed", "data_seed")
 
 
 # ------------------------------------------------------------------------------------- problems of keys, types, ranges
@@ -159,6 +162,8 @@ def _expected_one(node: Schema, schema: Schema) -> str:
         return f"{words}, each {_expected(node['items'], schema)}" if node.get("items") else words
     if kind == "object":
         return f"a mapping with {', '.join(node['properties'])}" if node.get("properties") else "a mapping"
+    if node.get("minLength"):
+        return "text that is not empty"
     return {"string": "text", "boolean": "true or false", "null": "null"}.get(str(kind), "another value")
 
 

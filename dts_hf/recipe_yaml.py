@@ -60,6 +60,9 @@ def _read_chain(path: Path, origins: dict[str, str], below: list[Path]) -> dict[
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: extends: got {shown(base)}, expected the file name of another recipe")
+        if not (path.parent / base).is_file():
+            siblings = [p.name for p in path.parent.glob("*.yaml") if p != path]
+            raise UserError(f"{path}: extends: {base}: no such recipe file.{nearest(base, siblings)}")
         merged = _read_chain(path.parent / base, origins, [*below, path.resolve()])
     origins.update(dict.fromkeys(_dotted_keys(values), str(path)))
     return _merge(merged, values)

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -88,7 +89,7 @@ class RunDirectory:
 
     @classmethod
     def check_can_create(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:
-        """Refuse now what ``create`` would refuse later; makes and removes nothing. Call it before models are loaded.
+        """Refuse now what ``create`` would refuse later; leaves everything as it is. Call it before models are loaded.
 
         Raises:
             UserError: the path is a file, a folder with something in it, or a place where nothing can be written.
@@ -99,8 +100,11 @@ class RunDirectory:
         existing = next(folder for folder in [path, *path.absolute().parents] if _exists(folder))
         if not existing.is_dir():
             raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"output.dir: no permission to write in {existing}. Choose another folder")
+        try:  # os.access says yes to root in /proc and on some network drives
+            os.rmdir(tempfile.mkdtemp(prefix=".dts_hf-", dir=existing))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
         if resume or not path.is_dir() or not any(path.iterdir()):
             return
         if not overwrite:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts_hf.data import Row
+from dts_hf.errors import UserError
 from dts_hf.evaluation.instruct import decode_answer
 from dts_hf.generation import GenerationSettings, generate, stop_token_ids
 from dts_hf.models import ModelSource
@@ -48,6 +49,10 @@ def answer_rows(
     fingerprint = _fingerprint(recipe, settings, ids)
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache() / "teacher_answers"
     path = folder / f"{fingerprint}.json"
+    try:  # before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot make the folder {folder}: {error.strerror}") from None
     cached = path.is_file()
     if cached:
         answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
@@ -61,13 +66,16 @@ def answer_rows(
             progress="teacher answers",
         )
         answers = [decode_answer(tokenizer, answer.tokens) for answer in generated]
-        folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {"teacher": recipe.teacher.model, "answers": answers})
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
         if text:
             answered[index] = _with_answer(rows[index], text)
-    return answered, {"fingerprint": fingerprint, "cached": cached, "answered": sum(row is not None for row in answered)}
+    return answered, {
+        "fingerprint": fingerprint,
+        "cached": cached,
+        "answered": sum(row is not None for row in answered),
+    }
 
 
 def default_cache() -> Path:
@@ -88,7 +96,11 @@ def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Seq
     """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts."""
     teacher = recipe.teacher
     source = ModelSource.resolve(teacher.model, "teacher.model")
-    files = [Path(source.location) / source.gguf_file] if source.gguf_file else sorted(Path(source.location).glob("*.safetensors"))
+    files = (
+        [Path(source.location) / source.gguf_file]
+        if source.gguf_file
+        else sorted(Path(source.location).glob("*.safetensors"))
+    )
     described = {
         "teacher": [teacher.model, teacher.revision, teacher.dtype, teacher.quantization],
         # A folder's weights may be replaced under the same name: size and time tell.

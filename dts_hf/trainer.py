@@ -13,14 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from dts_hf.callbacks import OrderCallback, ProgressCallback, TemperatureCallback
-from dts_hf.data import EncodedDataset, LengthGroupedSampler, PackedCollator, PaddedCollator, check_packing
-from dts_hf.data import encode_rows, rows_from_dataset
+from dts_hf.data import (
+    EncodedDataset,
+    LengthGroupedSampler,
+    PackedCollator,
+    PaddedCollator,
+    check_packing,
+    check_positions,
+    encode_rows,
+    rows_from_dataset,
+)
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.head import Head, head_of, loss_in_head
@@ -29,7 +37,7 @@ from dts_hf.meters import MeanLog, SumMeter, means
 from dts_hf.models import align_vocabularies, check_head, load_model, load_tokenizer
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response
-from dts_hf.run_directory import write_json_atomic
+from dts_hf.run_directory import write_json_atomic, write_text_atomic
 from dts_hf.teachers import LiveTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
@@ -131,7 +139,7 @@ class DistillationTrainer(Trainer):
             if dataset is None or _is_tokenised(dataset):
                 return dataset
             limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
-            return encode_rows(rows_from_dataset(dataset, name), processing_class, template, **limits)[0]  # type: ignore[arg-type]
+            return encode_rows(rows_from_dataset(dataset, name), processing_class, template, name=name, **limits)[0]  # type: ignore[arg-type]
 
         self.temperature = _temperature(temperature)
         options: dict[str, Any] = {
@@ -147,23 +155,28 @@ class DistillationTrainer(Trainer):
         self.train_sampler: LengthGroupedSampler | None = None
         self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
         self._logged_at = time.monotonic()
+        train_dataset, eval_dataset = encode(train_dataset, "train_dataset"), encode(eval_dataset, "eval_dataset")
+        for dataset in (train_dataset, eval_dataset):
+            self._check_rows(dataset, model)
         collator = data_collator or (PackedCollator() if packing else PaddedCollator(processing_class.pad_token_id))
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=encode(train_dataset, "train_dataset"),
-            eval_dataset=encode(eval_dataset, "eval_dataset"),
-            processing_class=processing_class,
-            callbacks=[TemperatureCallback(self), OrderCallback(self), ProgressCallback(), *(callbacks or [])],
-            **kwargs,
-        )
+        try:
+            self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # a missing package shows now
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[TemperatureCallback(self), OrderCallback(self), ProgressCallback(), *(callbacks or [])],
+                **kwargs,
+            )
+        except (ValueError, ImportError, OSError, RuntimeError) as error:  # its checks raise these, as they come
+            raise UserError(f"training: transformers.Trainer refuses this: {error}") from error
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
         self.teacher.to(self.args.device)
         self.loss.to(self.args.device)
-        for dataset in (self.train_dataset, self.eval_dataset):
-            self._check_ids(dataset)
 
     # ------------------------------------------------------------------------------------------------- the batch
 
@@ -183,7 +196,8 @@ class DistillationTrainer(Trainer):
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
         if num_items_in_batch is None:
             num_items_in_batch = count_targets(labels).clamp(min=1)
-        normalizer = num_items_in_batch / self.accelerator.num_processes
+        precise = torch.float32 if labels.device.type == "mps" else torch.float64
+        normalizer = torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
         loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)
         student = self.accelerator.unwrap_model(model)
         teacher_states = self.teacher.states(batch, labels)
@@ -224,24 +238,33 @@ class DistillationTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """The Trainer's loop, with its mean of batch means replaced by means over labels of all ranks, at T = 1."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         totals = self.eval_meter.reduce(self.accelerator)
         if totals:
             values = means(totals)
             values["loss"] = (1 - self.loss.kd_ratio) * values["ce_loss"] + self.loss.kd_ratio * values["kd_loss"]
             values["rows"] = totals["rows"]
-            for name in ("temperature", "temperature_min", "temperature_max", "effective_support"):
-                values.pop(name)
-            for name in ("student_entropy_at_t", "teacher_entropy_at_t"):
-                values.pop(name)
+            for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
+                values.pop(name)  # at T = 1 they say nothing new
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        dataset: Any = (
+            self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        )
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
@@ -251,7 +274,7 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Our own sampler for our own data set: its order depends on seed and epoch alone, so ranks and resumes agree."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         if not isinstance(dataset, EncodedDataset) or strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(dataset)
@@ -295,7 +318,9 @@ class DistillationTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / TEMPERATURE_STATE
         if not path.is_file():
-            raise UserError(f"{path}: missing, so the temperature cannot go on where it was; resume from another checkpoint")
+            raise UserError(
+                f"{path}: missing, so the temperature cannot go on where it was; resume from another checkpoint"
+            )
         state = _read_json(path)
         if state.pop("name", None) != self.temperature.name:
             raise UserError(f"{path}: written by another temperature policy, expected '{self.temperature.name}'")
@@ -307,13 +332,16 @@ class DistillationTrainer(Trainer):
             tags = ["dts_hf", "knowledge-distillation", self.temperature.name]
             super().create_model_card(*args, **{**kwargs, "tags": [*tags, *(kwargs.get("tags") or [])]})
         elif self.is_world_process_zero():
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(self.args.output_dir) / "README.md").write_text(self.model_card(), encoding="utf-8")
+            write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.model_card())
 
-    def _check_ids(self, dataset: Any) -> None:
-        """A label beyond the aligned vocabulary would index outside the logits; say so now."""
+    def _check_rows(self, dataset: Any, student: nn.Module) -> None:
+        """A row longer than the positions, or a label beyond the aligned vocabulary, would fail later; say so now."""
         if dataset is None or not hasattr(dataset, "__len__"):
             return
+        longest = max((len(dataset[index]["input_ids"]) for index in range(len(dataset))), default=0)
+        teacher = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
+        for model, name in [(student, "the student"), *teacher]:
+            check_positions(model, name, longest, "Lower data.max_length")  # type: ignore[arg-type]
         for index in range(len(dataset)):
             top = max(max(dataset[index]["input_ids"], default=0), max(dataset[index]["labels"], default=0))
             if top >= self.vocab_size:
@@ -360,7 +388,9 @@ def _is_tokenised(dataset: Any) -> bool:
 def _count_tokens(batch: dict[str, Tensor]) -> Tensor:
     """Real tokens of the batch, padding left out."""
     mask = batch.get("attention_mask")
-    return mask.sum() if mask is not None else torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+    return (
+        mask.sum() if mask is not None else torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+    )
 
 
 def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:

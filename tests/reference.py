@@ -16,7 +16,9 @@ def softmax(z: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True)
 
 
-def logits(states: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float | None = None) -> Tensor:
+def logits(
+    states: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float | None = None
+) -> Tensor:
     z = torch.einsum("nh,vh->nv", states, weight)
     if bias is not None:
         z = z + bias
@@ -54,7 +56,10 @@ def distillation_loss(
 ) -> Tensor:
     """sum over rows of (1 - r) CE + r T_s T_t D(softmax(z_t / T_t), softmax(z_s / T_s)), over the normalizer."""
     ce = -torch.log(softmax(z_s)[torch.arange(len(targets)), targets])
-    t_s, t_t = torch.as_tensor(temperature_student, dtype=z_s.dtype), torch.as_tensor(temperature_teacher, dtype=z_s.dtype)
+    t_s, t_t = (
+        torch.as_tensor(temperature_student, dtype=z_s.dtype),
+        torch.as_tensor(temperature_teacher, dtype=z_s.dtype),
+    )
     d = DIVERGENCES[divergence](softmax(z_t / t_t), softmax(z_s / t_s), **options)
     factor = (t_s * t_t).reshape(-1) if squared else torch.ones((), dtype=z_s.dtype)
     return ((1 - kd_ratio) * ce + kd_ratio * factor * d).sum() / normalizer

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 from transformers.generation import NoRepeatNGramLogitsProcessor
 
@@ -23,7 +24,6 @@ from dts_hf.generation import (
     gumbel_noise,
     stop_token_ids,
 )
-from tests.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 
 # Many tokens end an answer, so that random models end at very different lengths and lines leave the batch all the time
 EOS = [2, *range(20, 40)]
@@ -342,3 +342,14 @@ def test_the_progress_bar_appears_only_when_it_takes_long(
     monkeypatch.setattr("dts_hf.generation.SECONDS_BEFORE_BAR", 0.0)
     generate(tiny_llama(), [[5]], settings, eos_token_ids=EOS, pad_token_id=2, progress="answers")
     assert "answers" in capsys.readouterr().out
+
+
+def test_a_model_with_adapters_is_generated_from_like_any_other() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        model = get_peft_model(tiny_llama(tie=False), LoraConfig(r=2, target_modules="all-linear"))
+    shapes: list[tuple[int, ...]] = []
+    model.get_base_model().lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    assert answers(model, make_prompts(), 7) == references("llama-untied", 0), "a new adapter adds nothing"
+    assert {shape[1] for shape in shapes} == {1}

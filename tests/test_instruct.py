@@ -6,6 +6,7 @@ import json
 import statistics
 
 import pytest
+from tiny import tiny_llama, tiny_tokenizer
 
 from dts_hf.data import Row
 from dts_hf.errors import UserError
@@ -13,7 +14,6 @@ from dts_hf.evaluation.instruct import MEASURES, decode_answer, evaluate_instruc
 from dts_hf.evaluation.rouge import best_rouge_l
 from dts_hf.generation import GenerationSettings, generate
 from dts_hf.prompts import encode_prompt, get_template
-from tests.tiny import tiny_llama, tiny_tokenizer
 
 TEMPLATE = get_template("alpaca")
 SETTINGS = GenerationSettings(max_new_tokens=12, batch_size=4)

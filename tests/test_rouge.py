@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -72,6 +74,15 @@ def test_random_texts_score_exactly_as_in_rouge_score(use_stemmer: bool) -> None
             for _ in range(2)
         )
         assert rouge_l(first, second, use_stemmer) == oracle(first, second, use_stemmer)
+
+
+@pytest.mark.shared_data
+def test_real_answers_score_exactly_as_in_rouge_score(shared_data_dir: Path) -> None:
+    rows = [json.loads(line) for line in (shared_data_dir / "dolly" / "valid.jsonl").open(encoding="utf-8")]
+    texts = [row["output"] for row in rows]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for prediction, reference in itertools.pairwise(texts):
+        assert rouge_l(prediction, reference) == scorer.score(reference, prediction)["rougeL"].fmeasure
 
 
 def test_the_stemmer_is_on_by_default_and_matters() -> None:

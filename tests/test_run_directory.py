@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +193,11 @@ def test_resume_keeps_everything(run: RunDirectory) -> None:
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere, so chmod proves nothing
-    assert f"no permission to write in {tmp_path}" in refused(tmp_path / "new" / "run")
+    def refuse(**options: object) -> str:  # root may write everywhere, so chmod proves nothing
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    assert f"cannot write in {tmp_path} (Permission denied)" in refused(tmp_path / "new" / "run")
 
 
 def test_mkdir_that_fails_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,8 @@ class ExactMatch(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info("exact match after normalisation, any reference of each example")
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    def _compute(  # type: ignore[override]
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
         hits = [exact_match(p, list(r)) for p, r in zip(predictions, references, strict=True)]
         return {"exact_match": sum(hits) / len(hits)}

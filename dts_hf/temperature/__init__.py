@@ -35,7 +35,9 @@ def build_temperature(name: str, **options: Any) -> TemperaturePolicy:
     """
     policies = temperature_policies()
     if name not in policies:
-        raise UserError(f"temperature.name: got {name!r}, expected one of {', '.join(policies)}.{nearest(name, policies)}")
+        raise UserError(
+            f"temperature.name: got {name!r}, expected one of {', '.join(policies)}.{nearest(name, policies)}"
+        )
     known = [option for option in inspect.signature(policies[name].__init__).parameters if option != "self"]
     for option in options:
         if option not in known:

