@@ -131,7 +131,8 @@ def distill(recipe: Recipe) -> RunDirectory:
 
     if main:
         merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
-        save_student(student, tokenizer, run.final_path, merge_lora=merge)
+        # push_to_hub saves trainer.model again: it must be the merged one.
+        trainer.model = save_student(student, tokenizer, run.final_path, merge_lora=merge)  # type: ignore[assignment]
         scorer.finish(
             {
                 "steps": trainer.state.global_step,
@@ -412,7 +413,9 @@ def evaluate_command(
         data = recipe.data.validation
     source = str(run.final_path) if run is not None else model
     if run is not None and not run.final_path.is_dir():
-        raise UserError(f"{model}: this run holds no student ({run.final_path} is missing): its training has not ended")
+        raise UserError(
+            f"{model}: this run holds no student ({run.final_path} is missing): its training has not ended"
+        )
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens or (recipe.evaluation.max_new_tokens if recipe else 128),
         batch_size=batch_size,

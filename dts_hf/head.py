@@ -157,4 +157,4 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
 def backbone_of(model: nn.Module) -> nn.Module:
     """The model without its output layer; its ``last_hidden_state`` is what the head reads."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return getattr(owner, owner.base_model_prefix)
+    return cast(nn.Module, getattr(owner, cast(str, owner.base_model_prefix)))

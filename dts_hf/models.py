@@ -322,13 +322,18 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
 
 def save_student(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge_lora: bool = True
-) -> None:
-    """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone."""
+) -> nn.Module:
+    """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone.
+
+    Returns:
+        the model as it was saved; merging makes it another one.
+    """
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
     model.config.use_cache = True  # type: ignore[union-attr, assignment]  # the Trainer switched it off for training
     model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+    return model
 
 
 @dataclass(frozen=True)

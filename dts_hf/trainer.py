@@ -262,9 +262,9 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
-        dataset: Any = (
-            self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
-        )
+        dataset: Any = eval_dataset or self.eval_dataset
+        if isinstance(eval_dataset, str):
+            dataset = dict(self.eval_dataset)[eval_dataset]  # type: ignore[arg-type]
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
@@ -338,16 +338,18 @@ class DistillationTrainer(Trainer):
         """A row longer than the positions, or a label beyond the aligned vocabulary, would fail later; say so now."""
         if dataset is None or not hasattr(dataset, "__len__"):
             return
-        longest = max((len(dataset[index]["input_ids"]) for index in range(len(dataset))), default=0)
-        teacher = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
-        for model, name in [(student, "the student"), *teacher]:
-            check_positions(model, name, longest, "Lower data.max_length")  # type: ignore[arg-type]
+        longest = 0
         for index in range(len(dataset)):
-            top = max(max(dataset[index]["input_ids"], default=0), max(dataset[index]["labels"], default=0))
+            row = dataset[index]
+            longest = max(longest, len(row["input_ids"]))
+            top = max(max(row["input_ids"], default=0), max(row["labels"], default=0))
             if top >= self.vocab_size:
                 raise UserError(
                     f"row {index}: token id {top} is outside the {self.vocab_size:,} ids that teacher and student share"
                 )
+        teacher = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
+        for model, name in [(student, "the student"), *teacher]:
+            check_positions(model, name, longest, "Lower data.max_length")  # type: ignore[arg-type]
 
 
 DTSDistillationTrainer = DistillationTrainer

@@ -615,6 +615,24 @@ def test_a_gguf_file_is_read_dequantised_trainable_and_savable(tmp_path: Path) -
         assert AutoTokenizer.from_pretrained(tmp_path / name)("Name.")["input_ids"] == words("Name.")["input_ids"]
 
 
+def test_gguf_weights_are_asked_for_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed blocks are slow and cannot be trained; a tiny model is unpacked anyway, so look at what is asked for."""
+    asked: dict[str, Any] = {}
+
+    def look(location: str, **options: Any) -> None:
+        asked.update(options)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", look)
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(UserError, match="seen enough"):
+        load_model(str(tmp_path / "m.gguf"), key="teacher.model", dtype="bfloat16")
+    assert asked["quantization_config"].dequantize and asked["dtype"] == torch.bfloat16
+    with pytest.raises(UserError, match="seen enough"):
+        load_model(str(tmp_path), key="teacher.model")
+    assert asked["use_safetensors"] is True and asked["trust_remote_code"] is False
+
+
 def test_quantisation_of_a_gguf_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").touch()
     with pytest.raises(UserError, match=r"teacher.model: .* is a GGUF file, which is dequantised; expected .* 'none'"):

@@ -14,7 +14,7 @@ from dts_hf.evaluation.text import exact_match
 
 def _info(description: str) -> evaluate.MetricInfo:
     text = datasets.Value("string")
-    features = datasets.Features({"predictions": text, "references": datasets.List(text)})
+    features: Any = datasets.Features({"predictions": text, "references": datasets.List(text)})  # type: ignore[arg-type]
     return evaluate.MetricInfo(description=description, citation="", inputs_description="", features=features)
 
 
@@ -28,7 +28,7 @@ class RougeL(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info("ROUGE-L F-measure, best reference of each example")
 
-    def _compute(
+    def _compute(  # type: ignore[override]
         self,
         predictions: Sequence[str],
         references: Sequence[Sequence[str]],

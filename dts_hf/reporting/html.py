@@ -105,12 +105,9 @@ def choose_samples(facts: Facts, count: int = SAMPLES) -> tuple[list[Sample], in
     by_model = {model: _first_answers(facts.predictions.get(model) or []) for model in MODELS}
     lead = next((by_model[model] for model in reversed(MODELS) if by_model[model]), {})
     order = sorted(lead, key=lambda key: (-(number(lead[key].get("rougeL")) or 0.0), key))
-    if len(order) > count:
-        order_shown = [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)]
-    else:
-        order_shown = order
+    spread = [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)] if len(order) > count else order
     samples = []
-    for key in order_shown:
+    for key in spread:
         row = lead[key]
         answers = [_answer(MODEL_LABELS[model], by_model[model][key]) for model in MODELS if key in by_model[model]]
         instruction, given = str(row.get("instruction") or ""), str(row.get("input") or "")

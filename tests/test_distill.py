@@ -1,0 +1,202 @@
+"""The straight line end to end on tiny models: the run directory, its files, and what a user does with them next."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dts_hf.distill import _weights_as, distill, evaluate_command
+from dts_hf.errors import UserError
+from dts_hf.recipe import Recipe
+from dts_hf.run_directory import RunDirectory
+
+INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
+
+
+def write_rows(path, start, count):
+    rows = [
+        {"id": f"row-{start + i}", "instruction": f"{INSTRUCTIONS[i % 6]} {start + i}", "input": "", "output": "apples and pears"}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture()
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DTS_HF_CACHE", str(tmp_path / "cache"))
+    tiny_llama(seed=0, layers=4).save_pretrained("teacher")
+    tiny_tokenizer().save_pretrained("teacher")
+    write_rows(tmp_path / "train.jsonl", 0, 12)
+    write_rows(tmp_path / "valid.jsonl", 50, 5)
+    return tmp_path
+
+
+def recipe(**sections):
+    values = {
+        "student": {"init": {"from": "teacher", "layers": 2}},
+        "teacher": {"model": "teacher", "dtype": "float32"},
+        "data": {"train": "train.jsonl", "validation": "valid.jsonl", "prompt_template": "chat", "max_length": 96,
+                 "max_prompt_length": 64},
+        "temperature": {"name": "dts", "rule": "gap"},
+        "training": {"use_cpu": True, "max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4,
+                     "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True},
+        "evaluation": {"rows": 5, "max_new_tokens": 8, "every_steps": 2},
+        "output": {"dir": "run"},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if name != "student" else section
+    return Recipe.from_dict(values)
+
+
+def test_the_run_directory_holds_exactly_this(workplace):
+    wanted = recipe()
+    run = distill(wanted)
+    files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
+    assert files == [
+        "README.md",
+        "data_manifest.json",
+        "environment.json",
+        "figures/losses.png",
+        "figures/rouge.png",
+        "figures/temperature.png",
+        "final/chat_template.jinja",
+        "final/config.json",
+        "final/generation_config.json",
+        "final/model.safetensors",
+        "final/tokenizer.json",
+        "final/tokenizer_config.json",
+        "log.jsonl",
+        "metrics.json",
+        "predictions/student.jsonl",
+        "predictions/student_before.jsonl",
+        "predictions/teacher.jsonl",
+        "recipe.yaml",
+        "report.html",
+    ]
+    assert run.read_recipe() == wanted
+    kinds = [record["kind"] for record in run.read_log()]
+    assert kinds.count("train") == 2 and kinds.count("generation") == 3  # before, at step 2, at the end
+    metrics = run.read_metrics()
+    assert set(metrics["models"]) == {"teacher", "student_before", "student"}
+    for name, entry in metrics["models"].items():
+        assert entry["sets"]["validation"]["n"] == 5
+        assert {"ce", "kl", "top1_agreement", "n_tokens"} == set(entry["teacher_forced"]), name
+    before, after = (metrics["models"][name]["teacher_forced"]["kl"] for name in ("student_before", "student"))
+    assert after != before
+    assert metrics["training"]["steps"] == 4 and metrics["training"]["tokens"] > 0
+    manifest = run.read_data_manifest()
+    assert manifest["splits"]["train"]["rows"] == 12 and len(manifest["splits"]["train"]["sha256"]) == 64
+    assert len(run.read_predictions("student")) == 5
+
+
+def test_the_student_loads_generates_and_has_its_cache_back(workplace):
+    run = distill(recipe(evaluation={"models": []}))
+    student = AutoModelForCausalLM.from_pretrained(run.final_path)
+    tokenizer = AutoTokenizer.from_pretrained(run.final_path)
+    assert student.config.num_hidden_layers == 2 and student.config.use_cache is True
+    ids = tokenizer("Name a fruit", return_tensors="pt")
+    with_cache = student.generate(**ids, max_new_tokens=6, do_sample=False)
+    without = student.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(with_cache, without)
+
+
+def test_same_recipe_same_student(workplace):
+    weights = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) * 7)  # whatever the caller did before
+        run = distill(recipe(output={"dir": name, "report": False}))
+        weights.append(AutoModelForCausalLM.from_pretrained(run.final_path).state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_generation_during_training_changes_nothing(workplace):
+    weights = []
+    for name, every in (("with", 1), ("without", None)):
+        run = distill(recipe(output={"dir": name, "report": False}, evaluation={"every_steps": every, "dtype": "bfloat16"}))
+        weights.append(AutoModelForCausalLM.from_pretrained(run.final_path).state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_teacher_answers_are_made_once_and_trained_on(workplace):
+    first = distill(recipe(data={"responses": "teacher", "teacher_max_new_tokens": 8}, output={"dir": "a"}))
+    again = distill(recipe(data={"responses": "teacher", "teacher_max_new_tokens": 8}, output={"dir": "b"}))
+    answers = [run.read_data_manifest()["teacher_answers"] for run in (first, again)]
+    assert [answer["cached"] for answer in answers] == [False, True]
+    assert answers[0]["fingerprint"] == answers[1]["fingerprint"]
+    teacher = first.read_predictions("teacher")
+    assert all(row["references"] == [row["prediction"]] or not row["finished"] for row in teacher)
+    assert all("pears" not in row["references"][0] for row in teacher)
+    other = distill(recipe(data={"responses": "teacher", "teacher_max_new_tokens": 6}, output={"dir": "c"}))
+    assert other.read_data_manifest()["teacher_answers"]["fingerprint"] != answers[0]["fingerprint"]
+
+
+def test_lora_adapter_alone_is_small_and_loads_on_its_base(workplace):
+    tiny_llama(seed=3, layers=2).save_pretrained("student")
+    tiny_tokenizer().save_pretrained("student")
+    lora = {"r": 4, "save": "adapter"}
+    run = distill(recipe(student={"model": "student", "lora": lora}, output={"dir": "run", "report": False}))
+    assert (run.final_path / "adapter_model.safetensors").is_file() and not (run.final_path / "model.safetensors").exists()
+
+
+def test_lora_merged_is_a_plain_model(workplace):
+    student = {"init": {"from": "teacher", "layers": [0, 3]}, "lora": {"r": 4, "save": "merged"}}
+    run = distill(recipe(student=student, output={"dir": "run", "report": False}))
+    assert AutoModelForCausalLM.from_pretrained(run.final_path).config.num_hidden_layers == 2
+    assert not (run.final_path / "adapter_model.safetensors").exists()
+
+
+def test_evaluate_command_repeats_the_runs_own_score(workplace):
+    run = distill(recipe(output={"dir": "run", "report": False}))
+    scores = evaluate_command(str(run.path), None, rows=5)
+    expected = run.read_metrics()["models"]["student"]["sets"]["validation"]
+    assert scores["rougeL"] == expected["rougeL"] and scores["n"] == 5
+    assert scores["protocol"]["fingerprint"] == run.read_metrics()["protocol"]["fingerprint"]
+    with pytest.raises(UserError, match="--data"):
+        evaluate_command("teacher", None)
+
+
+def test_push_uploads_our_card_and_the_student(workplace, monkeypatch):
+    """HF's own push_to_hub with the network replaced: what would be uploaded is the student with our card."""
+    import transformers.trainer as hf
+
+    uploaded = {}
+
+    def upload_folder(*, folder_path, **kwargs):
+        import pathlib
+
+        folder = pathlib.Path(folder_path)
+        uploaded.update({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+
+    class Repo:
+        repo_id = "someone/student"
+
+    monkeypatch.setattr(hf, "create_repo", lambda *args, **kwargs: Repo())
+    monkeypatch.setattr(hf, "upload_folder", upload_folder)
+    training = {"push_to_hub": True, "hub_model_id": "someone/student", "hub_strategy": "end"}
+    distill(recipe(training=training))
+    card = uploaded["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert "model.safetensors" in uploaded and "config.json" in uploaded
+    assert metadata["model-index"][0]["results"] and "dts_hf" in metadata["tags"]
+    assert str(workplace) not in card
+
+
+def test_bf16_weights_come_back_bit_for_bit():
+    model = tiny_llama(seed=1, tie=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with _weights_as(model, "bfloat16"):
+        assert model.dtype == torch.bfloat16
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_open_refuses_what_is_no_run(workplace):
+    with pytest.raises(UserError):
+        RunDirectory.open("teacher")
