@@ -118,7 +118,9 @@ def test_same_recipe_same_student(workplace):
 def test_generation_during_training_changes_nothing(workplace):
     weights = []
     for name, every in (("with", 1), ("without", None)):
-        run = distill(recipe(output={"dir": name, "report": False}, evaluation={"every_steps": every, "dtype": "bfloat16"}))
+        run = distill(
+            recipe(output={"dir": name, "report": False}, evaluation={"every_steps": every, "dtype": "bfloat16"})
+        )
         weights.append(AutoModelForCausalLM.from_pretrained(run.final_path).state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -141,7 +143,9 @@ def test_lora_adapter_alone_is_small_and_loads_on_its_base(workplace):
     tiny_tokenizer().save_pretrained("student")
     lora = {"r": 4, "save": "adapter"}
     run = distill(recipe(student={"model": "student", "lora": lora}, output={"dir": "run", "report": False}))
-    assert (run.final_path / "adapter_model.safetensors").is_file() and not (run.final_path / "model.safetensors").exists()
+    assert (run.final_path / "adapter_model.safetensors").is_file() and not (
+        run.final_path / "model.safetensors"
+    ).exists()
 
 
 def test_lora_merged_is_a_plain_model(workplace):
@@ -173,11 +177,14 @@ def test_push_uploads_our_card_and_the_student(workplace, monkeypatch):
         folder = pathlib.Path(folder_path)
         uploaded.update({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
 
-    class Repo:
-        repo_id = "someone/student"
+    class Hub:
+        def create_repo(self, *args, **kwargs):
+            return type("Repo", (), {"repo_id": "someone/student"})()
 
-    monkeypatch.setattr(hf, "create_repo", lambda *args, **kwargs: Repo())
-    monkeypatch.setattr(hf, "upload_folder", upload_folder)
+        def upload_folder(self, **kwargs):
+            return upload_folder(**kwargs)
+
+    monkeypatch.setattr(hf, "hf_api", Hub)
     training = {"push_to_hub": True, "hub_model_id": "someone/student", "hub_strategy": "end"}
     distill(recipe(training=training))
     card = uploaded["README.md"].decode()
