@@ -35,7 +35,7 @@ test: lint ## lint, types and all tests (at most 15 minutes on 2 cores)
 
 bench: $(VENV)/.installed-dev ## time and memory of the loss head against the floor and TRL
 	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0
-	$(BIN)/python benchmarks/loss_head.py
+	$(BIN)/python benchmarks/loss_head.py --rounds 5
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,7 +38,8 @@ def main(out: Path) -> None:
                 if policy != "gap" and (accumulation, packing) != (1, False):
                     continue
                 args = TrainingArguments(
-                    output_dir=str(out / "trainer"), use_cpu=True, ddp_backend="gloo" if world > 1 else None, report_to="none",
+                    output_dir=str(out / "trainer"), use_cpu=True, report_to="none",
+                    ddp_backend="gloo" if world > 1 else None,
                     per_device_train_batch_size=8 // world // accumulation, gradient_accumulation_steps=accumulation,
                     per_device_eval_batch_size=3, max_steps=5, logging_steps=1, save_strategy="no", disable_tqdm=True,
                     train_sampling_strategy="sequential", optim="sgd", learning_rate=0.5, lr_scheduler_type="constant",

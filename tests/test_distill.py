@@ -19,10 +19,10 @@ INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "S
 
 
 def write_rows(path, start, count):
+    answer = {"input": "", "output": "apples and pears"}
     rows = [
-        {"id": f"row-{start + i}", "instruction": f"{INSTRUCTIONS[i % 6]} {start + i}", "input": "", "output": "apples and pears"}
-        for i in range(count)
-    ]  # fmt: skip
+        {"id": f"row-{i}", "instruction": f"{INSTRUCTIONS[i % 6]} {i}", **answer} for i in range(start, start + count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

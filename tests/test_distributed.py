@@ -42,7 +42,7 @@ def results(folder: Path, rank: int = 0) -> dict[str, tuple[dict, dict]]:
         path.name.split(".")[0]: (
             json.loads(path.read_text()),
             load_file(str(path.with_suffix(".safetensors"))),
-        )  # fmt: skip
+        )
         for path in sorted(folder.glob(f"*.{rank}.json"))
     }
 

@@ -12,8 +12,8 @@ rule       d                   eps     target temperature
 =========  ==================  ======  ==========================================================================
 
 gap = student CE - teacher CE. The paper's rule needs gap < -1 to fire (a student one nat BETTER than its teacher), so in
-an ordinary run it is the plain cosine. The code's rule fires for gap > 1, most just above gap = 2. Only ``gap`` rises smoothly
-with the gap: it equals the cosine at gap <= 0 and never passes T_init.
+an ordinary run it is the plain cosine. The code's rule fires for gap > 1, most just above gap = 2. Only ``gap``
+rises smoothly with the gap: it equals the cosine at gap <= 0 and never passes T_init.
 """
 
 from __future__ import annotations
