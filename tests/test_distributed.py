@@ -97,3 +97,39 @@ def test_training_moved_the_weights(runs):
     start = tiny_llama(seed=0, tie=True).state_dict()
     assert max((weights[k] - start[k]).norm() / start[k].norm() for k in weights) > 1e-3
     assert len(set(record["temperature"])) > 1
+
+
+def test_the_command_runs_on_two_processes(tmp_path):
+    """``torchrun -m dts_hf train``: one run directory, written once, with the scores of all three models."""
+    import yaml
+    from tiny import tiny_llama, tiny_tokenizer
+
+    tiny_llama(seed=0, layers=4).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    rows = [{"id": f"r{i}", "instruction": f"Say {i}", "input": "", "output": f"yes {i}"} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": {"init": {"from": "teacher", "layers": 2}},
+        "teacher": {"model": "teacher", "dtype": "float32"},
+        "data": {"train": "rows.jsonl", "validation": "rows.jsonl", "prompt_template": "chat", "responses": "teacher",
+                 "teacher_max_new_tokens": 6, "cache_dir": "cache"},
+        "training": {"use_cpu": True, "ddp_backend": "gloo", "max_steps": 3, "per_device_train_batch_size": 2,
+                     "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"},
+        "evaluation": {"rows": 5, "max_new_tokens": 6, "every_steps": 2},
+        "output": {"dir": "run"},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [*start, "-m", "dts_hf", "train", "recipe.yaml"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["models"]) == {"teacher", "student_before", "student"} and metrics["training"]["steps"] == 3
+    kinds = [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert kinds.count("train") == 3 and kinds.count("generation") == 3
+    assert (run / "final" / "model.safetensors").is_file() and (run / "report.html").is_file()
+    assert (run / "checkpoint-2" / "temperature.json").is_file()
