@@ -164,15 +164,21 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             loss = walk.run(teacher_states, targets)
         sums.update(walk.sums)
-        ctx.grads = walk.grads()
+        ctx.grads, ctx.inverse = (walk.d_states, walk.d_weight, walk.d_bias), walk.inverse
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (states, weight, bias)]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.grads is None:
             raise RuntimeError("DistillationLoss: backward was called twice; its gradients are handed over once")
-        # The incoming gradient is 1 except under a loss scaler; the buffers are ours, so scale them in place.
-        grads = tuple(None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.grads)
+        # Normalised here and not before the matmuls: divided by thousands of labels, gradients of the logits would
+        # underflow in fp16, and a loss scaler, which arrives as grad_loss, would come too late. The buffers are ours.
+        factor = grad_loss * ctx.inverse
+        grads = [
+            None if grad is None else grad.mul_(factor.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
         ctx.grads = None
         return (*grads, *(None,) * 8)
 
@@ -235,7 +241,7 @@ class _ChunkWalk:
         return total * self.inverse if rows else total  # N = 0: a zero that keeps the graph whole
 
     def _block(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> None:
-        """Statistics of one block of rows; overwrites ``raw_student`` with the gradient of the normalised loss."""
+        """Statistics of one block of rows; overwrites ``raw_student`` with the gradient of the summed loss."""
         z_s, z_t = self.head.activate(raw_student), self.teacher_head.activate(raw_teacher)
         picked = targets.unsqueeze(-1)
         top_s, top_t = z_s.max(-1, keepdim=True), z_t.amax(-1, keepdim=True)
@@ -275,12 +281,11 @@ class _ChunkWalk:
         if not self.need_any:
             return
         kd_ratio = self.module.kd_ratio
-        grad = d_tempered.mul_(scale / t_s * (kd_ratio * self.inverse))
+        grad = d_tempered.mul_(scale / t_s * kd_ratio)
         if kd_ratio < 1.0:
-            ce_weight = (1.0 - kd_ratio) * self.inverse
+            ce_weight = 1.0 - kd_ratio
             grad.add_(at_one.q.prob.mul_(ce_weight))
-            weights = torch.as_tensor(ce_weight, dtype=grad.dtype, device=grad.device).expand(picked.shape)
-            grad.scatter_add_(-1, picked, -weights)
+            grad.scatter_add_(-1, picked, grad.new_full(picked.shape, -ce_weight))
         raw_student.copy_(self.head.activate_backward_(grad, z_s))
 
     def _accumulate(self, grad_logits: Tensor, hidden: Tensor, span: slice) -> None:
@@ -297,12 +302,6 @@ class _ChunkWalk:
 
     def _add(self, name: str, values: Tensor) -> None:
         self.sums[name] += values.sum()
-
-    def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        d_weight = None if self.d_weight is None else self.d_weight.to(self.head.weight.dtype)
-        bias = self.head.bias
-        d_bias = None if self.d_bias is None or bias is None else self.d_bias.to(bias.dtype)
-        return self.d_states, d_weight, d_bias
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:

@@ -299,3 +299,17 @@ def test_mismatched_shapes_are_refused():
             data["targets"],
             5,
         )
+
+
+def test_fp16_gradients_do_not_underflow_before_the_loss_scaler():
+    """Divided by many labels before the fp16 matmuls, gradients of the logits would be lost below 6e-8."""
+    data, normalizer, scaler = problem(13, torch.float64), 5e6, 2.0**16
+    _, expected_grads = dense(data, "forward_kl", build_temperature("constant"), 0.5, True, normalizer, {})
+    states, weight = (data[name].detach().half().requires_grad_() for name in ("states", "weight"))
+    output = DistillationLoss(temperature=build_temperature("constant"))(
+        states, Head(weight, data["bias"].detach().half()), data["teacher_states"].half(),
+        Head(data["teacher_weight"].half()), data["targets"], normalizer,
+    )  # fmt: skip
+    for grad, expected_grad in zip(torch.autograd.grad(output.loss * scaler, [states, weight]), expected_grads):
+        error = (grad.double() / scaler - expected_grad).norm() / expected_grad.norm()
+        assert error < 2e-2
