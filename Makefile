@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(VENV)/.installed ## distil a real language model on this machine (about 10 minutes on 2 cores)
+quickstart: $(VENV)/.installed ## distil a real language model on this machine (about 11 minutes on 2 cores)
 	@echo "installed; distilling (the finished report will be runs/quickstart/report.html)"
 	$(BIN)/dts-hf train recipes/quickstart.yaml
 
