@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer):
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
         if num_items_in_batch is None:
-            num_items_in_batch = count_targets(labels).clamp(min=1)
+            num_items_in_batch = count_targets(labels).clamp(min=1) * self.accelerator.num_processes  # a local mean
         precise = torch.float32 if labels.device.type == "mps" else torch.float64
         normalizer = torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
         loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)

@@ -299,3 +299,11 @@ def test_model_card_is_ours_when_given(tmp_path):
     plain = trainer_for(tmp_path / "plain")
     plain.create_model_card()
     assert "knowledge-distillation" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_without_a_count_the_loss_is_the_mean_over_its_own_labels(tmp_path):
+    trainer, batch = trainer_for(tmp_path), PaddedCollator(2)([encoded()[i] for i in range(4)])
+    trainer.model.train()
+    alone = trainer.compute_loss(trainer.model, batch)
+    counted = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count_targets(batch["labels"]))
+    assert alone.item() == pytest.approx(counted.item(), rel=1e-6)
