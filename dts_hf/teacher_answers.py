@@ -70,7 +70,7 @@ def answer_rows(
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
         if text:
-            answered[index] = _with_answer(rows[index], text)
+            answered[index] = dataclasses.replace(rows[index], references=(text,))
     return answered, {
         "fingerprint": fingerprint,
         "cached": cached,
@@ -83,13 +83,6 @@ def default_cache() -> Path:
     if "DTS_HF_CACHE" in os.environ:
         return Path(os.environ["DTS_HF_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dts_hf"
-
-
-def _with_answer(row: Row, text: str) -> Row:
-    messages = row.messages
-    if messages is not None:
-        messages = (*messages[:-1], {**messages[-1], "content": text})
-    return dataclasses.replace(row, references=(text,), messages=messages)
 
 
 def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Sequence[int]]) -> str:

@@ -138,6 +138,18 @@ def test_teacher_answers_are_made_once_and_trained_on(workplace):
     assert other.read_data_manifest()["teacher_answers"]["fingerprint"] != answers[0]["fingerprint"]
 
 
+def test_teacher_answers_leave_a_conversation_as_it_was(workplace):
+    """The messages of a row are its prompt: the teacher's answer must not take the place of the user's question."""
+    talk = [{"role": "user", "content": "Name a fruit"}, {"role": "assistant", "content": "a pear"}]
+    (workplace / "train.jsonl").write_text(json.dumps({"id": "talk", "messages": talk}) + "\n")
+    (workplace / "valid.jsonl").write_text(json.dumps({"id": "talk", "messages": talk}) + "\n")
+    run = distill(
+        recipe(data={"responses": "teacher", "teacher_max_new_tokens": 8}, output={"dir": "t", "report": False})
+    )
+    (row,) = run.read_predictions("teacher")
+    assert "Name a fruit" in row["prompt"] and row["references"] != ["a pear"]
+
+
 def test_lora_adapter_alone_is_small_and_loads_on_its_base(workplace):
     tiny_llama(seed=3, layers=2).save_pretrained("student")
     tiny_tokenizer().save_pretrained("student")
