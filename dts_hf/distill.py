@@ -38,7 +38,7 @@ from dts_hf.generation import GenerationSettings
 from dts_hf.models import load_model, load_student, load_teacher, load_tokenizer, save_student
 from dts_hf.prompts import Template, encode_prompts, get_template
 from dts_hf.recipe import Recipe, training_arguments
-from dts_hf.run_directory import RunDirectory, environment
+from dts_hf.run_directory import RunDirectory, environment, write_jsonl_atomic
 from dts_hf.teacher_answers import answer_rows
 from dts_hf.temperature import build_temperature
 from dts_hf.trainer import DistillationTrainer
@@ -282,7 +282,7 @@ class _Scorer:
             self.run.write_predictions(name, result[1])
             if name != "teacher":
                 self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), result[0])
-            mean = {key: value["mean"] for key, value in result[0].items() if isinstance(value, dict)}
+            mean = _means(result[0])
             _say(
                 f"{name.replace('_', ' ')}: ROUGE-L {100 * mean['rougeL']:.1f}, answers that repeat a 4-gram "
                 f"{mean['repeats_4gram']:.0%}, {mean['mean_tokens']:.0f} tokens on average"
@@ -294,8 +294,8 @@ class _Scorer:
         return None if result is None else result[0]
 
     def record(self, step: int, epoch: float, scores: dict[str, Any]) -> None:
-        means = {key: value["mean"] for key, value in scores.items() if isinstance(value, dict)}
-        self.run.append_log({"kind": "generation", "step": step, "epoch": epoch, "model": "student", **means})
+        record = {"kind": "generation", "step": step, "epoch": epoch, "model": "student", **_means(scores)}
+        self.run.append_log(record)
 
     def finish(self, training: dict[str, Any]) -> None:
         """Write ``metrics.json``."""
@@ -327,6 +327,11 @@ class _Scorer:
                 )
         self.trainer.accelerator.wait_for_everyone()
         return result
+
+
+def _means(scores: dict[str, Any]) -> dict[str, float]:
+    """The mean over seeds of each measure of a set's scores."""
+    return {name: value["mean"] for name, value in scores.items() if isinstance(value, dict)}
 
 
 class _weights_as(AbstractContextManager[None]):
@@ -443,14 +448,6 @@ def evaluate_command(
         progress="answers",
     )
     if predictions is not None:
-        from dts_hf.run_directory import write_text_atomic
-
-        write_text_atomic(predictions, "".join(_json_line(row) for row in result.predictions))
+        write_jsonl_atomic(predictions, result.predictions)
     protocol = protocol_fingerprint(tokenizer, chosen, settings, max_prompt_length=limit, seeds=list(seeds or ()))
     return {**result.scores, "protocol": protocol}
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -216,8 +216,7 @@ class RunDirectory:
             rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
         """
         self.predictions_path.mkdir(exist_ok=True)
-        lines = [json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows]
-        write_text_atomic(self.predictions_path / f"{name}.jsonl", "".join(lines))
+        write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
 
     def read_predictions(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``predictions/{name}.jsonl``."""
@@ -247,6 +246,11 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 def write_json_atomic(path: str | Path, values: Any) -> None:
     """Write ``values`` as indented JSON; tensors and numpy scalars become numbers, paths text, NaN and inf null."""
     write_text_atomic(path, json.dumps(_jsonable(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; values as in ``write_json_atomic``."""
+    write_text_atomic(path, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def _jsonable(value: Any) -> Any:

@@ -6,6 +6,7 @@ name that cannot be confused.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -321,7 +322,7 @@ class DistillationTrainer(Trainer):
             raise UserError(
                 f"{path}: missing, so the temperature cannot go on where it was; resume from another checkpoint"
             )
-        state = _read_json(path)
+        state = json.loads(path.read_text(encoding="utf-8"))
         if state.pop("name", None) != self.temperature.name:
             raise UserError(f"{path}: written by another temperature policy, expected '{self.temperature.name}'")
         self.temperature.load_state(state)
@@ -403,9 +404,3 @@ def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> T
     if isinstance(spec, Mapping):
         return build_temperature(**spec)
     return build_temperature("constant", value=spec)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    import json
-
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
