@@ -39,7 +39,14 @@ class TemperatureCallback(TrainerCallback):
             return  # no label in the whole step: nothing was learned about the gap
         rows = totals["rows"]
         self.trainer.mean_log.add(totals)
-        stats = StepStats(totals["ce"] / rows, totals["teacher_ce"] / rows, totals["kd"] / rows, rows)
+        stats = StepStats(
+            totals["ce"] / rows,
+            totals["teacher_ce"] / rows,
+            totals["kd"] / rows,
+            rows,
+            temperature_grad=totals.get("temperature_grad", 0.0) / rows,
+            observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
+        )
         self.trainer.temperature.end_step(stats)
 
 
@@ -147,7 +154,7 @@ class ProgressCallback(TrainerCallback):
             self.progress.update(self.task, description=text)
             if not self.progress.console.is_terminal:
                 self.progress.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
-        elif "eval_loss" in logs:
+        elif "eval_kl" in logs:
             self.progress.console.print(
                 f"step {state.global_step}/{state.max_steps}  held out: loss {logs['eval_loss']:.3f}  "
                 f"kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"

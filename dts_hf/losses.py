@@ -8,14 +8,14 @@ Shapes: ``N`` labelled rows, ``C`` rows of a chunk, ``H`` hidden, ``V`` vocabula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dts_hf.divergences import Distribution, Distributions, Divergence, build_divergence
+from dts_hf.divergences import Distribution, Distributions, Divergence, build_divergence, dot
 from dts_hf.errors import UserError
 from dts_hf.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
@@ -42,7 +42,8 @@ _CPU_BLOCK_BYTES = 1 << 19
 @dataclass(frozen=True)
 class LossOutput:
     """``loss`` ``[]`` carries the graph; ``sums`` are detached 0-d tensors named in ``SUM_NAMES``, plus the extremes
-    ``temperature_min`` and ``temperature_max`` (which reduce by min and max, not by addition)."""
+    ``temperature_min`` and ``temperature_max`` (which reduce by min and max, not by addition) and what the policy asked
+    for: ``temperature_grad`` ``[]`` and ``observed`` ``[K]``."""
 
     loss: Tensor
     sums: dict[str, Tensor]
@@ -97,6 +98,7 @@ class DistillationLoss(nn.Module):
         teacher_head: Head,
         targets: Tensor,
         normalizer: float | Tensor,
+        sequences: Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -104,9 +106,11 @@ class DistillationLoss(nn.Module):
             teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them.
             targets: ``[N]`` int64, all in [0, V).
             normalizer: labels of the whole optimizer step divided by the number of ranks (section 1 of the architecture).
+            sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
+                with ``needs_sequence_gap``.
 
         Raises:
-            ValueError: rows or vocabularies do not match.
+            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
         """
         if not student_states.shape[0] == teacher_states.shape[0] == targets.shape[0]:
             raise ValueError(
@@ -118,6 +122,8 @@ class DistillationLoss(nn.Module):
                 f"vocabularies differ: student {student_head.vocab_size}, teacher {teacher_head.vocab_size}; "
                 "align them first (dts_hf.models.align_vocabularies)"
             )
+        if self.temperature.needs_sequence_gap and sequences is None:
+            raise ValueError(f"the temperature policy '{self.temperature.name}' needs the sequence of each row: sequences")
         sums: dict[str, Tensor] = {}
         loss = _FusedLoss.apply(
             student_states,
@@ -128,6 +134,7 @@ class DistillationLoss(nn.Module):
             teacher_states.detach(),
             teacher_head,
             targets,
+            sequences,
             normalizer,
             torch.is_grad_enabled(),
             sums,
@@ -155,6 +162,7 @@ class _FusedLoss(torch.autograd.Function):
         teacher_states: Tensor,
         teacher_head: Head,
         targets: Tensor,
+        sequences: Tensor | None,
         normalizer: float | Tensor,
         with_grad: bool,
         sums: dict[str, Tensor],
@@ -162,7 +170,7 @@ class _FusedLoss(torch.autograd.Function):
         need = [with_grad and flag for flag in ctx.needs_input_grad[:3]]
         walk = _ChunkWalk(module, head, teacher_head, states, normalizer, need)
         with torch.autocast(states.device.type, enabled=False):
-            loss = walk.run(teacher_states, targets)
+            loss = walk.run(teacher_states, targets, sequences)
         sums.update(walk.sums)
         ctx.grads, ctx.inverse = (walk.d_states, walk.d_weight, walk.d_bias), walk.inverse
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (states, weight, bias)]
@@ -180,7 +188,7 @@ class _FusedLoss(torch.autograd.Function):
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * 9)
 
 
 class _ChunkWalk:
@@ -214,79 +222,197 @@ class _ChunkWalk:
         self.sums["rows"] += rows
         self.sums["temperature_min"] = torch.full((), float("inf"), dtype=self.math_dtype, **empty)
         self.sums["temperature_max"] = torch.full((), float("-inf"), dtype=self.math_dtype, **empty)
+        if module.temperature.learns:
+            self.sums["temperature_grad"] = torch.zeros((), dtype=self.math_dtype, **empty)
+        own = module.temperature.kd_ratio
+        self.kd_ratio = module.kd_ratio if own is None else own
+        self.squared = module.temperature_scaling == "squared"
 
-    def run(self, teacher_states: Tensor, targets: Tensor) -> Tensor:
+    def run(self, teacher_states: Tensor, targets: Tensor, sequences: Tensor | None) -> Tensor:
         """Walk every chunk and return the loss ``[]``."""
         rows, vocab = self.states.shape[0], self.head.vocab_size
         chunk = min(self.module.chunk_rows(vocab, self.math_dtype.itemsize), max(rows, 1))
-        block = chunk
+        self.block = chunk
         if self.states.device.type == "cpu":
-            block = max(1, min(chunk, _CPU_BLOCK_BYTES // (self.math_dtype.itemsize * vocab)))
-        buffers = [self.states.new_empty(chunk, vocab, dtype=self.math_dtype) for _ in range(2)]
-        for start in range(0, rows, chunk):
-            span = slice(start, min(start + chunk, rows))
-            hidden = self.states[span].detach().to(self.matmul_dtype)
-            student = _raw_logits(hidden, self.weight, self.head.bias, buffers[0])
-            teacher_weight = self.teacher_head.weight.detach()
-            teacher_hidden = teacher_states[span].to(teacher_weight.dtype)
-            teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, buffers[1])
-            for first in range(0, student.shape[0], block):
-                part = slice(first, first + block)
+            self.block = max(1, min(chunk, _CPU_BLOCK_BYTES // (self.math_dtype.itemsize * vocab)))
+        self.buffers = [self.states.new_empty(chunk, vocab, dtype=self.math_dtype) for _ in range(2)]
+        self.teacher_states, self.targets = teacher_states, targets
+        if rows == 0:
+            self._observe_nothing()
+        if self.module.temperature.needs_sequence_gap and rows:
+            gaps, spans = self._sequences(sequences, chunk)  # type: ignore[arg-type]
+        else:
+            gaps, spans = None, [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+        for span in spans:
+            student, teacher, hidden = self._logits(span)
+            if gaps is not None:
+                self._fill_gaps(gaps, sequences, span, student, teacher)  # type: ignore[arg-type]
+            for part, z_s, z_t in self._blocks(span, student, teacher):
                 # The gradient replaces the raw logits in place: no third [C, V] buffer.
-                self._block(student[part], teacher[part], targets[span][part])
+                self._block(z_s, z_t, targets[part], None if gaps is None else gaps[part])
             if self.need_any:
                 self._accumulate(student, hidden, span)
-        kd_ratio = self.module.kd_ratio
-        total = (1.0 - kd_ratio) * self.sums["ce"] + kd_ratio * self.sums["kd"]
+        total = (1.0 - self.kd_ratio) * self.sums["ce"] + self.kd_ratio * self.sums["kd"]
         return total * self.inverse if rows else total  # N = 0: a zero that keeps the graph whole
 
-    def _block(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> None:
+    def _logits(self, span: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits of student and teacher for the rows of ``span``, and the student's states as the matmul read them."""
+        hidden = self.states[span].detach().to(self.matmul_dtype)
+        student = _raw_logits(hidden, self.weight, self.head.bias, self.buffers[0])
+        teacher_weight = self.teacher_head.weight.detach()
+        teacher_hidden = self.teacher_states[span].to(teacher_weight.dtype)
+        teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, self.buffers[1])
+        return student, teacher, hidden
+
+    def _blocks(self, span: slice, student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The chunk in blocks that fit into a CPU's cache: (rows among all N, student logits, teacher logits)."""
+        for first in range(0, student.shape[0], self.block):
+            part = slice(first, first + self.block)
+            yield slice(span.start + first, min(span.start + first + self.block, span.stop)), student[part], teacher[part]
+
+    # ----------------------------------------------------------------------------------------- the gap of a sequence
+
+    def _sequences(self, sequences: Tensor, chunk: int) -> tuple[Tensor, list[slice]]:
+        """Chunks that keep sequences whole, so that a sequence's gap is known before the temperature of its rows.
+
+        A sequence with more rows than a chunk holds is cut, and its gap is measured first: its logits are then computed
+        twice. Returns the gaps ``[N]`` (NaN where still unknown) and the chunks.
+        """
+        lengths = sequences.unique_consecutive(return_counts=True)[1].tolist()
+        gaps = self.states.new_full((len(sequences),), float("nan"), dtype=self.math_dtype)
+        spans: list[slice] = []
+        start = stop = 0
+        for length in lengths:
+            if stop > start and stop + length - start > chunk:
+                spans.append(slice(start, stop))
+                start = stop
+            stop += length
+            if length > chunk:
+                parts = [slice(first, min(first + chunk, stop)) for first in range(start, stop, chunk)]
+                row_gaps = [self._row_gaps(part, *self._logits(part)[:2]) for part in parts]
+                gaps[start:stop] = torch.cat(row_gaps).mean()
+                spans += parts
+                start = stop
+        if stop > start:
+            spans.append(slice(start, stop))
+        return gaps, spans
+
+    def _fill_gaps(self, gaps: Tensor, sequences: Tensor, span: slice, student: Tensor, teacher: Tensor) -> None:
+        if not torch.isnan(gaps[span.start]):
+            return  # part of a long sequence, measured already
+        numbers, inverse = sequences[span].unique_consecutive(return_inverse=True)
+        sums = gaps.new_zeros(2, len(numbers))
+        row_gaps = self._row_gaps(span, student, teacher)
+        sums.index_add_(1, inverse, torch.stack([row_gaps, torch.ones_like(row_gaps)]))
+        gaps[span] = (sums[0] / sums[1])[inverse]
+
+    def _row_gaps(self, span: slice, student: Tensor, teacher: Tensor) -> Tensor:
+        """Student CE - teacher CE at T = 1 of each row, ``[C]``."""
+        gaps = student.new_empty(student.shape[0])
+        for part, raw_s, raw_t in self._blocks(span, student, teacher):
+            z_s, z_t = self.head.activate(raw_s), self.teacher_head.activate(raw_t)
+            picked = self.targets[part].unsqueeze(-1)
+            here = slice(part.start - span.start, part.stop - span.start)
+            chosen = (z_t.gather(-1, picked) - z_s.gather(-1, picked)).squeeze(-1)
+            gaps[here] = z_s.logsumexp(-1) - z_t.logsumexp(-1) + chosen
+        return gaps
+
+    # --------------------------------------------------------------------------------------------------- one block
+
+    def _block(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None) -> None:
         """Statistics of one block of rows; overwrites ``raw_student`` with the gradient of the summed loss."""
         z_s, z_t = self.head.activate(raw_student), self.teacher_head.activate(raw_teacher)
         picked = targets.unsqueeze(-1)
         top_s, top_t = z_s.max(-1, keepdim=True), z_t.amax(-1, keepdim=True)
         shifted_s, shifted_t = z_s - top_s.values, z_t - top_t
-        at_one = Distributions(p=Distribution.of(shifted_t), q=Distribution.of(shifted_s))
+        at_one = Distributions(p=Distribution.of(shifted_t), q=Distribution.of(shifted_s), targets=targets)
         lse_s = (top_s.values + at_one.q.log_norm).squeeze(-1)
         lse_t = (top_t + at_one.p.log_norm).squeeze(-1)
         student_ce = lse_s - z_s.gather(-1, picked).squeeze(-1)
         teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)
-        temperatures = self.module.temperature(z_s, z_t, RowStats(student_ce, teacher_ce, lse_s, lse_t))
+        policy = self.module.temperature
+        temperatures = policy(z_s, z_t, RowStats(student_ce, teacher_ce, lse_s, lse_t, sequence_gap))
 
         self._add("ce", student_ce)
         self._add("teacher_ce", teacher_ce)
         self._add("kl", at_one.forward_kl())
-        student_entropy, teacher_entropy = at_one.q.entropy(), at_one.p.entropy()
-        self._add("student_entropy", student_entropy)
-        self._add("teacher_entropy", teacher_entropy)
         # They agree where the teacher's logit at the student's first choice is the teacher's largest.
         self._add("top1_agreement", (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
-
+        at_t = self._tempered(temperatures, at_one)
+        for name, distribution, tempered in (("student", at_one.q, at_t.q), ("teacher", at_one.p, at_t.p)):
+            entropy = distribution.entropy()
+            self._add(f"{name}_entropy", entropy)
+            same = tempered.logits is distribution.logits
+            self._add(f"{name}_entropy_at_t", entropy if same else tempered.entropy())
         t_s, t_t = temperatures.student, temperatures.teacher
-        if _is_one(temperatures):  # T = 1 needs no second softmax; q is still needed for the gradient of CE
-            at_t = at_one._replace(q=at_one.q._replace(prob=at_one.q.prob.clone())) if self.need_any else at_one
-        else:  # a row's maximum stays 0 when it is divided by T > 0
-            at_t = Distributions(p=Distribution.of(shifted_t / t_t), q=Distribution.of(shifted_s / t_s))
-            student_entropy, teacher_entropy = at_t.q.entropy(), at_t.p.entropy()
-        self._add("student_entropy_at_t", student_entropy)
-        self._add("teacher_entropy_at_t", teacher_entropy)
         mean_t = torch.broadcast_to(t_s.squeeze(-1) if t_s.dim() else t_s, student_ce.shape)
         self._add("temperature", mean_t)
         self.sums["temperature_min"] = torch.minimum(self.sums["temperature_min"], mean_t.min())
         self.sums["temperature_max"] = torch.maximum(self.sums["temperature_max"], mean_t.max())
+        if temperatures.observed is not None:
+            self._observe(temperatures.observed)
 
-        scale = t_s * t_t if self.module.temperature_scaling == "squared" else torch.ones_like(t_s)
-        value, d_tempered = self.module.divergence.value_and_grad(at_t)
-        self._add("kd", value * (scale.squeeze(-1) if scale.dim() else scale))
+        divergence = self.module.divergence
+        companions = self._companions(at_one)  # before the main term, which may use up the buffers of T = 1
+        factor = t_s * t_t if temperatures.scale is None else temperatures.scale
+        scale = factor if self.squared else torch.ones_like(factor)
+        teacher_pull = dot(divergence.teacher_grad(at_t), z_t) if policy.learns else None
+        value, d_tempered = divergence.value_and_grad(at_t)
+        self._add("kd", value * _rows(scale))
+        if teacher_pull is not None:
+            # d u / d T = - z / T^2 on both sides; a constant added to z drops out because each gradient sums to zero.
+            slope = -(dot(d_tempered, z_s) + teacher_pull) / t_s**2
+            self._add("temperature_grad", slope * scale + (2.0 * t_s * value if self.squared else 0.0))
         if not self.need_any:
             return
-        kd_ratio = self.module.kd_ratio
-        grad = d_tempered.mul_(scale / t_s * kd_ratio)
-        if kd_ratio < 1.0:
-            ce_weight = 1.0 - kd_ratio
+        grad = d_tempered.mul_(scale / t_s * self.kd_ratio)
+        if companions is not None:
+            grad.add_(companions, alpha=self.kd_ratio)
+        if self.kd_ratio < 1.0:
+            ce_weight = 1.0 - self.kd_ratio
             grad.add_(at_one.q.prob.mul_(ce_weight))
             grad.scatter_add_(-1, picked, grad.new_full(picked.shape, -ce_weight))
         raw_student.copy_(self.head.activate_backward_(grad, z_s))
+
+    def _tempered(self, temperatures: Temperatures, at_one: Distributions) -> Distributions:
+        """Teacher and student at their temperature; shares what T = 1 leaves as it is."""
+        t_s, t_t, share = temperatures.student, temperatures.teacher, temperatures.teacher_share
+        if _is_one(t_s):  # no second softmax, but q is still needed for the gradient of CE
+            q = at_one.q._replace(prob=at_one.q.prob.clone()) if self.need_any else at_one.q
+        else:  # a row's maximum stays 0 when it is divided by T > 0
+            q = Distribution.of(at_one.q.logits / t_s)
+        if share is not None:  # an intermediate teacher: between the student as it is and the teacher
+            mixed = torch.lerp(at_one.q.logits, at_one.p.logits, share.to(self.math_dtype))
+            p = Distribution.of((mixed - mixed.amax(-1, keepdim=True)).div_(t_t))
+        else:
+            p = at_one.p if _is_one(t_t) else Distribution.of(at_one.p.logits / t_t)
+        return at_one._replace(p=p, q=q)
+
+    def _companions(self, at_one: Distributions) -> Tensor | None:
+        """The policy's further terms at fixed temperatures: adds their values, returns the sum of their gradients."""
+        total = None
+        for temperature, weight in self.module.temperature.companions:
+            at_t = at_one._replace(
+                p=Distribution.of(at_one.p.logits / temperature), q=Distribution.of(at_one.q.logits / temperature)
+            )
+            value, grad = self.module.divergence.value_and_grad(at_t)
+            factor = weight * (temperature**2 if self.squared else 1.0)
+            self._add("kd", value * factor)
+            grad.mul_(factor / temperature)
+            total = grad if total is None else total.add_(grad)
+        return total
+
+    def _observe(self, features: Tensor) -> None:
+        summed = features.to(self.math_dtype).sum(0)
+        self.sums["observed"] = self.sums["observed"] + summed if "observed" in self.sums else summed
+
+    def _observe_nothing(self) -> None:
+        """Without a row, zeros as wide as the policy's features: every rank must reduce sums of equal shape."""
+        z = self.states.new_empty(0, self.head.vocab_size, dtype=self.math_dtype)
+        none = z.new_empty(0)
+        observed = self.module.temperature(z, z, RowStats(none, none, none, none, none)).observed
+        if observed is not None:
+            self._observe(observed)
 
     def _accumulate(self, grad_logits: Tensor, hidden: Tensor, span: slice) -> None:
         grad = grad_logits.to(self.matmul_dtype)
@@ -314,6 +440,11 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Ten
     return logits if bias is None else logits.add_(bias.detach())
 
 
-def _is_one(temperatures: Temperatures) -> bool:
+def _rows(value: Tensor) -> Tensor:
+    """``[C, 1]`` as ``[C]``; a single number stays one."""
+    return value.squeeze(-1) if value.dim() else value
+
+
+def _is_one(temperature: Tensor) -> bool:
     """Whether T = 1 for all rows, asked only where the answer costs no device synchronisation."""
-    return all(t.device.type == "cpu" and t.numel() == 1 and t.item() == 1.0 for t in temperatures)
+    return temperature.device.type == "cpu" and temperature.numel() == 1 and temperature.item() == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,26 +23,34 @@ class SumMeter:
         for name, value in sums.items():
             self._values[name] = _combine(name, self._values[name], value) if name in self._values else value.detach()
 
-    def reduce(self, accelerator: Any) -> dict[str, float]:
+    def reduce(self, accelerator: Any) -> Totals:
         """Totals over all ranks, with one gather, and start again from nothing. Every rank must call it."""
         names = sorted(self._values)
         if not names:
-            return {}
+            return Totals()
         device = self._values[names[0]].device
         precise = torch.float32 if device.type == "mps" else torch.float64
-        local = torch.stack([self._values[name].to(precise) for name in names]).unsqueeze(0)
-        ranks = accelerator.gather(local).tolist()
+        shapes = [self._values[name].shape for name in names]
+        flat = torch.cat([self._values[name].to(precise).reshape(-1) for name in names]).unsqueeze(0)
+        ranks = accelerator.gather(flat).tolist()
         self._values = {}
-        totals = {}
-        for column, name in enumerate(names):
-            column_values = [rank[column] for rank in ranks]
-            if name.endswith(_MINIMUM):
-                totals[name] = min(column_values)
-            elif name.endswith(_MAXIMUM):
-                totals[name] = max(column_values)
+        totals = Totals()
+        columns = zip(*ranks, strict=True)
+        for name, shape in zip(names, shapes, strict=True):
+            values = [_total(name, next(columns)) for _ in range(shape.numel())]
+            if shape:
+                totals.vectors[name] = tuple(values)
             else:
-                totals[name] = math.fsum(column_values)
+                totals[name] = values[0]
         return totals
+
+
+class Totals(dict[str, float]):
+    """Numbers by name; ``vectors`` holds what is more than one number (a policy's ``observed``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors: dict[str, tuple[float, ...]] = {}
 
 
 class MeanLog:
@@ -87,6 +96,12 @@ def means(totals: dict[str, float]) -> dict[str, float]:
         "temperature_min": totals["temperature_min"],
         "temperature_max": totals["temperature_max"],
     }
+
+
+def _total(name: str, ranks: Sequence[float]) -> float:
+    if name.endswith(_MINIMUM):
+        return min(ranks)
+    return max(ranks) if name.endswith(_MAXIMUM) else math.fsum(ranks)
 
 
 def _combine(name: str, old: Tensor, new: Tensor) -> Tensor:

@@ -39,14 +39,97 @@ def jsd(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
 
 
-DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+def symmetric_kl(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    return (1 - weight) * forward_kl(p, q) + weight * reverse_kl(p, q)
+
+
+def skew_kl(p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    return forward_kl(p, alpha * p + (1 - alpha) * q)
+
+
+def skew_reverse_kl(p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    return forward_kl(q, (1 - alpha) * p + alpha * q)
+
+
+def tvd(p: Tensor, q: Tensor) -> Tensor:
+    return (p - q).abs().sum(-1) / 2
+
+
+def akl_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
+    """w of adaptive KL; all V^2 comparisons: mass of the tokens strictly above each one."""
+    above = ((p.unsqueeze(-2) > p.unsqueeze(-1)) * p.unsqueeze(-2)).sum(-1)
+    gap = (p - q).abs()
+    return (gap * (above < mu)).sum(-1) / gap.sum(-1)
+
+
+def adaptive_kl(p: Tensor, q: Tensor, mu: float) -> Tensor:
+    w = akl_weight(p, q, mu).detach()
+    return w * forward_kl(p, q) + (1 - w) * reverse_kl(p, q)
+
+
+def alpha_beta(p: Tensor, q: Tensor, alpha: float, beta: float) -> Tensor:
+    a, b = alpha, beta
+    if a == b == 0:
+        return (torch.log(p / q) ** 2).sum(-1) / 2
+    if b == 0:
+        return (p**a * torch.log(p**a / q**a) - p**a + q**a).sum(-1) / a**2
+    if a == 0:
+        return (q**b * torch.log(q**b / p**b) - q**b + p**b).sum(-1) / b**2
+    terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+    return -terms.sum(-1) / (a * b)
+
+
+def todi(p: Tensor, q: Tensor) -> Tensor:
+    w = torch.sigmoid(torch.log(p / q)).detach()
+    return (w * p * torch.log(p / q) + (1 - w) * q * torch.log(q / p)).sum(-1)
+
+
+def dkd_terms(p: Tensor, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD, row by row."""
+    tckd, nckd = [], []
+    for p_row, q_row, y in zip(p, q, targets.tolist()):
+        b_t, b_s = (torch.stack([x[y], 1 - x[y]]) for x in (p_row, q_row))
+        rest = torch.arange(len(p_row)) != y
+        tckd.append(forward_kl(b_t, b_s))
+        nckd.append(forward_kl(p_row[rest] / (1 - p_row[y]), q_row[rest] / (1 - q_row[y])))
+    return (torch.stack(tckd), torch.stack(nckd)) if tckd else (p.sum(-1), p.sum(-1))
+
+
+def dkd(p: Tensor, q: Tensor, targets: Tensor, alpha: float, beta: float) -> Tensor:
+    tckd, nckd = dkd_terms(p, q, targets)
+    return alpha * tckd + beta * nckd
+
+
+def logit_mse(p: Tensor, q: Tensor) -> Tensor:
+    z_t, z_s = torch.log(p), torch.log(q)  # logits up to a shift, which centring takes out
+    return ((z_s - z_s.mean(-1, keepdim=True) - z_t + z_t.mean(-1, keepdim=True)) ** 2).mean(-1)
+
+
+DIVERGENCES = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "adaptive_kl": adaptive_kl,
+    "tvd": tvd,
+    "alpha_beta": alpha_beta,
+    "dkd": dkd,
+    "todi": todi,
+    "logit_mse": logit_mse,
+}
+
+
+def divergence(name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float]) -> Tensor:
+    return DIVERGENCES[name](p, q, *([targets] if name == "dkd" else []), **options)
 
 
 def distillation_loss(
     z_s: Tensor,
     z_t: Tensor,
     targets: Tensor,
-    divergence: str,
+    name: str,
     options: dict[str, float],
     temperature_student: Tensor | float,
     temperature_teacher: Tensor | float,
@@ -60,7 +143,7 @@ def distillation_loss(
         torch.as_tensor(temperature_student, dtype=z_s.dtype),
         torch.as_tensor(temperature_teacher, dtype=z_s.dtype),
     )
-    d = DIVERGENCES[divergence](softmax(z_t / t_t), softmax(z_s / t_s), **options)
+    d = divergence(name, softmax(z_t / t_t), softmax(z_s / t_s), targets, options)
     factor = (t_s * t_t).reshape(-1) if squared else torch.ones((), dtype=z_s.dtype)
     return ((1 - kd_ratio) * ce + kd_ratio * factor * d).sum() / normalizer
 
@@ -85,4 +168,68 @@ def dts_trajectory(
             target = t_init * s * (a if a > 1 else 1.0)
         target = t_max if target > t_max else t_min if target < t_min else target
         out.append(momentum * out[-1] + (1 - momentum) * target)
+    return out
+
+
+def dts_row_temperatures(
+    rule: str,
+    progresses: list[float],
+    row_gaps: list[float],
+    t_init: float,
+    t_min: float,
+    t_max: float,
+    momentum: float,
+) -> list[float]:
+    """Temperatures of the rows in the last of the steps at ``progresses``: DTS with the momentum on its schedule."""
+    smooth = 1.0
+    for progress in progresses[1:]:
+        smooth = momentum * smooth + (1 - momentum) * (1 + math.cos(math.pi * progress)) / 2
+    out = []
+    for gap in row_gaps:
+        target = t_init * smooth
+        if rule == "gap" and gap > 0:
+            target = t_init * (smooth + (1 - smooth) * gap / (1 + gap))
+        elif rule == "paper" and gap / (gap + 1 + 1e-8) > 1:
+            target *= gap / (gap + 1 + 1e-8)
+        elif rule == "code" and -gap / (-gap + 1 + 1e-4) > 1:
+            alpha = -gap / (-gap + 1 + 1e-4)
+            target *= 1.35 if alpha > 2 else alpha
+        out.append(t_max if target > t_max else t_min if target < t_min else target)
+    return out
+
+
+def sharpness_ratio(z_s: Tensor, z_t: Tensor) -> Tensor:
+    """[N], k_s / k_t with k = max - mean over the vocabulary, held in [1/4, 4]."""
+    k_s, k_t = ((z - z.mean(-1, keepdim=True)).max(-1).values for z in (z_s, z_t))
+    return torch.clamp(k_s / k_t, 0.25, 4.0)
+
+
+def hellinger(p: Tensor, q: Tensor) -> Tensor:
+    """sqrt(sum (sqrt p - sqrt q)^2) / sqrt 2 (AdaKD, Eq. 4): 0 for equal distributions, 1 for disjoint ones."""
+    return (p.sqrt() - q.sqrt()).square().sum(-1).sqrt() / math.sqrt(2)
+
+
+def taid_shares(
+    progresses: list[float], losses: list[float], t_start: float, alpha: float, beta: float
+) -> list[float]:
+    """The teacher's share in force at each step (TAID, Algorithm 1); ``losses[k]`` is measured during step k."""
+    out, momentum = [t_start + (1 - t_start) * progresses[0]], 0.0
+    for k in range(1, len(progresses)):
+        step = 0.0
+        if k > 1:  # the first change of the loss is known after two steps
+            change = (losses[k - 2] - losses[k - 1]) / (losses[k - 2] + 1e-15)
+            momentum = beta * momentum + (1 - beta) * change
+            step = alpha / (1 + math.exp(-momentum)) * (1 - out[-1])
+        out.append(min(1.0, max(t_start + (1 - t_start) * progresses[k], out[-1] + step)))
+    return out
+
+
+def adam(gradients: list[float], rates: list[float], betas: tuple[float, float]) -> list[float]:
+    """The parameter after each step of Adam that ADDS its update (ascent), from 0, with a rate for each step."""
+    x, m, v, out = 0.0, 0.0, 0.0, []
+    for k, (g, rate) in enumerate(zip(gradients, rates), 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        x += rate * (m / (1 - betas[0] ** k)) / ((v / (1 - betas[1] ** k)) ** 0.5 + 1e-8)
+        out.append(x)
     return out

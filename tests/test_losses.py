@@ -6,12 +6,26 @@ import pytest
 import reference
 import torch
 
+from dts_hf import divergences
 from dts_hf.errors import UserError
 from dts_hf.head import Head
 from dts_hf.losses import SUM_NAMES, DistillationLoss
 from dts_hf.temperature import RowStats, StepStats, TemperaturePolicy, Temperatures, build_temperature
 
+#: Through every policy, head and chunk size.
 DIVERGENCES = ["forward_kl", "reverse_kl", {"name": "jsd", "beta": 0.3}]
+#: Through one ugly shape each.
+MORE_DIVERGENCES = [
+    {"name": "symmetric_kl", "weight": 0.3},
+    {"name": "skew_kl", "alpha": 0.1},
+    {"name": "skew_reverse_kl", "alpha": 0.1},
+    {"name": "adaptive_kl", "mu": 0.5},
+    {"name": "tvd"},
+    {"name": "alpha_beta", "alpha": 0.2, "beta": 0.7},
+    {"name": "dkd", "alpha": 1.0, "beta": 0.5},
+    {"name": "todi"},
+    {"name": "logit_mse"},
+]
 V, H_S, H_T = 37, 11, 7
 
 
@@ -78,9 +92,9 @@ def dense(data, divergence, policy, kd_ratio, squared, normalizer, head_options)
     # Temperatures carry no gradient into the logits.
     temperatures = policy(z_s.detach(), z_t, None)
     name = divergence if isinstance(divergence, str) else divergence["name"]
-    options = {} if isinstance(divergence, str) else {"beta": divergence["beta"]}
+    options = {} if isinstance(divergence, str) else {key: divergence[key] for key in divergence if key != "name"}
     loss = reference.distillation_loss(
-        z_s, z_t, data["targets"], name, options, *temperatures, kd_ratio, squared, normalizer
+        z_s, z_t, data["targets"], name, options, *temperatures[:2], kd_ratio, squared, normalizer
     )
     return loss, torch.autograd.grad(loss, leaves)
 
@@ -110,6 +124,32 @@ def test_equals_the_dense_reference(divergence, policy_name, head_name, dtype):
             for grad, expected_grad in zip(grads, expected_grads):
                 assert grad.dtype == dtype and grad.shape == expected_grad.shape
                 torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("policy_name", ["one", "per_row"])
+@pytest.mark.parametrize("divergence", MORE_DIVERGENCES, ids=lambda divergence: divergence["name"])
+def test_every_divergence_equals_the_dense_reference(divergence, policy_name, dtype):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    policy, head_options, data = POLICIES[policy_name](), HEADS["scaled_and_capped"], problem(13, dtype)
+    expected, expected_grads = dense(data, divergence, policy, 0.3, True, 9.0, head_options)
+    for chunk in (1, 7, None):
+        loss = DistillationLoss(
+            divergence, temperature=policy, kd_ratio=0.3, logits_budget_mb=budget(chunk, dtype.itemsize)
+        )
+        output = loss(
+            data["states"], Head(data["weight"], data["bias"], **head_options), data["teacher_states"],
+            Head(data["teacher_weight"]), data["targets"], 9.0,
+        )  # fmt: skip
+        grads = torch.autograd.grad(output.loss, [data["states"], data["weight"], data["bias"]])
+        assert abs(output.loss.item() - expected.item()) <= tolerance * max(1.0, abs(expected.item()))
+        for grad, expected_grad in zip(grads, expected_grads):
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=tolerance)
+
+
+def test_every_divergence_goes_through_the_loss():
+    given = [spec if isinstance(spec, str) else spec["name"] for spec in DIVERGENCES + MORE_DIVERGENCES]
+    assert set(given) == set(divergences.DIVERGENCES)
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.5, 1.0])
@@ -250,7 +290,7 @@ def test_low_precision_is_close(weights):
 def test_extreme_logits_stay_finite():
     states = torch.tensor([[200.0], [-200.0]], requires_grad=True)
     weight = torch.linspace(-1, 1, 9).unsqueeze(-1)
-    for divergence in DIVERGENCES:
+    for divergence in DIVERGENCES + MORE_DIVERGENCES:
         output = DistillationLoss(divergence, temperature=build_temperature("constant", value=1.5))(
             states, Head(weight), -states.detach(), Head(weight), torch.tensor([0, 8]), 2
         )

@@ -16,29 +16,54 @@ from dts_hf.errors import UserError
 
 
 class Temperatures(NamedTuple):
-    """The temperatures of one chunk, each ``[]`` or ``[C, 1]``, finite and above zero."""
+    """What a policy answers for one chunk: two temperatures, each ``[]`` or ``[C, 1]``, finite and above zero.
+
+    Attributes:
+        student, teacher: the logits are divided by these.
+        scale: ``[]`` or ``[C, 1]``, the factor of the divergence under ``temperature_scaling: squared``; None means
+            T_s T_t. Policies that fold another quantity into T (a standard deviation, say) give the factor of their paper.
+        teacher_share: ``[]`` in [0, 1], the weight of the teacher's logits in the target softmax((1 - share) z_s +
+            share z_t), z_s held constant (TAID, arXiv 2501.16937); None means 1: the teacher alone.
+        observed: ``[C, K]``, detached features of each row. Their means over the optimizer step, all micro-batches and
+            ranks, come back in ``StepStats.observed``: the one road from rows to state that no chunking can change.
+    """
 
     student: Tensor
     teacher: Tensor
+    scale: Tensor | None = None
+    teacher_share: Tensor | None = None
+    observed: Tensor | None = None
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics at T = 1, each ``[C]``, computed once per chunk and shared by policy and loss (nats)."""
+    """Per-row statistics at T = 1, each ``[C]``, computed once per chunk and shared by policy and loss (nats).
+
+    ``sequence_gap`` is the mean of student CE - teacher CE over all labels of the row's sequence; it is there when the
+    policy sets ``needs_sequence_gap``.
+    """
 
     student_ce: Tensor
     teacher_ce: Tensor
     student_lse: Tensor
     teacher_lse: Tensor
+    sequence_gap: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Means over ONE optimizer step: every micro-batch of every rank, weighted by labels (nats per label)."""
+    """Means over ONE optimizer step: every micro-batch of every rank, weighted by labels (nats per label).
+
+    Attributes:
+        temperature_grad: d kd / d T for T_s = T_t = T, scale included; only for policies with ``learns``.
+        observed: the means of ``Temperatures.observed``, K numbers.
+    """
 
     student_ce: float
     teacher_ce: float
     kd: float
     num_items: float
+    temperature_grad: float = 0.0
+    observed: tuple[float, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -56,6 +81,8 @@ class TemperaturePolicy(nn.Module):
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     state_fields: ClassVar[tuple[str, ...]] = ()
+    #: The policy wants ``StepStats.temperature_grad``; it gives one ``[]`` temperature for student and teacher.
+    learns: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +97,21 @@ class TemperaturePolicy(nn.Module):
     def cosine(self) -> float | None:
         """The plain cosine this policy is compared with, where it has one (logged beside the temperature)."""
         return None
+
+    @property
+    def kd_ratio(self) -> float | None:
+        """The weight of the soft loss in force, where the policy schedules it too; None leaves it to the loss."""
+        return None
+
+    @property
+    def companions(self) -> tuple[tuple[float, float], ...]:
+        """Further terms of the soft loss as (temperature, weight): weight T^2 D(p_T, q_T), T the same for all rows."""
+        return ()
+
+    @property
+    def needs_sequence_gap(self) -> bool:
+        """Whether ``forward`` reads ``rows.sequence_gap`` (the loss then looks at every row of a sequence first)."""
+        return False
 
     def begin_step(self, progress: float) -> None:
         """Tell the policy where training is: ``progress`` in [0, 1], once per optimizer step."""

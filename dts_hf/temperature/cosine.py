@@ -12,10 +12,17 @@ class Cosine(TemperaturePolicy):
 
     The curve aims at zero and is cut at ``t_min``, as in the paper: [3, 1] reaches its floor at 61 % of the run.
     It has no momentum; ``dts`` logs the same cosine with its own momentum beside its temperature.
+
+    Args:
+        t_init: temperature of the first step.
+        t_min: floor, above 0.
     """
 
     name: ClassVar[str] = "cosine"
     paper: ClassVar[str | None] = "arXiv 2511.13767"
+    formula: ClassVar[str] = "T = max(t_init (1 + cos(pi progress)) / 2, t_min)"
+    use: ClassVar[str] = "The control for `dts`: the same curve, deaf to the gap."
+    cost: ClassVar[str] = "none"
 
     def __init__(self, t_init: float = 3.0, t_min: float = 1.0) -> None:
         super().__init__()

@@ -9,9 +9,16 @@ from dts_hf.temperature.base import TemperaturePolicy, check_number
 
 
 class Linear(TemperaturePolicy):
-    """T(p) = t_init + (t_end - t_init) p, with p the share of optimizer steps done."""
+    """T(p) = t_init + (t_end - t_init) p, with p the share of optimizer steps done.
+
+    Args:
+        t_init, t_end: temperature at the first step and at the end of the run.
+    """
 
     name: ClassVar[str] = "linear"
+    formula: ClassVar[str] = "T = t_init + (t_end - t_init) progress"
+    use: ClassVar[str] = "A schedule with no parts to tune: falling as an annealing, rising as a curriculum."
+    cost: ClassVar[str] = "none"
 
     def __init__(self, t_init: float = 3.0, t_end: float = 1.0) -> None:
         super().__init__()

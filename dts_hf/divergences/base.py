@@ -1,0 +1,140 @@
+"""What every divergence is: a pure function of two distributions over the vocabulary, with its closed-form gradients.
+
+``p`` is the teacher, ``q`` the student, both already at their temperature: q = softmax(u) with u = z_s / T_s, p =
+softmax(u_t) with u_t = z_t / T_t. Gradients are with respect to ``u`` (and ``u_t``); the loss applies the chain rule
+through T and the T^2 factor. For any f(q), with e_j = d f / d log q_j, the gradient is d f / d u_j = e_j - q_j sum_k e_k.
+
+Underflow: the logarithm of a probability is logits - log norm, which is exact where the probability itself is 0 in
+floating point. A logarithm of a mixture is taken only where its weights are probabilities that underflow with it.
+
+Shapes: ``C`` rows of a chunk, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dts_hf.errors import UserError
+
+
+class Distribution(NamedTuple):
+    """softmax(u) of logits u ``[C, V]`` whose largest entry per row is 0, with ``log_norm`` ``[C, 1]`` = log sum exp u.
+
+    Probabilities come out of the one exponential that the normaliser needs anyway: an ``exp`` over the vocabulary costs
+    more than any other elementwise operation.
+    """
+
+    prob: Tensor
+    logits: Tensor
+    log_norm: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Distribution:
+        """From logits ``[C, V]`` that are already shifted so that each row's maximum is 0."""
+        exponentials = logits.exp()
+        total = exponentials.sum(-1, keepdim=True)
+        return cls(exponentials.mul_(total.reciprocal()), logits, total.log())
+
+    @property
+    def log_prob(self) -> Tensor:
+        return self.logits - self.log_norm
+
+    def entropy(self) -> Tensor:
+        """H = log norm - sum p u, ``[C]``, nats."""
+        return self.log_norm.squeeze(-1) - dot(self.prob, self.logits)
+
+
+class Distributions(NamedTuple):
+    """Teacher ``p`` and student ``q``; ``targets`` ``[C]`` int64 are the tokens of the text, where they are known."""
+
+    p: Distribution
+    q: Distribution
+    targets: Tensor | None = None
+
+    def log_ratio(self) -> Tensor:
+        """log p - log q, ``[C, V]``, in a fresh buffer."""
+        return (self.p.logits - self.q.logits).add_(self.q.log_norm - self.p.log_norm)
+
+    def mixture(self, teacher_share: float) -> Tensor:
+        """teacher_share p + (1 - teacher_share) q, ``[C, V]``, in a fresh buffer, fit for a logarithm and a division.
+
+        Where p and q both underflow the mixture is the smallest normal number: whatever is made of it there has to be
+        weighted with p or q, that is with 0.
+        """
+        return torch.lerp(self.q.prob, self.p.prob, teacher_share).add_(torch.finfo(self.q.prob.dtype).tiny)
+
+    def forward_kl(self) -> Tensor:
+        """KL(p || q), ``[C]``; the normalisers leave the sum because p adds up to 1."""
+        ratio = dot(self.p.prob, self.p.logits - self.q.logits)
+        return ratio + (self.q.log_norm - self.p.log_norm).squeeze(-1)
+
+    def mirrored(self) -> Distributions:
+        """Teacher and student exchanged; the new student's probabilities are a copy, free to be overwritten."""
+        return Distributions(self.q, self.p._replace(prob=self.p.prob.clone()), self.targets)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner product ``[C, V] x [C, V] -> [C]`` (in cache, a product and a sum beat a batched matmul 20 times)."""
+    return (a * b).sum(-1)
+
+
+def centred_(e: Tensor, prob: Tensor) -> Tensor:
+    """e - q sum_k e_k, in place: from the derivative by log q_j, ``[C, V]``, to the gradient by the logits."""
+    return e.addcmul_(prob, e.sum(-1, keepdim=True), value=-1.0)
+
+
+class Divergence:
+    """Base of all divergences. A divergence is a class in a file of this folder, found by its ``name``.
+
+    ``formula``, ``gradient`` and ``use`` are the words of ``docs/divergences.md``. The parameters of ``__init__`` are the
+    recipe keys, and are kept as attributes of the same name.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    formula: ClassVar[str]
+    gradient: ClassVar[str]
+    use: ClassVar[str]
+
+    def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
+        """The divergence ``[C]`` (nats, where it is one) and its gradient ``[C, V]`` with respect to u.
+
+        ``d.q.prob`` may be overwritten, and may come back as the gradient; everything else of ``d`` stays as it is.
+        """
+        raise NotImplementedError
+
+    def teacher_grad(self, d: Distributions) -> Tensor:
+        """The gradient ``[C, V]`` with respect to the teacher's u_t; leaves every buffer of ``d`` as it is."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The name and options that build this divergence again."""
+        options = inspect.signature(type(self)).parameters
+        return {"name": self.name, **{option: getattr(self, option) for option in options}}
+
+
+def check_option(
+    divergence: str, option: str, value: object, low: float, high: float, *, ends: str = "both", hint: str = ""
+) -> float:
+    """``value`` as a float between ``low`` and ``high``; ``ends`` that belong to the range: both, low or none.
+
+    Raises:
+        UserError: no number, or out of range; ``hint`` goes to the end of the message.
+    """
+    excluded = {"both": (), "low": (high,), "none": (low, high)}[ends]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and low <= value <= high and value not in excluded:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    words = f"a number from {low:g} on" if math.isinf(high) else f"a number between {low:g} and {high:g}"
+    words += (
+        {"both": "", "low": f", {high:g} excluded", "none": ", ends excluded"}[ends] if math.isfinite(high) else ""
+    )
+    raise UserError(
+        f"loss.divergence.{option}: got {value!r} for '{divergence}', expected {words}{f' ({hint})' if hint else ''}"
+    )

@@ -1,0 +1,41 @@
+"""Jensen-Shannon divergence with a weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dts_hf.divergences.base import Distributions, Divergence, centred_, check_option, dot
+
+
+class JSD(Divergence):
+    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    As in GKD (arXiv 2306.13649).
+
+    Gradient (1 - beta) q_j (log(q_j / m_j) - KL(q || m)). It tends to 0 at both ends of beta, so the ends are refused
+    rather than redefined as a KL: ask for ``forward_kl`` or ``reverse_kl`` by name. beta = 0.5 is the symmetric JSD.
+    """
+
+    name = "jsd"
+    title = "Generalised Jensen-Shannon"
+    paper = "arXiv 2306.13649"
+    formula = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
+    gradient = "(1 - beta) q (log(q / m) - KL(q || m))"
+    use = "Bounded, so no token can dominate; the usual choice on text that the student wrote."
+
+    def __init__(self, beta: float = 0.5) -> None:
+        hint = "the divergence is 0 there; for the KL limits use 'forward_kl' or 'reverse_kl'"
+        self.beta = check_option(self.name, "beta", beta, 0.0, 1.0, ends="none", hint=hint)
+
+    def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
+        log_m = d.mixture(self.beta).log_()
+        teacher_kl = dot(d.p.prob, d.p.logits - log_m) - d.p.log_norm.squeeze(-1)
+        # Row constants leave the gradient, so the student's log norm is needed in the value alone.
+        weighted = log_m.neg_().add_(d.q.logits).mul_(d.q.prob)
+        student_kl = weighted.sum(-1) - d.q.log_norm.squeeze(-1)
+        value = self.beta * teacher_kl + (1.0 - self.beta) * student_kl
+        return value, centred_(weighted, d.q.prob).mul_(1.0 - self.beta)
+
+    def teacher_grad(self, d: Distributions) -> Tensor:
+        weighted = d.mixture(self.beta).log_().neg_().add_(d.p.logits).mul_(d.p.prob)
+        return centred_(weighted, d.p.prob).mul_(self.beta)

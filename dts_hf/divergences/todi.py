@@ -1,0 +1,36 @@
+"""Token-wise mixture of the two KL divergences."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dts_hf.divergences.base import Distributions, Divergence
+
+
+class ToDi(Divergence):
+    """sum w p log(p / q) + (1 - w) q log(q / p) with w = sigmoid(log p / q) held constant (arXiv 2505.16297).
+
+    Each vocabulary entry leans to forward KL where the teacher gives it more, to reverse KL where the student does.
+    The sigmoid is p / (p + q), so w p - (1 - w) q = p - q: the value is KL(p || q) + KL(q || p) whatever the weights, and
+    only the gradient tells ToDi from the symmetric KL (worked out here). With h = q^2 / (p + q) log(p / q) it is
+    q_j - p_j - h_j + q_j sum_k h_k.
+    """
+
+    name = "todi"
+    title = "Token-wise (ToDi)"
+    paper = "arXiv 2505.16297"
+    formula = "sum w p log(p / q) + (1 - w) q log(q / p), w = p / (p + q) constant"
+    gradient = "q - p - h + q sum(h), h = q^2 / (p + q) log(p / q)"
+    use = "Symmetric KL that decides entry by entry: raises what the student lacks, lowers what it has too much of."
+
+    def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
+        p, q = d.p.prob, d.q.prob
+        log_ratio = d.log_ratio()
+        difference = q - p
+        value = (difference * log_ratio).sum(-1).neg_()
+        # q / (p + q) first, as q^2 underflows; where both are 0 the ratio does not matter.
+        h = log_ratio.mul_(q / d.mixture(0.5)).mul_(q).mul_(0.5)
+        return value, difference.sub_(h).addcmul_(q, h.sum(-1, keepdim=True))
+
+    def teacher_grad(self, d: Distributions) -> Tensor:
+        return self.value_and_grad(d.mirrored())[1]

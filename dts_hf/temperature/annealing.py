@@ -1,0 +1,68 @@
+"""Annealing-KD (arXiv 2104.07163): the teacher's logits grow to full size, then only the labels are left."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dts_hf.errors import UserError
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+
+
+class Annealing(TemperaturePolicy):
+    """Phase 1: match Phi z_t with Phi = 1 - (T - 1) / t_max and T = t_max ... 1; phase 2: cross-entropy alone.
+
+    Belongs to ``divergence: logit_mse``: the published phase 1 is the squared error of z_s and Phi z_t, without softmax
+    and without a T^2 factor. Dividing the teacher's logits by 1 / Phi is the same thing, so the policy gives T_s = 1,
+    T_t = 1 / Phi and the factor 1; ``temperature`` is 1 / Phi, from t_max down to 1. With another divergence it is a
+    falling temperature for the teacher alone.
+
+    It sets kd_ratio, whatever the recipe says: 1 in phase 1, 0 in phase 2.
+
+    Args:
+        t_max: T of the first stage, a whole number; 10 in the paper. Phase 1 has t_max equal stages.
+        phase_share: share of the run that is phase 1; 10 of 13 epochs (0.769) in the paper.
+    """
+
+    name: ClassVar[str] = "annealing"
+    paper: ClassVar[str | None] = "arXiv 2104.07163"
+    formula: ClassVar[str] = "T_s = 1, T_t = 1 / Phi, Phi = 1 - (T - 1) / t_max for T = t_max ... 1; then kd_ratio = 0"
+    use: ClassVar[str] = (
+        "With `divergence: logit_mse`, for a teacher much larger than its student, and mostly for classification. "
+        "Phase 2 needs good labels. Compare with `constant` at T = 1 and the same divergence."
+    )
+    cost: ClassVar[str] = "none"
+
+    def __init__(self, t_max: int = 10, phase_share: float = 0.77) -> None:
+        super().__init__()
+        if isinstance(t_max, bool) or not isinstance(t_max, int) or t_max < 1:
+            raise UserError(f"temperature.t_max: got {t_max!r} for policy 'annealing', expected a whole number from 1")
+        self.t_max = t_max
+        self.phase_share = check_number(self.name, "phase_share", phase_share, low=0.0, high=1.0, low_open=True)
+
+    @property
+    def in_phase_one(self) -> bool:
+        return self.progress < self.phase_share or self.phase_share == 1.0
+
+    @property
+    def phi(self) -> float:
+        """The factor of the teacher's logits, from 1 / t_max up to 1."""
+        stage = math.floor(self.progress / self.phase_share * self.t_max + 1e-9)
+        t = max(self.t_max - stage, 1)
+        return 1.0 - (t - 1) / self.t_max
+
+    @property
+    def temperature(self) -> float:
+        """1 / Phi, the temperature of the teacher; the student's is 1."""
+        return 1.0 / self.phi
+
+    @property
+    def kd_ratio(self) -> float | None:
+        return 1.0 if self.in_phase_one else 0.0
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        one = torch.ones((), dtype=student_logits.dtype, device=student_logits.device)
+        return Temperatures(one, one / self.phi, scale=one)

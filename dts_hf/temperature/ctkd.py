@@ -1,0 +1,96 @@
+"""Curriculum Temperature KD (CTKD, arXiv 2211.16231), global form: a learnt temperature that works against the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from dts_hf.errors import UserError
+from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_number, half_cosine
+
+
+class CTKD(TemperaturePolicy):
+    """T = t_start + t_end sigmoid(theta); theta climbs the distillation loss, by lambda(p) times an Adam step.
+
+    lambda grows along a cosine from 0 to 1 over the first ``ramp`` share of the run and stays there: the task gets
+    harder, never easier. The paper writes this as a gradient reversal with a factor from 0 to -1 (10 of 240 epochs).
+    Two published ports turn it round: TAID's goes from +1 to 0 (theta descends), AdaKD's fades the adversary out.
+
+    Differences from the paper: theta has its own Adam (the paper's joins the student's SGD), with lambda on the step and
+    not on the gradient, because Adam divides a factor of the gradient out again. No gradient flows from T into the
+    logits. The instance-wise form (a network on the logits) is not part of this.
+
+    Args:
+        t_start: lower end of T; 1 in the paper.
+        t_end: width of the range, T < t_start + t_end. The paper's 20 is for 100 classes; over a vocabulary of
+            50k little signal is left above about 4.
+        theta: where theta starts; 1 in the paper (T = 15.6), 0 here (the middle: T = 2.5).
+        learning_rate: size of Adam's step in theta.
+        betas: Adam's decay rates.
+        ramp: share of the run in which lambda grows from 0 to 1; 0.04 in the paper.
+    """
+
+    name: ClassVar[str] = "ctkd"
+    paper: ClassVar[str | None] = "arXiv 2211.16231"
+    formula: ClassVar[str] = "T = t_start + t_end sigmoid(theta), theta += lambda(p) Adam(d kd / d theta) (ascent)"
+    use: ClassVar[str] = (
+        "You want T found during the run instead of by a sweep. Watch T: at an end of its range it tells you that the "
+        "loss only knows one direction. Compare with `constant` at the T where it stays."
+    )
+    cost: ClassVar[str] = "the teacher-side gradient of the divergence: a few elementwise passes"
+    learns: ClassVar[bool] = True
+    state_fields: ClassVar[tuple[str, ...]] = ("theta", "first_moment", "second_moment", "steps", "ignored_gradients")
+
+    def __init__(
+        self,
+        t_start: float = 1.0,
+        t_end: float = 3.0,
+        theta: float = 0.0,
+        learning_rate: float = 0.01,
+        betas: Sequence[float] = (0.9, 0.999),
+        ramp: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=math.inf, low_open=True)
+        self.t_end = check_number(self.name, "t_end", t_end, low=0.0, high=math.inf, low_open=True)
+        self.theta = check_number(self.name, "theta", theta, low=-20.0, high=20.0)
+        self.learning_rate = check_number(self.name, "learning_rate", learning_rate, low=0.0, high=1.0)
+        self.betas = _check_betas(self.name, betas)
+        self.ramp = check_number(self.name, "ramp", ramp, low=0.0, high=1.0)
+        self.first_moment = self.second_moment = 0.0
+        self.steps = self.ignored_gradients = 0
+
+    @property
+    def temperature(self) -> float:
+        return self.t_start + self.t_end * _sigmoid(self.theta)
+
+    @property
+    def adversary(self) -> float:
+        """lambda(p) in [0, 1]: 0 at the start of the run, 1 from ``ramp`` on."""
+        return 1.0 - half_cosine(self.progress / self.ramp) if self.progress < self.ramp else 1.0
+
+    def end_step(self, stats: StepStats) -> None:
+        slope = _sigmoid(self.theta)
+        gradient = stats.temperature_grad * self.t_end * slope * (1.0 - slope)  # d kd / d theta
+        if not math.isfinite(gradient):
+            self.ignored_gradients += 1
+            return
+        first, second = self.betas
+        self.steps += 1
+        self.first_moment = first * self.first_moment + (1.0 - first) * gradient
+        self.second_moment = second * self.second_moment + (1.0 - second) * gradient * gradient
+        mean = self.first_moment / (1.0 - first**self.steps)
+        size = math.sqrt(self.second_moment / (1.0 - second**self.steps))
+        self.theta += self.adversary * self.learning_rate * mean / (size + 1e-8)  # plus: ascent
+
+
+def _sigmoid(x: float) -> float:
+    return 0.5 * (1.0 + math.tanh(0.5 * x))
+
+
+def _check_betas(policy: str, betas: object) -> tuple[float, float]:
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise UserError(f"temperature.betas: got {betas!r} for policy '{policy}', expected two numbers from 0 to 1")
+    first, second = (check_number(policy, "betas", beta, low=0.0, high=1.0 - 1e-9) for beta in betas)
+    return first, second

@@ -1,0 +1,74 @@
+"""Dynamic Temperature KD (DTKD, arXiv 2404.12711): each token splits 2 tau between teacher and student by sharpness."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+
+
+class DTKD(TemperaturePolicy):
+    """T_t = 2 tau k_t / (k_t + k_s), T_s = 2 tau k_s / (k_t + k_s) per token, with k = max z - mean z.
+
+    The sharper of the two gets the higher temperature, so that both maxima are equal after division: k_t / T_t =
+    k_s / T_s. T_t + T_s = 2 tau, and the loss is T_t T_s D.
+
+    Differences from the paper and its code, all needed for language models:
+
+    - k is the maximum minus the mean. The raw maximum of the published code is not shift invariant, and where logits
+      are negative (GPT-2) its ratio turns round or passes a pole. The paper's log-sum-exp is at least log V: at V = 50k
+      all rows would be alike.
+    - k_t / k_s is kept in [1 / clamp, clamp].
+    - No gradient flows into T; in the released code it flows through the student's maximum.
+
+    The authors' erratum (README of their code): the derivation of Eq. 4-5 is wrong, so the formula is an empirical
+    rule, untested by them on language models.
+
+    Args:
+        tau: the mean of the two temperatures; 4 in the paper (100 classes).
+        clamp: bound of the ratio, from 1 (both temperatures equal tau).
+        w_kd: weight of a second term tau^2 D at the fixed temperature tau, relative to the first. The paper adds one:
+            its code has alpha 3 and beta 1, so w_kd = 1/3. It costs another softmax of both models.
+    """
+
+    name: ClassVar[str] = "dtkd"
+    paper: ClassVar[str | None] = "arXiv 2404.12711"
+    formula: ClassVar[str] = (
+        "T_t = 2 tau k_t / (k_t + k_s), T_s = 2 tau k_s / (k_t + k_s), k = max z - mean z, per token"
+    )
+    use: ClassVar[str] = (
+        "Teacher and student differ in confidence, token by token, and you do not want one temperature for both. "
+        "Compare with `constant` at T = tau."
+    )
+    cost: ClassVar[str] = "2 reading passes per model (maximum, mean); with w_kd > 0 a second softmax of both models"
+
+    def __init__(self, tau: float = 2.0, clamp: float = 3.0, w_kd: float = 0.0) -> None:
+        super().__init__()
+        self.tau = check_number(self.name, "tau", tau, low=0.0, high=math.inf, low_open=True)
+        self.clamp = check_number(self.name, "clamp", clamp, low=1.0, high=math.inf)
+        self.w_kd = check_number(self.name, "w_kd", w_kd, low=0.0, high=math.inf)
+
+    @property
+    def temperature(self) -> float:
+        """tau: the mean of the two temperatures of every row."""
+        return self.tau
+
+    @property
+    def companions(self) -> tuple[tuple[float, float], ...]:
+        return ((self.tau, self.w_kd),) if self.w_kd > 0 else ()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        ratio = (_sharpness(teacher_logits) / _sharpness(student_logits)).clamp_(1.0 / self.clamp, self.clamp)
+        student = 2.0 * self.tau / (1.0 + ratio)
+        return Temperatures(student, student * ratio)
+
+
+def _sharpness(logits: Tensor) -> Tensor:
+    """k = max - mean, ``[C, 1]``, above 0 also for constant logits (two constant rows then have the ratio 1)."""
+    logits = logits.detach()
+    peak = logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)
+    return peak.clamp_(min=torch.finfo(logits.dtype).tiny)

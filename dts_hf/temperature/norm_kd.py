@@ -1,0 +1,45 @@
+"""NormKD: the standard deviation of each model's logits times a common factor is its temperature."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.spread import EPS, standard_deviation
+
+
+class NormKD(TemperaturePolicy):
+    """T_s = t_norm std(z_s), T_t = t_norm std(z_t) per token; the loss is T_t^2 D.
+
+    The same temperatures as ``logit_std``, but the factor T_t^2 moves with the row: tokens on which the teacher's
+    logits spread widely weigh more. No gradient flows into the standard deviations.
+
+    Args:
+        t_norm: the common factor; 1.5 in the language-model port that comes with BiLD (arXiv 2406.13555), 2 for DKD.
+    """
+
+    name: ClassVar[str] = "norm_kd"
+    paper: ClassVar[str | None] = "arXiv 2308.00520"
+    formula: ClassVar[str] = "T_s = t_norm std(z_s), T_t = t_norm std(z_t), factor T_t^2, per token"
+    use: ClassVar[str] = (
+        "As `logit_std`, with wide-spread tokens weighted up. T_t^2 makes kd_loss large: look at its size beside "
+        "ce_loss before you choose kd_ratio."
+    )
+    cost: ClassVar[str] = "4 passes per model (mean, centring, square, sum)"
+
+    def __init__(self, t_norm: float = 1.5) -> None:
+        super().__init__()
+        self.t_norm = check_number(self.name, "t_norm", t_norm, low=0.0, high=math.inf, low_open=True)
+
+    @property
+    def temperature(self) -> float:
+        """t_norm; on the logits themselves the temperature is this times their standard deviation."""
+        return self.t_norm
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        student = standard_deviation(student_logits.detach()).clamp_(min=EPS).mul_(self.t_norm)
+        teacher = standard_deviation(teacher_logits.detach()).clamp_(min=EPS).mul_(self.t_norm)
+        return Temperatures(student, teacher, scale=teacher.square())

@@ -1,0 +1,75 @@
+"""TAID (arXiv 2501.16937): the target moves from a mix with the student's own distribution to the teacher's."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number
+
+
+class TAID(TemperaturePolicy):
+    """Target softmax((1 - t) z_s + t z_t), z_s held constant, with t rising from t_start to 1; T is fixed.
+
+    The gap-adaptive scheduler of targets: it moves what the student aims at, not the temperature. After each optimizer
+    step with distillation loss L, m = 0.99 m + 0.01 (L_prev - L) / (L_prev + 1e-15) and t grows by alpha sigmoid(m)
+    (1 - t), at least up to the straight line t_start + (1 - t_start) progress: faster while the loss falls.
+
+    L is the divergence that we train on; the released code feeds it the cross-entropy of the target and the student,
+    which has the target's entropy in it. Our (1 - t) z_s + t z_t comes before the division by T.
+
+    Args:
+        t_start: the teacher's share at the start; 0.4 in the paper.
+        alpha: largest step of t per optimizer step; 5e-4 in the paper. In short runs the straight line is faster.
+        beta: memory of m; 0.99 in the paper.
+        value: the temperature of teacher and student; 1 in the paper.
+    """
+
+    name: ClassVar[str] = "taid"
+    paper: ClassVar[str | None] = "arXiv 2501.16937"
+    formula: ClassVar[str] = (
+        "target softmax((1 - t) z_s + t z_t), "
+        "t <- max(t_start + (1 - t_start) progress, t + alpha sigmoid(m) (1 - t)); T = value"
+    )
+    use: ClassVar[str] = (
+        "The teacher is far stronger than the student. Compare with `constant` at the same value; whether the adaptive "
+        "part acts at all shows a run with alpha 0 (the straight line)."
+    )
+    cost: ClassVar[str] = "the mix of the logits: 2 passes"
+    state_fields: ClassVar[tuple[str, ...]] = ("share", "momentum", "last_loss")
+
+    def __init__(self, t_start: float = 0.4, alpha: float = 5e-4, beta: float = 0.99, value: float = 1.0) -> None:
+        super().__init__()
+        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=1.0)
+        self.alpha = check_number(self.name, "alpha", alpha, low=0.0, high=1.0)
+        self.beta = check_number(self.name, "beta", beta, low=0.0, high=1.0)
+        self.value = check_number(self.name, "value", value, low=0.0, high=math.inf, low_open=True)
+        self.share = self.t_start
+        self.momentum = 0.0
+        self.last_loss: float | None = None
+
+    @property
+    def temperature(self) -> float:
+        return self.value
+
+    def begin_step(self, progress: float) -> None:
+        super().begin_step(progress)
+        self.share = min(1.0, max(self.share, self.t_start + (1.0 - self.t_start) * self.progress))
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        value = torch.full((), self.value, dtype=student_logits.dtype, device=student_logits.device)
+        return Temperatures(value, value, teacher_share=torch.full_like(value, self.share))
+
+    def end_step(self, stats: StepStats) -> None:
+        loss, last = stats.kd, self.last_loss
+        if not math.isfinite(loss):  # says nothing: t follows its straight line
+            return
+        self.last_loss = loss
+        if last is None:
+            return
+        self.momentum = self.beta * self.momentum + (1.0 - self.beta) * (last - loss) / (last + 1e-15)
+        rate = 0.5 * (1.0 + math.tanh(0.5 * self.momentum))  # the sigmoid, safe at any size
+        self.share = min(1.0, self.share + self.alpha * rate * (1.0 - self.share))
