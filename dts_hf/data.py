@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dts_hf.errors import UserError, nearest
+from dts_hf.packed_attention import borders_mask
 from dts_hf.prompts import Template, encode_prompts
 from dts_hf.response import IGNORE_INDEX
 
@@ -299,13 +300,17 @@ def _stem(file: Path) -> str:
 
 def _file_records(files: Iterable[Path]) -> Iterator[tuple[Row, str]]:
     for file in files:
-        read = _parquet_objects if file.suffix == ".parquet" else _json_objects
         empty = True
-        for number, where, obj in read(file):
+        for number, where, obj in read_objects(file):
             empty = False
             yield parse_row(obj, where, f"{_stem(file)}-{number}"), where
         if empty:
             raise UserError(f"{file}: the file holds no rows; expected rows {ROW_FORMAT}")
+
+
+def read_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
+    """Yield (number, place, object) of every object in a JSONL, JSONL.gz or Parquet file; objects are not checked."""
+    return _parquet_objects(file) if file.suffix == ".parquet" else _json_objects(file)
 
 
 def _json_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
@@ -359,6 +364,16 @@ def _parquet_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
 
 
 def _hub_records(name: str, split: str) -> Iterator[tuple[Row, str]]:
+    for default_id, where, obj in hub_objects(name, split):
+        yield parse_row(obj, where, default_id), where
+
+
+def hub_objects(name: str, split: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (default id, place, object) of every row of a Hub data set, unchecked.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     import datasets
 
     path, _, configuration = name.partition(":")
@@ -372,7 +387,7 @@ def _hub_records(name: str, split: str) -> Iterator[tuple[Row, str]]:
         ) from error
     for number, obj in enumerate(dataset, 1):
         where = f"{name}, split '{split}': row {number}"
-        yield parse_row(obj, where, f"{path.replace('/', '-')}-{number}"), where
+        yield f"{path.replace('/', '-')}-{number}", where, obj
 
 
 def _unique(records: Iterator[tuple[Row, str]]) -> list[Row]:
@@ -642,57 +657,34 @@ class PackedCollator:
 
     ``position_ids`` restart at 0 for each row. Transformers (>= 5) reads the borders from them and lets no token
     attend across, but **only when it gets neither an attention mask nor a KV cache**: call the model with
-    ``use_cache=False``, or the borders are silently ignored. Some families always ignore them: :func:`check_packing`.
+    ``use_cache=False``, or the borders are silently ignored. Some families always ignore them:
+    ``packed_attention.check_packing`` tells.
+
+    Args:
+        borders: also give ``borders``, the ``packed_attention.borders_mask`` of the rows: the attention mask of a model
+            for which ``check_packing`` returned True.
 
     Returns (of a call):
         ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
         each row is -100: after the shift it would be predicted from the row before.
     """
 
+    def __init__(self, borders: bool = False) -> None:
+        self.borders = borders
+
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [i for example in examples for i in example["input_ids"]]
         positions = [i for example in examples for i in range(len(example["input_ids"]))]
         labels = [i for example in examples for i in (IGNORE_INDEX, *example["labels"][1:])]
-        return {
+        batch = {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
             "row_id": torch.tensor([example["row_id"] for example in examples]),
         }
-
-
-@torch.no_grad()
-def check_packing(model: PreTrainedModel, name: str = "the model") -> None:
-    """Prove on 24 tokens that ``model`` keeps packed rows apart; call it once after loading when packing is on.
-
-    OPT, Bloom, MPT, Falcon, Mamba and others do not read row borders from ``position_ids`` (transformers 5.23): each
-    row would see the rows before it, and nothing would say so.
-
-    Args:
-        model: a causal language model on its device; its mode is restored.
-        name: the word for it in the error.
-
-    Raises:
-        UserError: the model mixes packed rows.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.arange(7, 7 + 24 * 5, 5, device=model.device).remainder(vocabulary)[None]
-        positions = torch.arange(12, device=model.device)[None]
-        packed = torch.cat([positions, positions], dim=1)
-        try:
-            together = model(input_ids=ids, position_ids=packed, use_cache=False).logits[:, 12:].float()
-        except TypeError as error:  # no position_ids at all
-            raise _packing_error(name, model) from error
-        alone = model(input_ids=ids[:, 12:], position_ids=positions, use_cache=False).logits.float()
-        joined = model(input_ids=ids, use_cache=False).logits[:, 12:].float()
-        # Compared with the effect of a leak and not with zero, so that one bound serves float32 and bfloat16.
-        if (together - alone).abs().mean() > 0.1 * (joined - alone).abs().mean():
-            raise _packing_error(name, model)
-    finally:
-        model.train(was_training)
+        if self.borders:
+            batch["borders"] = borders_mask([len(example["input_ids"]) for example in examples])
+        return batch
 
 
 def check_positions(model: PreTrainedModel, name: str, tokens: int, advice: str) -> None:
@@ -714,13 +706,6 @@ def check_positions(model: PreTrainedModel, name: str, tokens: int, advice: str)
         raise UserError(
             f"{name} ({type(model).__name__}) has {positions} positions, but the longest row needs {tokens}. {advice}"
         )
-
-
-def _packing_error(name: str, model: PreTrainedModel) -> UserError:
-    return UserError(
-        f"data.packing: {name} ({type(model).__name__}) does not keep packed rows apart: each row would attend to the "
-        f"rows before it. Set data.packing: false."
-    )
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -25,7 +25,6 @@ from dts_hf.data import (
     LengthGroupedSampler,
     PackedCollator,
     PaddedCollator,
-    check_packing,
     check_positions,
     encode_rows,
     rows_from_dataset,
@@ -36,8 +35,9 @@ from dts_hf.head import Head, head_of, loss_in_head
 from dts_hf.losses import DistillationLoss
 from dts_hf.meters import MeanLog, SumMeter, means
 from dts_hf.models import align_vocabularies, check_head, load_model, load_tokenizer
+from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
-from dts_hf.response import IGNORE_INDEX, count_targets, select_response
+from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
 from dts_hf.teachers import LiveTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
@@ -118,21 +118,10 @@ class DistillationTrainer(Trainer):
             teacher = load_model(teacher, key="teacher", dtype=str(next(model.parameters()).dtype).split(".")[-1])
         if processing_class is None:
             raise UserError("processing_class: got None, expected the student's tokenizer")
-        check_head(model, role="student")
-        if isinstance(teacher, nn.Module):
-            check_head(teacher, role="teacher")
-            plan = align_vocabularies(
-                model, teacher, processing_class, teacher_tokenizer or processing_class, vocab_alignment
-            )
-            self.vocab_size, self.vocab_note = plan.size, plan.note
-            self.teacher: Teacher = LiveTeacher(teacher)
-        else:
-            self.vocab_size, self.vocab_note = min(head_of(model).vocab_size, teacher.head.vocab_size), ""
-            self.teacher = teacher
-        if packing:
-            check_packing(model, "the student")  # type: ignore[arg-type]
-            if isinstance(self.teacher, LiveTeacher):
-                check_packing(self.teacher.model, "the teacher")  # type: ignore[arg-type]
+        self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
+        borders = packing and check_packing(model, "the student", args.device)
+        if packing and isinstance(self.teacher, LiveTeacher):
+            borders = check_packing(self.teacher.model, "the teacher", args.device) and borders
 
         template = get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca"))
 
@@ -159,7 +148,9 @@ class DistillationTrainer(Trainer):
         train_dataset, eval_dataset = encode(train_dataset, "train_dataset"), encode(eval_dataset, "eval_dataset")
         for dataset in (train_dataset, eval_dataset):
             self._check_rows(dataset, model)
-        collator = data_collator or (PackedCollator() if packing else PaddedCollator(processing_class.pad_token_id))
+        collator = data_collator or (
+            PackedCollator(borders) if packing else PaddedCollator(processing_class.pad_token_id)
+        )
         try:
             self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # a missing package shows now
             super().__init__(
@@ -179,6 +170,25 @@ class DistillationTrainer(Trainer):
         self.teacher.to(self.args.device)
         self.loss.to(self.args.device)
 
+    def _join(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | Teacher,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        vocab_alignment: str,
+    ) -> None:
+        """Check that teacher and student can be compared, and set ``teacher``, ``vocab_size`` and ``vocab_note``."""
+        check_head(model, role="student")
+        if isinstance(teacher, nn.Module):
+            check_head(teacher, role="teacher")
+            plan = align_vocabularies(model, teacher, tokenizer, teacher_tokenizer or tokenizer, vocab_alignment)
+            self.vocab_size, self.vocab_note = plan.size, plan.note
+            self.teacher: Teacher = LiveTeacher(teacher)
+        else:
+            self.vocab_size, self.vocab_note = min(head_of(model).vocab_size, teacher.head.vocab_size), ""
+            self.teacher = teacher
+
     # ------------------------------------------------------------------------------------------------- the batch
 
     def compute_loss(
@@ -194,7 +204,11 @@ class DistillationTrainer(Trainer):
         and is called as usual, so every wrapper's hooks fire; the loss itself runs where its output layer would.
         """
         labels = inputs["labels"]
-        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
+        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "borders")}
+        tokens = _count_tokens(batch)
+        if "borders" in inputs:
+            batch["attention_mask"] = inputs["borders"]
+        sequences = sequence_numbers(labels, batch.get("position_ids")) if self.temperature.needs_sequence_gap else None
         if num_items_in_batch is None:
             num_items_in_batch = count_targets(labels).clamp(min=1) * self.accelerator.num_processes  # a local mean
         precise = torch.float32 if labels.device.type == "mps" else torch.float64
@@ -207,13 +221,14 @@ class DistillationTrainer(Trainer):
 
         def loss_of_states(states: Tensor) -> Tensor:
             rows, targets = select_response(states, labels)
-            output = loss_fn(rows, self._cut(head_of(student)), teacher_states, teacher_head, targets, normalizer)
+            head = self._cut(head_of(student))
+            output = loss_fn(rows, head, teacher_states, teacher_head, targets, normalizer, sequences)
             sums.update(output.sums)
             return output.loss
 
         with loss_in_head(student, loss_of_states):
             loss = model(**batch, use_cache=False).logits
-        meter.add({**sums, "tokens": _count_tokens(batch)})
+        meter.add({**sums, "tokens": tokens})
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _cut(self, head: Head) -> Head:

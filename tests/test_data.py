@@ -19,7 +19,6 @@ from dts_hf.data import (
     PackedCollator,
     PaddedCollator,
     Row,
-    check_packing,
     encode_rows,
     load_many,
     load_rows,
@@ -466,28 +465,6 @@ def test_packed_and_padded_rows_give_equal_gradients(build):
         torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
-
-
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_check_packing_accepts(build, dtype):
-    model = build().to(dtype).train()
-    check_packing(model)
-    assert model.training
-
-
-def test_check_packing_refuses_a_family_that_ignores_the_borders():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64)
-    config.word_embed_proj_dim = 32
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = OPTForCausalLM(config)
-    with pytest.raises(
-        UserError, match=r"data\.packing: the teacher \(OPTForCausalLM\) does not keep packed rows apart"
-    ):
-        check_packing(model, "the teacher")
 
 
 # ------------------------------------------------------------------------------------------ length groups

@@ -1,0 +1,143 @@
+"""Packed rows without a dense mask: the same states and gradients as each row alone, for every kind of model we meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dts_hf.data import EncodedDataset, PackedCollator
+from dts_hf.errors import UserError
+from dts_hf.packed_attention import NAME, borders_mask, check_packing, is_borders
+
+LENGTHS = [9, 1, 14, 5]
+
+
+def build(kind, config, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(config(vocab_size=64, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, **options)).eval()
+
+
+def mistral():  # a window of 4: shorter than most rows
+    return build(
+        MistralForCausalLM, MistralConfig, intermediate_size=64, num_key_value_heads=2, sliding_window=4, head_dim=8
+    )
+
+
+def qwen():
+    return build(Qwen2ForCausalLM, Qwen2Config, intermediate_size=64, num_key_value_heads=2)
+
+
+def opt():
+    return build(OPTForCausalLM, OPTConfig, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)
+
+
+def bloom():
+    return build(BloomForCausalLM, BloomConfig)
+
+
+def packed_inputs(lengths=LENGTHS):
+    ids = torch.arange(3, 3 + 7 * sum(lengths), 7).remainder(64)[None]
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": borders_mask(lengths),
+    }
+
+
+def states_and_gradient(model, rows):
+    """Logits of all tokens, one row after the other, and the gradient of a loss that needs all of them."""
+    model.zero_grad()
+    logits = torch.cat([model(**row, use_cache=False).logits[0] for row in rows])
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    (logits.tanh() * weights).sum().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, mistral, qwen, opt])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_are_each_row_alone(make, checkpointing):
+    model = make().double().train() if make in (tiny_llama, tiny_gpt2) else make().double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    inputs = packed_inputs()
+    alone = [
+        {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+        for ids in inputs["input_ids"].split(LENGTHS, dim=1)
+    ]
+    expected, expected_grad = states_and_gradient(model, alone)
+    assert check_packing(model) is True and model.config._attn_implementation == NAME
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    together, grad = states_and_gradient(model, [inputs])
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-10)
+
+
+def test_other_calls_of_the_model_do_not_change():
+    model = tiny_llama().eval()
+    ids = torch.arange(5, 25)[None].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    before = model(input_ids=ids, attention_mask=mask).logits
+    answer = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    check_packing(model)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), answer)
+
+
+def test_the_switch_is_not_saved(tmp_path):
+    model = tiny_llama()
+    check_packing(model)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_check_packing_accepts_and_leaves_the_mode(make, dtype):
+    model = make().to(dtype).train()
+    assert check_packing(model)
+    assert model.training
+
+
+def test_check_packing_keeps_to_position_ids_off_the_cpu_and_for_other_attention():
+    model = tiny_llama()
+    assert check_packing(model, device=torch.device("meta")) is False
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert check_packing(model) is False and model.config._attn_implementation == "eager"
+
+
+def test_check_packing_refuses_a_family_that_ignores_the_borders():
+    model = bloom()
+    with pytest.raises(UserError, match=r"data\.packing: the teacher \(BloomForCausalLM\) does not keep packed rows apart"):
+        check_packing(model, "the teacher")
+    assert model.config._attn_implementation != NAME
+
+
+def test_an_attention_that_does_not_know_borders_fails_aloud():
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        tiny_llama()(**packed_inputs(), use_cache=False)  # plain sdpa
+
+
+def test_the_collator_gives_the_borders_where_asked():
+    dataset = EncodedDataset(["a", "b"], [[5, 6, 7], [8, 9]], [1, 1])
+    rows = [dataset[0], dataset[1]]
+    assert "borders" not in PackedCollator()(rows)
+    borders = PackedCollator(borders=True)(rows)["borders"]
+    assert borders.flatten().tolist() == [0, 3, 5] and is_borders(borders)
+    assert not is_borders(None) and not is_borders(torch.ones(1, 1, 3, 3)) and not is_borders(torch.ones(2, 3))
