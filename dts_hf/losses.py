@@ -123,7 +123,9 @@ class DistillationLoss(nn.Module):
                 "align them first (dts_hf.models.align_vocabularies)"
             )
         if self.temperature.needs_sequence_gap and sequences is None:
-            raise ValueError(f"the temperature policy '{self.temperature.name}' needs the sequence of each row: sequences")
+            raise ValueError(
+                f"the temperature policy '{self.temperature.name}' needs the sequence of each row: sequences"
+            )
         sums: dict[str, Tensor] = {}
         loss = _FusedLoss.apply(
             student_states,
@@ -268,7 +270,11 @@ class _ChunkWalk:
         """The chunk in blocks that fit into a CPU's cache: (rows among all N, student logits, teacher logits)."""
         for first in range(0, student.shape[0], self.block):
             part = slice(first, first + self.block)
-            yield slice(span.start + first, min(span.start + first + self.block, span.stop)), student[part], teacher[part]
+            yield (
+                slice(span.start + first, min(span.start + first + self.block, span.stop)),
+                student[part],
+                teacher[part],
+            )
 
     # ----------------------------------------------------------------------------------------- the gap of a sequence
 

@@ -208,7 +208,9 @@ class DistillationTrainer(Trainer):
         tokens = _count_tokens(batch)
         if "borders" in inputs:
             batch["attention_mask"] = inputs["borders"]
-        sequences = sequence_numbers(labels, batch.get("position_ids")) if self.temperature.needs_sequence_gap else None
+        sequences = (
+            sequence_numbers(labels, batch.get("position_ids")) if self.temperature.needs_sequence_gap else None
+        )
         if num_items_in_batch is None:
             num_items_in_batch = count_targets(labels).clamp(min=1) * self.accelerator.num_processes  # a local mean
         precise = torch.float32 if labels.device.type == "mps" else torch.float64

@@ -26,7 +26,9 @@ LENGTHS = [9, 1, 14, 5]
 def build(kind, config, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind(config(vocab_size=64, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, **options)).eval()
+        return kind(
+            config(vocab_size=64, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, **options)
+        ).eval()
 
 
 def mistral():  # a window of 4: shorter than most rows
@@ -124,7 +126,9 @@ def test_check_packing_keeps_to_position_ids_off_the_cpu_and_for_other_attention
 
 def test_check_packing_refuses_a_family_that_ignores_the_borders():
     model = bloom()
-    with pytest.raises(UserError, match=r"data\.packing: the teacher \(BloomForCausalLM\) does not keep packed rows apart"):
+    with pytest.raises(
+        UserError, match=r"data\.packing: the teacher \(BloomForCausalLM\) does not keep packed rows apart"
+    ):
         check_packing(model, "the teacher")
     assert model.config._attn_implementation != NAME
 

@@ -144,21 +144,47 @@ def test_a_micro_batch_without_labels_adds_nothing(tmp_path):
     assert largest_difference(together, alone) < 1e-6
 
 
-@pytest.mark.parametrize("split", [(8, 1), (4, 2), (1, 8)], ids=str)
-def test_training_does_not_depend_on_the_split(tmp_path, split):
-    """Three optimizer steps through Trainer.train itself: the same weights and temperatures for any accumulation."""
+def train_three_steps(tmp_path, size, accumulation, **arguments):
+    options = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation,
+               "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "optim": "sgd"}  # fmt: skip
+    trainer = trainer_for(tmp_path, options=options, **arguments)
+    trainer.train()
+    return trainer
 
-    def train(size, accumulation):
-        options = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation,
-                   "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "optim": "sgd"}  # fmt: skip
-        trainer = trainer_for(tmp_path, options=options)
-        trainer.train()
-        return trainer.model.state_dict(), [log["temperature"] for log in trainer.state.log_history if "kl" in log]
 
-    weights, temperatures = train(*split)
-    expected_weights, expected_temperatures = train(8, 1)
-    assert largest_difference(weights, expected_weights) < 1e-5
-    assert temperatures == pytest.approx(expected_temperatures, rel=1e-5)
+POLICIES = [
+    {"name": "dts", "rule": "gap"},
+    {"name": "dts", "granularity": "token"},
+    {"name": "dts", "granularity": "sequence"},
+    {"name": "dts", "decoupled": True},
+    {"name": "dts", "range": "auto"},
+    {"name": "dtkd", "w_kd": 0.5},
+    {"name": "ctkd", "ramp": 0.1},
+    "adakd",
+    "taid",
+    "norm_kd",
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_training_does_not_depend_on_the_split(tmp_path, policy):
+    """Three optimizer steps through Trainer.train itself: equal weights, temperatures and state for any split or packing."""
+    expected = train_three_steps(tmp_path, 8, 1, temperature=policy)
+    fresh = type(expected.temperature)().state()
+    assert not fresh or expected.temperature.state() != fresh  # what has a state has moved
+    for size, accumulation, packing in [(4, 2, False), (1, 8, False), (4, 2, True)]:
+        trainer = train_three_steps(tmp_path, size, accumulation, temperature=policy, packing=packing)
+        name = f"{size} x {accumulation}, packing {packing}"
+        assert largest_difference(trainer.model.state_dict(), expected.model.state_dict()) < 1e-5, name
+        for one, other in zip(temperatures(trainer), temperatures(expected), strict=True):
+            assert one == pytest.approx(other, rel=2e-5), name
+        for key, value in expected.temperature.state().items():
+            assert trainer.temperature.state()[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
+
+
+def temperatures(trainer):
+    names = ("temperature", "temperature_min", "temperature_max")
+    return [[log[name] for name in names] for log in trainer.state.log_history if "kl" in log]
 
 
 def test_packing_through_the_trainer_equals_padding(tmp_path):
