@@ -33,6 +33,7 @@ SUM_NAMES = (
     "teacher_entropy_at_t",
     "top1_agreement",
     "temperature",
+    "teacher_temperature",
 )
 
 #: On a CPU, rows are processed in blocks of about this many bytes of logits: the elementwise work stays in its cache.
@@ -186,7 +187,7 @@ class _FusedLoss(torch.autograd.Function):
         # underflow in fp16, and a loss scaler, which arrives as grad_loss, would come too late. The buffers are ours.
         factor = grad_loss * ctx.inverse
         grads = [
-            None if grad is None else grad.mul_(factor.to(grad.dtype)).to(dtype)
+            None if grad is None else _scaled(grad, factor, dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
@@ -218,7 +219,7 @@ class _ChunkWalk:
         rows, width = states.shape
         empty: dict[str, Any] = {"device": states.device}
         self.d_states = torch.empty(rows, width, dtype=states.dtype, **empty) if self.need_states else None
-        self.d_weight = torch.zeros(head.weight.shape, dtype=self.math_dtype, **empty) if self.need_weight else None
+        self.d_weight: Tensor | None = None  # made by the first chunk
         self.d_bias = torch.zeros(head.vocab_size, dtype=self.math_dtype, **empty) if self.need_bias else None
         self.sums = {name: torch.zeros((), dtype=self.math_dtype, **empty) for name in SUM_NAMES}
         self.sums["rows"] += rows
@@ -241,13 +242,14 @@ class _ChunkWalk:
         self.teacher_states, self.targets = teacher_states, targets
         if rows == 0:
             self._observe_nothing()
+            self.d_weight = torch.zeros_like(self.head.weight) if self.need_weight else None
         if self.module.temperature.needs_sequence_gap and rows:
             gaps, spans = self._sequences(sequences, chunk)  # type: ignore[arg-type]
         else:
-            gaps, spans = None, [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
-        for span in spans:
+            gaps, spans = None, [(slice(start, min(start + chunk, rows)), True) for start in range(0, rows, chunk)]
+        for span, measured in spans:
             student, teacher, hidden = self._logits(span)
-            if gaps is not None:
+            if gaps is not None and not measured:
                 self._fill_gaps(gaps, sequences, span, student, teacher)  # type: ignore[arg-type]
             for part, z_s, z_t in self._blocks(span, student, teacher):
                 # The gradient replaces the raw logits in place: no third [C, V] buffer.
@@ -278,34 +280,32 @@ class _ChunkWalk:
 
     # ----------------------------------------------------------------------------------------- the gap of a sequence
 
-    def _sequences(self, sequences: Tensor, chunk: int) -> tuple[Tensor, list[slice]]:
+    def _sequences(self, sequences: Tensor, chunk: int) -> tuple[Tensor, list[tuple[slice, bool]]]:
         """Chunks that keep sequences whole, so that a sequence's gap is known before the temperature of its rows.
 
         A sequence with more rows than a chunk holds is cut, and its gap is measured first: its logits are then computed
-        twice. Returns the gaps ``[N]`` (NaN where still unknown) and the chunks.
+        twice. Returns the gaps ``[N]`` and the chunks, each with whether its gaps are measured already.
         """
         lengths = sequences.unique_consecutive(return_counts=True)[1].tolist()
-        gaps = self.states.new_full((len(sequences),), float("nan"), dtype=self.math_dtype)
-        spans: list[slice] = []
+        gaps = self.states.new_empty(len(sequences), dtype=self.math_dtype)
+        spans: list[tuple[slice, bool]] = []
         start = stop = 0
         for length in lengths:
             if stop > start and stop + length - start > chunk:
-                spans.append(slice(start, stop))
+                spans.append((slice(start, stop), False))
                 start = stop
             stop += length
             if length > chunk:
                 parts = [slice(first, min(first + chunk, stop)) for first in range(start, stop, chunk)]
                 row_gaps = [self._row_gaps(part, *self._logits(part)[:2]) for part in parts]
                 gaps[start:stop] = torch.cat(row_gaps).mean()
-                spans += parts
+                spans += [(part, True) for part in parts]
                 start = stop
         if stop > start:
-            spans.append(slice(start, stop))
+            spans.append((slice(start, stop), False))
         return gaps, spans
 
     def _fill_gaps(self, gaps: Tensor, sequences: Tensor, span: slice, student: Tensor, teacher: Tensor) -> None:
-        if not torch.isnan(gaps[span.start]):
-            return  # part of a long sequence, measured already
         numbers, inverse = sequences[span].unique_consecutive(return_inverse=True)
         sums = gaps.new_zeros(2, len(numbers))
         row_gaps = self._row_gaps(span, student, teacher)
@@ -351,8 +351,9 @@ class _ChunkWalk:
             same = tempered.logits is distribution.logits
             self._add(f"{name}_entropy_at_t", entropy if same else tempered.entropy())
         t_s, t_t = temperatures.student, temperatures.teacher
-        mean_t = torch.broadcast_to(t_s.squeeze(-1) if t_s.dim() else t_s, student_ce.shape)
+        mean_t = torch.broadcast_to(_rows(t_s), student_ce.shape)
         self._add("temperature", mean_t)
+        self._add("teacher_temperature", mean_t if t_t is t_s else torch.broadcast_to(_rows(t_t), student_ce.shape))
         self.sums["temperature_min"] = torch.minimum(self.sums["temperature_min"], mean_t.min())
         self.sums["temperature_max"] = torch.maximum(self.sums["temperature_max"], mean_t.max())
         if temperatures.observed is not None:
@@ -424,11 +425,13 @@ class _ChunkWalk:
         grad = grad_logits.to(self.matmul_dtype)
         if self.d_states is not None:
             self.d_states[span] = grad @ self.weight
-        if self.d_weight is not None:
-            if self.matmul_dtype == self.math_dtype:
+        if self.need_weight:
+            if self.d_weight is None:
+                self.d_weight = grad.t() @ hidden
+            elif self.matmul_dtype == self.math_dtype:
                 self.d_weight.addmm_(grad.t(), hidden)
             else:  # a low-precision matmul, but the sum over chunks in fp32
-                self.d_weight += grad.t() @ hidden
+                self.d_weight = self.d_weight.to(self.math_dtype).add_(grad.t() @ hidden)
         if self.d_bias is not None:
             self.d_bias += grad_logits.sum(0)
 
@@ -444,6 +447,12 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Ten
     else:
         logits.copy_(hidden @ weight.t())
     return logits if bias is None else logits.add_(bias.detach())
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in ``dtype``, multiplied in the wider of the two types; may reuse the buffer of ``grad``."""
+    wide = torch.promote_types(grad.dtype, dtype)
+    return grad.to(wide).mul_(factor.to(wide)).to(dtype)
 
 
 def _rows(value: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ def means(totals: dict[str, float]) -> dict[str, float]:
         "effective_support": math.exp(mean["teacher_entropy_at_t"]),
         "top1_agreement": mean["top1_agreement"],
         "temperature": mean["temperature"],
+        "teacher_temperature": mean["teacher_temperature"],
         "temperature_min": totals["temperature_min"],
         "temperature_max": totals["temperature_max"],
     }

@@ -116,8 +116,8 @@ def check_packing(model: nn.Module, name: str = "the model", device: torch.devic
     finally:
         owner.train(was_training)
     raise UserError(
-        f"data.packing: {name} ({type(owner).__name__}) does not keep packed rows apart: a row would attend to the rows before it. "
-        "Set it to false"
+        f"data.packing: {name} ({type(owner).__name__}) does not keep packed rows apart: a row would attend to the rows "
+        "before it. Set data.packing: false"
     )
 
 

@@ -316,8 +316,7 @@ class DistillationTrainer(Trainer):
                 self.tokens_seen += totals["tokens"]
                 self._logged_at = now
                 values["temperature_cosine"] = self.temperature.cosine  # type: ignore[assignment]
-                ignored = getattr(self.temperature, "ignored_gaps", 0)
-                logs.update(values if not ignored else {**values, "ignored_gaps": ignored})
+                logs.update({**values, **self.temperature.log_values()})
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -233,6 +233,7 @@ def test_sums_are_the_statistics_at_temperature_one():
         "teacher_entropy_at_t": entropy(p_t),
         "top1_agreement": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
         "temperature": 13 * t,
+        "teacher_temperature": 13 * t,
     }
     assert set(expected) == set(SUM_NAMES)
     for name, value in expected.items():

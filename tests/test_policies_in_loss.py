@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 
+from dts_hf.divergences import DIVERGENCES, build_divergence
 from dts_hf.head import Head
 from dts_hf.losses import DistillationLoss
 from dts_hf.temperature import RowStats, StepStats, build_temperature, temperature_policies
@@ -14,6 +15,8 @@ V, N, H_S, H_T = 23, 29, 5, 7
 # Every policy as it comes, and those whose options take another way through the loss.
 POLICIES = {
     **{name: (name, {}) for name in sorted(temperature_policies())},
+    "dts_per_sequence": ("dts", {"granularity": "sequence"}),
+    "dts_per_token": ("dts", {"granularity": "token", "decoupled": True}),
     "dtkd_with_kd": ("dtkd", {"w_kd": 1 / 3, "tau": 3.0}),
     "dtkd_with_kd_at_one": ("dtkd", {"w_kd": 0.5, "tau": 1.0}),
     "adakd_inverse": ("adakd", {"c": -0.5, "t_base": 2.0}),
@@ -194,13 +197,15 @@ def test_a_run_does_not_depend_on_chunks_or_micro_batches(case):
 
 
 @pytest.mark.parametrize("squared", [True, False], ids=["squared", "none"])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 @pytest.mark.parametrize("case", ["ctkd", "ctkd_at_one"])
 def test_a_learnt_temperature_gets_its_gradient(case, divergence, squared):
     policy, data = started(*POLICIES[case]), problem()
     z_s, z_t = (z.detach() for z in logits(data))
     t = torch.tensor(policy.temperature, dtype=torch.float64, requires_grad=True)
-    d = reference.DIVERGENCES[divergence](reference.softmax(z_t / t), reference.softmax(z_s / t))
+    options = {key: value for key, value in build_divergence(divergence).describe().items() if key != "name"}
+    p, q = reference.softmax(z_t / t), reference.softmax(z_s / t)
+    d = reference.divergence(divergence, p, q, data["targets"], options)
     (expected,) = torch.autograd.grad((d * (t**2 if squared else 1.0)).sum(), t)
     for chunk in (1, 7, None):
         loss = DistillationLoss(
@@ -239,6 +244,20 @@ def test_an_option_moves_loss_and_gradient(name):
         results.append((output.loss.item(), torch.autograd.grad(output.loss, data["states"])[0]))
     assert abs(results[0][0] - results[1][0]) > 1e-4
     assert (results[0][1] - results[1][1]).abs().max() > 1e-4
+
+
+def test_annealing_with_its_own_divergence_is_the_papers_loss():
+    """Phase 1: the mean squared error of z_s and Phi z_t (centred: a softmax does not see a shift), no factor."""
+    data = problem()
+    z_s, z_t = logits(data)
+    policy = started("annealing", {"phase_share": 0.5, "t_max": 5}, progress=0.3)  # 3 of 5 stages: Phi = 1 - 1/5
+    centred = (z_s - z_s.mean(-1, keepdim=True)) - 0.8 * (z_t - z_t.mean(-1, keepdim=True))
+    expected = centred.square().mean(-1).sum() / N
+    output = fused(DistillationLoss("logit_mse", temperature=policy, kd_ratio=0.1), data)
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-10)
+    expected_grads = torch.autograd.grad(expected, leaves(data))
+    for grad, expected_grad in zip(torch.autograd.grad(output.loss, leaves(data)), expected_grads):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-10)
 
 
 def test_annealing_trains_on_labels_alone_in_phase_two_whatever_the_loss_says():

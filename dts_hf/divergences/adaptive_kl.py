@@ -9,7 +9,7 @@ from dts_hf.divergences.base import Distributions, Divergence, check_option
 from dts_hf.divergences.kl import forward_teacher_grad, mixed_kl
 
 #: Halvings of the search for the head before the rest is sorted: each is three passes over V, and halves the octaves left.
-_HALVINGS = 7
+_HALVINGS = 8
 
 
 class AdaptiveKL(Divergence):

@@ -44,10 +44,9 @@ def targets(rule: str, t_init: float, schedule: float, gap: Tensor) -> Tensor:
         excess = gap.clamp(min=0.0)
         return t_init * (schedule + (1.0 - schedule) * (excess / (excess + 1.0)))
     signed_gap = gap if rule == "paper" else -gap
-    denominator = signed_gap + 1.0 + _EPS[rule]
-    alpha = signed_gap / denominator
-    # Exactly on the pole alpha has no sign: read it from below, where the rule does not fire.
-    multiplier = torch.where((alpha > 1.0) & (denominator != 0.0), alpha, 1.0)
+    # Exactly on the pole, where the signed gap is near -1, alpha is -inf: the rule does not fire.
+    alpha = signed_gap / (signed_gap + 1.0 + _EPS[rule])
+    multiplier = torch.where(alpha > 1.0, alpha, 1.0)
     if rule == "code":
         multiplier = torch.where(multiplier > _CODE_CAP, _CODE_CAPPED_ALPHA, multiplier)
     return t_init * schedule * multiplier

@@ -103,6 +103,10 @@ class TemperaturePolicy(nn.Module):
         """The weight of the soft loss in force, where the policy schedules it too; None leaves it to the loss."""
         return None
 
+    def log_values(self) -> dict[str, float]:
+        """What the log should show beside the temperature."""
+        return {} if self.kd_ratio is None else {"kd_ratio": self.kd_ratio}
+
     @property
     def companions(self) -> tuple[tuple[float, float], ...]:
         """Further terms of the soft loss as (temperature, weight): weight T^2 D(p_T, q_T), T the same for all rows."""

@@ -70,6 +70,10 @@ class CTKD(TemperaturePolicy):
         """lambda(p) in [0, 1]: 0 at the start of the run, 1 from ``ramp`` on."""
         return 1.0 - half_cosine(self.progress / self.ramp) if self.progress < self.ramp else 1.0
 
+    def log_values(self) -> dict[str, float]:
+        ignored = {"ignored_gradients": self.ignored_gradients} if self.ignored_gradients else {}
+        return {"theta": self.theta, **ignored}
+
     def end_step(self, stats: StepStats) -> None:
         slope = _sigmoid(self.theta)
         gradient = stats.temperature_grad * self.t_end * slope * (1.0 - slope)  # d kd / d theta

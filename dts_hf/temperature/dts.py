@@ -258,6 +258,9 @@ class DTS(TemperaturePolicy):
             observed.append(grid_entropies(teacher_logits))
         return Temperatures(student, teacher, observed=torch.cat(observed, -1) if observed else None)
 
+    def log_values(self) -> dict[str, float]:
+        return {"ignored_gaps": self.ignored_gaps} if self.ignored_gaps else {}
+
     def end_step(self, stats: StepStats) -> None:
         self.gap = stats.gap
         if self.gap_source == "shuffled" and math.isfinite(self.gap):

@@ -63,6 +63,9 @@ class TAID(TemperaturePolicy):
         value = torch.full((), self.value, dtype=student_logits.dtype, device=student_logits.device)
         return Temperatures(value, value, teacher_share=torch.full_like(value, self.share))
 
+    def log_values(self) -> dict[str, float]:
+        return {"teacher_share": self.share}
+
     def end_step(self, stats: StepStats) -> None:
         loss, last = stats.kd, self.last_loss
         if not math.isfinite(loss):  # says nothing: t follows its straight line
