@@ -1,0 +1,73 @@
+"""docs/divergences.md, from the words that the classes carry; ``python docs/generate.py`` writes it."""
+
+from __future__ import annotations
+
+import inspect
+
+from dts_hf.divergences import DIVERGENCES, Divergence
+
+#: The order of reading; a divergence that is not named here comes last.
+ORDER = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "todi", "dkd")
+
+HEAD = """# Divergences
+
+<!-- Written by docs/generate.py from the classes in dts_hf/divergences; edit those. -->
+
+What the student is pulled by: `loss.divergence` in a recipe, a name (`reverse_kl`) or a name with options
+(`{name: jsd, beta: 0.1}`). Each is a class in [dts_hf/divergences](../dts_hf/divergences); its docstring says more.
+
+p is the teacher, q the student, both at their temperature: q = softmax(u) with u = z_s / T_s, p = softmax(u_t) with
+u_t = z_t / T_t. Sums run over the vocabulary (V entries), logarithms are natural. The gradient is the one with respect to
+u; the loss multiplies value and gradient by T_s T_t (`temperature_scaling: squared`) and applies 1 / T_s.
+"""
+
+NOTES = """## Notes
+
+- **Which one?** Start with `forward_kl` and a small sweep over a fixed T. A T above 1 helps forward KL most
+  ([arXiv 2606.00306](https://arxiv.org/abs/2606.00306)); the best fixed T reported for reverse KL is 0.61
+  ([AdaKD](https://arxiv.org/abs/2510.11615)). Compare divergences at the T that suits each, not at one T.
+- **Values of different divergences are not comparable**, nor is a "KD loss" of another code base that leaves out the
+  teacher's entropy. `kl` in the log is forward KL at T = 1 whatever the divergence: compare runs by that.
+- **End points are honest.** `jsd` tends to 0 at both ends of beta, so the ends are refused; they are not redefined as a
+  KL. `skew_kl` with alpha 0 and `alpha_beta` with an exponent of 0 are true limits.
+- **Weights are constants.** The weights of `adaptive_kl` and `todi` carry no gradient, as in their papers. The mixtures of
+  `jsd` and the skew divergences do carry one: it is the gradient of the formula.
+- **Equal probabilities** enter the head of `adaptive_kl` together.
+- **`tvd` has a kink** where p = q: its gradient does not fade out as the student comes close.
+- **`logit_mse`** is no divergence of distributions: it is the squared distance of centred logits, for Annealing-KD.
+- **Underflow.** Logarithms of p and q come from the logits, so a probability that is 0 in float32 is handled as what it
+  is. Logits of minus infinity are not supported.
+"""
+
+
+def divergences_page() -> str:
+    """The whole page."""
+    known = [name for name in ORDER if name in DIVERGENCES]
+    names = known + [name for name in DIVERGENCES if name not in known]
+    table = [
+        ["Divergence", "Options", "Formula", "Gradient", "When to use it", "Paper"],
+        ["---"] * 6,
+        *(_row(DIVERGENCES[name]) for name in names),
+    ]
+    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"{HEAD}\n{rows}\n\n{NOTES}"
+
+
+def _row(kind: type[Divergence]) -> list[str]:
+    options = ", ".join(
+        f"`{option.name}` = {option.default:g}" for option in inspect.signature(kind).parameters.values()
+    )
+    identifier = kind.paper.removeprefix("arXiv ")
+    return [
+        f"`{kind.name}`<br>{kind.title}",
+        options or "none",
+        _code(kind.formula),
+        _code(kind.gradient),
+        kind.use,
+        f"[{kind.paper}](https://arxiv.org/abs/{identifier})",
+    ]
+
+
+def _code(formula: str) -> str:
+    """In a table a bar ends the cell, even within backquotes."""
+    return "`" + formula.replace("|", "\\|") + "`"
