@@ -33,9 +33,9 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 test: lint ## lint, types and all tests (at most 15 minutes on 2 cores)
 	$(BIN)/pytest
 
-bench: $(VENV)/.installed-dev ## time and memory of the loss head against the floor and TRL
+bench: $(VENV)/.installed-dev ## time and memory of loss and training step against the floor, HF and TRL (about 20 minutes)
 	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0
-	$(BIN)/python benchmarks/loss_head.py --rounds 5
+	$(BIN)/python benchmarks/run.py
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
