@@ -1,0 +1,106 @@
+"""Prepare Dolly in MiniLLM's split: 11,435 rows to train on, 1,000 to choose checkpoints by, 500 to report.
+
+    python data_prep/dolly.py --output data/                                    # MiniLLM/dolly from the Hub
+    python data_prep/dolly.py --source FOLDER --tokenizer GPT2_FOLDER           # raw.jsonl and valid.jsonl
+    python data_prep/dolly.py --source databricks-dolly-15k.jsonl --test valid.jsonl --allow-other-counts
+    python data_prep/dolly.py --source databricks-dolly-15k.jsonl --own-split --allow-other-counts
+
+Where the split comes from: MiniLLM's authors dropped the rows of databricks-dolly-15k (15,011) whose prompt has more
+than 256 GPT-2 tokens, took 500 at random as the test set (`valid.jsonl` of their release) and published the rest
+(`raw.jsonl`, 12,435) in a fixed order; their tool takes its first 1,000 lines as the development set. The random choice
+cannot be repeated from Databricks' file, so that file needs `--test` (those 500 rows; they are taken out of the rest)
+or `--own-split` (another test set, whose scores do not compare with published ones; the manifest says so).
+A folder with train, valid and test files in our row format is taken as it is split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _download import Source
+from _prepare import Job, JsonObject, objects, parser, run, with_tokenizer
+
+from dts_hf.errors import UserError
+
+LICENCE = "CC BY-SA 3.0 (Databricks, Inc.; contexts from Wikipedia)"
+SOURCE = "MiniLLM/dolly@d131636138be0ff3fd0901c12c1739844d337279"
+DEV_ROWS = 1_000
+TEST_ROWS = 500
+
+
+def read(path: Path) -> list[tuple[str, JsonObject]]:
+    """Rows of Databricks' file (context, response), of MiniLLM's or of ours (input, output)."""
+    renamed: dict[Any, Any] = {"context": "input", "response": "output"}
+    return [
+        (where, {renamed.get(key, key): value for key, value in row.items()} if isinstance(row, dict) else row)
+        for where, row in objects(path)
+    ]
+
+
+def key(row: JsonObject) -> tuple[str, str]:
+    """What makes two rows the same question: letters and digits alone, without Wikipedia's [12] marks."""
+    instruction, context = (re.sub(r"\[\d+\]|\W+", "", row[name]).casefold() for name in ("instruction", "input"))
+    return instruction, context
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    if arguments.test and arguments.own_split:
+        raise UserError("--test and --own-split: give one of them, they both choose the test rows")
+    job = Job("dolly", LICENCE, arguments)
+    job.rules.append(f"tool's order kept: the first {DEV_ROWS:,} lines of the training file are the valid split")
+    if job.source.is_single_file:
+        splits = from_databricks(job, arguments.test, arguments.own_split)
+    elif (train := job.source.find("raw.jsonl", "raw.jsonl.gz")) is not None:
+        rows = job.clean(read(train), "dolly")
+        test = job.clean(read(job.source.get("valid.jsonl", "valid.jsonl.gz")), "dolly-test")
+        splits = {"train": rows[DEV_ROWS:], "valid": rows[:DEV_ROWS], "test": test}
+    else:
+        job.rules[:] = ["split as in the source"]
+        splits = {}
+        for split in ("train", "valid", "test"):
+            file = job.source.get(f"{split}.jsonl", f"{split}.jsonl.gz")
+            splits[split] = job.clean(read(file), f"dolly-{split}")
+    job.write({split: job.drop_long_prompts(rows, split) for split, rows in splits.items()})
+
+
+def from_databricks(job: Job, test_file: str | None, own_split: bool) -> dict[str, list[JsonObject]]:
+    rows = job.clean(read(job.source.get()), "dolly")
+    # MiniLLM filtered before it split, so the first 1,000 are counted among the rows that stay.
+    rows = job.drop_long_prompts(rows)
+    if own_split:
+        first, last = DEV_ROWS, DEV_ROWS + TEST_ROWS
+        job.rules[:] = [
+            f"OUR OWN split, not MiniLLM's: rows 1 to {first:,} are valid, {first + 1:,} to {last:,} test, the rest train",
+            *job.rules[1:],
+        ]
+        return {"train": rows[last:], "valid": rows[:first], "test": rows[first:last]}
+    if test_file is None:
+        raise UserError(
+            f"--source: {job.source.text}: Databricks' file does not say which rows are the test set. Give MiniLLM's"
+            " 500 rows with --test valid.jsonl, or use --own-split (scores then do not compare with published ones)"
+        )
+    other = Source(test_file, job.arguments.output / ".downloads")
+    test = job.clean(read(other.get("valid.jsonl", "test.jsonl")), "dolly-test")
+    job.source.files += other.files
+    taken = {key(row) for row in test}
+    rest = [row for row in rows if key(row) not in taken]
+    if len(rest) < len(rows):
+        job.dropped["the question of a test row"] += len(rows) - len(rest)
+    job.rules.append("rows with the question of a test row (letters and digits compared) left out of train and valid")
+    return {"train": rest[DEV_ROWS:], "valid": rest[:DEV_ROWS], "test": test}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = with_tokenizer(parser(__doc__, SOURCE))
+    made.add_argument("--test", metavar="FILE", help="with Databricks' file: the 500 test rows, MiniLLM's valid.jsonl")
+    made.add_argument("--own-split", action="store_true", help="with Databricks' file: make another test set")
+    return run(prepare, made.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
