@@ -1,0 +1,163 @@
+"""Labelled texts as tokens, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dts_hf.classification.tasks import GlueTask, LabelledRow
+from dts_hf.data import EncodedDataset
+from dts_hf.errors import UserError
+from dts_hf.response import IGNORE_INDEX
+
+NO_ROW = -1  # row_id of what only fills a batch
+
+
+class LabelledDataset(EncodedDataset):
+    """Tokenised texts, each with one label.
+
+    Attributes:
+        labels: class numbers, or scores.
+        type_ids: which of two texts a token belongs to, for models that ask for it; else None.
+    """
+
+    def __init__(
+        self,
+        row_ids: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        labels: Sequence[float],
+        type_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(row_ids, ids, [len(row) for row in ids])
+        self.labels = list(labels)
+        self.type_ids = type_ids
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        row: dict[str, Any] = {"input_ids": self._ids[index].tolist(), "labels": self.labels[index], "row_id": index}
+        if self.type_ids is not None:
+            row["token_type_ids"] = self.type_ids[index]
+        return row
+
+
+def encode_labelled(
+    rows: Sequence[LabelledRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    type_ids: bool = False,
+) -> tuple[LabelledDataset, int]:
+    """Tokenise the texts with the tokenizer's own special tokens; the second text of a pair follows the first.
+
+    Tokenizers of encoders put a separator between them; those of GPT-2 and LLaMA put nothing, so a line break is.
+
+    Args:
+        rows: from ``load_labelled``.
+        tokenizer: student's and teacher's.
+        max_length: tokens; of a pair the longer text is shortened first, always at its end.
+        type_ids: also make ``token_type_ids`` (BERT).
+
+    Returns:
+        The data set and how many rows were shortened.
+
+    Raises:
+        UserError: ``max_length`` leaves no room for text.
+    """
+    pair = len(rows[0].texts) == 2
+    if max_length <= tokenizer.num_special_tokens_to_add(pair=pair) + pair:
+        raise UserError(f"task.max_length: got {max_length}, which leaves no room for text beside the special tokens")
+    between = "" if separates(tokenizer) else "\n"
+    columns = [[row.texts[0] + between * pair for row in rows], *([[row.texts[1] for row in rows]] if pair else [])]
+    options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": type_ids, "verbose": False}
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, **options)
+    whole = tokenizer(*columns, **options)["input_ids"]
+    ids = encoded["input_ids"]
+    cut = sum(len(short) < len(full) for short, full in zip(ids, whole, strict=True))
+    dataset = LabelledDataset(
+        [row.id for row in rows], ids, [row.label for row in rows], encoded["token_type_ids"] if type_ids else None
+    )
+    return dataset, cut
+
+
+def separates(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts special tokens between the two texts of a pair."""
+    return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+
+
+@dataclass
+class LabelledCollator:
+    """Pad on the right to the longest row; the mask comes from lengths, never from token ids.
+
+    Args:
+        pad_token_id: the one the models know, too: a decoder is read at its last token that is not this one.
+        regression: labels are fp32 scores, not int64 classes.
+
+    Returns (of a call):
+        ``input_ids``, ``attention_mask`` (and ``token_type_ids``) ``[B, T]``, ``labels`` and ``row_id`` ``[B]``.
+    """
+
+    pad_token_id: int
+    regression: bool = False
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(example["input_ids"]) for example in examples)
+        batch = {
+            "input_ids": torch.full((len(examples), width), self.pad_token_id),
+            "attention_mask": torch.zeros(len(examples), width, dtype=torch.int64),
+        }
+        if "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = torch.zeros(len(examples), width, dtype=torch.int64)
+        for k, example in enumerate(examples):
+            length = len(example["input_ids"])
+            batch["attention_mask"][k, :length] = 1
+            for name in batch.keys() - {"attention_mask"}:
+                batch[name][k, :length] = torch.tensor(example[name])
+        dtype = torch.float32 if self.regression else torch.int64
+        batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=dtype)
+        batch["row_id"] = torch.tensor([example["row_id"] for example in examples])
+        return batch
+
+
+class EvaluationOrder(Dataset[dict[str, Any]]):
+    """Rows by falling length, then unlabelled copies of the shortest one up to a multiple of the global batch.
+
+    Every rank then runs the same number of forwards on batches of one size, and no row counts twice.
+    """
+
+    def __init__(self, dataset: LabelledDataset, multiple: int, regression: bool) -> None:
+        self.dataset = dataset
+        self.order = sorted(range(len(dataset)), key=lambda index: -dataset.lengths[index])
+        self.fillers = -len(dataset) % multiple
+        self.no_label = float("nan") if regression else IGNORE_INDEX
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fillers
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index < len(self.order):
+            return dict(self.dataset[self.order[index]])
+        return {**self.dataset[self.order[-1]], "labels": self.no_label, "row_id": NO_ROW}
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """Which of ``labels`` ``[B]`` are labels, and no filling."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX
+
+
+def check_task_labels(labels: Sequence[float], task: GlueTask, name: str) -> None:
+    """Refuse a data set made by hand whose labels the task does not have.
+
+    Raises:
+        UserError: the first such row.
+    """
+    for index, label in enumerate(labels):
+        if not (0 <= label <= 5 if task.regression else label in range(task.outputs)):
+            raise UserError(f"{name}: row {index}: label {label!r}, expected {task.label_words} (task {task.subset})")

@@ -1,0 +1,298 @@
+"""The straight line for a task: ``distill`` hands a recipe with a ``task:`` section over to ``distill_classification``.
+
+recipe -> tokenizer -> labelled rows -> teacher -> student -> trainer (best epoch kept) -> scores -> report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from dts_hf.callbacks import RunLogCallback
+from dts_hf.classification.data import LabelledDataset, encode_labelled, separates
+from dts_hf.classification.models import load_task_student, load_task_teacher, takes_type_ids
+from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, load_labelled
+from dts_hf.classification.trainer import ClassificationDistillationTrainer
+from dts_hf.data import Row, manifest
+from dts_hf.errors import UserError
+from dts_hf.evaluation.glue import TASK_METRICS, headline
+from dts_hf.models import load_tokenizer, save_student
+from dts_hf.recipe import Recipe, Task, training_arguments
+from dts_hf.run_directory import RunDirectory, environment
+from dts_hf.run_end import peak_memory_gb, push, say
+from dts_hf.temperature import build_temperature
+
+
+def distill_classification(recipe: Recipe) -> RunDirectory:
+    """Run a recipe that has a task, from start to finish, and return its run directory.
+
+    Raises:
+        UserError: wrong input, named by key, row or file; nothing has been written then.
+    """
+    started = time.monotonic()
+    assert recipe.task is not None
+    task = get_task(recipe.task.subset)
+    resume = recipe.training.get("resume_from_checkpoint")
+    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"training.resume_from_checkpoint: {resume} is no complete checkpoint")
+    RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
+    args = task_arguments(recipe, task)
+    set_seed(args.seed)
+    transformers_logging.disable_progress_bar()
+
+    rows = _load_rows(recipe, task)
+    tokenizer, teacher_tokenizer = _load_tokenizers(recipe)
+    teacher = load_task_teacher(recipe.teacher, task) if recipe.teacher is not None else None
+    set_seed(args.seed)  # a new head is the seed's, whatever was loaded before
+    student = load_task_student(recipe.student, teacher, task)
+    type_ids = takes_type_ids(student) or takes_type_ids(teacher)
+    sets: dict[str, LabelledDataset] = {}
+    cut: dict[str, int] = {}
+    for name, of_set in rows.items():
+        sets[name], cut[name] = encode_labelled(
+            of_set, tokenizer, max_length=recipe.task.max_length, type_ids=type_ids
+        )
+
+    trainer = ClassificationDistillationTrainer(
+        student,
+        teacher,
+        task,
+        build_temperature(recipe.temperature.name, **recipe.temperature.options),
+        recipe.loss.divergence.model_dump(),
+        recipe.loss.kd_ratio,
+        args,
+        sets["train"],
+        sets.get("validation"),
+        tokenizer,
+        temperature_scaling=recipe.loss.temperature_scaling,
+        teacher_tokenizer=teacher_tokenizer,
+    )
+
+    # From here on things are written.
+    run = RunDirectory(recipe.output.dir)
+    main = trainer.is_world_process_zero()
+    if main:
+        run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
+        run.save_recipe(recipe)
+        run.write_environment(environment())
+        run.write_data_manifest(_manifest(recipe, rows, sets, cut))
+        trainer.add_callback(RunLogCallback(run))
+        trainer.add_callback(ScoreCallback(task))
+    trainer.accelerator.wait_for_everyone()
+
+    scorer = _Scorer(recipe, task, run, trainer, rows, sets)
+    scorer.score("student_before", student, teacher)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    training_seconds = time.monotonic() - began
+    scorer.score("student", student, teacher)
+
+    if main:
+        merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
+        trainer.model = save_student(student, tokenizer, run.final_path, merge_lora=merge)  # type: ignore[assignment]
+        training: dict[str, Any] = {
+            "steps": trainer.state.global_step,
+            "seconds": round(training_seconds, 1),
+            "total_seconds": round(time.monotonic() - started, 1),
+            "tokens": int(trainer.tokens_seen),
+            "peak_memory_gb": round(peak_memory_gb(), 2),
+            "seed": args.seed,
+        }
+        if args.load_best_model_at_end and trainer.state.best_global_step:
+            per_epoch = trainer.state.max_steps / max(args.num_train_epochs, 1e-9)
+            training["best_step"] = trainer.state.best_global_step
+            training["best_epoch"] = round(trainer.state.best_global_step / per_epoch, 2)
+        metrics = {
+            "format": 1,
+            "task": {"name": recipe.task.name, "subset": task.subset, "labels": list(task.labels),
+                     "metrics": list(TASK_METRICS[task.subset]), "headline": headline(task.subset)},
+            "protocol": protocol_fingerprint(recipe.task, task, tokenizer, args),
+            "models": scorer.models,
+            "training": training,
+        }  # fmt: skip
+        run.write_metrics(metrics)
+        if recipe.output.report:
+            from dts_hf.reporting.report import write_report
+
+            write_report(run)
+    if args.push_to_hub:
+        push(trainer, run)
+    return run
+
+
+class ScoreCallback(TrainerCallback):
+    """Prints the task's metrics whenever the held-out rows were scored."""
+
+    def __init__(self, task: GlueTask) -> None:
+        self.names = TASK_METRICS[task.subset]
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        found = kwargs.get("metrics") or {}
+        words = [f"{name} {100 * found[f'eval_{name}']:.2f}" for name in self.names if f"eval_{name}" in found]
+        if state.is_world_process_zero and words:
+            say(f"step {state.global_step}: {', '.join(words)} (x 100), loss {found['eval_loss']:.3f}")
+
+
+def task_arguments(recipe: Recipe, task: GlueTask) -> TrainingArguments:
+    """The dev-set protocol as defaults: score the validation rows each epoch, keep the best epoch by the headline."""
+    defaults: dict[str, Any] = {}
+    if recipe.data.validation is not None and recipe.training.get("save_strategy") != "no":
+        defaults = {
+            "save_strategy": recipe.training.get("eval_strategy", "epoch"),
+            "load_best_model_at_end": recipe.training.get("eval_strategy") != "no",
+            "metric_for_best_model": headline(task.subset),
+            "greater_is_better": True,
+            "save_total_limit": 1,
+        }
+    return training_arguments(recipe, recipe.output.dir, **defaults)
+
+
+def protocol_fingerprint(
+    wanted: Task, task: GlueTask, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+) -> dict[str, Any]:
+    """All that a score depends on besides model and rows: scores of equal ``fingerprint`` can be compared."""
+    chosen = f"best evaluation by {args.metric_for_best_model}" if args.load_best_model_at_end else "end of training"
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    protocol: dict[str, Any] = {
+        "task": f"{wanted.name}/{task.subset}",
+        "metrics": list(TASK_METRICS[task.subset]),
+        "max_length": wanted.max_length,
+        "pair": None if len(task.fields) == 1 else "special tokens" if separates(tokenizer) else "line break",
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        "checkpoint": chosen,
+        "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
+    }
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    return {"fingerprint": digest, **protocol}
+
+
+# ------------------------------------------------------------------------------------------------------- its pieces
+
+
+def _load_rows(recipe: Recipe, task: GlueTask) -> dict[str, list[LabelledRow]]:
+    """The rows of ``train`` and, where the recipe has them, ``validation`` and ``validation_mismatched``."""
+    data, split = recipe.data, recipe.data.validation_split
+    rows = {"train": load_labelled(data.train, task, split=data.train_split, limit=data.max_train_rows)}
+    if data.validation is not None:
+        rows["validation"] = load_labelled(data.validation, task, split=split, limit=data.max_validation_rows)
+    if recipe.task is not None and recipe.task.mismatched is not None:
+        limit = data.max_validation_rows
+        rows["validation_mismatched"] = load_labelled(recipe.task.mismatched, task, split=split, limit=limit)
+    return rows
+
+
+def _load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    """(student's, teacher's); a student pruned from the teacher shares the teacher's."""
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = load_tokenizer(
+            recipe.teacher.tokenizer or recipe.teacher.model,
+            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
+            revision=recipe.teacher.revision,
+            trust_remote_code=recipe.teacher.trust_remote_code,
+        )
+    if recipe.student.model is None and teacher is not None:
+        return teacher, teacher
+    student = load_tokenizer(
+        str(recipe.student.model),
+        key="student.model",
+        revision=recipe.student.revision,
+        trust_remote_code=recipe.student.trust_remote_code,
+    )
+    return student, teacher
+
+
+def _manifest(
+    recipe: Recipe, rows: dict[str, list[LabelledRow]], sets: dict[str, LabelledDataset], cut: dict[str, int]
+) -> dict[str, Any]:
+    """What was trained and measured on: sources with their sha256, and what became of the rows."""
+    sources: dict[str, Any] = {"train": recipe.data.train, "validation": recipe.data.validation}
+    sources["validation_mismatched"] = recipe.task and recipe.task.mismatched
+    splits = {}
+    for name, of_set in rows.items():
+        split = recipe.data.train_split if name == "train" else recipe.data.validation_split
+        plain = [Row(row.id, row.texts[0], " ".join(row.texts[1:]), (str(row.label),)) for row in of_set]
+        kept = {"kept": len(sets[name]), "cut": cut[name], "tokens": sum(sets[name].lengths)}
+        splits[name] = {**manifest(sources[name], plain, split=split), **kept}
+    return {"splits": splits}
+
+
+class _Scorer:
+    """Scores student and teacher on the held-out sets, and collects what goes into ``metrics.json``."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: GlueTask,
+        run: RunDirectory,
+        trainer: ClassificationDistillationTrainer,
+        rows: dict[str, list[LabelledRow]],
+        sets: dict[str, LabelledDataset],
+    ) -> None:
+        self.task, self.run, self.trainer, self.rows = task, run, trainer, rows
+        self.wanted = recipe.evaluation.models
+        self.sets = {name: dataset for name, dataset in sets.items() if name != "train"}
+        self.models: dict[str, dict[str, Any]] = {}
+
+    def score(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Score the student as it is now; the teacher's scores come out of the same pass."""
+        if name not in self.wanted or not self.sets:
+            return
+        predictions: dict[str, list[dict[str, Any]]] = {"student": [], "teacher": []}
+        for set_name, dataset in self.sets.items():
+            values = self.trainer.evaluate(dataset)
+            self._add(name, student, set_name, len(dataset), values, "")
+            if teacher is not None and "teacher" in self.wanted:
+                self._add("teacher", teacher, set_name, len(dataset), values, "teacher_")
+            for who, by_row in self.trainer.predicted.items():
+                predictions[who] += self._predictions(set_name, by_row)
+        if self.trainer.is_world_process_zero():
+            self.run.write_predictions(name, predictions["student"])
+            if predictions["teacher"] and "teacher" in self.wanted:
+                self.run.write_predictions("teacher", predictions["teacher"])
+
+    def _add(self, name: str, model: nn.Module, set_name: str, n: int, values: dict[str, float], of: str) -> None:
+        entry = self.models.setdefault(name, {"parameters": sum(p.numel() for p in model.parameters()), "sets": {}})
+        measures = {metric: values[f"eval_{of}{metric}"] for metric in TASK_METRICS[self.task.subset]}
+        if self.task.regression:
+            measures["label_mse"] = values[f"eval_{'teacher' if of else 'label'}_mse"]
+        else:
+            measures["label_ce"] = values["eval_teacher_ce" if of else "eval_ce_loss"]
+        if "eval_kl" in values:
+            measures["teacher_kl"] = 0.0 if of else values["eval_kl"]
+            measures["teacher_agreement"] = 1.0 if of else values["eval_top1_agreement"]
+        entry["sets"][set_name] = {"n": n, **{key: {"mean": value} for key, value in measures.items()}}
+
+    def _predictions(self, set_name: str, by_row: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
+        found = []
+        for index, row in enumerate(self.rows[set_name]):
+            logits = list(by_row[index])
+            chosen: Any = logits[0] if self.task.regression else max(range(len(logits)), key=logits.__getitem__)
+            found.append(
+                {
+                    "id": row.id,
+                    "set": set_name,
+                    **dict(zip(self.task.fields, row.texts, strict=True)),
+                    "label": row.label,
+                    "predicted": chosen,
+                    "logits": [round(value, 5) for value in logits],
+                }
+            )
+        return found
