@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "ClassificationDistillationTrainer": "classification.trainer",
     "DTSDistillationTrainer": "trainer",
     "DistillationLoss": "losses",
     "DistillationTrainer": "trainer",
@@ -24,6 +25,7 @@ _WHERE = {
     "load_recipe": "recipe",
 }
 __all__ = [
+    "ClassificationDistillationTrainer",
     "DTSDistillationTrainer",
     "DistillationLoss",
     "DistillationTrainer",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from dts_hf.classification.trainer import ClassificationDistillationTrainer
     from dts_hf.distill import distill
     from dts_hf.errors import UserError
     from dts_hf.head import Head

@@ -49,6 +49,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class Dtype(str, Enum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Backend(str, Enum):
+    """What generates the answers."""
+
+    dts_hf = "dts_hf"
+    vllm = "vllm"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -100,43 +116,66 @@ def train(
 
 
 @app.command(
-    epilog="Example: [bold]dts-hf evaluate runs/quickstart --data recipes/data/quickstart_validation.jsonl[/bold]"
+    epilog="Example: [bold]dts-hf evaluate runs/first --sets dolly,self_instruct,vicuna --protocol minillm"
+    " --output runs/first/benchmark[/bold]"
 )
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|RUN", help="Hub name, folder, or run directory (its student).")
     ],
+    sets: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Prepared sets (dts-hf list sets) or row files.")
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Rows to answer: file, folder, pattern or Hub data set; default: the run's.")
+        str | None,
+        typer.Option(help="More rows: file, folder, pattern or Hub data set; default: the run's validation."),
     ] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt template; default: the run's, else alpaca.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows; default: all.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="See dts-hf list protocols; default: the run's own, for a model minillm.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Sample once per seed; default: as the protocol says.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt template; default: the protocol's.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: the run's, else 128.")
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: the protocol's.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
     no_repeat_ngram_size: Annotated[
-        int | None, typer.Option(min=0, help="Forbid repeated n-grams, 0: allow; default: the run's, else 0.")
+        int | None, typer.Option(min=0, help="Forbid repeated n-grams, 0: allow; default: the protocol's.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Sample with this seed; repeat for several passes.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="Also write the answers to this JSONL file.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows of each set.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights; default: the run's, else float32.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for metrics and predictions; a killed evaluation goes on from there.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in that folder.")] = False,
+    backend: Annotated[Backend, typer.Option(help="What generates; vllm is a protocol of its own.")] = Backend.dts_hf,
     as_json: AsJson = False,
 ) -> None:
     """Answer held-out prompts with a model, and score the answers (ROUGE-L, exact match, repetition)."""
-    from dts_hf.distill import evaluate_command
+    from dts_hf.evaluation.evaluate import evaluate_command
 
-    scores = evaluate_command(
+    metrics = evaluate_command(
         model,
-        data,
+        _names(sets),
+        data=data,
+        protocol=protocol,
+        seeds=_seeds(seeds),
         template=template,
-        rows=rows,
         max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
         no_repeat_ngram_size=no_repeat_ngram_size,
-        seeds=seed or None,
-        predictions=predictions,
+        rows=rows,
+        batch_size=batch_size,
+        dtype=dtype.value if dtype else None,
+        output=output,
+        overwrite=overwrite,
+        backend=backend.value,
     )
-    _print_scores(f"{model} on {data}" if data else model, scores, as_json)
+    if IS_MAIN_PROCESS and as_json:
+        _print_json(metrics)
+    elif IS_MAIN_PROCESS:
+        _print_evaluation(metrics)
 
 
 @app.command(
@@ -168,13 +207,18 @@ class Listed(str, Enum):
     divergences = "divergences"
     templates = "templates"
     recipes = "recipes"
+    sets = "sets"
+    protocols = "protocols"
 
 
 @app.command("list", epilog="Example: [bold]dts-hf list temperatures[/bold]")
 def list_choices(
     what: Annotated[
         Listed | None,
-        typer.Argument(metavar="KIND", help="temperatures, divergences, templates or recipes; default: all of them."),
+        typer.Argument(
+            metavar="KIND",
+            help="temperatures, divergences, templates, recipes, sets or protocols; default: all of them.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -211,6 +255,14 @@ def _choices(kind: Listed) -> list[dict[str, str]]:
         from dts_hf.prompts import TEMPLATES
 
         return [{"name": name, "about": template.description} for name, template in TEMPLATES.items()]
+    if kind is Listed.protocols:
+        from dts_hf.evaluation.protocol import PROTOCOLS
+
+        return [{"name": name, "about": protocol.about} for name, protocol in PROTOCOLS.items()]
+    if kind is Listed.sets:
+        from dts_hf.sets import list_sets
+
+        return list_sets()
     from dts_hf.recipe import find_recipes
 
     return [{"name": str(path), "about": comment} for path, comment in find_recipes("recipes").items()]
@@ -237,22 +289,53 @@ def _print_end_of_run(run: RunDirectory) -> None:
             typer.echo(f"{label}: {path}")
 
 
+# Scores that are shares; tables show them x 100, as the literature does
+SHARES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty")
+
+
 def _print_scores(title: str, scores: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(scores)
         return
-    rows = [{"score": key, "value": _number(value)} for key, value in scores.items() if _number(value)]
+    rows = []
+    for key, value in scores.items():
+        share = key in SHARES
+        shown = f"{100 * value:.4f}" if share else str(value)
+        rows.append({"score": f"{key} x 100" if share else key, "value": shown})
     _print_table(title, rows)
 
 
-def _number(value: Any) -> str:
-    """A score in words; an empty string for what belongs only into the JSON."""
-    if isinstance(value, Mapping) and "mean" in value:
-        spread = f" ± {value['sd']:.4f}" if value.get("sd") else ""
-        return f"{value['mean']:.4f}{spread}"
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return str(value) if isinstance(value, (int, str)) else ""
+def _print_evaluation(metrics: Mapping[str, Any]) -> None:
+    """One line for each set: means over seeds, +- the standard deviation over seeds where there is one."""
+    (entry,) = metrics["models"].values()
+    rows = []
+    for name, scores in entry["sets"].items():
+        seeds = len(scores["seeds"])
+        row = {"set": name, "n": str(scores["n"]), "seeds": str(seeds)}
+        for key, label in (("rougeL", "ROUGE-L"), ("exact_match", "exact match")):
+            row[label] = _with_spread(scores[key], 100, 2)
+        row["tokens"] = _with_spread(scores["mean_tokens"], 1, 1)
+        for key, label in (("cut_at_limit", "cut %"), ("empty", "empty %"), ("repeats_4gram", "repeats %")):
+            row[label] = _with_spread(scores[key], 100, 1)
+        rows.append(row)
+    protocol = metrics["protocol"]
+    _print_table(f"{metrics['source']}: protocol {protocol['name']} ({protocol['fingerprint']})", rows)
+
+
+def _with_spread(value: Mapping[str, Any], scale: float, digits: int) -> str:
+    spread = f" ± {scale * value['sd']:.{digits}f}" if value.get("sd") is not None else ""
+    return f"{scale * value['mean']:.{digits}f}{spread}"
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    try:
+        return [int(seed) for seed in _names(text)] or None
+    except ValueError:
+        raise UserError(f"--seeds: got {text!r}, expected whole numbers such as 10,20,30") from None
 
 
 def _print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from dts_hf.errors import UserError
 
 NOTHING = -1  # in a token history: no token here. Not the padding id, which is often a real token (pad == eos)
 CACHE_BLOCK = 32  # columns by which a key-value buffer grows
+NOISE_PIECE = 1 << 18  # elements made at a time on a CPU: a dozen passes over memory become passes over the cache
 SECONDS_BEFORE_BAR = 2.0
 
 
@@ -92,12 +93,17 @@ def generate(
     pad_token_id: int,
     row_keys: Sequence[str] | None = None,
     progress: str | None = None,
+    on_finished: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
     """Answer every prompt; the answers come in the order of the prompts.
 
-    The model is in eval mode meanwhile and then as before; no global random state is read or written. In fp32 an
-    answer is the same for any batch size and order. In bf16 the logits themselves change in the last bit with the
-    shape of the batch, so a near-tie between two tokens may fall the other way.
+    The model is in eval mode meanwhile and then as before; no global random state is read or written. The noise never
+    depends on the batch. The logits do in their last bits, because matrix products are rounded differently for other
+    shapes: in fp32 an answer is the same for any batch size and order, up to ties closer than about 1e-5; in bf16 and
+    fp16 such near-ties are frequent, so equal text needs equal batches there (``evaluate_instruct`` sees to that).
+
+    A model whose weights are spread over processes (``is_sharded``: ZeRO-3, FSDP2) must be called by all of them at
+    the same time, each with its own prompts: they agree before each forward, and one that has ended goes along.
 
     Args:
         model: causal language model of ``transformers``.
@@ -108,6 +114,7 @@ def generate(
         pad_token_id: fills the left of short prompts; never attended to.
         row_keys: one name per prompt; sampling noise follows it. Default: the prompt's position in ``prompts``.
         progress: title of the progress bar, shown once the work has lasted two seconds; None for no bar.
+        on_finished: called with the position in ``prompts`` and the answer as soon as a row has ended.
 
     Raises:
         UserError: prompt and answer together exceed the model's positions, or the number of keys is not that of the
@@ -117,10 +124,12 @@ def generate(
         raise UserError(f"row_keys: got {len(row_keys)} keys for {len(prompts)} prompts, expected one for each")
     keys = [str(key) for key in (range(len(prompts)) if row_keys is None else row_keys)]
     inputs = _checked_prompts(model, prompts, settings)
-    run = _Run(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id)
+    run = _Run(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished)
     # Longest first: later prompts always fit under the columns in use, and memory that does not suffice shows at once
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
-    with _evaluating(model), torch.inference_mode(), _progress_bar(progress, len(inputs)) as show:
+    # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
+    no_gradient = torch.no_grad() if run.together else torch.inference_mode()
+    with _evaluating(model), no_gradient, _progress_bar(progress, len(inputs)) as show:
         lines: _Lines | None = None
         while waiting or (lines is not None and lines.live()):
             if lines is not None and not lines.live():
@@ -128,7 +137,9 @@ def generate(
             lines = _refill(run, lines, waiting)
             if lines is not None and lines.live():
                 _decode_step(run, lines)
-            show(sum(run.done), sum(map(len, run.tokens)))
+            show(run.rows_done, run.tokens_made)
+        while run.together and _someone_calls(run.model, False):
+            _call_along(run)
     return [Generated(tokens, finished) for tokens, finished in zip(run.tokens, run.finished, strict=True)]
 
 
@@ -142,6 +153,10 @@ class _Run:
     settings: GenerationSettings
     eos: frozenset[int]
     pad: int
+    on_finished: Callable[[int, Generated], None] | None
+    rows_done: int = 0
+    tokens_made: int = 0
+    together: bool = field(init=False)
     tokens: list[list[int]] = field(init=False)
     finished: list[bool] = field(init=False)
     done: list[bool] = field(init=False)
@@ -152,6 +167,20 @@ class _Run:
         self.tokens, self.finished, self.done = [[] for _ in range(count)], [False] * count, [False] * count
         keeps = "logits_to_keep" in inspect.signature(_base(self.model).forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+        self.together = is_sharded(self.model)
+
+    def add(self, row: int, token: int) -> None:
+        """Take the next token of the answer to ``row``."""
+        tokens = self.tokens[row]
+        self.finished[row] = token in self.eos
+        if not self.finished[row]:
+            tokens.append(token)
+            self.tokens_made += 1
+        if self.finished[row] or len(tokens) >= self.settings.max_new_tokens:
+            self.done[row] = True
+            self.rows_done += 1
+            if self.on_finished is not None:
+                self.on_finished(row, Generated(tokens, self.finished[row]))
 
 
 @dataclass
@@ -204,6 +233,8 @@ def _decode_step(run: _Run, lines: _Lines) -> None:
 
 
 def _last_logits(run: _Run, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    if run.together:
+        _someone_calls(run.model, True)
     output = run.model(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -212,6 +243,19 @@ def _last_logits(run: _Run, ids: Tensor, mask: Tensor, positions: Tensor, cache:
         **run.forward_options,
     )
     return output.logits[:, -1]
+
+
+def _someone_calls(model: torch.nn.Module, mine: bool) -> bool:
+    """Whether any process is about to call the model; all processes ask at the same time."""
+    wants = torch.tensor(int(mine), device=_device(model))
+    torch.distributed.all_reduce(wants, op=torch.distributed.ReduceOp.MAX)
+    return bool(wants)
+
+
+def _call_along(run: _Run) -> None:
+    """Call the model for nothing, so that the others can gather the weights that lie here."""
+    ids = torch.full((1, 1), run.pad, dtype=torch.long, device=_device(run.model))
+    run.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.zeros_like(ids), use_cache=False)
 
 
 def _choose_next(run: _Run, lines: _Lines, logits: Tensor) -> None:
@@ -226,12 +270,8 @@ def _choose_next(run: _Run, lines: _Lines, logits: Tensor) -> None:
     chosen = logits.float().argmax(-1)  # `argmax` of bf16 is slow on a CPU
     lines.history = torch.cat([lines.history, chosen[:, None]], dim=1)
     for row, token in zip(lines.rows, chosen.tolist(), strict=True):
-        if run.done[row]:
-            continue
-        run.finished[row] = token in run.eos
-        if not run.finished[row]:
-            run.tokens[row].append(token)
-        run.done[row] = run.finished[row] or len(run.tokens[row]) >= settings.max_new_tokens
+        if not run.done[row]:
+            run.add(row, token)
 
 
 def _keep(lines: _Lines, live: list[int]) -> _Lines:
@@ -348,6 +388,10 @@ def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, d
         vocabulary: V.
         device: where the noise is made; the integers behind it are the same on all devices.
     """
+    piece = max(1, NOISE_PIECE // vocabulary)
+    if len(draws) > piece and torch.device(device).type == "cpu":
+        pieces = [draws[start : start + piece] for start in range(0, len(draws), piece)]
+        return torch.cat([gumbel_noise(seed, some, vocabulary, device) for some in pieces])
     digests = b"".join(
         hashlib.blake2b(f"{seed}\x1f{step}\x1f{key}".encode(), digest_size=8).digest() for key, step in draws
     )
@@ -382,6 +426,12 @@ def _checked_prompts(
             )
         checked.append(ids)
     return checked
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the weights are spread over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
+    sharded = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
+    return sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _base(model: torch.nn.Module) -> Any:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
@@ -37,6 +44,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "load_tokenizer",
+    "load_weights",
     "loss_in_head",
     "output_module",
     "prune_layers",
@@ -128,8 +136,44 @@ def load_model(
     Raises:
         UserError: the name is unknown, the format is not safe (safetensors only), or bitsandbytes is missing.
     """
+    model, missing = load_weights(
+        AutoModelForCausalLM,
+        name,
+        key=key,
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
+    if missing:  # transformers only warns, and makes them up at random
+        raise UserError(
+            f"{key}: the files of {name!r} lack {len(missing)} weights of {type(model).__name__}, among them "
+            f"{missing[0]}; expected a complete causal language model"
+        )
+    return model
+
+
+def load_weights(
+    auto_class: Any,
+    name: str,
+    *,
+    key: str,
+    dtype: str,
+    revision: str | None = None,
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+    **config: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model of ``auto_class`` (such as ``AutoModelForCausalLM``) and name the weights its files do not have.
+
+    Args:
+        config: changes to the model's configuration.
+
+    Raises:
+        UserError: as ``load_model``, but missing weights are left to the caller.
+    """
     source = ModelSource.resolve(name, key)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, **source.options}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, **source.options, **config}
     if source.gguf_file is not None:
         if quantization != "none":
             raise UserError(f"{key}: {name!r} is a GGUF file, which is dequantised; expected quantization 'none'")
@@ -140,20 +184,15 @@ def load_model(
         if quantization != "none":
             options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(key, name, error) from error
     model, found = loaded
-    if found["missing_keys"]:  # transformers only warns, and makes them up at random
-        raise UserError(
-            f"{key}: the files of {name!r} lack {len(found['missing_keys'])} weights of {type(model).__name__}, among them "
-            f"{min(found['missing_keys'])}; expected a complete causal language model"
-        )
     if source.gguf_file is not None:
         _clear_quantised_mark(model)
-    return model
+    return model, sorted(found["missing_keys"])
 
 
 def _not_loadable(key: str, name: str, error: Exception) -> UserError:
@@ -248,7 +287,8 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     write the KV cache of one layer over another's.
 
     Args:
-        teacher: any causal language model whose layers sit in a ``ModuleList`` of ``num_hidden_layers``.
+        teacher: any causal language model or sequence classifier whose layers sit in a ``ModuleList`` of
+            ``num_hidden_layers``.
         layers: how many (evenly spaced, first and last included), or which, in ascending order from 0.
 
     Raises:
@@ -267,7 +307,9 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         if isinstance(value, list) and len(value) == total:  # one entry per layer, such as layer_types
             setattr(config, key, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
-    student = AutoModelForCausalLM.from_config(config, dtype=next(teacher.parameters()).dtype)
+    classifies = type(teacher).__name__.endswith("ForSequenceClassification")
+    auto_class: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    student = auto_class.from_config(config, dtype=next(teacher.parameters()).dtype)
 
     renumbered = {f"{stack}.{old}.": f"{stack}.{new}." for stack in stacks for new, old in enumerate(kept)}
     state = {}
@@ -280,7 +322,8 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         if prefix in renumbered:
             state[renumbered[prefix] + key[len(prefix) :]] = value
     student.load_state_dict(state, strict=True)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
+    if not classifies:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     student.config.name_or_path = ""
     return student.to(next(teacher.parameters()).device)
 
@@ -300,13 +343,16 @@ def _kept_layers(layers: int | Sequence[int], total: int) -> list[int]:
     return kept
 
 
-def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """Freeze ``model`` and put LoRA adapters on it (arXiv 2106.09685), through ``peft``."""
+def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.Module:
+    """Freeze ``model`` and put LoRA adapters on it (arXiv 2106.09685), through ``peft``.
+
+    With the task type ``SEQ_CLS`` the classification head is trained as a whole and saved with the adapter.
+    """
     from peft import LoraConfig, get_peft_model
 
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
+        task_type=task_type, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
     )
     try:
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
@@ -316,7 +362,8 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
         raise UserError(
             f"student.lora.target_modules: got {target!r}, expected 'all-linear' or names among {', '.join(linear)}"
         ) from error
-    output_module(adapted)  # refuses an adapter on the output layer
+    if task_type == "CAUSAL_LM":
+        output_module(adapted)  # refuses an adapter on the output layer
     return adapted
 
 
@@ -362,7 +409,7 @@ def align_vocabularies(
     """
     widths = (head_of(student).vocab_size, head_of(teacher).vocab_size)
     tokens = (len(student_tokenizer), len(teacher_tokenizer))
-    shared = _shared_prefix(student_tokenizer, teacher_tokenizer)
+    shared = shared_prefix(student_tokenizer, teacher_tokenizer)
     if shared < max(tokens) and (mode != "intersect" or shared < min(tokens)):
         ours, theirs = (t.convert_ids_to_tokens(shared) if shared < len(t) else "nothing" for t in
                         (student_tokenizer, teacher_tokenizer))  # fmt: skip
@@ -389,7 +436,7 @@ def align_vocabularies(
     return VocabularyPlan(size, note)
 
 
-def _shared_prefix(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> int:
+def shared_prefix(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> int:
     """How many leading ids mean the same token in both."""
     if first is second:
         return len(first)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dts_hf.errors import UserError
-from dts_hf.recipe_check import deep_problems, schema_problems, training_schema
+from dts_hf.recipe_check import deep_problems, protocol_values, schema_problems, training_schema
 from dts_hf.recipe_yaml import dump_values, expand, read_values
 
 if TYPE_CHECKING:
@@ -163,7 +163,32 @@ class Loss(Section):
     logits_budget_mb: Count = Field(default=256, description="Memory for one chunk of logits, in MiB.")
 
 
+class Task(Section):
+    name: Literal["glue"] = Field(description="Family of tasks; the rows are those of data_prep/glue.py.")
+    subset: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = Field(
+        description="Which task: it fixes the fields of a row, the labels and the metrics."
+    )
+    max_length: Count = Field(default=128, description="Longest text (or pair of texts), in tokens; the rest is cut.")
+    mismatched: str | None = Field(
+        default=None, description="MNLI's second validation set, scored at the end; null: it is not scored."
+    )
+
+    @model_validator(mode="after")
+    def _second_set_is_of_mnli(self) -> Task:
+        if self.mismatched is not None and self.subset != "mnli":
+            raise ValueError(f"mismatched is a validation set of mnli, but subset is {self.subset}")
+        return self
+
+
 class Evaluation(Section):
+    protocol: Literal["minillm", "no_ngram", "chat", "greedy", "quick"] | None = Field(
+        default=None,
+        description="Take tokens, sampling, seeds and n-gram rule from this protocol where they are not given here.",
+    )
+    sets: list[str] = Field(
+        default=[], description="Prepared sets or row files, answered at the end besides the validation rows."
+    )
+    set_rows: Count | None = Field(default=None, description="Answer the first so many rows of each set; null: all.")
     rows: Count | None = Field(default=64, description="How many validation prompts are answered; null: all.")
     max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens.")
     batch_size: Count = Field(default=32, description="Prompts answered at once; it does not change the answers.")
@@ -182,6 +207,13 @@ class Evaluation(Section):
         default=None, description="Weights while answering; null: as loaded."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _values_of_the_protocol(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("protocol"), str):
+            return {**protocol_values(value["protocol"]), **value}
+        return value
+
 
 class Output(Section):
     dir: str = Field(description="The run directory: it must not exist yet, or be empty.", min_length=1)
@@ -193,8 +225,15 @@ class Recipe(Section):
     """One distillation. Build it with ``load_recipe`` or ``Recipe.from_dict``; change it by building another one."""
 
     student: Student = Field(description="The small model that learns.")
-    teacher: Teacher = Field(description="The large model that is imitated; it is never changed.")
+    teacher: Teacher | None = Field(
+        default=None,
+        description="The large model that is imitated; it is never changed. Null only for a task with loss.kd_ratio: 0.",
+    )
     data: Data = Field(description="The rows: where they are and how they become tokens.")
+    task: Task | None = Field(
+        default=None,
+        description="Classification (or STS-B's regression); null: a language model answers instructions.",
+    )
     temperature: NamedOptions = Field(
         default=NamedOptions.model_validate({"name": "dts", "rule": "gap"}),
         description="The temperature policy, its options.",
@@ -209,6 +248,31 @@ class Recipe(Section):
         if self.evaluation.every_steps is not None and self.data.validation is None:
             raise ValueError("evaluation.every_steps needs validation rows, but data.validation is null")
         return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Recipe:
+        if self.teacher is None and (self.task is None or self.loss.kd_ratio > 0):
+            without = "a task (task:) and loss.kd_ratio: 0, which learns from labels alone, need none"
+            raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
+        if self.teacher is None and self.student.init is not None:
+            raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
+        if self.task is not None:
+            unfit = {
+                "evaluation.every_steps": self.evaluation.every_steps is not None,
+                "data.packing": self.data.packing,
+                "data.responses": self.data.responses != "data",
+            }
+            found = [key for key, given in unfit.items() if given]
+            if found:
+                raise ValueError(f"{', '.join(found)}: belongs to generated answers, and a task has labels instead")
+        return self
+
+    @property
+    def required_teacher(self) -> Teacher:
+        """The teacher's section where there always is one: everywhere but in a task with ``kd_ratio: 0``."""
+        if self.teacher is None:
+            raise UserError("teacher: is missing, expected a mapping with model")
+        return self.teacher
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:
@@ -300,12 +364,13 @@ def editor_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dts_hf recipe"}
 
 
-def training_arguments(recipe: Recipe, output_dir: str | Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: Any) -> TrainingArguments:
     """``TrainingArguments`` of the recipe, with our defaults for the keys that it does not give.
 
     Args:
         recipe: its ``training`` section is passed on as it is.
         output_dir: the run directory; checkpoints go there.
+        more_defaults: take the place of ours, never of the recipe's.
 
     Raises:
         UserError: ``TrainingArguments`` refuses a value or a combination.
@@ -323,6 +388,6 @@ def training_arguments(recipe: Recipe, output_dir: str | Path) -> TrainingArgume
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     try:
-        return TrainingArguments(output_dir=str(output_dir), **(defaults | recipe.training))
+        return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))
     except Exception as error:  # its checks raise ValueError, TypeError, ImportError and OSError, as they come
         raise UserError(f"training: TrainingArguments refuses this: {error}") from error

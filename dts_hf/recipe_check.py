@@ -285,3 +285,21 @@ def training_schema() -> dict[str, Any]:
             text = " ".join(str(field.metadata.get("help", "")).split())
             schema[key] = {**_adapter(key).json_schema(), "description": text}
     return schema
+
+
+# ------------------------------------------------------------------------------------------- what other modules define
+
+
+def protocol_values(name: str) -> dict[str, Any]:
+    """The keys of ``evaluation:`` that an evaluation protocol fixes; nothing for an unknown one (the schema says so)."""
+    from dts_hf.evaluation.protocol import PROTOCOLS  # light: loads no torch
+
+    if name not in PROTOCOLS:
+        return {}
+    protocol = PROTOCOLS[name]
+    return {
+        "max_new_tokens": protocol.max_new_tokens,
+        "do_sample": protocol.do_sample,
+        "no_repeat_ngram_size": protocol.no_repeat_ngram_size,
+        "seeds": list(protocol.seeds),
+    }

@@ -20,6 +20,7 @@ PATH_KEYS = (
     ("teacher", "tokenizer"),
     ("data", "train"),
     ("data", "validation"),
+    ("task", "mismatched"),
 )
 MERGE_TAG = "tag:yaml.org,2002:merge"
 

@@ -66,7 +66,7 @@ def answer_rows(
             progress="teacher answers",
         )
         answers = [decode_answer(tokenizer, answer.tokens) for answer in generated]
-        write_json_atomic(path, {"teacher": recipe.teacher.model, "answers": answers})
+        write_json_atomic(path, {"teacher": recipe.required_teacher.model, "answers": answers})
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
         if text:
@@ -87,7 +87,7 @@ def default_cache() -> Path:
 
 def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Sequence[int]]) -> str:
     """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts."""
-    teacher = recipe.teacher
+    teacher = recipe.required_teacher
     source = ModelSource.resolve(teacher.model, "teacher.model")
     files = (
         [Path(source.location) / source.gguf_file]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dts_hf import cli
@@ -254,8 +254,8 @@ MODEL_CASES = [
     ),
     Case(
         "packing with a model that ignores it",
-        "data.packing=true teacher.model=models/opt",
-        ("data.packing", "OPTForCausalLM", "data.packing: false"),
+        "data.packing=true teacher.model=models/bloom",
+        ("data.packing", "BloomForCausalLM", "data.packing: false"),
     ),
     Case(
         "rows longer than the positions",
@@ -316,16 +316,14 @@ def other_words(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saved models: ``teacher`` is good, each other one has one fault."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), tiny_tokenizer()
-    opt = OPTConfig(
-        vocab_size=320, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
-    )
+    bloom = BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)
     kinds: dict[str, Any] = {
         "teacher": tiny_llama(),
         "padded": tiny_llama(vocab=336),
         "narrow": tiny_llama(vocab=270),
         "gpt2": tiny_gpt2(max_positions=64),
         "short": tiny_gpt2(max_positions=16),
-        "opt": OPTForCausalLM(opt),
+        "bloom": BloomForCausalLM(bloom),
         "mute": tiny_llama(tie=False),
     }
     torch.nn.init.zeros_(kinds["mute"].lm_head.weight)  # then every token is the first one, which is no text
@@ -473,7 +471,11 @@ OTHER_COMMANDS = [
     ("evaluate nobody/no-model --data valid.jsonl", ("nobody/no-model", "spelt")),
     ("evaluate models/teacher --data nope.jsonl", ("nope.jsonl", "no such file")),
     ("evaluate models/teacher --data valid.jsonl --template chats", ("chats", "Did you mean 'chat'?")),
-    ("evaluate models/teacher --data valid.jsonl --predictions nope/out.jsonl", ("--predictions", "nope")),
+    ("evaluate models/teacher --data valid.jsonl --output valid.jsonl", ("--output", "valid.jsonl")),
+    ("evaluate models/teacher --data valid.jsonl --output models", ("--output", "models", "holds no evaluation")),
+    ("evaluate models/teacher --data valid.jsonl --protocol minilm", ("minilm", "Did you mean 'minillm'?")),
+    ("evaluate models/teacher --data valid.jsonl --seeds 1,x", ("--seeds", "1,x", "whole numbers")),
+    ("evaluate models/teacher --sets doly", ("doly", "dolly")),
     ("evaluate models/gpt2 --data valid.jsonl --template plain --max-new-tokens 100", ("64 positions",)),
     ("evaluate unfinished", ("unfinished", "holds no student")),
     ("train models", ("models", "cannot read this recipe", "directory")),

@@ -158,31 +158,44 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def evaluate_command(*arguments: Any, **options: Any) -> dict[str, Any]:
         calls.append((arguments, options))
-        scores = {"mean": 0.25, "sd": 0.5, "per_seed": [0.25]}
-        return {"n": 3, "rougeL": scores, "exact_match": {"mean": 0.125, "sd": 0.0}, "protocol": {"seeds": [1]}}
+        one, many = {"mean": 0.125, "sd": None}, {"mean": 0.25, "sd": 0.5}
+        scores = {"n": 3, "seeds": [1, 2], "rougeL": many, "exact_match": one, "mean_tokens": {"mean": 7.0, "sd": 1.0}}
+        scores |= {"cut_at_limit": one, "empty": one, "repeats_4gram": one}
+        protocol = {"name": "minillm", "fingerprint": "f" * 16}
+        return {"source": "m", "protocol": protocol, "models": {"model": {"sets": {"dolly": scores}}}}
 
-    stub(monkeypatch, "dts_hf.distill", evaluate_command=evaluate_command)
-    result = invoke("evaluate", "m", "--data", "d.jsonl", "--seed", "1", "--seed", "2", "--max-new-tokens", "5")
+    stub(monkeypatch, "dts_hf.evaluation.evaluate", evaluate_command=evaluate_command)
+    options = ("--sets", "dolly, s_ni", "--data", "d.jsonl", "--seeds", "1,2", "--max-new-tokens", "5")
+    result = CliRunner().invoke(cli.app, ["evaluate", "m", *options], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     arguments, options = calls[0]
-    assert arguments == ("m", "d.jsonl")
+    assert arguments == ("m", ["dolly", "s_ni"])
     assert options == {
-        "template": None,
-        "rows": None,
-        "max_new_tokens": 5,
-        "batch_size": 32,
-        "no_repeat_ngram_size": None,
+        "data": "d.jsonl",
+        "protocol": None,
         "seeds": [1, 2],
-        "predictions": None,
+        "template": None,
+        "max_new_tokens": 5,
+        "no_repeat_ngram_size": None,
+        "rows": None,
+        "batch_size": 32,
+        "dtype": None,
+        "output": None,
+        "overwrite": False,
+        "backend": "dts_hf",
     }
-    assert "0.2500 ± 0.5000" in result.stdout and "0.1250" in result.stdout and "protocol" not in result.stdout
-    assert json.loads(invoke("evaluate", "m", "--json").stdout)["protocol"] == {"seeds": [1]}
+    for text in ("dolly", "25.00 ± 50.00", "12.50", "7.0 ± 1.0", "minillm", "f" * 16):
+        assert text in result.stdout
+    assert json.loads(invoke("evaluate", "m", "--json").stdout)["protocol"]["name"] == "minillm"
+    assert calls[1][1]["seeds"] is None and calls[1][0] == ("m", [])
+    assert invoke("evaluate", "m", "--seeds", "1;2").exit_code == 2
 
 
 def test_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    stub(monkeypatch, "dts_hf.evaluation.score", score_file=lambda path: {"n": 2, "rougeL": 0.5, "path": str(path)})
-    assert json.loads(invoke("score", "a.jsonl", "--json").stdout) == {"n": 2, "rougeL": 0.5, "path": "a.jsonl"}
-    assert "0.5000" in invoke("score", "a.jsonl").stdout
+    scores = {"n": 2, "rougeL": 0.24239311}
+    stub(monkeypatch, "dts_hf.evaluation.score", score_file=lambda path: {**scores, "path": str(path)})
+    assert json.loads(invoke("score", "a.jsonl", "--json").stdout) == {**scores, "path": "a.jsonl"}
+    assert "24.2393" in invoke("score", "a.jsonl").stdout, "x 100 with four decimals, as the literature logs it"
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -197,7 +210,7 @@ def test_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "recipes" / "one.yaml").write_text("# The first one\n" + RECIPE)
     monkeypatch.chdir(tmp_path)
     listed = json.loads(invoke("list", "--json").stdout)
-    assert set(listed) == {"temperatures", "divergences", "templates", "recipes"}
+    assert set(listed) == {"temperatures", "divergences", "templates", "recipes", "sets", "protocols"}
     policies = {row["name"]: row for row in listed["temperatures"]}
     assert {"constant", "linear", "cosine", "dts"} <= set(policies) and "rule='gap'" in policies["dts"]["options"]
     assert all(row["about"] for rows in listed.values() for row in rows)

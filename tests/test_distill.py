@@ -10,8 +10,10 @@ import yaml
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dts_hf.distill import _weights_as, distill, evaluate_command
+from dts_hf.distill import distill
 from dts_hf.errors import UserError
+from dts_hf.evaluation.evaluate import evaluate_command
+from dts_hf.evaluation.scorer import weights_as
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory
 
@@ -169,12 +171,31 @@ def test_lora_merged_is_a_plain_model(workplace):
 
 def test_evaluate_command_repeats_the_runs_own_score(workplace):
     run = distill(recipe(output={"dir": "run", "report": False}))
-    scores = evaluate_command(str(run.path), None, rows=5)
-    expected = run.read_metrics()["models"]["student"]["sets"]["validation"]
-    assert scores["rougeL"] == expected["rougeL"] and scores["n"] == 5
-    assert scores["protocol"]["fingerprint"] == run.read_metrics()["protocol"]["fingerprint"]
+    found = evaluate_command(str(run.path), rows=5)
+    assert found["models"]["student"]["sets"] == run.read_metrics()["models"]["student"]["sets"]
+    assert found["protocol"] == {**run.read_metrics()["protocol"], "dtype": "float32"}
     with pytest.raises(UserError, match="--data"):
-        evaluate_command("teacher", None)
+        evaluate_command("teacher")
+
+
+def test_evaluation_sets_are_answered_at_the_end_under_a_named_protocol(workplace):
+    write_rows(workplace / "other.jsonl", 80, 4)
+    wanted = recipe(
+        evaluation={"protocol": "minillm", "sets": ["other.jsonl"], "set_rows": 3, "max_new_tokens": 6, "rows": 2},
+        output={"dir": "run", "report": False},
+    )
+    run = distill(wanted)
+    metrics = run.read_metrics()
+    assert metrics["protocol"]["name"] == "minillm, template=chat, max_prompt_length=64, max_new_tokens=6"
+    assert metrics["protocol"]["no_repeat_ngram_size"] == 6
+    scored = {name: {key: e["n"] for key, e in entry["sets"].items()} for name, entry in metrics["models"].items()}
+    both = {"validation": 2, "other": 3}
+    assert scored == {"teacher": both, "student_before": {"validation": 2}, "student": both}
+    student = run.read_predictions("student")
+    assert len(student) == 5 * 5 and {row["seed"] for row in student} == {10, 20, 30, 40, 50}
+    found = evaluate_command(str(run.path), ["other.jsonl"], rows=3)
+    assert found["models"]["student"]["sets"]["other"] == metrics["models"]["student"]["sets"]["other"]
+    assert run.read_recipe() == wanted
 
 
 def test_push_uploads_our_card_and_the_student(workplace, monkeypatch):
@@ -209,7 +230,7 @@ def test_push_uploads_our_card_and_the_student(workplace, monkeypatch):
 def test_bf16_weights_come_back_bit_for_bit():
     model = tiny_llama(seed=1, tie=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with _weights_as(model, "bfloat16"):
+    with weights_as(model, "bfloat16"):
         assert model.dtype == torch.bfloat16
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 from transformers.generation import NoRepeatNGramLogitsProcessor
@@ -153,6 +157,25 @@ def test_the_ngram_rule_is_that_of_transformers_on_each_row_without_padding(n: i
     assert found.isinf().any()
 
 
+@examples(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([1, 2, 3, 6]),
+    rows=st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=6),
+    padding=st.integers(0, 5),
+)
+def test_the_ngram_rule_on_random_batches_with_padding(n: int, rows: list[list[int]], padding: int) -> None:
+    width = max(map(len, rows)) + padding
+    history = torch.tensor([[NOTHING] * (width - len(row)) + row for row in rows], dtype=torch.long).view(
+        len(rows), width
+    )
+    logits = torch.randn(len(rows), 4, generator=torch.Generator().manual_seed(0))
+    found = ban_repeated_ngrams(logits.clone(), history, n)
+    processor = NoRepeatNGramLogitsProcessor(n)
+    for line, row in enumerate(rows):
+        alone = processor(torch.tensor([row], dtype=torch.long).view(1, len(row)), logits[line : line + 1])
+        assert torch.equal(found[line : line + 1], alone), row
+
+
 def test_the_ngram_rule_leaves_ids_beyond_the_head_alone() -> None:
     history = torch.tensor([[9, 9, 1, 9]])
     assert torch.equal(ban_repeated_ngrams(torch.zeros(1, 4), history, 2), torch.tensor([[0.0, -torch.inf, 0.0, 0.0]]))
@@ -191,6 +214,26 @@ def test_sampled_frequencies_follow_the_softmax() -> None:
         freedom = len(wanted) - 1
         # 5 standard deviations of a chi-square; the draws are fixed, so this cannot fail by chance tomorrow
         assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_200_000_draws_pass_a_chi_square_test_against_the_softmax(temperature: float) -> None:
+    """Every draw of another row and step, through the very lines that generation uses; 5 % tokens down to 1 in 10^4."""
+    vocab, draws, chunk = 64, 200_000, 20_000
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(4)) * 2.5
+    counts = torch.zeros(vocab, dtype=torch.float64)
+    for start in range(0, draws, chunk):
+        keys = [(f"dolly-{i % 500}", i // 500) for i in range(start, start + chunk)]
+        noise = gumbel_noise(10, keys, vocab, "cpu")
+        chosen = noise.add_(logits.expand(chunk, vocab) / temperature).argmax(-1)
+        counts += torch.bincount(chosen, minlength=vocab).double()
+    expected = torch.softmax(logits.double() / temperature, -1) * draws
+    common = expected >= 5  # the rare ones together, as the test asks
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    keep = wanted > 0
+    p_value = scipy.stats.chisquare(observed[keep].numpy(), wanted[keep].numpy()).pvalue
+    assert 1e-3 < p_value < 1 - 1e-3  # the draws are fixed, so this cannot fail by chance tomorrow
 
 
 def test_first_tokens_of_a_model_are_drawn_from_its_softmax() -> None:
@@ -289,6 +332,18 @@ def test_ended_rows_leave_and_waiting_prompts_take_their_lines() -> None:
     assert sum(lines) < 1.35 * tokens  # lines computed for each token that counts
     longest = sum(max(len(a.tokens) for a in found[i : i + 8]) for i in range(0, len(found), 8))
     assert len(lines) < 1.5 * longest
+
+
+def test_each_row_is_handed_out_once_as_soon_as_it_has_ended() -> None:
+    model, prompts, seen = tiny_llama(tie=False), make_prompts(), []
+    options = GenerationSettings(max_new_tokens=LIMIT, batch_size=7)
+    found = generate(
+        model, prompts, options, eos_token_ids=EOS, pad_token_id=2,
+        on_finished=lambda row, answer: seen.append((row, answer._replace(tokens=list(answer.tokens)))),
+    )  # fmt: skip
+    assert dict(seen) == dict(enumerate(found)) and len(seen) == len(prompts)
+    rows = [row for row, _ in seen]
+    assert rows != sorted(rows), "short answers come before long ones, whatever the order of the prompts"
 
 
 # -------------------------------------------------------------------------------------------------------------- misuse

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 
+import accelerate
 import pytest
+import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from dts_hf.data import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.instruct import MEASURES, decode_answer, evaluate_instruct, protocol_fingerprint
+from dts_hf.evaluation.instruct import (
+    MEASURES,
+    _calls,
+    _rows_are_independent,
+    decode_answer,
+    evaluate_instruct,
+    rows_digest,
+)
+from dts_hf.evaluation.protocol import Protocol, custom_protocol
 from dts_hf.evaluation.rouge import best_rouge_l
-from dts_hf.generation import GenerationSettings, generate
+from dts_hf.generation import generate
 from dts_hf.prompts import encode_prompt, get_template
 
 TEMPLATE = get_template("alpaca")
-SETTINGS = GenerationSettings(max_new_tokens=12, batch_size=4)
+GREEDY = custom_protocol(max_new_tokens=12, do_sample=False, no_repeat_ngram_size=0, seeds=[10, 20])
+SAMPLED = custom_protocol(max_new_tokens=12, no_repeat_ngram_size=0, seeds=[10, 20, 30])
 ROWS = [
     Row("q-1", "Name three fruits.", "", ("Apples, pears and plums.", "Three fruits")),
     Row("q-2", "Write the sentence in the past tense.", "The boat sails over the lake.", ("The boat sailed.",)),
@@ -24,21 +36,21 @@ ROWS = [
 ]
 
 
-def evaluate(rows: list[Row] = ROWS, settings: GenerationSettings = SETTINGS, **options: object):
-    options = {"max_prompt_length": 256, "set_name": "held-out", **options}
-    return evaluate_instruct(tiny_llama(tie=False), tiny_tokenizer(), rows, TEMPLATE, settings, **options)
+def evaluate(rows: list[Row] = ROWS, protocol: Protocol = GREEDY, **options: object):
+    options = {"batch_size": 4, "set_name": "held-out", **options}
+    return evaluate_instruct(tiny_llama(tie=False), tiny_tokenizer(), rows, protocol, **options)
 
 
 def test_greedy_scores_and_predictions() -> None:
-    scores, predictions = evaluate(seeds=[10, 20])
+    scores, predictions = evaluate()
     assert scores["n"] == 3 and scores["dropped"] == 0 and scores["prompts_cut"] == 0
     assert scores["seeds"] == [10], "greedy text is generated once"
-    assert set(scores) == {"n", "dropped", "prompts_cut", "seeds", *MEASURES}
+    assert set(scores) == {"n", "dropped", "prompts_cut", "rows_sha256", "seeds", *MEASURES}
     assert [row["id"] for row in predictions] == ["q-1", "q-2", "q-3"]
     model, tokenizer = tiny_llama(tie=False), tiny_tokenizer()
     for row, predicted in zip(ROWS, predictions, strict=True):
         ids = encode_prompt(row, tokenizer, TEMPLATE, 256).ids
-        answer = generate(model, [ids], SETTINGS, eos_token_ids=[2], pad_token_id=2)[0]
+        answer = generate(model, [ids], GREEDY.settings(4), eos_token_ids=[2], pad_token_id=2)[0]
         text = decode_answer(tokenizer, answer.tokens)
         assert predicted == {
             "id": row.id,
@@ -61,30 +73,29 @@ def test_greedy_scores_and_predictions() -> None:
 
 
 def test_each_seed_is_a_run_of_sampling_that_rows_and_batches_do_not_change() -> None:
-    settings = GenerationSettings(max_new_tokens=12, batch_size=2, do_sample=True)
-    scores, predictions = evaluate(settings=settings, seeds=[10, 20, 30])
+    scores, predictions = evaluate(protocol=SAMPLED, batch_size=2)
     assert scores["seeds"] == [10, 20, 30] == sorted({row["seed"] for row in predictions})
     assert len(predictions) == 9 and len(scores["rougeL"]["per_seed"]) == 3
     assert scores["mean_tokens"]["sd"] == pytest.approx(statistics.stdev(scores["mean_tokens"]["per_seed"]))
-    _, alone = evaluate(rows=ROWS[2:], settings=settings, seeds=[20])
+    _, alone = evaluate(rows=ROWS[2:], protocol=SAMPLED.changed(seeds=[20]))
     assert alone[0] == next(row for row in predictions if row["id"] == "q-3" and row["seed"] == 20)
-    _, default = evaluate(settings=settings)
-    assert default == predictions[:3], "without seeds: the seed of the settings, 10"
 
 
 def test_prompts_that_are_cut_or_do_not_fit_are_counted() -> None:
     tokenizer = tiny_tokenizer()
     limit = len(encode_prompt(ROWS[1], tokenizer, TEMPLATE, 256).ids) - 3
     rows = [*ROWS, Row("q-4", "Explain this. " * 60, "", ("No.",))]
-    scores, predictions = evaluate(rows=rows, max_prompt_length=limit)
+    scores, predictions = evaluate(rows=rows, protocol=GREEDY.changed(max_prompt_length=limit))
     assert (scores["n"], scores["dropped"], scores["prompts_cut"]) == (3, 1, 1)
     cut = predictions[1]["prompt"]
     assert cut.endswith("### Response:\n") and len(cut) < len(TEMPLATE.render(ROWS[1], tokenizer))
     assert predictions[1]["input"] == ROWS[1].input
     with pytest.raises(UserError, match="none of the 1 prompts fits into data"):
-        evaluate(rows=ROWS[:1], max_prompt_length=5)
+        evaluate(rows=ROWS[:1], protocol=GREEDY.changed(max_prompt_length=5))
     with pytest.raises(UserError, match="'held-out': no rows"):
         evaluate(rows=[])
+    with pytest.raises(UserError, match="2 rows have the id 'q-1'"):
+        evaluate(rows=[ROWS[0], *ROWS])
 
 
 def test_an_answer_holds_no_special_tokens() -> None:
@@ -94,26 +105,31 @@ def test_an_answer_holds_no_special_tokens() -> None:
     assert decode_answer(tokenizer, []) == ""
 
 
-def test_the_fingerprint_follows_the_protocol_and_nothing_else() -> None:
-    def fingerprint(settings: GenerationSettings = SETTINGS, template: str = "alpaca", chat: bool = True, **options):
-        options = {"max_prompt_length": 256, "seeds": [10], **options}
-        protocol = protocol_fingerprint(tiny_tokenizer(chat=chat), get_template(template), settings, **options)
-        json.dumps(protocol, allow_nan=False)
-        return protocol["fingerprint"]
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("independent", [True, False])
+def test_every_row_is_answered_by_one_process_and_below_fp32_in_the_same_blocks(independent: bool, world: int) -> None:
+    lengths = [(7 * i) % 31 for i in range(50)]
+    shares = [_calls(lengths, independent, 3, rank, world) for rank in range(world)]
+    assert sorted(row for share in shares for block, _ in share for row in block) == list(range(50))
+    assert len({len(share) for share in shares}) == 1, "a sharded model is called equally often by all"
+    if not independent:
+        alone = {tuple(block) for block, whole in _calls(lengths, False, 3, 0, 1)}
+        assert {tuple(block) for share in shares for block, whole in share if block} == alone
+        assert all(whole for share in shares for _, whole in share)
 
-    sampling = {"max_new_tokens": 12, "do_sample": True}
-    base, sampled = fingerprint(), fingerprint(GenerationSettings(**sampling))
-    assert len(base) == 16 and base == fingerprint()
-    assert base == fingerprint(GenerationSettings(max_new_tokens=12, batch_size=1, seed=3), seeds=[11, 12])
-    assert base == fingerprint(chat=False), "the alpaca text does not use the chat template"
-    different = [
-        base,
-        sampled,
-        fingerprint(GenerationSettings(max_new_tokens=13)),
-        fingerprint(GenerationSettings(max_new_tokens=12, no_repeat_ngram_size=6)),
-        fingerprint(GenerationSettings(**sampling, temperature=0.7)),
-        fingerprint(GenerationSettings(**sampling), seeds=[10, 20]),
-        fingerprint(template="chat"),
-        fingerprint(max_prompt_length=255),
-    ]
-    assert len(set(different)) == len(different)
+
+def test_only_fp32_rows_are_independent_of_their_neighbours() -> None:
+    assert _rows_are_independent(tiny_llama()) and _rows_are_independent(object())
+    assert not _rows_are_independent(tiny_llama().to(torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not _rows_are_independent(tiny_llama())
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = accelerator.unwrap_model(accelerator.prepare(tiny_llama()))
+    assert not _rows_are_independent(wrapped), "its forward runs under autocast"
+
+
+def test_the_digest_of_rows_follows_questions_and_references() -> None:
+    base = rows_digest(ROWS)
+    assert base == rows_digest(list(ROWS)) != rows_digest(ROWS[:2])
+    assert base != rows_digest([dataclasses.replace(ROWS[0], references=("Kiwis.",)), *ROWS[1:]])
+    assert base != rows_digest(ROWS[::-1])

@@ -32,7 +32,18 @@ LADDER = (
 MAY_REACH_UP = ("dts_hf", "dts_hf.cli", "dts_hf.recipe_check")
 MATHEMATICS = ("divergences", "temperature", "losses", "response", "head")
 # ``dts-hf --help`` and the check of a recipe's own keys must not wait for these.
-LIGHT = ("dts_hf", "errors", "discovery", "recipe_yaml", "recipe_check", "recipe", "run_directory", "sets", "cli", "__main__")
+LIGHT = (
+    "dts_hf",
+    "errors",
+    "discovery",
+    "recipe_yaml",
+    "recipe_check",
+    "recipe",
+    "run_directory",
+    "sets",
+    "cli",
+    "__main__",
+)
 HEAVY = {
     "torch",
     "transformers",

@@ -85,6 +85,39 @@ def test_real_answers_score_exactly_as_in_rouge_score(shared_data_dir: Path) -> 
         assert rouge_l(prediction, reference) == scorer.score(reference, prediction)["rougeL"].fmeasure
 
 
+@pytest.mark.slow
+@pytest.mark.shared_data
+def test_ten_thousand_real_pairs_score_exactly_as_in_rouge_score(shared_data_dir: Path) -> None:
+    """Answers of all the sets, each against itself shortened or against another one of its set."""
+    names = (
+        "dolly/test",
+        "dolly/valid",
+        "self_inst/test",
+        "vicuna/test",
+        "s_ni/test_11plus",
+        "uinst/test_11plus_head",
+    )
+    generator, texts = random.Random(0), {}
+    for name in names:
+        rows = [json.loads(line) for line in (shared_data_dir / f"{name}.jsonl").open(encoding="utf-8")]
+        outputs = [row["output"] for row in rows]
+        texts[name] = [text for output in outputs for text in ([output] if isinstance(output, str) else output)]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = []
+    for _ in range(10_000):
+        some = texts[generator.choice(names)]
+        reference = generator.choice(some)
+        words = reference.split()
+        own = " ".join(words[generator.randrange(len(words) + 1) // 2 :])
+        # The oracle fills a table of all pairs of words: keep its time within reason
+        prediction, reference = (
+            text[:600] for text in (own if generator.random() < 0.5 else generator.choice(some), reference)
+        )
+        scores.append(rouge_l(prediction, reference))
+        assert scores[-1] == scorer.score(reference, prediction)["rougeL"].fmeasure, (prediction, reference)
+    assert len(set(scores)) > 1000
+
+
 def test_the_stemmer_is_on_by_default_and_matters() -> None:
     assert rouge_l("It rained", "it rains") == 1.0
     assert rouge_l("It rained", "it rains", use_stemmer=False) == 0.5

@@ -25,6 +25,26 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def test_the_command_prints_the_scores_as_the_literature_logs_them(tmp_path: Path) -> None:
+    """ROUGE-L and exact match x 100 with four decimals, from a file that anyone may have written."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from typer.testing import CliRunner
+
+    from dts_hf.cli import app
+
+    file = write(tmp_path / "p.jsonl", "\n".join(json.dumps(row) for row in ROWS))
+    shown = CliRunner().invoke(app, ["score", str(file)]).stdout
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = [
+        ("Rain falls.", "Rain falls"),
+        ("", "Something"),
+        ("a b c d e a b c d", "x"),
+        ("two words", "two other words"),
+    ]
+    mean = sum(scorer.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in pairs) / 4
+    assert f"{100 * mean:.4f}" in shown and "25.0000" in shown and "x 100" in shown
+
+
 def test_scores_of_a_file(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", "\n".join(json.dumps(row) for row in ROWS) + "\n\n")
     scores = score_file(file)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from dts_hf.data import Row
 from dts_hf.errors import UserError
+from dts_hf.evaluation.answers import Answer, AnswerFile
+from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.rouge import best_rouge_l
 from dts_hf.evaluation.text import exact_match, repeats_ngram
-from dts_hf.generation import Generated, GenerationSettings, generate, stop_token_ids
-from dts_hf.prompts import Template, encode_prompts
+from dts_hf.generation import Generated, generate, is_sharded, stop_token_ids
+from dts_hf.prompts import EncodedPrompt, encode_prompts, get_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # In the order of metrics.json
 MEASURES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty", "mean_tokens")
+BLOCK_BATCHES = 4  # below fp32: batches that are answered together, whatever was killed and however many processes
 
 
 class InstructResult(NamedTuple):
@@ -34,78 +37,118 @@ class InstructResult(NamedTuple):
 
 
 def evaluate_instruct(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    template: Template,
-    settings: GenerationSettings,
+    protocol: Protocol,
     *,
-    max_prompt_length: int,
+    batch_size: int = 32,
     set_name: str = "validation",
-    seeds: Sequence[int] = (),
     progress: str | None = None,
+    answers: AnswerFile | None = None,
+    all_processes: bool = False,
+    answer: Callable[..., list[Generated]] = generate,
 ) -> InstructResult:
     """Answer the prompts of ``rows`` once for each seed and score the answers against the references.
+
+    **Same text for any number of processes, and after a kill.** In fp32 the text of a row does not depend on the rows
+    beside it, so each process takes every so-manieth row, and any row that is there is kept. In bf16 and fp16 it does,
+    in near-ties: there the rows are cut into blocks of ``BLOCK_BATCHES`` batches, a block is always answered as a
+    whole and by one process, and a block that a kill left incomplete is answered again.
 
     Args:
         model: causal language model; left as it was, and no random state is touched.
         tokenizer: of the model.
-        rows: prompts and their references.
-        template: from ``prompts.get_template``.
-        settings: how to generate; its seed is replaced by each of ``seeds``.
-        max_prompt_length: in tokens. A row whose prompt cannot be cut to it is left out and counted.
+        rows: prompts and their references; their ids are unique.
+        protocol: how to answer. A row whose prompt cannot be cut to its limit is left out and counted.
+        batch_size: prompts answered at the same time.
         set_name: name of the data set, written into the predictions.
-        seeds: one run of sampling each; default: the seed of ``settings``. Greedy text is generated once, under the
-            first of them.
         progress: title of the progress bar, or None.
+        answers: also write every answer there as it is made, and take those that are there already.
+        all_processes: every process of the default group calls this with the same arguments; each answers a share of
+            the rows and gets the whole result. Models replicated on all processes (DDP) and sharded ones
+            (``generation.is_sharded``) are supported. Without it a sharded model is refused.
+        answer: what generates; has the signature of ``generation.generate``.
 
     Returns:
         Scores ``{measure: {"mean", "sd", "per_seed"}}``: ROUGE-L, exact match and the shares from 0 to 1,
         ``mean_tokens`` in tokens. ``sd`` is the sample standard deviation over seeds, None for a single one.
 
     Raises:
-        UserError: there are no rows, or no prompt fits.
+        UserError: there are no rows, two have the same id, or no prompt fits.
     """
-    if not rows:
-        raise UserError(f"evaluation on '{set_name}': no rows, expected at least one")
-    encoded = encode_prompts(list(rows), tokenizer, template, max_prompt_length)
+    _check_rows(rows, set_name)
+    template = get_template(protocol.template)
+    encoded = encode_prompts(list(rows), tokenizer, template, protocol.max_prompt_length)
     kept = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if prompt is not None]
     if not kept:
         raise UserError(
             f"evaluation on '{set_name}': none of the {len(rows)} prompts fits into "
-            f"data.max_prompt_length={max_prompt_length} tokens"
+            f"data.max_prompt_length={protocol.max_prompt_length} tokens"
         )
-    texts = [
-        str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer) for row, prompt in kept
-    ]
-    runs = list(seeds) or [settings.seed]
+    rank, world = _process() if all_processes else (0, 1)
+    if not all_processes and isinstance(model, torch.nn.Module) and is_sharded(model):
+        raise ValueError("the weights are spread over processes: call evaluate_instruct on all, with all_processes")
+    calls = _calls([len(prompt.ids) for _, prompt in kept], _rows_are_independent(model), batch_size, rank, world)
+    known = _shared({} if answers is None or rank else answers.load(), world)
     predictions: list[dict[str, Any]] = []
-    per_seed: list[dict[str, float]] = []
-    for seed in runs if settings.do_sample else runs[:1]:
-        answers = generate(
-            model,
-            [prompt.ids for _, prompt in kept],
-            dataclasses.replace(settings, seed=seed),
-            eos_token_ids=stop_token_ids(model, tokenizer),
-            pad_token_id=_padding_id(tokenizer),
-            row_keys=[row.id for row, _ in kept],
-            progress=progress,
-        )
-        scored = [
-            _prediction(row, text, answer, tokenizer, set_name, seed)
-            for (row, _), text, answer in zip(kept, texts, answers, strict=True)
-        ]
-        predictions += scored
-        per_seed.append(_means(scored))
+    for seed in protocol.runs:
+        made = dict(known)
+
+        def finished(block: Sequence[int], position: int, generated: Generated, seed: int = seed) -> None:
+            row, prompt = kept[block[position]]
+            text = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
+            made[Answer(seed, row.id)] = new = _prediction(row, text, generated, tokenizer, set_name, seed)  # noqa: B023
+            if answers is not None:
+                answers.append(new)
+
+        for number, (block, whole) in enumerate(calls, start=1):
+            missing = [index for index in block if Answer(seed, kept[index][0].id) not in known]
+            todo = list(block) if whole and missing else missing
+            part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
+            title = None if rank or progress is None else f"{progress}, seed {seed}{part}"
+            _answer_block(model, tokenizer, kept, todo, protocol, seed, batch_size, title, answer, finished)
+        for others in _gathered(made, world):
+            made.update(others)
+        predictions += [made[Answer(seed, row.id)] for row, _ in kept]
     scores: dict[str, Any] = {
         "n": len(kept),
         "dropped": len(rows) - len(kept),
         "prompts_cut": sum(prompt.cut for _, prompt in kept),
-        "seeds": runs[: len(per_seed)],
+        "rows_sha256": rows_digest([row for row, _ in kept]),
+        "seeds": list(protocol.runs),
     }
+    per_seed = [_means(predictions[i : i + len(kept)]) for i in range(0, len(predictions), len(kept))]
     for measure in MEASURES:
         scores[measure] = _spread([means[measure] for means in per_seed])
     return InstructResult(scores, predictions)
+
+
+def _answer_block(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    kept: Sequence[tuple[Row, EncodedPrompt]],
+    block: Sequence[int],
+    protocol: Protocol,
+    seed: int,
+    batch_size: int,
+    progress: str | None,
+    answer: Callable[..., list[Generated]],
+    finished: Callable[[Sequence[int], int, Generated], None],
+) -> None:
+    """Generate the answers to the rows at ``block``; of a sharded model even to none, because the others may need it."""
+    if not block and not (isinstance(model, torch.nn.Module) and is_sharded(model)):
+        return
+    answer(
+        model,
+        [kept[index][1].ids for index in block],
+        protocol.settings(batch_size, seed),
+        eos_token_ids=stop_token_ids(model, tokenizer),
+        pad_token_id=_padding_id(tokenizer),
+        row_keys=[kept[index][0].id for index in block],
+        progress=progress,
+        on_finished=lambda position, generated: finished(block, position, generated),
+    )
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -114,39 +157,75 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> 
     return text.split("<|endoftext|>")[0].strip()
 
 
-def protocol_fingerprint(
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    settings: GenerationSettings,
-    *,
-    max_prompt_length: int,
-    seeds: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Describe all that a score depends on besides model and data: scores of equal ``fingerprint`` can be compared.
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Digest of what is asked and what counts as right, in order."""
+    content = [[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    The batch size is left out because the text does not depend on it, and for greedy text so are seeds and
-    temperature.
+
+def _check_rows(rows: Sequence[Row], set_name: str) -> None:
+    if not rows:
+        raise UserError(f"evaluation on '{set_name}': no rows, expected at least one")
+    name, count = Counter(row.id for row in rows).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"evaluation on '{set_name}': {count} rows have the id {name!r}, expected unique ids")
+
+
+# ------------------------------------------------------------------------------------------- which process does what
+
+
+def _process() -> tuple[int, int]:
+    """(rank, world size) of the default process group; (0, 1) without one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _rows_are_independent(model: Any) -> bool:
+    """Whether the model computes in fp32, where the text of a row does not depend on the rows beside it."""
+    if not isinstance(model, torch.nn.Module):
+        return True  # another backend batches as it likes: there is nothing to keep equal
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
+    # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
+    lowered = torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled() or hasattr(model, "_original_forward")
+    return exact and not lowered and torch.get_float32_matmul_precision() == "highest"
+
+
+def _calls(
+    lengths: Sequence[int], independent: bool, batch_size: int, rank: int, world: int
+) -> list[tuple[list[int], bool]]:
+    """The rows that this process answers: (rows of one call of ``generate``, whether they belong together).
+
+    Every process gets the same number of calls, so that those of a sharded model stay together. Prompts of similar
+    length are neighbours, and so each process gets about the same work.
     """
-    runs = list(seeds) or [settings.seed]
-    protocol: dict[str, Any] = {
-        "template": template.name,
-        "tokenizer": _tokenizer_digest(tokenizer, template),
-        "max_prompt_length": max_prompt_length,
-        "max_new_tokens": settings.max_new_tokens,
-        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
-        "do_sample": settings.do_sample,
-        "temperature": settings.temperature if settings.do_sample else None,
-        "seeds": runs if settings.do_sample else [],
-        "rouge": "rougeL F-measure of rouge_score 0.1.2, Porter stemmer, best reference",
-    }
-    text = json.dumps(protocol, sort_keys=True)
-    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], **protocol}
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    if independent:
+        return [(order[rank::world], False)]
+    size = BLOCK_BATCHES * batch_size
+    blocks = [order[start : start + size] for start in range(0, len(order), size)]
+    blocks += [[]] * (-len(blocks) % world)
+    return [(block, True) for block in blocks[rank::world]]
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """Digest of what the tokenizer is, not of where it was loaded from."""
-    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template if template.name == "chat" else None]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def _shared(known: dict[Answer, dict[str, Any]], world: int) -> dict[Answer, dict[str, Any]]:
+    """What the first process knows, on all of them: they must agree on what is left to do."""
+    if world > 1:
+        held: list[Any] = [known]
+        torch.distributed.broadcast_object_list(held)
+        return held[0]  # type: ignore[no-any-return]
+    return known
+
+
+def _gathered(made: dict[Answer, dict[str, Any]], world: int) -> list[dict[Answer, dict[str, Any]]]:
+    """What every process has made; a row that two have made has the same key and counts once."""
+    found: list[Any] = [made] * world
+    if world > 1:
+        torch.distributed.all_gather_object(found, made)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ single answers
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

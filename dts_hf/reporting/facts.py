@@ -34,6 +34,11 @@ class Facts:
         """One section of the recipe, empty when the run has none."""
         return self.recipe.get(name) or {}
 
+    @property
+    def task(self) -> Mapping[str, Any]:
+        """The recipe's task (``subset`` names it), empty for a language model that answers instructions."""
+        return self.section("task")
+
     def model(self, name: str) -> Mapping[str, Any]:
         """The ``metrics.json`` entry of ``teacher``, ``student_before`` or ``student``."""
         return (self.metrics.get("models") or {}).get(name) or {}
@@ -143,6 +148,8 @@ def model_words(value: str, revision: str | None = None) -> str:
 def teacher_words(facts: Facts) -> str:
     """The teacher, in words."""
     teacher = facts.section("teacher")
+    if facts.recipe and not teacher:
+        return "none: it learnt from labels alone"
     if not teacher.get("model"):
         return "unknown (the run has no recipe)"
     words = model_words(teacher["model"], teacher.get("revision"))

@@ -102,6 +102,8 @@ def choose_samples(facts: Facts, count: int = SAMPLES) -> tuple[list[Sample], in
     The prompts are sorted by the student's ROUGE-L and taken at even distances, the best and the worst among them,
     so that the choice flatters nobody. The first seed counts where several were generated.
     """
+    if facts.task:  # a class has nothing to be read side by side
+        return [], 0
     by_model = {model: _first_answers(facts.predictions.get(model) or []) for model in MODELS}
     lead = next((by_model[model] for model in reversed(MODELS) if by_model[model]), {})
     order = sorted(lead, key=lambda key: (-(number(lead[key].get("rougeL")) or 0.0), key))
@@ -134,6 +136,11 @@ def headlines(facts: Facts) -> list[Headline]:
         return tuple(measures[key].value(facts, model, set_name) for model in MODELS)
 
     found = []
+    for key in list((facts.metrics.get("task") or {}).get("metrics") or ())[:2]:
+        teacher, before, after = values(key)
+        if after is not None:
+            note = _beside(("before", before, ".1f"), ("teacher", teacher, ".1f"))
+            found.append(Headline(f"{measures[key].label}{of_set}, x 100", f"{after:.1f}", note))
     teacher, before, after = values("rougeL")
     if after is not None:
         found.append(

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from dts_hf.reporting.facts import (
     Facts,
+    Policy,
     call_words,
     count_words,
     divergence,
@@ -24,7 +25,7 @@ from dts_hf.reporting.facts import (
     teacher_words,
     temperature,
 )
-from dts_hf.reporting.tables import MEASURES, counts_words, markdown_scores
+from dts_hf.reporting.tables import MEASURES, counts_words, markdown_scores, score_lines
 from dts_hf.run_directory import RunDirectory
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,12 +58,17 @@ def render_model_card(run: RunDirectory) -> str:
         counts=counts_words(facts),
         teacher_is_reference=teacher_is_reference(facts),
         settings=settings(facts),
-        policy=policy_facts(facts),
+        policy=policy_facts(facts) if softens(facts) else Policy({}, "", None),
         temperature_name=temperature(facts)[0],
         link=paper_link(policy_facts(facts).paper),
         summary=summary(facts),
-        measures=MEASURES,
-        figures=[name for name in ("temperature", "losses", "rouge") if (run.figures_path / f"{name}.png").is_file()],
+        measures=list(dict.fromkeys(line.measure for line in score_lines(facts))),
+        regression=facts.task.get("subset") == "stsb",
+        figures=[
+            name
+            for name in ("temperature", "losses", "rouge", "scores")
+            if (run.figures_path / f"{name}.png").is_file()
+        ],
         adapter=is_adapter(facts),
         prompt=example_prompt(facts),
         question=EXAMPLE_QUESTION,
@@ -78,16 +84,23 @@ def card_data(facts: Facts) -> Any:
 
     policy, loss = temperature(facts)[0], divergence(facts)[0]
     tags = ["dts_hf", "knowledge-distillation", policy, loss]
+    if facts.task:
+        learns = bool(facts.section("teacher"))
+        tags = [
+            "dts_hf",
+            f"glue-{facts.task['subset']}",
+            *(["knowledge-distillation", policy, loss] if learns else []),
+        ]
     base_model = hub_id(_origin(facts))
     results = eval_results(facts)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter(facts) else "finetune"}
     return ModelCardData(
         base_model=base_model,
         library_name="peft" if is_adapter(facts) else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if facts.task else "text-generation",
         tags=[tag for tag in tags if tag != "unknown"],
         datasets=[name for source in _sources(facts) if (name := hub_id(source))] or None,
-        metrics=["rouge", "exact_match"] if results else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=facts.name,
         eval_results=results or None,
         **(relation if base_model else {}),
@@ -105,21 +118,28 @@ def eval_results(facts: Facts) -> list[Any]:
         source = (facts.manifest.get("splits") or {}).get(set_name, {}).get("source")
         for measure in MEASURES:
             value = measure.value(facts, "student", set_name)
-            if measure.key not in ("rougeL", "exact_match") or value is None:
+            reported = (facts.metrics.get("task") or {}).get("metrics") or ("rougeL", "exact_match")
+            if measure.key not in reported or value is None:
                 continue
+            names = {"rougeL": "ROUGE-L", "exact_match": "Exact match"}
             results.append(
                 EvalResult(
-                    task_type="text-generation",
+                    task_type="text-classification" if facts.task else "text-generation",
                     dataset_type=_published(source) if source else set_name,
                     dataset_name=f"{_published(source)} ({set_name})" if source else set_name,
                     dataset_split=set_name,
                     metric_type="rouge" if measure.key == "rougeL" else measure.key,
-                    metric_name="ROUGE-L" if measure.key == "rougeL" else "Exact match",
+                    metric_name=names.get(measure.key, measure.label),
                     metric_value=round(value, 4),
                     metric_args={**shown, "n": facts.rows_in(set_name)},
                 )
             )
     return results
+
+
+def softens(facts: Facts) -> bool:
+    """Whether a temperature was at work: not without a teacher, and not in STS-B's regression."""
+    return not facts.task or (bool(facts.section("teacher")) and facts.task["subset"] != "stsb")
 
 
 def is_adapter(facts: Facts) -> bool:
@@ -136,11 +156,15 @@ def summary(facts: Facts) -> str:
         words += f" ({share:.0f} % of its teacher's)"
     if not facts.recipe:
         return f"{words}, distilled with `dts_hf`. The run directory has no recipe, so its making is not told here."
+    if facts.task:
+        words += f", a classifier for GLUE's {facts.task['subset']}"
+        if not facts.section("teacher"):
+            return f"{words}, trained on labels alone with `dts_hf`. Its first weights: {student_words(facts)}."
+    words += f", distilled with `dts_hf` from {teacher_words(facts)}. Its first weights: {student_words(facts)}."
+    if not softens(facts):
+        return words
     policy = temperature(facts)[0]
-    return (
-        f"{words}, distilled with `dts_hf` from {teacher_words(facts)}. Its first weights: {student_words(facts)}. "
-        f"Divergence `{divergence(facts)[0]}`, temperature policy `{policy}`."
-    )
+    return f"{words} Divergence `{divergence(facts)[0]}`, temperature policy `{policy}`."
 
 
 def settings(facts: Facts) -> list[tuple[str, str]]:
@@ -153,6 +177,8 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         "squared": "squared: the KD loss is multiplied by T² (T_student x T_teacher where they differ)",
         "none": "none: the KD loss is not multiplied by T²",
     }.get(str(loss.get("temperature_scaling")), str(loss.get("temperature_scaling")))
+    if facts.task:
+        return [(name, value) for name, value in _task_settings(facts, scaling) if value]
     rows = [
         ("teacher", teacher_words(facts)),
         (
@@ -179,10 +205,46 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _task_settings(facts: Facts, scaling: str) -> list[tuple[str, str]]:
+    """As ``settings``, for a classifier."""
+    ratio, task = facts.section("loss").get("kd_ratio"), facts.task
+    regression = task["subset"] == "stsb"
+    hard, soft = ("squared error to the label", "squared error to the teacher's score")
+    if not regression:
+        hard, soft = "cross-entropy on the labels", "KD loss"
+    distils = bool(facts.section("teacher"))
+    softened = [
+        ("divergence", f"`{call_words(*divergence(facts))}`"),
+        ("temperature policy", f"`{call_words(temperature(facts)[0], policy_facts(facts).options)}`"),
+        ("rule", policy_facts(facts).rule),
+        ("T² factor", scaling),
+    ]
+    return [
+        ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens"),
+        ("teacher", teacher_words(facts)),
+        ("student", student_words(facts)),
+        ("parameters", _parameter_words(facts)),
+        *(softened if softens(facts) else []),
+        ("loss", f"{1 - ratio:.3g} x {hard} + {ratio:.3g} x {soft}" if distils and ratio is not None else hard),
+        *((f"data, {split}", _split_words(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
+        ("training", _training_words(facts)),
+        ("versions", _version_words(facts)),
+    ]
+
+
 def limits(facts: Facts) -> list[str]:
     """What the scores do not tell, in plain sentences."""
     found = ["One training run with one seed: another seed gives other numbers, and their spread was not measured."]
     counts = [(name, n) for name in facts.sets if (n := facts.rows_in(name))]
+    if facts.task:
+        return [
+            *found,
+            "The scores rest on "
+            + (", ".join(f"{n} rows ({name})" for name, n in counts) or "no rows: it was not evaluated")
+            + ". The same rows chose the best epoch, so they flatter it a little.",
+            "The student inherits the errors and biases of its teacher and data.",
+            "Its licence follows from the teacher's and from that of the data; `dts_hf` does not set one.",
+        ]
     protocol = facts.metrics.get("protocol") or {}
     if counts:
         prompts = ", ".join(f"{n} prompts ({name})" for name, n in counts)
@@ -217,7 +279,7 @@ def limits(facts: Facts) -> list[str]:
 def example_prompt(facts: Facts) -> str | None:
     """The example question in the prompt template, as a Python string; None for ``chat``, which the tokenizer has."""
     name = facts.section("data").get("prompt_template")
-    if name in (None, "chat"):
+    if name in (None, "chat") or facts.task:
         return None
     from dts_hf.data import Row
     from dts_hf.prompts import get_template

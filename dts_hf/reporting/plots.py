@@ -97,7 +97,8 @@ def write_figures(run: RunDirectory) -> list[Path]:
 
 def draw(facts: Facts, theme: Theme = LIGHT) -> list[Drawing]:
     """Draw every figure of the run."""
-    return [draw_temperature(facts, theme), draw_losses(facts, theme), draw_rouge(facts, theme)]
+    scores = draw_task_scores if facts.task else draw_rouge
+    return [draw_temperature(facts, theme), draw_losses(facts, theme), scores(facts, theme)]
 
 
 def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
@@ -142,14 +143,21 @@ def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
         (curve(facts.log, "teacher_ce"), "teacher", theme.orange, "--"),
         (curve(facts.log, "eval_ce_loss", "eval"), "student, held-out", theme.purple, "points"),
     ]
+    if facts.task.get("subset") == "stsb":  # a regression: squared errors
+        hard = [(curve(facts.log, "label_mse"), "student", theme.blue, "-"),
+                (curve(facts.log, "teacher_mse"), "teacher", theme.orange, "--"),
+                (curve(facts.log, "eval_label_mse", "eval"), "student, held-out", theme.purple, "points")]  # fmt: skip
     soft = [
         (curve(facts.log, "kd_loss"), "KD loss", theme.blue, "-"),
         (curve(facts.log, "kl"), "KL at T = 1", theme.green, "-."),
         (curve(facts.log, "eval_kl", "eval"), "held-out KL at T = 1", theme.purple, "points"),
     ]
+    unit, hard_label = (
+        ("squared", "error") if facts.task.get("subset") == "stsb" else ("nats per label", "cross-entropy")
+    )
     groups = [
         (label, group)
-        for label, lines in (("cross-entropy", hard), ("distance to the teacher", soft))
+        for label, lines in ((hard_label, hard), ("distance to the teacher", soft))
         if (group := [line for line in lines if not line[0].empty])
     ]
     if not groups:
@@ -161,16 +169,17 @@ def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
                 axis.plot(data.steps, data.values, "D", color=colour, markersize=4.5, label=name, zorder=4)
             else:
                 _line(axis, data, name, colour, style)
-        axis.set_ylabel(f"{label}\n(nats per label)")
+        axis.set_ylabel(f"{label}\n({unit})")
         _room(axis, [value for data, *_ in group for value in data.values], floor=0.0)
     _finish(figure, [step for _, group in groups for data, *_ in group for step in data.steps])
     caption = ""
     if groups[0][0] == "cross-entropy":
+        what = "label" if facts.task else "token of the reference answers"
         caption += (
-            "Cross-entropy: how surprised a model is by each token of the reference answers, on training batches "
+            f"Cross-entropy: how surprised a model is by each {what}, on training batches "
             "(lines) and held-out rows (points). "
         )
-    if groups[-1][0] != "cross-entropy":
+    if groups[-1][0] != hard_label and hard_label != "error":
         caption += (
             "Distance to the teacher: the KD loss that is minimised depends on the temperature (and its T² factor), "
             "so its fall is partly the schedule's; KL at T = 1 is the same yardstick for every step and every run."
@@ -223,6 +232,42 @@ def draw_rouge(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     if not during.empty:
         caption += "Points during training may rest on fewer prompts than the final score. "
     return Drawing("rouge", title, caption.strip(), figure)
+
+
+def draw_task_scores(facts: Facts, theme: Theme = LIGHT) -> Drawing:
+    """The task's metrics on the held-out rows over steps; the teacher's headline as a level line."""
+    title = "Scores on held-out rows"
+    names = list((facts.metrics.get("task") or {}).get("metrics") or ())
+    measures = [measure for name in names for measure in MEASURES if measure.key == name]
+    curves = [curve(facts.log, f"eval_{measure.key}", "eval") for measure in measures]
+    drawn = [(measure, found) for measure, found in zip(measures, curves, strict=True) if not found.empty]
+    if not drawn:
+        return Drawing("scores", title, "", None, "No held-out rows were scored, so there is nothing to draw.")
+    figure, (axis,) = _panels([1], theme)
+    shown = []
+    for (measure, found), colour in zip(drawn, (theme.blue, theme.green), strict=False):
+        values, short = [value * measure.scale for value in found.values], measure.label.removesuffix(" correlation")
+        axis.plot(
+            found.steps,
+            values,
+            "o-",
+            color=colour,
+            markersize=4.5,
+            label=f"student, {short}",
+        )
+        shown += values
+    teacher = drawn[0][0].value(facts, "teacher", facts.sets[0] if facts.sets else "")
+    if teacher is not None:
+        label = f"teacher ({teacher:.1f})"
+        axis.axhline(teacher, color=theme.orange, linestyle="--", linewidth=1.8, label=label)
+        shown.append(teacher)
+    axis.set_ylabel("score\n(x 100)")
+    _room(axis, shown, ceiling=100.0)
+    _finish(figure, drawn[0][1].steps)
+    caption = (
+        "Each point is one pass over the held-out rows. The student that is kept is that of the best first metric."
+    )
+    return Drawing("scores", title, caption, figure)
 
 
 # -------------------------------------------------------------------------------------------------------- helpers

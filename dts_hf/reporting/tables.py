@@ -69,6 +69,51 @@ MEASURES = (
         "set",
         scale=100.0,
     ),
+    *(
+        Measure(key, label, meaning, "higher", "set", scale=100.0)
+        for key, label, meaning in (
+            ("accuracy", "accuracy", "Share of held-out rows whose class is right, in percent."),
+            ("f1", "F1", "Harmonic mean of precision and recall of class 1, x 100."),
+            ("matthews_correlation", "Matthews correlation", "Correlation of predicted and true classes, x 100."),
+            ("pearson", "Pearson correlation", "Linear correlation of predicted and true scores, x 100."),
+            ("spearmanr", "Spearman correlation", "Correlation of the ranks of predicted and true scores, x 100."),
+        )
+    ),
+    Measure(
+        "label_ce",
+        "held-out cross-entropy of the labels",
+        "How surprised the model is, on average, by the label of a held-out row. 0 would be no surprise.",
+        "lower",
+        "set",
+        digits=3,
+        unit="nats per row",
+    ),
+    Measure(
+        "label_mse",
+        "held-out squared error",
+        "Mean squared distance of the predicted score from the true one.",
+        "lower",
+        "set",
+        digits=3,
+    ),
+    Measure(
+        "teacher_kl",
+        "held-out KL from the teacher at T = 1",
+        "How far the model's class probabilities are from the teacher's. Always taken at temperature 1.",
+        "lower",
+        "set",
+        digits=4,
+        unit="nats per row",
+    ),
+    Measure(
+        "teacher_agreement",
+        "same class as the teacher",
+        "How often the model chooses the class that the teacher chooses.",
+        "higher",
+        "set",
+        scale=100.0,
+        unit="%",
+    ),
     Measure(
         "exact_match",
         "exact match",
@@ -207,7 +252,7 @@ def counts_words(facts: Facts) -> str:
     parts = []
     for set_name in facts.sets:
         entry = next(e for m in MODELS if (e := facts.model(m).get("sets", {}).get(set_name)))
-        words = f"{set_name}: {facts.rows_in(set_name)} prompts"
+        words = f"{set_name}: {facts.rows_in(set_name)} {'rows' if facts.task else 'prompts'}"
         if entry.get("dropped"):
             words += f" ({entry['dropped']} more were too long and left out)"
         seeds = entry.get("seeds") or []
