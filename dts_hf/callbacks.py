@@ -146,19 +146,19 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         if self.progress is None or not logs:
             return
-        if "kl" in logs:
-            text = (
-                f"loss {float(logs['loss']):.3f}  kl {logs['kl']:.3f}  gap {logs['gap']:+.2f}  "
-                f"T {logs['temperature']:.2f}  {logs['tokens_per_second']:,.0f} tok/s"
+        if "tokens_per_second" in logs:
+            distance = (
+                f"kl {logs['kl']:.3f}  gap {logs['gap']:+.2f}  T {logs['temperature']:.2f}  " if "kl" in logs else ""
             )
+            text = f"loss {float(logs['loss']):.3f}  {distance}{logs['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, description=text)
             if not self.progress.console.is_terminal:
                 self.progress.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
-        elif "eval_kl" in logs:
-            self.progress.console.print(
-                f"step {state.global_step}/{state.max_steps}  held out: loss {logs['eval_loss']:.3f}  "
-                f"kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"
-            )
+        elif "eval_ce_loss" in logs:
+            text = f"step {state.global_step}/{state.max_steps}  held out: loss {logs['eval_loss']:.3f}"
+            if "eval_kl" in logs:
+                text += f"  kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"
+            self.progress.console.print(text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -70,16 +70,20 @@ def distill(recipe: Recipe) -> RunDirectory:
     final_sets = load_sets(recipe.evaluation.sets, recipe.evaluation.set_rows)
     tokenizer, teacher_tokenizer = _load_tokenizers(recipe)
     train_data, train_report = _encode(recipe, train_rows, tokenizer, template, "data.train")
-    teacher = load_teacher(recipe.required_teacher).to(args.device)  # type: ignore[arg-type]
+    teacher = None if recipe.teacher is None else load_teacher(recipe.teacher).to(args.device)  # type: ignore[arg-type]
     student = load_student(recipe.student, teacher)
     answered_rows = [
         *validation_rows[: recipe.evaluation.rows],
         *(row for rows in final_sets.values() for row in rows),
     ]
-    _check_room(recipe, [teacher, student], tokenizer, template, answered_rows)
+    _check_room(
+        recipe, [model for model in (teacher, student) if model is not None], tokenizer, template, answered_rows
+    )
 
     answers: dict[str, Any] | None = None
-    if recipe.data.responses == "teacher":  # sequence-level KD: train on what the teacher itself would say
+    if (
+        teacher is not None and recipe.data.responses == "teacher"
+    ):  # sequence-level KD: train on what the teacher itself would say
         with args.main_process_first(local=False, desc="teacher answers"):
             rows = [*train_rows, *validation_rows]
             answered, answers = answer_rows(recipe, teacher, tokenizer, template, rows)
@@ -106,7 +110,7 @@ def distill(recipe: Recipe) -> RunDirectory:
         temperature_scaling=recipe.loss.temperature_scaling,
         logits_budget_mb=recipe.loss.logits_budget_mb,
         packing=recipe.data.packing,
-        vocab_alignment=recipe.required_teacher.vocab_alignment,
+        vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
         teacher_tokenizer=teacher_tokenizer,
     )
 
@@ -127,7 +131,8 @@ def distill(recipe: Recipe) -> RunDirectory:
     scorer = Scorer(recipe, run, trainer, tokenizer, validation_rows, final_sets)
     if recipe.evaluation.every_steps is not None:
         trainer.add_callback(GenerationEvalCallback(scorer.during, recipe.evaluation.every_steps, scorer.record))
-    scorer.score("teacher", teacher)
+    if teacher is not None:
+        scorer.score("teacher", teacher)
     scorer.score("student_before", student, held_out=True)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -168,22 +173,23 @@ def _load_validation(recipe: Recipe) -> list[Row]:
 
 
 def _load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """(student's, teacher's); a student pruned from the teacher shares the teacher's."""
-    teacher = load_tokenizer(
-        recipe.required_teacher.tokenizer or recipe.required_teacher.model,
-        key="teacher.tokenizer" if recipe.required_teacher.tokenizer else "teacher.model",
-        revision=recipe.required_teacher.revision,
-        trust_remote_code=recipe.required_teacher.trust_remote_code,
-    )
-    if recipe.student.model is None:
-        return teacher, teacher
-    student = load_tokenizer(
-        recipe.student.model,
-        key="student.model",
-        revision=recipe.student.revision,
-        trust_remote_code=recipe.student.trust_remote_code,
-    )
-    return student, teacher
+    """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one."""
+    teacher = student = None
+    if recipe.teacher is not None:
+        teacher = load_tokenizer(
+            recipe.teacher.tokenizer or recipe.teacher.model,
+            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
+            revision=recipe.teacher.revision,
+            trust_remote_code=recipe.teacher.trust_remote_code,
+        )
+    if recipe.student.model is not None:
+        student = load_tokenizer(
+            recipe.student.model,
+            key="student.model",
+            revision=recipe.student.revision,
+            trust_remote_code=recipe.student.trust_remote_code,
+        )
+    return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
 
 
 def _encode(

@@ -95,8 +95,8 @@ class DistillationLoss(nn.Module):
         self,
         student_states: Tensor,
         student_head: Head,
-        teacher_states: Tensor,
-        teacher_head: Head,
+        teacher_states: Tensor | None,
+        teacher_head: Head | None,
         targets: Tensor,
         normalizer: float | Tensor,
         sequences: Tensor | None = None,
@@ -104,7 +104,8 @@ class DistillationLoss(nn.Module):
         """
         Args:
             student_states: ``[N, H_s]``, only rows that carry a label.
-            teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them.
+            teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them. None, with ``kd_ratio`` 0: the
+                cross-entropy alone, one matmul less; the teacher's statistics are then the student's own.
             targets: ``[N]`` int64, all in [0, V).
             normalizer: labels of the whole optimizer step divided by the number of ranks (section 1 of the architecture).
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
@@ -113,10 +114,14 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
         """
-        if not student_states.shape[0] == teacher_states.shape[0] == targets.shape[0]:
+        if teacher_states is None or teacher_head is None:
+            if self.kd_ratio > 0:
+                raise ValueError(f"kd_ratio is {self.kd_ratio:g}, but there is no teacher; without one it must be 0")
+            teacher_states, teacher_head = None, student_head
+        counts = [len(rows) for rows in (student_states, teacher_states, targets) if rows is not None]
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"rows differ: student {student_states.shape[0]}, teacher {teacher_states.shape[0]}, "
-                f"targets {targets.shape[0]}"
+                f"rows differ: student {counts[0]}, teacher {counts[len(counts) // 2]}, targets {counts[-1]}"
             )
         if student_head.vocab_size != teacher_head.vocab_size:
             raise ValueError(
@@ -134,7 +139,7 @@ class DistillationLoss(nn.Module):
             student_head.bias,
             self,
             student_head,
-            teacher_states.detach(),
+            None if teacher_states is None else teacher_states.detach(),
             teacher_head,
             targets,
             sequences,
@@ -162,7 +167,7 @@ class _FusedLoss(torch.autograd.Function):
         bias: Tensor | None,
         module: DistillationLoss,
         head: Head,
-        teacher_states: Tensor,
+        teacher_states: Tensor | None,
         teacher_head: Head,
         targets: Tensor,
         sequences: Tensor | None,
@@ -231,14 +236,15 @@ class _ChunkWalk:
         self.kd_ratio = module.kd_ratio if own is None else own
         self.squared = module.temperature_scaling == "squared"
 
-    def run(self, teacher_states: Tensor, targets: Tensor, sequences: Tensor | None) -> Tensor:
+    def run(self, teacher_states: Tensor | None, targets: Tensor, sequences: Tensor | None) -> Tensor:
         """Walk every chunk and return the loss ``[]``."""
         rows, vocab = self.states.shape[0], self.head.vocab_size
         chunk = min(self.module.chunk_rows(vocab, self.math_dtype.itemsize), max(rows, 1))
         self.block = chunk
         if self.states.device.type == "cpu":
             self.block = max(1, min(chunk, _CPU_BLOCK_BYTES // (self.math_dtype.itemsize * vocab)))
-        self.buffers = [self.states.new_empty(chunk, vocab, dtype=self.math_dtype) for _ in range(2)]
+        models = 1 if teacher_states is None else 2
+        self.buffers = [self.states.new_empty(chunk, vocab, dtype=self.math_dtype) for _ in range(models)]
         self.teacher_states, self.targets = teacher_states, targets
         if rows == 0:
             self._observe_nothing()
@@ -263,6 +269,8 @@ class _ChunkWalk:
         """Raw logits of student and teacher for the rows of ``span``, and the student's states as the matmul read them."""
         hidden = self.states[span].detach().to(self.matmul_dtype)
         student = _raw_logits(hidden, self.weight, self.head.bias, self.buffers[0])
+        if self.teacher_states is None:
+            return student, student, hidden
         teacher_weight = self.teacher_head.weight.detach()
         teacher_hidden = self.teacher_states[span].to(teacher_weight.dtype)
         teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, self.buffers[1])

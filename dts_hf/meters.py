@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,10 @@ class Totals(dict[str, float]):
 
 
 class MeanLog:
-    """Adds the totals of optimizer steps between two log lines, as plain numbers."""
+    """Adds the totals of optimizer steps between two log lines, as plain numbers; its means pass through ``named``."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: Callable[[dict[str, float]], dict[str, float]] = dict) -> None:
+        self.named = named
         self.totals: dict[str, float] = {}
 
     def add(self, totals: dict[str, float]) -> None:
@@ -72,7 +73,7 @@ class MeanLog:
     def pop(self) -> dict[str, float]:
         """The means since the last call (see ``means``); empty when nothing was added."""
         totals, self.totals = self.totals, {}
-        return means(totals) if totals else {}
+        return self.named(means(totals)) if totals else {}
 
 
 def means(totals: dict[str, float]) -> dict[str, float]:

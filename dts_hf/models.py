@@ -253,13 +253,13 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
     return model
 
 
-def load_student(student: Student, teacher: PreTrainedModel) -> nn.Module:
+def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module:
     """The student: loaded, or pruned from the teacher; with LoRA adapters where the recipe asks for them.
 
     Raises:
         UserError: it cannot be loaded or pruned, or its logits are not what ``Head`` can represent.
     """
-    if student.init is not None:
+    if student.init is not None and teacher is not None:
         model: nn.Module = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
     else:
         model = load_model(

@@ -227,7 +227,7 @@ class Recipe(Section):
     student: Student = Field(description="The small model that learns.")
     teacher: Teacher | None = Field(
         default=None,
-        description="The large model that is imitated; it is never changed. Null only for a task with loss.kd_ratio: 0.",
+        description="The large model that is imitated; it is never changed. Null with loss.kd_ratio: 0: labels alone.",
     )
     data: Data = Field(description="The rows: where they are and how they become tokens.")
     task: Task | None = Field(
@@ -251,9 +251,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _task_fits(self) -> Recipe:
-        if self.teacher is None and (self.task is None or self.loss.kd_ratio > 0):
-            without = "a task (task:) and loss.kd_ratio: 0, which learns from labels alone, need none"
+        if self.teacher is None and self.loss.kd_ratio > 0:
+            without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
+        if self.teacher is None and self.data.responses == "teacher":
+            raise ValueError("data.responses: teacher, but there is no teacher to answer")
         if self.teacher is None and self.student.init is not None:
             raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
         if self.task is not None:
@@ -269,7 +271,7 @@ class Recipe(Section):
 
     @property
     def required_teacher(self) -> Teacher:
-        """The teacher's section where there always is one: everywhere but in a task with ``kd_ratio: 0``."""
+        """The teacher's section where there always is one: everywhere but with ``kd_ratio: 0``."""
         if self.teacher is None:
             raise UserError("teacher: is missing, expected a mapping with model")
         return self.teacher

@@ -39,11 +39,13 @@ from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
-from dts_hf.teachers import LiveTeacher, Teacher
+from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 
 TEMPERATURE_STATE = "temperature.json"
+#: What is logged when there is no teacher.
+WITHOUT_TEACHER = ("ce_loss", "student_entropy")
 
 
 class DistillationTrainer(Trainer):
@@ -51,7 +53,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student, or the name or folder of one.
-        teacher: a causal language model, its name or folder, or anything with the ``Teacher`` interface.
+        teacher: a causal language model, its name or folder, or anything with the ``Teacher`` interface; None with
+            ``kd_ratio`` 0 is plain fine-tuning.
         temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
@@ -80,7 +83,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module | str,
-        teacher: nn.Module | Teacher | str,
+        teacher: nn.Module | Teacher | str | None,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float = 2.0,
         divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
         kd_ratio: float = 0.5,
@@ -118,6 +121,8 @@ class DistillationTrainer(Trainer):
             teacher = load_model(teacher, key="teacher", dtype=str(next(model.parameters()).dtype).split(".")[-1])
         if processing_class is None:
             raise UserError("processing_class: got None, expected the student's tokenizer")
+        if teacher is None and kd_ratio > 0:
+            raise UserError(f"teacher: got None with kd_ratio {kd_ratio:g}; labels alone need kd_ratio 0")
         self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
         borders = packing and check_packing(model, "the student", args.device)
         if packing and isinstance(self.teacher, LiveTeacher):
@@ -131,7 +136,8 @@ class DistillationTrainer(Trainer):
             limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
             return encode_rows(rows_from_dataset(dataset, name), processing_class, template, name=name, **limits)[0]  # type: ignore[arg-type]
 
-        self.temperature = _temperature(temperature)
+        # Without a teacher there is nothing to soften.
+        self.temperature = Constant(1.0) if teacher is None else _temperature(temperature)
         options: dict[str, Any] = {
             "kd_ratio": kd_ratio,
             "temperature_scaling": temperature_scaling,
@@ -140,7 +146,7 @@ class DistillationTrainer(Trainer):
         self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
         self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
-        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog()
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self._named)
         self.model_card = model_card
         self.train_sampler: LengthGroupedSampler | None = None
         self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
@@ -173,7 +179,7 @@ class DistillationTrainer(Trainer):
     def _join(
         self,
         model: nn.Module,
-        teacher: nn.Module | Teacher,
+        teacher: nn.Module | Teacher | None,
         tokenizer: PreTrainedTokenizerBase,
         teacher_tokenizer: PreTrainedTokenizerBase | None,
         vocab_alignment: str,
@@ -186,8 +192,9 @@ class DistillationTrainer(Trainer):
             self.vocab_size, self.vocab_note = plan.size, plan.note
             self.teacher: Teacher = LiveTeacher(teacher)
         else:
-            self.vocab_size, self.vocab_note = min(head_of(model).vocab_size, teacher.head.vocab_size), ""
-            self.teacher = teacher
+            self.teacher = NoTeacher() if teacher is None else teacher
+            heads = [head for head in (head_of(model), self.teacher.head) if head is not None]
+            self.vocab_size, self.vocab_note = min(head.vocab_size for head in heads), ""
 
     # ------------------------------------------------------------------------------------------------- the batch
 
@@ -218,7 +225,7 @@ class DistillationTrainer(Trainer):
         loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)
         student = self.accelerator.unwrap_model(model)
         teacher_states = self.teacher.states(batch, labels)
-        teacher_head = self._cut(self.teacher.head)
+        teacher_head = None if self.teacher.head is None else self._cut(self.teacher.head)
         sums: dict[str, Tensor] = {}
 
         def loss_of_states(states: Tensor) -> Tensor:
@@ -275,8 +282,16 @@ class DistillationTrainer(Trainer):
             values["rows"] = totals["rows"]
             for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
                 values.pop(name)  # at T = 1 they say nothing new
+            own = {name: values.pop(name) for name in ("loss", "rows")}
+            values = {**self._named(values), **own}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
+
+    def _named(self, values: dict[str, float]) -> dict[str, float]:
+        """The means that mean something in this run: without a teacher, those of the student alone."""
+        if not isinstance(self.teacher, NoTeacher):
+            return values
+        return {name: values[name] for name in WITHOUT_TEACHER if name in values}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""

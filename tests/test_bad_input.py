@@ -63,7 +63,17 @@ RECIPE_CASES = [
     Case("kd_ratio too large", "loss.kd_ratio=1.5", ("loss.kd_ratio", "got 1.5", "between 0 and 1")),
     Case("not a number", "loss.kd_ratio=.nan", ("loss.kd_ratio", "a number between 0 and 1")),
     Case("missing section", "", ("teacher", "is missing", "model"), RECIPE.replace("teacher: {", "# ")),
-    Case("null for a section", "teacher=null", ("teacher", "got null", "expected a mapping")),
+    Case("null for a section", "data=null", ("data", "got null", "expected a mapping")),
+    Case(
+        "no teacher to imitate",
+        "teacher=null student.init=null student.model=m",
+        ("teacher: is missing", "kd_ratio: 0"),
+    ),
+    Case(
+        "no teacher to answer",
+        "teacher=null student.init=null student.model=m loss.kd_ratio=0 data.responses=teacher",
+        ("data.responses: teacher", "no teacher"),
+    ),
     Case("neither model nor init", "student.init=null", ("student", "exactly one of 'model' and 'init'", "neither")),
     Case("both model and init", "student.model=models/teacher", ("student", "exactly one", "both")),
     Case("no room for a response", "data.max_prompt_length=64", ("data", "max_prompt_length is 64", "less than")),

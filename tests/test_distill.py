@@ -52,7 +52,8 @@ def recipe(**sections):
         "output": {"dir": "run"},
     }  # fmt: skip
     for name, section in sections.items():
-        values[name] = {**values[name], **section} if name != "student" else section
+        whole = name in ("student", "teacher")
+        values[name] = section if whole else {**values.get(name, {}), **section}
     return Recipe.from_dict(values)
 
 
@@ -167,6 +168,18 @@ def test_lora_merged_is_a_plain_model(workplace):
     run = distill(recipe(student=student, output={"dir": "run", "report": False}))
     assert AutoModelForCausalLM.from_pretrained(run.final_path).config.num_hidden_layers == 2
     assert not (run.final_path / "adapter_model.safetensors").exists()
+
+
+def test_without_a_teacher_it_is_fine_tuning_with_the_same_report(workplace):
+    run = distill(recipe(student={"model": "teacher", "init": None}, teacher=None, loss={"kd_ratio": 0.0}))
+    metrics = run.read_metrics()
+    assert set(metrics["models"]) == {"student_before", "student"}
+    before, after = (metrics["models"][name]["teacher_forced"] for name in ("student_before", "student"))
+    assert set(after) == {"ce", "n_tokens"} and after["ce"] < before["ce"]
+    card = (run.path / "README.md").read_text(encoding="utf-8")
+    assert "trained on labels alone" in card and "knowledge-distillation" not in card and "emperature" not in card
+    report = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "held-out KL" not in report and "the teacher it learnt from" not in report
 
 
 def test_evaluate_command_repeats_the_runs_own_score(workplace):

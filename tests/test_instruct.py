@@ -9,6 +9,7 @@ import statistics
 import accelerate
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import tiny_llama, tiny_tokenizer
 
 from dts_hf.data import Row
@@ -123,8 +124,10 @@ def test_only_fp32_rows_are_independent_of_their_neighbours() -> None:
     assert not _rows_are_independent(tiny_llama().to(torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not _rows_are_independent(tiny_llama())
+    AcceleratorState._reset_state()  # another test of this process may have made it
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     wrapped = accelerator.unwrap_model(accelerator.prepare(tiny_llama()))
+    AcceleratorState._reset_state()
     assert not _rows_are_independent(wrapped), "its forward runs under autocast"
 
 

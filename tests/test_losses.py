@@ -354,3 +354,27 @@ def test_fp16_gradients_do_not_underflow_before_the_loss_scaler():
     for grad, expected_grad in zip(torch.autograd.grad(output.loss * scaler, [states, weight]), expected_grads):
         error = (grad.double() / scaler - expected_grad).norm() / expected_grad.norm()
         assert error < 2e-2
+
+
+@pytest.mark.parametrize("chunk_mb", [0.001, 256])
+@pytest.mark.parametrize("rows", [0, 13])
+def test_without_a_teacher_it_is_the_cross_entropy(rows, chunk_mb):
+    data = problem(rows, torch.float64)
+    states, weight = (data[name].detach().clone().requires_grad_() for name in ("states", "weight"))
+    loss_fn = DistillationLoss(temperature=build_temperature("constant"), kd_ratio=0.0, logits_budget_mb=chunk_mb)
+    output = loss_fn(states, Head(weight), None, None, data["targets"], 13)
+    output.loss.backward()
+    expected_states, expected_weight = (data[name].detach().clone().requires_grad_() for name in ("states", "weight"))
+    logits = reference.logits(expected_states, expected_weight, None)
+    expected = torch.nn.functional.cross_entropy(logits, data["targets"], reduction="sum") / 13
+    expected.backward()
+    torch.testing.assert_close(output.loss, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(states.grad, expected_states.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(weight.grad, expected_weight.grad, rtol=0, atol=1e-12)
+
+
+def test_without_a_teacher_there_is_nothing_to_distil():
+    data = problem(3, torch.float64)
+    loss_fn = DistillationLoss(temperature=build_temperature("constant"), kd_ratio=0.5)
+    with pytest.raises(ValueError, match=r"kd_ratio is 0\.5, but there is no teacher"):
+        loss_fn(data["states"], Head(data["weight"]), None, None, data["targets"], 3)

@@ -62,7 +62,8 @@ def test_paper_recipes(pair: str) -> None:
         assert training["save_total_limit"] == training["num_train_epochs"]
         uses_teacher = recipe.loss.kd_ratio > 0 or recipe.data.responses == "teacher"
         teacher = load(pair, "teacher_sft").output.dir + "/final"
-        assert (recipe.required_teacher.model == teacher) == uses_teacher
+        assert (recipe.teacher is not None and recipe.teacher.model == teacher) == uses_teacher
+        assert (recipe.teacher is None) == (method in ("sft", "teacher_sft"))
         assert (f"{pair}/teacher_sft.yaml" in text) == (uses_teacher or method == "teacher_sft")
 
 

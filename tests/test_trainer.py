@@ -333,3 +333,34 @@ def test_without_a_count_the_loss_is_the_mean_over_its_own_labels(tmp_path):
     alone = trainer.compute_loss(trainer.model, batch)
     counted = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count_targets(batch["labels"]))
     assert alone.item() == pytest.approx(counted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_without_a_teacher_it_is_the_trainers_own_fine_tuning(tmp_path, packing):
+    """The same gradients as the model's own loss, and a log that speaks of no teacher."""
+    trainer = trainer_for(tmp_path, kd_ratio=0.0, packing=packing)
+    alone = DistillationTrainer(
+        tiny_llama(seed=0), None, kd_ratio=0.0, args=arguments(tmp_path, max_steps=2, logging_steps=1),
+        train_dataset=ROWS, eval_dataset=ROWS[:3], processing_class=tiny_tokenizer(), packing=packing,
+    )  # fmt: skip
+    batch = alone.data_collator([encoded()[i] for i in range(4)])
+    gradients = step_gradients(alone, [batch])
+    assert largest_difference(gradients, step_gradients(trainer, [batch])) < 1e-5
+    model = tiny_llama(seed=0)
+    padded = PaddedCollator(2)([encoded()[i] for i in range(4)])
+    padded.pop("row_id")
+    model(**padded).loss.backward()
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert largest_difference(gradients, own) < 1e-5
+    alone.train()
+    log = next(log for log in alone.state.log_history if "ce_loss" in log)
+    assert {"ce_loss", "student_entropy", "tokens_per_second"} <= set(log)
+    assert not {"kl", "gap", "teacher_ce", "kd_loss", "top1_agreement", "temperature"} & set(log)
+    held_out = alone.evaluate()
+    assert held_out["eval_loss"] == pytest.approx(held_out["eval_ce_loss"]) and "eval_kl" not in held_out
+
+
+def test_no_teacher_and_a_kd_ratio_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match=r"teacher: got None with kd_ratio 0\.5"):
+        DistillationTrainer(tiny_llama(), None, args=arguments(tmp_path), train_dataset=ROWS,
+                            processing_class=tiny_tokenizer())  # fmt: skip

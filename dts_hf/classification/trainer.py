@@ -38,14 +38,12 @@ from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
 from dts_hf.head import Head
 from dts_hf.losses import SUM_NAMES
-from dts_hf.meters import MeanLog
 from dts_hf.models import load_tokenizer, shared_prefix
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.temperature.constant import Constant
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer
 
 # What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
-WITHOUT_TEACHER = {"ce_loss": "ce_loss", "student_entropy": "student_entropy"}
 REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
 
 
@@ -122,7 +120,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             model,
             teacher,  # type: ignore[arg-type]  # _join knows a classifier and None
             # Squared errors know no temperature, and without a teacher there is nothing to soften.
-            Constant(1.0) if self.task.regression or teacher is None else temperature,
+            Constant(1.0) if self.task.regression else temperature,
             divergence,
             kd_ratio,
             args,
@@ -132,7 +130,6 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             data_collator=LabelledCollator(int(processing_class.pad_token_id), self.task.regression),  # type: ignore[arg-type]
             **kwargs,
         )
-        self.mean_log = _TaskLog(self._named)
 
     def _join(  # type: ignore[override]
         self,
@@ -255,16 +252,8 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        prefix = f"{metric_key_prefix}_"
-        if f"{prefix}ce_loss" in output.metrics:
-            own = ("loss", "rows", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-            means = {
-                name.removeprefix(prefix): output.metrics.pop(name)
-                for name in list(output.metrics)
-                if name.startswith(prefix) and name.removeprefix(prefix) not in own
-            }
-            found = {**self._named(means), **self._scores()}
-            output.metrics.update({f"{prefix}{name}": value for name, value in found.items()})
+        if self._seen:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()})
         return output
 
     def _scores(self) -> dict[str, float]:
@@ -283,12 +272,11 @@ class ClassificationDistillationTrainer(DistillationTrainer):
 
     def _named(self, values: dict[str, float]) -> dict[str, float]:
         """The means that mean something in this run, under their right names."""
-        names = {name: name for name in values}
-        if self.task.regression:
-            names = REGRESSION
         if self.classifier.model is None:
-            names = {key: names[key] for key in names if key in WITHOUT_TEACHER}
-        return {new: values[old] for old, new in names.items() if old in values}
+            values = {name: values[name] for name in WITHOUT_TEACHER if name in values}
+        if self.task.regression:
+            values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
+        return values
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with unlabelled rows so that no rank evaluates a row twice."""
@@ -306,14 +294,3 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         for model, name in ((student, "the student"), (self.classifier.model, "the teacher")):
             if model is not None:
                 check_positions(model, name, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
-
-
-class _TaskLog(MeanLog):
-    """A ``MeanLog`` whose means pass through ``named``."""
-
-    def __init__(self, named: Any) -> None:
-        super().__init__()
-        self.named = named
-
-    def pop(self) -> dict[str, float]:
-        return dict(self.named(super().pop()))

@@ -102,12 +102,10 @@ class Scorer:
         entry: dict[str, Any] = {"parameters": sum(_size(p) for p in model.parameters())}
         if held_out and self.rows:
             values = self.trainer.evaluate()
-            entry["teacher_forced"] = {
-                "ce": values["eval_ce_loss"],
-                "kl": values["eval_kl"],
-                "top1_agreement": values["eval_top1_agreement"],
-                "n_tokens": int(values["eval_rows"]),
-            }
+            # Without a teacher there is no distance to it.
+            found = {"ce": "eval_ce_loss", "kl": "eval_kl", "top1_agreement": "eval_top1_agreement"}
+            forced = {name: values[key] for name, key in found.items() if key in values}
+            entry["teacher_forced"] = {**forced, "n_tokens": int(values["eval_rows"])}
             # The teacher's own cross-entropy on these rows comes out of the same pass.
             teacher = self.models.get("teacher")
             if teacher is not None:

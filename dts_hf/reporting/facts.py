@@ -39,6 +39,11 @@ class Facts:
         """The recipe's task (``subset`` names it), empty for a language model that answers instructions."""
         return self.section("task")
 
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether there was a teacher; without a recipe nothing says that there was none."""
+        return bool(self.section("teacher")) or not self.recipe
+
     def model(self, name: str) -> Mapping[str, Any]:
         """The ``metrics.json`` entry of ``teacher``, ``student_before`` or ``student``."""
         return (self.metrics.get("models") or {}).get(name) or {}

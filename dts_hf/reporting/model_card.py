@@ -83,14 +83,8 @@ def card_data(facts: Facts) -> Any:
     from huggingface_hub import ModelCardData
 
     policy, loss = temperature(facts)[0], divergence(facts)[0]
-    tags = ["dts_hf", "knowledge-distillation", policy, loss]
-    if facts.task:
-        learns = bool(facts.section("teacher"))
-        tags = [
-            "dts_hf",
-            f"glue-{facts.task['subset']}",
-            *(["knowledge-distillation", policy, loss] if learns else []),
-        ]
+    kind = [f"glue-{facts.task['subset']}"] if facts.task else []
+    tags = ["dts_hf", *kind, *(["knowledge-distillation", policy, loss] if facts.learns_from_teacher else [])]
     base_model = hub_id(_origin(facts))
     results = eval_results(facts)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter(facts) else "finetune"}
@@ -139,7 +133,7 @@ def eval_results(facts: Facts) -> list[Any]:
 
 def softens(facts: Facts) -> bool:
     """Whether a temperature was at work: not without a teacher, and not in STS-B's regression."""
-    return not facts.task or (bool(facts.section("teacher")) and facts.task["subset"] != "stsb")
+    return facts.learns_from_teacher and not (facts.task and facts.task["subset"] == "stsb")
 
 
 def is_adapter(facts: Facts) -> bool:
@@ -158,8 +152,8 @@ def summary(facts: Facts) -> str:
         return f"{words}, distilled with `dts_hf`. The run directory has no recipe, so its making is not told here."
     if facts.task:
         words += f", a classifier for GLUE's {facts.task['subset']}"
-        if not facts.section("teacher"):
-            return f"{words}, trained on labels alone with `dts_hf`. Its first weights: {student_words(facts)}."
+    if not facts.learns_from_teacher:
+        return f"{words}, trained on labels alone with `dts_hf`. Its first weights: {student_words(facts)}."
     words += f", distilled with `dts_hf` from {teacher_words(facts)}. Its first weights: {student_words(facts)}."
     if not softens(facts):
         return words
@@ -177,8 +171,15 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         "squared": "squared: the KD loss is multiplied by T² (T_student x T_teacher where they differ)",
         "none": "none: the KD loss is not multiplied by T²",
     }.get(str(loss.get("temperature_scaling")), str(loss.get("temperature_scaling")))
+    softened = [
+        ("divergence", f"`{call_words(*divergence(facts))}`"),
+        ("temperature policy", f"`{call_words(temperature(facts)[0], policy.options)}`"),
+        ("rule", policy.rule),
+        ("T² factor", scaling),
+    ]
     if facts.task:
-        return [(name, value) for name, value in _task_settings(facts, scaling) if value]
+        return [(name, value) for name, value in _task_settings(facts, softened) if value]
+    distils, hard = bool(facts.section("teacher")), "cross-entropy on the hard labels"
     rows = [
         ("teacher", teacher_words(facts)),
         (
@@ -187,14 +188,8 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         ),
         ("student", student_words(facts)),
         ("parameters", _parameter_words(facts)),
-        ("divergence", f"`{call_words(*divergence(facts))}`"),
-        ("temperature policy", f"`{call_words(temperature(facts)[0], policy.options)}`"),
-        ("rule", policy.rule),
-        ("T² factor", scaling),
-        (
-            "loss",
-            f"{1 - ratio:.3g} x cross-entropy on the hard labels + {ratio:.3g} x KD loss" if ratio is not None else "",
-        ),
+        *(softened if softens(facts) else []),
+        ("loss", f"{1 - ratio:.3g} x {hard} + {ratio:.3g} x KD loss" if distils and ratio is not None else hard),
         ("answers learnt from", _answers_words(facts)),
         ("prompt template", f"`{data.get('prompt_template')}`"),
         ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
@@ -205,7 +200,7 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _task_settings(facts: Facts, scaling: str) -> list[tuple[str, str]]:
+def _task_settings(facts: Facts, softened: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """As ``settings``, for a classifier."""
     ratio, task = facts.section("loss").get("kd_ratio"), facts.task
     regression = task["subset"] == "stsb"
@@ -213,12 +208,6 @@ def _task_settings(facts: Facts, scaling: str) -> list[tuple[str, str]]:
     if not regression:
         hard, soft = "cross-entropy on the labels", "KD loss"
     distils = bool(facts.section("teacher"))
-    softened = [
-        ("divergence", f"`{call_words(*divergence(facts))}`"),
-        ("temperature policy", f"`{call_words(temperature(facts)[0], policy_facts(facts).options)}`"),
-        ("rule", policy_facts(facts).rule),
-        ("T² factor", scaling),
-    ]
     return [
         ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens"),
         ("teacher", teacher_words(facts)),

@@ -261,7 +261,8 @@ def counts_words(facts: Facts) -> str:
         parts.append(words)
     tokens = [n for m in MODELS if (n := number((facts.model(m).get("teacher_forced") or {}).get("n_tokens")))]
     if tokens:
-        parts.append(f"KL, cross-entropy and agreement over {tokens[0]:.0f} tokens")
+        measures = "KL, cross-entropy and agreement" if facts.learns_from_teacher else "cross-entropy"
+        parts.append(f"{measures} over {tokens[0]:.0f} tokens")
     return "; ".join(parts)
 
 

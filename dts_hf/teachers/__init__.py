@@ -2,5 +2,6 @@
 
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.none import NoTeacher
 
-__all__ = ["LiveTeacher", "Teacher"]
+__all__ = ["LiveTeacher", "NoTeacher", "Teacher"]

@@ -13,9 +13,12 @@ from dts_hf.head import Head
 class Teacher(Protocol):
     """Answers a batch with the states that its head turns into logits."""
 
-    head: Head
+    @property
+    def head(self) -> Head | None:
+        """Turns its states into logits; None for ``NoTeacher``."""
+        ...
 
-    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor | None:
         """Final states of the labelled rows, ``[N, H_t]``, in the order of ``response.select_response``; no gradient.
 
         Args:
