@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dts_hf.meters import OF_POLICY
 from dts_hf.temperature.base import StepStats
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ class TemperatureCallback(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:  # a second train(), or a retry with a smaller batch, is a new run
+            self.trainer.reset_statistics()
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -37,7 +44,9 @@ class TemperatureCallback(TrainerCallback):
         totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
         if not totals or not totals["rows"]:
             return  # no label in the whole step: nothing was learned about the gap
-        rows = totals["rows"]
+        rows, policy = totals["rows"], self.trainer.temperature
+        in_force = {"temperature_cosine": policy.cosine, **policy.log_values()}  # of the step that ends here
+        totals.update({f"{OF_POLICY}{name}": value * rows for name, value in in_force.items() if value is not None})
         self.trainer.mean_log.add(totals)
         stats = StepStats(
             totals["ce"] / rows,
@@ -47,7 +56,7 @@ class TemperatureCallback(TrainerCallback):
             temperature_grad=totals.get("temperature_grad", 0.0) / rows,
             observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
         )
-        self.trainer.temperature.end_step(stats)
+        policy.end_step(stats)
 
 
 class OrderCallback(TrainerCallback):
@@ -85,7 +94,7 @@ class RunLogCallback(TrainerCallback):
 
 
 class GenerationEvalCallback(TrainerCallback):
-    """Scores generated answers every ``every_steps`` optimizer steps and at the end of training.
+    """Scores generated answers every ``every_steps`` optimizer steps, the last one left out (the student is scored anyway).
 
     Args:
         score: runs the generation and returns the scores; it must leave the training RNG untouched.

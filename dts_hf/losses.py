@@ -115,8 +115,9 @@ class DistillationLoss(nn.Module):
             ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
         """
         if teacher_states is None or teacher_head is None:
-            if self.kd_ratio > 0:
-                raise ValueError(f"kd_ratio is {self.kd_ratio:g}, but there is no teacher; without one it must be 0")
+            ratio = self.kd_ratio if self.temperature.kd_ratio is None else self.temperature.kd_ratio
+            if ratio > 0:
+                raise ValueError(f"kd_ratio is {ratio:g}, but there is no teacher; without one it must be 0")
             teacher_states, teacher_head = None, student_head
         counts = [len(rows) for rows in (student_states, teacher_states, targets) if rows is not None]
         if len(set(counts)) > 1:
@@ -371,6 +372,8 @@ class _ChunkWalk:
         companions = self._companions(at_one)  # before the main term, which may use up the buffers of T = 1
         factor = t_s * t_t if temperatures.scale is None else temperatures.scale
         scale = factor if self.squared else torch.ones_like(factor)
+        if policy.learns and (t_s.dim() or temperatures.scale is not None):
+            raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
         teacher_pull = dot(divergence.teacher_grad(at_t), z_t) if policy.learns else None
         value, d_tempered = divergence.value_and_grad(at_t)
         self._add("kd", value * _rows(scale))
@@ -458,8 +461,8 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Ten
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in ``dtype``, multiplied in the wider of the two types; may reuse the buffer of ``grad``."""
-    wide = torch.promote_types(grad.dtype, dtype)
+    """grad * factor in ``dtype``, multiplied in the widest of the types; may reuse the buffer of ``grad``."""
+    wide = torch.promote_types(torch.promote_types(grad.dtype, dtype), factor.dtype)
     return grad.to(wide).mul_(factor.to(wide)).to(dtype)
 
 

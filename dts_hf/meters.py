@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 _MINIMUM, _MAXIMUM = "_min", "_max"
+#: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``).
+OF_POLICY = "policy_"
 
 
 class SumMeter:
@@ -97,6 +99,7 @@ def means(totals: dict[str, float]) -> dict[str, float]:
         "teacher_temperature": mean["teacher_temperature"],
         "temperature_min": totals["temperature_min"],
         "temperature_max": totals["temperature_max"],
+        **{name.removeprefix(OF_POLICY): value for name, value in mean.items() if name.startswith(OF_POLICY)},
     }
 
 

@@ -58,6 +58,11 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("packed attention does not know the soft-cap of attention scores")
+    config = getattr(module, "config", None)
+    for limit in ("sliding_window", "attention_chunk_size"):
+        # Some families apply it through the mask alone (Qwen2-MoE, PhiMoE, Llama 4): with borders it would be lost.
+        if limit not in kwargs and getattr(config, limit, None) is not None:
+            raise ValueError(f"packed attention does not see the model's {limit}")
     borders: list[int] = attention_mask.flatten().tolist()  # type: ignore[union-attr]
     lengths = [last - first for first, last in pairwise(borders)]
     groups = query.shape[1] // key.shape[1]

@@ -6,9 +6,11 @@ name that cannot be confused.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,7 @@ class DistillationTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot carry this loss. Launch one "
                 f"process per GPU: accelerate launch --num_processes {args.n_gpu} -m dts_hf train RECIPE.yaml"
             )
+        _check_arguments(args, kwargs)
         args.remove_unused_columns = False  # row_id is no argument of any model's forward
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model, key="model")
@@ -124,18 +127,25 @@ class DistillationTrainer(Trainer):
         if teacher is None and kd_ratio > 0:
             raise UserError(f"teacher: got None with kd_ratio {kd_ratio:g}; labels alone need kd_ratio 0")
         self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
+        if packing and data_collator is not None:
+            raise UserError("packing: got true and a data_collator; give one of them")
         borders = packing and check_packing(model, "the student", args.device)
         if packing and isinstance(self.teacher, LiveTeacher):
             borders = check_packing(self.teacher.model, "the teacher", args.device) and borders
+        elif not isinstance(self.teacher, NoTeacher):
+            borders = False  # whoever answers, it knows position_ids
 
         template = get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca"))
 
         def encode(dataset: Any, name: str) -> Any:
+            if isinstance(dataset, dict):
+                return {key: encode(value, f"{name}['{key}']") for key, value in dataset.items()}
             if dataset is None or _is_tokenised(dataset):
                 return dataset
             limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
             return encode_rows(rows_from_dataset(dataset, name), processing_class, template, name=name, **limits)[0]  # type: ignore[arg-type]
 
+        self._encode = encode
         # Without a teacher there is nothing to soften.
         self.temperature = Constant(1.0) if teacher is None else _temperature(temperature)
         options: dict[str, Any] = {
@@ -146,13 +156,13 @@ class DistillationTrainer(Trainer):
         self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
         self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
-        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self._named)
+        self._fresh_state = self.temperature.state()
+        self.reset_statistics()
         self.model_card = model_card
         self.train_sampler: LengthGroupedSampler | None = None
-        self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
-        self._logged_at = time.monotonic()
         train_dataset, eval_dataset = encode(train_dataset, "train_dataset"), encode(eval_dataset, "eval_dataset")
-        for dataset in (train_dataset, eval_dataset):
+        held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in (train_dataset, *held_out):
             self._check_rows(dataset, model)
         collator = data_collator or (
             PackedCollator(borders) if packing else PaddedCollator(processing_class.pad_token_id)
@@ -271,10 +281,16 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The Trainer's loop, with its mean of batch means replaced by means over labels of all ranks, at T = 1."""
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        """The Trainer's loop, with its mean of batch means replaced by means over labels of all ranks, at T = 1.
+
+        ``eval_loss`` weighs its parts by the trainer's own ``kd_ratio``, also where the policy has another: it must not
+        move because a schedule did.
+        """
+        # A data loader draws its seed from the global generator: dropout in training must not change because of it.
+        with torch.random.fork_rng(devices=[]):
+            output: Any = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         totals = self.eval_meter.reduce(self.accelerator)
         if totals:
             values = means(totals)
@@ -295,9 +311,10 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
-        dataset: Any = eval_dataset or self.eval_dataset
-        if isinstance(eval_dataset, str):
-            dataset = dict(self.eval_dataset)[eval_dataset]  # type: ignore[arg-type]
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = dict(self.eval_dataset)[dataset]  # type: ignore[arg-type]
+        dataset = self._encode(dataset, "eval_dataset")
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
@@ -328,35 +345,67 @@ class DistillationTrainer(Trainer):
             if values:
                 now = time.monotonic()
                 values["tokens_per_second"] = totals["tokens"] / max(now - self._logged_at, 1e-9)
-                self.tokens_seen += totals["tokens"]
                 self._logged_at = now
-                values["temperature_cosine"] = self.temperature.cosine  # type: ignore[assignment]
-                logs.update({**values, **self.temperature.log_values()})
+                self.tokens_seen += totals["tokens"]
+                logs.update({**values, **{k: n for k, n in self.temperature.counters().items() if n}})
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._logged_at = time.monotonic()
         return super().train(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens inside does not count for ``tokens_per_second``."""
+        stopped_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._logged_at += time.monotonic() - stopped_at
+
+    def reset_statistics(self) -> None:
+        """Start a run from nothing: the temperature as it was given, and no sums."""
+        self.temperature.load_state(copy.deepcopy(self._fresh_state))
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self._named)
+        self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
+        self._logged_at = time.monotonic()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before the rest: trainer_state.json is written last and tells a complete checkpoint.
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(folder / TEMPERATURE_STATE, {"name": self.temperature.name, **self.temperature.state()})
-        super()._save_checkpoint(model, trial)
+            record = {
+                "name": self.temperature.name,
+                "state": self.temperature.state(),
+                "tokens_seen": self.tokens_seen,
+                "unlogged": self.mean_log.totals,  # sums since the last log line
+            }
+            write_json_atomic(folder / TEMPERATURE_STATE, record)
+        with self.clock_stopped():
+            super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / TEMPERATURE_STATE
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Not in _load_from_checkpoint, which the Trainer does not call under DeepSpeed.
+        if checkpoint is not None:
+            self._load_temperature(Path(checkpoint) / TEMPERATURE_STATE)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_temperature(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(
                 f"{path}: missing, so the temperature cannot go on where it was; resume from another checkpoint"
             )
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state.pop("name", None) != self.temperature.name:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("name") != self.temperature.name or "state" not in record:
             raise UserError(f"{path}: written by another temperature policy, expected '{self.temperature.name}'")
-        self.temperature.load_state(state)
+        self.temperature.load_state(record["state"])
+        self.tokens_seen = record["tokens_seen"]
+        self.mean_log.totals = record["unlogged"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The distillation's own card where there is one, else the Trainer's with our tags."""
@@ -374,11 +423,12 @@ class DistillationTrainer(Trainer):
         for index in range(len(dataset)):
             row = dataset[index]
             longest = max(longest, len(row["input_ids"]))
-            top = max(max(row["input_ids"], default=0), max(row["labels"], default=0))
-            if top >= self.vocab_size:
-                raise UserError(
-                    f"row {index}: token id {top} is outside the {self.vocab_size:,} ids that teacher and student share"
-                )
+            for token in {*row["input_ids"], *row["labels"]} - {IGNORE_INDEX}:
+                if not 0 <= token < self.vocab_size:
+                    raise UserError(
+                        f"row {index}: token id {token} is outside the {self.vocab_size:,} ids that teacher and student "
+                        f"share (a label may also be {IGNORE_INDEX})"
+                    )
         teacher = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
         for model, name in [(student, "the student"), *teacher]:
             check_positions(model, name, longest, "Lower data.max_length")  # type: ignore[arg-type]
@@ -413,6 +463,21 @@ class _EvaluationOrder(Dataset[dict[str, Any]]):
         return filler
 
 
+def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what the Trainer would take and this loss would ignore without a word."""
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name}: the loss needs no logits, so it would never be called; expected None")
+    if args.label_smoothing_factor:
+        raise UserError(f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here")
+    foreign = [name for name in ("lmbda", "beta", "packing", "max_length", "temperature") if hasattr(args, name)]
+    if foreign:
+        raise UserError(
+            f"args: {type(args).__name__} has {', '.join(foreign)}, which would have no effect; expected "
+            "transformers.TrainingArguments, and such options as arguments of the trainer"
+        )
+
+
 def _is_tokenised(dataset: Any) -> bool:
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return True
@@ -433,5 +498,7 @@ def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> T
     if isinstance(spec, str):
         return build_temperature(spec)
     if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise UserError(f"temperature: got {dict(spec)!r}, expected a mapping with a name, as in {{'name': 'dts'}}")
         return build_temperature(**spec)
     return build_temperature("constant", value=spec)

@@ -12,6 +12,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -131,6 +133,13 @@ def test_check_packing_refuses_a_family_that_ignores_the_borders():
     ):
         check_packing(model, "the teacher")
     assert model.config._attn_implementation != NAME
+
+
+def test_a_window_that_only_the_mask_knows_is_not_lost():
+    """PhiMoE limits attention through the mask alone: rows shorter than the window, as in the probe, hide that."""
+    options = {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 16, "num_local_experts": 2}
+    model = build(PhimoeForCausalLM, PhimoeConfig, **options)
+    assert check_packing(model) is False and model.config._attn_implementation == "sdpa"
 
 
 def test_an_attention_that_does_not_know_borders_fails_aloud():

@@ -336,7 +336,7 @@ def test_taid_by_hand():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(1e-3, 50), min_size=2, max_size=40), st.floats(0, 1), st.floats(0, 1))
+@given(st.lists(st.floats(1e-3, 50), min_size=2, max_size=40), st.floats(0.01, 1), st.floats(0, 1))
 def test_taid_equals_the_reference_and_never_falls(losses, t_start, alpha):
     progresses = [k / len(losses) for k in range(len(losses))]
     seen = shares(build_temperature("taid", t_start=t_start, alpha=alpha), progresses, losses)

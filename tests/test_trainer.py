@@ -270,7 +270,7 @@ def test_resume_goes_on_exactly(tmp_path):
     straight = trainer_for(tmp_path, options=options)
     straight.train()
     state = json.loads((tmp_path / "checkpoint-3" / "temperature.json").read_text())
-    assert state["name"] == "dts" and 1.0 <= state["value"] <= 3.0
+    assert state["name"] == "dts" and 1.0 <= state["state"]["value"] <= 3.0
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
     again = trainer_for(tmp_path, tiny_llama(seed=5), options=options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -364,3 +364,108 @@ def test_no_teacher_and_a_kd_ratio_do_not_fit(tmp_path):
     with pytest.raises(UserError, match=r"teacher: got None with kd_ratio 0\.5"):
         DistillationTrainer(tiny_llama(), None, args=arguments(tmp_path), train_dataset=ROWS,
                             processing_class=tiny_tokenizer())  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- nothing is ignored without a word
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name}: the loss needs no logits"):
+        trainer_for(tmp_path, **{name: lambda *args: {}})
+
+
+def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
+    from dataclasses import dataclass
+
+    from transformers import TrainingArguments
+
+    @dataclass
+    class GKDConfig(TrainingArguments):
+        lmbda: float = 0.5
+        beta: float = 0.5
+
+    with pytest.raises(UserError, match=r"args: GKDConfig has lmbda, beta, which would have no effect"):
+        DistillationTrainer(tiny_llama(), tiny_llama(), args=GKDConfig(str(tmp_path), use_cpu=True),
+                            train_dataset=ROWS, processing_class=tiny_tokenizer())  # fmt: skip
+    with pytest.raises(UserError, match="label_smoothing_factor"):
+        trainer_for(tmp_path, options={"label_smoothing_factor": 0.1})
+    with pytest.raises(UserError, match="packing: got true and a data_collator"):
+        trainer_for(tmp_path, packing=True, data_collator=PaddedCollator(2))
+    with pytest.raises(UserError, match="expected a mapping with a name"):
+        trainer_for(tmp_path, temperature={"rule": "gap"})
+
+
+def test_a_label_below_zero_that_is_not_ignored_is_refused(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, -1, 7]}]
+    with pytest.raises(UserError, match="row 0: token id -1 is outside"):
+        trainer_for(tmp_path, rows=rows, data_collator=PaddedCollator(2))
+
+
+# ------------------------------------------------------------------------------------------------- held-out rows
+
+
+def test_several_held_out_sets_and_raw_rows(tmp_path):
+    trainer = trainer_for(tmp_path, eval_dataset={"first": ROWS[:3], "second": ROWS[3:5]})
+    found = trainer.evaluate()
+    assert {"eval_first_loss", "eval_second_kl"} <= set(found)
+    alone = trainer_for(tmp_path)
+    assert alone.evaluate(ROWS[:3])["eval_loss"] == pytest.approx(found["eval_first_loss"], rel=1e-6)
+
+
+def test_evaluation_does_not_move_the_random_generator(tmp_path):
+    trainer = trainer_for(tmp_path, eval_dataset=ROWS[:3])
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    trainer.evaluate()
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- logs and state
+
+
+def test_temperature_and_its_cosine_are_means_over_the_same_steps(tmp_path):
+    """rule: paper is the plain cosine while the student is worse: two equal curves, whatever logging_steps is."""
+    trainer = trainer_for(tmp_path, temperature={"name": "dts", "rule": "paper"},
+                          options={"max_steps": 6, "logging_steps": 3})  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "kl" in log]
+    assert len(logs) == 2 and logs[0]["temperature"] != logs[1]["temperature"]
+    for log in logs:
+        assert log["temperature"] == pytest.approx(log["temperature_cosine"], rel=1e-6)
+        assert "ignored_gaps" not in log
+    plain = trainer_for(tmp_path, temperature=2.0, options={"max_steps": 1, "logging_steps": 1})
+    plain.train()
+    assert "temperature_cosine" not in next(log for log in plain.state.log_history if "kl" in log)
+
+
+def test_the_log_shows_what_the_policy_schedules(tmp_path):
+    trainer = trainer_for(tmp_path, temperature={"name": "pocl", "stages": 2, "t_start": 1.0, "t_end": 2.0},
+                          options={"max_steps": 4, "logging_steps": 2})  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "kl" in log]
+    assert [log["kd_ratio"] for log in logs] == pytest.approx([0.7, 1.0])
+    for log in logs:
+        parts = (1 - log["kd_ratio"]) * log["ce_loss"] + log["kd_ratio"] * log["kd_loss"]
+        assert log["loss"] == pytest.approx(parts, rel=0.05)
+
+
+def test_a_second_train_is_a_new_run(tmp_path):
+    trainer = trainer_for(tmp_path, options={"max_steps": 4, "logging_steps": 1})
+    first = [trainer.train() and None for _ in range(2)]
+    assert first == [None, None]
+    logs = [log for log in trainer.state.log_history if "kl" in log]
+    assert logs[0]["temperature"] == 3.0 and trainer.tokens_seen > 0
+
+
+def test_resume_keeps_tokens_and_sums_that_were_not_logged_yet(tmp_path):
+    options = {"max_steps": 4, "logging_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+    whole = trainer_for(tmp_path / "whole", options=options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", options=options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    one, other = ([log for log in t.state.log_history if "kl" in log][-1] for t in (whole, resumed))
+    assert whole.tokens_seen == resumed.tokens_seen
+    for name in ("ce_loss", "kd_loss", "gap", "kl", "temperature", "temperature_min", "temperature_cosine"):
+        assert one[name] == other[name], name

@@ -20,7 +20,8 @@ class DKD(Divergence):
 
     The paper's beta of 8 belongs to image classes at T = 4. For a language model 0.5 is the value of the one port we know
     (TAID's code), and of the order of the mean of 1 - p_y over a text, so that NCKD has about the weight it has in forward
-    KL, spread over all tokens. Needs the targets. The paper's T^2 is applied by the loss.
+    KL, spread over all tokens. Needs the targets. The paper's T^2 is applied by the loss; its
+    warm-up of the weight over 20 epochs is not part of this.
     """
 
     name = "dkd"

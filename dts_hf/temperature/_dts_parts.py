@@ -134,11 +134,10 @@ def draw_gap(remembered: Sequence[float], seen: int, seed: int) -> float:
 def check_limits(
     kind: str, t_init: object, t_min: object, t_max: object
 ) -> tuple[float, float, float] | tuple[None, None, None]:
-    """(t_init, t_min, t_max) of ``range: manual`` with its defaults 3, 1, 3; ``auto`` takes none of them."""
+    """(t_init, t_min, t_max) of ``range: manual`` with its defaults 3, 1, max(3, t_init); ``auto`` takes none of them."""
     if kind == "manual":
-        return check_range(
-            "dts", 3.0 if t_init is None else t_init, 1.0 if t_min is None else t_min, 3.0 if t_max is None else t_max
-        )
+        start = check_number("dts", "t_init", 3.0 if t_init is None else t_init, low=0.0, high=math.inf, low_open=True)
+        return check_range("dts", start, 1.0 if t_min is None else t_min, max(3.0, start) if t_max is None else t_max)
     for option, value in (("t_init", t_init), ("t_min", t_min), ("t_max", t_max)):
         if value is not None:
             raise UserError(

@@ -20,7 +20,8 @@ class Annealing(TemperaturePolicy):
     T_t = 1 / Phi and the factor 1; ``temperature`` is 1 / Phi, from t_max down to 1. With another divergence it is a
     falling temperature for the teacher alone.
 
-    It sets kd_ratio, whatever the recipe says: 1 in phase 1, 0 in phase 2.
+    It sets the kd_ratio of training, whatever the recipe says: 1 in phase 1, 0 in phase 2. (``eval_loss`` keeps the
+    recipe's.)
 
     Args:
         t_max: T of the first stage, a whole number; 10 in the paper. Phase 1 has t_max equal stages.

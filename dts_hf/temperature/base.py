@@ -90,7 +90,7 @@ class TemperaturePolicy(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """The temperature now in force (the mean over rows for a per-row policy)."""
+        """The temperature now in force; for a policy per row one number that stands for it (its docstring says which)."""
         raise NotImplementedError
 
     @property
@@ -104,8 +104,12 @@ class TemperaturePolicy(nn.Module):
         return None
 
     def log_values(self) -> dict[str, float]:
-        """What the log should show beside the temperature."""
+        """What the log should show beside the temperature, as it is in force now; the log has means over steps."""
         return {} if self.kd_ratio is None else {"kd_ratio": self.kd_ratio}
+
+    def counters(self) -> dict[str, int]:
+        """What the log should count, from the start of the run on; only what is above zero is shown."""
+        return {}
 
     @property
     def companions(self) -> tuple[tuple[float, float], ...]:

@@ -71,8 +71,10 @@ class CTKD(TemperaturePolicy):
         return 1.0 - half_cosine(self.progress / self.ramp) if self.progress < self.ramp else 1.0
 
     def log_values(self) -> dict[str, float]:
-        ignored = {"ignored_gradients": self.ignored_gradients} if self.ignored_gradients else {}
-        return {"theta": self.theta, **ignored}
+        return {"theta": self.theta}
+
+    def counters(self) -> dict[str, int]:
+        return {"ignored_gradients": self.ignored_gradients}
 
     def end_step(self, stats: StepStats) -> None:
         slope = _sigmoid(self.theta)

@@ -17,12 +17,14 @@ class DTKD(TemperaturePolicy):
     The sharper of the two gets the higher temperature, so that both maxima are equal after division: k_t / T_t =
     k_s / T_s. T_t + T_s = 2 tau, and the loss is T_t T_s D.
 
-    Differences from the paper and its code, all needed for language models:
+    Differences from the paper and its code:
 
     - k is the maximum minus the mean. The raw maximum of the published code is not shift invariant, and where logits
       are negative (GPT-2) its ratio turns round or passes a pole. The paper's log-sum-exp is at least log V: at V = 50k
       all rows would be alike.
     - k_t / k_s is kept in [1 / clamp, clamp].
+    - The released code also raises the weight of both terms over the first 20 epochs and gives cross-entropy weight 1;
+      here ``kd_ratio`` is the weight, from the first step on.
     - No gradient flows into T; in the released code it flows through the student's maximum.
 
     The authors' erratum (README of their code): the derivation of Eq. 4-5 is wrong, so the formula is an empirical

@@ -80,7 +80,7 @@ class DTS(TemperaturePolicy):
         t_init: temperature of the first step, 3 when left out; the paper's ranges are [8, 4] within one architecture,
             [3, 1] across.
         t_min: floor, 1 when left out; above 0 (S(1) = 0, so without a floor the last steps would divide by zero).
-        t_max: ceiling, at least ``t_init``; 3 when left out.
+        t_max: ceiling, at least ``t_init``; when left out 3, or ``t_init`` where that is higher.
         momentum: weight of the old temperature, in [0, 1); 0.9 in the paper.
         granularity: what the gap is averaged over: ``batch`` (all labels of one optimizer step), ``sequence`` or
             ``token``.
@@ -116,7 +116,8 @@ class DTS(TemperaturePolicy):
         "the teacher's logits: it asks for tokens on offer instead of temperatures, and measures them in the first step."
     )
     cost: ClassVar[str] = (
-        "none (batch, sequence, token); decoupled: 2 reading passes per model (maximum, mean); range auto: 19 softmaxes "
+        "none (batch, token); sequence: one more log-sum-exp of both models, and for a sequence longer than a chunk its "
+        "logits a second time; decoupled: 2 reading passes per model (maximum, mean); range auto: 19 softmaxes "
         "of the teacher in the first step only"
     )
     state_fields: ClassVar[tuple[str, ...]] = (
@@ -258,8 +259,8 @@ class DTS(TemperaturePolicy):
             observed.append(grid_entropies(teacher_logits))
         return Temperatures(student, teacher, observed=torch.cat(observed, -1) if observed else None)
 
-    def log_values(self) -> dict[str, float]:
-        return {"ignored_gaps": self.ignored_gaps} if self.ignored_gaps else {}
+    def counters(self) -> dict[str, int]:
+        return {"ignored_gaps": self.ignored_gaps}
 
     def end_step(self, stats: StepStats) -> None:
         self.gap = stats.gap

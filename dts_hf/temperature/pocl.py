@@ -19,7 +19,8 @@ class POCL(TemperaturePolicy):
     Args:
         t_start, t_end: temperature of the first and the last stage.
         stages: number of stages, from 1; with 1 the run stays at ``t_start``.
-        schedule_kd_ratio: whether the weight of the soft loss follows the stages too; it then replaces ``loss.kd_ratio``.
+        schedule_kd_ratio: whether the weight of the soft loss follows the stages too; it then replaces ``loss.kd_ratio``
+            in training (``eval_loss`` keeps the recipe's).
         kd_start, kd_end: that weight in the first and the last stage.
     """
 

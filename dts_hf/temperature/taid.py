@@ -22,7 +22,7 @@ class TAID(TemperaturePolicy):
     which has the target's entropy in it. Our (1 - t) z_s + t z_t comes before the division by T.
 
     Args:
-        t_start: the teacher's share at the start; 0.4 in the paper.
+        t_start: the teacher's share at the start, above 0; 0.4 in the paper.
         alpha: largest step of t per optimizer step; 5e-4 in the paper. In short runs the straight line is faster.
         beta: memory of m; 0.99 in the paper.
         value: the temperature of teacher and student; 1 in the paper.
@@ -43,7 +43,7 @@ class TAID(TemperaturePolicy):
 
     def __init__(self, t_start: float = 0.4, alpha: float = 5e-4, beta: float = 0.99, value: float = 1.0) -> None:
         super().__init__()
-        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=1.0)
+        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=1.0, low_open=True)
         self.alpha = check_number(self.name, "alpha", alpha, low=0.0, high=1.0)
         self.beta = check_number(self.name, "beta", beta, low=0.0, high=1.0)
         self.value = check_number(self.name, "value", value, low=0.0, high=math.inf, low_open=True)
