@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainingArguments
 
+from dts_hf.data import PaddedCollator
 from dts_hf.trainer import DistillationTrainer
 
 ROWS = [
@@ -27,13 +28,28 @@ POLICIES = {
     "gap": {"name": "dts", "rule": "gap"},
     "paper": {"name": "dts", "rule": "paper"},
     "code": {"name": "dts", "rule": "code"},
+    # What else travels from rows to the policy's state: row gaps, features of rows, the slope of the loss in T.
+    "sequence": {"name": "dts", "granularity": "sequence"},
+    "auto": {"name": "dts", "range": "auto"},
+    "dtkd": {"name": "dtkd", "w_kd": 0.5},
+    "ctkd": {"name": "ctkd", "ramp": 0.1},
+    "adakd": {"name": "adakd"},
+    "silent": {"name": "adakd"},  # of two ranks, the second never has a label
 }
+SEVERAL_WAYS = ("gap", "paper", "code")
+
+
+def rows_of(policy: str) -> list[dict[str, object]]:
+    if policy != "silent":
+        return list(ROWS)
+    ids = [[5 + (7 * row + 3 * place) % 50 for place in range(6 + row % 3)] for row in range(40)]
+    return [{"input_ids": row, "labels": row if k % 8 < 4 else [-100] * len(row)} for k, row in enumerate(ids)]
 
 
 def main(out: Path) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     for policy, spec in POLICIES.items():
-        for tie in (True, False):
+        for tie in (True, False) if policy in SEVERAL_WAYS else (True,):
             for accumulation, packing in ((1, False), (2, False), (2, True)):
                 if policy != "gap" and (accumulation, packing) != (1, False):
                     continue
@@ -46,9 +62,11 @@ def main(out: Path) -> None:
                     max_grad_norm=1.0,
                 )  # fmt: skip
                 trainer = DistillationTrainer(
-                    tiny_llama(seed=0, tie=tie), tiny_llama(seed=1, layers=3), spec, args=args, train_dataset=ROWS,
+                    tiny_llama(seed=0, tie=tie), tiny_llama(seed=1, layers=3), spec, args=args, train_dataset=rows_of(policy),
                     eval_dataset=ROWS[:7], processing_class=tiny_tokenizer(), packing=packing,
                 )  # fmt: skip
+                if policy == "silent":
+                    trainer.data_collator = lambda rows: PaddedCollator(2)([{"row_id": 0, **row} for row in rows])
                 trainer.train()
                 held_out = trainer.evaluate()
                 name = f"{policy}-{'tied' if tie else 'untied'}-{accumulation}-{'packed' if packing else 'padded'}"
