@@ -616,6 +616,10 @@ def _blocks(rows: Sequence[Row], progress: str | None, size: int = 1000) -> Iter
 # ---------------------------------------------------------------------------------------------- batches
 
 
+#: The ``row_id`` of a tokenised row that brings none.
+NO_ROW = -1
+
+
 @dataclass
 class PaddedCollator:
     """Pad rows on the right to the longest of the batch.
@@ -648,7 +652,7 @@ class PaddedCollator:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "row_id": torch.tensor([example["row_id"] for example in examples]),
+            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
         }
 
 
@@ -680,7 +684,7 @@ class PackedCollator:
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
-            "row_id": torch.tensor([example["row_id"] for example in examples]),
+            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
         }
         if self.borders:
             batch["borders"] = borders_mask([len(example["input_ids"]) for example in examples])

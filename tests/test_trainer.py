@@ -469,3 +469,11 @@ def test_resume_keeps_tokens_and_sums_that_were_not_logged_yet(tmp_path):
     assert whole.tokens_seen == resumed.tokens_seen
     for name in ("ce_loss", "kd_loss", "gap", "kl", "temperature", "temperature_min", "temperature_cosine"):
         assert one[name] == other[name], name
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_plain_tokenised_rows_need_no_row_id(tmp_path, packing):
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in (encoded()[i] for i in range(6))]
+    trainer = trainer_for(tmp_path, rows=rows, packing=packing, eval_dataset=rows[:2])
+    trainer.train()
+    assert trainer.evaluate()["eval_rows"] == sum(label != IGNORE_INDEX for row in rows[:2] for label in row["labels"][1:])
