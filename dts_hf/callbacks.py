@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from dts_hf.trainer import DistillationTrainer
 
 
+#: A run ends after so many steps in a row whose loss is no number.
+BROKEN_STEPS = 3
+
+
 class TemperatureCallback(TrainerCallback):
     """``begin_step`` before every optimizer step, one reduction over ranks and ``end_step`` after it.
 
@@ -26,16 +31,19 @@ class TemperatureCallback(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
+        self.broken_steps = 0  # in a row, their loss was no number
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.broken_steps = 0
         if state.global_step == 0:  # a second train(), or a retry with a smaller batch, is a new run
             self.trainer.reset_statistics()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.rows_of_step.clear()
         self.trainer.temperature.begin_step(state.global_step / max(state.max_steps, 1))
 
     def on_step_end(
@@ -57,6 +65,13 @@ class TemperatureCallback(TrainerCallback):
             observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
         )
         policy.end_step(stats)
+        if math.isfinite(totals["ce"]) and math.isfinite(totals["kd"]):
+            self.broken_steps = 0
+            return
+        self.broken_steps += 1
+        control.should_save = False  # the weights may be broken: the last good checkpoint stays the newest
+        if self.broken_steps == BROKEN_STEPS:
+            self.trainer.stop_broken_run(state.global_step)
 
 
 class OrderCallback(TrainerCallback):

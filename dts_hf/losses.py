@@ -8,6 +8,7 @@ Shapes: ``N`` labelled rows, ``C`` rows of a chunk, ``H`` hidden, ``V`` vocabula
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from dts_hf.divergences import Distribution, Distributions, Divergence, build_di
 from dts_hf.errors import UserError
 from dts_hf.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
+
+logger = logging.getLogger(__name__)
 
 #: Sums over rows; divide by ``rows`` for means. All at T = 1 except ``kd`` (with its T^2 factor) and the ``_at_t`` pair.
 SUM_NAMES = (
@@ -59,7 +62,7 @@ class DistillationLoss(nn.Module):
         kd_ratio: weight of the soft part, 0 (cross-entropy alone) to 1 (divergence alone).
         temperature_scaling: ``squared`` multiplies D by T_s T_t, so that its gradient keeps its size when T moves
             (Hinton et al. 2015, section 2); ``none`` leaves it out, as TRL, DSKD and Liger do.
-        logits_budget_mb: bytes, in MiB, that the logits of one chunk may take; sets C.
+        logits_budget_mb: bytes, in MiB, that the logits of one chunk may take; sets C. Halved where memory runs out.
 
     Raises:
         UserError: an option is out of range.
@@ -133,22 +136,33 @@ class DistillationLoss(nn.Module):
             raise ValueError(
                 f"the temperature policy '{self.temperature.name}' needs the sequence of each row: sequences"
             )
-        sums: dict[str, Tensor] = {}
-        loss = _FusedLoss.apply(
-            student_states,
-            student_head.weight,
-            student_head.bias,
-            self,
-            student_head,
-            None if teacher_states is None else teacher_states.detach(),
-            teacher_head,
-            targets,
-            sequences,
-            normalizer,
-            torch.is_grad_enabled(),
-            sums,
-        )
-        return LossOutput(loss, sums)
+        teacher_states = None if teacher_states is None else teacher_states.detach()
+        while True:
+            sums: dict[str, Tensor] = {}
+            try:
+                loss = _FusedLoss.apply(
+                    student_states,
+                    student_head.weight,
+                    student_head.bias,
+                    self,
+                    student_head,
+                    teacher_states,
+                    teacher_head,
+                    targets,
+                    sequences,
+                    normalizer,
+                    torch.is_grad_enabled(),
+                    sums,
+                )
+                return LossOutput(loss, sums)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size) == 1:
+                    raise
+            # Nothing of the failed pass is kept, so a smaller chunk gives the same loss and gradients.
+            self.logits_budget_mb /= 2
+            logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
+            if student_states.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def extra_repr(self) -> str:
         return (
@@ -458,6 +472,11 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Ten
     else:
         logits.copy_(hidden @ weight.t())
     return logits if bias is None else logits.add_(bias.detach())
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also on a CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
-from dts_hf.callbacks import OrderCallback, ProgressCallback, TemperatureCallback
+from dts_hf.callbacks import BROKEN_STEPS, OrderCallback, ProgressCallback, TemperatureCallback
 from dts_hf.data import (
     EncodedDataset,
     LengthGroupedSampler,
@@ -157,6 +157,7 @@ class DistillationTrainer(Trainer):
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
         self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
         self._fresh_state = self.temperature.state()
+        self.rows_of_step: list[Tensor] = []  # row_id of the micro-batches of the step that runs, this rank's
         self.reset_statistics()
         self.model_card = model_card
         self.train_sampler: LengthGroupedSampler | None = None
@@ -221,6 +222,8 @@ class DistillationTrainer(Trainer):
         and is called as usual, so every wrapper's hooks fire; the loss itself runs where its output layer would.
         """
         labels = inputs["labels"]
+        if model.training and "row_id" in inputs:
+            self.rows_of_step.append(inputs["row_id"])
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "borders")}
         tokens = _count_tokens(batch)
         if "borders" in inputs:
@@ -374,6 +377,23 @@ class DistillationTrainer(Trainer):
         self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
         self._logged_at = time.monotonic()
 
+    def stop_broken_run(self, step: int) -> None:
+        """Write down which rows the step was made of, and end training; every rank calls it at the same step.
+
+        Raises:
+            UserError: always.
+        """
+        numbers = torch.cat(self.rows_of_step).tolist() if self.rows_of_step else []
+        names = getattr(self.train_dataset, "row_ids", None)
+        path = Path(str(self.args.output_dir)) / f"broken_step-{step}.rank{self.args.process_index}.json"
+        rows = [{"row": number, "id": names[number] if names else None} for number in numbers]
+        write_json_atomic(path, {"step": step, "rows": rows})
+        raise UserError(
+            f"step {step}: the loss has been no number for {BROKEN_STEPS} steps in a row, so training stops; its rows are "
+            f"in {path}. The newest checkpoint is from before. Usual causes: a learning rate too high, fp16 without a "
+            "loss scale, broken rows"
+        )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before the rest: trainer_state.json is written last and tells a complete checkpoint.
         if self.args.should_save:
@@ -469,7 +489,9 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
         if kwargs.get(name) is not None:
             raise UserError(f"{name}: the loss needs no logits, so it would never be called; expected None")
     if args.label_smoothing_factor:
-        raise UserError(f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here")
+        raise UserError(
+            f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
+        )
     foreign = [name for name in ("lmbda", "beta", "packing", "max_length", "temperature") if hasattr(args, name)]
     if foreign:
         raise UserError(
@@ -499,6 +521,8 @@ def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> T
         return build_temperature(spec)
     if isinstance(spec, Mapping):
         if "name" not in spec:
-            raise UserError(f"temperature: got {dict(spec)!r}, expected a mapping with a name, as in {{'name': 'dts'}}")
+            raise UserError(
+                f"temperature: got {dict(spec)!r}, expected a mapping with a name, as in {{'name': 'dts'}}"
+            )
         return build_temperature(**spec)
     return build_temperature("constant", value=spec)

@@ -385,3 +385,52 @@ def test_without_a_teacher_a_policy_with_its_own_kd_ratio_is_refused():
     loss_fn = DistillationLoss(temperature=build_temperature("pocl"), kd_ratio=0.0)
     with pytest.raises(ValueError, match="there is no teacher"):
         loss_fn(data["states"], Head(data["weight"]), None, None, data["targets"], 3)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_chunk_and_changes_nothing(monkeypatch, caplog, error):
+    import dts_hf.losses as module
+
+    data = problem(13, torch.float64)
+    teacher = (data["teacher_states"], Head(data["teacher_weight"]), data["targets"], 13)
+    results = []
+    for room in (13, 3):
+        states = data["states"].detach().clone().requires_grad_()
+        weight = data["weight"].detach().clone().requires_grad_()
+        plain = module._raw_logits
+
+        def limited(hidden, *args, room=room, plain=plain):
+            if len(hidden) > room:
+                raise error
+            return plain(hidden, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_raw_logits", limited)
+            loss_fn = DistillationLoss(temperature=build_temperature("constant"))
+            output = loss_fn(states, Head(weight), *teacher)
+            output.loss.backward()
+        results.append((output.loss.detach(), states.grad, weight.grad, output.sums["kd"]))
+    assert loss_fn.chunk_rows(V, 8) <= 3 and "going on with logits_budget_mb" in caplog.text
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_another_error_is_not_taken_for_memory(monkeypatch):
+    import dts_hf.losses as module
+
+    def broken(*args):
+        raise RuntimeError("size mismatch")
+
+    data = problem(3, torch.float64)
+    monkeypatch.setattr(module, "_raw_logits", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        DistillationLoss(temperature=build_temperature("constant"))(
+            data["states"],
+            Head(data["weight"]),
+            data["teacher_states"],
+            Head(data["teacher_weight"]),
+            data["targets"],
+            3,
+        )

@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from dts_hf.data import EncodedDataset, PackedCollator, PaddedCollator, encode_rows, rows_from_dataset
 from dts_hf.errors import UserError
@@ -476,4 +476,25 @@ def test_plain_tokenised_rows_need_no_row_id(tmp_path, packing):
     rows = [{key: row[key] for key in ("input_ids", "labels")} for row in (encoded()[i] for i in range(6))]
     trainer = trainer_for(tmp_path, rows=rows, packing=packing, eval_dataset=rows[:2])
     trainer.train()
-    assert trainer.evaluate()["eval_rows"] == sum(label != IGNORE_INDEX for row in rows[:2] for label in row["labels"][1:])
+    assert trainer.evaluate()["eval_rows"] == sum(
+        label != IGNORE_INDEX for row in rows[:2] for label in row["labels"][1:]
+    )
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    options = {"max_steps": 20, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(tmp_path, options=options)
+    data = trainer.train_dataset
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                next(model.parameters()).data.fill_(float("nan"))
+
+    trainer.add_callback(Poison())
+    with pytest.raises(UserError, match=r"step 7: the loss has been no number for 3 steps in a row"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    record = json.loads((tmp_path / "broken_step-7.rank0.json").read_text())
+    assert record["step"] == 7 and len(record["rows"]) == 2
+    assert all(data.row_ids[row["row"]] == row["id"] for row in record["rows"])
