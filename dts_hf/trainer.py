@@ -132,8 +132,8 @@ class DistillationTrainer(Trainer):
         borders = packing and check_packing(model, "the student", args.device)
         if packing and isinstance(self.teacher, LiveTeacher):
             borders = check_packing(self.teacher.model, "the teacher", args.device) and borders
-        elif not isinstance(self.teacher, NoTeacher):
-            borders = False  # whoever answers, it knows position_ids
+        else:
+            borders = borders and getattr(self.teacher, "takes_borders", False)
 
         template = get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca"))
 

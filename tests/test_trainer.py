@@ -17,6 +17,7 @@ from dts_hf.data import EncodedDataset, PackedCollator, PaddedCollator, encode_r
 from dts_hf.errors import UserError
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response
+from dts_hf.teachers import LiveTeacher
 from dts_hf.trainer import DistillationTrainer, DTSDistillationTrainer
 
 ROWS = [
@@ -498,3 +499,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
     record = json.loads((tmp_path / "broken_step-7.rank0.json").read_text())
     assert record["step"] == 7 and len(record["rows"]) == 2
     assert all(data.row_ids[row["row"]] == row["id"] for row in record["rows"])
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_teacher_of_ones_own_sees_borders_only_where_it_says_so(tmp_path, knows):
+    live, seen = LiveTeacher(tiny_llama(seed=1)), []
+
+    class Foreign:
+        head = live.head
+        takes_borders = knows
+
+        def states(self, batch, labels):
+            seen.append("attention_mask" in batch)
+            return live.states({key: value for key, value in batch.items() if key != "attention_mask"}, labels)
+
+        def to(self, device):
+            return self
+
+    trainer_for(tmp_path, teacher=Foreign(), packing=True).train()
+    assert set(seen) == {knows}

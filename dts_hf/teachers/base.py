@@ -11,7 +11,11 @@ from dts_hf.head import Head
 
 
 class Teacher(Protocol):
-    """Answers a batch with the states that its head turns into logits."""
+    """Answers a batch with the states that its head turns into logits.
+
+    With packing on a CPU the batch's ``attention_mask`` may be a ``packed_attention.borders_mask``; a teacher of your own
+    says ``takes_borders = True`` where it knows that, or does not look at the mask.
+    """
 
     @property
     def head(self) -> Head | None:
