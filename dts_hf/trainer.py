@@ -81,6 +81,7 @@ class DistillationTrainer(Trainer):
 
     # Our loss is divided by the labels of the whole optimizer step, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
+    _logged_at: float  # seconds of the monotonic clock
 
     def __init__(
         self,

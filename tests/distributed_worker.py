@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainingArguments
 
-from dts_hf.data import PaddedCollator
 from dts_hf.trainer import DistillationTrainer
 
 ROWS = [
@@ -62,11 +61,9 @@ def main(out: Path) -> None:
                     max_grad_norm=1.0,
                 )  # fmt: skip
                 trainer = DistillationTrainer(
-                    tiny_llama(seed=0, tie=tie), tiny_llama(seed=1, layers=3), spec, args=args, train_dataset=rows_of(policy),
-                    eval_dataset=ROWS[:7], processing_class=tiny_tokenizer(), packing=packing,
+                    tiny_llama(seed=0, tie=tie), tiny_llama(seed=1, layers=3), spec, args=args,
+                    train_dataset=rows_of(policy), eval_dataset=ROWS[:7], processing_class=tiny_tokenizer(), packing=packing,
                 )  # fmt: skip
-                if policy == "silent":
-                    trainer.data_collator = lambda rows: PaddedCollator(2)([{"row_id": 0, **row} for row in rows])
                 trainer.train()
                 held_out = trainer.evaluate()
                 name = f"{policy}-{'tied' if tie else 'untied'}-{accumulation}-{'packed' if packing else 'padded'}"
