@@ -18,7 +18,8 @@ What the student is pulled by: `loss.divergence` in a recipe, a name (`reverse_k
 
 p is the teacher, q the student, both at their temperature: q = softmax(u) with u = z_s / T_s, p = softmax(u_t) with
 u_t = z_t / T_t. Sums run over the vocabulary (V entries), logarithms are natural. The gradient is the one with respect to
-u; the loss multiplies value and gradient by T_s T_t (`temperature_scaling: squared`) and applies 1 / T_s.
+u; the loss multiplies value and gradient by T_s T_t or the policy's own factor (`temperature_scaling: squared`) and
+applies 1 / T_s.
 """
 
 NOTES = """## Notes

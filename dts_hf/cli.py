@@ -128,10 +128,11 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="More rows: file, folder, pattern or Hub data set; default: the run's validation."),
+        typer.Option(help="More rows: file, folder, pattern or Hub data set; default: the run's validation rows."),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="See dts-hf list protocols; default: the run's own, for a model minillm.")
+        str | None,
+        typer.Option(help="See dts-hf list protocols; default: minillm for prepared sets and models, else the run's."),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N,N", help="Sample once per seed; default: as the protocol says.")
@@ -145,7 +146,10 @@ def evaluate(
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows of each set.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights; default: the run's, else float32.")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Type of the weights; default: as the run answers or trains, for a model float32."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for metrics and predictions; a killed evaluation goes on from there.")
     ] = None,
@@ -185,7 +189,7 @@ def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL of predictions with their references.")],
     as_json: AsJson = False,
 ) -> None:
-    """Score answers that are already written, without any model."""
+    """Score answers that are already written, without any model: each set for itself, means over seeds."""
     from dts_hf.evaluation.score import score_file
 
     _print_scores(str(file), score_file(file), as_json)
@@ -297,6 +301,10 @@ def _print_scores(title: str, scores: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(scores)
         return
+    if "sets" in scores:
+        for name, of_set in scores["sets"].items():
+            _print_scores(f"{title}: {name}", of_set, False)
+        return
     rows = []
     for key, value in scores.items():
         share = key in SHARES
@@ -310,8 +318,7 @@ def _print_evaluation(metrics: Mapping[str, Any]) -> None:
     (entry,) = metrics["models"].values()
     rows = []
     for name, scores in entry["sets"].items():
-        seeds = len(scores["seeds"])
-        row = {"set": name, "n": str(scores["n"]), "seeds": str(seeds)}
+        row = {"set": name, "n": str(scores["n"]), "seeds": str(len(scores["seeds"]) or "greedy")}
         for key, label in (("rougeL", "ROUGE-L"), ("exact_match", "exact match")):
             row[label] = _with_spread(scores[key], 100, 2)
         row["tokens"] = _with_spread(scores["mean_tokens"], 1, 1)

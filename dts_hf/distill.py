@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,12 +28,13 @@ from dts_hf.data import (
     manifest,
 )
 from dts_hf.errors import UserError
-from dts_hf.evaluation.scorer import Scorer, load_sets
-from dts_hf.models import load_student, load_teacher, load_tokenizer, save_student
+from dts_hf.evaluation.scorer import VALIDATION, Scorer, load_sets
+from dts_hf.models import load_student, load_teacher, load_tokenizers, save_student
 from dts_hf.prompts import Template, encode_prompts, get_template
 from dts_hf.recipe import Recipe, training_arguments
-from dts_hf.run_directory import RunDirectory, environment
+from dts_hf.run_directory import RunDirectory, checkpoint_to_resume, environment
 from dts_hf.run_end import peak_memory_gb, push, say
+from dts_hf.sets import resolve_set
 from dts_hf.teacher_answers import answer_rows
 from dts_hf.temperature import build_temperature
 from dts_hf.trainer import DistillationTrainer
@@ -53,11 +53,7 @@ def distill(recipe: Recipe) -> RunDirectory:
 
         return distill_classification(recipe)
     started = time.monotonic()
-    resume = recipe.training.get("resume_from_checkpoint")
-    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
-        raise UserError(
-            f"training.resume_from_checkpoint: {resume} is no complete checkpoint (checkpoint-STEP of a run)"
-        )
+    resume = checkpoint_to_resume(recipe)
     RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
     args = training_arguments(recipe, recipe.output.dir)
     set_seed(args.seed)
@@ -68,7 +64,9 @@ def distill(recipe: Recipe) -> RunDirectory:
     train_rows = load_many(recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows)
     validation_rows = _load_validation(recipe)
     final_sets = load_sets(recipe.evaluation.sets, recipe.evaluation.set_rows)
-    tokenizer, teacher_tokenizer = _load_tokenizers(recipe)
+    if VALIDATION in final_sets:
+        raise UserError(f"evaluation.sets: {VALIDATION!r} is the name of the validation rows; rename the file")
+    tokenizer, teacher_tokenizer = load_tokenizers(recipe)
     train_data, train_report = _encode(recipe, train_rows, tokenizer, template, "data.train")
     teacher = None if recipe.teacher is None else load_teacher(recipe.teacher).to(args.device)  # type: ignore[arg-type]
     student = load_student(recipe.student, teacher)
@@ -122,7 +120,7 @@ def distill(recipe: Recipe) -> RunDirectory:
         run.save_recipe(recipe)
         run.write_environment(environment())
         run.write_data_manifest(
-            _manifest(recipe, train_report, validation_report, train_rows, validation_rows, answers)
+            _manifest(recipe, train_report, validation_report, train_rows, validation_rows, answers, final_sets)
         )
         trainer.add_callback(RunLogCallback(run))
         say(f"train: {train_report.summary()}")
@@ -172,26 +170,6 @@ def _load_validation(recipe: Recipe) -> list[Row]:
     return load_rows(recipe.data.validation, split=recipe.data.validation_split, limit=limit)
 
 
-def _load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one."""
-    teacher = student = None
-    if recipe.teacher is not None:
-        teacher = load_tokenizer(
-            recipe.teacher.tokenizer or recipe.teacher.model,
-            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
-            revision=recipe.teacher.revision,
-            trust_remote_code=recipe.teacher.trust_remote_code,
-        )
-    if recipe.student.model is not None:
-        student = load_tokenizer(
-            recipe.student.model,
-            key="student.model",
-            revision=recipe.student.revision,
-            trust_remote_code=recipe.student.trust_remote_code,
-        )
-    return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
-
-
 def _encode(
     recipe: Recipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template, name: str
 ) -> tuple[EncodedDataset, EncodingReport]:
@@ -229,6 +207,7 @@ def _manifest(
     train_rows: Sequence[Row],
     validation_rows: Sequence[Row],
     answers: dict[str, Any] | None,
+    final_sets: Mapping[str, Sequence[Row]],
 ) -> dict[str, Any]:
     """What was trained and measured on: sources with their sha256, and what became of the rows."""
     train_source = manifest(recipe.data.train, train_rows, split=recipe.data.train_split)
@@ -236,8 +215,11 @@ def _manifest(
     if recipe.data.validation is not None and validation_report is not None:
         source = manifest(recipe.data.validation, validation_rows, split=recipe.data.validation_split)
         splits["validation"] = {**source, **dataclasses.asdict(validation_report)}
+    # The names of final_sets are in the order of the recipe
+    evaluated = zip(recipe.evaluation.sets, final_sets.items(), strict=True)
     return {
         "splits": splits,
+        "evaluation_sets": {name: manifest(resolve_set(wanted).path, rows) for wanted, (name, rows) in evaluated},
         "template": recipe.data.prompt_template,
         "responses": recipe.data.responses,
         "teacher_answers": answers,

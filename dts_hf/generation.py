@@ -42,7 +42,7 @@ class GenerationSettings:
 
     Args:
         max_new_tokens: longest answer in tokens, the end-of-sequence token included.
-        batch_size: prompts answered at the same time. Changes the speed and the memory, not the text.
+        batch_size: prompts answered at the same time. Changes the speed and the memory; in fp32 not the text.
         do_sample: draw from the softmax; otherwise take the largest logit.
         temperature: divides the logits before sampling (the temperature of evaluation, not of distillation). Unused
             when greedy.
@@ -123,7 +123,7 @@ def generate(
     if row_keys is not None and len(row_keys) != len(prompts):
         raise UserError(f"row_keys: got {len(row_keys)} keys for {len(prompts)} prompts, expected one for each")
     keys = [str(key) for key in (range(len(prompts)) if row_keys is None else row_keys)]
-    inputs = _checked_prompts(model, prompts, settings)
+    inputs = checked_prompts(model, prompts, settings.max_new_tokens, row_keys)
     run = _Run(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished)
     # Longest first: later prompts always fit under the columns in use, and memory that does not suffice shows at once
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
@@ -410,19 +410,24 @@ def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, d
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def _checked_prompts(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+def checked_prompts(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    row_keys: Sequence[str] | None = None,
 ) -> list[list[int]]:
+    """The prompts as ``generate`` takes them: an empty one is started, one that leaves no room is refused by its key."""
     config = _base(model).config
     start = config.bos_token_id if getattr(config, "bos_token_id", None) is not None else config.eos_token_id
     limit = getattr(config, "max_position_embeddings", None)
     checked = []
     for number, prompt in enumerate(prompts):
         ids = [int(token) for token in prompt] or [start]
-        if limit is not None and len(ids) + settings.max_new_tokens > limit:
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            name = f"prompt {number}" if row_keys is None else f"the prompt of row {row_keys[number]!r}"
             raise UserError(
-                f"prompt {number} has {len(ids)} tokens: with max_new_tokens={settings.max_new_tokens} that is more "
-                f"than the {limit} positions of the model; shorten the prompts or the answers"
+                f"{name} has {len(ids)} tokens: with max_new_tokens={max_new_tokens} that is more than the {limit} "
+                "positions of the model; shorten the prompts or the answers"
             )
         checked.append(ids)
     return checked

@@ -30,7 +30,7 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
 
 if TYPE_CHECKING:
-    from dts_hf.recipe import Lora, Student, Teacher
+    from dts_hf.recipe import Lora, Recipe, Student, Teacher
 
 __all__ = [
     "Head",
@@ -44,6 +44,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "load_tokenizer",
+    "load_tokenizers",
     "load_weights",
     "loss_in_head",
     "output_module",
@@ -120,6 +121,30 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one.
+
+    Raises:
+        UserError: see ``load_tokenizer``.
+    """
+    teacher = student = None
+    if recipe.teacher is not None:
+        teacher = load_tokenizer(
+            recipe.teacher.tokenizer or recipe.teacher.model,
+            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
+            revision=recipe.teacher.revision,
+            trust_remote_code=recipe.teacher.trust_remote_code,
+        )
+    if recipe.student.model is not None:
+        student = load_tokenizer(
+            recipe.student.model,
+            key="student.model",
+            revision=recipe.student.revision,
+            trust_remote_code=recipe.student.trust_remote_code,
+        )
+    return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
 
 
 def load_model(

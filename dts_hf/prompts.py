@@ -83,17 +83,15 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def get_template(name: str) -> Template:
+def get_template(name: str, key: str = "data.prompt_template") -> Template:
     """Return the template called ``name``.
 
     Raises:
-        UserError: no template has this name; the message lists them and names the nearest.
+        UserError: no template has this name; the message lists them, names the nearest and begins with ``key``.
     """
     if name not in TEMPLATES:
         expected = ", ".join(TEMPLATES)
-        raise UserError(
-            f"data.prompt_template: got {name!r}, expected one of {expected}.{nearest(str(name), TEMPLATES)}"
-        )
+        raise UserError(f"{key}: got {name!r}, expected one of {expected}.{nearest(str(name), TEMPLATES)}")
     return TEMPLATES[name]
 
 

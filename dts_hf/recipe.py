@@ -181,9 +181,11 @@ class Task(Section):
 
 
 class Evaluation(Section):
-    protocol: Literal["minillm", "no_ngram", "chat", "greedy", "quick"] | None = Field(
+    # Without "chat": the template is data.prompt_template, and minillm with the chat template is that protocol
+    protocol: Literal["minillm", "no_ngram", "greedy", "quick"] | None = Field(
         default=None,
-        description="Take tokens, sampling, seeds and n-gram rule from this protocol where they are not given here.",
+        description="Take tokens, sampling, seeds and n-gram rule from this protocol where they are not given here; "
+        "the template is always data.prompt_template.",
     )
     sets: list[str] = Field(
         default=[], description="Prepared sets or row files, answered at the end besides the validation rows."
@@ -191,7 +193,9 @@ class Evaluation(Section):
     set_rows: Count | None = Field(default=None, description="Answer the first so many rows of each set; null: all.")
     rows: Count | None = Field(default=64, description="How many validation prompts are answered; null: all.")
     max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens.")
-    batch_size: Count = Field(default=32, description="Prompts answered at once; it does not change the answers.")
+    batch_size: Count = Field(
+        default=32, description="Prompts answered at once; in float32 it does not change the answers."
+    )
     no_repeat_ngram_size: int = Field(
         default=0, ge=0, description="Forbid repeated n-grams of this size; 0: allow them."
     )
@@ -260,6 +264,8 @@ class Recipe(Section):
             raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
         if self.task is not None:
             unfit = {
+                "evaluation.protocol": self.evaluation.protocol is not None,
+                "evaluation.sets": bool(self.evaluation.sets),
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
                 "data.packing": self.data.packing,
                 "data.responses": self.data.responses != "data",

@@ -21,6 +21,7 @@ PATH_KEYS = (
     ("data", "train"),
     ("data", "validation"),
     ("task", "mismatched"),
+    ("evaluation", "sets"),
 )
 MERGE_TAG = "tag:yaml.org,2002:merge"
 

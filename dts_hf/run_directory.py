@@ -296,6 +296,20 @@ def _drop_half_line(path: Path, size: int) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
+def checkpoint_to_resume(recipe: Recipe) -> Path | None:
+    """The checkpoint that the run goes on from; None where it starts from nothing.
+
+    Raises:
+        UserError: it is none, or a save that was interrupted (``trainer_state.json`` is written last).
+    """
+    wanted = recipe.training.get("resume_from_checkpoint")
+    if wanted is not None and not (Path(wanted) / "trainer_state.json").is_file():
+        raise UserError(
+            f"training.resume_from_checkpoint: {wanted} is no complete checkpoint (checkpoint-STEP of a run)"
+        )
+    return None if wanted is None else Path(wanted)
+
+
 def _exists(path: Path) -> bool:
     return os.path.lexists(path)
 

@@ -19,11 +19,11 @@ def say(text: str) -> None:
 
 
 def peak_memory_gb() -> float:
-    """High-water mark of this process: resident memory, plus the GPU's where there is one, GiB."""
+    """High-water mark of this process: resident memory, plus the GPU's where there is one, in GB (1e9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return (resident + on_gpu) / 2**30
+    return (resident + on_gpu) / 1e9
 
 
 def push(trainer: DistillationTrainer, run: RunDirectory) -> None:

@@ -139,7 +139,9 @@ def canonical_name(name: str) -> str | None:
     return plain if plain in KNOWN_SETS else None
 
 
-def resolve_set(name_or_path: str | Path, data_dir: str | Path | None = None, split: str | None = None) -> PreparedSet:
+def resolve_set(
+    name_or_path: str | Path, data_dir: str | Path | None = None, split: str | None = None, *, key: str = "sets"
+) -> PreparedSet:
     """Find the rows of a set.
 
     Args:
@@ -147,6 +149,7 @@ def resolve_set(name_or_path: str | Path, data_dir: str | Path | None = None, sp
             (``.jsonl``, ``.jsonl.gz``, ``.parquet``).
         data_dir: folder with the prepared sets; see :func:`data_folder`.
         split: ``train``, ``valid``, ``test`` ...; default: the one that scores are reported on. Not used for a file.
+        key: what the user calls this choice, for messages.
 
     Raises:
         UserError: no such set or file; the set is not prepared (the message says the command); a prepared file is
@@ -154,7 +157,7 @@ def resolve_set(name_or_path: str | Path, data_dir: str | Path | None = None, sp
     """
     name = canonical_name(str(name_or_path))
     if name is None:
-        return _row_file(str(name_or_path))
+        return _row_file(str(name_or_path), key)
     known, folder = KNOWN_SETS[name], data_folder(data_dir) / name
     manifest = read_manifest(folder)
     if not manifest:
@@ -257,17 +260,15 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _row_file(text: str) -> PreparedSet:
+def _row_file(text: str, key: str) -> PreparedSet:
     path = Path(text).expanduser()
     if not path.name.endswith(ROW_SUFFIXES):
         hint = nearest(text, [*KNOWN_SETS, *ALIASES])
         known = ", ".join(INSTRUCTION_SETS)
-        raise UserError(
-            f"sets: got '{text}', expected {known}, glue/TASK or a file ending in {', '.join(ROW_SUFFIXES)}.{hint}"
-        )
+        raise UserError(f"{key}: got '{text}', expected {known} or a file ending in {', '.join(ROW_SUFFIXES)}.{hint}")
     if not path.is_file():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{text}: no such file.{nearest(path.name, beside)}")
+        raise UserError(f"{key}: {text}: no such file.{nearest(path.name, beside)}")
     rows = _count_rows(path)
     return PreparedSet(_stem(path), path, rows, {"source": path.name, "sha256": file_sha256(path), "rows": rows})
 

@@ -16,6 +16,7 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from dts_hf.data import Row
+from dts_hf.errors import UserError
 from dts_hf.evaluation import answers
 from dts_hf.evaluation.evaluate import evaluate_command
 from dts_hf.evaluation.instruct import evaluate_instruct
@@ -97,6 +98,10 @@ def share(out: Path) -> None:
                 )
     found |= sharded(tokenizer, rows, protocol)
     evaluate("together")
+    try:
+        evaluate("model")
+    except UserError as error:
+        found["refused"] = str(error)
     (out / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

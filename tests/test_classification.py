@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dts_hf.classification.data import EvaluationOrder, LabelledCollator, encode_labelled
+from dts_hf.classification.data import LabelledCollator, encode_labelled
 from dts_hf.classification.models import (
     ClassifierTeacher,
     label_order,
@@ -29,8 +29,9 @@ from dts_hf.classification.models import (
     load_task_student,
     permute_outputs,
 )
+from dts_hf.classification.run import task_arguments
 from dts_hf.classification.tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
-from dts_hf.classification.trainer import ClassificationDistillationTrainer
+from dts_hf.classification.trainer import ClassificationDistillationTrainer, EvaluationOrder
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import TASK_METRICS
@@ -236,6 +237,10 @@ def test_pairs_are_told_apart_and_cut_at_the_longer_text() -> None:
     assert plain.decode(dataset[0]["input_ids"]) == "one\ntwo"
     assert cut == 1 and len(dataset[1]["input_ids"]) == 20
     assert plain.decode(dataset[1]["input_ids"]).startswith("onetwo\nx x")
+    for texts in (("x " * 40, "two"), ("x " * 40, "y " * 40)):
+        dataset, cut = encode_labelled([LabelledRow("a", texts, 0)], plain, max_length=20)
+        words = plain.decode(dataset[0]["input_ids"])
+        assert cut == 1 and words.count("\n") == 1 and words.startswith("x x") and words.partition("\n")[2][0] in "ty"
     with_start = tiny_tokenizer(bos=True)  # its template puts a token between the texts
     dataset, _ = encode_labelled(rows, with_start, max_length=20)
     assert with_start.decode(dataset[0]["input_ids"]) == "<|endoftext|>one<|endoftext|>two"
@@ -345,6 +350,19 @@ def test_old_mnli_order_is_permuted(tmp_path: Path) -> None:
         trainer_of(tmp_path, MNLI, teacher=old)
 
 
+def test_an_mnli_teacher_without_names_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    nameless = classifier(task=MNLI, seed=3)
+    nameless.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
+    nameless.config.label2id = {name: number for number, name in nameless.config.id2label.items()}
+    nameless.save_pretrained(tmp_path / "nameless")
+    with pytest.raises(UserError, match=r"teacher\.model: its labels have no names"):
+        load_classifier(str(tmp_path / "nameless"), MNLI, key="teacher.model", fresh_head=False)
+    with pytest.raises(UserError, match="the teacher: its labels have no names"):
+        trainer_of(tmp_path, MNLI, teacher=nameless)
+    trainer_of(tmp_path, MNLI, model=nameless)
+    assert load_classifier(str(tmp_path / "nameless"), MNLI, key="student.model").config.id2label[2] == "contradiction"
+
+
 def test_bert_outputs_are_permuted_with_their_bias() -> None:
     model = classifier("bert", MNLI)
     with torch.no_grad():
@@ -363,6 +381,11 @@ def test_label_names(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     assert label_order({0: "LABEL_0", 1: "LABEL_1"}, SST2, "teacher.model") is None
     assert "its labels have no names; taken to be 0 negative, 1 positive" in caplog.text
+    none = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert label_order({0: "LABEL_0", 1: "LABEL_1"}, SST2, "teacher.model", is_trained=False) is None
+    assert label_order(none, MNLI, "student.model") is None  # it learns the order
+    with pytest.raises(UserError, match=r"teacher\.model: its labels have no names .* into id2label"):
+        label_order(none, MNLI, "teacher.model", is_trained=False)
     with pytest.raises(UserError, match="the model's labels are bad, good"):
         label_order({0: "bad", 1: "good"}, SST2, "teacher.model")
     with pytest.raises(UserError, match=r"teacher\.model: the model has 2 labels .* the task mnli 3 classes"):
@@ -484,16 +507,112 @@ def test_fine_tune_then_distil(workplace: Path) -> None:
     assert sorted(path.name for path in run.figures_path.iterdir()) == ["losses.png", "scores.png", "temperature.png"]
     card = first.card_path.read_text(encoding="utf-8")
     assert "labels alone" in card and "Citation" not in card
+    assert "its teacher" not in card and "the model that gave it its first weights" in card
 
 
 def test_the_best_epoch_is_kept_and_not_the_last(workplace: Path) -> None:
     """A learning rate that destroys the model makes the first scored epoch the best one or ties it."""
-    run = distill(recipe(training={"learning_rate": 30.0, "num_train_epochs": 3, "max_grad_norm": 0.0, "seed": 3}))
+    run = distill(recipe(training={"learning_rate": 3.0, "num_train_epochs": 3, "max_grad_norm": 0.0, "seed": 3}))
     logged = {r["step"]: r["eval_accuracy"] for r in run.read_log() if r["kind"] == "eval" and r["step"] > 0}
     metrics = run.read_metrics()
     first_best = min(step for step, value in logged.items() if value == max(logged.values()))
     assert metrics["training"]["best_step"] == first_best
     assert metrics["models"]["student"]["sets"]["validation"]["accuracy"]["mean"] == max(logged.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("epoch", "epoch", None)),
+        ({"eval_strategy": "steps", "eval_steps": 7}, ("steps", "steps", 7)),
+        ({"eval_strategy": "steps"}, ("steps", "steps", 2)),  # logging_steps
+        ({"save_strategy": "steps"}, ("steps", "steps", 2)),
+        ({"save_strategy": "steps", "save_steps": 3}, ("steps", "steps", 3)),
+        ({"save_strategy": "best"}, ("epoch", "best", None)),
+        ({"save_strategy": "epoch"}, ("epoch", "epoch", None)),
+    ],
+)
+def test_what_is_scored_is_saved(given: dict[str, Any], expected: tuple[str, str, int | None]) -> None:
+    args = task_arguments(recipe(training=given), SST2)
+    assert (args.eval_strategy, args.save_strategy) == expected[:2] and args.load_best_model_at_end
+    if expected[2] is not None:
+        assert args.eval_steps == args.save_steps == expected[2]
+
+
+def test_nothing_scored_or_nothing_saved_keeps_the_last_weights() -> None:
+    for given in ({"eval_strategy": "no"}, {"save_strategy": "no"}):
+        assert not task_arguments(recipe(training=given), SST2).load_best_model_at_end
+
+
+def last_scores(run: Any) -> dict[int, float]:
+    return {r["step"]: r["eval_accuracy"] for r in run.read_log() if r["kind"] == "eval" and r["step"] > 0}
+
+
+HARSH = {"learning_rate": 0.1, "max_steps": 5, "max_grad_norm": 0.0, "seed": 5, "eval_strategy": "steps"}
+
+
+def test_scored_by_steps_the_best_step_is_kept(workplace: Path) -> None:
+    run = distill(recipe(training={**HARSH, "eval_steps": 2}))
+    logged, metrics = last_scores(run), run.read_metrics()
+    assert sorted(logged) == [2, 4, 5]
+    best = metrics["training"]["best_step"]
+    assert best == min(step for step, value in logged.items() if value == max(logged.values()))
+    assert metrics["training"]["best_epoch"] == pytest.approx(best / 3, abs=0.01)  # 24 rows by 8: three steps
+    assert metrics["models"]["student"]["sets"]["validation"]["accuracy"]["mean"] == logged[best]
+    assert metrics["protocol"]["checkpoint"] == "best evaluation by accuracy"
+    # The log has a step once, with what the model was then; not the weights that were put back at the end.
+    steps = [r["step"] for r in run.read_log() if r["kind"] == "eval"]
+    assert steps == [0, 2, 4, 5]
+    assert "chose the weights that are kept" in run.card_path.read_text(encoding="utf-8")
+
+
+def test_best_is_said_only_of_weights_that_were_put_back(workplace: Path) -> None:
+    run = distill(recipe(training={**HARSH, "eval_delay": 100}))
+    metrics = run.read_metrics()
+    assert metrics["protocol"]["checkpoint"] == "end of training"
+    assert "best_step" not in metrics["training"] and "best_epoch" not in metrics["training"]
+    assert "chose the weights" not in run.card_path.read_text(encoding="utf-8")
+    assert metrics["models"]["student"]["sets"]["validation"]["accuracy"]["mean"] == last_scores(run)[5]
+
+
+@pytest.mark.parametrize(("rate", "seed"), [(0.1, 3), (0.5, 5)])  # the best step is not saved; none is, or another one
+def test_a_best_step_that_was_not_saved_is_not_claimed(workplace: Path, rate: float, seed: int) -> None:
+    training = {**HARSH, "eval_steps": 1, "save_steps": 2, "learning_rate": rate, "seed": seed}
+    run = distill(recipe(training=training, output={"report": False}))
+    logged, metrics = last_scores(run), run.read_metrics()
+    first_best = min(step for step, value in logged.items() if value == max(logged.values()))
+    kept = metrics["training"].get("best_step")
+    words = {None: "end of training", first_best: "best evaluation by accuracy"}
+    assert metrics["protocol"]["checkpoint"] == words.get(kept, "best saved evaluation by accuracy")
+    score = metrics["models"]["student"]["sets"]["validation"]["accuracy"]["mean"]
+    assert score == logged[5 if kept is None else kept]
+
+
+@pytest.mark.parametrize("wanted", [["teacher"], ["teacher", "student"], ["student"]])
+def test_only_the_models_that_were_asked_for_are_scored(workplace: Path, wanted: list[str]) -> None:
+    classifier().save_pretrained("taught")
+    tiny_tokenizer().save_pretrained("taught")
+    run = distill(recipe(
+        student=PRUNED | {"init": {"from": "teacher", "layers": 1}}, teacher={"model": "taught", "dtype": "float32"},
+        loss={"kd_ratio": 0.5}, evaluation={"models": wanted}, training={"max_steps": 1},
+        output={"report": False},
+    ))  # fmt: skip
+    metrics = run.read_metrics()
+    assert sorted(metrics["models"]) == sorted(wanted) == sorted(run.predictions_names())
+    for name in wanted:
+        found = metrics["models"][name]["sets"]["validation"]
+        right = [row["predicted"] == row["label"] for row in run.read_predictions(name)]
+        assert found["n"] == len(right) == 9 and found["accuracy"]["mean"] == pytest.approx(sum(right) / 9)
+
+
+def test_scores_name_their_rows(workplace: Path) -> None:
+    digests = []
+    for count, name in ((None, "one"), (None, "two"), (5, "three")):
+        wanted = recipe(
+            data={"max_validation_rows": count}, training={"max_steps": 1}, output={"dir": name, "report": False}
+        )
+        digests.append(distill(wanted).read_metrics()["models"]["student"]["sets"]["validation"]["rows_sha256"])
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_regression_run(workplace: Path) -> None:
@@ -546,6 +665,8 @@ def test_the_table_of_seeds(workplace: Path) -> None:
         ({"student": PRUNED}, "there is no teacher; give student.model"),
         ({"data": {"packing": True}}, "data.packing: belongs to generated answers"),
         ({"evaluation": {"every_steps": 5}}, "evaluation.every_steps: belongs to generated answers"),
+        ({"evaluation": {"sets": ["x.jsonl"]}}, "evaluation.sets: belongs to generated answers"),
+        ({"evaluation": {"protocol": "minillm"}}, "evaluation.protocol: belongs to generated answers"),
         ({"task": {"subset": "sst-2"}}, "Did you mean \"sst2\"?"),
         ({"task": {"mismatched": "x.jsonl"}}, "mismatched is a validation set of mnli"),
     ],

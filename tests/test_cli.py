@@ -196,6 +196,10 @@ def test_score(monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "dts_hf.evaluation.score", score_file=lambda path: {**scores, "path": str(path)})
     assert json.loads(invoke("score", "a.jsonl", "--json").stdout) == {**scores, "path": "a.jsonl"}
     assert "24.2393" in invoke("score", "a.jsonl").stdout, "x 100 with four decimals, as the literature logs it"
+    by_set = {"sets": {"dolly": scores, "vicuna": {"n": 1, "rougeL": 0.5}}}
+    stub(monkeypatch, "dts_hf.evaluation.score", score_file=lambda path: by_set)
+    shown = invoke("score", "a.jsonl").stdout
+    assert all(text in shown for text in ("a.jsonl: dolly", "24.2393", "a.jsonl: vicuna", "50.0000"))
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dts_hf.evaluation.evaluate import evaluate_command
 from dts_hf.evaluation.scorer import weights_as
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory
+from dts_hf.sets import file_sha256
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
 
@@ -186,7 +187,8 @@ def test_evaluate_command_repeats_the_runs_own_score(workplace):
     run = distill(recipe(output={"dir": "run", "report": False}))
     found = evaluate_command(str(run.path), rows=5)
     assert found["models"]["student"]["sets"] == run.read_metrics()["models"]["student"]["sets"]
-    assert found["protocol"] == {**run.read_metrics()["protocol"], "dtype": "float32"}
+    assert found["protocol"] == run.read_metrics()["protocol"]
+    assert (found["protocol"]["dtype"], found["protocol"]["batch_size"]) == ("float32", None)
     with pytest.raises(UserError, match="--data"):
         evaluate_command("teacher")
 
@@ -204,11 +206,35 @@ def test_evaluation_sets_are_answered_at_the_end_under_a_named_protocol(workplac
     scored = {name: {key: e["n"] for key, e in entry["sets"].items()} for name, entry in metrics["models"].items()}
     both = {"validation": 2, "other": 3}
     assert scored == {"teacher": both, "student_before": {"validation": 2}, "student": both}
+    (source,) = run.read_data_manifest()["evaluation_sets"].items()
+    assert source == ("other", {"source": "other.jsonl", "sha256": file_sha256("other.jsonl"), "rows": 3})
     student = run.read_predictions("student")
     assert len(student) == 5 * 5 and {row["seed"] for row in student} == {10, 20, 30, 40, 50}
     found = evaluate_command(str(run.path), ["other.jsonl"], rows=3)
     assert found["models"]["student"]["sets"]["other"] == metrics["models"]["student"]["sets"]["other"]
     assert run.read_recipe() == wanted
+
+
+def test_a_set_with_the_name_of_the_validation_rows_is_refused_before_anything(workplace):
+    (workplace / "held_out").mkdir()
+    write_rows(workplace / "held_out" / "validation.jsonl", 80, 2)
+    with pytest.raises(UserError, match=r"evaluation.sets: 'validation' is the name of .* rename the file"):
+        distill(recipe(evaluation={"sets": ["held_out/validation.jsonl"]}))
+    assert not (workplace / "run").exists()
+
+
+def test_metrics_say_in_what_each_model_answered(workplace):
+    """bf16 autocast is around the student's forward once the trainer has taken it, and never around the teacher's."""
+    wanted = recipe(
+        teacher={"model": "teacher", "dtype": "bfloat16"},
+        training={"bf16": True, "max_steps": 1},
+        evaluation={"rows": 2, "max_new_tokens": 2, "every_steps": None},
+        output={"dir": "run", "report": False},
+    )
+    metrics = distill(wanted).read_metrics()
+    assert metrics["models"]["teacher"]["dtype"] == "bfloat16"
+    assert metrics["models"]["student"]["dtype"] == metrics["protocol"]["dtype"] == "bfloat16 autocast"
+    assert metrics["protocol"]["batch_size"] == 32
 
 
 def test_push_uploads_our_card_and_the_student(workplace, monkeypatch):

@@ -10,11 +10,15 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from dts_hf.errors import UserError
 from dts_hf.evaluation.answers import Answer, AnswerFile
 from dts_hf.evaluation.evaluate import evaluate_command, model_digest
+from dts_hf.recipe import Recipe
+from dts_hf.run_directory import RunDirectory
+from dts_hf.sets import file_sha256
 
 HERE = Path(__file__).resolve().parent
 ROWS = 20
@@ -91,6 +95,89 @@ def test_a_set_more_is_added_and_metrics_are_what_a_run_of_both_gives(place: Pat
     assert both["protocol"]["name"] == "minillm, max_new_tokens=6, seeds=10,20"
 
 
+def test_a_later_set_alone_joins_those_that_are_there(place: Path) -> None:
+    write_rows(place / "other.jsonl", 3)
+    both = evaluate_command("model", ["rows.jsonl", "other.jsonl"], **FAST)
+    evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
+    assert evaluate_command("model", ["other.jsonl"], output="out", **FAST) == both
+    assert json.loads((place / "out" / "metrics.json").read_text()) == both
+    alone = evaluate_command("model", ["other.jsonl"], output="out", overwrite=True, **FAST)
+    assert list(alone["models"]["model"]["sets"]) == ["other"]
+    assert set(files(place / "out")) == {"evaluation.json", "metrics.json", "predictions/other.jsonl"}
+
+
+def test_a_folder_is_refused_before_the_model_is_loaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
+    monkeypatch.setattr("dts_hf.evaluation.evaluate.load_model", None)
+    with pytest.raises(UserError, match="max_new_tokens 6, now 7"):
+        evaluate_command("model", ["rows.jsonl"], output="out", **{**FAST, "max_new_tokens": 7})
+    with pytest.raises(UserError, match="holds no evaluation"):
+        evaluate_command("model", ["rows.jsonl"], output="model", **FAST)
+    with pytest.raises(UserError, match="is a file"):
+        evaluate_command("model", ["rows.jsonl"], output="rows.jsonl", **FAST)
+
+
+@pytest.mark.parametrize("moment", ["write_json_atomic", "AnswerFile"])
+def test_killed_while_the_folder_is_made_or_emptied(place: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"dts_hf.evaluation.evaluate.{moment}", killed)
+            evaluate_command("model", ["rows.jsonl"], output="out", overwrite=True, **FAST)
+        evaluate_command(
+            "model", ["rows.jsonl"], output="out", **FAST
+        )  # not refused: nothing of another kind is there
+    assert set(files(place / "out")) == {"evaluation.json", "metrics.json", "predictions/rows.jsonl"}
+
+
+def test_a_pattern_is_no_name_of_a_set(place: Path) -> None:
+    (place / "many").mkdir()
+    write_rows(place / "many" / "one.jsonl", 2)
+    write_rows(place / "many" / "two.jsonl", 2)
+    found = evaluate_command("model", data="many/*.jsonl", output="out", **FAST)
+    assert found["models"]["model"]["sets"]["many"]["n"] == 4
+    assert (place / "out" / "predictions" / "many.jsonl").is_file()
+    assert list(evaluate_command("model", data="*.jsonl", **FAST)["models"]["model"]["sets"]) == ["data"]
+
+
+def test_what_a_run_is_answered_with(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows, protocol and weights follow the run's recipe, and prepared sets the published protocol."""
+    folder = prepared_set(place / "data" / "vicuna", 2)
+    values = {
+        "student": {"model": "model", "dtype": "bfloat16"},
+        "teacher": {"model": "model"},
+        "data": {"train": "rows.jsonl", "validation": "rows.jsonl", "max_validation_rows": 3, "responses": "teacher"},
+        "evaluation": {"max_new_tokens": 2},
+        "output": {"dir": "run"},
+    }
+    run = RunDirectory.create("run")
+    run.save_recipe(Recipe.from_dict(values))
+    tiny_llama(tie=False).to(torch.bfloat16).save_pretrained(run.final_path)
+    tiny_tokenizer().save_pretrained(run.final_path)
+    own = evaluate_command("run", batch_size=2)
+    assert own["models"]["student"]["sets"]["validation"]["n"] == 3
+    assert evaluate_command("run", rows=2)["models"]["student"]["sets"]["validation"]["n"] == 2
+    assert (own["protocol"]["max_new_tokens"], own["protocol"]["do_sample"]) == (2, False)
+    assert (own["protocol"]["dtype"], own["protocol"]["batch_size"]) == ("bfloat16", 2)
+    assert own["models"]["student"]["sets"]["validation"]["seeds"] == own["protocol"]["seeds"] == []
+    said = capsys.readouterr().err
+    assert "validation under the protocol custom, weights in bfloat16" in said and "teacher's answers" in said
+    benchmark = evaluate_command("run", ["Vicuna"], data_dir=folder.parent, max_new_tokens=2, dtype="float32")
+    assert benchmark["protocol"]["name"] == "minillm, max_new_tokens=2" and benchmark["protocol"]["batch_size"] is None
+    said = capsys.readouterr().err
+    assert "vicuna under the protocol minillm, max_new_tokens=2" in said and "teacher's answers" not in said
+
+
+def prepared_set(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    write_rows(folder / "test.jsonl", count)
+    entry = {"file": "test.jsonl", "rows": count, "sha256": file_sha256(folder / "test.jsonl")}
+    (folder / "manifest.json").write_text(json.dumps({"files": {"test": entry}}))
+    return folder
+
+
 def test_another_evaluation_is_refused_by_what_differs_or_replaced_when_asked(place: Path) -> None:
     evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
     before = files(place / "out")
@@ -118,6 +205,10 @@ def test_the_digest_of_a_model_follows_its_weights() -> None:
     for parameter in moved.parameters():
         parameter.data *= 1.0001
     assert model_digest(moved) != base
+    scaled, ended = tiny_llama(seed=0), tiny_llama(seed=0)
+    scaled.config.rope_parameters["rope_theta"] *= 2
+    ended.generation_config.eos_token_id = [2, 3]
+    assert len({base, model_digest(scaled), model_digest(ended)}) == 3
 
 
 def test_half_a_line_is_dropped_and_a_broken_one_named(tmp_path: Path) -> None:
@@ -136,6 +227,14 @@ def test_half_a_line_is_dropped_and_a_broken_one_named(tmp_path: Path) -> None:
     again.close()
     again.finish([{"seed": 1, "id": "z"}])
     assert set(files(tmp_path)) == {"s.jsonl"} and list(again.load()) == [Answer(1, "z")]
+
+
+def test_a_set_whose_name_is_a_pattern_has_its_own_answers(tmp_path: Path) -> None:
+    for name in ("s[12].jsonl", "s1.jsonl", "*.jsonl"):
+        answers = AnswerFile(tmp_path / name)
+        answers.append({"seed": 1, "id": name})
+        answers.close()
+        assert list(answers.load()) == [Answer(1, name)]
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -159,6 +258,7 @@ def test_one_process_and_two_give_the_same_answers(place: Path) -> None:
         assert len({row["prediction"] for row in reference[1]}) > 20
     assert first["fsdp2-kinds"] == ["DTensor"] and first["fsdp2-graded"]
     assert first["fsdp2"] == second["fsdp2"] == first["llama-float32-1-one"]
+    assert first["refused"] == second["refused"] and "holds no evaluation" in first["refused"], "none waits for ever"
     evaluate_command(
         "model", ["rows.jsonl"], output="alone", protocol="minillm", max_new_tokens=8, seeds=[10, 20], batch_size=4
     )
@@ -180,15 +280,18 @@ def test_vllm_is_asked_in_its_own_words(place: Path, monkeypatch: pytest.MonkeyP
 
         def generate(self, prompts, parameters, use_tqdm):
             asked.append(parameters)
-            tokens = [[100 + i % 3, 101, 2][: 3 - i % 2] for i in range(len(prompts))]
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids)]) for ids in tokens]
+            # An end token that only the engine knows (105) ends an answer too
+            ended = [([100 + i % 3, 101, [2, 105][i % 4 // 2]][: 3 - i % 2], i % 2 == 0) for i in range(len(prompts))]
+            outputs = [types.SimpleNamespace(token_ids=t, finish_reason="stop" if e else "length") for t, e in ended]
+            return [types.SimpleNamespace(outputs=[output]) for output in outputs]
 
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, lambda **options: options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     options = {"seeds": [10], "max_new_tokens": 5, "backend": "vllm"}
     with pytest.raises(UserError, match=r"n-gram rule.*no_ngram"):
-        evaluate_command("model", ["rows.jsonl"], protocol="minillm", **options)
+        evaluate_command("model", ["rows.jsonl"], protocol="minillm", output="out", **options)
+    assert asked == [] and not (place / "out").exists()
     found = evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", **options)
     assert found["protocol"]["backend"] == "vllm" and "backend=vllm" in found["protocol"]["name"]
     scores = found["models"]["model"]["sets"]["rows"]
@@ -198,3 +301,7 @@ def test_vllm_is_asked_in_its_own_words(place: Path, monkeypatch: pytest.MonkeyP
     assert len({p["seed"] for p in parameters}) == ROWS
     ours = evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", **{**options, "backend": "dts_hf"})
     assert ours["protocol"]["fingerprint"] != found["protocol"]["fingerprint"]
+    evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", output="out", **options)
+    tiny_llama(tie=False, seed=1).save_pretrained("model")
+    with pytest.raises(UserError, match="another model"):
+        evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", output="out", **options)

@@ -45,7 +45,7 @@ def evaluate(rows: list[Row] = ROWS, protocol: Protocol = GREEDY, **options: obj
 def test_greedy_scores_and_predictions() -> None:
     scores, predictions = evaluate()
     assert scores["n"] == 3 and scores["dropped"] == 0 and scores["prompts_cut"] == 0
-    assert scores["seeds"] == [10], "greedy text is generated once"
+    assert scores["seeds"] == [], "nothing is drawn"
     assert set(scores) == {"n", "dropped", "prompts_cut", "rows_sha256", "seeds", *MEASURES}
     assert [row["id"] for row in predictions] == ["q-1", "q-2", "q-3"]
     model, tokenizer = tiny_llama(tie=False), tiny_tokenizer()
@@ -91,12 +91,14 @@ def test_prompts_that_are_cut_or_do_not_fit_are_counted() -> None:
     cut = predictions[1]["prompt"]
     assert cut.endswith("### Response:\n") and len(cut) < len(TEMPLATE.render(ROWS[1], tokenizer))
     assert predictions[1]["input"] == ROWS[1].input
-    with pytest.raises(UserError, match="none of the 1 prompts fits into data"):
+    with pytest.raises(UserError, match=r"none of the 1 prompts fits .* max_prompt_length of 5 tokens"):
         evaluate(rows=ROWS[:1], protocol=GREEDY.changed(max_prompt_length=5))
     with pytest.raises(UserError, match="'held-out': no rows"):
         evaluate(rows=[])
     with pytest.raises(UserError, match="2 rows have the id 'q-1'"):
         evaluate(rows=[ROWS[0], *ROWS])
+    with pytest.raises(UserError, match=r"the prompt of row 'q-1' has .* max_new_tokens=12 .* 20 positions"):
+        evaluate_instruct(tiny_llama(max_positions=20), tokenizer, ROWS, GREEDY)
 
 
 def test_an_answer_holds_no_special_tokens() -> None:
@@ -104,6 +106,8 @@ def test_an_answer_holds_no_special_tokens() -> None:
     tokens = tokenizer("\n Eight legs. <|im_end|>", add_special_tokens=False)["input_ids"]
     assert decode_answer(tokenizer, tokens) == "Eight legs."
     assert decode_answer(tokenizer, []) == ""
+    spelt = tokenizer("<n>One<n> two.<n><|endoftext|> More", add_special_tokens=False)["input_ids"]
+    assert decode_answer(tokenizer, spelt) == "One\n two.\n More", "a special token is dropped, as is the last <n>"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

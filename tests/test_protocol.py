@@ -60,7 +60,7 @@ def test_variants_differ_and_are_named() -> None:
     with pytest.raises(UserError, match=r"got 'minilm'.*Did you mean 'minillm'"):
         get_protocol("minilm")
     (names, _) = typing.get_args(Evaluation.model_fields["protocol"].annotation)
-    assert set(typing.get_args(names)) == set(PROTOCOLS), "the recipe knows the same names"
+    assert {*typing.get_args(names), "chat"} == set(PROTOCOLS), "in a recipe data.prompt_template says the template"
 
 
 def test_a_change_is_in_the_name_and_a_way_back_is_not() -> None:
@@ -111,6 +111,15 @@ def test_the_fingerprint_follows_the_protocol_and_nothing_else() -> None:
     different = [fingerprint(base), *(fingerprint(base.changed(**change)) for change in changes)]
     assert len(set(different)) == len(different)
     assert fingerprint(PROTOCOLS["chat"]) != fingerprint(PROTOCOLS["chat"], chat=False)
+
+
+def test_the_fingerprint_follows_what_the_tokenizer_puts_around_a_text() -> None:
+    plain, with_bos, other_end = tiny_tokenizer(), tiny_tokenizer(bos=True), tiny_tokenizer()
+    other_end.eos_token = "<|endoftext|>"
+    assert len({Protocol().describe(tokenizer)["tokenizer"] for tokenizer in (plain, with_bos, other_end)}) == 3
+    chats = [PROTOCOLS["chat"].describe(tokenizer)["tokenizer"] for tokenizer in (plain, with_bos, other_end)]
+    assert chats[0] == chats[1] != chats[2], "the chat template writes its special tokens itself"
+    assert Protocol().describe(plain) == Protocol().describe(tiny_tokenizer(pad="own")), "padding is never attended to"
 
 
 def test_only_equal_protocols_stand_in_one_table() -> None:

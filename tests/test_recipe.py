@@ -134,9 +134,11 @@ def test_dot_paths_belong_to_the_file_and_overrides_to_the_current_folder(
     (tmp_path / "elsewhere").mkdir()
     write(tmp_path / "recipes", MINIMAL.replace("rows.jsonl", "./data/rows.jsonl, validation: v.jsonl"))
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe("recipes/recipe.yaml", ["teacher.tokenizer=./tok"])
+    recipe = load_recipe("recipes/recipe.yaml", ["teacher.tokenizer=./tok", "evaluation.sets=[dolly, ../x.jsonl]"])
     assert (recipe.data.train, recipe.data.validation) == ("recipes/data/rows.jsonl", "v.jsonl")
-    assert recipe.teacher.tokenizer == "tok"
+    assert recipe.teacher.tokenizer == "tok" and recipe.evaluation.sets == ["dolly", str(tmp_path.parent / "x.jsonl")]
+    sets = write(tmp_path / "recipes", "extends: recipe.yaml\nevaluation: {sets: [./x.jsonl, y.jsonl]}\n", "sets.yaml")
+    assert load_recipe(sets).evaluation.sets == ["recipes/x.jsonl", "y.jsonl"]
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_recipe("../recipes/recipe.yaml").data.train == str(tmp_path / "recipes/data/rows.jsonl")
 
@@ -201,6 +203,7 @@ def test_problems_name_the_file_that_brought_them(tmp_path: Path) -> None:
         ("student.model=m", "student: give exactly one of 'model' and 'init', got both"),
         ("student.init=null", "student: give exactly one of 'model' and 'init', got neither"),
         ("student.lora={r: 0}", "student.lora.r: got 0, expected a whole number of at least 1"),
+        ("evaluation.protocol=chat", 'evaluation.protocol: got "chat", expected one of "minillm", "no_ngram"'),
         ("evaluation.seeds=[]", "evaluation.seeds: got [], expected a list of at least one item"),
         ("evaluation.models=[studnt]", "Did you mean 'student'?"),
         ("evaluation.every_steps=5", "evaluation.every_steps needs validation rows"),

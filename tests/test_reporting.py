@@ -602,3 +602,71 @@ def test_a_score_that_is_not_a_number_is_a_dash_and_no_result(run: RunDirectory)
     assert [result.metric_type for result in results] == ["exact_match"]
     lines = {line.measure.key: line for line in tables.score_lines(facts.gather(run))}
     assert lines["kl"].cells == ["0.000", "7.400", "-"] and lines["kl"].change_text == "-"
+
+
+def test_a_resumed_run_is_one_line_over_the_steps(tmp_path: Path) -> None:
+    log = [{"kind": "train", "step": step, "kl": 9.0} for step in (1, 2, 3, 4)]
+    log += [{"kind": "eval", "step": 2, "eval_kl": 5.0}]
+    log += [{"kind": "train", "step": step, "kl": float(step)} for step in (3, 4, 5)]
+    log += [{"kind": "train", "step": 5, "train_runtime": 1.0}]  # without the key: hides nothing
+    found = plots.curve(log, "kl")
+    assert (found.steps, found.values) == ([1, 2, 3, 4, 5], [9, 9, 3, 4, 5])
+    assert plots.curve(log, "eval_kl", "eval").steps == [2]
+    assert plots.curve(log, "gap").empty
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"name": "pocl"}, "kd_ratio set by the policy: 0.7 at the start, 1 at the end"),
+        ({"name": "annealing"}, "kd_ratio set by the policy: 1 at the start, 0 at the end"),
+        ({"name": "pocl", "schedule_kd_ratio": False}, "0.3 x cross-entropy on the hard labels + 0.7 x KD loss"),
+        ({"name": "constant"}, "0.3 x cross-entropy on the hard labels + 0.7 x KD loss"),
+    ],
+)
+def test_the_weight_of_the_loss_is_the_one_that_was_used(tmp_path: Path, policy: dict[str, Any], words: str) -> None:
+    data = {**RECIPE["data"], "responses": "data"}
+    for section in ({}, {"task": {"name": "glue", "subset": "sst2"}, "data": data}):
+        made = make_run(tmp_path / ("task" if section else "lm"), recipe=changed(temperature=policy, **section))
+        loss = dict(model_card.settings(facts.gather(made)))["loss"]
+        assert loss.replace("on the labels", "on the hard labels").endswith(words)
+
+
+def test_every_policy_says_what_it_does(tmp_path: Path) -> None:
+    from dts_hf.temperature import build_temperature, temperature_policies
+
+    for name in temperature_policies():
+        made = facts.gather(make_run(tmp_path / name, recipe=changed(temperature={"name": name})))
+        said = facts.policy_facts(made)
+        assert (said.kd_ratio is None) == (build_temperature(name).kd_ratio is None) and said.rule
+
+
+def test_the_limits_of_a_student_without_a_teacher_name_none(tmp_path: Path) -> None:
+    data = {**RECIPE["data"], "responses": "data"}
+    alone = changed(teacher=None, student={"model": "HuggingFaceTB/SmolLM2-135M"}, loss={"kd_ratio": 0.0}, data=data)
+    words = " ".join(model_card.limits(facts.gather(make_run(tmp_path / "alone", recipe=alone))))
+    assert "biases of the model that gave it its first weights" in words and "that of its teacher" not in words
+    words = " ".join(model_card.limits(facts.gather(make_run(tmp_path / "taught"))))
+    assert "biases of its teacher" in words and "licence follows from that of its teacher" in words
+
+
+def test_the_seed_of_sampled_answers_is_named(tmp_path: Path) -> None:
+    made = facts.gather(make_run(tmp_path / "run"))
+    assert "seed" not in tables.counts_words(made)
+    made.metrics["protocol"]["do_sample"] = True
+    assert "validation: 64 prompts (2 more were too long and left out), sampled with seed 10" in tables.counts_words(
+        made
+    )
+    assert any("seeds named beside the scores" in limit for limit in model_card.limits(made))
+
+
+def test_memory_is_in_the_unit_that_it_is_printed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    from dts_hf import run_end
+
+    monkeypatch.setattr(run_end.torch.cuda, "is_available", lambda: False)
+    kilobytes = 3_000_000 if sys.platform != "darwin" else 3_072_000_000
+    monkeypatch.setattr(run_end.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=kilobytes))
+    assert run_end.peak_memory_gb() == pytest.approx(3.072)

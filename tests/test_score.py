@@ -57,6 +57,25 @@ def test_scores_of_a_file(tmp_path: Path) -> None:
     assert scores["exact_match"] == 0.25
 
 
+def test_sets_stand_alone_and_seeds_are_averaged(tmp_path: Path) -> None:
+    """As in predictions/student.jsonl of a run: a set of many rows does not outweigh a small one."""
+
+    def row(set_name: str, seed: int, prediction: str) -> str:
+        return json.dumps({"set": set_name, "seed": seed, "prediction": prediction, "reference": "yes"})
+
+    rows = [row("a", 1, "yes"), row("a", 1, "no"), row("a", 2, "yes"), row("a", 2, "yes"), row("b", 1, "no")]
+    scores = score_file(write(tmp_path / "p.jsonl", "\n".join(rows)))
+    assert list(scores) == ["sets"] and list(scores["sets"]) == ["a", "b"]
+    assert scores["sets"]["a"] == {
+        "n": 2, "seeds": 2, "rougeL": 0.75, "exact_match": 0.75, "empty": 0.0, "repeats_4gram": 0.0
+    }  # fmt: skip
+    assert scores["sets"]["b"]["n"] == 1 and scores["sets"]["b"]["exact_match"] == 0.0
+    assert score_file(write(tmp_path / "a.jsonl", "\n".join(rows[:4]))) == scores["sets"]["a"]
+    # A pass that a kill cut short counts as one pass all the same
+    uneven = score_file(write(tmp_path / "u.jsonl", "\n".join([*rows[:3], row("a", 3, "yes")])))
+    assert (uneven["n"], uneven["seeds"], uneven["exact_match"]) == (2, 3, pytest.approx(2.5 / 3))
+
+
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path: Path) -> None:
     row = json.dumps({"prediction": "one\u2028two\u0085three", "reference": "one two three"}, ensure_ascii=False)
     assert score_file(write(tmp_path / "p.jsonl", "\ufeff" + row))["rougeL"] == 1.0

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.classification.tasks import GlueTask, LabelledRow
@@ -72,8 +71,9 @@ def encode_labelled(
     pair = len(rows[0].texts) == 2
     if max_length <= tokenizer.num_special_tokens_to_add(pair=pair) + pair:
         raise UserError(f"task.max_length: got {max_length}, which leaves no room for text beside the special tokens")
+    # In front of the second text: at the end of the first one, shortening would take it away.
     between = "" if separates(tokenizer) else "\n"
-    columns = [[row.texts[0] + between * pair for row in rows], *([[row.texts[1] for row in rows]] if pair else [])]
+    columns = [[row.texts[0] for row in rows], *([[between + row.texts[1] for row in rows]] if pair else [])]
     options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": type_ids, "verbose": False}
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, **options)
     whole = tokenizer(*columns, **options)["input_ids"]
@@ -122,29 +122,6 @@ class LabelledCollator:
         batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=dtype)
         batch["row_id"] = torch.tensor([example["row_id"] for example in examples])
         return batch
-
-
-class EvaluationOrder(Dataset[dict[str, Any]]):
-    """Rows by falling length, then unlabelled copies of the shortest one up to a multiple of the global batch.
-
-    Every rank then runs the same number of forwards on batches of one size, and no row counts twice.
-    """
-
-    def __init__(self, dataset: LabelledDataset, multiple: int, regression: bool) -> None:
-        self.dataset = dataset
-        self.order = sorted(range(len(dataset)), key=lambda index: -dataset.lengths[index])
-        self.fillers = -len(dataset) % multiple
-        self.no_label = float("nan") if regression else IGNORE_INDEX
-
-    def __len__(self) -> int:
-        return len(self.order) + self.fillers
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        if index < len(self.order):
-            return dict(self.dataset[self.order[index]])
-        return {**self.dataset[self.order[-1]], "labels": self.no_label, "row_id": NO_ROW}
 
 
 def labelled(labels: Tensor) -> Tensor:

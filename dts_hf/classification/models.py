@@ -44,7 +44,7 @@ def load_classifier(
     source = ModelSource.resolve(name, key)
     order: list[int] | None = None
     if source.gguf_file is None:  # GGUF files hold language models
-        order = _order_of_saved_head(source.location, task, key, revision, trust_remote_code)
+        order = _order_of_saved_head(source.location, task, key, revision, trust_remote_code, fresh_head)
     model, missing = load_weights(
         AutoModelForSequenceClassification,
         name,
@@ -84,7 +84,7 @@ def _label_config(task: GlueTask) -> dict[str, Any]:
 
 
 def _order_of_saved_head(
-    location: str, task: GlueTask, key: str, revision: str | None, trust_remote_code: bool
+    location: str, task: GlueTask, key: str, revision: str | None, trust_remote_code: bool, is_trained: bool
 ) -> list[int] | None:
     """Where the saved head, if there is one, has each class of the task; None where nothing has to be moved."""
     try:
@@ -93,19 +93,24 @@ def _order_of_saved_head(
         return None  # loading the model says it better
     if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
         return None
-    return label_order({int(number): str(label) for number, label in config.id2label.items()}, task, key)
+    names = {int(number): str(label) for number, label in config.id2label.items()}
+    return label_order(names, task, key, is_trained=is_trained)
 
 
-def label_order(id2label: dict[int, str], task: GlueTask, key: str) -> list[int] | None:
+def label_order(id2label: dict[int, str], task: GlueTask, key: str, *, is_trained: bool = True) -> list[int] | None:
     """For each class of the task, the model's number for it; None where the two orders are the same.
 
     Args:
         id2label: of the model's configuration. Generic names (``LABEL_0``) are taken to be in the task's order, with
-            a warning: MNLI models of older scripts have the order contradiction, entailment, neutral.
+            a warning; but not those of an MNLI teacher, since published models have either the data's order or
+            contradiction, entailment, neutral. With two classes nothing but the data's order is usual, and a swap
+            shows at once: the teacher's accuracy is far below one half.
         key: named in errors.
+        is_trained: the model is the student, so that an order which is not the task's costs it no more than a head
+            start.
 
     Raises:
-        UserError: another number of classes, or other names.
+        UserError: another number of classes, other names, or an MNLI teacher without names.
     """
     names = [id2label[number] for number in sorted(id2label)]
     if len(names) != task.outputs:
@@ -116,6 +121,12 @@ def label_order(id2label: dict[int, str], task: GlueTask, key: str) -> list[int]
     if task.regression:
         return None
     if all(name.upper() == f"LABEL_{number}" for number, name in enumerate(names)):
+        if task.outputs > 2 and not is_trained:
+            raise UserError(
+                f"{key}: its labels have no names ({', '.join(names)}), and the order of the classes differs between "
+                f"models for {task.subset}: write {', '.join(task.labels)} into id2label of its config.json, in the order "
+                "it was trained in (download the model first where it is on the Hub)"
+            )
         logger.warning("%s: its labels have no names; taken to be %s", key, task.label_words)
         return None
     plain = [_plain(name) for name in names]

@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,11 +28,11 @@ from dts_hf.classification.models import load_task_student, load_task_teacher, t
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, load_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data import Row, manifest
-from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import TASK_METRICS, headline
-from dts_hf.models import load_tokenizer, save_student
+from dts_hf.evaluation.instruct import rows_digest
+from dts_hf.models import load_tokenizers, save_student
 from dts_hf.recipe import Recipe, Task, training_arguments
-from dts_hf.run_directory import RunDirectory, environment
+from dts_hf.run_directory import RunDirectory, checkpoint_to_resume, environment
 from dts_hf.run_end import peak_memory_gb, push, say
 from dts_hf.temperature import build_temperature
 
@@ -47,16 +46,14 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
     started = time.monotonic()
     assert recipe.task is not None
     task = get_task(recipe.task.subset)
-    resume = recipe.training.get("resume_from_checkpoint")
-    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
-        raise UserError(f"training.resume_from_checkpoint: {resume} is no complete checkpoint")
+    resume = checkpoint_to_resume(recipe)
     RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
     args = task_arguments(recipe, task)
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
 
     rows = _load_rows(recipe, task)
-    tokenizer, teacher_tokenizer = _load_tokenizers(recipe)
+    tokenizer, teacher_tokenizer = load_tokenizers(recipe)
     teacher = load_task_teacher(recipe.teacher, task) if recipe.teacher is not None else None
     set_seed(args.seed)  # a new head is the seed's, whatever was loaded before
     student = load_task_student(recipe.student, teacher, task)
@@ -100,6 +97,7 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     training_seconds = time.monotonic() - began
+    best_step = _best_step(trainer)
     scorer.score("student", student, teacher)
 
     if main:
@@ -113,15 +111,15 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
             "peak_memory_gb": round(peak_memory_gb(), 2),
             "seed": args.seed,
         }
-        if args.load_best_model_at_end and trainer.state.best_global_step:
-            per_epoch = trainer.state.max_steps / max(args.num_train_epochs, 1e-9)
-            training["best_step"] = trainer.state.best_global_step
-            training["best_epoch"] = round(trainer.state.best_global_step / per_epoch, 2)
+        if best_step is not None:
+            training["best_step"] = best_step
+            epochs = [line["epoch"] for line in trainer.state.log_history if line["step"] == best_step]
+            training.update({"best_epoch": round(epochs[0], 2)} if epochs else {})
         metrics = {
             "format": 1,
             "task": {"name": recipe.task.name, "subset": task.subset, "labels": list(task.labels),
                      "metrics": list(TASK_METRICS[task.subset]), "headline": headline(task.subset)},
-            "protocol": protocol_fingerprint(recipe.task, task, tokenizer, args),
+            "protocol": protocol_fingerprint(recipe.task, task, tokenizer, args, _checkpoint_words(trainer, best_step)),
             "models": scorer.models,
             "training": training,
         }  # fmt: skip
@@ -139,36 +137,68 @@ class ScoreCallback(TrainerCallback):
     """Prints the task's metrics whenever the held-out rows were scored."""
 
     def __init__(self, task: GlueTask) -> None:
-        self.names = TASK_METRICS[task.subset]
+        self.task = task
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         found = kwargs.get("metrics") or {}
-        words = [f"{name} {100 * found[f'eval_{name}']:.2f}" for name in self.names if f"eval_{name}" in found]
+        words = score_words(self.task, found)
         if state.is_world_process_zero and words:
-            say(f"step {state.global_step}: {', '.join(words)} (x 100), loss {found['eval_loss']:.3f}")
+            say(f"step {state.global_step}: {words} (x 100), loss {found['eval_loss']:.3f}")
+
+
+def score_words(task: GlueTask, values: Mapping[str, float]) -> str:
+    """The task's metrics as they are printed: ``accuracy 91.20, f1 88.10``."""
+    names = TASK_METRICS[task.subset]
+    return ", ".join(f"{name} {100 * values[f'eval_{name}']:.2f}" for name in names if f"eval_{name}" in values)
 
 
 def task_arguments(recipe: Recipe, task: GlueTask) -> TrainingArguments:
-    """The dev-set protocol as defaults: score the validation rows each epoch, keep the best epoch by the headline."""
+    """The dev-set protocol as defaults: score the validation rows each epoch, keep the best epoch by the headline.
+
+    Scoring and saving go together, whichever of the two the recipe speaks of: only what was saved can be kept.
+    """
     defaults: dict[str, Any] = {}
-    if recipe.data.validation is not None and recipe.training.get("save_strategy") != "no":
+    given = recipe.training
+    if recipe.data.validation is not None and given.get("save_strategy") != "no":
+        saved = given.get("save_strategy")
+        scored = given.get("eval_strategy", saved if saved in ("epoch", "steps") else "epoch")
         defaults = {
-            "save_strategy": recipe.training.get("eval_strategy", "epoch"),
-            "load_best_model_at_end": recipe.training.get("eval_strategy") != "no",
+            "eval_strategy": scored,
+            "save_strategy": scored,
+            "load_best_model_at_end": scored != "no",
             "metric_for_best_model": headline(task.subset),
             "greater_is_better": True,
             "save_total_limit": 1,
         }
+        if scored == "steps":
+            steps = (given.get(key) for key in ("eval_steps", "save_steps", "logging_steps"))
+            defaults["eval_steps"] = defaults["save_steps"] = next((n for n in steps if n is not None), 10)
     return training_arguments(recipe, recipe.output.dir, **defaults)
 
 
+def _best_step(trainer: ClassificationDistillationTrainer) -> int | None:
+    """The step whose weights were put back at the end; None where the last ones stayed.
+
+    ``state.best_global_step`` may be another one: that of an evaluation whose weights were not saved.
+    """
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return int(best.rpartition("-")[2]) if best else None
+
+
+def _checkpoint_words(trainer: ClassificationDistillationTrainer, best_step: int | None) -> str:
+    """Which weights were scored. Readers go by the first word."""
+    if best_step is None:
+        return "end of training"
+    saved = "" if best_step == trainer.state.best_global_step else "saved "
+    return f"best {saved}evaluation by {trainer.args.metric_for_best_model}"
+
+
 def protocol_fingerprint(
-    wanted: Task, task: GlueTask, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+    wanted: Task, task: GlueTask, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, checkpoint: str
 ) -> dict[str, Any]:
     """All that a score depends on besides model and rows: scores of equal ``fingerprint`` can be compared."""
-    chosen = f"best evaluation by {args.metric_for_best_model}" if args.load_best_model_at_end else "end of training"
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     protocol: dict[str, Any] = {
         "task": f"{wanted.name}/{task.subset}",
@@ -176,7 +206,7 @@ def protocol_fingerprint(
         "max_length": wanted.max_length,
         "pair": None if len(task.fields) == 1 else "special tokens" if separates(tokenizer) else "line break",
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
-        "checkpoint": chosen,
+        "checkpoint": checkpoint,
         "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
     }
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
@@ -198,25 +228,9 @@ def _load_rows(recipe: Recipe, task: GlueTask) -> dict[str, list[LabelledRow]]:
     return rows
 
 
-def _load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
-    """(student's, teacher's); a student pruned from the teacher shares the teacher's."""
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = load_tokenizer(
-            recipe.teacher.tokenizer or recipe.teacher.model,
-            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
-            revision=recipe.teacher.revision,
-            trust_remote_code=recipe.teacher.trust_remote_code,
-        )
-    if recipe.student.model is None and teacher is not None:
-        return teacher, teacher
-    student = load_tokenizer(
-        str(recipe.student.model),
-        key="student.model",
-        revision=recipe.student.revision,
-        trust_remote_code=recipe.student.trust_remote_code,
-    )
-    return student, teacher
+def _plain(rows: Sequence[LabelledRow]) -> list[Row]:
+    """The rows as those of language models, for their digests."""
+    return [Row(row.id, row.texts[0], " ".join(row.texts[1:]), (str(row.label),)) for row in rows]
 
 
 def _manifest(
@@ -228,9 +242,8 @@ def _manifest(
     splits = {}
     for name, of_set in rows.items():
         split = recipe.data.train_split if name == "train" else recipe.data.validation_split
-        plain = [Row(row.id, row.texts[0], " ".join(row.texts[1:]), (str(row.label),)) for row in of_set]
         kept = {"kept": len(sets[name]), "cut": cut[name], "tokens": sum(sets[name].lengths)}
-        splits[name] = {**manifest(sources[name], plain, split=split), **kept}
+        splits[name] = {**manifest(sources[name], _plain(of_set), split=split), **kept}
     return {"splits": splits}
 
 
@@ -252,23 +265,31 @@ class _Scorer:
         self.models: dict[str, dict[str, Any]] = {}
 
     def score(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Score the student as it is now; the teacher's scores come out of the same pass."""
-        if name not in self.wanted or not self.sets:
-            return
-        predictions: dict[str, list[dict[str, Any]]] = {"student": [], "teacher": []}
-        for set_name, dataset in self.sets.items():
-            values = self.trainer.evaluate(dataset)
-            self._add(name, student, set_name, len(dataset), values, "")
-            if teacher is not None and "teacher" in self.wanted:
-                self._add("teacher", teacher, set_name, len(dataset), values, "teacher_")
-            for who, by_row in self.trainer.predicted.items():
-                predictions[who] += self._predictions(set_name, by_row)
-        if self.trainer.is_world_process_zero():
-            self.run.write_predictions(name, predictions["student"])
-            if predictions["teacher"] and "teacher" in self.wanted:
-                self.run.write_predictions("teacher", predictions["teacher"])
+        """Score the student as it is now; the first pass scores the teacher, too, whatever it is wanted for."""
+        models = {"student": (name, student)} if name in self.wanted else {}
+        if teacher is not None and "teacher" in self.wanted and "teacher" not in self.models:
+            models["teacher"] = ("teacher", teacher)
+        predictions: dict[str, list[dict[str, Any]]] = {who: [] for who in models}
+        for set_name, dataset in self.sets.items() if models else ():
+            values = self._evaluate(name, set_name, dataset)
+            for who, (label, model) in models.items():
+                self._add(label, model, set_name, values, "" if who == "student" else "teacher_")
+                predictions[who] += self._predictions(set_name, self.trainer.predicted[who])
+        for who, (label, _) in models.items():
+            if self.sets and self.trainer.is_world_process_zero():
+                self.run.write_predictions(label, predictions[who])
 
-    def _add(self, name: str, model: nn.Module, set_name: str, n: int, values: dict[str, float], of: str) -> None:
+    def _evaluate(self, name: str, set_name: str, dataset: LabelledDataset) -> dict[str, float]:
+        # The log has one set over the steps of training; the best epoch's weights, put back, are not of the last step.
+        if set_name == "validation" and _best_step(self.trainer) is None:
+            return self.trainer.evaluate(dataset)
+        values = self.trainer.predict(dataset, metric_key_prefix="eval").metrics or {}
+        words = score_words(self.task, values)
+        if self.trainer.is_world_process_zero():
+            say(f"{name.replace('_', ' ')} on {set_name}: {words} (x 100)")
+        return values
+
+    def _add(self, name: str, model: nn.Module, set_name: str, values: dict[str, float], of: str) -> None:
         entry = self.models.setdefault(name, {"parameters": sum(p.numel() for p in model.parameters()), "sets": {}})
         measures = {metric: values[f"eval_{of}{metric}"] for metric in TASK_METRICS[self.task.subset]}
         if self.task.regression:
@@ -278,7 +299,9 @@ class _Scorer:
         if "eval_kl" in values:
             measures["teacher_kl"] = 0.0 if of else values["eval_kl"]
             measures["teacher_agreement"] = 1.0 if of else values["eval_top1_agreement"]
-        entry["sets"][set_name] = {"n": n, **{key: {"mean": value} for key, value in measures.items()}}
+        rows = self.rows[set_name]
+        scores = {key: {"mean": value} for key, value in measures.items()}
+        entry["sets"][set_name] = {"n": len(rows), "rows_sha256": rows_digest(_plain(rows)), **scores}
 
     def _predictions(self, set_name: str, by_row: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
         found = []

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import (
     NO_ROW,
-    EvaluationOrder,
     LabelledCollator,
     LabelledDataset,
     check_task_labels,
@@ -39,9 +38,10 @@ from dts_hf.evaluation.glue import GlueMetric
 from dts_hf.head import Head
 from dts_hf.losses import SUM_NAMES
 from dts_hf.models import load_tokenizer, shared_prefix
+from dts_hf.response import IGNORE_INDEX
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.temperature.constant import Constant
-from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer
+from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer, _EvaluationOrder
 
 # What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
 REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
@@ -144,7 +144,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
                 continue
             fit_to_tokenizer(classifier, tokenizer, name)
             names = {int(number): str(label) for number, label in classifier.config.id2label.items()}  # type: ignore[union-attr, operator]
-            if label_order(names, self.task, name) is not None:
+            if label_order(names, self.task, name, is_trained=classifier is model) is not None:
                 raise UserError(
                     f"{name}: its classes are {', '.join(names.values())}, in the task's order {self.task.label_words}; "
                     "load it with dts_hf.classification.models.load_classifier, which reorders them"
@@ -287,6 +287,10 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         order = EvaluationOrder(dataset, multiple, self.task.regression)
         return super(DistillationTrainer, self).get_eval_dataloader(order)
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As for evaluation: ``predict`` is an evaluation that leaves no line in the log."""
+        return self.get_eval_dataloader(test_dataset)
+
     def _check_rows(self, dataset: Any, student: nn.Module) -> None:
         if dataset is None:
             return
@@ -294,3 +298,15 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         for model, name in ((student, "the student"), (self.classifier.model, "the teacher")):
             if model is not None:
                 check_positions(model, name, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
+
+
+class EvaluationOrder(_EvaluationOrder):
+    """The order of language models, whose filling rows have one label, and here it is none."""
+
+    def __init__(self, dataset: LabelledDataset, multiple: int, regression: bool) -> None:
+        super().__init__(dataset, multiple)
+        self.no_label = float("nan") if regression else IGNORE_INDEX
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        return row if index < len(self.order) else {**row, "labels": self.no_label, "row_id": NO_ROW}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ class AnswerFile:
             path.unlink()
 
     def _partial_files(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.partial-*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.partial-*"))
 
     def close(self) -> None:
         """Stop writing; ``append`` would go on behind what is there."""

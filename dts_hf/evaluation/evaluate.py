@@ -20,14 +20,17 @@ import torch
 from dts_hf.data import Row, load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.answers import AnswerFile
-from dts_hf.evaluation.instruct import evaluate_instruct, rows_digest
+from dts_hf.evaluation.instruct import evaluate_instruct, on_first_process, process, rows_digest
 from dts_hf.evaluation.protocol import get_protocol
-from dts_hf.evaluation.scorer import VALIDATION, load_sets, protocol_of
+from dts_hf.evaluation.scorer import VALIDATION, batch_size_that_matters, load_sets, protocol_of
+from dts_hf.evaluation.vllm_backend import check_vllm_settings, load_vllm, vllm_generate
 from dts_hf.generation import generate
 from dts_hf.models import load_model, load_tokenizer
 from dts_hf.prompts import get_template
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory, write_json_atomic
+from dts_hf.run_end import say
+from dts_hf.sets import canonical_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,24 +64,27 @@ def evaluate_command(
         model: Hub name, model folder, or run directory.
         sets: names of prepared sets (``dts-hf list sets``) or row files.
         data: further rows in any form that ``data.load_rows`` takes. Without ``sets`` and ``data``: the validation
-            rows of the run.
-        protocol: name of a variant (``dts-hf list protocols``); None: the run's own, and ``minillm`` for a model.
+            rows of the run, with the data's own answers as references.
+        protocol: name of a variant (``dts-hf list protocols``); None: ``minillm`` for a model and where ``sets`` names a
+            prepared set, else the run's own.
         seeds: sample once per seed; None: the protocol's.
         template, max_new_tokens, no_repeat_ngram_size: change the protocol; None: the protocol's.
         rows: answer the first so many of each set; None: all.
         batch_size: prompts answered at once.
-        dtype: of the weights; None: the run's, else float32.
+        dtype: of the weights; None: the run's ``evaluation.dtype``, else its ``student.dtype``; float32 for a model.
+            There is no autocast: a run with ``training.bf16`` answers under it, and scores differ in near-ties.
         output: folder for metrics, predictions and what a killed evaluation needs to go on; None: nothing is written.
         overwrite: begin anew where ``output`` holds another evaluation.
         backend: ``dts_hf``, or ``vllm`` (a variant of the protocol: other samples, no n-gram rule).
         data_dir: folder of the prepared sets; None: the default of ``sets.resolve_set``.
 
     Returns:
-        What ``metrics.json`` holds: ``{"format", "source", "protocol", "models": {"student" or "model": {"parameters",
-        "sets"}}}``.
+        What ``metrics.json`` holds, sets of earlier calls with the same ``output`` included: ``{"format", "source",
+        "protocol", "models": {"student" or "model": {"parameters", "sets"}}}``.
 
     Raises:
-        UserError: unknown model or set, no rows, wrong options, or an output folder with another evaluation.
+        UserError: unknown model or set, no rows, wrong options, or an output folder with another evaluation. Every
+            process raises it.
     """
     is_run = (Path(model) / "recipe.yaml").is_file()
     run = RunDirectory.open(model) if is_run else None
@@ -91,9 +97,10 @@ def evaluate_command(
         raise UserError(
             f"{model}: this run classifies ({recipe.task.subset}): its scores are in {run and run.metrics_path}"
         )
-    chosen = protocol_of(recipe) if recipe is not None and protocol is None else get_protocol(protocol or "minillm")
+    own = recipe is not None and protocol is None and not any(canonical_name(name) for name in sets)
+    chosen = protocol_of(recipe) if own and recipe is not None else get_protocol(protocol or "minillm")
     if template is not None:
-        get_template(template)
+        get_template(template, "--template")
     chosen = chosen.changed(
         seeds=seeds,
         do_sample=True if seeds else None,
@@ -102,35 +109,44 @@ def evaluate_command(
         no_repeat_ngram_size=no_repeat_ngram_size,
         backend=backend,
     )
-    chosen.settings(batch_size)  # refuses values out of range before anything is loaded
+    settings = chosen.settings(batch_size)  # refuses values out of range before anything is loaded
+    if backend == "vllm":
+        check_vllm_settings(settings)
     wanted = _load_rows(model, recipe, sets, data, rows, data_dir)
 
     source = str(run.final_path) if run is not None else model
-    precision = dtype or (recipe and recipe.evaluation.dtype) or "float32"
+    precision = dtype or (recipe and (recipe.evaluation.dtype or recipe.student.dtype)) or "float32"
     device = _join_processes()
+    rank, world = process()
     tokenizer = load_tokenizer(source, key="model")
-    described = {**chosen.describe(tokenizer), "dtype": precision}
+    matters = batch_size_that_matters([] if backend == "vllm" else [precision], batch_size)
+    described = {**chosen.describe(tokenizer), "dtype": precision, "batch_size": matters}
+    identity: dict[str, Any] = {
+        "protocol": {key: value for key, value in described.items() if key not in ("name", "batch_size")},
+        "batch_size": matters,
+        "rows": {name: rows_digest(of_set) for name, of_set in wanted.items()},
+    }
+    folder = None if output is None else Path(output)
+    if folder is not None:  # all that can be known before the model is loaded
+        on_first_process(lambda: _check_folder(folder, identity, overwrite), rank, world)
     answer: Callable[..., Any] = generate
-    identity: dict[str, Any]
     if backend == "vllm":
-        from dts_hf.evaluation.vllm_backend import load_vllm, vllm_generate
-
         engine: Any = load_vllm(source, precision)
-        answer, parameters, identity = vllm_generate, None, {"model": source}
+        answer, parameters, identity["model"] = vllm_generate, None, files_digest(source)
     else:
         engine = load_model(source, key="model", dtype=precision)
-        identity = {"model": model_digest(engine)}
+        identity["model"] = model_digest(engine)
         parameters = sum(parameter.numel() for parameter in engine.parameters())
         engine = engine.to(device)
-    identity |= {
-        "protocol": {key: value for key, value in described.items() if key != "name"},
-        # Below fp32 the text depends on what is answered together
-        "batch_size": None if precision == "float32" else batch_size,
-    }
-    folder = None if output is None else _open_folder(Path(output), identity, wanted, overwrite)
-    results = {}
+    if folder is not None:
+        on_first_process(lambda: _open_folder(folder, identity, overwrite), rank, world)
+    if rank == 0:
+        say(f"{model}: {', '.join(wanted)} under the protocol {chosen.name}, weights in {precision}")
+        if recipe is not None and VALIDATION in wanted and recipe.data.responses == "teacher":
+            say("The run's own scores are against the teacher's answers, these are against the data's")
+    results: dict[str, Any] = {}
     for name, of_set in wanted.items():
-        answers = None if folder is None else AnswerFile(folder / "predictions" / f"{_file_name(name)}.jsonl", _rank())
+        answers = None if folder is None else AnswerFile(folder / "predictions" / f"{_file_name(name)}.jsonl", rank)
         result = evaluate_instruct(
             engine, tokenizer, of_set, chosen, batch_size=batch_size, set_name=name, progress=name, answers=answers,
             all_processes=True, answer=answer,
@@ -139,28 +155,40 @@ def evaluate_command(
         if answers is not None:
             answers.close()
             _wait()
-            if _rank() == 0:
+            if rank == 0:
                 answers.finish(result.predictions)
+    if folder is not None:
+        results = {**on_first_process(lambda: _sets_before(folder), rank, world), **results}
     metrics = {
         "format": 1,
         "source": model,
         "protocol": described,
         "models": {"model" if run is None else "student": {"parameters": parameters, "sets": results}},
     }
-    if folder is not None and _rank() == 0:
+    if folder is not None and rank == 0:
         write_json_atomic(folder / "metrics.json", metrics)
     return metrics
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Digest of the architecture and of a sample of every weight: finds a model that was trained on or replaced."""
-    digest = hashlib.sha256()
+    """Digest of configuration, end tokens and a sample of every weight: finds a model that was changed or replaced."""
+    config = json.loads(model.config.to_json_string())
+    config.pop("transformers_version", None)  # of the reader
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    digest = hashlib.sha256(json.dumps([config, stops], sort_keys=True).encode())
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()
         sample = values[:: max(1, len(values) // 1024)].float().cpu().numpy()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.tobytes())
     return digest.hexdigest()[:16]
+
+
+def files_digest(source: str) -> str:
+    """Digest of a model by name, and for a folder by the names, sizes and times of its files: it is not loaded here."""
+    files = sorted(Path(source).iterdir()) if Path(source).is_dir() else []
+    listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps([source, listed]).encode()).hexdigest()[:16]
 
 
 def _load_rows(
@@ -172,10 +200,12 @@ def _load_rows(
     data_dir: str | Path | None,
 ) -> dict[str, list[Row]]:
     """The rows of each set, by name."""
-    found = load_sets(sets, limit, data_dir)
+    found = load_sets(sets, limit, data_dir, key="--sets")
     split = recipe.data.validation_split if recipe else "validation"
     if data is not None:
-        name = Path(data).name.split(".")[0] or "data"
+        # Of a pattern, the folder: rows/*.jsonl is called rows
+        plain = [part.split(".")[0] for part in Path(data).parts if not set(part) & set("*?[")]
+        name = next(filter(None, reversed(plain)), "data")
         if name in found:
             raise UserError(f"--data: {name!r} is also the name of one of --sets; rename the file")
         found[name] = load_rows(data, split=split, limit=limit)
@@ -184,46 +214,57 @@ def _load_rows(
             raise UserError(
                 f"evaluate: {model!r} is no run directory with validation rows; say which: --sets NAME,NAME or --data FILE"
             )
-        found[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=limit)
+        limits = [count for count in (limit, recipe.data.max_validation_rows) if count is not None]
+        found[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=min(limits, default=None))
     return found
 
 
-def _open_folder(
-    folder: Path,
-    identity: Mapping[str, Any],
-    wanted: Mapping[str, Sequence[Row]],
-    overwrite: bool,
-) -> Path:
-    """Make the folder, or go on in it where it holds the same evaluation; one of something else is refused."""
+def _check_folder(folder: Path, mine: Mapping[str, Any], overwrite: bool) -> dict[str, str]:
+    """Refuse a folder of something else; return the digests of the rows that the evaluation in it has, by set."""
     path = folder / IDENTITY_FILE
-    mine = {**identity, "rows": {name: rows_digest(rows) for name, rows in wanted.items()}}
-    if _rank() == 0:
-        if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-            raise UserError(f"--output: {folder} is not empty and holds no evaluation; choose another folder")
-        if path.is_file() and overwrite:
-            for old in [path, folder / "metrics.json", *(folder / "predictions").glob("*.jsonl*")]:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output: {folder} is a file, expected a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+        raise UserError(f"--output: {folder} is not empty and holds no evaluation; choose another folder")
+    if overwrite or not path.is_file():
+        return {}
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    different = _differences(theirs, mine)
+    if different:
+        raise UserError(
+            f"--output: {folder} holds another evaluation ({', '.join(different)}). Choose another folder, or "
+            "replace it with --overwrite"
+        )
+    return dict(theirs["rows"])
+
+
+def _open_folder(folder: Path, mine: Mapping[str, Any], overwrite: bool) -> None:
+    """Make the folder, or go on in it where it holds the same evaluation; one of something else is refused."""
+    before = _check_folder(folder, mine, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for old in [folder / "metrics.json", *(folder / "predictions").glob("*.jsonl*")]:
                 old.unlink(missing_ok=True)
-        elif path.is_file():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            different = _differences(theirs, mine)
-            if different:
-                raise UserError(
-                    f"--output: {folder} holds another evaluation ({', '.join(different)}). Choose another folder, or "
-                    "replace it with --overwrite"
-                )
-            mine["rows"] = {**theirs["rows"], **mine["rows"]}
-        try:
-            (folder / "predictions").mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, mine)
-        except OSError as error:
-            raise UserError(f"--output: cannot write in {folder}: {error.strerror}") from None
-    _wait()
-    return folder
+        # Before the first answer, after the last old one: whatever is killed, the answers are those of this file
+        write_json_atomic(folder / IDENTITY_FILE, {**mine, "rows": {**before, **mine["rows"]}})
+        (folder / "predictions").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot write in {folder}: {error.strerror}") from None
+
+
+def _sets_before(folder: Path) -> dict[str, Any]:
+    """The scores of the sets that ``metrics.json`` holds already; ``_open_folder`` has seen to it that they fit."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return {}
+    (entry,) = json.loads(path.read_text(encoding="utf-8"))["models"].values()
+    return dict(entry["sets"])
 
 
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
     """What two evaluations differ in, in words. Sets that only one of them has are no difference."""
-    found = ["another model"] if theirs["model"] != mine["model"] else []
+    found = ["another model"] if "model" in mine and theirs["model"] != mine["model"] else []
     old, new = theirs["protocol"], mine["protocol"]
     found += [
         f"{key} {old.get(key)}, now {new[key]}" for key in new if key != "fingerprint" and old.get(key) != new[key]
@@ -248,10 +289,6 @@ def _join_processes() -> torch.device:
 
         return torch.device(PartialState(cpu=not torch.cuda.is_available()).device)  # type: ignore[arg-type]
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _wait() -> None:

@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,12 +17,13 @@ from dts_hf.evaluation.answers import Answer, AnswerFile
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.rouge import best_rouge_l
 from dts_hf.evaluation.text import exact_match, repeats_ngram
-from dts_hf.generation import Generated, generate, is_sharded, stop_token_ids
+from dts_hf.generation import Generated, checked_prompts, generate, is_sharded, stop_token_ids
 from dts_hf.prompts import EncodedPrompt, encode_prompts, get_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Result = TypeVar("Result")
 
 # In the order of metrics.json
 MEASURES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty", "mean_tokens")
@@ -72,10 +73,12 @@ def evaluate_instruct(
 
     Returns:
         Scores ``{measure: {"mean", "sd", "per_seed"}}``: ROUGE-L, exact match and the shares from 0 to 1,
-        ``mean_tokens`` in tokens. ``sd`` is the sample standard deviation over seeds, None for a single one.
+        ``mean_tokens`` in tokens. ``sd`` is the sample standard deviation over seeds, None for a single one;
+        ``seeds`` is empty for greedy text.
 
     Raises:
-        UserError: there are no rows, two have the same id, or no prompt fits.
+        UserError: there are no rows, two have the same id, no prompt fits, or one leaves the model no room to answer.
+            Every process raises it.
     """
     _check_rows(rows, set_name)
     template = get_template(protocol.template)
@@ -83,17 +86,19 @@ def evaluate_instruct(
     kept = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if prompt is not None]
     if not kept:
         raise UserError(
-            f"evaluation on '{set_name}': none of the {len(rows)} prompts fits into "
-            f"data.max_prompt_length={protocol.max_prompt_length} tokens"
+            f"evaluation on '{set_name}': none of the {len(rows)} prompts fits into the protocol's max_prompt_length "
+            f"of {protocol.max_prompt_length} tokens (in a recipe: data.max_prompt_length)"
         )
-    rank, world = _process() if all_processes else (0, 1)
+    if isinstance(model, torch.nn.Module):
+        checked_prompts(model, [p.ids for _, p in kept], protocol.max_new_tokens, [row.id for row, _ in kept])
+    rank, world = process() if all_processes else (0, 1)
     if not all_processes and isinstance(model, torch.nn.Module) and is_sharded(model):
         raise ValueError("the weights are spread over processes: call evaluate_instruct on all, with all_processes")
     calls = _calls([len(prompt.ids) for _, prompt in kept], _rows_are_independent(model), batch_size, rank, world)
-    known = _shared({} if answers is None or rank else answers.load(), world)
+    known = on_first_process(lambda: {} if answers is None else answers.load(), rank, world)
     predictions: list[dict[str, Any]] = []
     for seed in protocol.runs:
-        made = dict(known)
+        made: dict[Answer, dict[str, Any]] = {}
 
         def finished(block: Sequence[int], position: int, generated: Generated, seed: int = seed) -> None:
             row, prompt = kept[block[position]]
@@ -108,15 +113,14 @@ def evaluate_instruct(
             part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
             title = None if rank or progress is None else f"{progress}, seed {seed}{part}"
             _answer_block(model, tokenizer, kept, todo, protocol, seed, batch_size, title, answer, finished)
-        for others in _gathered(made, world):
-            made.update(others)
-        predictions += [made[Answer(seed, row.id)] for row, _ in kept]
+        found = {answer: row for part in (known, *_gathered(made, world)) for answer, row in part.items()}
+        predictions += [found[Answer(seed, row.id)] for row, _ in kept]
     scores: dict[str, Any] = {
         "n": len(kept),
         "dropped": len(rows) - len(kept),
         "prompts_cut": sum(prompt.cut for _, prompt in kept),
         "rows_sha256": rows_digest([row for row, _ in kept]),
-        "seeds": list(protocol.runs),
+        "seeds": list(protocol.seeds) if protocol.do_sample else [],
     }
     per_seed = [_means(predictions[i : i + len(kept)]) for i in range(0, len(predictions), len(kept))]
     for measure in MEASURES:
@@ -152,9 +156,12 @@ def _answer_block(
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of an answer without special tokens, spaces around it, or what follows a spelt-out end mark."""
+    """Return the text of an answer without special tokens, spaces around it, or what follows a spelt-out end mark.
+
+    ``<n>`` is a line break, as in MiniLLM's code.
+    """
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-    return text.split("<|endoftext|>")[0].strip()
+    return text.split("<|endoftext|>")[0].replace("<n>", "\n").strip()
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -174,11 +181,20 @@ def _check_rows(rows: Sequence[Row], set_name: str) -> None:
 # ------------------------------------------------------------------------------------------- which process does what
 
 
-def _process() -> tuple[int, int]:
+def process() -> tuple[int, int]:
     """(rank, world size) of the default process group; (0, 1) without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
+    """In what ``model`` answers: the dtype of its weights, or ``autocast`` where its forward runs under that."""
+    # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
+    if hasattr(model, "_original_forward"):
+        return autocast
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    return "+".join(sorted(kinds))
 
 
 def _rows_are_independent(model: Any) -> bool:
@@ -208,17 +224,24 @@ def _calls(
     return [(block, True) for block in blocks[rank::world]]
 
 
-def _shared(known: dict[Answer, dict[str, Any]], world: int) -> dict[Answer, dict[str, Any]]:
-    """What the first process knows, on all of them: they must agree on what is left to do."""
-    if world > 1:
-        held: list[Any] = [known]
-        torch.distributed.broadcast_object_list(held)
-        return held[0]  # type: ignore[no-any-return]
-    return known
+def on_first_process(work: Callable[[], Result], rank: int, world: int) -> Result:
+    """Do ``work`` on the first process alone; its result, or its ``UserError``, is that of all: none waits for ever."""
+    if world == 1:
+        return work()
+    held: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            held[0] = work()
+        except UserError as error:
+            held[1] = str(error)
+    torch.distributed.broadcast_object_list(held)
+    if held[1] is not None:
+        raise UserError(held[1])
+    return held[0]  # type: ignore[no-any-return]
 
 
 def _gathered(made: dict[Answer, dict[str, Any]], world: int) -> list[dict[Answer, dict[str, Any]]]:
-    """What every process has made; a row that two have made has the same key and counts once."""
+    """What every process has made."""
     found: list[Any] = [made] * world
     if world > 1:
         torch.distributed.all_gather_object(found, made)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROUGE = "rougeL F-measure of rouge_score 0.1.2, Porter stemmer, best reference"
 # In metrics.json beside the fingerprint, and not part of it
-NOT_COMPARED = ("fingerprint", "name", "dtype")
+NOT_COMPARED = ("fingerprint", "name", "dtype", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Protocol:
         seeds: one pass of sampling each. Greedy text is made once.
         backend: ``dts_hf`` (``generation.py``) or ``vllm``. Their samples differ, so it is a part of the protocol.
 
-    Padding is the end-of-sequence token where a tokenizer has no other; it is never attended to.
+    Padding is the end-of-sequence token where a tokenizer has no other; it is never attended to. What a tokenizer puts
+    before a text by itself (LLaMA's ``<s>``) stands before the prompt, as in training; MiniLLM's code leaves it out. Of
+    an answer, special tokens and what follows a spelt-out ``<|endoftext|>`` are dropped, ``<n>`` is a line break, and
+    spaces around it do not count, as in MiniLLM's code (``instruct.decode_answer``).
     """
 
     name: str = "minillm"
@@ -209,7 +212,14 @@ def check_same_rows(sets: Mapping[str, Mapping[str, Any]]) -> None:
 
 def tokenizer_digest(tokenizer: Any, template: str) -> str:
     """Digest of what the tokenizer is, not of where it was loaded from."""
-    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template if template == "chat" else None]
+    from dts_hf.prompts import get_template, leading_special_ids
+
+    written = get_template(template).writes_special_tokens
+    parts = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.eos_token_id,
+        tokenizer.chat_template if written else leading_special_ids(tokenizer),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

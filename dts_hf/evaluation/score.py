@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.evaluation.text import exact_match, repeats_ngram
@@ -17,29 +18,48 @@ def score_file(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: one object a line: ``prediction`` and its reference under ``references``, ``reference`` or ``output`` (a
-            text or a list of texts, of which the best counts). Other fields are ignored.
+            text or a list of texts, of which the best counts). ``set`` and ``seed``, as in ``predictions/`` of a run,
+            say what belongs together; other fields are ignored.
 
     Returns:
         ``n`` rows, and the shares and means (0 to 1) ``rougeL``, ``exact_match``, ``empty`` (no text) and
-        ``repeats_4gram``.
+        ``repeats_4gram``. Of several seeds: the means over ``seeds`` seeds, each of up to ``n`` rows. Of several sets:
+        ``{"sets": {name: these}}``.
 
     Raises:
         UserError: the file or a line of it cannot be read; the message names the line.
     """
     from dts_hf.evaluation.rouge import best_rouge_l  # loads nltk
 
-    predictions, references = _read(Path(path))
-    n = len(predictions)
-    return {
-        "n": n,
-        "rougeL": sum(map(best_rouge_l, predictions, references)) / n,
-        "exact_match": sum(map(exact_match, predictions, references)) / n,
-        "empty": sum(not text.strip() for text in predictions) / n,
-        "repeats_4gram": sum(map(repeats_ngram, predictions)) / n,
-    }
+    passes: dict[str, dict[str, list[_Row]]] = {}
+    for row in _read(Path(path)):
+        passes.setdefault(row.set_name, {}).setdefault(row.seed, []).append(row)
+
+    def scores(by_seed: dict[str, list[_Row]]) -> dict[str, Any]:
+        each = [
+            {
+                "rougeL": statistics.fmean(best_rouge_l(row.prediction, row.references) for row in rows),
+                "exact_match": statistics.fmean(exact_match(row.prediction, row.references) for row in rows),
+                "empty": statistics.fmean(not row.prediction.strip() for row in rows),
+                "repeats_4gram": statistics.fmean(repeats_ngram(row.prediction) for row in rows),
+            }
+            for rows in by_seed.values()
+        ]
+        counts = {"n": max(map(len, by_seed.values())), **({"seeds": len(each)} if len(each) > 1 else {})}
+        return {**counts, **{measure: statistics.fmean(means[measure] for means in each) for measure in each[0]}}
+
+    by_set = {name: scores(by_seed) for name, by_seed in passes.items()}
+    return {"sets": by_set} if len(by_set) > 1 else next(iter(by_set.values()))
 
 
-def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+class _Row(NamedTuple):
+    prediction: str
+    references: list[str]
+    set_name: str
+    seed: str
+
+
+def _read(path: Path) -> list[_Row]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected a JSONL file of predictions")
     try:
@@ -52,18 +72,14 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"{path}, line {number}: not UTF-8 text, expected one JSON object a line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    predictions, references = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            prediction, row_references = _row(line, f"{path}, line {number}")
-            predictions.append(prediction)
-            references.append(row_references)
-    if not predictions:
+    lines = enumerate(text.split("\n"), start=1)
+    rows = [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if not rows:
         raise UserError(f"{path}: no rows, expected one JSON object a line with 'prediction' and 'references'")
-    return predictions, references
+    return rows
 
 
-def _row(line: str, where: str) -> tuple[str, list[str]]:
+def _row(line: str, where: str) -> _Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -80,7 +96,7 @@ def _row(line: str, where: str) -> tuple[str, list[str]]:
     found = [row[name]] if isinstance(row[name], str) else row[name]
     if not isinstance(found, list) or not found or not all(isinstance(reference, str) for reference in found):
         raise UserError(f"{where}: {name}: got {_shown(row[name])}, expected a text or a list of at least one text")
-    return row["prediction"], found
+    return _Row(row["prediction"], found, str(row.get("set", "")), str(row.get("seed", "")))
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ from torch import nn
 
 from dts_hf.data import Row, load_rows
 from dts_hf.errors import UserError
-from dts_hf.evaluation.instruct import InstructResult, evaluate_instruct
+from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.protocol import Protocol, custom_protocol, get_protocol
 from dts_hf.generation import is_sharded
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory
-from dts_hf.sets import resolve_set
+from dts_hf.sets import canonical_name, resolve_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,11 @@ def protocol_of(recipe: Recipe) -> Protocol:
 
 
 def load_sets(
-    names: Sequence[str], limit: int | None = None, data_dir: str | Path | None = None
+    names: Sequence[str],
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+    *,
+    key: str = "evaluation.sets",
 ) -> dict[str, list[Row]]:
     """Rows of evaluation sets, by name.
 
@@ -51,15 +55,22 @@ def load_sets(
         names: of prepared sets (``dts-hf list sets``), or row files.
         limit: the first so many rows of each; None: all.
         data_dir: folder of the prepared sets; None: the default of ``sets.resolve_set``.
+        key: what the user calls this choice, for messages.
 
     Raises:
-        UserError: an unknown or unprepared set, bad rows, or a name given twice.
+        UserError: an unknown or unprepared set, one of GLUE, bad rows, or a name given twice.
     """
     found: dict[str, list[Row]] = {}
     for wanted in names:
-        prepared = resolve_set(wanted, data_dir)
+        family, _, task = (canonical_name(wanted) or "").partition("/")
+        if family == "glue":
+            raise UserError(
+                f"{key}: {wanted!r} is a GLUE set: its rows have labels and no written answers. Scores on it are those of "
+                f"a classifier, in the run of a recipe with task: {{name: glue, subset: {task}}}"
+            )
+        prepared = resolve_set(wanted, data_dir, key=key)
         if prepared.name in found:
-            raise UserError(f"evaluation sets: {prepared.name!r} is there twice; give each set once")
+            raise UserError(f"{key}: {prepared.name!r} is there twice; give each set once, and files different names")
         found[prepared.name] = load_rows(prepared.path, limit=limit)
     return found
 
@@ -112,10 +123,13 @@ class Scorer:
                 forced = {"ce": values["eval_teacher_ce"], "kl": 0.0, "top1_agreement": 1.0}
                 teacher["teacher_forced"] = {**forced, "n_tokens": int(values["eval_rows"])}
         title = name.replace("_", " ")
-        results = {
-            set_name: self._answer(model, rows, set_name, f"{title} answers ({set_name})")
-            for set_name, rows in sets.items()
-        }
+        with weights_as(model, self.recipe.evaluation.dtype):
+            results = {
+                set_name: self._answer(model, rows, set_name, f"{title} answers ({set_name})")
+                for set_name, rows in sets.items()
+            }
+            lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
+            entry["dtype"] = answered_in(model, f"{lowered} autocast")
         entry["sets"] = {set_name: result.scores for set_name, result in results.items()}
         self.models[name] = entry
         if not self.trainer.is_world_process_zero():
@@ -137,7 +151,8 @@ class Scorer:
     def during(self) -> dict[str, Any]:
         """Scores of the student as it is now, on the validation rows."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        return self._answer(model, self.rows, VALIDATION, None).scores
+        with self.trainer.clock_stopped(), weights_as(model, self.recipe.evaluation.dtype):
+            return self._answer(model, self.rows, VALIDATION, None).scores
 
     def record(self, step: int, epoch: float, scores: dict[str, Any]) -> None:
         """Write the scores as a line of ``log.jsonl``."""
@@ -145,23 +160,32 @@ class Scorer:
         self.run.append_log(record)
 
     def finish(self, training: dict[str, Any]) -> None:
-        """Write ``metrics.json``."""
-        protocol = {**self.protocol.describe(self.tokenizer), "dtype": self.recipe.evaluation.dtype}
+        """Write ``metrics.json``; its protocol names the ``dtype`` of the student's answers, each model has its own."""
+        dtypes = {name: entry["dtype"] for name, entry in self.models.items()}
+        protocol = {
+            **self.protocol.describe(self.tokenizer),
+            "dtype": dtypes.get("student") or next(iter(dtypes.values()), None),
+            "batch_size": batch_size_that_matters(dtypes.values(), self.recipe.evaluation.batch_size),
+        }
         metrics: dict[str, Any] = {"format": 1, "protocol": protocol, "models": self.models, "training": training}
         self.run.write_metrics(metrics)
 
     def _answer(self, model: nn.Module, rows: Sequence[Row], set_name: str, progress: str | None) -> InstructResult:
-        with weights_as(model, self.recipe.evaluation.dtype):
-            return evaluate_instruct(
-                model,
-                self.tokenizer,
-                rows,
-                self.protocol,
-                batch_size=self.recipe.evaluation.batch_size,
-                set_name=set_name,
-                progress=progress,
-                all_processes=True,
-            )
+        return evaluate_instruct(
+            model,
+            self.tokenizer,
+            rows,
+            self.protocol,
+            batch_size=self.recipe.evaluation.batch_size,
+            set_name=set_name,
+            progress=progress,
+            all_processes=True,
+        )
+
+
+def batch_size_that_matters(dtypes: Iterable[str], batch_size: int) -> int | None:
+    """``batch_size`` where a model answered below fp32: there the text depends on what is answered together."""
+    return None if all(dtype == "float32" for dtype in dtypes) else batch_size
 
 
 def means(scores: Mapping[str, Any]) -> dict[str, float]:

@@ -14,6 +14,19 @@ from dts_hf.errors import UserError
 from dts_hf.generation import Generated, GenerationSettings
 
 
+def check_vllm_settings(settings: GenerationSettings) -> None:
+    """Refuse what vLLM cannot do.
+
+    Raises:
+        UserError: the settings ask for the n-gram rule.
+    """
+    if settings.no_repeat_ngram_size:
+        raise UserError(
+            f"backend: vllm has no n-gram rule that counts the prompt (no_repeat_ngram_size is "
+            f"{settings.no_repeat_ngram_size}): use the protocol 'no_ngram', or backend: dts_hf"
+        )
+
+
 def load_vllm(model: str, dtype: str) -> Any:
     """Return the engine for a model folder or Hub name.
 
@@ -38,16 +51,8 @@ def vllm_generate(
     progress: str | None = None,
     on_finished: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
-    """Answer every prompt; arguments and result are those of ``generation.generate``. vLLM batches as it likes.
-
-    Raises:
-        UserError: the settings ask for the n-gram rule.
-    """
-    if settings.no_repeat_ngram_size:
-        raise UserError(
-            f"backend: vllm has no n-gram rule that counts the prompt (no_repeat_ngram_size is "
-            f"{settings.no_repeat_ngram_size}): use the protocol 'no_ngram', or backend: dts_hf"
-        )
+    """Answer every prompt; arguments and result are those of ``generation.generate``. vLLM batches as it likes."""
+    check_vllm_settings(settings)
     from vllm import SamplingParams
 
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
@@ -66,7 +71,8 @@ def vllm_generate(
     answers = []
     for position, output in enumerate(engine.generate(requests, parameters, use_tqdm=progress is not None)):
         tokens = list(output.outputs[0].token_ids)
-        finished = bool(tokens) and tokens[-1] in eos_token_ids
+        # Its own end tokens count too; the one that ended the answer is the last of its ids
+        finished = output.outputs[0].finish_reason == "stop"
         answers.append(Generated(tokens[:-1] if finished else tokens, finished))
         if on_finished is not None:
             on_finished(position, answers[-1])

@@ -215,11 +215,19 @@ DTS_RULES = {
 
 
 class Policy(NamedTuple):
-    """What a temperature policy says of itself: all options with their defaults, its rule in words, its paper."""
+    """What a temperature policy says of itself.
+
+    Attributes:
+        options: all of them, with their defaults.
+        rule: its rule in words.
+        paper: its paper's identifier.
+        kd_ratio: the weight of the soft loss at the start and at the end of training, where the policy sets it.
+    """
 
     options: dict[str, Any]
     rule: str
     paper: str | None
+    kd_ratio: tuple[float, float] | None = None
 
 
 def policy_facts(facts: Facts) -> Policy:
@@ -235,7 +243,13 @@ def policy_facts(facts: Facts) -> Policy:
     known = [key for key in inspect.signature(type(policy).__init__).parameters if key != "self"]
     options = {**options, **{key: getattr(policy, key) for key in known if getattr(policy, key, None) is not None}}
     document = " ".join((type(policy).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
-    return Policy(options, DTS_RULES.get(str(options.get("rule")), "") if name == "dts" else document, policy.paper)
+    rule = DTS_RULES.get(str(options.get("rule")), "") if name == "dts" else document
+    ratios = []
+    for progress in (0.0, 1.0):
+        policy.begin_step(progress)
+        ratios.append(policy.kd_ratio)
+    start, end = ratios
+    return Policy(options, rule, policy.paper, None if start is None or end is None else (start, end))
 
 
 def paper_link(paper: str | None) -> str | None:
@@ -257,6 +271,11 @@ def teacher_is_reference(facts: Facts) -> bool:
         row.get("prediction", "").strip() in {str(r).strip() for r in row.get("references", ())} for row in rows
     )
     return bool(rows) and same >= 0.9 * len(rows)
+
+
+def kept_best(facts: Facts) -> bool:
+    """Whether a task kept the weights that scored best on its validation rows, rather than the last ones."""
+    return str((facts.metrics.get("protocol") or {}).get("checkpoint", "")).startswith("best")
 
 
 def interval(facts: Facts, model: str, set_name: str) -> float | None:

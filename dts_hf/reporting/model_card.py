@@ -14,6 +14,7 @@ from dts_hf.reporting.facts import (
     duration_words,
     gather,
     hub_id,
+    kept_best,
     number,
     paper_link,
     policy_facts,
@@ -43,6 +44,7 @@ def render_model_card(run: RunDirectory) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     facts = gather(run)
+    policy = policy_facts(facts) if softens(facts) else Policy({}, "", None)
     # Markdown, not HTML: escaping would put &lt; into code blocks. No text written by a model enters the card.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -58,9 +60,9 @@ def render_model_card(run: RunDirectory) -> str:
         counts=counts_words(facts),
         teacher_is_reference=teacher_is_reference(facts),
         settings=settings(facts),
-        policy=policy_facts(facts) if softens(facts) else Policy({}, "", None),
+        policy=policy,
         temperature_name=temperature(facts)[0],
-        link=paper_link(policy_facts(facts).paper),
+        link=paper_link(policy.paper),
         summary=summary(facts),
         measures=list(dict.fromkeys(line.measure for line in score_lines(facts))),
         regression=facts.task.get("subset") == "stsb",
@@ -166,7 +168,6 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     if not facts.recipe:
         return []
     loss, data, policy = facts.section("loss"), facts.section("data"), policy_facts(facts)
-    ratio = number(loss.get("kd_ratio"))
     scaling = {
         "squared": "squared: the KD loss is multiplied by T² (T_student x T_teacher where they differ)",
         "none": "none: the KD loss is not multiplied by T²",
@@ -179,7 +180,6 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     ]
     if facts.task:
         return [(name, value) for name, value in _task_settings(facts, softened) if value]
-    distils, hard = bool(facts.section("teacher")), "cross-entropy on the hard labels"
     rows = [
         ("teacher", teacher_words(facts)),
         (
@@ -189,7 +189,7 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         ("student", student_words(facts)),
         ("parameters", _parameter_words(facts)),
         *(softened if softens(facts) else []),
-        ("loss", f"{1 - ratio:.3g} x {hard} + {ratio:.3g} x KD loss" if distils and ratio is not None else hard),
+        ("loss", _loss_words(facts, "cross-entropy on the hard labels", "KD loss")),
         ("answers learnt from", _answers_words(facts)),
         ("prompt template", f"`{data.get('prompt_template')}`"),
         ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
@@ -202,45 +202,53 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
 
 def _task_settings(facts: Facts, softened: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """As ``settings``, for a classifier."""
-    ratio, task = facts.section("loss").get("kd_ratio"), facts.task
-    regression = task["subset"] == "stsb"
-    hard, soft = ("squared error to the label", "squared error to the teacher's score")
-    if not regression:
-        hard, soft = "cross-entropy on the labels", "KD loss"
-    distils = bool(facts.section("teacher"))
+    task, hard, soft = facts.task, "cross-entropy on the labels", "KD loss"
+    if task["subset"] == "stsb":
+        hard, soft = "squared error to the label", "squared error to the teacher's score"
     return [
         ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens"),
         ("teacher", teacher_words(facts)),
         ("student", student_words(facts)),
         ("parameters", _parameter_words(facts)),
         *(softened if softens(facts) else []),
-        ("loss", f"{1 - ratio:.3g} x {hard} + {ratio:.3g} x {soft}" if distils and ratio is not None else hard),
+        ("loss", _loss_words(facts, hard, soft)),
         *((f"data, {split}", _split_words(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
         ("training", _training_words(facts)),
         ("versions", _version_words(facts)),
     ]
 
 
+def _loss_words(facts: Facts, hard: str, soft: str) -> str:
+    """The weighted sum that was minimised, with the recipe's weights or the policy's own."""
+    ratio = number(facts.section("loss").get("kd_ratio"))
+    if not facts.section("teacher") or ratio is None:
+        return hard
+    own = policy_facts(facts).kd_ratio if softens(facts) else None
+    if own is None:
+        return f"{1 - ratio:.3g} x {hard} + {ratio:.3g} x {soft}"
+    start, end = own
+    words = f"(1 - kd_ratio) x {hard} + kd_ratio x {soft}; kd_ratio set by the policy: "
+    return words + (f"{start:.3g}" if start == end else f"{start:.3g} at the start, {end:.3g} at the end")
+
+
 def limits(facts: Facts) -> list[str]:
     """What the scores do not tell, in plain sentences."""
     found = ["One training run with one seed: another seed gives other numbers, and their spread was not measured."]
     counts = [(name, n) for name in facts.sets if (n := facts.rows_in(name))]
-    if facts.task:
-        return [
-            *found,
-            "The scores rest on "
-            + (", ".join(f"{n} rows ({name})" for name, n in counts) or "no rows: it was not evaluated")
-            + ". The same rows chose the best epoch, so they flatter it a little.",
-            "The student inherits the errors and biases of its teacher and data.",
-            "Its licence follows from the teacher's and from that of the data; `dts_hf` does not set one.",
-        ]
+    source = "its teacher" if facts.learns_from_teacher else "the model that gave it its first weights"
+    inherits = f"The student inherits the errors and biases of {source} and of its data."
+    licence = f"Its licence follows from that of {source} and from that of the data; `dts_hf` does not set one."
     protocol = facts.metrics.get("protocol") or {}
+    if facts.task:
+        rows = ", ".join(f"{n} rows ({name})" for name, n in counts) or "no rows: it was not evaluated"
+        chosen = " The rows of validation also chose the weights that are kept, which flatters their scores a little."
+        return [*found, f"The scores rest on {rows}.{chosen if kept_best(facts) else ''}", inherits, licence]
     if counts:
         prompts = ", ".join(f"{n} prompts ({name})" for name, n in counts)
         found.append(f"The scores rest on {prompts}; differences of a few points are within chance at such sizes.")
         if protocol.get("do_sample"):
             found.append(
-                "Answers were sampled, with the seeds named above the table; greedy answers score differently."
+                "Answers were sampled, with the seeds named beside the scores; greedy answers score differently."
             )
         else:
             found.append(
@@ -260,9 +268,7 @@ def limits(facts: Facts) -> list[str]:
         )
     else:
         found.append("ROUGE-L measures shared wording with a reference answer, not whether an answer is true.")
-    found.append("The student inherits its teacher's errors and biases. It was not tested for safety.")
-    found.append("Its licence follows from the teacher's and from that of the data; `dts_hf` does not set one.")
-    return found
+    return [*found, f"{inherits} It was not tested for safety.", licence]
 
 
 def example_prompt(facts: Facts) -> str | None:

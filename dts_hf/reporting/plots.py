@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.reporting.facts import Facts, gather, number
+from dts_hf.reporting.facts import Facts, gather, kept_best, number
 from dts_hf.reporting.tables import MEASURES
 from dts_hf.run_directory import RunDirectory
 
@@ -71,12 +71,18 @@ class Curve:
 
 
 def curve(records: Sequence[Mapping[str, Any]], key: str, kind: str = "train") -> Curve:
-    """The values of ``key`` over the steps of the log records of one kind."""
-    chosen = [record for record in records if record.get("kind") == kind and "step" in record]
-    values = [number(record.get(key)) for record in chosen]
-    return Curve(
-        [float(record["step"]) for record in chosen], [math.nan if value is None else value for value in values]
-    )
+    """The values of ``key`` over the steps of the log records of one kind.
+
+    The log of a run that was resumed has the steps since the checkpoint twice: the last record of a step counts.
+    """
+    found: dict[float, float] = {}
+    for record in records:
+        if record.get("kind") == kind and "step" in record:
+            step, value = float(record["step"]), number(record.get(key))
+            if key in record or step not in found:
+                found[step] = math.nan if value is None else value
+    steps = sorted(found)
+    return Curve(steps, [found[step] for step in steps])
 
 
 def write_figures(run: RunDirectory) -> list[Path]:
@@ -264,9 +270,9 @@ def draw_task_scores(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     axis.set_ylabel("score\n(x 100)")
     _room(axis, shown, ceiling=100.0)
     _finish(figure, drawn[0][1].steps)
-    caption = (
-        "Each point is one pass over the held-out rows. The student that is kept is that of the best first metric."
-    )
+    caption = "Each point is one pass over the held-out rows."
+    if kept_best(facts):
+        caption += " The student that is kept is that of the best first metric."
     return Drawing("scores", title, caption, figure)
 
 

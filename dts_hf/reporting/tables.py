@@ -248,7 +248,7 @@ def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: 
 
 
 def counts_words(facts: Facts) -> str:
-    """How many prompts and tokens the scores rest on: ``validation: 64 prompts, seed 10; ...``."""
+    """What the scores rest on: ``validation: 64 prompts, sampled with seed 10; ...``."""
     parts = []
     for set_name in facts.sets:
         entry = next(e for m in MODELS if (e := facts.model(m).get("sets", {}).get(set_name)))
@@ -258,6 +258,8 @@ def counts_words(facts: Facts) -> str:
         seeds = entry.get("seeds") or []
         if len(seeds) > 1:
             words += f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+        elif seeds and (facts.metrics.get("protocol") or {}).get("do_sample"):
+            words += f", sampled with seed {seeds[0]}"
         parts.append(words)
     tokens = [n for m in MODELS if (n := number((facts.model(m).get("teacher_forced") or {}).get("n_tokens")))]
     if tokens:
