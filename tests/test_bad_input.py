@@ -84,7 +84,7 @@ RECIPE_CASES = [
         "evaluation without rows", "data.validation=null evaluation.every_steps=1", ("every_steps", "data.validation")
     ),
     Case("T_min of 0", "temperature.t_min=0", ("temperature.t_min", "got 0", "above 0")),
-    Case("T_init above T_max", "temperature.t_init=9", ("temperature.t_init", "got 9", "to 3")),
+    Case("T_init above T_max", "temperature.t_init=9 temperature.t_max=3", ("temperature.t_init", "got 9", "to 3")),
     Case("unknown policy", "temperature=dst", ("temperature", "'dst'", "Did you mean 'dts'?")),
     Case("unknown policy option", "temperature.momentun=0.5", ("temperature.momentun", "Did you mean 'momentum'?")),
     Case("unknown rule", "temperature.rule=gaps", ("temperature.rule", "'gaps'", "Did you mean 'gap'?")),
