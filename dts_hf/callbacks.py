@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -150,7 +151,8 @@ class ProgressCallback(TrainerCallback):
             return
         columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         # On a terminal the line is live; in a file or a CI log rich prints it once, at the end.
-        self.progress = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns += (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # type: ignore[assignment]
+        self.progress = Progress(*columns, console=Console(stderr=True))  # stdout is for results
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
         self.progress.start()
 

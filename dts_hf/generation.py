@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import DynamicCache
@@ -472,7 +473,7 @@ def _progress_bar(title: str | None, total: int) -> Iterator[Any]:
         yield lambda rows, tokens: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    bar = Progress(*columns, TimeRemainingColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))  # stdout is for results
     task = bar.add_task(title, total=total, rate="")
     began = time.monotonic()
 
