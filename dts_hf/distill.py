@@ -79,9 +79,8 @@ def distill(recipe: Recipe) -> RunDirectory:
     )
 
     answers: dict[str, Any] | None = None
-    if (
-        teacher is not None and recipe.data.responses == "teacher"
-    ):  # sequence-level KD: train on what the teacher itself would say
+    # Sequence-level KD: train on what the teacher itself would say.
+    if teacher is not None and recipe.data.responses == "teacher":
         with args.main_process_first(local=False, desc="teacher answers"):
             rows = [*train_rows, *validation_rows]
             answered, answers = answer_rows(recipe, teacher, tokenizer, template, rows)

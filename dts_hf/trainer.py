@@ -229,14 +229,10 @@ class DistillationTrainer(Trainer):
         tokens = _count_tokens(batch)
         if "borders" in inputs:
             batch["attention_mask"] = inputs["borders"]
-        sequences = (
-            sequence_numbers(labels, batch.get("position_ids")) if self.temperature.needs_sequence_gap else None
-        )
-        if num_items_in_batch is None:
-            num_items_in_batch = count_targets(labels).clamp(min=1) * self.accelerator.num_processes  # a local mean
-        precise = torch.float32 if labels.device.type == "mps" else torch.float64
-        normalizer = torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
+        normalizer = self._normalizer(labels, num_items_in_batch)
         loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)
+        wanted = loss_fn.temperature.needs_sequence_gap
+        sequences = sequence_numbers(labels, batch.get("position_ids")) if wanted else None
         student = self.accelerator.unwrap_model(model)
         teacher_states = self.teacher.states(batch, labels)
         teacher_head = None if self.teacher.head is None else self._cut(self.teacher.head)
@@ -254,12 +250,23 @@ class DistillationTrainer(Trainer):
         meter.add({**sums, "tokens": tokens})
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _normalizer(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """num_items_in_batch / num_processes; without a count the loss is the mean over the labels of this batch."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._count(labels).clamp(min=1) * self.accelerator.num_processes
+        precise = torch.float32 if labels.device.type == "mps" else torch.float64
+        return torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
+
+    def _count(self, labels: Tensor) -> Tensor:
+        """How many of ``labels`` the loss is taken over, as a 0-d tensor."""
+        return count_targets(labels)
+
     def _cut(self, head: Head) -> Head:
         return head.cut(self.vocab_size)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels of the whole optimizer step: all micro-batches of all ranks, counted after the shift."""
-        local = sum((count_targets(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
+        local = sum((self._count(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
         return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
 
     # ---------------------------------------------------------------------------------------------- held-out loss

@@ -173,10 +173,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         labels = inputs["labels"]
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
         kept = labelled(labels)
-        if num_items_in_batch is None:
-            num_items_in_batch = kept.sum().clamp(min=1) * self.accelerator.num_processes  # a local mean
-        precise = torch.float32 if labels.device.type == "mps" else torch.float64
-        normalizer = torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
+        normalizer = self._normalizer(labels, num_items_in_batch)
         logits = model(**for_model(self.accelerator.unwrap_model(model), batch)).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         answers = self.classifier.logits(batch)
@@ -217,10 +214,8 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         }
         return total / normalizer.to(total), {**sums, **found}
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Examples of the whole optimizer step: all micro-batches of all ranks."""
-        local = sum((labelled(batch["labels"]).sum() for batch in batch_samples), torch.zeros((), dtype=torch.int64))
-        return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
+    def _count(self, labels: Tensor) -> Tensor:
+        return labelled(labels).sum()
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

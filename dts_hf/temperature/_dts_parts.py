@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.temperature.base import check_number, check_range
+from dts_hf.temperature.spread import sharpness
 
 RULES = ("paper", "code", "gap")
 _EPS = {"paper": 1e-8, "code": 1e-4, "gap": 0.0}
@@ -59,7 +60,7 @@ def log_sharpness_ratio(student_logits: Tensor, teacher_logits: Tensor) -> Tenso
     centred here.
     """
     log_s, log_t = (
-        (z.amax(-1) - z.mean(-1)).clamp(min=_MIN_SHARPNESS).log()
+        sharpness(z).squeeze(-1).clamp(min=_MIN_SHARPNESS).log()
         for z in (student_logits.detach(), teacher_logits.detach())
     )
     # Infinite logits give inf - inf: no ratio, so T_s = T_t.

@@ -181,3 +181,8 @@ def check_range(policy: str, t_init: object, t_min: object, t_max: object) -> tu
 def half_cosine(progress: float) -> float:
     """S(p) = (1 + cos(pi p)) / 2, from 1 at p = 0 to 0 at p = 1 (DTS, arXiv 2511.13767, Eq. 4)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), by way of tanh, which cannot overflow."""
+    return 0.5 * (1.0 + math.tanh(0.5 * x))

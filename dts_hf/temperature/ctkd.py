@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_number, half_cosine
+from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_number, half_cosine, sigmoid
 
 
 class CTKD(TemperaturePolicy):
@@ -63,7 +63,7 @@ class CTKD(TemperaturePolicy):
 
     @property
     def temperature(self) -> float:
-        return self.t_start + self.t_end * _sigmoid(self.theta)
+        return self.t_start + self.t_end * sigmoid(self.theta)
 
     @property
     def adversary(self) -> float:
@@ -77,7 +77,7 @@ class CTKD(TemperaturePolicy):
         return {"ignored_gradients": self.ignored_gradients}
 
     def end_step(self, stats: StepStats) -> None:
-        slope = _sigmoid(self.theta)
+        slope = sigmoid(self.theta)
         gradient = stats.temperature_grad * self.t_end * slope * (1.0 - slope)  # d kd / d theta
         if not math.isfinite(gradient):
             self.ignored_gradients += 1
@@ -89,10 +89,6 @@ class CTKD(TemperaturePolicy):
         mean = self.first_moment / (1.0 - first**self.steps)
         size = math.sqrt(self.second_moment / (1.0 - second**self.steps))
         self.theta += self.adversary * self.learning_rate * mean / (size + 1e-8)  # plus: ascent
-
-
-def _sigmoid(x: float) -> float:
-    return 0.5 * (1.0 + math.tanh(0.5 * x))
 
 
 def _check_betas(policy: str, betas: object) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.spread import sharpness
 
 
 class DTKD(TemperaturePolicy):
@@ -72,5 +73,4 @@ class DTKD(TemperaturePolicy):
 def _sharpness(logits: Tensor) -> Tensor:
     """k = max - mean, ``[C, 1]``, above 0 also for constant logits (two constant rows then have the ratio 1)."""
     logits = logits.detach()
-    peak = logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)
-    return peak.clamp_(min=torch.finfo(logits.dtype).tiny)
+    return sharpness(logits).clamp_(min=torch.finfo(logits.dtype).tiny)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
-from dts_hf.temperature.spread import EPS, standard_deviation
+from dts_hf.temperature.spread import EPS, sharpness, standard_deviation
 
 
 class MaxLogit(TemperaturePolicy):
@@ -45,7 +45,7 @@ class MaxLogit(TemperaturePolicy):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
         deviation = standard_deviation(teacher_logits) + EPS
-        peak = teacher_logits.amax(-1, keepdim=True) - teacher_logits.mean(-1, keepdim=True)
+        peak = sharpness(teacher_logits)
         # A maximum is at least 1 / sqrt(V) deviations above the mean: the bound acts on constant rows alone.
         shared = (peak / deviation).clamp_(min=teacher_logits.shape[-1] ** -0.5)
         student = (standard_deviation(student_logits) + EPS) * shared

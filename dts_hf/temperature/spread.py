@@ -1,4 +1,4 @@
-"""The standard deviation over the vocabulary, for the policies that standardise logits."""
+"""How spread out logits are over the vocabulary: the standard deviation, and the peak above the mean."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def standard_deviation(logits: Tensor) -> Tensor:
     """
     centred = logits - logits.mean(-1, keepdim=True)
     return torch.sqrt(centred.square_().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1))
+
+
+def sharpness(logits: Tensor) -> Tensor:
+    """k = max z - mean z of each row, ``[C, V] -> [C, 1]``: the statistic of DTKD (arXiv 2404.12711), blind to a shift."""
+    return logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number, sigmoid
 
 
 class TAID(TemperaturePolicy):
@@ -74,5 +74,5 @@ class TAID(TemperaturePolicy):
         if last is None:
             return
         self.momentum = self.beta * self.momentum + (1.0 - self.beta) * (last - loss) / (last + 1e-15)
-        rate = 0.5 * (1.0 + math.tanh(0.5 * self.momentum))  # the sigmoid, safe at any size
+        rate = sigmoid(self.momentum)
         self.share = min(1.0, self.share + self.alpha * rate * (1.0 - self.share))
