@@ -7,13 +7,12 @@ the file and the line.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import random
 import re
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.packed_attention import borders_mask
 from dts_hf.prompts import Template, encode_prompts
 from dts_hf.response import IGNORE_INDEX
+from dts_hf.row_files import read_objects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ROW_FORMAT = "{id, instruction, input, output} or {id, messages}"
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
+MOST_FILES = 50_000  # that are looked at to find the row files of a folder
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
 # Names that other data sets use for our fields: only for the hint in an error message.
 OTHER_NAMES = {
@@ -89,6 +90,8 @@ def parse_row(obj: Mapping[str, Any], where: str, default_id: str) -> Row:
         row_id = default_id
     elif isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
         raise UserError(f"{where}: field 'id': got {row_id!r}, expected a string that is not empty")
+    elif not is_encodable(str(row_id)):
+        raise UserError(f"{where}: field 'id' holds half of a surrogate pair (a broken \\ud8xx escape)")
     if obj.get("messages") is not None:
         return _conversation_row(obj["messages"], where, str(row_id))
     instruction = _text(_required(obj, "instruction", where), f"{where}: field 'instruction'")
@@ -108,12 +111,13 @@ def _text(value: object, where: str, empty: bool = False) -> str:
         raise UserError(f"{where}: got {_kind(value)}, expected a string")
     if not empty and not value.strip():
         raise UserError(f"{where} is empty")
-    if not _is_encodable(value):
+    if not is_encodable(value):
         raise UserError(f"{where} holds half of a surrogate pair (a broken \\ud8xx escape); tokenizers refuse it")
     return value
 
 
-def _is_encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Whether ``text`` has no half of a surrogate pair; neither tokenizers nor files take one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -249,22 +253,27 @@ def source_files(source: str | Path, *, split: str = "train") -> list[Path] | No
     text = str(source)
     if not text.strip():
         raise UserError("no data: the name of the source is empty")
-    path = Path(text).expanduser()
-    if path.is_dir():
+    # os.path answers False where Path raises: for a name that is too long, or holds a NUL.
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         return _files_of_split(path, split)
-    if path.exists():
-        if not path.name.endswith(DATA_SUFFIXES):
+    if os.path.exists(path):
+        if not path.name.endswith(DATA_SUFFIXES) or not path.is_file():
             raise UserError(f"{text}: expected a file ending in {', '.join(DATA_SUFFIXES)}")
         return [path]
     if any(mark in text for mark in "*?["):
         root = Path(path.anchor)
-        found = sorted(root.glob(str(path.relative_to(root)) if path.anchor else str(path)))
+        try:
+            found = sorted(_few(root.glob(str(path.relative_to(root)) if path.anchor else str(path)), text))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{text}: this pattern cannot be searched for: {error}") from None
         if not found:
             raise UserError(f"{text}: no file matches this pattern")
         return [file for match in found for file in source_files(match, split=split) or []]
     if _looks_like_a_path(text):
-        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        missing = "" if path.parent.is_dir() else f"; the folder {path.parent} does not exist either"
+        in_folder = os.path.isdir(path.parent)
+        beside = [file.name for file in path.parent.iterdir()] if in_folder else []
+        missing = "" if in_folder else f"; the folder {path.parent} does not exist either"
         raise UserError(f"{text}: no such file{missing}.{nearest(path.name, beside)}")
     return None
 
@@ -275,7 +284,11 @@ def _looks_like_a_path(text: str) -> bool:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.name.endswith(DATA_SUFFIXES) and file.is_file())
+    try:
+        inside = _few(folder.rglob("*"), str(folder))
+        files = sorted(file for file in inside if file.name.endswith(DATA_SUFFIXES) and file.is_file())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be searched: {error.strerror or error}") from None
     if not files:
         raise UserError(f"{folder}: no file ending in {', '.join(DATA_SUFFIXES)} in this folder")
     by_split = {file: _split_of(file) for file in files}
@@ -287,6 +300,14 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         names = sorted({name for name in by_split.values() if name})
         raise UserError(f"{folder}: no file of the split '{split}'; found {', '.join(names)}.{nearest(split, names)}")
     return chosen
+
+
+def _few(found: Iterator[Path], source: str) -> Iterator[Path]:
+    """``found``, as long as it is not half of the disk."""
+    for number, path in enumerate(found):
+        if number == MOST_FILES:
+            raise UserError(f"{source}: more than {MOST_FILES:,} files are in there; name a smaller folder")
+        yield path
 
 
 def _split_of(file: Path) -> str | None:
@@ -308,61 +329,6 @@ def _file_records(files: Iterable[Path]) -> Iterator[tuple[Row, str]]:
             raise UserError(f"{file}: the file holds no rows; expected rows {ROW_FORMAT}")
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield (number, place, object) of every object in a JSONL, JSONL.gz or Parquet file; objects are not checked."""
-    return _parquet_objects(file) if file.suffix == ".parquet" else _json_objects(file)
-
-
-def _json_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield (line, place, object) of each line that is not blank."""
-    for number, raw in _lines(file):
-        where = f"{file}: line {number}"
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-        if not text.strip():
-            continue
-        if number == 1 and text.lstrip().startswith("["):
-            raise UserError(f"{file}: this is one JSON list, expected JSON lines: one object a line, without commas")
-        try:
-            obj = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{where}: broken JSON: {reason}. Expected one object a line.") from error
-        yield number, where, obj
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, bytes) of each line; only a line feed ends a line, never U+2028 inside a string."""
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                yield number, raw
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file}: the gzip file is broken after line {number}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
-def _parquet_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1000):
-                for obj in batch.to_pylist():
-                    number += 1
-                    yield number, f"{file}: row {number}", obj
-    except pa.ArrowException as error:
-        raise UserError(f"{file}: not a readable Parquet file: {error}") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
 def _hub_records(name: str, split: str) -> Iterator[tuple[Row, str]]:
     for default_id, where, obj in hub_objects(name, split):
         yield parse_row(obj, where, default_id), where
@@ -377,9 +343,12 @@ def hub_objects(name: str, split: str) -> Iterator[tuple[str, str, Any]]:
     import datasets
 
     path, _, configuration = name.partition(":")
+    if path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{path}"):
+        # `text` or `json` is no data set, but a reader that would take whatever lies in the current folder.
+        raise UserError(f"{name}: no such file here, expected a file, a folder or owner/name of a Hub data set")
     try:
         dataset = datasets.load_dataset(path, configuration or None, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever readers, network and caches raise; an IndexError for ":"
         raise UserError(
             f"{name}: no such file here, and it cannot be loaded as a data set from the Hub, split '{split}': "
             f"{' '.join(str(error).split())[:300]}. Give a local file (.jsonl, .jsonl.gz, .parquet) instead, "
@@ -444,7 +413,7 @@ def _sha256(file: Path) -> str:
 
 def _public_name(source: str | Path) -> str:
     """Shorten a path that would show the folders of this machine in a published model card."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_absolute() and ".." not in path.parts:
         return str(source)
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path.name

@@ -1,20 +1,63 @@
-"""The one exception that means "the user's input is wrong", and the nearest right word to put into it."""
+"""The exceptions whose message is all that a person needs, and the nearest right word to put into it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+from dts_hf.exit_codes import ExitCode
+from dts_hf.redaction import printable
+
 
 class UserError(ValueError):
     """Wrong input. The message names the key, row or file, the value, what was expected and what to do next.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints the message alone, without a traceback, and exits with status 2. Words of the user's files
+    may be in it, so tokens are masked and control characters written out.
+
+    Args:
+        message: see above.
+        everywhere: all processes raise it, so that the first one alone has to print it; None: not known (yet).
     """
+
+    def __init__(self, message: object = "", *, everywhere: bool | None = None) -> None:
+        super().__init__(printable(str(message)))
+        self.everywhere = everywhere
+
+
+class RunError(RuntimeError):
+    """A run that failed although its input was right: the disk is full, the loss is no number, a process died.
+
+    The command line prints the message alone, without a traceback, and exits with status 1.
+
+    Args:
+        message: what happened and what to do.
+        everywhere: all processes raise it, so that the first one alone has to print it.
+    """
+
+    def __init__(self, message: object = "", *, everywhere: bool = False) -> None:
+        super().__init__(printable(str(message)))
+        self.everywhere = everywhere
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and can go on later. Not caught, it ends Python with the exit status 75.
+
+    Args:
+        message: what was asked for, what was saved, and how to go on.
+        everywhere: all processes raise it, at the same step.
+    """
+
+    def __init__(self, message: object = "", *, everywhere: bool = False) -> None:
+        super().__init__(int(ExitCode.INTERRUPTED))
+        self.message, self.everywhere = str(message), everywhere
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice closest to ``word``, or an empty string when none is close."""
     by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(word)[:100].lower(), by_lower, n=1, cutoff=0.5)
     return f" Did you mean '{by_lower[found[0]]}'?" if found else ""

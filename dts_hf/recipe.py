@@ -8,7 +8,11 @@ Importing this module imports no torch; checking a recipe does.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dts_hf.errors import UserError
-from dts_hf.recipe_check import deep_problems, protocol_values, schema_problems, training_schema
+from dts_hf.recipe_check import LARGEST, deep_problems, protocol_values, schema_problems, training_schema
 from dts_hf.recipe_yaml import dump_values, expand, read_values
+from dts_hf.redaction import unusable_texts
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -33,7 +38,13 @@ class Section(BaseModel):
     """Strict, frozen: an unknown key is an error, and a string is never turned into a number."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, serialize_by_alias=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",  # training.max_grad_norm: .inf would become null in the run directory
     )
 
 
@@ -55,7 +66,7 @@ class NamedOptions(Section):
 
 class Init(Section):
     from_: Literal["teacher"] = Field(alias="from", description="Where the weights come from.")
-    layers: Count | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+    layers: Count | Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
         description="How many of the teacher's layers to keep, evenly spaced, or their indices (the first is 0)."
     )
 
@@ -104,10 +115,23 @@ class Teacher(Section):
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="Load through bitsandbytes (GPU)."
     )
+    placement: Literal["replicated", "sharded"] = Field(
+        default="replicated",
+        description="The whole teacher on every process, or spread over all of them (several processes only).",
+    )
     vocab_alignment: Literal["strict", "truncate_to_tokenizer", "intersect"] = Field(
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _placement_of_packed_weights(self) -> Teacher:
+        if self.placement == "sharded" and self.quantization != "none":
+            raise ValueError(
+                f"placement is 'sharded' and quantization '{self.quantization}', but the packed weights of bitsandbytes "
+                "cannot be split: use placement 'replicated', or quantization 'none'"
+            )
+        return self
 
 
 class Data(Section):
@@ -197,10 +221,10 @@ class Evaluation(Section):
         default=32, description="Prompts answered at once; in float32 it does not change the answers."
     )
     no_repeat_ngram_size: int = Field(
-        default=0, ge=0, description="Forbid repeated n-grams of this size; 0: allow them."
+        default=0, ge=0, le=LARGEST, description="Forbid repeated n-grams of this size; 0: allow them."
     )
     do_sample: bool = Field(default=False, description="Sample the answers; false: the most likely token each time.")
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
         default=[10], description="One pass per seed; only used when sampling."
     )
     every_steps: Count | None = Field(default=None, description="Also score ROUGE-L every so many optimizer steps.")
@@ -331,7 +355,7 @@ def find_recipes(folder: str | Path) -> dict[Path, str]:
     """Every recipe below ``folder`` with its first comment line. ``_name.yaml`` is a base that others extend."""
     found = {}
     for path in sorted(Path(folder).rglob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         if not path.name.startswith("_") and re.search(r"^(student|extends):", text, re.MULTILINE):
             comment = re.match(r"#+ *(.*)", text)
             found[path] = comment[1] if comment else ""
@@ -345,9 +369,10 @@ def _validate(values: Mapping[str, Any], source: Callable[[str], str], deep: boo
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = schema_problems(error, values, recipe_json_schema())
+        problems = schema_problems(error, values, _schema())
     if deep:
-        problems |= deep_problems(values, recipe_json_schema())
+        problems |= deep_problems(values, _schema())
+    problems |= dict(unusable_texts(values))
     if recipe is None or problems:
         lines = [": ".join(filter(None, (source(key), key, text))) for key, text in problems.items()]
         raise UserError("\n".join(lines))
@@ -356,6 +381,11 @@ def _validate(values: Mapping[str, Any], source: Callable[[str], str], deep: boo
 
 def recipe_json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, without the keys of ``training:`` (see ``editor_schema``)."""
+    return copy.deepcopy(_schema())
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)  # the base of an ``extends`` may bring what the file itself leaves out
@@ -396,6 +426,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     try:
-        return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout while it is imported
+            return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))
     except Exception as error:  # its checks raise ValueError, TypeError, ImportError and OSError, as they come
         raise UserError(f"training: TrainingArguments refuses this: {error}") from error

@@ -21,6 +21,8 @@ from dts_hf.recipe_yaml import shown
 
 Schema = Mapping[str, Any]
 
+LARGEST = 2**31 - 1  # beyond it tokenizers, tensors and random generators overflow, in words that name no key
+
 RESERVED_TRAINING_KEYS = {
     "output_dir": "not allowed here: it is the run directory, set output.dir",
     "label_smoothing_factor": "not supported: the loss takes the labels as they are; the teacher does the smoothing",
@@ -100,6 +102,8 @@ def _wrong_value(value: Any, node: Schema, schema: Schema) -> str:
     expected = _expected(node, schema)
     if isinstance(value, (bool, int, float)) and expected.startswith("text"):
         hint = " Put it in quotes."
+    elif isinstance(value, int) and value > LARGEST:
+        hint = f" The largest is {LARGEST}."
     return f"got {shown(value)}, expected {expected}{'.' if hint else ''}{hint}"
 
 
@@ -169,7 +173,7 @@ def _expected_one(node: Schema, schema: Schema) -> str:
 
 def _range_words(node: Schema) -> str:
     low, high = node.get("minimum"), node.get("maximum")
-    if low is not None and high is not None:
+    if low is not None and high is not None and high < LARGEST:
         return f" between {low:g} and {high:g}"
     words = [
         f" {name} {node[key]:g}"
@@ -179,7 +183,7 @@ def _range_words(node: Schema) -> str:
             ("maximum", "of at most"),
             ("exclusiveMaximum", "below"),
         )
-        if key in node
+        if key in node and node[key] != LARGEST  # that one goes without saying
     ]
     return " and".join(words)
 
@@ -247,6 +251,8 @@ def _training_value_problem(key: str, value: Any) -> str:
     number = isinstance(value, (int, float)) and key in POSITIVE_TRAINING_KEYS
     if number and not (value > 0 or (value == 0 and key in ALSO_ZERO)):
         return f"got {shown(value)}, expected a number {'of at least' if key in ALSO_ZERO else 'above'} 0"
+    if number and key in ("seed", "data_seed") and value >= 2**32:
+        return f"got {shown(value)}, expected a number below 2^32"
     return ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ PATH_KEYS = (
     ("evaluation", "sets"),
 )
 MERGE_TAG = "tag:yaml.org,2002:merge"
+# A recipe has some hundred bytes, three levels and a few bases. What is far beyond is no recipe, and takes for ever.
+MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_BASES = 200_000, 20_000, 20, 20
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -54,31 +56,38 @@ def shown(value: Any) -> str:
 
 def _read_chain(path: Path, origins: dict[str, str], below: list[Path]) -> dict[str, Any]:
     """The values of one file on top of those that it extends; ``origins`` maps dotted paths to file names."""
-    if path.resolve() in below:
+    resolved = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
+    if resolved in below:
         raise UserError(f"{path}: extends: this file extends itself through {', '.join(p.name for p in below)}")
+    if len(below) > MAX_BASES:
+        raise UserError(f"{path}: extends: more than {MAX_BASES} recipes extend one another")
     values = expand(_read_yaml(path), path.parent)
     base = values.pop("extends", None)
     merged: dict[str, Any] = {}
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: extends: got {shown(base)}, expected the file name of another recipe")
-        if not (path.parent / base).is_file():
+        if not os.path.isfile(path.parent / base):
             siblings = [p.name for p in path.parent.glob("*.yaml") if p != path]
             raise UserError(f"{path}: extends: {base}: no such recipe file.{nearest(base, siblings)}")
-        merged = _read_chain(path.parent / base, origins, [*below, path.resolve()])
+        merged = _read_chain(path.parent / base, origins, [*below, resolved])
     origins.update(dict.fromkeys(_dotted_keys(values), str(path)))
     return _merge(merged, values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such recipe file.{nearest(path.name, siblings)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
         raise UserError(f"{path}: cannot read this recipe: {reason}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: this is no recipe: it has more than {MAX_BYTES:,} bytes")
     values = parse_yaml(text, str(path))
     if values is None:
         raise UserError(f"{path}: the file is empty, expected a recipe with student, teacher, data and output")
@@ -88,7 +97,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars (1e-4 is a number, ``no`` is a word, a date is a word), and no key twice."""
+    """YAML 1.2 scalars (1e-4 is a number, ``no`` is a word, a date is a word), no key twice, no tag, no bomb."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _values_below(node, 0, {}, set()) > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES:,} values", node.start_mark)
+        return node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "tag", None) not in (None, "!"):
+            problem = f"tag {event.tag!r}: a recipe is plain values, tags are not used"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -103,6 +125,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole_number(loader: _Loader, node: Any) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if abs(value) >= 2**63:  # no float, no tensor
+        raise yaml.constructor.ConstructorError(None, None, "a whole number beyond 2^63", node.start_mark)
+    return value
+
+
+def _values_below(node: yaml.Node, depth: int, counts: dict[yaml.Node, int], above: set[yaml.Node]) -> int:
+    """How many values ``node`` stands for once its aliases are written out; each node is counted once."""
+    if node in above or depth > MAX_DEPTH:
+        problem = "an alias inside of its own anchor" if node in above else f"more than {MAX_DEPTH} levels"
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    if node not in counts:
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            children = (part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        counts[node] = 1 + sum(_values_below(child, depth + 1, counts, above | {node}) for child in children)
+    return counts[node]
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else, so that any reader gets the string."""
 
@@ -110,6 +154,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern in {
     "null": r"~|null|Null|NULL|",
@@ -129,8 +174,10 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{source}: {where}broken YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
         raise UserError(f"{source}: broken YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{source}: broken YAML: more than {MAX_DEPTH} levels") from None
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -140,6 +187,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise UserError(f"override {override!r}: expected key=value, for example training.learning_rate=1e-4")
+        if len(keys) > MAX_DEPTH:
+            raise UserError(f"override {override!r}: the key has more than {MAX_DEPTH} levels")
         new: Any = parse_yaml(text, f"override {override!r}")
         for key in reversed(keys):
             new = {key: new}

@@ -6,17 +6,16 @@ The scripts in ``data_prep/`` write ``<data folder>/<set>/{train,valid,test}.jso
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dts_hf.errors import UserError, nearest
+from dts_hf.row_files import count_rows
 
 MANIFEST = "manifest.json"
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -261,15 +260,15 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _row_file(text: str, key: str) -> PreparedSet:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not path.name.endswith(ROW_SUFFIXES):
         hint = nearest(text, [*KNOWN_SETS, *ALIASES])
         known = ", ".join(INSTRUCTION_SETS)
         raise UserError(f"{key}: got '{text}', expected {known} or a file ending in {', '.join(ROW_SUFFIXES)}.{hint}")
-    if not path.is_file():
-        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.isfile(path):
+        beside = [file.name for file in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise UserError(f"{key}: {text}: no such file.{nearest(path.name, beside)}")
-    rows = _count_rows(path)
+    rows = count_rows(path)
     return PreparedSet(_stem(path), path, rows, {"source": path.name, "sha256": file_sha256(path), "rows": rows})
 
 
@@ -279,22 +278,3 @@ def _stem(path: Path) -> str:
 
 def _ends(path: Path, suffix: str) -> bool:
     return path.name.endswith(suffix)
-
-
-def _count_rows(path: Path) -> int:
-    """Lines that are not blank; rows of a Parquet file from its footer. The rows themselves are checked on loading."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return int(pq.read_metadata(path).num_rows)
-        except pa.ArrowException as error:
-            raise UserError(f"{path}: not a readable Parquet file: {error}") from error
-    rows = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            rows = sum(1 for line in file if line.strip())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: the gzip file is broken: {error}") from error
-    return rows

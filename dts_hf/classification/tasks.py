@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dts_hf.data import hub_objects, read_objects, source_files
+from dts_hf.data import hub_objects, is_encodable, source_files
 from dts_hf.errors import UserError, nearest
+from dts_hf.row_files import read_objects
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,12 @@ def parse_labelled(obj: object, task: GlueTask, where: str, default_id: str) -> 
             )
         if not isinstance(obj[name], str) or not obj[name].strip():
             raise UserError(f"{where}: field '{name}': got {obj[name]!r}, expected text that is not empty")
+        if not is_encodable(obj[name]):
+            raise UserError(f"{where}: field '{name}' holds half of a surrogate pair (a broken \\ud8xx escape)")
         texts.append(obj[name])
     row_id = obj.get("id", obj.get("idx"))
+    if not is_encodable(str(row_id)):
+        raise UserError(f"{where}: field 'id' holds half of a surrogate pair (a broken \\ud8xx escape)")
     return LabelledRow(default_id if row_id is None else str(row_id), tuple(texts), _label(obj, task, where))
 
 
@@ -144,7 +148,7 @@ def _label(obj: Mapping[Any, Any], task: GlueTask, where: str) -> float:
     if "label" not in obj:
         raise UserError(f"{where}: field 'label' is missing, expected {task.label_words}")
     label = obj["label"]
-    number = isinstance(label, (int, float)) and not isinstance(label, bool) and math.isfinite(label)
+    number = isinstance(label, (int, float)) and not isinstance(label, bool)  # NaN lies in no range
     if number and (0 <= label <= 5 if task.regression else label in range(len(task.labels))):
         return float(label) if task.regression else int(label)
     hidden = " The labels of GLUE's test splits are hidden: they can be neither trained on nor scored." * (label == -1)

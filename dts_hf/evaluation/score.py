@@ -84,6 +84,8 @@ def _row(line: str, where: str) -> _Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of levels
+        raise UserError(f"{where}: broken JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: got {_shown(row)}, expected an object with 'prediction' and 'references'")
     if "prediction" not in row:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from dts_hf.redaction import masked
 from dts_hf.run_directory import RunDirectory
 
 MODELS = ("teacher", "student_before", "student")
@@ -123,7 +124,7 @@ def publishable(value: Any) -> Any:
         return value
     if re.match(r"(/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)", value):
         value = short_name(value)
-    return re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", value)
+    return masked(value)
 
 
 def hub_id(value: str | None) -> str | None:
