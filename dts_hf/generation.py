@@ -30,6 +30,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dts_hf.errors import UserError
+from dts_hf.sharding import is_sharded, on_any_process
 
 NOTHING = -1  # in a token history: no token here. Not the padding id, which is often a real token (pad == eos)
 CACHE_BLOCK = 32  # columns by which a key-value buffer grows
@@ -139,7 +140,7 @@ def generate(
             if lines is not None and lines.live():
                 _decode_step(run, lines)
             show(run.rows_done, run.tokens_made)
-        while run.together and _someone_calls(run.model, False):
+        while run.together and on_any_process(False, _device(run.model)):
             _call_along(run)
     return [Generated(tokens, finished) for tokens, finished in zip(run.tokens, run.finished, strict=True)]
 
@@ -235,7 +236,7 @@ def _decode_step(run: _Run, lines: _Lines) -> None:
 
 def _last_logits(run: _Run, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
     if run.together:
-        _someone_calls(run.model, True)
+        on_any_process(True, _device(run.model))  # so that those that have ended come along
     output = run.model(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -244,13 +245,6 @@ def _last_logits(run: _Run, ids: Tensor, mask: Tensor, positions: Tensor, cache:
         **run.forward_options,
     )
     return output.logits[:, -1]
-
-
-def _someone_calls(model: torch.nn.Module, mine: bool) -> bool:
-    """Whether any process is about to call the model; all processes ask at the same time."""
-    wants = torch.tensor(int(mine), device=_device(model))
-    torch.distributed.all_reduce(wants, op=torch.distributed.ReduceOp.MAX)
-    return bool(wants)
 
 
 def _call_along(run: _Run) -> None:
@@ -432,12 +426,6 @@ def checked_prompts(
             )
         checked.append(ids)
     return checked
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the weights are spread over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
-    sharded = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
-    return sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _base(model: torch.nn.Module) -> Any:

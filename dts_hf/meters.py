@@ -106,7 +106,12 @@ def means(totals: dict[str, float]) -> dict[str, float]:
 def _total(name: str, ranks: Sequence[float]) -> float:
     if name.endswith(_MINIMUM):
         return min(ranks)
-    return max(ranks) if name.endswith(_MAXIMUM) else math.fsum(ranks)
+    if name.endswith(_MAXIMUM):
+        return max(ranks)
+    try:
+        return math.fsum(ranks)
+    except (OverflowError, ValueError):  # inf - inf
+        return sum(ranks)
 
 
 def _combine(name: str, old: Tensor, new: Tensor) -> Tensor:

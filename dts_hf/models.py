@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import os
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -28,6 +31,7 @@ from transformers import (
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
+from dts_hf.sharding import is_sharded, process, whole_state_dict, whole_weights
 
 if TYPE_CHECKING:
     from dts_hf.recipe import Lora, Recipe, Student, Teacher
@@ -209,9 +213,10 @@ def load_weights(
         if quantization != "none":
             options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
-        loaded: Any = auto_class.from_pretrained(
-            source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
-        )
+        with whole_weights():
+            loaded: Any = auto_class.from_pretrained(
+                source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(key, name, error) from error
     model, found = loaded
@@ -334,7 +339,8 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     config.num_hidden_layers = len(kept)
     classifies = type(teacher).__name__.endswith("ForSequenceClassification")
     auto_class: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    student = auto_class.from_config(config, dtype=next(teacher.parameters()).dtype)
+    with whole_weights():
+        student = auto_class.from_config(config, dtype=next(teacher.parameters()).dtype)
 
     renumbered = {f"{stack}.{old}.": f"{stack}.{new}." for stack in stacks for new, old in enumerate(kept)}
     state = {}
@@ -397,15 +403,53 @@ def save_student(
 ) -> nn.Module:
     """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone.
 
+    Every process calls it, because the weights may be spread over all of them; the first one writes. ``folder`` appears
+    as a whole or not at all: whatever is there under that name is replaced once everything is written.
+
     Returns:
-        the model as it was saved; merging makes it another one.
+        the model as it was saved, on the first process; merging, and making it whole, makes it another one.
     """
+    weights = whole_state_dict(model) if is_sharded(model) else None
+    if process()[0] != 0:
+        return model
+    if weights is not None:
+        model = _whole_copy(model, weights)
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
     model.config.use_cache = True  # type: ignore[union-attr, assignment]  # the Trainer switched it off for training
-    model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        model.save_pretrained(unfinished)  # type: ignore[operator]
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return model
+
+
+def _whole_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A model like ``model``, whose weights are spread over processes, with the whole ``weights``; good for saving only.
+
+    Its buffers that are no weights (rotary frequencies) are not there.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # FSDP2 makes a class of its own out of the model's
+    kind: Any = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+    with whole_weights(), torch.device("meta"):
+        copied: Any = kind(copy.deepcopy(base.config))
+        if model is not base:
+            from peft import get_peft_model
+
+            adapters: Any = model.peft_config
+            copied = get_peft_model(copied, adapters["default"])
+    copied.load_state_dict(weights, assign=True)
+    whole = copied.get_base_model() if model is not base else copied
+    whole.tie_weights()
+    if hasattr(base, "generation_config"):
+        whole.generation_config = copy.deepcopy(base.generation_config)
+    return copied  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from dts_hf.data import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.instruct import decode_answer
+from dts_hf.evaluation.instruct import decode_answer, rows_are_independent, share_out
 from dts_hf.generation import GenerationSettings, generate, stop_token_ids
 from dts_hf.models import ModelSource
 from dts_hf.prompts import Template, encode_prompts
 from dts_hf.run_directory import write_json_atomic
+from dts_hf.sharding import gathered, is_sharded, on_first_process, process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,9 @@ def answer_rows(
 ) -> tuple[list[Row | None], dict[str, Any]]:
     """The same rows with the teacher's greedy answer as their only reference.
 
+    Every process calls it; each answers a share of the prompts, as in ``evaluate_instruct``, and the first one keeps the
+    cache.
+
     Returns:
         the rows in order, None where the prompt does not fit or the teacher said nothing, and
         ``{"fingerprint", "cached", "answered"}`` for the data manifest.
@@ -49,24 +53,13 @@ def answer_rows(
     fingerprint = _fingerprint(recipe, settings, ids)
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache() / "teacher_answers"
     path = folder / f"{fingerprint}.json"
-    try:  # before the work, not after it
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot make the folder {folder}: {error.strerror}") from None
-    cached = path.is_file()
-    if cached:
-        answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
-    else:
-        generated = generate(
-            teacher,
-            ids,
-            settings,
-            eos_token_ids=stop_token_ids(teacher, tokenizer),
-            pad_token_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
-            progress="teacher answers",
-        )
-        answers = [decode_answer(tokenizer, answer.tokens) for answer in generated]
-        write_json_atomic(path, {"teacher": recipe.required_teacher.model, "answers": answers})
+    rank, world = process()
+    answers = on_first_process(lambda: _read(path), rank, world)
+    cached = answers is not None
+    if answers is None:
+        answers = _generate(teacher, ids, settings, tokenizer, rank, world)
+        content = {"teacher": recipe.required_teacher.model, "answers": answers}
+        on_first_process(lambda: write_json_atomic(path, content), rank, world)
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
         if text:
@@ -76,6 +69,45 @@ def answer_rows(
         "cached": cached,
         "answered": sum(row is not None for row in answered),
     }
+
+
+def _read(path: Path) -> list[str] | None:
+    """The answers kept in ``path``, None where there are none yet; then its folder is made, before the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot make the folder {path.parent}: {error.strerror}") from None
+    return json.loads(path.read_text(encoding="utf-8"))["answers"] if path.is_file() else None
+
+
+def _generate(
+    teacher: PreTrainedModel,
+    ids: Sequence[list[int]],
+    settings: GenerationSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int,
+    world: int,
+) -> list[str]:
+    """The answer to every prompt, on every process."""
+    made: dict[int, str] = {}
+    lengths = [len(prompt) for prompt in ids]
+    calls = share_out(lengths, rows_are_independent(teacher), settings.batch_size, rank, world)
+    for number, (share, _) in enumerate(calls, start=1):
+        part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
+        if share or is_sharded(teacher):  # the others may need what lies here
+            generated = generate(
+                teacher,
+                [ids[index] for index in share],
+                settings,
+                eos_token_ids=stop_token_ids(teacher, tokenizer),
+                pad_token_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+                progress=None if rank else f"teacher answers{part}",
+            )
+            made |= {
+                index: decode_answer(tokenizer, answer.tokens) for index, answer in zip(share, generated, strict=True)
+            }
+    found = {index: text for part_made in gathered(made, world) for index, text in part_made.items()}
+    return [found[index] for index in range(len(ids))]
 
 
 def default_cache() -> Path:

@@ -7,21 +7,29 @@ name that cannot be confused.
 from __future__ import annotations
 
 import copy
-import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
-from dts_hf.callbacks import BROKEN_STEPS, OrderCallback, ProgressCallback, TemperatureCallback
+from dts_hf.callbacks import (
+    BROKEN_STEPS,
+    InterruptionCallback,
+    OrderCallback,
+    ProgressCallback,
+    TemperatureCallback,
+)
+from dts_hf.checkpoints import INTERRUPTED, mark_complete, newest_complete, remove, rotate
 from dts_hf.data import (
     EncodedDataset,
     LengthGroupedSampler,
@@ -31,21 +39,26 @@ from dts_hf.data import (
     encode_rows,
     rows_from_dataset,
 )
+from dts_hf.distribution import check_launch, prepare_deepspeed
 from dts_hf.divergences import Divergence
-from dts_hf.errors import UserError
+from dts_hf.errors import RunError, UserError
+from dts_hf.exact_resume import ExactResume, layout
+from dts_hf.failures import one_sentence, writing
 from dts_hf.head import Head, head_of, loss_in_head
+from dts_hf.interruption import at_step_end, deaf_worker
 from dts_hf.losses import DistillationLoss
 from dts_hf.meters import MeanLog, SumMeter, means
 from dts_hf.models import align_vocabularies, check_head, load_model, load_tokenizer
 from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
+from dts_hf.row_order import FILLER, FilledUp, FillersLast, filler
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
+from dts_hf.sharding import is_sharded, shard_teacher, whole_head
 from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 
-TEMPERATURE_STATE = "temperature.json"
 #: What is logged when there is no teacher.
 WITHOUT_TEACHER = ("ce_loss", "student_entropy")
 
@@ -72,6 +85,8 @@ class DistillationTrainer(Trainer):
         packing: lay the rows of a batch end to end, without padding.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
+        teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
+            (see ``sharding.shard_teacher``).
         model_card: returns the text of the model card that ``push_to_hub`` uploads.
         kwargs: everything else that ``Trainer`` takes.
 
@@ -104,17 +119,14 @@ class DistillationTrainer(Trainer):
         packing: bool = False,
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_placement: str = "replicated",
         model_card: Callable[[], str] | None = None,
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments(output_dir="runs/distillation")
-        if args.n_gpu > 1:
-            raise UserError(
-                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot carry this loss. Launch one "
-                f"process per GPU: accelerate launch --num_processes {args.n_gpu} -m dts_hf train RECIPE.yaml"
-            )
+        check_launch(args)
         _check_arguments(args, kwargs)
         args.remove_unused_columns = False  # row_id is no argument of any model's forward
         if isinstance(model, str):
@@ -127,6 +139,12 @@ class DistillationTrainer(Trainer):
             raise UserError("processing_class: got None, expected the student's tokenizer")
         if teacher is None and kd_ratio > 0:
             raise UserError(f"teacher: got None with kd_ratio {kd_ratio:g}; labels alone need kd_ratio 0")
+        if is_sharded(model):
+            raise UserError(
+                "model: its weights are split over processes already, as from_pretrained makes them while TrainingArguments "
+                "with ZeRO-3 exist; expected a whole model: load it within dts_hf.sharding.whole_weights(), or give its name"
+            )
+        prepare_deepspeed(args, model)
         self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
         if packing and data_collator is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
@@ -159,6 +177,9 @@ class DistillationTrainer(Trainer):
         self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
         self._fresh_state = self.temperature.state()
         self.rows_of_step: list[Tensor] = []  # row_id of the micro-batches of the step that runs, this rank's
+        self.interrupting = False  # the checkpoint being written is one that a signal asked for
+        self.exact_resume = ExactResume(self)
+        self.stop_agreed = False  # all ranks know, since the same step, that one of them was asked to stop
         self.reset_statistics()
         self.model_card = model_card
         self.train_sampler: LengthGroupedSampler | None = None
@@ -178,13 +199,24 @@ class DistillationTrainer(Trainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                callbacks=[TemperatureCallback(self), OrderCallback(self), ProgressCallback(), *(callbacks or [])],
+                callbacks=[
+                    TemperatureCallback(self),
+                    InterruptionCallback(self),
+                    OrderCallback(self),
+                    ProgressCallback(),
+                    *(callbacks or []),
+                    self.exact_resume,
+                ],
                 **kwargs,
             )
         except (ValueError, ImportError, OSError, RuntimeError) as error:  # its checks raise these, as they come
+            if one_sentence(error):  # out of memory, a full disk: nothing is wrong with the input
+                raise
             raise UserError(f"training: transformers.Trainer refuses this: {error}") from error
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
+        if teacher_placement == "sharded" and isinstance(teacher, nn.Module):
+            shard_teacher(teacher, self.args.device)
         self.teacher.to(self.args.device)
         self.loss.to(self.args.device)
 
@@ -199,7 +231,8 @@ class DistillationTrainer(Trainer):
         """Check that teacher and student can be compared, and set ``teacher``, ``vocab_size`` and ``vocab_note``."""
         check_head(model, role="student")
         if isinstance(teacher, nn.Module):
-            check_head(teacher, role="teacher")
+            if not is_sharded(teacher):  # otherwise it was checked when it was whole
+                check_head(teacher, role="teacher")
             plan = align_vocabularies(model, teacher, tokenizer, teacher_tokenizer or tokenizer, vocab_alignment)
             self.vocab_size, self.vocab_note = plan.size, plan.note
             self.teacher: Teacher = LiveTeacher(teacher)
@@ -226,27 +259,31 @@ class DistillationTrainer(Trainer):
         if model.training and "row_id" in inputs:
             self.rows_of_step.append(inputs["row_id"])
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "borders")}
-        tokens = _count_tokens(batch)
+        tokens = count_tokens(inputs)
         if "borders" in inputs:
             batch["attention_mask"] = inputs["borders"]
         normalizer = self._normalizer(labels, num_items_in_batch)
         loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)
         wanted = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids")) if wanted else None
-        student = self.accelerator.unwrap_model(model)
+        student = cast(nn.Module, self.model)  # unwrap_model(model) searches the installed packages each time: 5 ms
         teacher_states = self.teacher.states(batch, labels)
-        teacher_head = None if self.teacher.head is None else self._cut(self.teacher.head)
         sums: dict[str, Tensor] = {}
 
         def loss_of_states(states: Tensor) -> Tensor:
             rows, targets = select_response(states, labels)
             head = self._cut(head_of(student))
-            output = loss_fn(rows, head, teacher_states, teacher_head, targets, normalizer, sequences)
-            sums.update(output.sums)
+            cut_teacher = None if teacher_head is None else self._cut(teacher_head)
+            output = loss_fn(rows, head, teacher_states, cut_teacher, targets, normalizer, sequences)
+            sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 
-        with loss_in_head(student, loss_of_states):
+        with whole_head(self.teacher.head) as teacher_head, loss_in_head(student, loss_of_states):
             loss = model(**batch, use_cache=False).logits
+        exact = sums.pop("loss")
+        if loss.dtype != exact.dtype:  # FSDP2 in bf16 rounds what a model returns; the gradient is whole
+            loss = loss.to(exact.dtype)
+            loss = loss + (exact - loss).detach()
         meter.add({**sums, "tokens": tokens})
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -297,6 +334,7 @@ class DistillationTrainer(Trainer):
         ``eval_loss`` weighs its parts by the trainer's own ``kd_ratio``, also where the policy has another: it must not
         move because a schedule did.
         """
+        self.eval_meter = SumMeter()  # an evaluation that was broken off has left its sums
         # A data loader draws its seed from the global generator: dropout in training must not change because of it.
         with torch.random.fork_rng(devices=[]):
             output: Any = super().evaluation_loop(
@@ -329,24 +367,79 @@ class DistillationTrainer(Trainer):
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
-        return super().get_eval_dataloader(_EvaluationOrder(dataset, multiple))
+        return super().get_eval_dataloader(FilledUp(dataset, multiple, self._without_label, longest_first=True))
 
     # ------------------------------------------------------------------------------------------- order, log, state
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, with epochs that several processes can share out evenly: filled up with label-free rows.
+
+        Accelerate would take rows twice instead, and the last step of an epoch would depend on the number of processes.
+        """
+        dataset: Any = self.train_dataset
+        world = self.accelerator.num_processes
+        if world == 1 or self.args.dataloader_drop_last or self.rows_sorted_together(dataset) is None:
+            return super().get_train_dataloader()
+        filled = FilledUp(dataset, self._train_batch_size * world, self._without_label)
+        return self._get_dataloader(
+            filled, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
+        )
+
+    def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The first token of ``row``, which only fills a batch."""
+        return filler(row, [IGNORE_INDEX])
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader: DataLoader = super()._get_dataloader(*args, **kwargs)
+        if (
+            loader.num_workers
+            and (loader.multiprocessing_context or torch.multiprocessing).get_start_method() == "fork"
+        ):
+            wanted = partial(deaf_worker, loader.worker_init_fn)
+            for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate iterates over the latter
+                part.worker_init_fn = wanted
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Our own sampler for our own data set: its order depends on seed and epoch alone, so ranks and resumes agree."""
+        """Our own sampler wherever it can be: its order depends on seed and epoch alone, so ranks and resumes agree."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.args.train_sampling_strategy
-        if not isinstance(dataset, EncodedDataset) or strategy not in ("random", "group_by_length"):
+        rows_of: Any = dataset.dataset if isinstance(dataset, FilledUp) else dataset
+        together = self.rows_sorted_together(rows_of)
+        if together is None or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
-        grouped = strategy == "group_by_length" and not isinstance(self.data_collator, PackedCollator)
-        rows = self.args.train_batch_size * self.accelerator.num_processes if grouped else 1
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self.train_sampler = LengthGroupedSampler(dataset.lengths, rows, seed=seed)
-        return self.train_sampler
+        lengths = getattr(rows_of, "lengths", None) or [0] * len(rows_of)  # a plain shuffle does not ask for them
+        self.train_sampler = LengthGroupedSampler(lengths, together, seed=seed)
+        return self.train_sampler if rows_of is dataset else FillersLast(self.train_sampler, len(dataset))
+
+    def rows_sorted_together(self, dataset: Any) -> int | None:
+        """On what the order of the rows depends besides seed and epoch: how many of similar length stand together.
+
+        1 is a plain shuffle or no shuffle at all; None is an order that is not ours.
+        """
+        strategy = self.args.train_sampling_strategy
+        if strategy in ("sequential", "random") and hasattr(dataset, "__len__"):
+            return 1
+        if not isinstance(dataset, EncodedDataset) or strategy != "group_by_length":
+            return None
+        packed = isinstance(self.data_collator, PackedCollator)
+        return 1 if packed else self.args.train_batch_size * self.accelerator.num_processes
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        return SequentialSampler(eval_dataset)  # _EvaluationOrder has sorted the rows already
+        return SequentialSampler(eval_dataset)  # FilledUp has sorted the rows already
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own, tried out at its last step: some divide by the steps that the warm-up leaves."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        try:
+            for factor in getattr(scheduler, "lr_lambdas", ()):
+                factor(num_training_steps)
+        except ZeroDivisionError:
+            raise UserError(
+                f"training.warmup_steps: {self.args.warmup_steps:g} leaves none of {num_training_steps} steps to the "
+                f"schedule {self.args.lr_scheduler_type}; expected a shorter warm-up, or more steps"
+            ) from None
+        return scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over labels since the last log line to the Trainer's own numbers."""
@@ -361,9 +454,36 @@ class DistillationTrainer(Trainer):
                 logs.update({**values, **{k: n for k, n in self.temperature.counters().items() if n}})
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from nothing or from a checkpoint (True: the newest whole one of ``args.output_dir``).
+
+        Raises:
+            UserError: the checkpoint is not whole, or this launch cannot go on from it exactly.
+            RunError: training cannot go on (see ``stop_broken_run``), the last step broke the weights, or the disk takes no
+                checkpoint.
+        """
+        folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
+        if resume_from_checkpoint is True:
+            folder = newest_complete(str(self.args.output_dir))
+            if folder is None:
+                raise UserError(f"{self.args.output_dir}: holds no whole checkpoint to resume from")
+        self.exact_resume.begin(folder)
         self._logged_at = time.monotonic()
-        return super().train(*args, **kwargs)
+        self.stop_agreed = False
+        try:
+            with at_step_end():
+                output = super().train(str(folder) if folder else None, *args, **kwargs)
+                self._check_weights()  # of the last steps: no checkpoint has to follow them
+                return output
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback):
+                    callback.close()
+
+    @property
+    def training_seconds(self) -> float:
+        """How long ``train`` took, with the lives of the run before a resume."""
+        return self.exact_resume.seconds
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock_stopped():
@@ -378,6 +498,11 @@ class DistillationTrainer(Trainer):
         finally:
             self._logged_at += time.monotonic() - stopped_at
 
+    def no_training_since(self, began: float) -> None:
+        """What was done since ``began`` (monotonic seconds), before the first step, counts for no clock."""
+        self._logged_at = time.monotonic()
+        self.exact_resume.leave_out(self._logged_at - began)
+
     def reset_statistics(self) -> None:
         """Start a run from nothing: the temperature as it was given, and no sums."""
         self.temperature.load_state(copy.deepcopy(self._fresh_state))
@@ -389,51 +514,113 @@ class DistillationTrainer(Trainer):
         """Write down which rows the step was made of, and end training; every rank calls it at the same step.
 
         Raises:
-            UserError: always.
+            RunError: always.
         """
         numbers = torch.cat(self.rows_of_step).tolist() if self.rows_of_step else []
+        numbers = [number for number in numbers if number >= 0]
         names = getattr(self.train_dataset, "row_ids", None)
-        path = Path(str(self.args.output_dir)) / f"broken_step-{step}.rank{self.args.process_index}.json"
+        folder = Path(str(self.args.output_dir))
         rows = [{"row": number, "id": names[number] if names else None} for number in numbers]
-        write_json_atomic(path, {"step": step, "rows": rows})
-        raise UserError(
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # of a machine whose processes write nothing else
+            write_json_atomic(
+                folder / f"broken_step-{step}.rank{self.args.process_index}.json", {"step": step, "rows": rows}
+            )
+        raise RunError(
             f"step {step}: the loss has been no number for {BROKEN_STEPS} steps in a row, so training stops; its rows are "
-            f"in {path}. The newest checkpoint is from before. Usual causes: a learning rate too high, fp16 without a "
-            "loss scale, broken rows"
+            f"in {folder / f'broken_step-{step}.rank*.json'}. The newest checkpoint is from before. Usual causes: a "
+            "learning rate too high, fp16 without a loss scale, broken rows",
+            everywhere=True,
         )
 
+    def _check_weights(self) -> None:
+        """A finite loss can have a gradient that is not; such weights are no good checkpoint. All ranks call it.
+
+        Raises:
+            RunError: a weight is no number.
+        """
+        weights = cast(nn.Module, self.model).parameters()
+        sums = [_own_part(p).detach().sum(dtype=torch.float32) for p in weights if p.requires_grad]
+        finite = torch.stack(sums).isfinite().all() if sums else torch.ones((), dtype=torch.bool)
+        if not bool(self.accelerator.gather(finite.reshape(1).to(self.args.device)).all()):
+            raise RunError(
+                f"step {self.state.global_step}: the student has weights that are no number, so it is not saved and "
+                "training stops. The newest checkpoint is from before. Usual causes: a learning rate too high, fp16 "
+                "without a loss scale",
+                everywhere=True,
+            )
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint_now(self) -> Path | None:
+        """Save a complete checkpoint of the optimizer step that has just ended, whatever the recipe saves, and return it.
+
+        What this step still has to do (its log line, a held-out evaluation) is noted in it and made up for on resume.
+        Every rank calls it at the same step, from an ``on_step_end`` after ``TemperatureCallback``; then training must end.
+        It is whole, on the disk, when it returns.
+
+        Returns:
+            The folder, ``interrupted/checkpoint-STEP``; None, and nothing is written, where the loss was no number.
+        """
+        if any(isinstance(c, TemperatureCallback) and c.broken_steps for c in self.callback_handler.callbacks):
+            return None
+        only_model, self.args.save_only_model = self.args.save_only_model, False
+        self.interrupting = True
+        try:
+            self._save_checkpoint(self.model_wrapped, None)
+            return self._checkpoint_folder(None)
+        finally:
+            self.interrupting, self.args.save_only_model = False, only_model
+
+    def _checkpoint_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        # A place of its own: the Trainer must not take it for the checkpoint of an evaluation, or count it.
+        return os.path.join(folder, INTERRUPTED) if self.interrupting else folder
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the rest: trainer_state.json is written last and tells a complete checkpoint.
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            record = {
-                "name": self.temperature.name,
-                "state": self.temperature.state(),
-                "tokens_seen": self.tokens_seen,
-                "unlogged": self.mean_log.totals,  # sums since the last log line
-            }
-            write_json_atomic(folder / TEMPERATURE_STATE, record)
-        with self.clock_stopped():
-            super()._save_checkpoint(model, trial)
+        self._check_weights()
+        folder, resumed_from = self._checkpoint_folder(trial), self.exact_resume.resumed_from
+        if resumed_from is not None and folder.resolve() == resumed_from.resolve():
+            return  # made up for on resume: it is whole already, and still read from
+        with self.clock_stopped(), writing(folder.parent):
+            if self.args.should_save and folder.exists():
+                remove(folder)  # what a killed run left of it
+            self.accelerator.wait_for_everyone()
+            self.exact_resume.save(folder)
+            limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones are needed until the end
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                step, resumable = self.state.global_step, not self.args.save_only_model
+                mark_complete(folder, step=step, resumable=resumable, **layout(self))
+                run = folder.parent.parent if self.interrupting else folder.parent
+                rotate(run, step, None if self.interrupting else limit, keep=[self.state.best_model_checkpoint])
+            self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Not in _load_from_checkpoint, which the Trainer does not call under DeepSpeed.
         if checkpoint is not None:
-            self._load_temperature(Path(checkpoint) / TEMPERATURE_STATE)
+            self.exact_resume.load(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_temperature(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(
-                f"{path}: missing, so the temperature cannot go on where it was; resume from another checkpoint"
-            )
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("name") != self.temperature.name or "state" not in record:
-            raise UserError(f"{path}: written by another temperature policy, expected '{self.temperature.name}'")
-        self.temperature.load_state(record["state"])
-        self.tokens_seen = record["tokens_seen"]
-        self.mean_log.totals = record["unlogged"]
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed where training had come to its end: the Trainer would take one more step.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self.exact_resume.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.exact_resume.grad_norm
+
+    def _get_learning_rate(self) -> float:
+        self.exact_resume.learning_rate = super()._get_learning_rate()
+        return self.exact_resume.learning_rate
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The distillation's own card where there is one, else the Trainer's with our tags."""
@@ -465,32 +652,6 @@ class DistillationTrainer(Trainer):
 DTSDistillationTrainer = DistillationTrainer
 
 
-class _EvaluationOrder(Dataset[dict[str, Any]]):
-    """Rows by falling length, then copies of the shortest one without labels up to a multiple of the global batch.
-
-    Copies that carry no label add nothing to any sum, and every rank still runs the same number of forwards, which
-    sharded models need.
-    """
-
-    def __init__(self, dataset: Any, multiple: int) -> None:
-        self.dataset = dataset
-        lengths = getattr(dataset, "lengths", None) or [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
-        self.order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
-        self.fillers = -len(dataset) % multiple
-
-    def __len__(self) -> int:
-        return len(self.order) + self.fillers
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)  # without it, iterating over this data set would never end
-        if index < len(self.order):
-            return dict(self.dataset[self.order[index]])
-        filler = dict(self.dataset[self.order[-1]])
-        filler["labels"] = [IGNORE_INDEX] * len(filler["input_ids"])
-        return filler
-
-
 def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     """Refuse what the Trainer would take and this loss would ignore without a word."""
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
@@ -500,6 +661,14 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
         raise UserError(
             f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
         )
+    # Our fillers make the batches of an epoch even; with these, accelerate counts steps and shares out rows in another way.
+    for name, expected in (("split_batches", False), ("even_batches", True)):
+        value = getattr(args.accelerator_config, name)
+        if value is not expected:
+            raise UserError(
+                f"args.accelerator_config: got {name}: {value}, expected {name}: {expected}; "
+                "per_device_train_batch_size is the batch of each process"
+            )
     foreign = [name for name in ("lmbda", "beta", "packing", "max_length", "temperature") if hasattr(args, name)]
     if foreign:
         raise UserError(
@@ -508,18 +677,27 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
         )
 
 
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a weight that ZeRO-3 or FSDP2 has split, else all of it."""
+    if hasattr(parameter, "ds_tensor"):
+        part: Tensor = parameter.ds_tensor
+        rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+        # Parts are of one size; what the last one has too much was never written to.
+        return part[: max(0, parameter.ds_numel - rank * part.numel())]  # type: ignore[attr-defined]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return, operator]
+
+
 def _is_tokenised(dataset: Any) -> bool:
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return True
     return len(dataset) > 0 and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
 
 
-def _count_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Real tokens of the batch, padding left out."""
-    mask = batch.get("attention_mask")
-    return (
-        mask.sum() if mask is not None else torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
-    )
+def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers, each of which is one token long."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    tokens = mask.sum() if mask is not None else torch.tensor(ids.numel(), device=ids.device)
+    return tokens - (inputs["row_id"] == FILLER).sum() if "row_id" in inputs else tokens
 
 
 def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:

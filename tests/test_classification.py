@@ -31,12 +31,13 @@ from dts_hf.classification.models import (
 )
 from dts_hf.classification.run import task_arguments
 from dts_hf.classification.tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
-from dts_hf.classification.trainer import ClassificationDistillationTrainer, EvaluationOrder
+from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import TASK_METRICS
 from dts_hf.models import prune_layers
 from dts_hf.recipe import Recipe, load_recipe
+from dts_hf.row_order import FILLER, FilledUp, filler
 from dts_hf.temperature import build_temperature, temperature_policies
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
@@ -251,10 +252,10 @@ def test_pairs_are_told_apart_and_cut_at_the_longer_text() -> None:
 def test_no_row_is_evaluated_twice() -> None:
     rows = [parse_labelled(row, SST2, "r", "r") for row in rows_of(SST2, 7)]
     dataset, _ = encode_labelled(rows, tiny_tokenizer(), max_length=64)
-    order = EvaluationOrder(dataset, 4, regression=False)
-    found = [order[index] for index in range(len(order))]
-    assert len(found) == 8 and sorted(row["row_id"] for row in found) == [-1, *range(7)]
-    assert [row["labels"] for row in found if row["row_id"] < 0] == [-100]
+    found = list(FilledUp(dataset, 4, lambda row: filler(row, -100), longest_first=True))
+    assert len(found) == 8 and sorted(row["row_id"] for row in found) == [FILLER, *range(7)]
+    lengths = [len(row["input_ids"]) for row in found]
+    assert lengths == [*sorted(lengths[:7], reverse=True), 1] and found[-1]["labels"] == -100
 
 
 def test_metrics_are_those_of_the_model_and_of_the_teacher(tmp_path: Path) -> None:

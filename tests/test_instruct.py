@@ -16,11 +16,11 @@ from dts_hf.data import Row
 from dts_hf.errors import UserError
 from dts_hf.evaluation.instruct import (
     MEASURES,
-    _calls,
-    _rows_are_independent,
     decode_answer,
     evaluate_instruct,
+    rows_are_independent,
     rows_digest,
+    share_out,
 )
 from dts_hf.evaluation.protocol import Protocol, custom_protocol
 from dts_hf.evaluation.rouge import best_rouge_l
@@ -114,25 +114,25 @@ def test_an_answer_holds_no_special_tokens() -> None:
 @pytest.mark.parametrize("independent", [True, False])
 def test_every_row_is_answered_by_one_process_and_below_fp32_in_the_same_blocks(independent: bool, world: int) -> None:
     lengths = [(7 * i) % 31 for i in range(50)]
-    shares = [_calls(lengths, independent, 3, rank, world) for rank in range(world)]
+    shares = [share_out(lengths, independent, 3, rank, world) for rank in range(world)]
     assert sorted(row for share in shares for block, _ in share for row in block) == list(range(50))
     assert len({len(share) for share in shares}) == 1, "a sharded model is called equally often by all"
     if not independent:
-        alone = {tuple(block) for block, whole in _calls(lengths, False, 3, 0, 1)}
+        alone = {tuple(block) for block, whole in share_out(lengths, False, 3, 0, 1)}
         assert {tuple(block) for share in shares for block, whole in share if block} == alone
         assert all(whole for share in shares for _, whole in share)
 
 
-def test_only_fp32_rows_are_independent_of_their_neighbours() -> None:
-    assert _rows_are_independent(tiny_llama()) and _rows_are_independent(object())
-    assert not _rows_are_independent(tiny_llama().to(torch.bfloat16))
+def test_only_fp32rows_are_independent_of_their_neighbours() -> None:
+    assert rows_are_independent(tiny_llama()) and rows_are_independent(object())
+    assert not rows_are_independent(tiny_llama().to(torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not _rows_are_independent(tiny_llama())
+        assert not rows_are_independent(tiny_llama())
     AcceleratorState._reset_state()  # another test of this process may have made it
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     wrapped = accelerator.unwrap_model(accelerator.prepare(tiny_llama()))
     AcceleratorState._reset_state()
-    assert not _rows_are_independent(wrapped), "its forward runs under autocast"
+    assert not rows_are_independent(wrapped), "its forward runs under autocast"
 
 
 def test_the_digest_of_rows_follows_questions_and_references() -> None:

@@ -11,10 +11,11 @@ import pytest
 import reference
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dts_hf.data import EncodedDataset, PackedCollator, PaddedCollator, encode_rows, rows_from_dataset
-from dts_hf.errors import UserError
+from dts_hf.errors import RunError, UserError
+from dts_hf.meters import SumMeter
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response
 from dts_hf.teachers import LiveTeacher
@@ -391,6 +392,9 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
                             train_dataset=ROWS, processing_class=tiny_tokenizer())  # fmt: skip
     with pytest.raises(UserError, match="label_smoothing_factor"):
         trainer_for(tmp_path, options={"label_smoothing_factor": 0.1})
+    for name, value in (("split_batches", True), ("even_batches", False)):
+        with pytest.raises(UserError, match=f"accelerator_config: got {name}: {value}, expected {name}: {not value}"):
+            trainer_for(tmp_path, options={"accelerator_config": {name: value}})
     with pytest.raises(UserError, match="packing: got true and a data_collator"):
         trainer_for(tmp_path, packing=True, data_collator=PaddedCollator(2))
     with pytest.raises(UserError, match="expected a mapping with a name"):
@@ -412,6 +416,41 @@ def test_several_held_out_sets_and_raw_rows(tmp_path):
     assert {"eval_first_loss", "eval_second_kl"} <= set(found)
     alone = trainer_for(tmp_path)
     assert alone.evaluate(ROWS[:3])["eval_loss"] == pytest.approx(found["eval_first_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_fillers_are_single_tokens_that_count_for_nothing(tmp_path, packing):
+    rows = encoded()
+    tokenised = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in (rows[3], rows[4], rows[5])]
+    for dataset in (rows, tokenised):  # with row numbers, and without
+        options = {"per_device_eval_batch_size": len(dataset) + 2}
+        trainer = trainer_for(tmp_path, eval_dataset=dataset, packing=packing, options=options)
+        (batch,) = trainer.get_eval_dataloader()
+        lengths = sorted((len(row["input_ids"]) for row in dataset), reverse=True)
+        trainer.model.eval()
+        trainer.compute_loss(trainer.model, batch)
+        assert trainer.eval_meter.reduce(trainer.accelerator)["tokens"] == sum(lengths)
+        fed = batch["input_ids"].numel() if packing else batch["attention_mask"].sum()
+        assert fed == sum(lengths) + 2
+        assert trainer.evaluate()["eval_rows"] == sum(count_targets(torch.tensor([row["labels"]])) for row in dataset)
+
+
+def test_an_evaluation_that_was_broken_off_leaves_nothing_to_the_next(tmp_path):
+    trainer = trainer_for(tmp_path, eval_dataset=ROWS[:6], options={"per_device_eval_batch_size": 2})
+    expected = trainer.evaluate()
+
+    class CtrlC(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(CtrlC())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.remove_callback(CtrlC)
+    again = trainer.evaluate()
+    assert {key: again[key] for key in ("eval_rows", "eval_loss", "eval_kl")} == {
+        key: expected[key] for key in ("eval_rows", "eval_loss", "eval_kl")
+    }
 
 
 def test_evaluation_does_not_move_the_random_generator(tmp_path):
@@ -489,16 +528,86 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
 
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 4:
+            if state.global_step == 5:  # nothing is saved at this step
                 next(model.parameters()).data.fill_(float("nan"))
 
     trainer.add_callback(Poison())
-    with pytest.raises(UserError, match=r"step 7: the loss has been no number for 3 steps in a row"):
+    with pytest.raises(RunError, match=r"step 8: the loss has been no number for 3 steps in a row"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    record = json.loads((tmp_path / "broken_step-7.rank0.json").read_text())
-    assert record["step"] == 7 and len(record["rows"]) == 2
+    record = json.loads((tmp_path / "broken_step-8.rank0.json").read_text())
+    assert record["step"] == 8 and len(record["rows"]) == 2
     assert all(data.row_ids[row["row"]] == row["id"] for row in record["rows"])
+
+
+class Break(TrainerCallback):
+    """Makes a weight no number: before the forward of the last step, or after its update."""
+
+    def __init__(self, before: bool) -> None:
+        self.before = before
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.before and state.global_step == state.max_steps - 1:
+            next(model.parameters()).data.fill_(float("nan"))
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.before and state.global_step == state.max_steps - 1:
+            next(model.parameters()).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["loss", "weights"])
+@pytest.mark.parametrize("save_strategy", ["no", "steps", "epoch"])
+def test_a_run_whose_last_step_breaks_is_not_done(tmp_path, save_strategy, before):
+    options = {"max_steps": 4, "save_strategy": save_strategy, "save_steps": 2}
+    trainer = trainer_for(tmp_path, callbacks=[Break(before)], options=options)
+    with pytest.raises(RunError, match=r"step 4: the student has weights that are no number"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ([] if save_strategy == "no" else ["checkpoint-2"])
+
+
+def test_a_step_that_was_broken_off_leaves_nothing_to_the_next(tmp_path):
+    """Ctrl-C in a notebook between two micro-batches, then the same trainer goes on from its checkpoint."""
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+               "save_strategy": "steps", "save_steps": 2}  # fmt: skip
+    straight = trainer_for(tmp_path / "straight", options=options)
+    straight.train()
+
+    class CtrlC(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    trainer = trainer_for(tmp_path / "broken", callbacks=[CtrlC()], options=options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(CtrlC)
+    trainer.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(trainer.state.log_history, straight.state.log_history, strict=True):
+        names = {"loss", "kl", "temperature", "grad_norm"} & theirs.keys()
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+    assert trainer.tokens_seen == straight.tokens_seen
+
+
+def test_too_little_memory_for_the_student_is_not_called_wrong_input(tmp_path, monkeypatch):
+    def move(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", move)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer_for(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "total"), [((1.0, 2.0), 3.0), ((math.inf, -math.inf), math.nan), ((math.inf, 1.0), math.inf)]
+)
+def test_sums_of_ranks_that_are_no_numbers(values, total):
+    class TwoProcesses:
+        def gather(self, flat):
+            return torch.tensor([[value] for value in values], dtype=torch.float64)
+
+    meter = SumMeter()
+    meter.add({"ce": torch.tensor(values[0])})
+    assert meter.reduce(TwoProcesses())["ce"] == pytest.approx(total, nan_ok=True)
 
 
 @pytest.mark.parametrize("knows", [False, True])

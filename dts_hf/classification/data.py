@@ -15,8 +15,6 @@ from dts_hf.data import EncodedDataset
 from dts_hf.errors import UserError
 from dts_hf.response import IGNORE_INDEX
 
-NO_ROW = -1  # row_id of what only fills a batch
-
 
 class LabelledDataset(EncodedDataset):
     """Tokenised texts, each with one label.

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from dts_hf.classification.tasks import GlueTask
 from dts_hf.errors import UserError
 from dts_hf.models import ModelSource, add_lora, load_weights, prune_layers
+from dts_hf.sharding import is_sharded, on_any_process
 
 if TYPE_CHECKING:
     from dts_hf.recipe import Student, Teacher
@@ -249,7 +250,7 @@ class ClassifierTeacher:
         self._known: dict[bytes, Tensor] = {}
 
     def to(self, device: torch.device) -> ClassifierTeacher:
-        if self.model is not None:
+        if self.model is not None and not is_sharded(self.model):
             self.model.to(device)
         return self
 
@@ -259,7 +260,10 @@ class ClassifierTeacher:
         if self.model is None:
             return None
         keys = _row_keys(batch)
-        if not all(key in self._known for key in keys):
+        unknown = not all(key in self._known for key in keys)
+        if is_sharded(self.model):  # all of them or none
+            unknown = on_any_process(unknown, batch["input_ids"].device)
+        if unknown:
             self.model.eval()
             # The teacher keeps its own precision whatever autocast the student trains under.
             with torch.autocast(batch["input_ids"].device.type, enabled=False):

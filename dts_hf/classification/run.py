@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,23 +23,29 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.callbacks import RunLogCallback
+from dts_hf.callbacks import BeforeTrainingCallback, RunLogCallback
 from dts_hf.classification.data import LabelledDataset, encode_labelled, separates
 from dts_hf.classification.models import load_task_student, load_task_teacher, takes_type_ids
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, load_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data import Row, manifest
+from dts_hf.distribution import check_launch
 from dts_hf.evaluation.glue import TASK_METRICS, headline
 from dts_hf.evaluation.instruct import rows_digest
+from dts_hf.exact_resume import check_layout
 from dts_hf.models import load_tokenizers, save_student
+from dts_hf.peers import watch_peers
 from dts_hf.recipe import Recipe, Task, training_arguments
-from dts_hf.run_directory import RunDirectory, checkpoint_to_resume, environment
-from dts_hf.run_end import peak_memory_gb, push, say
+from dts_hf.run_directory import RunDirectory, environment
+from dts_hf.run_end import clean_up, end_early, peak_memory_gb, push, say
+from dts_hf.run_start import check_same_rows, find_start
+from dts_hf.saved_scores import BEFORE, keep_scores
+from dts_hf.sharding import check_can_shard, on_first_process, parameter_count, place_teacher
 from dts_hf.temperature import build_temperature
 
 
-def distill_classification(recipe: Recipe) -> RunDirectory:
-    """Run a recipe that has a task, from start to finish, and return its run directory.
+def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory:
+    """Run a recipe that has a task, from start to finish, and return its run directory; ``distill`` says what resumes.
 
     Raises:
         UserError: wrong input, named by key, row or file; nothing has been written then.
@@ -46,9 +53,14 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
     started = time.monotonic()
     assert recipe.task is not None
     task = get_task(recipe.task.subset)
-    resume = checkpoint_to_resume(recipe)
-    RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
     args = task_arguments(recipe, task)
+    check_launch(args)
+    watch_peers()
+    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
+        check_can_shard(recipe.teacher.quantization != "none")
+    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    if start.finished:
+        return end_early(recipe, args)
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
 
@@ -57,6 +69,8 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
     teacher = load_task_teacher(recipe.teacher, task) if recipe.teacher is not None else None
     set_seed(args.seed)  # a new head is the seed's, whatever was loaded before
     student = load_task_student(recipe.student, teacher, task)
+    if recipe.teacher is not None and teacher is not None:  # whole until here: the student may be cut out of it
+        place_teacher(teacher, recipe.teacher.placement, args.device)
     type_ids = takes_type_ids(student) or takes_type_ids(teacher)
     sets: dict[str, LabelledDataset] = {}
     cut: dict[str, int] = {}
@@ -65,47 +79,46 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
             of_set, tokenizer, max_length=recipe.task.max_length, type_ids=type_ids
         )
 
-    trainer = ClassificationDistillationTrainer(
-        student,
-        teacher,
-        task,
-        build_temperature(recipe.temperature.name, **recipe.temperature.options),
-        recipe.loss.divergence.model_dump(),
-        recipe.loss.kd_ratio,
-        args,
-        sets["train"],
-        sets.get("validation"),
-        tokenizer,
-        temperature_scaling=recipe.loss.temperature_scaling,
-        teacher_tokenizer=teacher_tokenizer,
-    )
+    trainer = make_task_trainer(recipe, task, args, student, teacher, tokenizer, teacher_tokenizer, sets)
 
-    # From here on things are written.
+    made_from = _manifest(recipe, rows, sets, cut)
     run = RunDirectory(recipe.output.dir)
     main = trainer.is_world_process_zero()
+    if start.keep:
+        check_same_rows(run, made_from)
+    if start.checkpoint is not None:
+        check_layout(trainer, start.checkpoint)
+
+    # From here on things are written.
+    on_first_process(
+        lambda: RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep),
+        args.process_index,
+        args.world_size,
+    )
     if main:
-        run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
         run.save_recipe(recipe)
         run.write_environment(environment())
-        run.write_data_manifest(_manifest(recipe, rows, sets, cut))
+        run.write_data_manifest(made_from)
+        if start.log_bytes is not None:
+            run.cut_log(start.log_bytes)
         trainer.add_callback(RunLogCallback(run))
         trainer.add_callback(ScoreCallback(task))
     trainer.accelerator.wait_for_everyone()
 
-    scorer = _Scorer(recipe, task, run, trainer, rows, sets)
-    scorer.score("student_before", student, teacher)
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    training_seconds = time.monotonic() - began
+    scorer = _Scorer(recipe, task, run, trainer, rows, sets, start.scores)
+    if start.checkpoint is None:
+        score_before = partial(scorer.score, "student_before", student, teacher)
+        trainer.add_callback(BeforeTrainingCallback(trainer, score_before))
+    trainer.train(resume_from_checkpoint=start.checkpoint)
     best_step = _best_step(trainer)
     scorer.score("student", student, teacher)
 
+    merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
+    save_student(student, tokenizer, run.final_path, merge_lora=merge)
     if main:
-        merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
-        trainer.model = save_student(student, tokenizer, run.final_path, merge_lora=merge)  # type: ignore[assignment]
         training: dict[str, Any] = {
             "steps": trainer.state.global_step,
-            "seconds": round(training_seconds, 1),
+            "seconds": round(trainer.training_seconds, 1),
             "total_seconds": round(time.monotonic() - started, 1),
             "tokens": int(trainer.tokens_seen),
             "peak_memory_gb": round(peak_memory_gb(), 2),
@@ -124,6 +137,7 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
             "training": training,
         }  # fmt: skip
         run.write_metrics(metrics)
+        clean_up(run)
         if recipe.output.report:
             from dts_hf.reporting.report import write_report
 
@@ -131,6 +145,37 @@ def distill_classification(recipe: Recipe) -> RunDirectory:
     if args.push_to_hub:
         push(trainer, run)
     return run
+
+
+def make_task_trainer(
+    recipe: Recipe,
+    task: GlueTask,
+    args: TrainingArguments,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, LabelledDataset],
+) -> ClassificationDistillationTrainer:
+    """The trainer of ``recipe``, for the run and for the three steps that ``dts-hf doctor`` takes.
+
+    Raises:
+        UserError: see ``ClassificationDistillationTrainer``.
+    """
+    return ClassificationDistillationTrainer(
+        student,
+        teacher,
+        task,
+        build_temperature(recipe.temperature.name, **recipe.temperature.options),
+        recipe.loss.divergence.model_dump(),
+        recipe.loss.kd_ratio,
+        args,
+        sets["train"],
+        sets.get("validation"),
+        tokenizer,
+        temperature_scaling=recipe.loss.temperature_scaling,
+        teacher_tokenizer=teacher_tokenizer,
+    )
 
 
 class ScoreCallback(TrainerCallback):
@@ -258,15 +303,16 @@ class _Scorer:
         trainer: ClassificationDistillationTrainer,
         rows: dict[str, list[LabelledRow]],
         sets: dict[str, LabelledDataset],
+        made: Mapping[str, dict[str, Any]],
     ) -> None:
-        self.task, self.run, self.trainer, self.rows = task, run, trainer, rows
+        self.recipe, self.task, self.run, self.trainer, self.rows = recipe, task, run, trainer, rows
         self.wanted = recipe.evaluation.models
         self.sets = {name: dataset for name, dataset in sets.items() if name != "train"}
-        self.models: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, dict[str, Any]] = dict(made)
 
     def score(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
         """Score the student as it is now; the first pass scores the teacher, too, whatever it is wanted for."""
-        models = {"student": (name, student)} if name in self.wanted else {}
+        models = {"student": (name, student)} if name in self.wanted and name not in self.models else {}
         if teacher is not None and "teacher" in self.wanted and "teacher" not in self.models:
             models["teacher"] = ("teacher", teacher)
         predictions: dict[str, list[dict[str, Any]]] = {who: [] for who in models}
@@ -278,6 +324,8 @@ class _Scorer:
         for who, (label, _) in models.items():
             if self.sets and self.trainer.is_world_process_zero():
                 self.run.write_predictions(label, predictions[who])
+        if self.trainer.is_world_process_zero() and name in BEFORE:
+            keep_scores(self.run, self.recipe, self.models)
 
     def _evaluate(self, name: str, set_name: str, dataset: LabelledDataset) -> dict[str, float]:
         # The log has one set over the steps of training; the best epoch's weights, put back, are not of the last step.
@@ -290,7 +338,7 @@ class _Scorer:
         return values
 
     def _add(self, name: str, model: nn.Module, set_name: str, values: dict[str, float], of: str) -> None:
-        entry = self.models.setdefault(name, {"parameters": sum(p.numel() for p in model.parameters()), "sets": {}})
+        entry = self.models.setdefault(name, {"parameters": parameter_count(model), "sets": {}})
         measures = {metric: values[f"eval_{of}{metric}"] for metric in TASK_METRICS[self.task.subset]}
         if self.task.regression:
             measures["label_mse"] = values[f"eval_{'teacher' if of else 'label'}_mse"]

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import (
-    NO_ROW,
     LabelledCollator,
     LabelledDataset,
     check_task_labels,
@@ -39,9 +38,10 @@ from dts_hf.head import Head
 from dts_hf.losses import SUM_NAMES
 from dts_hf.models import load_tokenizer, shared_prefix
 from dts_hf.response import IGNORE_INDEX
+from dts_hf.row_order import FILLER, FilledUp, filler
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.temperature.constant import Constant
-from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer, _EvaluationOrder
+from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer, count_tokens
 
 # What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
 REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
@@ -171,6 +171,8 @@ class ClassificationDistillationTrainer(DistillationTrainer):
     ) -> Any:
         """Teacher and student on the same batch; returns example_sum / num_items_in_batch * num_processes."""
         labels = inputs["labels"]
+        if model.training and "row_id" in inputs:
+            self.rows_of_step.append(inputs["row_id"])
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
         kept = labelled(labels)
         normalizer = self._normalizer(labels, num_items_in_batch)
@@ -182,7 +184,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             loss_of = self._squared_errors if self.task.regression else self._class_loss
             loss, sums = loss_of(logits[kept], teacher[kept], labels[kept], normalizer, model.training)
         meter = self.step_meter if model.training else self.eval_meter
-        meter.add({**sums, "tokens": batch["attention_mask"].sum()})
+        meter.add({**sums, "tokens": count_tokens(inputs)})
         outputs = {"loss": loss, "logits": logits.detach(), "teacher_logits": teacher}
         return (loss, outputs) if return_outputs else loss
 
@@ -253,7 +255,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
 
     def _scores(self) -> dict[str, float]:
         rows, labels, student, teacher = (torch.cat(column) for column in zip(*self._seen, strict=True))
-        real = rows != NO_ROW
+        real = rows != FILLER
         self.predicted = {}
         scores: dict[str, float] = {}
         for name, logits in (("student", student), ("teacher", teacher)):
@@ -273,13 +275,16 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
         return values
 
+    def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return filler(row, float("nan") if self.task.regression else IGNORE_INDEX)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with unlabelled rows so that no rank evaluates a row twice."""
         dataset: Any = eval_dataset or self.eval_dataset
         if not isinstance(dataset, LabelledDataset):
             raise UserError(f"eval_dataset: got {type(dataset).__name__}, expected held-out rows to evaluate on")
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
-        order = EvaluationOrder(dataset, multiple, self.task.regression)
+        order = FilledUp(dataset, multiple, self._without_label, longest_first=True)
         return super(DistillationTrainer, self).get_eval_dataloader(order)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
@@ -293,15 +298,3 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         for model, name in ((student, "the student"), (self.classifier.model, "the teacher")):
             if model is not None:
                 check_positions(model, name, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
-
-
-class EvaluationOrder(_EvaluationOrder):
-    """The order of language models, whose filling rows have one label, and here it is none."""
-
-    def __init__(self, dataset: LabelledDataset, multiple: int, regression: bool) -> None:
-        super().__init__(dataset, multiple)
-        self.no_label = float("nan") if regression else IGNORE_INDEX
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = super().__getitem__(index)
-        return row if index < len(self.order) else {**row, "labels": self.no_label, "row_id": NO_ROW}

@@ -20,7 +20,7 @@ import torch
 from dts_hf.data import Row, load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.answers import AnswerFile
-from dts_hf.evaluation.instruct import evaluate_instruct, on_first_process, process, rows_digest
+from dts_hf.evaluation.instruct import evaluate_instruct, rows_digest
 from dts_hf.evaluation.protocol import get_protocol
 from dts_hf.evaluation.scorer import VALIDATION, batch_size_that_matters, load_sets, protocol_of
 from dts_hf.evaluation.vllm_backend import check_vllm_settings, load_vllm, vllm_generate
@@ -31,6 +31,7 @@ from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory, write_json_atomic
 from dts_hf.run_end import say
 from dts_hf.sets import canonical_name
+from dts_hf.sharding import on_first_process, process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

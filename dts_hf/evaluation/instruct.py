@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,13 +17,12 @@ from dts_hf.evaluation.answers import Answer, AnswerFile
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.rouge import best_rouge_l
 from dts_hf.evaluation.text import exact_match, repeats_ngram
-from dts_hf.generation import Generated, checked_prompts, generate, is_sharded, stop_token_ids
+from dts_hf.generation import Generated, checked_prompts, generate, stop_token_ids
 from dts_hf.prompts import EncodedPrompt, encode_prompts, get_template
+from dts_hf.sharding import gathered, is_sharded, on_first_process, process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Result = TypeVar("Result")
 
 # In the order of metrics.json
 MEASURES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty", "mean_tokens")
@@ -68,7 +67,7 @@ def evaluate_instruct(
         answers: also write every answer there as it is made, and take those that are there already.
         all_processes: every process of the default group calls this with the same arguments; each answers a share of
             the rows and gets the whole result. Models replicated on all processes (DDP) and sharded ones
-            (``generation.is_sharded``) are supported. Without it a sharded model is refused.
+            (``sharding.is_sharded``) are supported. Without it a sharded model is refused.
         answer: what generates; has the signature of ``generation.generate``.
 
     Returns:
@@ -94,7 +93,8 @@ def evaluate_instruct(
     rank, world = process() if all_processes else (0, 1)
     if not all_processes and isinstance(model, torch.nn.Module) and is_sharded(model):
         raise ValueError("the weights are spread over processes: call evaluate_instruct on all, with all_processes")
-    calls = _calls([len(prompt.ids) for _, prompt in kept], _rows_are_independent(model), batch_size, rank, world)
+    lengths = [len(prompt.ids) for _, prompt in kept]
+    calls = share_out(lengths, rows_are_independent(model), batch_size, rank, world)
     known = on_first_process(lambda: {} if answers is None else answers.load(), rank, world)
     predictions: list[dict[str, Any]] = []
     for seed in protocol.runs:
@@ -113,7 +113,7 @@ def evaluate_instruct(
             part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
             title = None if rank or progress is None else f"{progress}, seed {seed}{part}"
             _answer_block(model, tokenizer, kept, todo, protocol, seed, batch_size, title, answer, finished)
-        found = {answer: row for part in (known, *_gathered(made, world)) for answer, row in part.items()}
+        found = {answer: row for part in (known, *gathered(made, world)) for answer, row in part.items()}
         predictions += [found[Answer(seed, row.id)] for row, _ in kept]
     scores: dict[str, Any] = {
         "n": len(kept),
@@ -181,13 +181,6 @@ def _check_rows(rows: Sequence[Row], set_name: str) -> None:
 # ------------------------------------------------------------------------------------------- which process does what
 
 
-def process() -> tuple[int, int]:
-    """(rank, world size) of the default process group; (0, 1) without one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
     """In what ``model`` answers: the dtype of its weights, or ``autocast`` where its forward runs under that."""
     # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
@@ -197,7 +190,7 @@ def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
     return "+".join(sorted(kinds))
 
 
-def _rows_are_independent(model: Any) -> bool:
+def rows_are_independent(model: Any) -> bool:
     """Whether the model computes in fp32, where the text of a row does not depend on the rows beside it."""
     if not isinstance(model, torch.nn.Module):
         return True  # another backend batches as it likes: there is nothing to keep equal
@@ -207,7 +200,7 @@ def _rows_are_independent(model: Any) -> bool:
     return exact and not lowered and torch.get_float32_matmul_precision() == "highest"
 
 
-def _calls(
+def share_out(
     lengths: Sequence[int], independent: bool, batch_size: int, rank: int, world: int
 ) -> list[tuple[list[int], bool]]:
     """The rows that this process answers: (rows of one call of ``generate``, whether they belong together).
@@ -222,30 +215,6 @@ def _calls(
     blocks = [order[start : start + size] for start in range(0, len(order), size)]
     blocks += [[]] * (-len(blocks) % world)
     return [(block, True) for block in blocks[rank::world]]
-
-
-def on_first_process(work: Callable[[], Result], rank: int, world: int) -> Result:
-    """Do ``work`` on the first process alone; its result, or its ``UserError``, is that of all: none waits for ever."""
-    if world == 1:
-        return work()
-    held: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            held[0] = work()
-        except UserError as error:
-            held[1] = str(error)
-    torch.distributed.broadcast_object_list(held)
-    if held[1] is not None:
-        raise UserError(held[1])
-    return held[0]  # type: ignore[no-any-return]
-
-
-def _gathered(made: dict[Answer, dict[str, Any]], world: int) -> list[dict[Answer, dict[str, Any]]]:
-    """What every process has made."""
-    found: list[Any] = [made] * world
-    if world > 1:
-        torch.distributed.all_gather_object(found, made)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------ single answers

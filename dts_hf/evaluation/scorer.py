@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,10 +14,12 @@ from dts_hf.data import Row, load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.protocol import Protocol, custom_protocol, get_protocol
-from dts_hf.generation import is_sharded
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory
+from dts_hf.run_end import say
+from dts_hf.saved_scores import BEFORE, keep_scores
 from dts_hf.sets import canonical_name, resolve_set
+from dts_hf.sharding import is_sharded, parameter_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +88,7 @@ class Scorer:
         tokenizer: of student and teacher.
         rows: the validation rows; the recipe's ``rows`` says how many are answered.
         sets: further sets for the end of training, from ``load_sets``.
+        made: entries that an earlier life of the run has made, by model; these models are not scored again.
     """
 
     def __init__(
@@ -97,20 +99,21 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Row],
         sets: Mapping[str, Sequence[Row]] | None = None,
+        made: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.protocol = protocol_of(recipe)
         self.rows, self.sets = rows[: recipe.evaluation.rows], dict(sets or {})
-        self.models: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, dict[str, Any]] = dict(made or {})
 
     def score(self, name: str, model: nn.Module, *, held_out: bool = False) -> None:
         """Score ``model`` by generation and, for the student, by its teacher-forced held-out loss at T = 1."""
         sets: dict[str, Sequence[Row]] = {VALIDATION: self.rows} if self.rows else {}
         if name != "student_before":  # the student before training is a control, not a result
             sets |= self.sets
-        if not sets or name not in self.recipe.evaluation.models:
+        if not sets or name not in self.recipe.evaluation.models or name in self.models:
             return
-        entry: dict[str, Any] = {"parameters": sum(_size(p) for p in model.parameters())}
+        entry: dict[str, Any] = {"parameters": parameter_count(model)}
         if held_out and self.rows:
             values = self.trainer.evaluate()
             # Without a teacher there is no distance to it.
@@ -138,14 +141,14 @@ class Scorer:
         if name != "teacher" and VALIDATION in results:
             scores = results[VALIDATION].scores
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
+        if name in BEFORE:
+            keep_scores(self.run, self.recipe, self.models)
         for set_name, result in results.items():
             mean = means(result.scores)
             where = "" if set_name == VALIDATION else f" on {set_name}"
-            print(
+            say(
                 f"{title}{where}: ROUGE-L {100 * mean['rougeL']:.1f}, answers that repeat a 4-gram "
-                f"{mean['repeats_4gram']:.0%}, {mean['mean_tokens']:.0f} tokens on average",
-                file=sys.stderr,
-                flush=True,
+                f"{mean['repeats_4gram']:.0%}, {mean['mean_tokens']:.0f} tokens on average"
             )
 
     def during(self) -> dict[str, Any]:
@@ -216,8 +219,3 @@ class weights_as(AbstractContextManager[None]):
         for parameter, data in self.kept:
             parameter.data = data
         self.kept = []
-
-
-def _size(parameter: nn.Parameter) -> int:
-    """Number of weights, also of one that ZeRO-3 has put elsewhere (its own size is 0 then)."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

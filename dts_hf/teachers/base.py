@@ -19,7 +19,7 @@ class Teacher(Protocol):
 
     @property
     def head(self) -> Head | None:
-        """Turns its states into logits; None for ``NoTeacher``."""
+        """Turns its states into logits (its weights may be shares of FSDP2 or ZeRO-3); None for ``NoTeacher``."""
         ...
 
     def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor | None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dts_hf.head import backbone_of, head_of
+from dts_hf.head import Head, backbone_of, head_of, loss_in_head
 from dts_hf.response import select_response
+from dts_hf.sharding import is_sharded
 
 
 class LiveTeacher:
@@ -17,25 +18,33 @@ class LiveTeacher:
     It is never handed to ``accelerator.prepare``, which would wrap its forward into fp32 copies.
 
     Args:
-        model: a causal language model; it is frozen and put into evaluation mode.
+        model: a causal language model, whole or spread by ``sharding.shard_teacher``; it is frozen and put into
+            evaluation mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
         self.backbone = backbone_of(model)
-        self.head = head_of(model)
+
+    @property
+    def head(self) -> Head:
+        """Its weights are shares where the model is sharded: see ``sharding.whole_head``."""
+        return head_of(self.model)
 
     def to(self, device: torch.device) -> LiveTeacher:
-        if self.head.weight.device != device:
+        if not is_sharded(self.model) and self.head.weight.device != device:
             self.model.to(device)
-            self.head = head_of(self.model)
         return self
 
     @torch.no_grad()
     def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
         # Utilities that call train() recursively must not switch the teacher's dropout on.
-        self.backbone.eval()
+        self.model.eval()
         # The teacher keeps its own precision whatever autocast the student trains under.
         with torch.autocast(labels.device.type, enabled=False):
-            states = self.backbone(**batch, use_cache=False).last_hidden_state
+            if is_sharded(self.model):  # its weights are gathered by hooks that start from the whole model
+                with loss_in_head(self.model, lambda states: states):
+                    states = self.model(**batch, use_cache=False).logits
+            else:
+                states = self.backbone(**batch, use_cache=False).last_hidden_state
         return select_response(states, labels)[0]

@@ -1,0 +1,72 @@
+"""Row counts that several processes can share out evenly, without taking a row twice.
+
+Accelerate would repeat rows. Here single tokens without a label fill the last batches: they add nothing to any sum, and
+every process still runs the same number of forwards, which sharded models need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any
+
+from torch.utils.data import Dataset, Sampler
+
+#: The ``row_id`` of what only fills a batch.
+FILLER = -2
+
+
+def filler(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+    """The first token of ``row``, with ``labels`` that no loss counts."""
+    by_token = {name: row[name][:1] for name in ("input_ids", "attention_mask", "token_type_ids") if name in row}
+    return {**row, **by_token, "labels": labels, "row_id": FILLER}
+
+
+class FilledUp(Dataset[dict[str, Any]]):
+    """``dataset``, then fillers up to a multiple of the global batch.
+
+    Args:
+        dataset: rows with ``input_ids``.
+        multiple: rows of a batch of all processes together.
+        without_label: makes a filler of the first row.
+        longest_first: rows by falling length, for less padding; otherwise as they stand.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        multiple: int,
+        without_label: Callable[[Mapping[str, Any]], dict[str, Any]],
+        longest_first: bool = False,
+    ) -> None:
+        self.dataset, self.without_label = dataset, without_label
+        self.order = list(range(len(dataset)))
+        if longest_first:
+            lengths = getattr(dataset, "lengths", None) or [len(dataset[index]["input_ids"]) for index in self.order]
+            self.order.sort(key=lambda index: -lengths[index])
+        self.fillers = -len(dataset) % multiple
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fillers
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # without it, iterating over this data set would never end
+        if index < len(self.order):
+            return dict(self.dataset[self.order[index]])
+        return self.without_label(self.dataset[0])
+
+
+class FillersLast(Sampler[int]):
+    """The order of ``sampler`` over a ``FilledUp`` data set's own rows, then its fillers, up to ``total`` indices."""
+
+    def __init__(self, sampler: Sampler[int], total: int) -> None:
+        self.sampler, self.total = sampler, total
+        assert isinstance(sampler, Sized)
+        self.own = len(sampler)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from range(self.own, self.total)
