@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dts_hf.meters import OF_POLICY
+from dts_hf.interruption import asked_to_stop, at_once, stopped_at
+from dts_hf.meters import OF_POLICY, SumMeter
 from dts_hf.temperature.base import StepStats
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from dts_hf.trainer import DistillationTrainer
 
 
+#: In the reduction of a step: how many processes were asked to stop.
+STOP_ASKED = "stop_asked"
 #: A run ends after so many steps in a row whose loss is no number.
 BROKEN_STEPS = 3
 
@@ -45,12 +49,17 @@ class TemperatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.rows_of_step.clear()
+        self.trainer.step_meter = SumMeter()  # a step that an exception broke off has left its sums
         self.trainer.temperature.begin_step(state.global_step / max(state.max_steps, 1))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # One signalled process stops all, at this step: what each of them knows travels with the sums of the loss.
+        asked = torch.full((), float(asked_to_stop() is not None), device=args.device)
+        self.trainer.step_meter.add({STOP_ASKED: asked})
         totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
+        self.trainer.stop_agreed = totals.pop(STOP_ASKED) > 0
         if not totals or not totals["rows"]:
             return  # no label in the whole step: nothing was learned about the gap
         rows, policy = totals["rows"], self.trainer.temperature
@@ -74,6 +83,29 @@ class TemperatureCallback(TrainerCallback):
         if self.broken_steps == BROKEN_STEPS:
             self.trainer.stop_broken_run(state.global_step)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.broken_steps:
+            control.should_save = False  # save_strategy epoch asks again, after on_step_end
+
+
+class InterruptionCallback(TrainerCallback):
+    """Leaves training with a complete checkpoint once all processes know that one was asked to stop.
+
+    It stands directly after ``TemperatureCallback``: the state is that of the finished step, and what else the step
+    would do (a held-out evaluation may take longer than the cluster waits) is made up for on resume.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.stop_agreed:
+            raise stopped_at(state.global_step, self.trainer.save_checkpoint_now())
+
 
 class OrderCallback(TrainerCallback):
     """Tells our sampler the epoch. Accelerate's own ``set_epoch`` does not reach it on a resume with several processes."""
@@ -86,6 +118,29 @@ class OrderCallback(TrainerCallback):
     ) -> None:
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class BeforeTrainingCallback(TrainerCallback):
+    """Does ``work`` before the first optimizer step of a run, not of a resumed one; every process does it.
+
+    For what needs the student in the wrapper that trains it: before ``train`` there is none, and an evaluation would
+    make a DeepSpeed engine of its own, which ZeRO-1 and 2 refuse and training could not use.
+    """
+
+    def __init__(self, trainer: DistillationTrainer, work: Callable[[], None]) -> None:
+        self.trainer = trainer
+        self.work: Callable[[], None] | None = work
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        work, self.work = self.work, None  # a retry with a smaller batch begins again
+        if work is None or state.global_step > 0:
+            return
+        began = time.monotonic()
+        with at_once():
+            work()
+        self.trainer.no_training_since(began)
 
 
 class RunLogCallback(TrainerCallback):
@@ -125,13 +180,20 @@ class GenerationEvalCallback(TrainerCallback):
         record: Callable[[int, float, dict[str, Any]], None],
     ) -> None:
         self.score, self.every_steps, self.record = score, every_steps, record
+        self.scored_step = 0
+
+    def is_due(self, state: TrainerState) -> bool:
+        """Whether the step that has ended is one to score, and was not scored yet."""
+        # The last step is left out: the finished student is scored anyway.
+        wanted = state.global_step % self.every_steps == 0 and state.global_step < state.max_steps
+        return wanted and self.scored_step != state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The last step is left out: the finished student is scored anyway.
-        if state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
+        if self.is_due(state):
             scores = self.score()
+            self.scored_step = state.global_step
             if scores is not None and state.is_world_process_zero:
                 self.record(state.global_step, float(state.epoch or 0.0), scores)
 
@@ -189,6 +251,10 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal its cursor back; also after an error, when there is no ``on_train_end``."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

@@ -10,13 +10,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.callbacks import GenerationEvalCallback, RunLogCallback
+from dts_hf.callbacks import BeforeTrainingCallback, GenerationEvalCallback, RunLogCallback
 from dts_hf.data import (
     EncodedDataset,
     EncodingReport,
@@ -27,14 +28,20 @@ from dts_hf.data import (
     load_rows,
     manifest,
 )
+from dts_hf.distribution import check_launch
 from dts_hf.errors import UserError
 from dts_hf.evaluation.scorer import VALIDATION, Scorer, load_sets
+from dts_hf.exact_resume import check_layout
+from dts_hf.interruption import stops_on_signal
 from dts_hf.models import load_student, load_teacher, load_tokenizers, save_student
+from dts_hf.peers import watch_peers
 from dts_hf.prompts import Template, encode_prompts, get_template
 from dts_hf.recipe import Recipe, training_arguments
-from dts_hf.run_directory import RunDirectory, checkpoint_to_resume, environment
-from dts_hf.run_end import peak_memory_gb, push, say
+from dts_hf.run_directory import RunDirectory, environment
+from dts_hf.run_end import clean_up, end_early, peak_memory_gb, push, say
+from dts_hf.run_start import check_same_rows, find_start
 from dts_hf.sets import resolve_set
+from dts_hf.sharding import check_can_shard, on_first_process, place_teacher
 from dts_hf.teacher_answers import answer_rows
 from dts_hf.temperature import build_temperature
 from dts_hf.trainer import DistillationTrainer
@@ -42,8 +49,14 @@ from dts_hf.trainer import DistillationTrainer
 logger = logging.getLogger(__name__)
 
 
-def distill(recipe: Recipe) -> RunDirectory:
+@stops_on_signal
+def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     """Run ``recipe`` from start to finish and return its run directory.
+
+    Args:
+        recipe: what to do.
+        resume: go on with the killed or interrupted run in ``output.dir``, from its newest whole checkpoint; the end is
+            the one it would have had.
 
     Raises:
         UserError: wrong input, named by key, row or file; nothing has been written then.
@@ -51,11 +64,16 @@ def distill(recipe: Recipe) -> RunDirectory:
     if recipe.task is not None:
         from dts_hf.classification.run import distill_classification
 
-        return distill_classification(recipe)
+        return distill_classification(recipe, resume)
     started = time.monotonic()
-    resume = checkpoint_to_resume(recipe)
-    RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
     args = training_arguments(recipe, recipe.output.dir)
+    check_launch(args)
+    watch_peers()
+    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
+        check_can_shard(recipe.teacher.quantization != "none")
+    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    if start.finished:
+        return end_early(recipe, args)
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
 
@@ -67,37 +85,115 @@ def distill(recipe: Recipe) -> RunDirectory:
     if VALIDATION in final_sets:
         raise UserError(f"evaluation.sets: {VALIDATION!r} is the name of the validation rows; rename the file")
     tokenizer, teacher_tokenizer = load_tokenizers(recipe)
-    train_data, train_report = _encode(recipe, train_rows, tokenizer, template, "data.train")
-    teacher = None if recipe.teacher is None else load_teacher(recipe.teacher).to(args.device)  # type: ignore[arg-type]
+    train_data, train_report = encode(recipe, train_rows, tokenizer, template, "data.train")
+    teacher = None if recipe.teacher is None else load_teacher(recipe.teacher)
     student = load_student(recipe.student, teacher)
+    if recipe.teacher is not None and teacher is not None:  # whole until here: the student may be cut out of it
+        place_teacher(teacher, recipe.teacher.placement, args.device)
     answered_rows = [
         *validation_rows[: recipe.evaluation.rows],
         *(row for rows in final_sets.values() for row in rows),
     ]
-    _check_room(
+    check_room(
         recipe, [model for model in (teacher, student) if model is not None], tokenizer, template, answered_rows
     )
 
     answers: dict[str, Any] | None = None
     # Sequence-level KD: train on what the teacher itself would say.
     if teacher is not None and recipe.data.responses == "teacher":
-        with args.main_process_first(local=False, desc="teacher answers"):
-            rows = [*train_rows, *validation_rows]
-            answered, answers = answer_rows(recipe, teacher, tokenizer, template, rows)
+        rows = [*train_rows, *validation_rows]
+        answered, answers = answer_rows(recipe, teacher, tokenizer, template, rows)
         train_rows = [row for row in answered[: len(train_rows)] if row is not None]
         if not train_rows:
             raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
         validation_rows = [row for row in answered[len(rows) - len(validation_rows) :] if row is not None]
-        train_data, train_report = _encode(recipe, train_rows, tokenizer, template, "data.train")
+        train_data, train_report = encode(recipe, train_rows, tokenizer, template, "data.train")
     validation_data, validation_report = (
-        _encode(recipe, validation_rows, tokenizer, template, "data.validation") if validation_rows else (None, None)
+        encode(recipe, validation_rows, tokenizer, template, "data.validation") if validation_rows else (None, None)
     )
 
-    policy = build_temperature(recipe.temperature.name, **recipe.temperature.options)
-    trainer = DistillationTrainer(
+    trainer = make_trainer(recipe, args, student, teacher, tokenizer, teacher_tokenizer, train_data, validation_data)
+
+    made_from = _manifest(recipe, train_report, validation_report, train_rows, validation_rows, answers, final_sets)
+    run = RunDirectory(recipe.output.dir)
+    main = trainer.is_world_process_zero()
+    if start.keep:
+        check_same_rows(run, made_from)
+    if start.checkpoint is not None:
+        check_layout(trainer, start.checkpoint)
+
+    # From here on things are written.
+    on_first_process(
+        lambda: RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep),
+        args.process_index,
+        args.world_size,
+    )
+    if main:
+        run.save_recipe(recipe)
+        run.write_environment(environment())
+        run.write_data_manifest(made_from)
+        if start.log_bytes is not None:
+            run.cut_log(start.log_bytes)
+        trainer.add_callback(RunLogCallback(run))
+        say(f"train: {train_report.summary()}")
+    trainer.accelerator.wait_for_everyone()
+
+    scorer = Scorer(recipe, run, trainer, tokenizer, validation_rows, final_sets, made=start.scores)
+    if recipe.evaluation.every_steps is not None:
+        trainer.add_callback(GenerationEvalCallback(scorer.during, recipe.evaluation.every_steps, scorer.record))
+    if start.checkpoint is None:
+        if teacher is not None:
+            scorer.score("teacher", teacher)
+        score_before = partial(scorer.score, "student_before", student, held_out=True)
+        trainer.add_callback(BeforeTrainingCallback(trainer, score_before))
+    trainer.train(resume_from_checkpoint=start.checkpoint)
+    scorer.score("student", student, held_out=True)
+
+    merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
+    save_student(student, tokenizer, run.final_path, merge_lora=merge)
+    if main:
+        scorer.finish(
+            {
+                "steps": trainer.state.global_step,
+                "seconds": round(trainer.training_seconds, 1),
+                "total_seconds": round(time.monotonic() - started, 1),
+                "tokens": int(trainer.tokens_seen),
+                "peak_memory_gb": round(peak_memory_gb(), 2),
+                "vocabulary_note": trainer.vocab_note,
+            }
+        )
+        clean_up(run)
+        if recipe.output.report:
+            from dts_hf.reporting.report import write_report
+
+            write_report(run)
+    if args.push_to_hub:
+        push(trainer, run)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------- its pieces
+
+
+def make_trainer(
+    recipe: Recipe,
+    args: TrainingArguments,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    train_data: EncodedDataset,
+    validation_data: EncodedDataset | None,
+) -> DistillationTrainer:
+    """The trainer of ``recipe``, for ``distill`` and for the three steps that ``dts-hf doctor`` takes.
+
+    Raises:
+        UserError: see ``DistillationTrainer``.
+    """
+    return DistillationTrainer(
         model=student,
         teacher=teacher,
-        temperature=policy,
+        temperature=build_temperature(recipe.temperature.name, **recipe.temperature.options),
         divergence=recipe.loss.divergence.model_dump(),
         kd_ratio=recipe.loss.kd_ratio,
         args=args,
@@ -111,56 +207,6 @@ def distill(recipe: Recipe) -> RunDirectory:
         teacher_tokenizer=teacher_tokenizer,
     )
 
-    # From here on things are written.
-    run = RunDirectory(recipe.output.dir)
-    main = trainer.is_world_process_zero()
-    if main:
-        run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=resume is not None)
-        run.save_recipe(recipe)
-        run.write_environment(environment())
-        run.write_data_manifest(
-            _manifest(recipe, train_report, validation_report, train_rows, validation_rows, answers, final_sets)
-        )
-        trainer.add_callback(RunLogCallback(run))
-        say(f"train: {train_report.summary()}")
-    trainer.accelerator.wait_for_everyone()
-
-    scorer = Scorer(recipe, run, trainer, tokenizer, validation_rows, final_sets)
-    if recipe.evaluation.every_steps is not None:
-        trainer.add_callback(GenerationEvalCallback(scorer.during, recipe.evaluation.every_steps, scorer.record))
-    if teacher is not None:
-        scorer.score("teacher", teacher)
-    scorer.score("student_before", student, held_out=True)
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    training_seconds = time.monotonic() - began
-    scorer.score("student", student, held_out=True)
-
-    if main:
-        merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
-        # push_to_hub saves trainer.model again: it must be the merged one.
-        trainer.model = save_student(student, tokenizer, run.final_path, merge_lora=merge)  # type: ignore[assignment]
-        scorer.finish(
-            {
-                "steps": trainer.state.global_step,
-                "seconds": round(training_seconds, 1),
-                "total_seconds": round(time.monotonic() - started, 1),
-                "tokens": int(trainer.tokens_seen),
-                "peak_memory_gb": round(peak_memory_gb(), 2),
-                "vocabulary_note": trainer.vocab_note,
-            }
-        )
-        if recipe.output.report:
-            from dts_hf.reporting.report import write_report
-
-            write_report(run)
-    if args.push_to_hub:
-        push(trainer, run)
-    return run
-
-
-# ------------------------------------------------------------------------------------------------------- its pieces
-
 
 def _load_validation(recipe: Recipe) -> list[Row]:
     if recipe.data.validation is None:
@@ -169,7 +215,7 @@ def _load_validation(recipe: Recipe) -> list[Row]:
     return load_rows(recipe.data.validation, split=recipe.data.validation_split, limit=limit)
 
 
-def _encode(
+def encode(
     recipe: Recipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template, name: str
 ) -> tuple[EncodedDataset, EncodingReport]:
     return encode_rows(
@@ -183,7 +229,7 @@ def _encode(
     )
 
 
-def _check_room(
+def check_room(
     recipe: Recipe,
     models: Sequence[nn.Module],
     tokenizer: PreTrainedTokenizerBase,

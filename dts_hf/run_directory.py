@@ -3,6 +3,7 @@
     recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  metrics.json
     predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
+A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
 Files are written under a temporary name and then renamed, so a reader never sees half of one.
 """
 
@@ -25,24 +26,32 @@ from typing import Any
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe import Recipe
 from dts_hf.recipe_yaml import parse_yaml
+from dts_hf.redaction import masked
 
 RECIPE_HEADER = (
     "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
 )
-# What create(overwrite=True) removes. Anything else in the folder is not ours and stays.
+# What create(overwrite=True) removes, in this order: what is left when that is cut short must neither look finished nor
+# like something to resume. Anything else in the folder is not ours and stays.
 OUR_NAMES = (
-    "recipe.yaml",
+    "metrics.json",
+    "checkpoint-*/complete.json",
+    "interrupted/*/complete.json",
+    "checkpoint-*",
+    "interrupted",
+    "scores.json",
+    "log.jsonl",
     "environment.json",
     "data_manifest.json",
-    "log.jsonl",
-    "checkpoint-*",
     "final",
-    "metrics.json",
     "predictions",
     "figures",
     "report.html",
     "README.md",
+    "recipe.yaml",
 )
+# What a killed process may leave: files that were not renamed yet, and the probe of check_can_create.
+LEFTOVERS = (".*.tmp", ".*.unfinished", ".dts_hf-*", "predictions/.*.tmp", "figures/.*.tmp")
 PREDICTION_ORDER = ("teacher", "student_before", "student")
 PACKAGES = (
     "dts-hf",
@@ -77,6 +86,7 @@ class RunDirectory:
         self.log_path = self.path / "log.jsonl"
         self.final_path = self.path / "final"
         self.metrics_path = self.path / "metrics.json"
+        self.scores_path = self.path / "scores.json"
         self.predictions_path = self.path / "predictions"
         self.figures_path = self.path / "figures"
         self.report_path = self.path / "report.html"
@@ -105,17 +115,20 @@ class RunDirectory:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
-        if resume or not path.is_dir() or not any(path.iterdir()):
+        run = cls(path)
+        if not path.is_dir() or not {*path.iterdir()} - {*run._leftovers()}:
             return
-        if not overwrite:
+        if resume and _made_by_a_run(run.recipe_path):
+            return
+        if not overwrite and not resume:
             raise UserError(
                 f"output.dir: {path} is not empty. Choose another folder, or replace the run in it with"
                 " output.overwrite=true (--overwrite)"
             )
         if not _made_by_a_run(path / "recipe.yaml"):
             raise UserError(
-                f"output.dir: {path} is not empty and holds no run of dts_hf, so it is not overwritten."
-                " Choose another folder"
+                f"output.dir: {path} is not empty and holds no run of dts_hf, so it is not"
+                f" {'resumed' if resume else 'overwritten'}. Choose another folder"
             )
 
     @classmethod
@@ -125,16 +138,15 @@ class RunDirectory:
         Args:
             path: does not exist, or is an empty folder, unless one of the following is set.
             overwrite: remove the files of the run that is there first. Files that are not ours are left alone.
-            resume: keep the files of the run that is there, its checkpoints and log included.
+            resume: keep the files of the run that is there, its checkpoints and log included; without one, a new run.
 
         Raises:
             UserError: see ``check_can_create``.
         """
         cls.check_can_create(path, overwrite, resume)
         run = cls(path)
-        if overwrite and not resume:
-            for old in run._our_files():
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        for old in [*run._leftovers(), *(run._our_files() if overwrite and not resume else [])]:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -157,7 +169,10 @@ class RunDirectory:
         return cls(path)
 
     def _our_files(self) -> list[Path]:
-        return [found for name in OUR_NAMES for found in self.path.glob(name)]
+        return [found for name in OUR_NAMES for found in sorted(self.path.glob(name))]
+
+    def _leftovers(self) -> list[Path]:
+        return [found for name in LEFTOVERS for found in self.path.glob(name)]
 
     # ------------------------------------------------------------------------------------------ one pair for each file
 
@@ -194,6 +209,24 @@ class RunDirectory:
         """Return ``metrics.json``."""
         return _read_json(self.metrics_path)
 
+    def write_scores(self, values: Mapping[str, Any]) -> None:
+        """Write ``scores.json``: scores of the models before training, for a later life of this run."""
+        write_json_atomic(self.scores_path, values)
+
+    def read_scores(self) -> dict[str, Any]:
+        """Return ``scores.json``."""
+        return _read_json(self.scores_path)
+
+    def log_size(self) -> int:
+        """Bytes of ``log.jsonl``."""
+        return self.log_path.stat().st_size if self.log_path.is_file() else 0
+
+    def cut_log(self, size: int) -> None:
+        """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from a life of the run that did not last."""
+        if self.log_size() > size:
+            with self.log_path.open("rb+") as file:
+                file.truncate(size)
+
     def append_log(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``log.jsonl``. A number that is not finite becomes null: JSON has no NaN.
 
@@ -221,6 +254,10 @@ class RunDirectory:
     def read_predictions(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``predictions/{name}.jsonl``."""
         return list(_read_jsonl(self.predictions_path / f"{name}.jsonl"))
+
+    def has_predictions(self, name: str) -> bool:
+        """Whether ``predictions/{name}.jsonl`` is there."""
+        return (self.predictions_path / f"{name}.jsonl").is_file()
 
     def predictions_names(self) -> list[str]:
         """Models with predictions: teacher, student before, student, then any other."""
@@ -296,20 +333,6 @@ def _drop_half_line(path: Path, size: int) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def checkpoint_to_resume(recipe: Recipe) -> Path | None:
-    """The checkpoint that the run goes on from; None where it starts from nothing.
-
-    Raises:
-        UserError: it is none, or a save that was interrupted (``trainer_state.json`` is written last).
-    """
-    wanted = recipe.training.get("resume_from_checkpoint")
-    if wanted is not None and not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(
-            f"training.resume_from_checkpoint: {wanted} is no complete checkpoint (checkpoint-STEP of a run)"
-        )
-    return None if wanted is None else Path(wanted)
-
-
 def _exists(path: Path) -> bool:
     return os.path.lexists(path)
 
@@ -330,7 +353,7 @@ def environment() -> dict[str, Any]:
         "gpus": _gpu_names(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "git_commit": _git_commit(),
-        "argv": [_masked(argument) for argument in sys.argv],
+        "argv": [_public(argument) for argument in sys.argv],
     }
 
 
@@ -356,6 +379,5 @@ def _git_commit() -> str | None:
         return None
 
 
-def _masked(argument: str) -> str:
-    argument = re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", argument)
-    return re.sub(rf"(^|=){re.escape(str(Path.home()))}(?=/)", r"\1~", argument)
+def _public(argument: str) -> str:
+    return re.sub(rf"(^|=){re.escape(str(Path.home()))}(?=/)", r"\1~", masked(argument))

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dts_hf.checkpoints import remove_interrupted
+from dts_hf.redaction import printable
+
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from dts_hf.recipe import Recipe
     from dts_hf.run_directory import RunDirectory
     from dts_hf.trainer import DistillationTrainer
 
 
 def say(text: str) -> None:
-    """Print to stderr: stdout belongs to what a command returns."""
-    print(text, file=sys.stderr, flush=True)
+    """Print to stderr: stdout belongs to what a command returns. Names of the user's files may be in ``text``."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def peak_memory_gb() -> float:
@@ -26,10 +32,32 @@ def peak_memory_gb() -> float:
     return (resident + on_gpu) / 1e9
 
 
+def clean_up(run: RunDirectory) -> None:
+    """Remove what only an unfinished run needs."""
+    run.scores_path.unlink(missing_ok=True)
+    remove_interrupted(run.path)
+
+
+def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:
+    """A run that is done already: its report is written where it is still missing, nothing else is."""
+    from dts_hf.run_directory import RunDirectory
+
+    run = RunDirectory.open(recipe.output.dir)
+    if args.process_index == 0:
+        clean_up(run)
+    if args.process_index == 0 and recipe.output.report and not run.report_path.is_file():
+        from dts_hf.reporting.report import write_report
+
+        write_report(run)
+    return run
+
+
 def push(trainer: DistillationTrainer, run: RunDirectory) -> None:
     """Upload the student with its card through the Trainer's own ``push_to_hub``, from ``final/``."""
     from dts_hf.reporting.model_card import render_model_card
 
     trainer.model_card = lambda: render_model_card(run)
     trainer.args.output_dir = str(run.final_path)
+    # It would save the model once more; final/ is whole, merged and there
+    trainer.save_model = lambda *args, **kwargs: None  # type: ignore[method-assign]
     trainer.push_to_hub()

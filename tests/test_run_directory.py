@@ -239,3 +239,42 @@ def test_environment_outside_a_repository(tmp_path: Path, monkeypatch: pytest.Mo
     assert environment()["git_commit"] is None
     monkeypatch.setenv("PATH", "")
     assert environment()["git_commit"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- several lives
+
+
+def test_a_log_is_cut_to_where_a_checkpoint_stood(run: RunDirectory) -> None:
+    assert run.log_size() == 0
+    run.cut_log(10)
+    run.append_log({"step": 1})
+    size = run.log_size()
+    run.append_log({"step": 2})
+    run.cut_log(size)
+    assert run.read_log() == [{"step": 1}] and run.log_size() == size
+    run.cut_log(size + 100)
+    assert run.log_size() == size
+
+
+def test_what_a_killed_process_left_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    (path / ".dts_hf-probe").mkdir(parents=True)
+    (path / ".recipe.yaml.17.tmp").write_text("student:")
+    for resume in (False, True):
+        RunDirectory.check_can_create(path, resume=resume)
+    RunDirectory.create(path, resume=True)
+    assert list(path.iterdir()) == []
+    (path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds no run of dts_hf, so it is not resumed"):
+        RunDirectory.check_can_create(path, resume=True)
+
+
+def test_overwriting_that_is_cut_short_leaves_nothing_to_resume(run: RunDirectory) -> None:
+    """Whatever was removed by then: the run does not look finished, and no checkpoint looks whole without the others."""
+    for name in ("metrics.json", "checkpoint-5/complete.json", "interrupted/checkpoint-6/complete.json", "final/x"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("{}")
+    (run.path / "recipe.yaml").write_text("x")
+    order = [path.relative_to(run.path).as_posix() for path in run._our_files()]
+    assert order[:3] == ["metrics.json", "checkpoint-5/complete.json", "interrupted/checkpoint-6/complete.json"]
+    assert order[-1] == "recipe.yaml" and {"final", "checkpoint-5", "interrupted"} <= {*order}
