@@ -1,7 +1,8 @@
 """The command line: each command reads its arguments, calls one function and prints what it returns.
 
-Wrong input (``UserError``) is one message on stderr and exit status 2. Heavy modules are imported inside the commands,
-so that ``--help`` is fast. Of several processes (``accelerate launch``, ``torchrun``) only the first one prints.
+Wrong input (``UserError``) is one message on stderr and exit status 2; ``exit_codes.py`` has the others. Heavy modules
+are imported inside the commands, so that ``--help`` is fast. Of several processes (``accelerate launch``, ``torchrun``)
+only the first one prints results.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import inspect
 import json
 import os
 import re
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from dts_hf.errors import UserError
+from dts_hf.errors import Interrupted, RunError, UserError
+from dts_hf.exit_codes import ExitCode
+from dts_hf.failures import GO_ON, one_sentence
+from dts_hf.redaction import masked, printable
 
 if TYPE_CHECKING:
     from dts_hf.run_directory import RunDirectory
@@ -27,17 +33,59 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
 class CommandGroup(TyperGroup):
-    """Turns the two ways in which a person ends a command into a message and an exit status."""
+    """Turns the ways in which a command ends early into a message and an exit status; a bug keeps its traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)  # type: ignore[arg-type]
         except UserError as error:
-            if IS_MAIN_PROCESS:
-                typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from None
+            _leave(ExitCode.WRONG_INPUT, "" if _is_said_elsewhere(error) else f"Error{_who()}: {error}")
+        except Interrupted as error:
+            _leave(ExitCode.INTERRUPTED, f"Stopped: {error}" if IS_MAIN_PROCESS else "")
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            _leave(ExitCode.CTRL_C, "")
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+                raise  # typer's own
+            sentence = str(error) if isinstance(error, RunError) else one_sentence(error)
+            if sentence is not None:
+                if ctx.invoked_subcommand == "train" and GO_ON not in sentence:
+                    sentence += f". {GO_ON}"
+                _leave(ExitCode.FAILED, "" if _is_said_elsewhere(error) else f"Error{_who()}: {sentence}")
+            if not _is_one_of_several():
+                raise
+            _leave(ExitCode.FAILED, traceback.format_exc())
+
+
+def _leave(code: ExitCode, message: str) -> NoReturn:
+    """Print ``message`` on stderr and end with ``code``."""
+    if message:
+        typer.echo(masked(message.rstrip()), err=True)
+    if _is_one_of_several():
+        # The farewell of collective libraries may wait for processes that are gone or still at work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(int(code)) from None
+
+
+def _who() -> str:
+    return "" if IS_MAIN_PROCESS else f" (process {os.environ.get('RANK')})"
+
+
+def _is_said_elsewhere(error: Exception) -> bool:
+    """Whether another process prints what this one has found."""
+    everywhere = getattr(error, "everywhere", False)
+    if IS_MAIN_PROCESS or everywhere is not None:
+        return not IS_MAIN_PROCESS and bool(everywhere)
+    # Before the processes are joined, those of a machine read the same files: the first one there speaks for them.
+    torch = sys.modules.get("torch")
+    joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not joined and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 app = typer.Typer(
@@ -95,11 +143,17 @@ def train(
     ] = None,
     output: Annotated[str | None, typer.Option(help="Run directory; the same as output.dir=DIR.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in that folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the killed or interrupted run in that folder, if there is one."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Distil: recipe in, run directory out (student, scores, figures, report, model card)."""
     from dts_hf.recipe import load_recipe
 
+    if overwrite and resume:
+        raise UserError("--overwrite starts again and --resume goes on: give one of them")
     changes = list(overrides or [])
     if output is not None:
         changes.append(f"output.dir={json.dumps(output)}")
@@ -108,11 +162,43 @@ def train(
     checked = load_recipe(recipe, changes)
     from dts_hf.distill import distill
 
-    run = distill(checked)
+    run = distill(checked, resume=resume)
     if IS_MAIN_PROCESS and as_json:
         _print_json(run.read_metrics())
     elif IS_MAIN_PROCESS:
         _print_end_of_run(run)
+
+
+@app.command(epilog="Example: [bold]dts-hf doctor recipes/quickstart.yaml training.learning_rate=1e-4[/bold]")
+def doctor(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices that memory is estimated for; default: those of this machine.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Examine a recipe before it costs hours: data, models, loss, three real steps; exit status 1 on an error."""
+    from dts_hf.doctor.run import diagnose
+
+    stderr = sys.stderr  # the doctor keeps what libraries write there to itself
+
+    def show(name: str) -> None:
+        if stderr.isatty():
+            typer.echo(f"\r\x1b[2Kdoctor: {name} ..." if name else "\r\x1b[2K", nl=False, file=stderr)
+
+    found = diagnose(recipe, overrides or (), devices=devices, on_check=show)
+    show("")
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        from dts_hf.doctor.report import print_screen
+
+        print_screen(found)
+    if found.status == "error":
+        raise typer.Exit(int(ExitCode.FAILED))
 
 
 @app.command(
@@ -350,9 +436,9 @@ def _print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for column in rows[0] if rows else ["none found"]:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row.values()))
+        table.add_row(*(Text(printable(cell)) for cell in row.values()))
     Console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -17,7 +18,7 @@ from dts_hf.errors import UserError
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory
 
-COMMANDS = ("train", "evaluate", "score", "report", "list", "schema")
+COMMANDS = ("train", "doctor", "evaluate", "score", "report", "list", "schema")
 RECIPE = """\
 student: {init: {from: teacher, layers: 2}}
 teacher: {model: some/teacher}
@@ -49,7 +50,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
     """Replace training by a function that keeps the recipe it was given and returns a small run."""
     seen: list[Recipe] = []
 
-    def distill(recipe: Recipe) -> RunDirectory:
+    def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         seen.append(recipe)
         run = RunDirectory.create(tmp_path / "run")
         run.save_recipe(recipe)
@@ -103,7 +104,7 @@ def test_user_error_is_one_message_without_a_traceback(tmp_path: Path) -> None:
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
-    def interrupt(recipe: Recipe) -> RunDirectory:
+    def interrupt(recipe: Recipe, resume: bool) -> RunDirectory:
         raise KeyboardInterrupt
 
     stub(monkeypatch, "dts_hf.distill", distill=interrupt)
@@ -111,7 +112,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
-    def fail(recipe: Recipe) -> RunDirectory:
+    def fail(recipe: Recipe, resume: bool) -> RunDirectory:
         raise RuntimeError("a bug")
 
     stub(monkeypatch, "dts_hf.distill", distill=fail)
@@ -142,9 +143,38 @@ def test_only_the_first_process_prints(
     trained: list[Recipe], recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "IS_MAIN_PROCESS", False)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     good, bad = invoke("train", recipe_path), invoke("train", recipe_path, "loss.kd_ratio=7")
     assert (good.exit_code, good.output) == (0, "")
     assert (bad.exit_code, bad.output) == (2, "")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine, where the recipe may be another
+    bad = invoke("train", recipe_path, "loss.kd_ratio=7")
+    assert bad.exit_code == 2 and bad.output.startswith("Error (process 9): ")
+
+
+@pytest.mark.parametrize(("everywhere", "printed"), [(True, ""), (False, "Error (process 1): no room\n")])
+def test_an_error_that_is_everywhere_is_printed_by_the_first_process(
+    monkeypatch: pytest.MonkeyPatch, recipe_path: Path, everywhere: bool, printed: str
+) -> None:
+    def fail(recipe: Recipe, resume: bool) -> RunDirectory:
+        raise UserError("no room", everywhere=everywhere)
+
+    stub(monkeypatch, "dts_hf.distill", distill=fail)
+    assert invoke("train", recipe_path).stderr == "Error: no room\n"
+    monkeypatch.setattr(cli, "IS_MAIN_PROCESS", False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    result = invoke("train", recipe_path)
+    assert (result.exit_code, result.stderr) == (2, printed)
+
+
+def test_wrong_input_on_one_process_is_not_silent(tmp_path: Path) -> None:
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    environment.pop("LOCAL_RANK", None)
+    words = [sys.executable, "-m", "dts_hf", "train", str(tmp_path / "nope.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("Error (process 1): ") and "no such recipe" in done.stderr
 
 
 def test_train_reports_every_problem_of_the_recipe(trained: list[Recipe], recipe_path: Path) -> None:

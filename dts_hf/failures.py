@@ -1,0 +1,133 @@
+"""Tells failures of the machine (disk, memory, a lost process) from bugs, and says them in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dts_hf.errors import RunError
+
+#: What a collective says when the process at the other end is gone.
+_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "connection refused",
+    "timed out waiting",
+    "ncclremoteerror",
+    "remote process exited",
+    "watchdog caught collective operation timeout",
+)
+#: The C++ writer behind ``torch.save`` keeps the reason to itself.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+#: What the operating system says of disks; any other OSError (no such file, a closed socket) may be a bug.
+_DISK = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ESTALE",
+        "EACCES", "EPERM", "EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+GO_ON = "Then go on from the newest complete checkpoint: the same command and --resume"
+
+
+def one_sentence(error: BaseException) -> str | None:
+    """What to tell a person where the machine is at fault and not the program; None for anything else.
+
+    Libraries wrap the error of the operating system, or raise another one while they clean up after it: all that
+    ``error`` was raised from or during is looked at, too (what ``from None`` has cut off is not).
+    """
+    chain = list(_chain(error))
+    if is_lost_peer(error):
+        return f"another process of this run has ended, so this one cannot go on ({_first_line(error)})"
+    for link in chain:
+        reason = _disk_reason(link)
+        if reason is not None:
+            name = getattr(link, "filename", None)
+            return f"{f'{name}: ' if name else ''}{reason}{_hint(link)}"
+    for link in chain:
+        if _is_out_of_memory(link):
+            return (
+                f"out of memory: {_first_line(link)}. Lower training.per_device_train_batch_size (and raise "
+                "gradient_accumulation_steps by the same factor: the numbers stay), or set "
+                "training.gradient_checkpointing: true"
+            )
+    return None
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within it, an error of the disk becomes a ``RunError`` that names ``path``, the reason and the space left.
+
+    Raises:
+        RunError: nothing can be written there (full, read-only, over quota, something in the way, failing hardware).
+    """
+    try:
+        yield
+    except Exception as error:
+        link, reason = next(
+            ((link, found) for link in _chain(error) if (found := _disk_reason(link)) is not None), (error, None)
+        )
+        if reason is None or is_lost_peer(error):
+            raise
+        name = getattr(link, "filename", None) or path
+        raise RunError(f"cannot write {name}: {reason} ({_space(Path(path))}). {GO_ON}") from error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because a process at its other end is gone."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or isinstance(error, RunError):
+        return False
+    return any(
+        isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _LOST_PEER)
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ if error.__suppress_context__ else error.__context__
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    """Why writing failed. Rust libraries put the errno into the text; torch's zip writer loses it."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _DISK:
+        return error.strerror or os.strerror(error.errno)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number and int(number.group(1)) in _DISK:
+        return os.strerror(int(number.group(1)))
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITER):
+        return "torch could not write all of a file, as on a full disk"
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name: this module must not load torch.
+    name, text = type(error).__name__, str(error)
+    return name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in text
+
+
+def _hint(error: BaseException) -> str:
+    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
+    return "; free some space" if full else ""
+
+
+def _space(path: Path) -> str:
+    folder = next((parent for parent in (path, *path.absolute().parents) if parent.is_dir()), None)
+    if folder is None:
+        return "its folder is gone"
+    return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free in {folder}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
