@@ -1,0 +1,499 @@
+"""Memory, communication, time and disk of a distillation, from the shapes of its models alone.
+
+Bytes are per device. The memory model counts tensors: what autograd keeps for the backward pass of a LLaMA or GPT-2
+block, what ``DistillationLoss`` allocates, what the optimizer and the sharding strategy hold. It is compared with
+measured peaks by ``benchmarks/estimate_check.py``. Sources: ZeRO (Rajbhandari et al. 2020, sections 3 and 5) for what is
+divided by the number of devices, Megatron (Korthikanti et al. 2022, section 4) for the way to count activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from dts_hf.doctor.shapes import ModelShape
+from dts_hf.errors import UserError
+
+__all__ = [
+    "Memory",
+    "ModelShape",
+    "Plan",
+    "Workload",
+    "disk_needed",
+    "estimate_communication",
+    "estimate_host",
+    "estimate_memory",
+    "floor_seconds",
+    "flops",
+    "kept_by_block",
+]
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+#: Sharded in the plan's devices: parameters, gradients, optimizer state.
+SHARDS_PARAMETERS = ("zero3", "fsdp2")
+SHARDS_GRADIENTS = ("zero2", "zero3", "fsdp2")
+SHARDS_OPTIMIZER = ("zero1", "zero2", "zero3", "fsdp2")
+#: Tensors [tokens, intermediate] that an MLP without a gate keeps: the function's own, and what the next layer reads.
+KEPT_BY_ACTIVATION = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "gelu_new": 5, "gelu_fast": 5}
+#: fp32 buffers [C, V] beside the logits while the loss of a chunk is computed at once, counted for forward_kl.
+BLOCK_BUFFERS = 12
+#: nf4 of bitsandbytes: half a byte, and a scale of 4 bytes per 64 weights.
+FOUR_BITS = 0.5 + 4 / 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one device works on.
+
+    Attributes:
+        rows: of a micro-batch; 1 when packed.
+        tokens: of a row with its padding, or of the packed row.
+        labelled: labels of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        student_dtype, teacher_dtype: of the weights, ``float32``, ``bfloat16`` or ``float16``.
+        optimizer: as in ``TrainingArguments.optim``.
+        gradient_checkpointing: only the inputs of the blocks are kept for the backward pass.
+        lora_parameters: weights of the adapters; None when all weights are trained.
+        logits_budget_mb: MiB for one chunk of logits.
+        autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
+        attention: ``sdpa``, ``flash_attention_2``, ``eager``, or ``packed`` (rows end to end).
+        device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+    accumulation: int = 1
+    student_dtype: str = "float32"
+    teacher_dtype: str = "bfloat16"
+    optimizer: str = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    lora_parameters: int | None = None
+    logits_budget_mb: float = 256
+    autocast: str | None = None
+    attention: str = "sdpa"
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("student_dtype", "teacher_dtype"):
+            if getattr(self, name) not in BYTES:
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(BYTES)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is spread.
+
+    Attributes:
+        strategy: what is divided by the number of devices.
+        devices: all of them, of all nodes.
+        teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit`` and ``4bit`` are whole and quantised,
+            ``cached`` keeps its head alone and reads its states from disk.
+        bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distribution`` sets it.
+        live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``dts_hf.distribution`` sets it.
+    """
+
+    strategy: Strategy = "single"
+    devices: int = 1
+    teacher: TeacherPlacement = "replicated"
+    bucket: int | None = None
+    live: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("strategy", Strategy), ("teacher", TeacherPlacement)):
+            if getattr(self, name) not in get_args(kinds):
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(kinds))}")
+        if self.devices < 1:
+            raise UserError(f"devices: got {self.devices}, expected at least 1")
+        if self.strategy == "single" and self.devices != 1:
+            raise UserError(f"devices: got {self.devices} with strategy 'single', expected 1")
+        if self.teacher == "sharded" and self.strategy == "single":
+            raise UserError(
+                "teacher: got 'sharded' with strategy 'single', expected several devices to spread it over"
+            )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device: what each part takes at most, and ``peak``, the most that they take together.
+
+    The parts take turns (activations go while gradients come), so ``total`` is ``peak`` and may be less than their sum.
+
+    Attributes:
+        student: weights, with the copies that the strategy keeps.
+        gradients: of the trained weights.
+        optimizer: its state and, under DeepSpeed, the fp32 weights.
+        teacher: weights, or what is left of them.
+        activations: kept by the student for the backward pass, and one block at work.
+        loss: chunks of logits, rows of states, gradient of the head.
+        buffers: communication buckets and gathered weights.
+        peak: the largest sum of parts that stand at the same time.
+        moment: when that is: ``teacher``, ``loss``, ``backward`` or ``step``.
+    """
+
+    student: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    activations: float
+    loss: float
+    buffers: float
+    peak: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        return self.peak
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "total": self.total}
+
+
+def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> Memory:
+    """Peak memory of one device in training."""
+    if plan.teacher == "none":
+        teacher = None
+    devices, trained, types = plan.devices, _trained(student, workload), _Types.of(workload, plan)
+    adapters = workload.lora_parameters or 0
+    weights: float = types.weight * student.parameters + types.trained * adapters
+    gradients: float = types.trained * trained
+    optimizer: float = (_state_bytes(workload, types) + types.master) * trained
+    buffers = 0.0
+    if plan.strategy in SHARDS_OPTIMIZER:
+        optimizer /= devices
+    if plan.strategy in SHARDS_GRADIENTS:
+        gradients /= devices
+    if plan.strategy in SHARDS_PARAMETERS:
+        weights /= devices
+        buffers += types.compute * _gathered(student, plan)
+    if plan.strategy == "ddp":
+        buffers += gradients  # its buckets are a second copy
+    elif types.master:
+        bucket = student.hidden**2 if plan.bucket is None else plan.bucket
+        # Allocated whole, whatever the model; a CPU gives only the pages that are written to.
+        buffers += types.trained * (min(bucket, trained) if workload.device == "cpu" else bucket)
+    teacher_weights = _teacher_bytes(teacher, workload, plan)
+    held = weights + optimizer + buffers + teacher_weights
+
+    carried = 0.0  # gradients that are there before the backward pass begins
+    if plan.strategy == "zero3":
+        carried = gradients  # a buffer that is never given back
+    elif workload.accumulation > 1:
+        if plan.strategy == "fsdp2":
+            gradients = types.trained * trained  # whole until the last micro-batch: accelerate delays the reduction
+        carried = gradients
+    kept, working = _activations(student, workload, types)
+    loss, left = _loss_bytes(student, teacher, workload, types)
+    # The embedding's gradient is made whole beside the head's, although the two are one weight.
+    second = types.weight * student.embedding if student.tied and workload.lora_parameters is None else 0
+    stepping = types.master * trained / devices  # DeepSpeed: the fp32 gradients of its own share
+    if workload.device == "cuda" and workload.optimizer == "adamw_torch":
+        stepping += types.trained * trained  # torch's foreach: the root of the second moment, of all weights at once
+    moments = {
+        "teacher": held + carried + _teacher_working(teacher, workload, plan),
+        "loss": held + carried + kept + loss,
+        "backward": held + max(carried + kept + working + left, gradients + second),
+        "step": held + gradients + stepping,
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    return Memory(
+        student=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        teacher=teacher_weights,
+        activations=kept + working,
+        loss=loss,
+        buffers=buffers,
+        peak=moments[moment],
+        moment=moment,
+    )
+
+
+def estimate_host(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    workload: Workload,
+    plan: Plan,
+    *,
+    per_node: int = 8,
+    stored_dtype: str = "bfloat16",
+    teacher_stored_dtype: str | None = None,
+) -> float:
+    """Bytes of ordinary memory that the processes of one node need while the models are loaded.
+
+    Every process loads both models whole. Weights that keep the type of their file stay in it (mapped: the page cache
+    holds them once for all processes, and may drop them); weights that change type are a copy in every process. Before
+    they divide the student, DeepSpeed casts it to the type of its matmuls, and under autocast accelerate's FSDP2 casts
+    trained weights to fp32: here too, not on the GPU, and in every process. A quantised teacher goes to the GPU
+    tensor by tensor.
+
+    Args:
+        per_node: processes of a node.
+        stored_dtype: of the student's files.
+        teacher_stored_dtype: of the teacher's files; None: as the student's.
+    """
+    processes = min(per_node, plan.devices)
+    loaded = workload.student_dtype
+    mapped = BYTES[loaded] * student.parameters if loaded == stored_dtype else 0
+    copied = 0 if mapped else BYTES[loaded] * student.parameters
+    if plan.strategy.startswith("zero") and workload.autocast not in (None, loaded):
+        copied = max(copied, BYTES[str(workload.autocast)] * student.parameters)
+    elif plan.strategy == "fsdp2" and workload.autocast and loaded != "float32" and workload.lora_parameters is None:
+        copied = 4 * student.parameters
+    if teacher is not None and plan.teacher not in ("none", "cached"):
+        stored = teacher_stored_dtype or stored_dtype
+        if plan.teacher in ("8bit", "4bit") or workload.teacher_dtype == stored:
+            mapped += BYTES[stored] * teacher.parameters
+        else:
+            copied += BYTES[workload.teacher_dtype] * teacher.parameters
+    return float(mapped + processes * copied)
+
+
+# ----------------------------------------------------------------------------------------------- weights and optimizer
+
+
+@dataclass(frozen=True)
+class _Types:
+    """Bytes of one number.
+
+    Attributes:
+        weight: a weight of the student as it is held.
+        compute: what meets in a matmul.
+        stream: what runs from block to block.
+        trained: a trained weight and its gradient; adapters are fp32 (peft makes them so).
+        master: the fp32 weights that DeepSpeed's step works on, also where the model is fp32; else 0.
+    """
+
+    weight: int
+    compute: int
+    stream: int
+    trained: int
+    master: int
+
+    @classmethod
+    def of(cls, workload: Workload, plan: Plan) -> _Types:
+        weight = stream = BYTES[workload.student_dtype]
+        compute = BYTES[workload.autocast] if workload.autocast else weight
+        deepspeed = plan.strategy.startswith("zero")
+        if deepspeed:
+            weight = stream = compute  # it casts the model itself
+        elif plan.strategy == "fsdp2":
+            stream = compute  # it casts what it gathers,
+            weight = 4 if workload.autocast else weight  # and accelerate holds fp32 for that
+        adapters = workload.lora_parameters is not None and not deepspeed
+        return cls(weight, compute, stream, 4 if adapters else weight, 4 if deepspeed else 0)
+
+    @property
+    def casts(self) -> bool:
+        """Autocast: every matmul reads copies."""
+        return self.compute != self.stream
+
+
+def _trained(student: ModelShape, workload: Workload) -> int:
+    return student.parameters if workload.lora_parameters is None else workload.lora_parameters
+
+
+def _state_bytes(workload: Workload, types: _Types) -> float:
+    """Optimizer state of one trained weight."""
+    name = workload.optimizer
+    if name.startswith(("sgd", "adafactor")):  # Adafactor keeps a row and a column of each matrix
+        return 0.0
+    if "8bit" in name:
+        return 2.0
+    per_moment = types.master or types.trained
+    return per_moment if name.startswith(("lion", "adagrad", "rmsprop")) else 2.0 * per_moment
+
+
+def _gathered(shape: ModelShape, plan: Plan) -> float:
+    """Weights that are whole at one time: head and two blocks; DeepSpeed keeps more of them if it may."""
+    needed = shape.head + 2 * shape.block_weights
+    if plan.strategy != "zero3":
+        return needed
+    return min(max(needed, shape.parameters // 10 if plan.live is None else plan.live), shape.parameters)
+
+
+def _teacher_bytes(teacher: ModelShape | None, workload: Workload, plan: Plan) -> float:
+    if teacher is None:
+        return 0.0
+    itemsize = BYTES[workload.teacher_dtype]
+    if plan.teacher == "cached":
+        return itemsize * teacher.head
+    if plan.teacher in ("8bit", "4bit"):  # embedding and head stay as they are
+        packed = 1.0 if plan.teacher == "8bit" else FOUR_BITS
+        return packed * teacher.backbone + itemsize * (teacher.parameters - teacher.backbone)
+    if plan.teacher == "sharded":
+        return itemsize * (teacher.parameters / plan.devices + teacher.head + 2 * teacher.block_weights)
+    return itemsize * teacher.parameters
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+def _activations(student: ModelShape, workload: Workload, types: _Types) -> tuple[float, float]:
+    """(kept for the backward pass, what it works with beside them)."""
+    tokens = workload.rows * workload.tokens
+    block = tokens * kept_by_block(student, workload, types)
+    working = tokens * types.compute * (3 * student.intermediate + 2 * student.hidden)
+    ends = tokens * 3 * student.hidden * types.stream  # final norm, and the states that the loss is given
+    # Autocast keeps the cast copy of every weight until the end of the forward pass; then the graph does.
+    copies = types.compute * student.backbone if types.casts else 0
+    if workload.gradient_checkpointing:
+        return student.layers * tokens * student.hidden * types.stream + ends + copies, block + working
+    return student.layers * block + ends + copies, working
+
+
+def kept_by_block(shape: ModelShape, workload: Workload, types: _Types | None = None) -> float:
+    """Bytes that autograd keeps of one token in one block; ``tests/test_estimate.py`` counts them."""
+    types = types or _Types.of(workload, Plan())
+    hidden, inner, query, kv = shape.hidden, shape.intermediate, shape.query_width, shape.kv_width
+    lora = workload.lora_parameters is not None
+    # RMSNorm computes in fp32: its input, and the normalised input for the gradient of its weight.
+    norm = hidden * (4 + (0 if lora else types.stream)) if shape.rms_norm else hidden * types.stream
+    # What linear layers read. Autocast, and adapters in fp32 on weights that are not, make a copy for each of them.
+    if types.casts:
+        readers, inputs = (5 if shape.gated else 4), types.compute
+    elif lora and types.trained != types.stream:
+        readers, inputs = (6 if shape.gated else 5), types.trained
+    else:
+        readers, inputs = 2, types.compute
+    linear = readers * hidden * inputs
+    if workload.attention != "flash_attention_2":
+        kv = query  # repeated for every head where there is a mask
+    attention = 2 * (query + kv) * types.compute
+    if workload.attention == "sdpa":
+        attention += workload.tokens * types.stream  # the mask
+    elif workload.attention == "eager":
+        attention += 2 * shape.heads * workload.tokens * types.compute
+    elif workload.attention == "packed":
+        attention += query * types.compute  # the rows' outputs are joined
+    kept = 4 if shape.gated else KEPT_BY_ACTIVATION.get(shape.activation, 2)
+    mlp = inner * ((kept - 1) * types.compute + inputs)  # the last is what the next linear layer reads
+    return 2 * norm + linear + attention + mlp + (2 * hidden if shape.dropout else 0)
+
+
+def _teacher_working(teacher: ModelShape | None, workload: Workload, plan: Plan) -> float:
+    """A block of the teacher at work; nothing is kept."""
+    if teacher is None or plan.teacher == "cached":
+        return 0.0
+    itemsize = BYTES[workload.teacher_dtype]
+    return workload.rows * workload.tokens * itemsize * (3 * teacher.intermediate + 3 * teacher.hidden)
+
+
+def _loss_bytes(
+    student: ModelShape, teacher: ModelShape | None, workload: Workload, types: _Types
+) -> tuple[float, float]:
+    """(at its peak, what is left of it for the backward pass); see ``dts_hf.losses``."""
+    rows, size, head = max(workload.labelled, 1), types.compute, student.head
+    chunk = min(max(1, int(workload.logits_budget_mb * 2**20) // (8 * student.vocab)), rows)
+    logits = 4 * chunk * student.vocab  # of one model
+    states = rows * 2 * student.hidden * types.stream  # the labelled rows and their gradient
+    states += 0 if teacher is None else rows * teacher.hidden * BYTES[workload.teacher_dtype]
+    several, learns = chunk < rows, workload.lora_parameters is None
+    if not learns:
+        at_work = left = 0
+    elif size == 4:
+        at_work = left = 4 * head
+    else:  # the sum over chunks is fp32; while it is made, two more in the matmul's type
+        at_work = (4 + 2 * size if several else size) * head
+        left = 4 * head if types.stream == 4 else (4 + size) * head
+    if types.casts:
+        at_work += size * head
+    if size < 4:
+        at_work += size * chunk * student.vocab
+        if workload.device == "cpu":
+            at_work += size * head  # oneDNN brings the weight into an order of its own
+    # On a CPU blocks of 512 KiB; on a GPU the whole chunk: softmax, entropies and gradients of both models.
+    blocks = 0 if workload.device == "cpu" else BLOCK_BUFFERS * logits
+    models = 1 if teacher is None else 2
+    return models * logits + states + max(at_work, blocks + (4 * head if learns else 0)), states + left
+
+
+# ------------------------------------------------------------------------------------------------- communication, time
+
+
+def estimate_communication(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> float:
+    """Bytes that one device sends in one optimizer step, with ring collectives.
+
+    An all-gather or a reduce-scatter of S bytes costs S (D - 1) / D, an all-reduce twice that. ZeRO-1 and 2 reduce their
+    gradients by all-reduce, as DeepSpeed does unless ``use_multi_rank_bucket_allreduce`` is off, and gather the updated
+    weights. ZeRO-2 and 3 reduce after every micro-batch, ZeRO-3 and FSDP2 gather the weights for its forward and again
+    for its backward pass.
+    """
+    if plan.devices == 1:
+        return 0.0
+    types, trained = _Types.of(workload, plan), _trained(student, workload)
+    share, times = (plan.devices - 1) / plan.devices, workload.accumulation
+    updated = types.trained * trained * share
+    gradients = (
+        types.compute * trained * share if plan.strategy == "fsdp2" else updated
+    )  # it reduces what it computed in
+    gathered = types.compute * student.parameters * share
+    sent = {
+        "single": 0.0,
+        "ddp": 2 * gradients,
+        "zero1": 2 * gradients + updated,
+        "zero2": times * 2 * gradients + updated,
+        "zero3": times * (2 * gathered + gradients),
+        "fsdp2": times * 2 * gathered + gradients,
+    }[plan.strategy]
+    if teacher is not None and plan.teacher == "sharded":
+        sent += times * BYTES[workload.teacher_dtype] * teacher.parameters * share
+    return sent
+
+
+def flops(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> dict[str, float]:
+    """Floating-point operations of one device in one optimizer step, by part.
+
+    2P a token for a forward pass, 6P for forward and backward (4P with frozen weights), 2P more with gradient
+    checkpointing; the heads cost 2HV a labelled row and matmul. Causal attention is counted where rows are not packed
+    (the lengths of packed rows are not known here).
+    """
+    tokens = workload.rows * workload.tokens * workload.accumulation
+    labelled = workload.labelled * workload.accumulation
+    frozen = workload.lora_parameters is not None
+
+    length = 0 if workload.attention == "packed" else workload.tokens
+
+    def forward(shape: ModelShape) -> float:
+        return tokens * (2 * shape.backbone + 2 * shape.layers * shape.query_width * length)
+
+    passes = (2 if frozen else 3) + (1 if workload.gradient_checkpointing else 0)
+    parts = {
+        "student": passes * forward(student),
+        "teacher": 0.0,
+        "head": (2 if frozen else 3) * 2.0 * labelled * student.head,
+    }
+    if teacher is not None and plan.teacher != "none":
+        parts["head"] += 2.0 * labelled * teacher.head
+        if plan.teacher != "cached":
+            parts["teacher"] = forward(teacher)
+    return parts
+
+
+def floor_seconds(
+    student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan, flops_per_second: float
+) -> float:
+    """Seconds of one optimizer step if nothing but the matmuls took time, at ``flops_per_second`` per device."""
+    return sum(flops(student, teacher, workload, plan).values()) / flops_per_second
+
+
+# ---------------------------------------------------------------------------------------------------------------- disk
+
+
+def disk_needed(student: ModelShape, workload: Workload, plan: Plan, checkpoints: int | None = 2) -> float:
+    """Bytes of the run directory: its checkpoints and the final student.
+
+    Args:
+        checkpoints: ``save_total_limit``, or how many are written without one. One more is counted, because an old one
+            is deleted only after the new one is complete.
+    """
+    types, trained = _Types.of(workload, plan), _trained(student, workload)
+    weights = types.weight * student.parameters
+    saved = weights if workload.lora_parameters is None else types.trained * trained
+    one = saved + (_state_bytes(workload, types) + types.master) * trained
+    if types.master:  # DeepSpeed keeps the model in its own form as well
+        one += weights
+    return (0 if not checkpoints else checkpoints + 1) * one + weights
