@@ -1,4 +1,4 @@
-"""Writes the generated pages: docs/temperature.md with its figures, and docs/divergences.md.
+"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, and the tables of docs/scale.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    write nothing; exit 1 and name the files that are not up to date
@@ -16,13 +16,15 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 from _divergences_page import divergences_page  # noqa: E402
+from _scale_page import scale_page  # noqa: E402
 from _temperature_page import temperature_figures, temperature_page  # noqa: E402
 
 
 def generated() -> dict[Path, str]:
     """Every generated file with its text."""
     figures = {DOCS / "figures" / name: text for name, text in temperature_figures().items()}
-    return {DOCS / "temperature.md": temperature_page(), DOCS / "divergences.md": divergences_page(), **figures}
+    pages = {"temperature.md": temperature_page(), "divergences.md": divergences_page(), "scale.md": scale_page()}
+    return {**{DOCS / name: text for name, text in pages.items()}, **figures}
 
 
 def stale(files: dict[Path, str]) -> list[Path]:
