@@ -18,14 +18,38 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dts_hf"
 
 # From the ground up. A module may import those below it, and those beside it as long as they do not form a circle.
 LADDER = (
-    ("errors",),
-    ("discovery",),
+    ("redaction",),
+    ("errors", "exit_codes"),
+    ("row_files", "discovery", "failures"),
     ("recipe_yaml", "recipe_check", "recipe", "run_directory", "sets"),
+    ("checkpoints", "saved_scores"),
     ("response", "divergences", "temperature", "head", "packed_attention"),
-    ("losses", "meters", "models", "prompts", "data"),
+    (
+        "losses",
+        "meters",
+        "models",
+        "prompts",
+        "data",
+        "row_order",
+        "distribution",
+        "sharding",
+        "peers",
+        "interruption",
+    ),
     ("teachers",),
-    ("generation", "evaluation", "teacher_answers", "callbacks", "trainer", "reporting", "run_end"),
+    (
+        "generation",
+        "evaluation",
+        "teacher_answers",
+        "callbacks",
+        "trainer",
+        "reporting",
+        "run_end",
+        "exact_resume",
+        "run_start",
+    ),
     ("distill", "classification"),
+    ("doctor",),
     ("cli", "__main__"),
 )
 # Inside a function these import from anywhere: they hand over to code that is heavy to load.
@@ -34,7 +58,11 @@ MATHEMATICS = ("divergences", "temperature", "losses", "response", "head")
 # ``dts-hf --help`` and the check of a recipe's own keys must not wait for these.
 LIGHT = (
     "dts_hf",
+    "redaction",
+    "row_files",
     "errors",
+    "exit_codes",
+    "failures",
     "discovery",
     "recipe_yaml",
     "recipe_check",
