@@ -48,7 +48,7 @@ class _Request:
             self.signal, self.asked_at = name, time.monotonic()
             if not self.waits:
                 raise Interrupted(f"{name} outside of training. {_GO_ON}")
-            _print(f"{name}: this optimizer step and a checkpoint, then the run stops (once more: at once)")
+            _print(f"{name}: this optimizer step and a checkpoint, then the run stops (once more: it ends unsaved)")
         elif time.monotonic() - self.asked_at > SAME_REQUEST_SECONDS:
             _print(f"{name} for the second time: stopped at once. {_GO_ON}")
             os._exit(ExitCode.INTERRUPTED)

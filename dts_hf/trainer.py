@@ -664,7 +664,7 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
     # Our fillers make the batches of an epoch even; with these, accelerate counts steps and shares out rows in another way.
     for name, expected in (("split_batches", False), ("even_batches", True)):
         value = getattr(args.accelerator_config, name)
-        if value is not expected:
+        if value != expected:
             raise UserError(
                 f"args.accelerator_config: got {name}: {value}, expected {name}: {expected}; "
                 "per_device_train_batch_size is the batch of each process"
