@@ -909,9 +909,12 @@ def test_a_clean_task_is_clean(workplace: Path) -> None:
 
 def test_faults_of_a_task(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier("classifier", swapped=True)
-    path = task_recipe(student={"init": {"from": "teacher", "layers": 2}})
+    path = task_recipe()
     diagnosis = diagnose(path)
-    assert problems(diagnosis) == {"labels-swapped": "error"}, texts(diagnosis)
+    found = problems(diagnosis)
+    assert found["labels-swapped"] == "error" and not {"teacher-untrained", "teacher-worse"} & set(found), texts(
+        diagnosis
+    )
     one_class = [{"id": str(i), "sentence": f"good boat {i}", "label": 1} for i in range(24)]
     write_rows(Path("train.jsonl"), one_class)
     write_rows(Path("valid.jsonl"), one_class)

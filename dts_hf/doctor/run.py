@@ -71,10 +71,11 @@ if TYPE_CHECKING:
 
 #: So many rows are tokenised at most; they are spread over the whole file.
 LOOKED_AT = 5000
-#: Rows of the sample on which teacher and student are compared (fewer where the teacher has to write them first), and
-#: labels of it that the effect test uses.
+#: Rows of the sample on which teacher and student are compared (fewer where the teacher has to write them first, and then
+#: so many tokens of each answer at most), and labels of it that the effect test uses.
 SAMPLE_ROWS = 16
-ANSWERED_ROWS = 8
+ANSWERED_ROWS = 4
+ANSWER_TOKENS = 32
 EFFECT_LABELS = 128
 #: What three steps in a temporary folder need, whatever the recipe says.
 TRIAL = {
@@ -187,7 +188,8 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
         if recipe.student.init is not None:
             need(teacher, "the teacher that it is cut from")
         found = load_student(recipe.student, teacher)
-        student = found if check_weights(check, "student", found) else None
+        cut = recipe.student.init is not None  # it has the teacher's head, which was looked at
+        student = found if check_weights(check, "student", found, causal=not cut) else None
         if student is not None and args is not None:
             check_step_size(check, student, args.learning_rate)
     with diagnosis.check("special-tokens") as check:
@@ -224,7 +226,10 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
         with diagnosis.check("answers") as check:
             asked = [need(kept or None, "tokenised rows")[index] for index in sample_rows]
             began = time.monotonic()
+            limit = min(recipe.data.teacher_max_new_tokens, ANSWER_TOKENS)
             scratch = trial_recipe(recipe, folder)
+            shortened = scratch.data.model_copy(update={"teacher_max_new_tokens": limit})
+            scratch = scratch.model_copy(update={"data": shortened})
             answered_rows, _ = answer_rows(
                 scratch, need(teacher, "the teacher"), need(tokenizer, "a tokenizer"), template, asked
             )  # type: ignore[arg-type]
@@ -233,7 +238,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
             prompts = len(train or ()) + len(validation)
             # A larger batch takes as long as this one at best, and as much longer as it is larger at worst.
             shortest = seconds * math.ceil(prompts / max(recipe.evaluation.batch_size, len(asked)))
-            longest_time = seconds * prompts / len(asked)
+            longest_time = seconds * prompts / len(asked) * recipe.data.teacher_max_new_tokens / limit
             check.summary = (
                 f"the teacher answered {len(own)} of {len(asked)} prompts; all {prompts:,} take {duration(shortest)} to "
                 f"{duration(longest_time)}, once"
