@@ -403,8 +403,9 @@ def save_student(
 ) -> nn.Module:
     """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone.
 
-    Every process calls it, because the weights may be spread over all of them; the first one writes. ``folder`` appears
-    as a whole or not at all: whatever is there under that name is replaced once everything is written.
+    Every process calls it, because the weights may be spread over all of them; the first one writes. ``folder`` is there
+    as a whole or not at all, at every moment: one that is there already is renamed, not emptied, once everything is
+    written. A kill between two renames leaves it as ``.NAME.old.unfinished``. Of a link, the folder behind it is written.
 
     Returns:
         the model as it was saved, on the first process; merging, and making it whole, makes it another one.
@@ -417,13 +418,17 @@ def save_student(
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
     model.config.use_cache = True  # type: ignore[union-attr, assignment]  # the Trainer switched it off for training
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    folder = folder.resolve()  # a link cannot be replaced by a folder
+    unfinished, old = (folder.with_name(f".{folder.name}{part}.unfinished") for part in ("", ".old"))
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         model.save_pretrained(unfinished)  # type: ignore[operator]
         tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.is_dir():
+            os.replace(folder, old)
         os.replace(unfinished, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return model

@@ -27,7 +27,7 @@ _TOKEN_IN_QUERY = re.compile(
     r"(?<=[?&])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
 )
 # A name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix.
-_SURE_TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{30,}\b")
+_SURE_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
 # Control characters (a terminal acts on ESC), marks that reverse the reading direction, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -36,10 +36,10 @@ _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud
 
 def masked(text: str) -> str:
     """``text`` with access tokens of the Hub, of the environment and in URLs replaced by stars."""
-    for value in sorted({os.environ.get(name, "") for name in SECRET_VARIABLES}, key=len, reverse=True):
-        if len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, MASK)
-    text = _TOKEN.sub(rf"\g<1>{MASK}", text)
+    for value in sorted(_secrets_of_the_environment(), key=len, reverse=True):
+        text = text.replace(value, MASK)
+    for token in (_SURE_TOKEN, _TOKEN):
+        text = token.sub(rf"\g<1>{MASK}", text)
     return _TOKEN_IN_QUERY.sub(rf"\1={MASK}", _USER_IN_URL.sub(MASK, text))
 
 
@@ -62,12 +62,17 @@ def _shortened(line: str) -> str:
 def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong) of every text below ``value`` that no recipe may hold.
 
-    A recipe is saved in the run directory and shared, so it holds no token. A control character or half of a surrogate
-    pair is part of no name, and PyYAML reads some of them back as a space.
+    A recipe is saved in the run directory and shared, so it holds no token, not even inside a longer text. A control
+    character or half of a surrogate pair is part of no name, and PyYAML reads some of them back as a space.
     """
     if isinstance(value, str):
-        if _SURE_TOKEN.search(value) or value in _secrets_of_the_environment():
+        if _SURE_TOKEN.search(value) or any(secret in value for secret in _secrets_of_the_environment()):
             yield place, "holds an access token. Recipes are saved and shared: run 'hf auth login' or set HF_TOKEN"
+        elif _USER_IN_URL.search(value) or _TOKEN_IN_QUERY.search(value):
+            yield (
+                place,
+                "holds a URL with a user name, password or token in it. Recipes are saved and shared: leave it out",
+            )
         elif found := _NO_TEXT.search(value):
             yield (
                 place,

@@ -1,6 +1,7 @@
 """Sequence-level KD (Kim and Rush 2016, arXiv 1606.07947): the teacher answers every prompt once, and the answers are kept.
 
-The cache is keyed by everything the text depends on, so a changed prompt, teacher or limit is generated anew.
+The cache is keyed by everything the text depends on, so a changed prompt, teacher or limit is generated anew. Each answer
+is written down as it ends, so a run that was killed goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from dts_hf.data import Row
 from dts_hf.errors import UserError
+from dts_hf.evaluation.answers import AnswerFile
 from dts_hf.evaluation.instruct import decode_answer, rows_are_independent, share_out
-from dts_hf.generation import GenerationSettings, generate, stop_token_ids
+from dts_hf.generation import Generated, GenerationSettings, generate, stop_token_ids
 from dts_hf.models import ModelSource
 from dts_hf.prompts import Template, encode_prompts
 from dts_hf.run_directory import write_json_atomic
@@ -57,9 +59,13 @@ def answer_rows(
     answers = on_first_process(lambda: _read(path), rank, world)
     cached = answers is not None
     if answers is None:
-        answers = _generate(teacher, ids, settings, tokenizer, rank, world)
+        # Of this run alone: another one with the same teacher may be answering the same prompts right now
+        run = hashlib.sha256(str(Path(recipe.output.dir).resolve()).encode()).hexdigest()[:8]
+        unfinished = AnswerFile(folder / f"{fingerprint}-{run}.jsonl", rank)
+        answers = _generate(teacher, ids, settings, tokenizer, unfinished, rank, world)
         content = {"teacher": recipe.required_teacher.model, "answers": answers}
         on_first_process(lambda: write_json_atomic(path, content), rank, world)
+        on_first_process(unfinished.remove_partial, rank, world)
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
         if text:
@@ -85,28 +91,41 @@ def _generate(
     ids: Sequence[list[int]],
     settings: GenerationSettings,
     tokenizer: PreTrainedTokenizerBase,
+    unfinished: AnswerFile,
     rank: int,
     world: int,
 ) -> list[str]:
-    """The answer to every prompt, on every process."""
+    """The answer to every prompt, on every process; those in ``unfinished`` are not made again.
+
+    As in ``evaluate_instruct``, below fp32 a call that a kill left incomplete is made again as a whole.
+    """
+    unfinished.path.parent.mkdir(parents=True, exist_ok=True)  # each machine may have its own
+    kept = on_first_process(unfinished.load, rank, world)
+    known = {int(answer.row): str(line["text"]) for answer, line in kept.items()}
     made: dict[int, str] = {}
     lengths = [len(prompt) for prompt in ids]
     calls = share_out(lengths, rows_are_independent(teacher), settings.batch_size, rank, world)
-    for number, (share, _) in enumerate(calls, start=1):
+    for number, (share, together) in enumerate(calls, start=1):
+        missing = [index for index in share if index not in known]
+        todo = share if together and missing else missing
+
+        def finished(position: int, answer: Generated, todo: list[int] = todo) -> None:
+            made[todo[position]] = text = decode_answer(tokenizer, answer.tokens)
+            unfinished.append({"seed": 0, "id": str(todo[position]), "text": text})
+
         part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
-        if share or is_sharded(teacher):  # the others may need what lies here
-            generated = generate(
+        if todo or is_sharded(teacher):  # the others may need what lies here
+            generate(
                 teacher,
-                [ids[index] for index in share],
+                [ids[index] for index in todo],
                 settings,
                 eos_token_ids=stop_token_ids(teacher, tokenizer),
                 pad_token_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
                 progress=None if rank else f"teacher answers{part}",
+                on_finished=finished,
             )
-            made |= {
-                index: decode_answer(tokenizer, answer.tokens) for index, answer in zip(share, generated, strict=True)
-            }
-    found = {index: text for part_made in gathered(made, world) for index, text in part_made.items()}
+    unfinished.close()
+    found = {index: text for texts in (known, *gathered(made, world)) for index, text in texts.items()}
     return [found[index] for index in range(len(ids))]
 
 

@@ -47,6 +47,9 @@ _NETWORK = ("socket.connect", "socket.getaddrinfo")
 class Fence:
     """What happened in this process while the fence was up.
 
+    The audit hook sees what Python does, and names it although it was undone. What Rust and C++ write (safetensors,
+    pyarrow) it does not see: there two listings of the files, one before and one after, tell.
+
     Attributes:
         touched: paths that were made, changed or removed outside of ``allowed``.
         started: programs that were started, hosts that were asked for.
@@ -75,27 +78,55 @@ class Fence:
         if isinstance(path, int):  # a descriptor that is open already
             return
         real = os.path.realpath(os.fsdecode(path))
-        if real != os.devnull and not real.startswith(self.allowed):
+        if real != os.devnull and not self._is_allowed(real):
             self.touched.append(real)
+
+    def _is_allowed(self, path: str) -> bool:
+        return any(path == root or path.startswith(root + os.sep) for root in self.allowed)
+
+    def listing(self, folder: Path) -> dict[str, tuple[int, int] | None]:
+        """Path -> size and time of change of each file below ``folder`` that is not allowed; None of a folder."""
+        found: dict[str, tuple[int, int] | None] = {}
+        waiting = [os.path.realpath(folder)]
+        while waiting:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if self._is_allowed(entry.path):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                        found[entry.path] = None  # its time changes with a probe that is made and removed
+                    else:
+                        about = entry.stat(follow_symlinks=False)
+                        found[entry.path] = (about.st_size, about.st_mtime_ns)
+        return found
 
 
 _fence = Fence()
 
 
 @contextmanager
-def fence(*allowed: Path) -> Iterator[Fence]:
-    """Within it every write outside of ``allowed``, every started program and every use of the network is noted."""
+def fence(watched: Path, *allowed: Path) -> Iterator[Fence]:
+    """Within it every write outside of ``allowed``, every started program and every use of the network is noted.
+
+    Args:
+        watched: also the folder whose files are compared before and after; small.
+        allowed: where everything may be written.
+    """
     if not hasattr(sys, "_dts_hf_fence"):
         sys.addaudithook(_fence.hook)  # for the rest of the process
         sys._dts_hf_fence = True  # type: ignore[attr-defined]
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     _fence.allowed, _fence.touched, _fence.started = tuple(os.path.realpath(path) for path in allowed), [], []
+    before = _fence.listing(watched)
     _fence.up = True
     try:
         yield _fence
     finally:
         _fence.up = False
         sys.dont_write_bytecode = bytecode
+        after = _fence.listing(watched)
+        _fence.touched += sorted(path for path, _ in before.items() ^ after.items())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import torch
 from fuzzing import WORDS, damaged, fence, limited, mutated, put, values
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -54,7 +55,7 @@ def cases(count: int) -> Callable[[Any], Any]:
 
 def survive(read: Callable[[], Any]) -> Any:
     """What ``read`` returns, None where it refuses; nothing is left behind, and the message can be shown."""
-    with fence() as seen, limited():
+    with fence(Path.cwd().parent) as seen, limited():
         try:
             result = read()
         except UserError as error:
@@ -69,7 +70,8 @@ def survive(read: Callable[[], Any]) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The current folder of all cases. Everything that is loaded late is loaded here, outside of the limits."""
-    folder = tmp_path_factory.mktemp("fuzz")
+    folder = tmp_path_factory.mktemp("fuzz") / "here"  # what is made beside it is seen, too
+    folder.mkdir()
     (folder / "rows.jsonl").write_text('{"instruction": "x", "output": "y"}\n')
     (folder / "empty").mkdir()
     (folder / "base.yaml").write_text("student: {model: a/b}\nteacher: {model: c/d}\ndata: {train: rows.jsonl}\n")
@@ -87,6 +89,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+
+
+def test_the_fence(tmp_path: Path) -> None:
+    """It notices what is written beside an allowed folder, by Python and by what is not Python, and what was undone."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with fence(tmp_path, tmp_path / "runs") as seen:
+        (tmp_path / "runs" / "x").write_text("allowed")
+        save_file({"x": torch.zeros(1)}, tmp_path / "runs" / "model.safetensors")
+    assert not seen.touched and not seen.started
+    for change in (
+        lambda: (tmp_path / "runs-evil").mkdir(),
+        lambda: (tmp_path / "runs-evil" / "x").write_text("not allowed"),
+        lambda: (tmp_path / "runs-evil" / "x").unlink(),
+        lambda: save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors"),
+        lambda: save_file({"x": torch.zeros(1)}, tmp_path / "rows.jsonl"),
+        lambda: (tmp_path / "model.safetensors").rename(tmp_path / "runs" / "gone"),
+        lambda: ((tmp_path / "probe").mkdir(), (tmp_path / "probe").rmdir()),
+    ):
+        with fence(tmp_path, tmp_path / "runs") as seen:
+            change()
+        assert seen.touched
+    with fence(tmp_path, tmp_path / "runs") as seen:
+        (tmp_path / "rows.jsonl").read_bytes()
+        os.system("true")
+    assert not seen.touched and len(seen.started) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- recipes
@@ -536,7 +564,8 @@ def nearly_right(draw: st.DrawFn) -> tuple[dict[str, Any], bytes | None]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import matplotlib.font_manager  # noqa: F401  # its first import writes a cache in the home folder
 
-    place = tmp_path_factory.mktemp("command")
+    place = tmp_path_factory.mktemp("command") / "here"
+    place.mkdir()
     tiny_llama().save_pretrained(place / "models" / "teacher")
     tiny_tokenizer().save_pretrained(place / "models" / "teacher")
     rows = [{"id": f"../{k}", "instruction": f"Name {k} trees.", "output": "An oak."} for k in range(4)]
@@ -566,7 +595,7 @@ def test_the_command(case: tuple[dict[str, Any], bytes | None], place: Path) -> 
     if isinstance(tree.get("output"), dict) and isinstance(tree["output"].get("dir"), str) and tree["output"]["dir"]:
         allowed.append(place / tree["output"]["dir"])
     try:
-        with fence(*allowed) as seen, limited(60), torch.random.fork_rng(devices=[]):
+        with fence(place.parent, *allowed) as seen, limited(60), torch.random.fork_rng(devices=[]):
             result = CliRunner().invoke(cli.app, ["train", "recipe.yaml", *fixed])
     finally:
         os.environ.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -454,6 +456,50 @@ def test_save_and_load(family: str, tmp_path: Path) -> None:
     words = load_tokenizer(str(tmp_path), key="model")
     assert words("Name three trees.")["input_ids"] == tokenizer("Name three trees.")["input_ids"]
     assert words.chat_template == tokenizer.chat_template and words.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_saved_student_is_whole_at_every_moment(tmp_path: Path) -> None:
+    """Seen before each change to a file or folder, which is where a kill can come between."""
+    final, seen, watching = tmp_path / "final", [], True
+
+    def look(event: str, _: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            seen.append(frozenset(os.listdir(final)) if os.path.lexists(final) else None)
+
+    sys.addaudithook(look)  # for the rest of the process
+    for seed in (1, 2):
+        save_student(tiny_llama(seed=seed), tiny_tokenizer(), final)
+    watching = False
+    whole = frozenset(os.listdir(final))
+    assert set(seen) == {None, whole} and "model.safetensors" in whole and len(whole) > 3
+    assert os.listdir(tmp_path) == ["final"]
+    assert torch.equal(logits_of(load_model(str(final), key="model").eval()), logits_of(tiny_llama(seed=2).eval()))
+
+
+def test_a_failed_save_leaves_the_student_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "final"
+    save_student(tiny_llama(seed=1), tiny_tokenizer(), final)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        save_student(tiny_llama(seed=2), tiny_tokenizer(), final)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["final"]
+    assert torch.equal(logits_of(load_model(str(final), key="model").eval()), logits_of(tiny_llama(seed=1).eval()))
+
+
+def test_a_student_is_saved_behind_a_link(tmp_path: Path) -> None:
+    """Somebody keeps the weights on another drive."""
+    (tmp_path / "drive" / "student").mkdir(parents=True)
+    final = tmp_path / "final"
+    final.symlink_to(tmp_path / "drive" / "student")
+    for _ in range(2):
+        save_student(tiny_llama(), tiny_tokenizer(), final)
+    assert final.is_symlink() and (final / "model.safetensors").is_file()
+    assert os.listdir(tmp_path / "drive") == ["student"] and sorted(os.listdir(tmp_path)) == ["drive", "final"]
 
 
 def test_a_tokenizer_without_an_end_is_refused_and_one_without_padding_is_given_one(tmp_path: Path) -> None:
