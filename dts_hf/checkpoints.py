@@ -121,14 +121,6 @@ def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | P
         _remove_if_possible(folder)
 
 
-def remove_interrupted(run: str | Path) -> None:
-    """Remove all that signals asked for: the run is done."""
-    for folder in _folders(Path(run) / INTERRUPTED):
-        _remove_if_possible(folder)
-    if (Path(run) / INTERRUPTED).is_dir():
-        shutil.rmtree(Path(run) / INTERRUPTED, ignore_errors=True)
-
-
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []

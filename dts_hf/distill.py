@@ -39,7 +39,8 @@ from dts_hf.prompts import Template, encode_prompts, get_template
 from dts_hf.recipe import Recipe, training_arguments
 from dts_hf.run_directory import RunDirectory, environment
 from dts_hf.run_end import clean_up, end_early, peak_memory_gb, push, say
-from dts_hf.run_start import check_same_rows, find_start
+from dts_hf.run_lock import unlocks
+from dts_hf.run_start import check_same_rows, find_start, make_directory
 from dts_hf.sets import resolve_set
 from dts_hf.sharding import check_can_shard, on_first_process, place_teacher
 from dts_hf.teacher_answers import answer_rows
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 @stops_on_signal
+@unlocks
 def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     """Run ``recipe`` from start to finish and return its run directory.
 
@@ -124,7 +126,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # From here on things are written.
     on_first_process(
-        lambda: RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep),
+        lambda: make_directory(recipe, start),
         args.process_index,
         args.world_size,
     )

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dts_hf.callbacks import GenerationEvalCallback
-from dts_hf.checkpoints import read_complete, why_incomplete
+from dts_hf.checkpoints import INTERRUPTED, read_complete, rotate, why_incomplete
 from dts_hf.distribution import strategy_of
 from dts_hf.errors import UserError
-from dts_hf.run_directory import write_json_atomic
+from dts_hf.run_directory import RunDirectory, write_json_atomic
 
 if TYPE_CHECKING:
     from dts_hf.trainer import DistillationTrainer
@@ -37,7 +38,7 @@ WHOLE_FILES = ("single", "ddp")
 class ExactResume(TrainerCallback):
     """Saves and restores this state for its trainer; on resume it first finishes the step that the checkpoint cut short.
 
-    It stands after the trainer's other callbacks.
+    Callbacks that are added to the finished trainer (log, scores) stand after it.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
@@ -95,7 +96,7 @@ class ExactResume(TrainerCallback):
             "learning_rate": self.learning_rate,
             "due": self._due(),
             "seconds": self.seconds,
-            "log_bytes": _size(Path(str(args.output_dir)) / "log.jsonl"),
+            "log_bytes": RunDirectory(str(args.output_dir)).log_size(),
         }
         if args.should_save:
             state = {"name": trainer.temperature.name, "state": trainer.temperature.state()}
@@ -152,6 +153,9 @@ class ExactResume(TrainerCallback):
         if not restored:
             return
         trainer, due = self.trainer, restored["due"]
+        state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
+        state.best_model_checkpoint = self._best_checkpoint() or state.best_model_checkpoint
+        self._rotate_again(args, state)
         trainer._tr_loss = torch.tensor(restored["unlogged_loss"], device=args.device)
         trainer._globalstep_last_logged = restored["last_logged_step"]
         self.grad_norm, self.learning_rate = restored["grad_norm"], restored["learning_rate"]
@@ -183,6 +187,25 @@ class ExactResume(TrainerCallback):
     ) -> None:
         self._epoch_ended = True
 
+    def _best_checkpoint(self) -> str | None:
+        """The best one so far where the run is now; the Trainer forgets it when the folder has been moved."""
+        assert self.resumed_from is not None
+        state = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME))
+        best = (
+            _run_of(self.resumed_from) / Path(state.best_model_checkpoint).name
+            if state.best_model_checkpoint
+            else None
+        )
+        return str(best) if best is not None and best.is_dir() else None
+
+    def _rotate_again(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Remove what the checkpoint made useless: it was whole before older ones went, and the kill may have come then."""
+        assert self.resumed_from is not None
+        run = _run_of(self.resumed_from)
+        if args.should_save and run.resolve() == Path(str(args.output_dir)).resolve():
+            limit = args.save_total_limit if self.resumed_from.parent == run else None
+            rotate(run, state.global_step, limit, keep=[state.best_model_checkpoint])
+
     def _log_evaluate_save(self) -> None:
         trainer = self.trainer
         position = (trainer._tr_loss, self.grad_norm, trainer.model_wrapped, None, float(trainer.state.epoch or 0))
@@ -197,7 +220,7 @@ class ExactResume(TrainerCallback):
 
 
 def layout(trainer: DistillationTrainer) -> dict[str, Any]:
-    """How the rows of an optimizer step are shared out, for ``complete.json``."""
+    """How the rows of an optimizer step are shared out and what they are computed in, for ``complete.json``."""
     args = trainer.args
     rows: Any = trainer.train_dataset
     return {
@@ -207,6 +230,7 @@ def layout(trainer: DistillationTrainer) -> dict[str, Any]:
         "accumulation": args.gradient_accumulation_steps,
         "rows": len(rows) if hasattr(rows, "__len__") else None,
         "rows_sorted_together": trainer.rows_sorted_together(rows),
+        "mixed_precision": trainer.accelerator.mixed_precision,  # a launcher may have chosen it
     }
 
 
@@ -236,6 +260,11 @@ def check_layout(trainer: DistillationTrainer, folder: Path) -> None:
 
 
 def _why_not_exact(trainer: DistillationTrainer, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    if was["mixed_precision"] != now["mixed_precision"]:
+        return (
+            f"mixed precision was {was['mixed_precision']!r} and would be {now['mixed_precision']!r} (training.bf16, "
+            "training.fp16, or the launcher's choice)"
+        )
     if not {was["strategy"], now["strategy"]} <= {*WHOLE_FILES}:
         return "checkpoints of sharded training fit the same strategy and number of processes only"
     before, after = (side["processes"] * side["rows_per_device"] * side["accumulation"] for side in (was, now))
@@ -277,10 +306,11 @@ def _words(side: Mapping[str, Any]) -> str:
     )
 
 
+def _run_of(checkpoint: Path) -> Path:
+    parent = checkpoint.parent
+    return parent.parent if parent.name == INTERRUPTED else parent
+
+
 def _number(value: float | None) -> float:
     """JSON has no NaN."""
     return math.nan if value is None else value
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,12 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.recipe import Recipe
 from dts_hf.recipe_yaml import parse_yaml
 from dts_hf.redaction import masked
+from dts_hf.run_lock import LOCK
 
 RECIPE_HEADER = (
     "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
 )
+BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss was no number
 # What create(overwrite=True) removes, in this order: what is left when that is cut short must neither look finished nor
 # like something to resume. Anything else in the folder is not ours and stays.
 OUR_NAMES = (
@@ -39,6 +42,7 @@ OUR_NAMES = (
     "interrupted/*/complete.json",
     "checkpoint-*",
     "interrupted",
+    BROKEN_STEP_FILES,
     "scores.json",
     "log.jsonl",
     "environment.json",
@@ -51,7 +55,13 @@ OUR_NAMES = (
     "recipe.yaml",
 )
 # What a killed process may leave: files that were not renamed yet, and the probe of check_can_create.
-LEFTOVERS = (".*.tmp", ".*.unfinished", ".dts_hf-*", "predictions/.*.tmp", "figures/.*.tmp")
+LEFTOVERS = (
+    *(f".{name}.*.tmp" for name in OUR_NAMES if name.endswith((".json", ".yaml", ".html", ".md")) and "/" not in name),
+    "predictions/.*.tmp",
+    "figures/.*.tmp",
+    ".final.*unfinished",
+    ".dts_hf-*",
+)
 PREDICTION_ORDER = ("teacher", "student_before", "student")
 PACKAGES = (
     "dts-hf",
@@ -105,9 +115,9 @@ class RunDirectory:
             UserError: the path is a file, a folder with something in it, or a place where nothing can be written.
         """
         path = Path(path)
-        if _exists(path) and not path.is_dir():
+        if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file, expected a folder that does not exist yet")
-        existing = next(folder for folder in [path, *path.absolute().parents] if _exists(folder))
+        existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
         if not existing.is_dir():
             raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
         try:  # os.access says yes to root in /proc and on some network drives
@@ -116,7 +126,7 @@ class RunDirectory:
             reason = error.strerror or error
             raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
         run = cls(path)
-        if not path.is_dir() or not {*path.iterdir()} - {*run._leftovers()}:
+        if not path.is_dir() or not {*path.iterdir()} - {path / LOCK, *run._leftovers()}:
             return
         if resume and _made_by_a_run(run.recipe_path):
             return
@@ -272,7 +282,8 @@ class RunDirectory:
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either its old content or all of the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Containers that share a folder may share process numbers; `tempfile` would make the file unreadable for others
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -331,10 +342,6 @@ def _drop_half_line(path: Path, size: int) -> None:
         if size and file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _exists(path: Path) -> bool:
-    return os.path.lexists(path)
 
 
 def _made_by_a_run(recipe: Path) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
 import torch
 
-from dts_hf.checkpoints import remove_interrupted
+from dts_hf.checkpoints import INTERRUPTED
 from dts_hf.redaction import printable
+from dts_hf.run_directory import BROKEN_STEP_FILES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,11 +37,13 @@ def peak_memory_gb() -> float:
 def clean_up(run: RunDirectory) -> None:
     """Remove what only an unfinished run needs."""
     run.scores_path.unlink(missing_ok=True)
-    remove_interrupted(run.path)
+    for broken in run.path.glob(BROKEN_STEP_FILES):
+        broken.unlink(missing_ok=True)
+    shutil.rmtree(run.path / INTERRUPTED, ignore_errors=True)
 
 
 def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:
-    """A run that is done already: its report is written where it is still missing, nothing else is."""
+    """A run that is done already: its report is written where it is still missing. Nothing is uploaded: it says how."""
     from dts_hf.run_directory import RunDirectory
 
     run = RunDirectory.open(recipe.output.dir)
@@ -49,6 +53,9 @@ def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:
         from dts_hf.reporting.report import write_report
 
         write_report(run)
+    if args.process_index == 0 and args.push_to_hub:
+        repository = args.hub_model_id or run.path.resolve().name
+        say(f"training.push_to_hub: unless it was uploaded, do it with: hf upload {repository} {run.final_path}")
     return run
 
 

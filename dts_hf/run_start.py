@@ -19,6 +19,7 @@ from dts_hf.exact_resume import PROGRESS
 from dts_hf.recipe import Recipe
 from dts_hf.run_directory import RunDirectory
 from dts_hf.run_end import say
+from dts_hf.run_lock import lock
 from dts_hf.saved_scores import BEFORE, kept_scores
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 #: two about the size of a batch are compared together with the number of processes, by ``exact_resume.check_layout``.
 MAY_CHANGE = (
     "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
-    "loss.logits_budget_mb", "evaluation.batch_size",
+    "loss.logits_budget_mb",
     *(f"training.{key}" for key in (
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
         "eval_accumulation_steps", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",
@@ -63,17 +64,22 @@ class Start:
 def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """Look into ``output.dir``, say what is found, and decide; nothing is changed. One process does it for all.
 
+    A folder that is there is locked (``run_lock``): what is found stays so until ``make_directory``.
+
     Args:
         recipe: what is asked for.
         args: its training arguments; ``resume_from_checkpoint`` names a checkpoint to start from.
         resume: go on with the run in ``output.dir`` if there is one.
 
     Raises:
-        UserError: the folder cannot be used, the named checkpoint is not whole, or the run in the folder is another one.
+        UserError: the folder cannot be used, or another process uses it; the named checkpoint is not whole, or the run in
+            the folder is another one.
     """
     named = args.resume_from_checkpoint
     RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume or named is not None)
     run = RunDirectory(recipe.output.dir)
+    if run.path.is_dir():
+        lock(run.path)
     exists = run.recipe_path.is_file()
     if exists and (resume or named is not None):
         _check_same(run.read_recipe(), recipe, args, run)
@@ -97,8 +103,19 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         say(f"{run.path}: there is no run to resume, so this one starts from the beginning")
         return Start(keep=True)
     say(f"{run.path}: there is no whole checkpoint, so the run starts from the beginning")
-    made = kept_scores(run, recipe)
+    made = kept_scores(run)
     return Start(None, keep=True, scores=made.get("models", {}), log_bytes=made.get("log_bytes", 0))
+
+
+def make_directory(recipe: Recipe, start: Start) -> RunDirectory:
+    """Make ``output.dir`` ready for this run, and lock it. One process does it for all.
+
+    Raises:
+        UserError: see ``RunDirectory.create``; or another process has been quicker.
+    """
+    run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep)
+    lock(run.path)
+    return run
 
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
@@ -106,7 +123,7 @@ def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
         raise UserError(
             f"{checkpoint}: holds the weights alone (training.save_only_model), so nothing can go on from it exactly"
         )
-    scores = kept_scores(run, recipe).get("models", {})
+    scores = kept_scores(run).get("models", {})
     wanted = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
     lost = [name for name in BEFORE if name in wanted and name not in scores]
     if lost and recipe.data.validation is not None:
@@ -114,7 +131,7 @@ def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     log_bytes = None
     if checkpoint.resolve().is_relative_to(run.path.resolve()):  # else it is that of another log
         log_bytes = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["log_bytes"]
-        if run.log_size() < (log_bytes or 0):
+        if run.log_size() < log_bytes:
             say(f"{run.log_path}: shorter than when {checkpoint.name} was saved, so lines of it are lost")
     return Start(checkpoint, keep=True, scores=scores, log_bytes=log_bytes)
 
@@ -139,9 +156,6 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
     free = list(MAY_CHANGE)
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
-    dtypes = {entry.get("dtype") for entry in run.read_scores().get("models", {}).values()} - {None}
-    if dtypes - {"float32"}:  # below fp32 what is answered together changes the answers
-        free.remove("evaluation.batch_size")
     wrong = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
     if wrong:
         lines = [f"  {key}: was {_shown(before, key)}, now {_shown(after, key)}" for key in wrong]

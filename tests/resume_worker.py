@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import multiprocessing
+import shutil
 import signal
 import socket
 import sys
@@ -168,8 +169,13 @@ def _live(folder: Path, values: dict[str, Any], rank: int, world: int, port: int
 
 
 def _arm(kill_at_step: int | None = None, kill_at_write: int | None = None, signal_at_step: int | None = None,
-         **rest: Any) -> None:  # fmt: skip
-    """Die when a step begins or while a checkpoint is written; or get a SIGTERM, on the last process, as a step ends."""
+         kill_at_end: bool = False, kill_in: str | None = None, **rest: Any) -> None:  # fmt: skip
+    """Die when a step begins, while a checkpoint is written or removed, or when training is over; or get a SIGTERM, on
+    the last process, as a step ends."""
+    if kill_at_end:
+        TemperatureCallback.on_train_end = lambda *args, **kwargs: _die()  # type: ignore[method-assign]
+    if kill_in is not None:
+        _die_in(kill_in)
     if kill_at_step is not None:
         begin = TemperatureCallback.on_step_begin
 
@@ -193,7 +199,7 @@ def _arm(kill_at_step: int | None = None, kill_at_write: int | None = None, sign
 
 
 def _count_writes(kill_at: int) -> None:
-    """Inside a checkpoint write: after a part of the ``kill_at``th file (0 is the first) is on the disk."""
+    """Inside a checkpoint write, rotation or removal: before the ``kill_at``th change of a file (0 is the first)."""
     count = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -206,6 +212,28 @@ def _count_writes(kill_at: int) -> None:
                 _die()
 
     sys.addaudithook(hook)
+
+
+def _die_in(call: str) -> None:
+    """Leave half of a file of checkpoint 4 (``fsync``) or, when 10 replaces it, of checkpoint 8 (``rmtree``)."""
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "checkpoint-4" in path and path.endswith("model.safetensors"):
+            os.truncate(path, os.path.getsize(path) // 2)
+            _die()
+
+    def rmtree(folder: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-8" in str(folder):
+            next(path for path in sorted(Path(folder).iterdir()) if path.is_file()).unlink()
+            _die()
+        whole(folder, *args, **kwargs)
+
+    whole = shutil.rmtree
+    if call == "fsync":
+        os.fsync = fsync
+    else:
+        shutil.rmtree = rmtree  # type: ignore[assignment]
 
 
 def _die() -> NoReturn:

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dts_hf"
 LADDER = (
     ("redaction",),
     ("errors", "exit_codes"),
-    ("row_files", "discovery", "failures"),
+    ("row_files", "run_lock", "discovery", "failures"),
     ("recipe_yaml", "recipe_check", "recipe", "run_directory", "sets"),
     ("checkpoints", "saved_scores"),
     ("response", "divergences", "temperature", "head", "packed_attention"),
@@ -60,6 +60,7 @@ LIGHT = (
     "dts_hf",
     "redaction",
     "row_files",
+    "run_lock",
     "errors",
     "exit_codes",
     "failures",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,12 @@ from dts_hf.checkpoints import (
     rotate,
     why_incomplete,
 )
-from dts_hf.exact_resume import layout
+from dts_hf.errors import UserError
+from dts_hf.exact_resume import check_layout, layout
+from dts_hf.recipe import Recipe
+from dts_hf.run_directory import RunDirectory
+from dts_hf.run_end import end_early
+from dts_hf.run_lock import LOCK, lock, unlock
 
 pytestmark = pytest.mark.slow
 TIMES = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
@@ -157,6 +164,18 @@ def test_killed_at_a_random_moment(workplace, often, case):
     assert end_of(run) == expected, (before, resumed.says()[-2000:])
 
 
+@pytest.mark.parametrize("call", ["fsync", "rmtree"])
+def test_killed_with_half_a_file_or_half_a_folder(workplace, often, call):
+    values = recipe(f"half-{call}", training=OFTEN)
+    assert Life(workplace, values, kill_in=call).wait() == [-9]
+    run = workplace / f"half-{call}"
+    half, whole = {"fsync": ("checkpoint-4", "checkpoint-2"), "rmtree": ("checkpoint-8", "checkpoint-10")}[call]
+    assert any((run / half).iterdir()) and why_incomplete(run / half) is not None
+    assert newest_complete(run) == run / whole
+    finish(Life(workplace, values, resume=True))
+    assert end_of(run) == often[0]
+
+
 # ------------------------------------------------------------------------------------------------- asked to stop
 
 
@@ -211,10 +230,14 @@ def killed_run(workplace: Path, output: str, step: int = 8, world: int = 1, **se
 def refused(workplace: Path, values: dict[str, Any], world: int = 1, strategy: str = "single") -> str:
     """The message of a resume that is refused, with nothing changed in the run directory."""
     run = workplace / values["output"]["dir"]
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def content() -> dict[Path, bytes]:  # a killed process leaves its lock file, the next one removes it
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK}
+
+    before = content()
     life = Life(workplace, values, world, strategy, resume=True)
     assert set(life.wait()) == {2}, life.says()[-2000:]
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert content() == before
     return life.says()
 
 
@@ -268,8 +291,15 @@ def test_another_recipe_or_other_rows_are_refused_and_named(workplace):
     run = killed_run(workplace, "changed")
     says = refused(
         workplace,
-        of_launch(1, "changed", training={"learning_rate": 0.1, "max_steps": 20}, loss={"kd_ratio": 0.9}),
+        of_launch(
+            1,
+            "changed",
+            training={"learning_rate": 0.1, "max_steps": 20},
+            loss={"kd_ratio": 0.9},
+            evaluation={"batch_size": 1},
+        ),
     )
+    assert "evaluation.batch_size: was" in says  # below fp32 what is answered together changes the answers
     assert "training.learning_rate: was 0.01, now 0.1" in says and "loss.kd_ratio: was 0.5, now 0.9" in says
     assert "training.max_steps: was 10, now 20" in says and "a longer one is another run" in says
     says = refused(workplace, of_launch(1, "changed", training={"per_device_train_batch_size": 4}))
@@ -289,24 +319,76 @@ def test_another_recipe_or_other_rows_are_refused_and_named(workplace):
 def test_what_no_number_depends_on_may_change(workplace, straight):
     run = killed_run(workplace, "allowed")
     (workplace / "moved.jsonl").write_text((workplace / "train.jsonl").read_text())
-    values = of_launch(
-        1, "allowed", data={"train": "moved.jsonl"}, evaluation={"batch_size": 1}, training={"save_steps": 4}
-    )
+    values = of_launch(1, "allowed", data={"train": "moved.jsonl"}, training={"save_steps": 4})
     resumed = Life(workplace, values, resume=True)
     finish(resumed)
     says = resumed.says()
     assert "resumed with training.save_steps: 4 (was 5)" in says and "resumed with data.train" in says
+    assert [folder.name for folder in checkpoints(run)] == ["checkpoint-8", "checkpoint-10"]
     assert log_of(run) == straight[1, "single"]["log"]
     assert end_of(run)["final"] == straight[1, "single"]["final"]
+
+
+def test_without_a_log_line_before_the_checkpoint_no_line_is_there_twice(workplace):
+    values = of_launch(
+        1,
+        "unlogged",
+        training={"save_steps": 4, "logging_steps": 5, "eval_strategy": "no"},
+        evaluation={"every_steps": None, "models": ["student"]},
+        data={"validation": None},
+    )
+    assert Life(workplace, values, kill_at_step=8).wait() == [-9]
+    assert [record["step"] for record in log_of(workplace / "unlogged")] == [5]
+    finish(Life(workplace, values, resume=True))
+    assert [record["step"] for record in log_of(workplace / "unlogged")] == [5, 10]
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(workplace, straight):
+    run = killed_run(workplace, "busy")
+    assert (run / LOCK).is_file()  # its process is gone
+    lock(run)  # by this process
+    try:
+        says = refused(workplace, of_launch(1, "busy"))
+        assert f"another process is working on this run, busy (process {os.getpid()} on" in says
+        lock(run)  # it is ours: no reason to refuse
+    finally:
+        unlock()
+    assert not (run / LOCK).exists()
+    finish(Life(workplace, of_launch(1, "busy"), resume=True))
+    assert end_of(run) == straight[1, "single"]
+
+
+def test_mixed_precision_of_the_launcher_is_compared(tmp_path):
+    from test_trainer import trainer_for
+
+    trainer = trainer_for(tmp_path, options={"max_steps": 1})
+    make_checkpoint(tmp_path, "checkpoint-1", **layout(trainer))
+    check_layout(trainer, tmp_path / "checkpoint-1")
+    make_checkpoint(tmp_path, "checkpoint-2", **{**layout(trainer), "mixed_precision": "bf16"})
+    with pytest.raises(UserError, match="mixed precision was 'bf16' and would be 'no'"):
+        check_layout(trainer, tmp_path / "checkpoint-2")
+
+
+def test_a_finished_run_says_how_to_upload_and_cleans_up(tmp_path, capsys):
+    made = Recipe.from_dict(recipe(str(tmp_path / "run")), deep=False)
+    run = RunDirectory.create(tmp_path / "run")
+    run.save_recipe(made)
+    make_checkpoint(run.path, "interrupted/checkpoint-7")
+    (run.path / "broken_step-3.rank1.json").write_text("{}")
+    end_early(made, SimpleNamespace(process_index=0, push_to_hub=True, hub_model_id="me/small"))  # type: ignore[arg-type]
+    assert f"hf upload me/small {run.final_path}" in capsys.readouterr().err
+    assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
 
 
 def test_adapters_go_on_too(workplace):
     student = {"model": "student", "lora": {"r": 4, "dropout": 0.1, "save": "merged"}}
     finish(Life(workplace, of_launch(1, "lora", student=student)))
-    killed_run(workplace, "lora-killed", student=student)
+    killed_run(workplace, "lora-killed", student={**student, "lora": {**student["lora"], "save": "adapter"}})
     finish(Life(workplace, of_launch(1, "lora-killed", student=student), resume=True))
     found, expected = (log_of(workplace / name) for name in ("lora-killed", "lora"))
     assert found == expected
+    found, expected = (json.loads((workplace / name / "metrics.json").read_text()) for name in ("lora-killed", "lora"))
+    assert without_times(found) == without_times(expected)  # scores from before training included
     weights = [(workplace / name / "final" / "model.safetensors").read_bytes() for name in ("lora-killed", "lora")]
     assert weights[0] == weights[1] != (workplace / "student" / "model.safetensors").read_bytes()
 
@@ -381,6 +463,16 @@ def test_a_classifier_goes_on_too_with_its_best_epoch(workplace):
         found = end_of(workplace / output)
         for part, value in expected.items():
             assert found[part] == value, part
+    # The best epoch is not the last one, and the folder has another name since
+    moved = values("glue-renamed")
+    moved["training"]["save_total_limit"] = 3
+    assert Life(workplace, moved, kill_at_end=True).wait() == [-9]
+    (workplace / "glue-renamed").rename(workplace / "glue-moved")
+    moved["output"]["dir"] = "glue-moved"
+    finish(Life(workplace, moved, resume=True))
+    found = end_of(workplace / "glue-moved")
+    assert expected["metrics"]["training"]["best_step"] < 18
+    assert found["metrics"] == expected["metrics"] and found["final"] == expected["final"]
 
 
 def test_a_halved_budget_and_a_sum_that_is_no_number_survive(tmp_path):

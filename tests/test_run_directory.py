@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from dts_hf.errors import UserError
 from dts_hf.recipe import Recipe, load_recipe
-from dts_hf.run_directory import RunDirectory, environment, write_json_atomic, write_text_atomic
+from dts_hf.run_directory import RECIPE_HEADER, RunDirectory, environment, write_json_atomic, write_text_atomic
 
 VALUES = {
     "student": {"model": "small"},
@@ -90,6 +91,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="disk"):
         write_text_atomic(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old" and tree(tmp_path) == ["a.txt"]
+
+
+def test_writers_with_the_same_process_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers that share a cache: the second one writes while the first one is about to rename."""
+    replace, path = os.replace, tmp_path / "a.txt"
+
+    def beside(*paths: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write_text_atomic(path, "of the second")
+        assert path.read_text() == "of the second"
+        replace(*paths)
+
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "replace", beside)
+    write_text_atomic(path, "of the first")
+    assert path.read_text() == "of the first" and tree(tmp_path) == ["a.txt"]
 
 
 def test_log_round_trip(run: RunDirectory) -> None:
@@ -178,6 +195,7 @@ def test_overwrite_removes_our_files_only(run: RunDirectory) -> None:
     (run.path / "checkpoint-10").mkdir()
     (run.path / "checkpoint-10" / "weights").write_text("x")
     (run.path / "notes.txt").write_text("mine")
+    (run.path / "broken_step-3.rank0.json").write_text("{}")
     (run.path / "figures").symlink_to(run.path.parent)
     RunDirectory.check_can_create(run.path, overwrite=True)
     assert (run.path / "log.jsonl").is_file()
@@ -264,6 +282,15 @@ def test_what_a_killed_process_left_is_no_content(tmp_path: Path) -> None:
         RunDirectory.check_can_create(path, resume=resume)
     RunDirectory.create(path, resume=True)
     assert list(path.iterdir()) == []
+    (path / ".notes.tmp").write_text("mine")
+    (path / ".recipe.yaml.17-0a.tmp").write_text("student:")
+    with pytest.raises(UserError, match="holds no run of dts_hf"):
+        RunDirectory.create(path, resume=True)
+    (path / "recipe.yaml").write_text(RECIPE_HEADER)
+    RunDirectory.create(path, resume=True)
+    assert tree(path) == [".notes.tmp", "recipe.yaml"]
+    (path / ".notes.tmp").unlink()
+    (path / "recipe.yaml").unlink()
     (path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds no run of dts_hf, so it is not resumed"):
         RunDirectory.check_can_create(path, resume=True)

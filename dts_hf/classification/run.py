@@ -38,7 +38,7 @@ from dts_hf.peers import watch_peers
 from dts_hf.recipe import Recipe, Task, training_arguments
 from dts_hf.run_directory import RunDirectory, environment
 from dts_hf.run_end import clean_up, end_early, peak_memory_gb, push, say
-from dts_hf.run_start import check_same_rows, find_start
+from dts_hf.run_start import check_same_rows, find_start, make_directory
 from dts_hf.saved_scores import BEFORE, keep_scores
 from dts_hf.sharding import check_can_shard, on_first_process, parameter_count, place_teacher
 from dts_hf.temperature import build_temperature
@@ -91,7 +91,7 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
 
     # From here on things are written.
     on_first_process(
-        lambda: RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep),
+        lambda: make_directory(recipe, start),
         args.process_index,
         args.world_size,
     )
@@ -325,7 +325,7 @@ class _Scorer:
             if self.sets and self.trainer.is_world_process_zero():
                 self.run.write_predictions(label, predictions[who])
         if self.trainer.is_world_process_zero() and name in BEFORE:
-            keep_scores(self.run, self.recipe, self.models)
+            keep_scores(self.run, self.models)
 
     def _evaluate(self, name: str, set_name: str, dataset: LabelledDataset) -> dict[str, float]:
         # The log has one set over the steps of training; the best epoch's weights, put back, are not of the last step.

@@ -142,7 +142,7 @@ class Scorer:
             scores = results[VALIDATION].scores
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
         if name in BEFORE:
-            keep_scores(self.run, self.recipe, self.models)
+            keep_scores(self.run, self.models)
         for set_name, result in results.items():
             mean = means(result.scores)
             where = "" if set_name == VALIDATION else f" on {set_name}"
