@@ -416,7 +416,12 @@ class Disk:
             file.write(bytes(max(shutil.disk_usage(self.run).free - left, 0)))
 
     def read_only(self, yes: bool) -> None:
-        self._mount("-o", f"remount,{'ro' if yes else 'rw'}")
+        """By a second mount on top: the kernel does not turn a file system over while the run's lock is open in it."""
+        if not yes:
+            subprocess.run(["umount", str(self.run)], check=True)
+            return
+        assert not self._mount("--bind", str(self.run)).returncode
+        assert not self._mount("-o", "remount,bind,ro").returncode
 
 
 def assert_one_message(run: Life, *words: str) -> None:
