@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.callbacks import BeforeTrainingCallback, GenerationEvalCallback, RunLogCallback
+from dts_hf.callbacks import BeforeTrainingCallback, GenerationEvalCallback
 from dts_hf.data import (
     EncodedDataset,
     EncodingReport,
@@ -28,21 +28,18 @@ from dts_hf.data import (
     load_rows,
     manifest,
 )
-from dts_hf.distribution import check_launch
 from dts_hf.errors import UserError
 from dts_hf.evaluation.scorer import VALIDATION, Scorer, load_sets
-from dts_hf.exact_resume import check_layout
 from dts_hf.interruption import stops_on_signal
 from dts_hf.models import load_student, load_teacher, load_tokenizers, save_student
-from dts_hf.peers import watch_peers
 from dts_hf.prompts import Template, encode_prompts, get_template
 from dts_hf.recipe import Recipe, training_arguments
-from dts_hf.run_directory import RunDirectory, environment
-from dts_hf.run_end import clean_up, end_early, peak_memory_gb, push, say
+from dts_hf.run_directory import RunDirectory
+from dts_hf.run_end import close_run, end_early, say, training_facts
 from dts_hf.run_lock import unlocks
-from dts_hf.run_start import check_same_rows, find_start, make_directory
+from dts_hf.run_start import begin, open_run
 from dts_hf.sets import resolve_set
-from dts_hf.sharding import check_can_shard, on_first_process, place_teacher
+from dts_hf.sharding import place_teacher
 from dts_hf.teacher_answers import answer_rows
 from dts_hf.temperature import build_temperature
 from dts_hf.trainer import DistillationTrainer
@@ -69,11 +66,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         return distill_classification(recipe, resume)
     started = time.monotonic()
     args = training_arguments(recipe, recipe.output.dir)
-    check_launch(args)
-    watch_peers()
-    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
-        check_can_shard(recipe.teacher.quantization != "none")
-    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    start = begin(recipe, args, resume)
     if start.finished:
         return end_early(recipe, args)
     set_seed(args.seed)
@@ -117,29 +110,11 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     trainer = make_trainer(recipe, args, student, teacher, tokenizer, teacher_tokenizer, train_data, validation_data)
 
     made_from = _manifest(recipe, train_report, validation_report, train_rows, validation_rows, answers, final_sets)
-    run = RunDirectory(recipe.output.dir)
-    main = trainer.is_world_process_zero()
-    if start.keep:
-        check_same_rows(run, made_from)
-    if start.checkpoint is not None:
-        check_layout(trainer, start.checkpoint)
-
     # From here on things are written.
-    on_first_process(
-        lambda: make_directory(recipe, start),
-        args.process_index,
-        args.world_size,
-    )
+    run = open_run(recipe, start, trainer, made_from)
+    main = trainer.is_world_process_zero()
     if main:
-        run.save_recipe(recipe)
-        run.write_environment(environment())
-        run.write_data_manifest(made_from)
-        if start.log_bytes is not None:
-            run.cut_log(start.log_bytes)
-        trainer.add_callback(RunLogCallback(run))
         say(f"train: {train_report.summary()}")
-    trainer.accelerator.wait_for_everyone()
-
     scorer = Scorer(recipe, run, trainer, tokenizer, validation_rows, final_sets, made=start.scores)
     if recipe.evaluation.every_steps is not None:
         trainer.add_callback(GenerationEvalCallback(scorer.during, recipe.evaluation.every_steps, scorer.record))
@@ -154,24 +129,8 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
     save_student(student, tokenizer, run.final_path, merge_lora=merge)
     if main:
-        scorer.finish(
-            {
-                "steps": trainer.state.global_step,
-                "seconds": round(trainer.training_seconds, 1),
-                "total_seconds": round(time.monotonic() - started, 1),
-                "tokens": int(trainer.tokens_seen),
-                "peak_memory_gb": round(peak_memory_gb(), 2),
-                "vocabulary_note": trainer.vocab_note,
-            }
-        )
-        clean_up(run)
-        if recipe.output.report:
-            from dts_hf.reporting.report import write_report
-
-            write_report(run)
-    if args.push_to_hub:
-        push(trainer, run)
-    return run
+        scorer.finish({**training_facts(trainer, started), "vocabulary_note": trainer.vocab_note})
+    return close_run(recipe, run, trainer)
 
 
 # ------------------------------------------------------------------------------------------------------- its pieces

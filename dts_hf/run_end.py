@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +33,34 @@ def peak_memory_gb() -> float:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return (resident + on_gpu) / 1e9
+
+
+def training_facts(trainer: DistillationTrainer, started: float) -> dict[str, Any]:
+    """What ``metrics.json`` says of the training itself.
+
+    Args:
+        started: monotonic seconds at which this process began.
+    """
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.training_seconds, 1),
+        "total_seconds": round(time.monotonic() - started, 1),
+        "tokens": int(trainer.tokens_seen),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+    }
+
+
+def close_run(recipe: Recipe, run: RunDirectory, trainer: DistillationTrainer) -> RunDirectory:
+    """The last things, once ``metrics.json`` and ``final/`` are there: report, card, upload; all processes call it."""
+    if trainer.is_world_process_zero():
+        clean_up(run)
+        if recipe.output.report:
+            from dts_hf.reporting.report import write_report
+
+            write_report(run)
+    if trainer.args.push_to_hub:
+        push(trainer, run)
+    return run
 
 
 def clean_up(run: RunDirectory) -> None:

@@ -13,17 +13,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dts_hf.callbacks import RunLogCallback
 from dts_hf.checkpoints import checkpoints, is_resumable, step_of, why_incomplete
+from dts_hf.distribution import check_launch
 from dts_hf.errors import UserError
-from dts_hf.exact_resume import PROGRESS
+from dts_hf.exact_resume import PROGRESS, check_layout
+from dts_hf.peers import watch_peers
 from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory
+from dts_hf.run_directory import RunDirectory, environment
 from dts_hf.run_end import say
 from dts_hf.run_lock import lock
 from dts_hf.saved_scores import BEFORE, kept_scores
+from dts_hf.sharding import check_can_shard, on_first_process
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from dts_hf.trainer import DistillationTrainer
 
 #: What may change between the lives of a run: where results go, what is saved and shown, and how work is cut up. The
 #: two about the size of a batch are compared together with the number of processes, by ``exact_resume.check_layout``.
@@ -105,6 +111,51 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     say(f"{run.path}: there is no whole checkpoint, so the run starts from the beginning")
     made = kept_scores(run)
     return Start(None, keep=True, scores=made.get("models", {}), log_bytes=made.get("log_bytes", 0))
+
+
+def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
+    """Refuse what can be refused before rows and models are loaded, and find where the run starts; all processes call it.
+
+    Args:
+        args: of ``recipe``.
+        resume: go on with the run in ``output.dir`` if there is one.
+
+    Raises:
+        UserError: the launch is not what it claims, the teacher cannot be spread over it, or see ``find_start``.
+    """
+    check_launch(args)
+    watch_peers()
+    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
+        check_can_shard(recipe.teacher.quantization != "none")
+    return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+
+
+def open_run(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_from: Mapping[str, Any]) -> RunDirectory:
+    """The run directory, with what is known before training, and the trainer's log in it; all processes call it.
+
+    Everything is checked by now: from here on things are written.
+
+    Args:
+        made_from: ``data_manifest.json``.
+
+    Raises:
+        UserError: rows or launch have changed since ``start.checkpoint``, or see ``make_directory``.
+    """
+    run = RunDirectory(recipe.output.dir)
+    if start.keep:
+        check_same_rows(run, made_from)
+    if start.checkpoint is not None:
+        check_layout(trainer, start.checkpoint)
+    on_first_process(lambda: make_directory(recipe, start), trainer.args.process_index, trainer.args.world_size)
+    if trainer.is_world_process_zero():
+        run.save_recipe(recipe)
+        run.write_environment(environment())
+        run.write_data_manifest(made_from)
+        if start.log_bytes is not None:
+            run.cut_log(start.log_bytes)
+        trainer.add_callback(RunLogCallback(run))
+    trainer.accelerator.wait_for_everyone()
+    return run
 
 
 def make_directory(recipe: Recipe, start: Start) -> RunDirectory:

@@ -23,24 +23,21 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.callbacks import BeforeTrainingCallback, RunLogCallback
+from dts_hf.callbacks import BeforeTrainingCallback
 from dts_hf.classification.data import LabelledDataset, encode_labelled, separates
 from dts_hf.classification.models import load_task_student, load_task_teacher, takes_type_ids
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, load_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data import Row, manifest
-from dts_hf.distribution import check_launch
 from dts_hf.evaluation.glue import TASK_METRICS, headline
 from dts_hf.evaluation.instruct import rows_digest
-from dts_hf.exact_resume import check_layout
 from dts_hf.models import load_tokenizers, save_student
-from dts_hf.peers import watch_peers
 from dts_hf.recipe import Recipe, Task, training_arguments
-from dts_hf.run_directory import RunDirectory, environment
-from dts_hf.run_end import clean_up, end_early, peak_memory_gb, push, say
-from dts_hf.run_start import check_same_rows, find_start, make_directory
+from dts_hf.run_directory import RunDirectory
+from dts_hf.run_end import close_run, end_early, say, training_facts
+from dts_hf.run_start import begin, open_run
 from dts_hf.saved_scores import BEFORE, keep_scores
-from dts_hf.sharding import check_can_shard, on_first_process, parameter_count, place_teacher
+from dts_hf.sharding import parameter_count, place_teacher
 from dts_hf.temperature import build_temperature
 
 
@@ -54,11 +51,7 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
     assert recipe.task is not None
     task = get_task(recipe.task.subset)
     args = task_arguments(recipe, task)
-    check_launch(args)
-    watch_peers()
-    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
-        check_can_shard(recipe.teacher.quantization != "none")
-    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    start = begin(recipe, args, resume)
     if start.finished:
         return end_early(recipe, args)
     set_seed(args.seed)
@@ -81,29 +74,11 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
 
     trainer = make_task_trainer(recipe, task, args, student, teacher, tokenizer, teacher_tokenizer, sets)
 
-    made_from = _manifest(recipe, rows, sets, cut)
-    run = RunDirectory(recipe.output.dir)
-    main = trainer.is_world_process_zero()
-    if start.keep:
-        check_same_rows(run, made_from)
-    if start.checkpoint is not None:
-        check_layout(trainer, start.checkpoint)
-
     # From here on things are written.
-    on_first_process(
-        lambda: make_directory(recipe, start),
-        args.process_index,
-        args.world_size,
-    )
+    run = open_run(recipe, start, trainer, _manifest(recipe, rows, sets, cut))
+    main = trainer.is_world_process_zero()
     if main:
-        run.save_recipe(recipe)
-        run.write_environment(environment())
-        run.write_data_manifest(made_from)
-        if start.log_bytes is not None:
-            run.cut_log(start.log_bytes)
-        trainer.add_callback(RunLogCallback(run))
         trainer.add_callback(ScoreCallback(task))
-    trainer.accelerator.wait_for_everyone()
 
     scorer = _Scorer(recipe, task, run, trainer, rows, sets, start.scores)
     if start.checkpoint is None:
@@ -116,14 +91,7 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
     merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
     save_student(student, tokenizer, run.final_path, merge_lora=merge)
     if main:
-        training: dict[str, Any] = {
-            "steps": trainer.state.global_step,
-            "seconds": round(trainer.training_seconds, 1),
-            "total_seconds": round(time.monotonic() - started, 1),
-            "tokens": int(trainer.tokens_seen),
-            "peak_memory_gb": round(peak_memory_gb(), 2),
-            "seed": args.seed,
-        }
+        training = {**training_facts(trainer, started), "seed": args.seed}
         if best_step is not None:
             training["best_step"] = best_step
             epochs = [line["epoch"] for line in trainer.state.log_history if line["step"] == best_step]
@@ -137,14 +105,7 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
             "training": training,
         }  # fmt: skip
         run.write_metrics(metrics)
-        clean_up(run)
-        if recipe.output.report:
-            from dts_hf.reporting.report import write_report
-
-            write_report(run)
-    if args.push_to_hub:
-        push(trainer, run)
-    return run
+    return close_run(recipe, run, trainer)
 
 
 def make_task_trainer(
