@@ -78,8 +78,8 @@ def on_any_process(mine: bool, device: torch.device | str) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the weights are spread over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
-    sharded = any(_is_shard(parameter) for parameter in model.parameters())
-    return sharded and process()[1] > 1
+    # The cheap question first: a teacher is asked for every batch
+    return process()[1] > 1 and any(_is_shard(parameter) for parameter in model.parameters())
 
 
 def parameter_count(model: nn.Module) -> int:
