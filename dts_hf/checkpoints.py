@@ -23,6 +23,7 @@ from dts_hf.run_directory import write_json_atomic
 COMPLETE = "complete.json"
 INTERRUPTED = "interrupted"
 FORMAT = 1
+TRAINER_STATE = "trainer_state.json"  # of transformers, which writes it last
 
 
 def mark_complete(folder: str | Path, **values: Any) -> None:
@@ -59,6 +60,8 @@ def why_incomplete(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / COMPLETE).is_file():
+        if (folder / TRAINER_STATE).is_file() and not any(folder.glob("rank_*.json")):  # ours are written first
+            return f"it was not written by dts_hf: it has no {COMPLETE}, nor any other file but those of transformers"
         return f"it has no {COMPLETE}, which is written last: the save was interrupted"
     record = read_complete(folder)
     if not record:
@@ -70,6 +73,12 @@ def why_incomplete(folder: str | Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
     return None
+
+
+def why_not_resumable(folder: str | Path) -> str | None:
+    """Why no training can go on from ``folder``, as the end of a sentence; None where it can."""
+    weights_alone = "it holds the weights alone (training.save_only_model)"
+    return why_incomplete(folder) or (None if is_resumable(folder) else weights_alone)
 
 
 def is_resumable(folder: str | Path) -> bool:

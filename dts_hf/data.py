@@ -435,6 +435,7 @@ class EncodedDataset(Dataset[Example]):
 
     Attributes:
         row_ids: the id of each row.
+        ids: the tokens of each row.
         lengths: tokens of each row, prompt and response.
         prompt_lengths: tokens of each row's prompt, at least 1; they carry no label.
     """
@@ -443,20 +444,20 @@ class EncodedDataset(Dataset[Example]):
         self.row_ids = list(row_ids)
         self.prompt_lengths = list(prompt_lengths)
         self.lengths = [len(row) for row in ids]
-        self._ids = [array("i", row) for row in ids]
+        self.ids = [array("i", row) for row in ids]
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]  # negative indices count from the end; row_id is always the place
-        ids = self._ids[index].tolist()
+        ids = self.ids[index].tolist()
         prompt = self.prompt_lengths[index]
         return {"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:], "row_id": index}
 
     def subset(self, n: int) -> EncodedDataset:
         """Return the first ``n`` rows (all of them when there are fewer)."""
-        return EncodedDataset(self.row_ids[:n], self._ids[:n], self.prompt_lengths[:n])
+        return EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n])
 
 
 @dataclass
@@ -467,7 +468,8 @@ class EncodingReport:
         rows, kept, dropped: counts of rows; ``rows == kept + dropped``.
         cut: rows whose response was cut, so that they end without the end-of-sequence token.
         prompts_cut: rows whose input was shortened to fit ``max_prompt_length``.
-        dropped_ids: the first five ids that were dropped.
+        unlabelled: rows kept of which no label counts, so that nothing is learned from them.
+        dropped_ids, unlabelled_ids: the first five ids of such rows (of tokenised rows: their numbers, from 0).
         prompt_tokens, response_tokens: tokens kept; those of responses carry the labels.
     """
 
@@ -476,22 +478,36 @@ class EncodingReport:
     dropped: int = 0
     cut: int = 0
     prompts_cut: int = 0
+    unlabelled: int = 0
     dropped_ids: list[str] = field(default_factory=list)
+    unlabelled_ids: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     response_tokens: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row is learned from as it was given."""
+        return not (self.dropped or self.cut or self.prompts_cut or self.unlabelled)
 
     def summary(self) -> str:
         """Return one line for people."""
         parts = [f"{self.kept:,} of {self.rows:,} rows kept"]
         if self.dropped:
-            ids = ", ".join(self.dropped_ids) + (", ..." if self.dropped > len(self.dropped_ids) else "")
-            parts.append(f"dropped as too long: {self.dropped:,} ({ids})")
+            parts.append(f"dropped as too long: {self.dropped:,} ({_first_of(self.dropped_ids, self.dropped)})")
+        if self.unlabelled:
+            parts.append(
+                f"without a label that counts: {self.unlabelled:,} ({_first_of(self.unlabelled_ids, self.unlabelled)})"
+            )
         if self.cut:
             parts.append(f"responses cut: {self.cut:,}")
         if self.prompts_cut:
             parts.append(f"inputs shortened: {self.prompts_cut:,}")
         parts.append(f"{self.prompt_tokens:,} prompt and {self.response_tokens:,} response tokens")
         return "; ".join(parts)
+
+
+def _first_of(ids: Sequence[str], count: int) -> str:
+    return ", ".join(ids) + (", ..." if count > len(ids) else "")
 
 
 def encode_rows(
@@ -589,8 +605,12 @@ def _blocks(rows: Sequence[Row], progress: str | None, size: int = 1000) -> Iter
 NO_ROW = -1
 
 
+class Collator:
+    """Base of our collators: they take of a row what they know, and return its ``row_id``."""
+
+
 @dataclass
-class PaddedCollator:
+class PaddedCollator(Collator):
     """Pad rows on the right to the longest of the batch.
 
     The mask comes from lengths, never from token ids: with pad == eos a mask by id would hide every row's end.
@@ -625,7 +645,7 @@ class PaddedCollator:
         }
 
 
-class PackedCollator:
+class PackedCollator(Collator):
     """Lay the rows of a batch one after the other in a single row, without padding.
 
     ``position_ids`` restart at 0 for each row. Transformers (>= 5) reads the borders from them and lets no token

@@ -94,10 +94,12 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     )
 
     answers: dict[str, Any] | None = None
+    unanswered = 0
     # Sequence-level KD: train on what the teacher itself would say.
     if teacher is not None and recipe.data.responses == "teacher":
         rows = [*train_rows, *validation_rows]
         answered, answers = answer_rows(recipe, teacher, tokenizer, template, rows)
+        unanswered = sum(row is None for row in answered)
         train_rows = [row for row in answered[: len(train_rows)] if row is not None]
         if not train_rows:
             raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
@@ -114,7 +116,11 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     run = open_run(recipe, start, trainer, made_from)
     main = trainer.is_world_process_zero()
     if main:
+        if unanswered:
+            say(f"data.responses: teacher: left out {unanswered:,} rows that it did not answer")
         say(f"train: {train_report.summary()}")
+        if validation_report is not None:
+            say(f"validation: {validation_report.summary()}")
     scorer = Scorer(recipe, run, trainer, tokenizer, validation_rows, final_sets, made=start.scores)
     if recipe.evaluation.every_steps is not None:
         trainer.add_callback(GenerationEvalCallback(scorer.during, recipe.evaluation.every_steps, scorer.record))

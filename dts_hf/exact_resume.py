@@ -21,16 +21,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dts_hf.callbacks import GenerationEvalCallback
-from dts_hf.checkpoints import INTERRUPTED, read_complete, rotate, why_incomplete
+from dts_hf.checkpoints import INTERRUPTED, read_complete, rotate, why_not_resumable
 from dts_hf.distribution import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.run_directory import RunDirectory, write_json_atomic
+from dts_hf.temperature.constant import Constant
 
 if TYPE_CHECKING:
     from dts_hf.trainer import DistillationTrainer
 
 TEMPERATURE_STATE = "temperature.json"
 PROGRESS = "progress.json"
+#: Learning rate schedules that do not ask how long the run is.
+WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 #: Strategies whose checkpoints are the same files, whatever the number of processes.
 WHOLE_FILES = ("single", "ddp")
 
@@ -65,16 +68,50 @@ class ExactResume(TrainerCallback):
         """``train`` starts: from nothing, or from the checkpoint ``folder``.
 
         Raises:
-            UserError: it is not whole, or this run cannot go on from it exactly.
+            UserError: it is not whole, holds the weights alone, or this run cannot go on from it exactly.
         """
         self.resumed_from, self.seconds_before = folder, 0.0
         self._began, self._ended = time.monotonic(), 0.0
         self._restored = {}
         if folder is not None:
-            why = why_incomplete(folder)
+            why = why_not_resumable(folder)
             if why is not None:
                 raise UserError(f"cannot resume from {folder}: {why}")
             check_layout(self.trainer, folder)
+
+    def check_length(self, steps: int) -> None:
+        """Refuse to go on from a checkpoint of a run of another length, where anything is scheduled over the whole run.
+
+        Args:
+            steps: optimizer steps of the run as it is launched now.
+
+        Raises:
+            UserError: going on would give numbers of neither run.
+        """
+        if self.resumed_from is None:
+            return
+        trainer, args = self.trainer, self.trainer.args
+        was = self._state_then().max_steps
+        if was == steps:
+            return
+        own = trainer.lr_scheduler is not None and not trainer._created_lr_scheduler  # the user answers for it
+        same_warmup = args.get_warmup_steps(was) == args.get_warmup_steps(steps)
+        scheduled = [] if own or (args.lr_scheduler_type in WITHOUT_END and same_warmup) else [
+            f"the learning rate ({args.lr_scheduler_type.value})"
+        ]  # fmt: skip
+        if not isinstance(trainer.temperature, Constant):
+            scheduled.append(f"the temperature ({trainer.temperature.name})")
+        if scheduled:
+            raise UserError(
+                f"{self.resumed_from}: written by a run of {was:,} steps; this is one of {steps:,} (max_steps, "
+                f"num_train_epochs). {' and '.join(scheduled)} may depend on the length of the whole run, so a longer run is "
+                "another run, and going on would give numbers of neither. Set the length back, or start a new run with "
+                f"{self.resumed_from} as its model; lr_scheduler_type constant and a constant temperature can go on"
+            )
+
+    def _state_then(self) -> TrainerState:
+        assert self.resumed_from is not None
+        return TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME))
 
     # ------------------------------------------------------------------------------------------------ save and load
 
@@ -152,11 +189,14 @@ class ExactResume(TrainerCallback):
         restored, self._restored = self._restored, {}
         if not restored:
             return
-        trainer, due = self.trainer, restored["due"]
+        trainer, due, then = self.trainer, restored["due"], self._state_then()
+        if then.global_step >= then.max_steps < state.max_steps:  # it had come to its end, and is to go on
+            due = {**due, "stop": False, "end_epoch": due["end_epoch"] and float(state.epoch or 0).is_integer()}
         state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
         state.best_model_checkpoint = self._best_checkpoint() or state.best_model_checkpoint
         self._rotate_again(args, state)
         trainer._tr_loss = torch.tensor(restored["unlogged_loss"], device=args.device)
+        trainer._total_loss_scalar -= restored["unlogged_loss"]  # train() returns the mean over its own steps
         trainer._globalstep_last_logged = restored["last_logged_step"]
         self.grad_norm, self.learning_rate = restored["grad_norm"], restored["learning_rate"]
         args.eval_on_start = False  # it was done when the run started
@@ -190,7 +230,7 @@ class ExactResume(TrainerCallback):
     def _best_checkpoint(self) -> str | None:
         """The best one so far where the run is now; the Trainer forgets it when the folder has been moved."""
         assert self.resumed_from is not None
-        state = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME))
+        state = self._state_then()
         best = (
             _run_of(self.resumed_from) / Path(state.best_model_checkpoint).name
             if state.best_model_checkpoint

@@ -122,11 +122,10 @@ class DistillationLoss(nn.Module):
             if ratio > 0:
                 raise ValueError(f"kd_ratio is {ratio:g}, but there is no teacher; without one it must be 0")
             teacher_states, teacher_head = None, student_head
-        counts = [len(rows) for rows in (student_states, teacher_states, targets) if rows is not None]
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"rows differ: student {counts[0]}, teacher {counts[len(counts) // 2]}, targets {counts[-1]}"
-            )
+        parts = {"student": student_states, "teacher": teacher_states, "targets": targets}
+        counts = {name: len(rows) for name, rows in parts.items() if rows is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError("rows differ: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         if student_head.vocab_size != teacher_head.vocab_size:
             raise ValueError(
                 f"vocabularies differ: student {student_head.vocab_size}, teacher {teacher_head.vocab_size}; "

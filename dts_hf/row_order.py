@@ -17,7 +17,8 @@ FILLER = -2
 
 def filler(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
     """The first token of ``row``, with ``labels`` that no loss counts."""
-    by_token = {name: row[name][:1] for name in ("input_ids", "attention_mask", "token_type_ids") if name in row}
+    names = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+    by_token = {name: row[name][:1] for name in names if name in row}
     return {**row, **by_token, "labels": labels, "row_id": FILLER}
 
 
@@ -25,7 +26,7 @@ class FilledUp(Dataset[dict[str, Any]]):
     """``dataset``, then fillers up to a multiple of the global batch.
 
     Args:
-        dataset: rows with ``input_ids``.
+        dataset: rows with ``input_ids``, and their ``lengths``.
         multiple: rows of a batch of all processes together.
         without_label: makes a filler of the first row.
         longest_first: rows by falling length, for less padding; otherwise as they stand.
@@ -41,8 +42,7 @@ class FilledUp(Dataset[dict[str, Any]]):
         self.dataset, self.without_label = dataset, without_label
         self.order = list(range(len(dataset)))
         if longest_first:
-            lengths = getattr(dataset, "lengths", None) or [len(dataset[index]["input_ids"]) for index in self.order]
-            self.order.sort(key=lambda index: -lengths[index])
+            self.order.sort(key=lambda index: -dataset.lengths[index])
         self.fillers = -len(dataset) % multiple
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts_hf.callbacks import RunLogCallback
-from dts_hf.checkpoints import checkpoints, is_resumable, step_of, why_incomplete
+from dts_hf.checkpoints import checkpoints, step_of, why_not_resumable
 from dts_hf.distribution import check_launch
 from dts_hf.errors import UserError
 from dts_hf.exact_resume import PROGRESS, check_layout
@@ -99,9 +99,9 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
             return _start_from(checkpoint, run, recipe)
     if named is not None:
         checkpoint = Path(named)
-        why = why_incomplete(checkpoint)
+        why = why_not_resumable(checkpoint)
         if why is not None:
-            raise UserError(f"training.resume_from_checkpoint: {named} is no whole checkpoint of a run: {why}")
+            raise UserError(f"training.resume_from_checkpoint: {named}: nothing can go on from it: {why}")
         return _start_from(checkpoint, run, recipe)
     if not resume:
         return Start()
@@ -170,10 +170,6 @@ def make_directory(recipe: Recipe, start: Start) -> RunDirectory:
 
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
-    if not is_resumable(checkpoint):
-        raise UserError(
-            f"{checkpoint}: holds the weights alone (training.save_only_model), so nothing can go on from it exactly"
-        )
     scores = kept_scores(run).get("models", {})
     wanted = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
     lost = [name for name in BEFORE if name in wanted and name not in scores]
@@ -190,10 +186,10 @@ def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
 def _newest(run: RunDirectory) -> Path | None:
     """The newest checkpoint that can be resumed; says of each newer one why it cannot."""
     for folder in reversed(checkpoints(run.path)):
-        why = why_incomplete(folder)
-        if why is None and is_resumable(folder):
+        why = why_not_resumable(folder)
+        if why is None:
             return folder
-        say(f"{folder} is ignored: {why or 'it holds the weights alone (training.save_only_model)'}")
+        say(f"{folder} is ignored: {why}")
     return None
 
 

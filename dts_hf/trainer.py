@@ -7,17 +7,20 @@ name that cannot be confused.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
@@ -29,9 +32,19 @@ from dts_hf.callbacks import (
     ProgressCallback,
     TemperatureCallback,
 )
-from dts_hf.checkpoints import INTERRUPTED, mark_complete, newest_complete, remove, rotate
+from dts_hf.checkpoints import (
+    INTERRUPTED,
+    checkpoints,
+    mark_complete,
+    newest_complete,
+    remove,
+    rotate,
+    why_not_resumable,
+)
 from dts_hf.data import (
+    Collator,
     EncodedDataset,
+    EncodingReport,
     LengthGroupedSampler,
     PackedCollator,
     PaddedCollator,
@@ -54,10 +67,22 @@ from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
 from dts_hf.row_order import FILLER, FilledUp, FillersLast, filler
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
-from dts_hf.sharding import is_sharded, shard_teacher, whole_head
+from dts_hf.sharding import is_sharded, process, shard_teacher, whole_head
 from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
+from dts_hf.tokenised import (
+    EXPECTED_LABELS,
+    NumberedCollator,
+    RowForm,
+    TokenisedDataset,
+    TokenisedStream,
+    check_encoded,
+    has_arrow_rows,
+    rows_of,
+)
+
+logger = logging.getLogger(__name__)
 
 #: What is logged when there is no teacher.
 WITHOUT_TEACHER = ("ce_loss", "student_entropy")
@@ -75,8 +100,8 @@ class DistillationTrainer(Trainer):
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
         args: ``transformers.TrainingArguments``.
         train_dataset: rows (``instruction``/``input``/``output`` or ``messages``), or tokenised rows with unshifted
-            ``input_ids`` and ``labels``.
-        eval_dataset: the same kinds.
+            ``input_ids`` and ``labels`` (see ``tokenised``); on one process also an iterable data set of tokenised rows.
+        eval_dataset: the same kinds but an iterable one, or a dictionary of several.
         processing_class: the tokenizer; by default the student's own.
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
         logits_budget_mb: memory for one chunk of logits, MiB.
@@ -88,7 +113,15 @@ class DistillationTrainer(Trainer):
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``sharding.shard_teacher``).
         model_card: returns the text of the model card that ``push_to_hub`` uploads.
+        data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
+            the columns that ``args.remove_unused_columns`` leaves; labels may be its work
+            (``DataCollatorForLanguageModeling`` with ``mlm=False``).
         kwargs: everything else that ``Trainer`` takes.
+
+    Attributes:
+        encoding_reports: what became of the rows, by data set: ``"train_dataset"``, ``"eval_dataset"`` or
+            ``"eval_dataset['name']"``, and of the last call ``"evaluate"`` and ``"predict"``. Where rows are dropped, cut,
+            or kept without a label that counts, it is logged as a warning.
 
     Raises:
         UserError: anything that does not fit together, before the first step.
@@ -128,7 +161,8 @@ class DistillationTrainer(Trainer):
         args = args or TrainingArguments(output_dir="runs/distillation")
         check_launch(args)
         _check_arguments(args, kwargs)
-        args.remove_unused_columns = False  # row_id is no argument of any model's forward
+        if model is None:
+            raise UserError("model: got None, expected the student, its name or its folder")
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model, key="model")
             model = load_model(model, key="model")
@@ -154,17 +188,13 @@ class DistillationTrainer(Trainer):
         else:
             borders = borders and getattr(self.teacher, "takes_borders", False)
 
-        template = get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca"))
-
-        def encode(dataset: Any, name: str) -> Any:
-            if isinstance(dataset, dict):
-                return {key: encode(value, f"{name}['{key}']") for key, value in dataset.items()}
-            if dataset is None or _is_tokenised(dataset):
-                return dataset
-            limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
-            return encode_rows(rows_from_dataset(dataset, name), processing_class, template, name=name, **limits)[0]  # type: ignore[arg-type]
-
-        self._encode = encode
+        self._row_options: dict[str, Any] = {
+            "tokenizer": processing_class,
+            "template": get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca")),
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "long_rows": long_rows,
+        }
         # Without a teacher there is nothing to soften.
         self.temperature = Constant(1.0) if teacher is None else _temperature(temperature)
         options: dict[str, Any] = {
@@ -183,13 +213,18 @@ class DistillationTrainer(Trainer):
         self.reset_statistics()
         self.model_card = model_card
         self.train_sampler: LengthGroupedSampler | None = None
-        train_dataset, eval_dataset = encode(train_dataset, "train_dataset"), encode(eval_dataset, "eval_dataset")
-        held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        for dataset in (train_dataset, *held_out):
-            self._check_rows(dataset, model)
+        pads = (processing_class.pad_token_id, processing_class.eos_token_id, 0)  # hidden: any of them will do
         collator = data_collator or (
-            PackedCollator(borders) if packing else PaddedCollator(processing_class.pad_token_id)
+            PackedCollator(borders) if packing else PaddedCollator(next(pad for pad in pads if pad is not None))
         )
+        self.encoding_reports: dict[str, EncodingReport] = {}
+        self.model, self.args, self.data_collator = model, args, collator  # the Trainer sets them again
+        if isinstance(train_dataset, dict):
+            raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
+        train_dataset = self._prepared(train_dataset, "train_dataset")
+        eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        config = getattr(model, "config", None)
+        self._use_cache = getattr(config, "use_cache", None)
         try:
             self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # a missing package shows now
             super().__init__(
@@ -215,6 +250,7 @@ class DistillationTrainer(Trainer):
             raise UserError(f"training: transformers.Trainer refuses this: {error}") from error
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
+        self._try_collator(train_dataset)
         if teacher_placement == "sharded" and isinstance(teacher, nn.Module):
             shard_teacher(teacher, self.args.device)
         self.teacher.to(self.args.device)
@@ -306,6 +342,99 @@ class DistillationTrainer(Trainer):
         local = sum((self._count(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
         return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
 
+    # --------------------------------------------------------------------------------------------------- the rows
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """``dataset`` as the data loaders take it, checked; what became of its rows is kept, and said if any was lost.
+
+        Raises:
+            UserError: a row is wrong, or none has a label.
+        """
+        if isinstance(dataset, dict):
+            return {key: self._prepared(value, f"{name}['{key}']") for key, value in dataset.items()}
+        if dataset is None or isinstance(dataset, (TokenisedDataset, TokenisedStream)):
+            return dataset
+        ready, report = self._read(dataset, name)
+        if report is not None:
+            self.encoding_reports[name] = report
+            if not report.is_whole and process()[0] == 0:
+                logger.warning("%s: %s", name, report.summary())
+        return ready
+
+    def _read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
+        """Rows of any kind as tokens, and what became of them; each row is read once at most."""
+        as_they_are = not isinstance(self.data_collator, Collator)
+        form = RowForm(name, self.vocab_size, as_they_are)
+        if isinstance(dataset, EncodedDataset):
+            report = check_encoded(dataset, form)
+            self._check_positions(max(dataset.lengths), "Lower data.max_length")
+            return dataset, report
+        streamed = isinstance(dataset, IterableDataset)
+        if streamed:
+            self._check_stream(name)
+        rows = rows_of(dataset)
+        first = next(rows, None)
+        if not isinstance(first, Mapping) or "input_ids" not in first:
+            if streamed:
+                found = ", ".join(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
+                raise UserError(
+                    f"{name}: an iterable data set must give tokenised rows (input_ids, labels), found {found}; expected "
+                    "list(dataset), a datasets.Dataset, or rows that are tokenised as they come"
+                )
+            raw = rows_from_dataset(rows if first is None else chain([first], rows), name)
+            encoded, report = self._encode(raw, name)
+            self._check_positions(max(encoded.lengths), "Lower data.max_length")
+            return encoded, report
+        if as_they_are and first.get("labels") is None:
+            form = dataclasses.replace(form, labelled=False)
+        if streamed:
+            form.check(form.columns([first], 0), 0)
+            return TokenisedStream(dataset, form), None
+        if not hasattr(dataset, "__getitem__"):
+            raise UserError(f"{name}: got {type(dataset).__name__}, expected a list or a data set that is read by number")
+        tokenised = TokenisedDataset(dataset, form, chain([first], rows))
+        self._check_positions(max(tokenised.lengths), "Shorten the rows")
+        return tokenised, tokenised.report
+
+    def _encode(self, rows: Any, name: str) -> tuple[EncodedDataset, EncodingReport]:
+        return encode_rows(rows, name=name, **self._row_options)
+
+    def _check_stream(self, name: str) -> None:
+        if name != "train_dataset":
+            raise UserError(
+                f"{name}: got an iterable data set, but held-out rows are counted, sorted by length and read again at every "
+                "evaluation; expected a list of its rows, as list(dataset.take(1000))"
+            )
+        if self.args.world_size > 1:
+            raise UserError(
+                f"{name}: got an iterable data set on {self.args.world_size} processes, which could not share out its rows "
+                "evenly; expected one process, or a data set with a length"
+            )
+
+    def _check_positions(self, longest: int, advice: str) -> None:
+        check_positions(self.model, "the student", longest, advice)  # type: ignore[arg-type]
+        if isinstance(self.teacher, LiveTeacher):
+            check_positions(self.teacher.model, "the teacher", longest, advice)  # type: ignore[arg-type]
+
+    def _try_collator(self, dataset: Any) -> None:
+        """A collator of the user's must make labels of the first row, or of what it finds in it."""
+        if isinstance(self.data_collator, Collator) or not isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+            return
+        collator, name = self._get_collator_with_removed_columns(self.data_collator), type(self.data_collator).__name__
+        try:
+            batch = collator([dataset[0]])
+        except Exception as error:  # whatever it raises
+            raise UserError(f"data_collator: {name} cannot make a batch of the first row: {error}") from error
+        if getattr(self.data_collator, "mlm", False):
+            raise UserError("data_collator: got mlm true, which is not how a causal language model learns; expected mlm=False")
+        if "labels" not in batch:
+            raise UserError(f"data_collator: {name} makes no labels, and the rows have none; expected {EXPECTED_LABELS}")
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, Collator):
+            return data_collator
+        return NumberedCollator(super()._get_collator_with_removed_columns(data_collator, description))
+
     # ---------------------------------------------------------------------------------------------- held-out loss
 
     def prediction_step(
@@ -332,7 +461,7 @@ class DistillationTrainer(Trainer):
         """The Trainer's loop, with its mean of batch means replaced by means over labels of all ranks, at T = 1.
 
         ``eval_loss`` weighs its parts by the trainer's own ``kd_ratio``, also where the policy has another: it must not
-        move because a schedule did.
+        move because a schedule did. ``eval_rows`` and ``eval_labels`` are how many of them it is the mean of.
         """
         self.eval_meter = SumMeter()  # an evaluation that was broken off has left its sums
         # A data loader draws its seed from the global generator: dropout in training must not change because of it.
@@ -340,15 +469,17 @@ class DistillationTrainer(Trainer):
             output: Any = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        rows = self.num_examples(dataloader)  # the Trainer counts what fills the last batches, too
+        output = output._replace(num_samples=rows)
         totals = self.eval_meter.reduce(self.accelerator)
         if totals:
             values = means(totals)
             values["loss"] = (1 - self.loss.kd_ratio) * values["ce_loss"] + self.loss.kd_ratio * values["kd_loss"]
-            values["rows"] = totals["rows"]
+            values["labels"] = totals["rows"]
             for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
                 values.pop(name)  # at T = 1 they say nothing new
-            own = {name: values.pop(name) for name in ("loss", "rows")}
-            values = {**self._named(values), **own}
+            own = {name: values.pop(name) for name in ("loss", "labels")}
+            values = {**self._named(values), **own, "rows": rows}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
@@ -363,11 +494,30 @@ class DistillationTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = dict(self.eval_dataset)[dataset]  # type: ignore[arg-type]
-        dataset = self._encode(dataset, "eval_dataset")
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
+        own = eval_dataset is None or isinstance(eval_dataset, str)
+        if not own or not isinstance(dataset, (EncodedDataset, TokenisedDataset)):
+            dataset = self._prepared(dataset, "eval_dataset" if own else "evaluate")
+        return self._held_out_loader(dataset, (eval_dataset or "eval") if own else None)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As for evaluation: ``predict`` is one that leaves no line in the log; its ``predictions`` are None."""
+        return self._held_out_loader(self._prepared(test_dataset, "predict"), None)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rows of the data set behind a loader, without what only fills its batches."""
+        dataset = getattr(dataloader, "dataset", None)
+        return len(dataset.order) if isinstance(dataset, FilledUp) else super().num_examples(dataloader)
+
+    def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader:
+        kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}
+        if key in kept:
+            return cast(DataLoader, kept[key])
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
-        return super().get_eval_dataloader(FilledUp(dataset, multiple, self._without_label, longest_first=True))
+        filled = FilledUp(dataset, multiple, self._without_label, longest_first=True)
+        loader = partial(self._get_dataloader, filled, "Evaluation", self.args.eval_batch_size)
+        return loader(sampler_fn=self._get_eval_sampler, dataloader_key=key)
 
     # ------------------------------------------------------------------------------------------- order, log, state
 
@@ -384,6 +534,14 @@ class DistillationTrainer(Trainer):
         return self._get_dataloader(
             filled, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
         )
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The Trainer's count without fillers; ``non_padding`` by length, for a padding token may be a real one, too."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        counted = count_tokens(inputs) if self.args.include_num_input_tokens_seen == "non_padding" else count_cells(inputs)
+        seen = self.accelerator.gather(counted.to(self.args.device).reshape(1))
+        self.state.num_input_tokens_seen += int(seen.sum())
 
     def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The first token of ``row``, which only fills a batch."""
@@ -403,14 +561,13 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Our own sampler wherever it can be: its order depends on seed and epoch alone, so ranks and resumes agree."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        rows_of: Any = dataset.dataset if isinstance(dataset, FilledUp) else dataset
-        together = self.rows_sorted_together(rows_of)
+        own_rows: Any = dataset.dataset if isinstance(dataset, FilledUp) else dataset
+        together = self.rows_sorted_together(own_rows)
         if together is None or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        lengths = getattr(rows_of, "lengths", None) or [0] * len(rows_of)  # a plain shuffle does not ask for them
-        self.train_sampler = LengthGroupedSampler(lengths, together, seed=seed)
-        return self.train_sampler if rows_of is dataset else FillersLast(self.train_sampler, len(dataset))
+        self.train_sampler = LengthGroupedSampler(own_rows.lengths, together, seed=seed)
+        return self.train_sampler if own_rows is dataset else FillersLast(self.train_sampler, len(dataset))
 
     def rows_sorted_together(self, dataset: Any) -> int | None:
         """On what the order of the rows depends besides seed and epoch: how many of similar length stand together.
@@ -420,7 +577,7 @@ class DistillationTrainer(Trainer):
         strategy = self.args.train_sampling_strategy
         if strategy in ("sequential", "random") and hasattr(dataset, "__len__"):
             return 1
-        if not isinstance(dataset, EncodedDataset) or strategy != "group_by_length":
+        if not hasattr(dataset, "lengths") or strategy != "group_by_length":
             return None
         packed = isinstance(self.data_collator, PackedCollator)
         return 1 if packed else self.args.train_batch_size * self.accelerator.num_processes
@@ -457,8 +614,13 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from nothing or from a checkpoint (True: the newest whole one of ``args.output_dir``).
 
+        A run that is resumed with another ``max_steps`` or ``num_train_epochs`` goes on where that is exact: with a learning
+        rate and a temperature that do not depend on how long the run is (``lr_scheduler_type="constant"``, a constant
+        temperature). Otherwise it is refused: both are scheduled over the whole run, so a longer one is another run.
+
         Raises:
-            UserError: the checkpoint is not whole, or this launch cannot go on from it exactly.
+            UserError: the checkpoint is not whole, holds the weights alone, was not written by dts_hf, or this launch cannot
+                go on from it exactly.
             RunError: training cannot go on (see ``stop_broken_run``), the last step broke the weights, or the disk takes no
                 checkpoint.
         """
@@ -466,7 +628,9 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint is True:
             folder = newest_complete(str(self.args.output_dir))
             if folder is None:
-                raise UserError(f"{self.args.output_dir}: holds no whole checkpoint to resume from")
+                newest = next(iter(reversed(checkpoints(str(self.args.output_dir)))), None)
+                why = "" if newest is None else f"; {newest.name}: {why_not_resumable(newest)}"
+                raise UserError(f"{self.args.output_dir}: holds no whole checkpoint to resume from{why}")
         self.exact_resume.begin(folder)
         self._logged_at = time.monotonic()
         self.stop_agreed = False
@@ -476,6 +640,8 @@ class DistillationTrainer(Trainer):
                 self._check_weights()  # of the last steps: no checkpoint has to follow them
                 return output
         finally:
+            if self._use_cache is not None:  # off for training; what is saved now is for generation
+                self.model.config.use_cache = self._use_cache  # type: ignore[union-attr]
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback):
                     callback.close()
@@ -527,9 +693,10 @@ class DistillationTrainer(Trainer):
                 folder / f"broken_step-{step}.rank{self.args.process_index}.json", {"step": step, "rows": rows}
             )
         raise RunError(
-            f"step {step}: the loss has been no number for {BROKEN_STEPS} steps in a row, so training stops; its rows are "
-            f"in {folder / f'broken_step-{step}.rank*.json'}. The newest checkpoint is from before. Usual causes: a "
-            "learning rate too high, fp16 without a loss scale, broken rows",
+            f"step {step}: the loss has been non-finite (NaN or Inf) for {BROKEN_STEPS} steps in a row, so training stops; its "
+            f"rows are in {folder / f'broken_step-{step}.rank*.json'}. The newest checkpoint is from before. Usual causes: a "
+            "learning rate too high, fp16 without a loss scale, broken rows, -inf logits (a masked vocabulary entry, a bias "
+            "of -inf)",
             everywhere=True,
         )
 
@@ -609,6 +776,12 @@ class DistillationTrainer(Trainer):
             self.exact_resume.load(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        # The first place that knows how many steps the run has; nothing is loaded or written yet.
+        values = super().set_initial_training_values(*args, **kwargs)
+        self.exact_resume.check_length(values[-1])
+        return values
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed where training had come to its end: the Trainer would take one more step.
         if not self.control.should_training_stop:
@@ -630,30 +803,22 @@ class DistillationTrainer(Trainer):
         elif self.is_world_process_zero():
             write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.model_card())
 
-    def _check_rows(self, dataset: Any, student: nn.Module) -> None:
-        """A row longer than the positions, or a label beyond the aligned vocabulary, would fail later; say so now."""
-        if dataset is None or not hasattr(dataset, "__len__"):
-            return
-        longest = 0
-        for index in range(len(dataset)):
-            row = dataset[index]
-            longest = max(longest, len(row["input_ids"]))
-            for token in {*row["input_ids"], *row["labels"]} - {IGNORE_INDEX}:
-                if not 0 <= token < self.vocab_size:
-                    raise UserError(
-                        f"row {index}: token id {token} is outside the {self.vocab_size:,} ids that teacher and student "
-                        f"share (a label may also be {IGNORE_INDEX})"
-                    )
-        teacher = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
-        for model, name in [(student, "the student"), *teacher]:
-            check_positions(model, name, longest, "Lower data.max_length")  # type: ignore[arg-type]
-
 
 DTSDistillationTrainer = DistillationTrainer
 
 
 def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what the Trainer would take and this loss would ignore without a word."""
+    """Refuse what the Trainer would take and this loss would ignore without a word, and say what to give instead."""
+    if kwargs.get("model_init") is not None:
+        raise UserError(
+            "model_init: teacher and student are compared before training, so it is not supported; expected the student as "
+            "model. For a search over hyperparameters make one trainer for each setting"
+        )
+    if "peft_config" in kwargs:
+        raise UserError(
+            "peft_config: expected the student with its adapter: model = peft.get_peft_model(model, peft_config); in a recipe, "
+            "student.lora"
+        )
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(f"{name}: the loss needs no logits, so it would never be called; expected None")
@@ -687,17 +852,20 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return, operator]
 
 
-def _is_tokenised(dataset: Any) -> bool:
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        return True
-    return len(dataset) > 0 and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
-
-
 def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
     """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers, each of which is one token long."""
     mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
     tokens = mask.sum() if mask is not None else torch.tensor(ids.numel(), device=ids.device)
     return tokens - (inputs["row_id"] == FILLER).sum() if "row_id" in inputs else tokens
+
+
+def count_cells(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Tokens of a batch with its padding, but without fillers, as a 0-d tensor."""
+    ids, rows = inputs["input_ids"], inputs.get("row_id")
+    if rows is None:
+        return torch.tensor(ids.numel())
+    width = ids.shape[1] if len(rows) == len(ids) else 1  # packed, a filler is one token
+    return ids.numel() - width * (rows == FILLER).sum()
 
 
 def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:

@@ -31,6 +31,7 @@ LADDER = (
         "prompts",
         "data",
         "row_order",
+        "tokenised",
         "distribution",
         "sharding",
         "peers",

@@ -237,7 +237,7 @@ def test_held_out_loss_depends_on_neither_batch_size_nor_temperature(tmp_path, b
     trainer = trainer_for(tmp_path, eval_dataset=ROWS[:7], temperature=temperature, options=options)
     values = trainer.evaluate()
     one_by_one = trainer_for(tmp_path, eval_dataset=ROWS[:7], temperature=2.0).evaluate()
-    for name in ("eval_loss", "eval_ce_loss", "eval_kl", "eval_teacher_ce", "eval_rows"):
+    for name in ("eval_loss", "eval_ce_loss", "eval_kl", "eval_teacher_ce", "eval_labels", "eval_rows"):
         assert values[name] == pytest.approx(one_by_one[name], rel=1e-6), name
     assert values["eval_kd_loss"] == pytest.approx(values["eval_kl"])
 
@@ -432,7 +432,11 @@ def test_fillers_are_single_tokens_that_count_for_nothing(tmp_path, packing):
         assert trainer.eval_meter.reduce(trainer.accelerator)["tokens"] == sum(lengths)
         fed = batch["input_ids"].numel() if packing else batch["attention_mask"].sum()
         assert fed == sum(lengths) + 2
-        assert trainer.evaluate()["eval_rows"] == sum(count_targets(torch.tensor([row["labels"]])) for row in dataset)
+        values = trainer.evaluate()
+        assert values["eval_labels"] == sum(count_targets(torch.tensor([row["labels"]])) for row in dataset)
+        assert values["eval_rows"] == len(dataset)
+        per_second = [values[f"eval_{name}_per_second"] * values["eval_runtime"] for name in ("samples", "steps")]
+        assert per_second == pytest.approx([len(dataset), 1], rel=0.05)  # rounded to three digits
 
 
 def test_an_evaluation_that_was_broken_off_leaves_nothing_to_the_next(tmp_path):
@@ -516,7 +520,7 @@ def test_plain_tokenised_rows_need_no_row_id(tmp_path, packing):
     rows = [{key: row[key] for key in ("input_ids", "labels")} for row in (encoded()[i] for i in range(6))]
     trainer = trainer_for(tmp_path, rows=rows, packing=packing, eval_dataset=rows[:2])
     trainer.train()
-    assert trainer.evaluate()["eval_rows"] == sum(
+    assert trainer.evaluate()["eval_labels"] == sum(
         label != IGNORE_INDEX for row in rows[:2] for label in row["labels"][1:]
     )
 
@@ -532,7 +536,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
                 next(model.parameters()).data.fill_(float("nan"))
 
     trainer.add_callback(Poison())
-    with pytest.raises(RunError, match=r"step 8: the loss has been no number for 3 steps in a row"):
+    with pytest.raises(RunError, match=r"step 8: the loss has been non-finite \(NaN or Inf\) for 3 steps in a row"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     record = json.loads((tmp_path / "broken_step-8.rank0.json").read_text())

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.classification.tasks import GlueTask, LabelledRow
-from dts_hf.data import EncodedDataset
+from dts_hf.data import Collator, EncodedDataset
 from dts_hf.errors import UserError
 from dts_hf.response import IGNORE_INDEX
 
@@ -37,7 +37,7 @@ class LabelledDataset(EncodedDataset):
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
-        row: dict[str, Any] = {"input_ids": self._ids[index].tolist(), "labels": self.labels[index], "row_id": index}
+        row: dict[str, Any] = {"input_ids": self.ids[index].tolist(), "labels": self.labels[index], "row_id": index}
         if self.type_ids is not None:
             row["token_type_ids"] = self.type_ids[index]
         return row
@@ -89,7 +89,7 @@ def separates(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 @dataclass
-class LabelledCollator:
+class LabelledCollator(Collator):
     """Pad on the right to the longest row; the mask comes from lengths, never from token ids.
 
     Args:

@@ -78,6 +78,8 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
     run = open_run(recipe, start, trainer, _manifest(recipe, rows, sets, cut))
     main = trainer.is_world_process_zero()
     if main:
+        for name in (name for name, count in cut.items() if count):
+            say(f"{name}: {cut[name]:,} of {len(sets[name]):,} rows shortened to task.max_length")
         trainer.add_callback(ScoreCallback(task))
 
     scorer = _Scorer(recipe, task, run, trainer, rows, sets, start.scores)

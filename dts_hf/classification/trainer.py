@@ -30,7 +30,7 @@ from dts_hf.classification.models import (
     takes_type_ids,
 )
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_labelled
-from dts_hf.data import check_positions
+from dts_hf.data import EncodingReport, check_positions
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
@@ -38,9 +38,10 @@ from dts_hf.head import Head
 from dts_hf.losses import SUM_NAMES
 from dts_hf.models import load_tokenizer, shared_prefix
 from dts_hf.response import IGNORE_INDEX
-from dts_hf.row_order import FILLER, FilledUp, filler
+from dts_hf.row_order import FILLER, filler
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.temperature.constant import Constant
+from dts_hf.tokenised import rows_of
 from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer, count_tokens
 
 # What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
@@ -97,21 +98,13 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             teacher = load_classifier(teacher, self.task, key="teacher", dtype=dtype, fresh_head=False)
         if processing_class is None:
             raise UserError("processing_class: got None, expected the student's tokenizer")
-        type_ids = takes_type_ids(model) or takes_type_ids(teacher)
-
-        def encode(dataset: Any, name: str) -> Any:
-            if dataset is None or isinstance(dataset, LabelledDataset):
-                return dataset
-            rows = [
-                row
-                if isinstance(row, LabelledRow)
-                else parse_labelled(row, self.task, f"{name}: row {k}", f"{name}-{k}")
-                for k, row in enumerate(dataset, 1)
-            ]
-            if not rows:
-                raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")
-            return encode_labelled(rows, processing_class, max_length=max_length, type_ids=type_ids)[0]
-
+        if processing_class.pad_token_id is None:
+            raise UserError("processing_class: has no padding token, which classifiers end at; set pad_token = eos_token")
+        self._text_options = {
+            "tokenizer": processing_class,
+            "max_length": max_length,
+            "type_ids": takes_type_ids(model) or takes_type_ids(teacher),
+        }
         self.metric = GlueMetric(self.task.subset)
         #: Logits of the last evaluation by row: ``{"student": {row: [C]}, "teacher": ...}``.
         self.predicted: dict[str, dict[int, list[float]]] = {}
@@ -124,10 +117,10 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             divergence,
             kd_ratio,
             args,
-            encode(train_dataset, "train_dataset"),
-            encode(eval_dataset, "eval_dataset"),
+            train_dataset,
+            eval_dataset,
             processing_class,
-            data_collator=LabelledCollator(int(processing_class.pad_token_id), self.task.regression),  # type: ignore[arg-type]
+            data_collator=LabelledCollator(int(processing_class.pad_token_id), self.task.regression),
             **kwargs,
         )
 
@@ -278,23 +271,21 @@ class ClassificationDistillationTrainer(DistillationTrainer):
     def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return filler(row, float("nan") if self.task.regression else IGNORE_INDEX)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Longest rows first (less padding), filled up with unlabelled rows so that no rank evaluates a row twice."""
-        dataset: Any = eval_dataset or self.eval_dataset
+    def _read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
+        cut = 0
         if not isinstance(dataset, LabelledDataset):
-            raise UserError(f"eval_dataset: got {type(dataset).__name__}, expected held-out rows to evaluate on")
-        multiple = self.args.eval_batch_size * self.accelerator.num_processes
-        order = FilledUp(dataset, multiple, self._without_label, longest_first=True)
-        return super(DistillationTrainer, self).get_eval_dataloader(order)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As for evaluation: ``predict`` is an evaluation that leaves no line in the log."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def _check_rows(self, dataset: Any, student: nn.Module) -> None:
-        if dataset is None:
-            return
-        check_task_labels(dataset.labels, self.task, "dataset")
-        for model, name in ((student, "the student"), (self.classifier.model, "the teacher")):
+            rows = [
+                row
+                if isinstance(row, LabelledRow)
+                else parse_labelled(row, self.task, f"{name}: row {k}", f"{name}-{k}")
+                for k, row in enumerate(rows_of(dataset), 1)
+            ]
+            if not rows:
+                raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")
+            dataset, cut = encode_labelled(rows, **self._text_options)
+        check_task_labels(dataset.labels, self.task, name)
+        for model, role in ((self.model, "the student"), (self.classifier.model, "the teacher")):
             if model is not None:
-                check_positions(model, name, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
+                check_positions(model, role, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
+        count = len(dataset)
+        return dataset, EncodingReport(rows=count, kept=count, prompts_cut=cut, prompt_tokens=sum(dataset.lengths))

@@ -119,12 +119,12 @@ class Scorer:
             # Without a teacher there is no distance to it.
             found = {"ce": "eval_ce_loss", "kl": "eval_kl", "top1_agreement": "eval_top1_agreement"}
             forced = {name: values[key] for name, key in found.items() if key in values}
-            entry["teacher_forced"] = {**forced, "n_tokens": int(values["eval_rows"])}
+            entry["teacher_forced"] = {**forced, "n_tokens": int(values["eval_labels"])}
             # The teacher's own cross-entropy on these rows comes out of the same pass.
             teacher = self.models.get("teacher")
             if teacher is not None:
                 forced = {"ce": values["eval_teacher_ce"], "kl": 0.0, "top1_agreement": 1.0}
-                teacher["teacher_forced"] = {**forced, "n_tokens": int(values["eval_rows"])}
+                teacher["teacher_forced"] = {**forced, "n_tokens": int(values["eval_labels"])}
         title = name.replace("_", " ")
         with weights_as(model, self.recipe.evaluation.dtype):
             results = {
