@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 
 from dts_hf.callbacks import GenerationEvalCallback
 from dts_hf.checkpoints import INTERRUPTED, read_complete, rotate, why_not_resumable
@@ -96,17 +97,16 @@ class ExactResume(TrainerCallback):
             return
         own = trainer.lr_scheduler is not None and not trainer._created_lr_scheduler  # the user answers for it
         same_warmup = args.get_warmup_steps(was) == args.get_warmup_steps(steps)
-        scheduled = [] if own or (args.lr_scheduler_type in WITHOUT_END and same_warmup) else [
-            f"the learning rate ({args.lr_scheduler_type.value})"
-        ]  # fmt: skip
+        schedule = SchedulerType(args.lr_scheduler_type).value
+        scheduled = [] if own or (schedule in WITHOUT_END and same_warmup) else [f"learning rate ({schedule})"]
         if not isinstance(trainer.temperature, Constant):
-            scheduled.append(f"the temperature ({trainer.temperature.name})")
+            scheduled.append(f"temperature ({trainer.temperature.name})")
         if scheduled:
             raise UserError(
                 f"{self.resumed_from}: written by a run of {was:,} steps; this is one of {steps:,} (max_steps, "
-                f"num_train_epochs). {' and '.join(scheduled)} may depend on the length of the whole run, so a longer run is "
-                "another run, and going on would give numbers of neither. Set the length back, or start a new run with "
-                f"{self.resumed_from} as its model; lr_scheduler_type constant and a constant temperature can go on"
+                f"num_train_epochs). What is scheduled over the whole run, as {' and '.join(scheduled)} may be, would have "
+                "the values of neither. Set the length back, or start a new run with the student of this checkpoint; only "
+                "lr_scheduler_type constant with a constant temperature can go on"
             )
 
     def _state_then(self) -> TrainerState:

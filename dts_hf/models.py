@@ -485,8 +485,10 @@ def align_vocabularies(
     tokens = (len(student_tokenizer), len(teacher_tokenizer))
     shared = shared_prefix(student_tokenizer, teacher_tokenizer)
     if shared < max(tokens) and (mode != "intersect" or shared < min(tokens)):
-        ours, theirs = (t.convert_ids_to_tokens(shared) if shared < len(t) else "nothing" for t in
-                        (student_tokenizer, teacher_tokenizer))  # fmt: skip
+        if shared == min(tokens):  # one has all tokens of the other, and more
+            longer = student_tokenizer if tokens[0] > tokens[1] else teacher_tokenizer
+            raise _added_tokens(longer, shared, "student" if longer is teacher_tokenizer else "teacher")
+        ours, theirs = (t.convert_ids_to_tokens(shared) for t in (student_tokenizer, teacher_tokenizer))
         raise UserError(
             f"teacher and student have different tokenizers: {tokens[0]:,} and {tokens[1]:,} entries, id {shared} is "
             f"{ours!r} for the student and {theirs!r} for the teacher. dts_hf compares distributions id by id: choose a "
@@ -494,6 +496,9 @@ def align_vocabularies(
         )
     if mode == "strict":
         if widths[0] != widths[1]:
+            if min(widths) < max(tokens):
+                longer = student_tokenizer if tokens[0] == max(tokens) else teacher_tokenizer
+                raise _added_tokens(longer, min(widths), "student" if widths[0] < widths[1] else "teacher")
             raise UserError(
                 f"teacher.vocab_alignment: strict, but the student's head has {widths[0]:,} rows and the teacher's "
                 f"{widths[1]:,}. The tokenizer is the same ({tokens[0]:,} entries), so the rest is padding: "
@@ -508,6 +513,21 @@ def align_vocabularies(
     if note:
         logger.warning(note)
     return VocabularyPlan(size, note)
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, known: int, role: str) -> UserError:
+    """``tokenizer`` has tokens from the id ``known`` on that the model ``role`` does not know."""
+    ids = list(range(known, min(known + 3, len(tokenizer))))
+    tokens = [repr(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+    more = ", ..." if len(tokenizer) - known > len(tokens) else ""
+    other = "teacher" if role == "student" else "student"
+    return UserError(
+        f"the {role} does not know the tokens from id {known} on that were added for the {other} "
+        f"({', '.join(tokens)}{more}), so their distributions cannot be compared id by id: add them to the "
+        f"{role}'s tokenizer and model, too (resize_token_embeddings({len(tokenizer)}), with rows that are trained), or do "
+        "without them. "
+        f"teacher.vocab_alignment: intersect compares the first {known:,} ids, on rows without the added tokens"
+    )
 
 
 def shared_prefix(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> int:

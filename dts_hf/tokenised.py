@@ -7,9 +7,10 @@ A row is a mapping with unshifted ``input_ids`` and ``labels``: lists, arrays or
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from dts_hf.data import NO_ROW, Collator, EncodedDataset, EncodingReport
+from dts_hf.data import NO_ROW, EncodedDataset, EncodingReport
 from dts_hf.errors import UserError
 from dts_hf.response import IGNORE_INDEX
 from dts_hf.row_order import FILLER
@@ -47,17 +48,25 @@ class RowForm:
         vocab_size: ids that teacher and student share.
         as_they_are: they go to a collator of the user's, which gets every column and answers for masks and positions.
         labelled: they bring labels; otherwise that collator makes them.
+        row_ids: their ids, where they have some.
     """
 
     name: str
     vocab_size: int
     as_they_are: bool = False
     labelled: bool = True
+    row_ids: Sequence[str] | None = None
+
+    def place(self, number: int) -> str:
+        """What errors call the row of this number."""
+        named = "" if self.row_ids is None else f" (id '{self.row_ids[number]}')"
+        return f"{self.name}: row {number}{named}"
 
     def read(self, row: Mapping[str, Any], row_id: int) -> dict[str, Any]:
         """A row that has been checked, without its padding."""
         if self.as_they_are:
-            return {**row, "row_id": row_id}
+            dropped = () if self.labelled else ("labels",)  # which may be there as None
+            return {**{name: cell for name, cell in row.items() if name not in dropped}, "row_id": row_id}
         ids, labels, mask = (_listed(row.get(column)) for column in ("input_ids", "labels", "attention_mask"))
         if mask is not None:
             start, end = mask.index(1), len(mask) - mask[::-1].index(1)
@@ -73,9 +82,9 @@ class RowForm:
         for number, row in enumerate(rows, first):
             if not isinstance(row, Mapping) or row.get("input_ids") is None:
                 found = ", ".join(f"'{key}'" for key in row) if isinstance(row, Mapping) else type(row).__name__
-                raise UserError(f"{self.name}: row {number} has no input_ids, as the rows before it have; found {found}")
+                raise UserError(f"{self.place(number)} has no input_ids, as the rows before it have; found {found}")
             if self.labelled and row.get("labels") is None:
-                raise UserError(f"{self.name}: row {number} has no labels; expected {EXPECTED_LABELS}")
+                raise UserError(f"{self.place(number)} has no labels; expected {EXPECTED_LABELS}")
         flat = {}
         for column in self._wanted():
             cells = [row.get(column) for row in rows]
@@ -83,7 +92,7 @@ class RowForm:
             if len(missing) == len(rows):
                 continue
             if missing:
-                raise UserError(f"{self.name}: row {missing[0]} has no {column}, but other rows have")
+                raise UserError(f"{self.place(missing[0])} has no {column}, but other rows have")
             arrays = [self._array(cell, column, number) for number, cell in enumerate(cells, first)]
             flat[column] = Flat(np.concatenate(arrays), np.array([len(array) for array in arrays]))
         return flat
@@ -91,7 +100,6 @@ class RowForm:
     def arrow_columns(self, table: Any) -> dict[str, Flat] | None:
         """The same of an Arrow table, without a Python object for each number; None where it is not all whole numbers."""
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         flat = {}
         for column in self._wanted():
@@ -105,7 +113,7 @@ class RowForm:
             values = lists.flatten()
             if not pa.types.is_integer(values.type) or values.null_count:
                 return None
-            lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+            lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
             flat[column] = Flat(values.to_numpy(zero_copy_only=False), lengths)
         return flat
 
@@ -119,7 +127,7 @@ class RowForm:
             array = np.empty((0, 0))
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
             found = repr(cell) if array.ndim == 0 else f"an array {list(array.shape)} of {array.dtype}"
-            raise UserError(f"{self.name}: row {number}: {column} is {found}, expected a list of whole numbers")
+            raise UserError(f"{self.place(number)}: {column} is {found}, expected a list of whole numbers")
         return array if array.size else np.zeros(0, np.int64)
 
     def check(self, columns: Mapping[str, Flat], first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -139,28 +147,27 @@ class RowForm:
             row = _first(flat.lengths != lengths)
             if row is not None:
                 raise UserError(
-                    f"{self.name}: row {first + row} has {flat.lengths[row]} {column} for {lengths[row]} input_ids, "
+                    f"{self.place(first + row)} has {flat.lengths[row]} {column} for {lengths[row]} input_ids, "
                     "expected as many"
                 )
-        labels, mask, positions = (
-            columns[column].values if column in columns else None for column in COLUMNS[1:]
-        )
+        labels, mask, positions = (columns[column].values if column in columns else None for column in COLUMNS[1:])
         if mask is not None and not self.as_they_are and not (mask == 1).all():
             lengths, shown = self._unmasked(mask, lengths, first)
-            ids, labels, positions = (part if part is None else part[shown] for part in (ids, labels, positions))
+            ids = ids[shown]
+            labels, positions = (None if part is None else part[shown] for part in (labels, positions))
         row = _first(lengths == 0)
         if row is not None:
             hidden = " that attention_mask does not hide" if mask is not None else ""
-            raise UserError(f"{self.name}: row {first + row} has no token{hidden}; leave it out")
+            raise UserError(f"{self.place(first + row)} has no token{hidden}; leave it out")
         starts = lengths.cumsum() - lengths
         if positions is not None and not self.as_they_are:
             expected = np.arange(len(ids)) - starts.repeat(lengths)
             at = _first(positions != expected)
             if at is not None:
                 raise UserError(
-                    f"{self.name}: row {first + _row_of(at, lengths)}: position_ids has {positions[at]} where {expected[at]} "
-                    "is expected: positions are counted from the first token of a row. Leave the column out, and give packed "
-                    "rows apart, with packing=True"
+                    f"{self.place(first + _row_of(at, lengths))}: position_ids has {positions[at]} where {expected[at]} "
+                    "is expected: positions are counted from the first token of a row. Leave the column out, and give "
+                    "packed rows apart, with packing=True"
                 )
         self._check_ids(ids, 0, lengths, first)
         if labels is None:  # the collator makes one of every token
@@ -176,15 +183,16 @@ class RowForm:
         """Lengths without what the mask hides, and which tokens it shows."""
         at = _first((mask != 0) & (mask != 1))
         if at is not None:
-            place = f"{self.name}: row {first + _row_of(at, lengths)}"
-            raise UserError(f"{place}: attention_mask has {mask[at]}, expected 0 and 1")
+            raise UserError(
+                f"{self.place(first + _row_of(at, lengths))}: attention_mask has {mask[at]}, expected 0 and 1"
+            )
         shown, row_of = mask == 1, np.arange(len(lengths)).repeat(lengths)
         begins = shown.copy()
         begins[1:] &= ~shown[:-1] | (row_of[1:] != row_of[:-1])
         row = _first(np.bincount(row_of[begins], minlength=len(lengths)) > 1)
         if row is not None:
             raise UserError(
-                f"{self.name}: row {first + row}: attention_mask hides tokens between others, expected zeros at the ends of "
+                f"{self.place(first + row)}: attention_mask hides tokens between others, expected zeros at the ends of "
                 "a row alone, which are padding"
             )
         return np.bincount(row_of[shown], minlength=len(lengths)), shown
@@ -197,7 +205,7 @@ class RowForm:
         at = _first(wrong & (tokens != IGNORE_INDEX) if ignored else wrong)
         assert at is not None
         raise UserError(
-            f"{self.name}: row {first + _row_of(at, lengths)}: token id {tokens[at]} is outside the {self.vocab_size:,} ids "
+            f"{self.place(first + _row_of(at, lengths))}: token id {tokens[at]} is outside the {self.vocab_size:,} ids "
             f"that teacher and student share (a label may also be {IGNORE_INDEX}). A token that was added to one of them "
             "alone means nothing to the other: add it to both, or leave such rows out"
         )
@@ -295,6 +303,7 @@ def check_encoded(dataset: EncodedDataset, form: RowForm) -> EncodingReport:
         UserError: a token is outside the vocabulary, or no row has a label.
     """
     lengths, prompts = np.array(dataset.lengths), np.array(dataset.prompt_lengths)
+    form = dataclasses.replace(form, row_ids=dataset.row_ids)
     form.check({"input_ids": Flat(np.concatenate([np.asarray(row) for row in dataset.ids]), lengths)}, 0)
     return report_of(lengths, lengths - prompts.clip(min=1), form.name, dataset.row_ids)
 

@@ -78,7 +78,6 @@ from dts_hf.tokenised import (
     TokenisedDataset,
     TokenisedStream,
     check_encoded,
-    has_arrow_rows,
     rows_of,
 )
 
@@ -366,9 +365,7 @@ class DistillationTrainer(Trainer):
         as_they_are = not isinstance(self.data_collator, Collator)
         form = RowForm(name, self.vocab_size, as_they_are)
         if isinstance(dataset, EncodedDataset):
-            report = check_encoded(dataset, form)
-            self._check_positions(max(dataset.lengths), "Lower data.max_length")
-            return dataset, report
+            return dataset, self._check_encoded(dataset, form)
         streamed = isinstance(dataset, IterableDataset)
         if streamed:
             self._check_stream(name)
@@ -382,8 +379,8 @@ class DistillationTrainer(Trainer):
                     "list(dataset), a datasets.Dataset, or rows that are tokenised as they come"
                 )
             raw = rows_from_dataset(rows if first is None else chain([first], rows), name)
-            encoded, report = self._encode(raw, name)
-            self._check_positions(max(encoded.lengths), "Lower data.max_length")
+            encoded, report = encode_rows(raw, name=name, **self._row_options)
+            self._check_encoded(encoded, form)
             return encoded, report
         if as_they_are and first.get("labels") is None:
             form = dataclasses.replace(form, labelled=False)
@@ -391,13 +388,17 @@ class DistillationTrainer(Trainer):
             form.check(form.columns([first], 0), 0)
             return TokenisedStream(dataset, form), None
         if not hasattr(dataset, "__getitem__"):
-            raise UserError(f"{name}: got {type(dataset).__name__}, expected a list or a data set that is read by number")
+            raise UserError(
+                f"{name}: got {type(dataset).__name__}, expected a list or a data set that is read by number"
+            )
         tokenised = TokenisedDataset(dataset, form, chain([first], rows))
         self._check_positions(max(tokenised.lengths), "Shorten the rows")
         return tokenised, tokenised.report
 
-    def _encode(self, rows: Any, name: str) -> tuple[EncodedDataset, EncodingReport]:
-        return encode_rows(rows, name=name, **self._row_options)
+    def _check_encoded(self, dataset: EncodedDataset, form: RowForm) -> EncodingReport:
+        report = check_encoded(dataset, form)
+        self._check_positions(max(dataset.lengths), "Lower data.max_length")
+        return report
 
     def _check_stream(self, name: str) -> None:
         if name != "train_dataset":
@@ -426,9 +427,13 @@ class DistillationTrainer(Trainer):
         except Exception as error:  # whatever it raises
             raise UserError(f"data_collator: {name} cannot make a batch of the first row: {error}") from error
         if getattr(self.data_collator, "mlm", False):
-            raise UserError("data_collator: got mlm true, which is not how a causal language model learns; expected mlm=False")
-        if "labels" not in batch:
-            raise UserError(f"data_collator: {name} makes no labels, and the rows have none; expected {EXPECTED_LABELS}")
+            raise UserError(
+                "data_collator: got mlm true, but a causal language model learns the next token; expected mlm=False"
+            )
+        if batch.get("labels") is None:
+            raise UserError(
+                f"data_collator: {name} makes no labels, and the rows have none; expected {EXPECTED_LABELS}"
+            )
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if isinstance(data_collator, Collator):
@@ -539,7 +544,9 @@ class DistillationTrainer(Trainer):
         """The Trainer's count without fillers; ``non_padding`` by length, for a padding token may be a real one, too."""
         if self.args.include_num_input_tokens_seen == "no":
             return
-        counted = count_tokens(inputs) if self.args.include_num_input_tokens_seen == "non_padding" else count_cells(inputs)
+        counted = (
+            count_tokens(inputs) if self.args.include_num_input_tokens_seen == "non_padding" else count_cells(inputs)
+        )
         seen = self.accelerator.gather(counted.to(self.args.device).reshape(1))
         self.state.num_input_tokens_seen += int(seen.sum())
 
@@ -693,10 +700,10 @@ class DistillationTrainer(Trainer):
                 folder / f"broken_step-{step}.rank{self.args.process_index}.json", {"step": step, "rows": rows}
             )
         raise RunError(
-            f"step {step}: the loss has been non-finite (NaN or Inf) for {BROKEN_STEPS} steps in a row, so training stops; its "
-            f"rows are in {folder / f'broken_step-{step}.rank*.json'}. The newest checkpoint is from before. Usual causes: a "
-            "learning rate too high, fp16 without a loss scale, broken rows, -inf logits (a masked vocabulary entry, a bias "
-            "of -inf)",
+            f"step {step}: the loss has been non-finite (NaN or Inf) for {BROKEN_STEPS} steps in a row, so training stops; "
+            f"its rows are in {folder / f'broken_step-{step}.rank*.json'}. The newest checkpoint is from before. Usual "
+            "causes: a learning rate too high, fp16 without a loss scale, broken rows, -inf logits (a masked vocabulary "
+            "entry, a bias of -inf)",
             everywhere=True,
         )
 
@@ -816,8 +823,8 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
         )
     if "peft_config" in kwargs:
         raise UserError(
-            "peft_config: expected the student with its adapter: model = peft.get_peft_model(model, peft_config); in a recipe, "
-            "student.lora"
+            "peft_config: expected the student with its adapter: model = peft.get_peft_model(model, peft_config); in a "
+            "recipe, student.lora"
         )
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:

@@ -99,8 +99,10 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         if processing_class is None:
             raise UserError("processing_class: got None, expected the student's tokenizer")
         if processing_class.pad_token_id is None:
-            raise UserError("processing_class: has no padding token, which classifiers end at; set pad_token = eos_token")
-        self._text_options = {
+            raise UserError(
+                "processing_class: has no padding token, which classifiers end at; set pad_token = eos_token"
+            )
+        self._text_options: dict[str, Any] = {
             "tokenizer": processing_class,
             "max_length": max_length,
             "type_ids": takes_type_ids(model) or takes_type_ids(teacher),
