@@ -199,7 +199,8 @@ class RowForm:
 
     def _check_ids(self, tokens: NDArray[Any], ignored: int, lengths: NDArray[np.int64], first: int) -> None:
         """``ignored`` of the tokens are ``IGNORE_INDEX``, and may be."""
-        if tokens.max() < self.vocab_size and np.count_nonzero(tokens < 0) == ignored:
+        whole = tokens.view(tokens.dtype.str.replace("i", "u")) if tokens.dtype.kind == "i" else tokens
+        if np.count_nonzero(whole >= self.vocab_size) == ignored:  # one pass: below zero is above all others there
             return
         wrong = (tokens < 0) | (tokens >= self.vocab_size)
         at = _first(wrong & (tokens != IGNORE_INDEX) if ignored else wrong)

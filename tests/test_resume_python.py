@@ -1,4 +1,4 @@
-"""``DistillationTrainer.train(resume_from_checkpoint=...)``: it ends as a run without a break would have, or says why not."""
+"""``DistillationTrainer.train(resume_from_checkpoint=...)``: it ends as a run without a break, or says why not."""
 
 from __future__ import annotations
 
