@@ -438,7 +438,10 @@ class EncodedDataset(Dataset[Example]):
         ids: the tokens of each row.
         lengths: tokens of each row, prompt and response.
         prompt_lengths: tokens of each row's prompt, at least 1; they carry no label.
+        report: what became of the rows when they were encoded; None for tokens that come from elsewhere.
     """
+
+    report: EncodingReport | None = None
 
     def __init__(self, row_ids: Sequence[str], ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
         self.row_ids = list(row_ids)
@@ -576,6 +579,7 @@ def encode_rows(
     report.kept = len(dataset)
     report.prompt_tokens = sum(prompt_lengths)
     report.response_tokens = sum(dataset.lengths) - report.prompt_tokens
+    dataset.report = report
     if not len(dataset):
         raise UserError(
             f"{name}: no row left: all {len(rows)} rows are too long for data.max_prompt_length = {max_prompt_length} and "

@@ -122,6 +122,9 @@ class DistillationTrainer(Trainer):
             ``"eval_dataset['name']"``, and of the last call ``"evaluate"`` and ``"predict"``. Where rows are dropped, cut,
             or kept without a label that counts, it is logged as a warning.
 
+    There are no logits: ``compute_loss(..., return_outputs=True)`` returns the loss alone beside the loss, and
+    ``predict(...).predictions`` is None; its ``metrics`` are those of ``evaluate``.
+
     Raises:
         UserError: anything that does not fit together, before the first step.
     """
@@ -356,7 +359,8 @@ class DistillationTrainer(Trainer):
         ready, report = self._read(dataset, name)
         if report is not None:
             self.encoding_reports[name] = report
-            if not report.is_whole and process()[0] == 0:
+            known = isinstance(dataset, EncodedDataset) and dataset.report is not None  # to whoever encoded it
+            if not known and not report.is_whole and process()[0] == 0:
                 logger.warning("%s: %s", name, report.summary())
         return ready
 
@@ -365,7 +369,8 @@ class DistillationTrainer(Trainer):
         as_they_are = not isinstance(self.data_collator, Collator)
         form = RowForm(name, self.vocab_size, as_they_are)
         if isinstance(dataset, EncodedDataset):
-            return dataset, self._check_encoded(dataset, form)
+            report = self._check_encoded(dataset, form)
+            return dataset, dataset.report or report
         streamed = isinstance(dataset, IterableDataset)
         if streamed:
             self._check_stream(name)

@@ -696,3 +696,24 @@ def test_the_recipes_of_a_task_differ_in_what_they_say() -> None:
         if "dts" in kinds:
             same = {"temperature", "output"}
             assert kinds["dts"].model_dump(exclude=same) == kinds["kd"].model_dump(exclude=same)
+
+
+def test_shortened_rows_are_said_and_raw_rows_are_evaluated_and_predicted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tmp_path, eval_dataset={"a": rows_of(SST2, 5)}, max_length=6)
+    report = trainer.encoding_reports["train_dataset"]
+    assert report.prompts_cut == 8 == report.rows and report.prompt_tokens == sum(trainer.train_dataset.lengths) == 48
+    assert "train_dataset: 8 of 8 rows kept; inputs shortened: 8" in caplog.text
+    own, given = trainer.evaluate(), trainer.evaluate(rows_of(SST2, 5))
+    predicted = trainer.predict(rows_of(SST2, 5)).metrics
+    for name in ("loss", "accuracy", "rows", "labels"):
+        assert own[f"eval_a_{name}"] == given[f"eval_{name}"] == predicted[f"test_{name}"]
+    assert own["eval_a_rows"] == own["eval_a_labels"] == 5
+
+
+def test_a_classifier_needs_a_padding_token(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(UserError, match="processing_class: has no padding token"):
+        trainer_of(tmp_path, processing_class=tokenizer)

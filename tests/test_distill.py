@@ -142,6 +142,22 @@ def test_teacher_answers_are_made_once_and_trained_on(workplace):
     assert other.read_data_manifest()["teacher_answers"]["fingerprint"] != answers[0]["fingerprint"]
 
 
+def test_rows_that_are_left_out_are_said_once(workplace, capsys, caplog):
+    for name in ("train", "valid"):
+        with (workplace / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps({"id": f"long-{name}", "instruction": "Name " * 200, "output": "no"}) + "\n")
+    quiet = {"output": {"report": False}, "evaluation": {"models": []}}
+    distill(recipe(**quiet))
+    said = "".join(capsys.readouterr()) + caplog.text
+    for name, count in (("train", 13), ("validation", 6)):
+        assert said.count(f"{name}: {count - 1} of {count} rows kept; dropped as too long: 1 (long-") == 1, said
+    answered = {"responses": "teacher", "teacher_max_new_tokens": 4}
+    distill(recipe(data=answered, **{**quiet, "output": {"dir": "answers", "report": False}}))
+    said = "".join(capsys.readouterr())
+    assert said.count("data.responses: teacher: left out 2 rows that it did not answer") == 1, said
+    assert "train: 12 of 12 rows kept" in said
+
+
 def test_teacher_answers_leave_a_conversation_as_it_was(workplace):
     """The messages of a row are its prompt: the teacher's answer must not take the place of the user's question."""
     talk = [{"role": "user", "content": "Name a fruit"}, {"role": "assistant", "content": "a pear"}]

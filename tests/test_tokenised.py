@@ -19,8 +19,9 @@ from transformers import (
     default_data_collator,
 )
 
-from dts_hf.data import EncodedDataset
+from dts_hf.data import EncodedDataset, encode_rows, rows_from_dataset
 from dts_hf.errors import UserError
+from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX
 from dts_hf.row_order import FilledUp
 from dts_hf.tokenised import BLOCK, TokenisedDataset
@@ -82,6 +83,18 @@ def test_what_became_of_the_rows_is_kept_and_said(tmp_path, caplog):
     assert reports["evaluate"].dropped == 1 and reports["predict"].kept == 2
     trainer.evaluate()
     assert [record.getMessage()[:9] for record in caplog.records if record.name == "dts_hf.trainer"] == ["evaluate:"]
+
+
+def test_rows_encoded_before_bring_their_report(tmp_path, caplog):
+    """As on the command line, which has said it then: not a second time."""
+    limits = {"max_length": 64, "max_prompt_length": 32}
+    with caplog.at_level(logging.WARNING):
+        data, report = encode_rows(
+            rows_from_dataset([*LONG, ROWS[0]]), tiny_tokenizer(), get_template("chat"), **limits
+        )
+        trainer = trainer_for(tmp_path, rows=data)
+    assert trainer.encoding_reports["train_dataset"] is report and report.dropped == 7
+    assert "rows kept" not in caplog.text
 
 
 def test_cut_rows_and_shortened_inputs_are_said(tmp_path, caplog):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.classification.tasks import GlueTask, LabelledRow
-from dts_hf.data import Collator, EncodedDataset
+from dts_hf.data import Collator, EncodedDataset, EncodingReport
 from dts_hf.errors import UserError
 from dts_hf.response import IGNORE_INDEX
 
@@ -80,6 +80,8 @@ def encode_labelled(
     dataset = LabelledDataset(
         [row.id for row in rows], ids, [row.label for row in rows], encoded["token_type_ids"] if type_ids else None
     )
+    count = len(dataset)
+    dataset.report = EncodingReport(rows=count, kept=count, prompts_cut=cut, prompt_tokens=sum(dataset.lengths))
     return dataset, cut
 
 

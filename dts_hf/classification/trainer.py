@@ -274,7 +274,6 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         return filler(row, float("nan") if self.task.regression else IGNORE_INDEX)
 
     def _read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
-        cut = 0
         if not isinstance(dataset, LabelledDataset):
             rows = [
                 row
@@ -284,10 +283,9 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             ]
             if not rows:
                 raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")
-            dataset, cut = encode_labelled(rows, **self._text_options)
+            dataset, _ = encode_labelled(rows, **self._text_options)
         check_task_labels(dataset.labels, self.task, name)
         for model, role in ((self.model, "the student"), (self.classifier.model, "the teacher")):
             if model is not None:
                 check_positions(model, role, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
-        count = len(dataset)
-        return dataset, EncodingReport(rows=count, kept=count, prompts_cut=cut, prompt_tokens=sum(dataset.lengths))
+        return dataset, dataset.report or EncodingReport(rows=len(dataset), kept=len(dataset))
