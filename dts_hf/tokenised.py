@@ -8,6 +8,7 @@ A row is a mapping with unshifted ``input_ids`` and ``labels``: lists, arrays or
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -80,21 +81,17 @@ class RowForm:
             UserError: one is missing in a row, or holds no whole numbers.
         """
         for number, row in enumerate(rows, first):
-            if not isinstance(row, Mapping) or row.get("input_ids") is None:
-                found = ", ".join(f"'{key}'" for key in row) if isinstance(row, Mapping) else type(row).__name__
-                raise UserError(f"{self.place(number)} has no input_ids, as the rows before it have; found {found}")
-            if self.labelled and row.get("labels") is None:
-                raise UserError(f"{self.place(number)} has no labels; expected {EXPECTED_LABELS}")
+            if not isinstance(row, Mapping):
+                raise UserError(f"{self.place(number)} is {type(row).__name__}, expected input_ids and labels by name")
         flat = {}
         for column in self._wanted():
             cells = [row.get(column) for row in rows]
-            missing = [number for number, cell in enumerate(cells, first) if cell is None]
-            if len(missing) == len(rows):
-                continue
-            if missing:
-                raise UserError(f"{self.place(missing[0])} has no {column}, but other rows have")
-            arrays = [self._array(cell, column, number) for number, cell in enumerate(cells, first)]
-            flat[column] = Flat(np.concatenate(arrays), np.array([len(array) for array in arrays]))
+            quick = _flat_lists(cells)
+            if quick is not None:
+                flat[column] = quick
+            elif column in ("input_ids", "labels") or any(cell is not None for cell in cells):
+                parts = [self._array(row, column, number) for number, row in enumerate(rows, first)]
+                flat[column] = Flat(np.concatenate(parts), np.array([len(part) for part in parts]))
         return flat
 
     def arrow_columns(self, table: Any) -> dict[str, Flat] | None:
@@ -120,15 +117,22 @@ class RowForm:
     def _wanted(self) -> list[str]:
         return [column for column in COLUMNS if column != "labels" or self.labelled]
 
-    def _array(self, cell: Any, column: str, number: int) -> NDArray[Any]:
+    def _array(self, row: Mapping[str, Any], column: str, number: int) -> NDArray[Any]:
+        cell = row.get(column)
+        if cell is None and column in ("input_ids", "labels"):
+            found = ", ".join(f"'{key}'" for key, value in row.items() if value is not None)
+            expected = EXPECTED_LABELS if column == "labels" else "tokens of the student's tokenizer"
+            raise UserError(f"{self.place(number)} has no {column}, but {found}; expected {expected}")
+        if cell is None:  # other rows have it: as if it said nothing
+            return (np.ones if column == "attention_mask" else np.arange)(len(row["input_ids"]), dtype=np.int64)
         try:
-            array = np.asarray(cell.cpu() if isinstance(cell, Tensor) else cell)
+            values = np.asarray(cell.cpu() if isinstance(cell, Tensor) else cell)
         except ValueError:  # lists of different lengths
-            array = np.empty((0, 0))
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
-            found = repr(cell) if array.ndim == 0 else f"an array {list(array.shape)} of {array.dtype}"
+            values = np.empty((0, 0))
+        if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
+            found = repr(cell) if values.ndim == 0 else f"an array {list(values.shape)} of {values.dtype}"
             raise UserError(f"{self.place(number)}: {column} is {found}, expected a list of whole numbers")
-        return array if array.size else np.zeros(0, np.int64)
+        return values if values.size else np.zeros(0, np.int64)
 
     def check(self, columns: Mapping[str, Flat], first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Look at all rows of ``columns`` at once.
@@ -350,6 +354,17 @@ def _blocks(form: RowForm, rows: Iterable[Any]) -> Iterator[dict[str, Flat]]:
     while block := list(islice(rows, BLOCK)):
         yield form.columns(block, first)
         first += len(block)
+
+
+def _flat_lists(cells: Sequence[Any]) -> Flat | None:
+    """The cells as one column, quickly; None unless they are lists of whole numbers."""
+    values = array("q")
+    try:
+        for cell in cells:
+            values.fromlist(cell)
+    except (TypeError, OverflowError):
+        return None
+    return Flat(np.asarray(values), np.fromiter(map(len, cells), np.int64, len(cells)))
 
 
 def _first(condition: NDArray[np.bool_]) -> int | None:

@@ -252,7 +252,8 @@ class DistillationTrainer(Trainer):
             raise UserError(f"training: transformers.Trainer refuses this: {error}") from error
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
-        self._try_collator(train_dataset)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            self._try_collator(dataset)
         if teacher_placement == "sharded" and isinstance(teacher, nn.Module):
             shard_teacher(teacher, self.args.device)
         self.teacher.to(self.args.device)
@@ -485,7 +486,7 @@ class DistillationTrainer(Trainer):
         if totals:
             values = means(totals)
             values["loss"] = (1 - self.loss.kd_ratio) * values["ce_loss"] + self.loss.kd_ratio * values["kd_loss"]
-            values["labels"] = totals["rows"]
+            values["labels"] = int(totals["rows"])
             for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
                 values.pop(name)  # at T = 1 they say nothing new
             own = {name: values.pop(name) for name in ("loss", "labels")}

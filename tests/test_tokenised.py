@@ -261,7 +261,8 @@ BAD_ROWS = [
     ("all hidden", {"attention_mask": [0, 0, 0]}, "row 1 has no token that attention_mask does not hide"),
     ("short mask", {"attention_mask": [1, 1]}, "row 1 has 2 attention_mask for 3 input_ids"),
     ("packed", {"position_ids": [0, 1, 0]}, "row 1: position_ids has 0 where 2 is expected.*packing=True"),
-    ("no labels", {"labels": None}, r"row 1 has no labels; expected labels \(unshifted.*DataCollatorForLanguageModeling"),
+    ("no labels", {"labels": None}, r"row 1 has no labels, but 'input_ids'; expected labels \(.*DataCollatorForLanguageModeling"),
+    ("no ids", {"input_ids": None}, "row 1 has no input_ids, but 'labels'; expected tokens"),
     ("other length", {"labels": [IGNORE_INDEX, 6]}, "row 1 has 2 labels for 3 input_ids, expected as many"),
     ("negative", {"labels": [IGNORE_INDEX, -1, 7]}, "row 1: token id -1 is outside the 320 ids"),
     ("ignored input", {"input_ids": [5, IGNORE_INDEX, 7]}, "row 1: token id -100 is outside"),
@@ -303,6 +304,13 @@ def test_trivial_positions_and_a_position_column_behind_padding(tmp_path):
         gpt2_trainer(tmp_path, [{**left, "position_ids": [0, 1, 2]}])
 
 
+def test_a_mask_that_only_some_rows_have(tmp_path):
+    rows = plain()
+    mixed = [rows[k] if k % 2 else row for k, row in enumerate(padded(rows, "left"))]
+    for made in (mixed, datasets.Dataset.from_list(mixed)):
+        assert numbers(gpt2_trainer(tmp_path, made).evaluate()) == numbers(gpt2_trainer(tmp_path, rows).evaluate())
+
+
 def test_other_things_that_are_no_data_set(tmp_path):
     both = datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(plain()), "test": datasets.Dataset.from_list(plain())}
@@ -341,6 +349,8 @@ def test_labels_from_the_collator_for_language_models(tmp_path):
         UserError, match="data_collator: DataCollatorForSeq2Seq makes no labels, and the rows have none"
     ):
         trainer_for(tmp_path, rows=bare, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    with pytest.raises(UserError, match="DataCollatorForSeq2Seq makes no labels"):
+        trainer_for(tmp_path, rows=None, eval_dataset={"a": bare}, data_collator=DataCollatorForSeq2Seq(tokenizer))
 
 
 class Masked(DataCollatorForLanguageModeling):
