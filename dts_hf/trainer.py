@@ -507,10 +507,11 @@ class DistillationTrainer(Trainer):
             dataset = dict(self.eval_dataset)[dataset]  # type: ignore[arg-type]
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
-        own = eval_dataset is None or isinstance(eval_dataset, str)
+        own = dataset is self.eval_dataset or isinstance(eval_dataset, str)
         if not own or not isinstance(dataset, (EncodedDataset, TokenisedDataset)):
             dataset = self._prepared(dataset, "eval_dataset" if own else "evaluate")
-        return self._held_out_loader(dataset, (eval_dataset or "eval") if own else None)
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        return self._held_out_loader(dataset, key if own else None)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As for evaluation: ``predict`` is one that leaves no line in the log; its ``predictions`` are None."""
