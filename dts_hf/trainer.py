@@ -524,7 +524,7 @@ class DistillationTrainer(Trainer):
 
     def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader:
         kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}
-        if key in kept:
+        if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
             return cast(DataLoader, kept[key])
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
         filled = FilledUp(dataset, multiple, self._without_label, longest_first=True)
