@@ -91,8 +91,8 @@ def head_of(model: nn.Module) -> Head:
 
 
 @contextmanager
-def loss_in_head(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within this context the output layer of ``model`` returns ``fn(states)`` instead of logits.
+def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
+    """Within this context the output layer of ``model`` returns ``fn(states, head)`` instead of logits.
 
     Call the *wrapped* model as usual: every wrapper's hooks fire where they belong (DDP synchronises, ZeRO-3 and FSDP2
     gather the head for forward and backward), no logits exist, and the returned "logits" are what ``fn`` returned.
@@ -100,9 +100,15 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[N
 
     Args:
         model: the unwrapped model that owns the output layer.
-        fn: takes the final states ``[B, T, H]``.
+        fn: takes the final states ``[B, T, H]`` and the model's ``Head``: its scale and soft-cap as they were before they
+            were switched off, its weights as they are during the forward (gathered, where they are sharded).
     """
-    module, config = output_module(model), _text_config(model)
+    module, config, outside = output_module(model), _text_config(model), head_of(model)
+
+    def forward(states: Tensor) -> Tensor:
+        # Not head_of(model) here: inside this context the model says that it neither scales nor caps its logits.
+        return fn(states, replace(outside, weight=cast(Tensor, module.weight), bias=getattr(module, "bias", None)))
+
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1.0}
     saved = {key: getattr(config, key) for key in neutral if getattr(config, key, None) is not None}
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -112,7 +118,7 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[N
             setattr(config, key, neutral[key])
         if logit_scale is not None:
             owner.logit_scale = 1.0
-        module.forward = fn  # type: ignore[assignment]
+        module.forward = forward  # type: ignore[assignment]
         yield
     finally:
         del module.forward  # the instance attribute: the class's own forward shows again

@@ -270,11 +270,10 @@ class DistillationTrainer(Trainer):
         teacher_states = self.teacher.states(batch, labels)
         sums: dict[str, Tensor] = {}
 
-        def loss_of_states(states: Tensor) -> Tensor:
+        def loss_of_states(states: Tensor, head: Head) -> Tensor:
             rows, targets = select_response(states, labels)
-            head = self._cut(head_of(student))
             cut_teacher = None if teacher_head is None else self._cut(teacher_head)
-            output = loss_fn(rows, head, teacher_states, cut_teacher, targets, normalizer, sequences)
+            output = loss_fn(rows, self._cut(head), teacher_states, cut_teacher, targets, normalizer, sequences)
             sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 

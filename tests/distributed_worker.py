@@ -26,7 +26,7 @@ from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.distribution import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.losses import DistillationLoss
-from dts_hf.models import add_lora, head_of, loss_in_head
+from dts_hf.models import Head, add_lora, loss_in_head
 from dts_hf.recipe import Lora
 from dts_hf.response import count_targets, select_response
 from dts_hf.teachers import LiveTeacher
@@ -273,9 +273,9 @@ def steps_by_hand(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tenso
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     answers = teacher.states({"input_ids": ids}, labels)
 
-    def loss_of_states(states: torch.Tensor) -> torch.Tensor:
+    def loss_of_states(states: torch.Tensor, head: Head) -> torch.Tensor:
         rows, targets = select_response(states, labels)
-        return loss(rows, head_of(model), answers, teacher.head, targets, normalizer).loss
+        return loss(rows, head, answers, teacher.head, targets, normalizer).loss
 
     for _ in range(5):
         with loss_in_head(model, loss_of_states):

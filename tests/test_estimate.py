@@ -129,7 +129,7 @@ def kept_bytes(config: Any, layers: int, dtype: torch.dtype, autocast: bool, lor
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        loss_in_head(model, lambda states: states.sum()),
+        loss_in_head(model, lambda states, head: states.sum()),
     ):
         kept = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert kept.requires_grad

@@ -109,7 +109,7 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
         for batch, labels in _batches(trainer, data, rows):
             seen: list[Tensor] = []
 
-            def keep(states: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            def keep(states: Tensor, head: Head, seen: list[Tensor] = seen) -> Tensor:
                 seen.append(states)
                 return states.new_zeros(())
 
