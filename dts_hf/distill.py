@@ -163,6 +163,7 @@ def make_trainer(
         processing_class=tokenizer,
         temperature_scaling=recipe.loss.temperature_scaling,
         logits_budget_mb=recipe.loss.logits_budget_mb,
+        router_aux_loss=recipe.loss.router_aux_loss,
         packing=recipe.data.packing,
         vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
         teacher_tokenizer=teacher_tokenizer,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 #: The ``row_id`` of what only fills a batch.
@@ -19,6 +21,19 @@ def filler(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
     """The first token of ``row``, with ``labels`` that no loss counts."""
     by_token = {name: row[name][:1] for name in ("input_ids", "attention_mask", "token_type_ids") if name in row}
     return {**row, **by_token, "labels": labels, "row_id": FILLER}
+
+
+def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens of a batch, padded or packed, belong to rows of the data: bool ``[B, T]``."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool)
+    if "row_id" not in inputs:
+        return real
+    row_is_real = inputs["row_id"] != FILLER
+    positions = inputs.get("position_ids")
+    if positions is None:  # a row of the batch is one row of the data
+        return real & row_is_real.unsqueeze(-1)
+    return real & row_is_real[(positions == 0).reshape(-1).cumsum(0) - 1].view_as(ids)
 
 
 class FilledUp(Dataset[dict[str, Any]]):

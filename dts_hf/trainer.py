@@ -52,7 +52,8 @@ from dts_hf.models import align_vocabularies, check_head, load_model, load_token
 from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
-from dts_hf.row_order import FILLER, FilledUp, FillersLast, filler
+from dts_hf.router import router_of
+from dts_hf.row_order import FilledUp, FillersLast, filler, real_tokens
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
 from dts_hf.sharding import is_sharded, shard_teacher, whole_head
 from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
@@ -60,7 +61,7 @@ from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 
 #: What is logged when there is no teacher.
-WITHOUT_TEACHER = ("ce_loss", "student_entropy")
+WITHOUT_TEACHER = ("ce_loss", "student_entropy", "aux_loss")
 
 
 class DistillationTrainer(Trainer):
@@ -85,6 +86,9 @@ class DistillationTrainer(Trainer):
         packing: lay the rows of a batch end to end, without padding.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
+        router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
+            configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
+            it out. Held-out losses never have it. See ``router.Router``.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``sharding.shard_teacher``).
         model_card: returns the text of the model card that ``push_to_hub`` uploads.
@@ -120,6 +124,7 @@ class DistillationTrainer(Trainer):
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
+        router_aux_loss: str = "model",
         model_card: Callable[[], str] | None = None,
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -144,11 +149,16 @@ class DistillationTrainer(Trainer):
                 "model: its weights are split over processes already, as from_pretrained makes them while TrainingArguments "
                 "with ZeRO-3 exist; expected a whole model: load it within dts_hf.sharding.whole_weights(), or give its name"
             )
+        if router_aux_loss not in ("model", "none"):
+            raise UserError(f"router_aux_loss: got {router_aux_loss!r}, expected 'model' or 'none'")
+        self.router = router_of(model) if router_aux_loss == "model" else None
         prepare_deepspeed(args, model)
         self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
         if packing and data_collator is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
         borders = packing and check_packing(model, "the student", args.device)
+        # A mixture of experts reads the mask as one of tokens, for its router's loss.
+        borders = borders and not _collects_router_logits(model)
         if packing and isinstance(self.teacher, LiveTeacher):
             borders = check_packing(self.teacher.model, "the teacher", args.device) and borders
         else:
@@ -278,13 +288,35 @@ class DistillationTrainer(Trainer):
             return output.loss
 
         with whole_head(self.teacher.head) as teacher_head, loss_in_head(student, loss_of_states):
-            loss = model(**batch, use_cache=False).logits
+            outputs = model(**batch, **self._router_options(model.training), use_cache=False)
+        loss = outputs.logits
         exact = sums.pop("loss")
         if loss.dtype != exact.dtype:  # FSDP2 in bf16 rounds what a model returns; the gradient is whole
             loss = loss.to(exact.dtype)
             loss = loss + (exact - loss).detach()
+        if self.router is not None and model.training:
+            aux_loss = self._router_loss(outputs.router_logits, inputs)
+            # Each micro-batch counts by its labels: over all of them and all ranks the weights add up to num_processes.
+            loss = loss + (self.router.coefficient * aux_loss * sums["rows"] / normalizer).to(loss.dtype)
+            sums["aux"] = aux_loss.detach() * sums["rows"]
         meter.add({**sums, "tokens": tokens})
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _router_options(self, training: bool) -> dict[str, Any]:
+        """Where the student's configuration asks for the router's loss, collect what it needs, or save the work."""
+        collects = _collects_router_logits(cast(nn.Module, self.model))
+        return {"output_router_logits": training and self.router is not None} if collects else {}
+
+    def _router_loss(self, router_logits: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        assert self.router is not None
+        aux_loss = self.router.loss(router_logits, real_tokens(inputs))
+        if not aux_loss.requires_grad and torch.is_grad_enabled():
+            raise UserError(
+                "router_aux_loss: nothing is left of the graph of the router's logits, as under gradient checkpointing with "
+                "use_reentrant: true; expected use_reentrant: false (training.gradient_checkpointing_kwargs), or "
+                "router_aux_loss 'none'"
+            )
+        return aux_loss
 
     def _normalizer(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """num_items_in_batch / num_processes; without a count the loss is the mean over the labels of this batch."""
@@ -693,10 +725,13 @@ def _is_tokenised(dataset: Any) -> bool:
 
 
 def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers, each of which is one token long."""
-    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-    tokens = mask.sum() if mask is not None else torch.tensor(ids.numel(), device=ids.device)
-    return tokens - (inputs["row_id"] == FILLER).sum() if "row_id" in inputs else tokens
+    """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers."""
+    return real_tokens(inputs).sum()
+
+
+def _collects_router_logits(model: nn.Module) -> bool:
+    """Whether the model's own loss has an auxiliary one for its routers."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))  # type: ignore[operator, union-attr]
 
 
 def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:

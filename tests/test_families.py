@@ -16,7 +16,9 @@ from tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from dts_hf.data import PaddedCollator
 from dts_hf.divergences import DIVERGENCES
+from dts_hf.errors import UserError
 from dts_hf.models import output_module
 from dts_hf.response import IGNORE_INDEX
 from dts_hf.temperature import temperature_policies
@@ -67,7 +69,7 @@ def rows() -> list[dict[str, Any]]:
 def trainer_for(folder: Any, student: nn.Module, teacher: nn.Module, **options: Any) -> DistillationTrainer:
     args = TrainingArguments(
         str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=len(LENGTHS), disable_tqdm=True,
-        per_device_eval_batch_size=len(LENGTHS), save_strategy="no", max_steps=1, seed=3,
+        per_device_eval_batch_size=len(LENGTHS), save_strategy="no", max_steps=1, logging_steps=1, seed=3,
     )  # fmt: skip
     options = {"temperature": 2.0, "train_dataset": rows(), "eval_dataset": rows(), **options}
     return DistillationTrainer(student, teacher, args=args, processing_class=tiny_tokenizer(), **options)
@@ -199,3 +201,109 @@ def test_a_step_equals_dense_autograd(tmp_path: Any, name: str, packing: bool) -
     bound = 1e-9 if family.inside == "float64" else 1e-6
     print(f"dense | {name} | {'packed' if packing else 'padded'} | loss {difference:.1e} | gradient {apart:.1e}")
     assert difference <= bound and apart <= bound
+
+
+# ------------------------------------------------------------------------------------------- the router's auxiliary loss
+
+#: Families whose own training loss has one, if ``output_router_logits`` says so.
+ROUTED = ("Mixtral", "Qwen3-MoE", "OLMoE", "gpt-oss", "Jamba")
+AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+def batch_of(trainer: DistillationTrainer) -> dict[str, Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_the_routers_loss_is_added_as_the_model_does(tmp_path: Any, name: str) -> None:
+    """kd_ratio 0: transformers' own loss of the same padded batch, value and gradients; logged; left out on request."""
+    student = FAMILIES[name].build(**AUX)
+    trainer = trainer_for(tmp_path, student, FAMILIES[name].build(1), kd_ratio=0.0)
+    loss, gradients = step(trainer)
+    student.zero_grad()
+    inputs = {key: value for key, value in batch_of(trainer).items() if key != "row_id"}
+    output = student(**inputs)
+    output.loss.backward()
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-6)
+    wanted = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert gradients.keys() == wanted.keys()
+    assert (
+        max(float((gradients[key] - wanted[key]).norm() / wanted[key].norm().clamp(min=1e-6)) for key in wanted) < 1e-4
+    )
+
+    sums = trainer.step_meter.reduce(trainer.accelerator)
+    assert sums["aux"] / sums["rows"] == pytest.approx(output.aux_loss.item(), rel=1e-5)
+    without, _ = step(trainer_for(tmp_path, student, FAMILIES[name].build(1), kd_ratio=0.0, router_aux_loss="none"))
+    assert loss.item() - without.item() == pytest.approx(0.5 * output.aux_loss.item(), rel=1e-4)
+
+
+def test_the_routers_loss_is_logged_and_stays_out_of_held_out_losses(tmp_path: Any) -> None:
+    family, seen = FAMILIES["Mixtral"], {}
+    for coefficient in (0.5, 0.0):
+        student = family.build(output_router_logits=True, router_aux_loss_coef=coefficient)
+        trainer = trainer_for(tmp_path, student, family.build(1))
+        held_out = trainer.evaluate()
+        trainer.train()
+        assert "eval_aux_loss" not in held_out
+        seen[coefficient] = held_out["eval_loss"], trainer.state.log_history
+    assert seen[0.5][0] == seen[0.0][0]
+    first = next(entry for entry in seen[0.5][1] if "aux_loss" in entry)
+    parts = 0.5 * first["ce_loss"] + 0.5 * first["kd_loss"]
+    assert first["loss"] == pytest.approx(parts + 0.5 * first["aux_loss"], rel=1e-4)
+
+
+def test_neither_padding_nor_dummy_rows_nor_packing_move_the_routers_loss(tmp_path: Any) -> None:
+    student = FAMILIES["Mixtral"].build(dtype=torch.float64, **AUX)
+    teacher = FAMILIES["Mixtral"].build(1, torch.float64)
+    trainer = trainer_for(tmp_path, student, teacher)
+    examples = [trainer.train_dataset[index] for index in range(len(LENGTHS))]
+    dummy = trainer._without_label(examples[0])
+    packer = trainer_for(tmp_path, student, teacher, packing=True).data_collator
+    padder = trainer.data_collator
+    batches = {
+        "plain": padder(examples),
+        "padded wider": PaddedCollator(3, pad_to_multiple_of=32)(examples),
+        "with dummy rows": padder([*examples, dummy, dummy]),
+        "packed": packer(examples),
+        "packed with dummy rows": packer([*examples, dummy, dummy]),
+    }
+    losses = {}
+    for kind, batch in batches.items():
+        student.train()
+        count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+        losses[kind] = trainer.compute_loss(student, dict(batch), num_items_in_batch=count).item()
+    assert all(loss == pytest.approx(losses["plain"], rel=1e-6) for loss in losses.values()), losses
+
+
+def test_micro_batches_share_the_routers_loss_by_their_labels(tmp_path: Any) -> None:
+    """Two micro-batches of the same rows: each has the loss of the whole, so half of it each, and not twice as much."""
+    student, teacher = (
+        FAMILIES["Mixtral"].build(dtype=torch.float64, **AUX),
+        FAMILIES["Mixtral"].build(1, torch.float64),
+    )
+    trainer = trainer_for(tmp_path, student, teacher)
+    batch = batch_of(trainer)
+    student.train()
+    once = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    whole = trainer.compute_loss(student, dict(batch), num_items_in_batch=once).item()
+    halves = [trainer.compute_loss(student, dict(batch), num_items_in_batch=2 * once).item() for _ in range(2)]
+    assert sum(halves) == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_routers_loss_without_a_graph_is_refused(tmp_path: Any) -> None:
+    student = FAMILIES["Mixtral"].build(**AUX)
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    student.enable_input_require_grads()
+    with pytest.raises(UserError, match="router_aux_loss: nothing is left of the graph"):
+        step(trainer_for(tmp_path, student, FAMILIES["Mixtral"].build(1)))
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step(trainer_for(tmp_path, student, FAMILIES["Mixtral"].build(1)))
+
+
+def test_a_routers_loss_that_is_not_known_is_refused(tmp_path: Any) -> None:
+    student = FAMILIES["LLaMA"].build()
+    student.config.output_router_logits = True
+    with pytest.raises(UserError, match=r"router_aux_loss: LlamaForCausalLM .* expected router_aux_loss 'none'"):
+        trainer_for(tmp_path, student, FAMILIES["LLaMA"].build(1))
+    with pytest.raises(UserError, match="router_aux_loss: got 'off', expected 'model' or 'none'"):
+        trainer_for(tmp_path, FAMILIES["LLaMA"].build(), FAMILIES["LLaMA"].build(1), router_aux_loss="off")

@@ -31,6 +31,7 @@ LADDER = (
         "prompts",
         "data",
         "row_order",
+        "router",
         "distribution",
         "sharding",
         "peers",
