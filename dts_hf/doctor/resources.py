@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from dts_hf.doctor.estimate import (
 from dts_hf.doctor.shapes import ModelShape
 from dts_hf.errors import UserError
 from dts_hf.models import ModelSource
+from dts_hf.pruning import pruned_config
 from dts_hf.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -127,13 +127,7 @@ def shapes_from_configs(recipe: Recipe) -> tuple[ModelShape, ModelShape | None] 
     if student.model is not None:
         student_config = config_of(student.model, "student.model", student.revision, student.trust_remote_code)
     elif teacher_config is not None and student.init is not None:
-        student_config = copy.deepcopy(teacher_config)
-        layers = student.init.layers
-        count = layers if isinstance(layers, int) else len(layers)
-        for key, value in student_config.to_dict().items():
-            if isinstance(value, list) and len(value) == teacher_config.num_hidden_layers:
-                setattr(student_config, key, value[:count])
-        student_config.num_hidden_layers = count
+        student_config = pruned_config(teacher_config, student.init.layers)
     if student_config is None or (teacher is not None and teacher_config is None):
         return None
     return (
