@@ -40,6 +40,7 @@ __all__ = [
     "ModelSource",
     "align_vocabularies",
     "backbone_of",
+    "check_apart",
     "check_head",
     "evenly_spaced",
     "head_of",
@@ -53,6 +54,7 @@ __all__ = [
     "output_module",
     "prune_layers",
     "save_student",
+    "unwrapped",
 ]
 
 logger = logging.getLogger(__name__)
@@ -302,6 +304,38 @@ def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module
     return model if student.lora is None else add_lora(model, student.lora)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without what an earlier trainer has put around it: DDP, and autocast with outputs in fp32.
+
+    Accelerate puts autocast into ``model.forward`` itself, marks the model and never wraps a marked one again: the next
+    trainer would go on in the precision of the last one, whatever its own arguments say.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
+    return model
+
+
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that has weights in common with the student.
+
+    Raises:
+        UserError: training would change the teacher, and freezing the teacher the student.
+    """
+    if student is teacher:
+        raise UserError("teacher: is the same object as the student; load the model twice, or copy.deepcopy(model)")
+    if is_sharded(student) or is_sharded(teacher):
+        return
+    ours = {weight.data_ptr() for weight in student.parameters() if weight.numel()} - {0}
+    shared = [name for name, weight in teacher.named_parameters() if weight.data_ptr() in ours]
+    if shared:
+        raise UserError(
+            f"teacher: shares {len(shared)} weights with the student, such as {shared[0]}, so training would change the "
+            "teacher. Load the model twice, one for each (an adapter also changes the model that it is put on)"
+        )
+
+
 def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.Module:
     """Freeze ``model`` and put LoRA adapters on it (arXiv 2106.09685), through ``peft``.
 
@@ -345,7 +379,9 @@ def save_student(
         model = _whole_copy(model, weights)
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
-    model.config.use_cache = True  # type: ignore[union-attr, assignment]  # the Trainer switched it off for training
+    config: Any = model.config
+    for holder in (config, config.get_text_config()):
+        holder.use_cache = True  # the Trainer switched it off for training
     folder = folder.resolve()  # a link cannot be replaced by a folder
     unfinished, old = (folder.with_name(f".{folder.name}{part}.unfinished") for part in ("", ".old"))
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed

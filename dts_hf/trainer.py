@@ -48,7 +48,14 @@ from dts_hf.head import Head, head_of, loss_in_head
 from dts_hf.interruption import at_step_end, deaf_worker
 from dts_hf.losses import DistillationLoss
 from dts_hf.meters import MeanLog, SumMeter, means
-from dts_hf.models import align_vocabularies, check_head, load_model, load_tokenizer
+from dts_hf.models import (
+    align_vocabularies,
+    check_apart,
+    check_head,
+    load_model,
+    load_tokenizer,
+    unwrapped,
+)
 from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
@@ -151,9 +158,13 @@ class DistillationTrainer(Trainer):
             )
         if router_aux_loss not in ("model", "none"):
             raise UserError(f"router_aux_loss: got {router_aux_loss!r}, expected 'model' or 'none'")
-        self.router = router_of(model) if router_aux_loss == "model" else None
+        model = unwrapped(model)
+        held = teacher.model if isinstance(teacher, LiveTeacher) else teacher
+        if isinstance(held, nn.Module):
+            check_apart(model, held)
         prepare_deepspeed(args, model)
         self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
+        self.router = router_of(model) if router_aux_loss == "model" else None
         if packing and data_collator is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
         borders = packing and check_packing(model, "the student", args.device)
