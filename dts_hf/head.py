@@ -177,8 +177,8 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
     moved, error = abs(float(returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
     if moved or not error <= tolerance:
         raise UserError(
-            f"{role}: {name} changes its logits in a way that dts_hf does not know (largest difference {max(moved, error):.3g}); it "
-            "knows a weight, a bias, a constant scale and a soft-cap"
+            f"{role}: {name} changes its logits in a way that dts_hf does not know (largest difference "
+            f"{max(moved, error):.3g}); it knows a weight, a bias, a constant scale and a soft-cap"
         )
     if not float((logits[0, :-1] - logits[1, :-1]).float().abs().max()) <= tolerance:
         raise UserError(

@@ -184,7 +184,7 @@ def pruned_config(config: Any, layers: int | Sequence[int], build: Build = AutoM
     except ValueError as error:  # transformers has no class for the language model alone
         raise UserError(
             f"student.init: {type(config).__name__} wraps {type(text_config).__name__}, and transformers has no model class "
-            f"for that alone ({error}). Give student.model instead"
+            "for that alone. Give student.model instead"
         ) from error
     if not before:
         raise UserError(
