@@ -163,8 +163,9 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
             with loss_in_head(model, loss):
                 returned = model(input_ids=ids, use_cache=False).logits
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"{role}: {name} cannot compute a loss in the place of its output layer: {error}"
+                f"{role}: {name} cannot compute a loss in the place of its output layer: {reason}"
             ) from error
         backbone_states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:
@@ -174,11 +175,11 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
     states, expected = seen[:2]
     low_precision = {logits.dtype, weight.dtype} & {torch.bfloat16, torch.float16}
     tolerance = (5e-2 if low_precision else 1e-4) * float(logits.float().abs().max().clamp(min=1.0))
-    moved, error = abs(float(returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
-    if moved or not error <= tolerance:
+    moved, apart = abs(float(returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
+    if moved or not apart <= tolerance:
         raise UserError(
             f"{role}: {name} changes its logits in a way that dts_hf does not know (largest difference "
-            f"{max(moved, error):.3g}); it knows a weight, a bias, a constant scale and a soft-cap"
+            f"{max(moved, apart):.3g}); it knows a weight, a bias, a constant scale and a soft-cap"
         )
     if not float((logits[0, :-1] - logits[1, :-1]).float().abs().max()) <= tolerance:
         raise UserError(

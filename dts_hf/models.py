@@ -312,9 +312,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     from accelerate.utils import extract_model_from_parallel
 
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    vars(model).pop("_is_accelerate_prepared", None)
-    return model
+    if not vars(model).pop("_is_accelerate_prepared", False) and "_original_forward" not in vars(model):
+        return model
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)  # type: ignore[no-any-return]
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:

@@ -78,7 +78,7 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     if not classifies:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     student.config.name_or_path = ""
-    return student.to(next(teacher.parameters()).device)
+    return student.to(next(teacher.parameters()).device)  # type: ignore[arg-type]
 
 
 def _words(shape: torch.Size | None) -> str:
