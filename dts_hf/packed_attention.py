@@ -175,7 +175,8 @@ def _keeps_rows_apart(model: Any, mask: Tensor | None, alone: Tensor) -> bool:
 
 def _rounding(model: Any) -> float:
     """How far, relative to themselves, logits may move because matrices of other shapes are multiplied."""
-    formats = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    formats = [torch.float32]  # many families go down to it inside
+    formats += [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     if getattr(model, "is_quantized", False) or torch.get_float32_matmul_precision() != "highest":
         formats.append(torch.bfloat16)  # what the products are made of: TF32 is hardly finer
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 1

@@ -28,6 +28,7 @@ LADDER = (
         "losses",
         "meters",
         "models",
+        "pruning",
         "prompts",
         "data",
         "row_order",
