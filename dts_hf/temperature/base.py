@@ -24,6 +24,10 @@ class Temperatures(NamedTuple):
             T_s T_t. Policies that fold another quantity into T (a standard deviation, say) give the factor of their paper.
         teacher_share: ``[]`` in [0, 1], the weight of the teacher's logits in the target softmax((1 - share) z_s +
             share z_t), z_s held constant (TAID, arXiv 2501.16937); None means 1: the teacher alone.
+        scale_free: ``[C, 1]`` bool, the rows whose T_s is a constant multiple of the standard deviation of z_s over the
+            vocabulary. What they train on then does not depend on the scale of z_s, and the loss takes the part of the
+            gradient along z_s - mean z_s out: the derivative through T_s. ``scale`` must be given with it, and must not
+            depend on z_s. None means that T_s is a number to the loss.
         observed: ``[C, K]``, detached features of each row. Their means over the optimizer step, all micro-batches and
             ranks, come back in ``StepStats.observed``: the one road from rows to state that no chunking can change.
     """
@@ -33,6 +37,7 @@ class Temperatures(NamedTuple):
     scale: Tensor | None = None
     teacher_share: Tensor | None = None
     observed: Tensor | None = None
+    scale_free: Tensor | None = None
 
 
 class RowStats(NamedTuple):
@@ -54,7 +59,8 @@ class StepStats:
     """Means over ONE optimizer step: every micro-batch of every rank, weighted by labels (nats per label).
 
     Attributes:
-        temperature_grad: d kd / d T for T_s = T_t = T, scale included; only for policies with ``learns``.
+        temperature_grad: d kd / d T for T_s = T_t = T, scale included and no weight held; only for policies with
+            ``learns``.
         observed: the means of ``Temperatures.observed``, K numbers.
     """
 
@@ -76,10 +82,16 @@ class TemperaturePolicy(nn.Module):
 
     A training loop calls ``begin_step`` once before an optimizer step, ``forward`` once per chunk of logits, and
     ``end_step`` once after it. State is plain numbers (``state_fields``), so it fits into a JSON file.
+
+    The gradient that the student gets is the derivative of the loss that is reported, with one exception: what ``forward``
+    reads from the student's logits and ``held`` names is a constant to it.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
+    #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as its page shows
+    #: it. None: nothing. A policy that holds something under some options alone sets it to None under the others.
+    held: str | None = None
     state_fields: ClassVar[tuple[str, ...]] = ()
     #: The policy wants ``StepStats.temperature_grad``; it gives one ``[]`` temperature for student and teacher.
     learns: ClassVar[bool] = False

@@ -115,6 +115,12 @@ class DTS(TemperaturePolicy):
         "teacher differ in confidence (other families, very different sizes). `range: auto` where nothing is known of "
         "the teacher's logits: it asks for tokens on offer instead of temperatures, and measures them in the first step."
     )
+    held = (
+        "Per token and sequence T_i, through the gap of its rows; decoupled per row also k_s in the ratio r. (With "
+        "granularity `batch`, decoupled or not, T comes from the step before, and nothing is held.) Dropped are a second "
+        "force of cross-entropy, which would lower the gap for the sake of T_i^2, and one through the student's largest "
+        "logit, which would move its sharpness for the sake of r. Both would change the loss by its temperature alone."
+    )
     cost: ClassVar[str] = (
         "none (batch, token); sequence: one more log-sum-exp of both models, and for a sequence longer than a chunk its "
         "logits a second time; decoupled: 2 reading passes per model (maximum, mean); range auto: 19 softmaxes "
@@ -184,6 +190,7 @@ class DTS(TemperaturePolicy):
         self.support_max, self.support_min = check_supports(self.range, support_max, support_min)
 
         self.solved_range: list[float] = []  # [t_max, t_min] once ``range: auto`` knows them
+        self.held = type(self).held if granularity != "batch" else None
         self.value = self.cosine_value = self._limits[0]
         self.schedule = 1.0  # S(p) with momentum
         self.gap = 0.0
