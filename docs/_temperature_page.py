@@ -19,7 +19,9 @@ HEAD = """\
 A recipe names one under `temperature: {name: ..., option: value}`. In the formulas p is the progress (the share of
 optimizer steps done) where no distribution is meant, z_s and z_t are the logits of student and teacher, T_s and T_t
 their temperatures, and D is the divergence. kd_loss is T_s T_t D unless another factor is given, and D alone under
-`temperature_scaling: none`. No gradient flows from a temperature into the logits, in any policy.
+`temperature_scaling: none`. The gradient that the student gets is the derivative of the loss that is reported; what a
+policy reads from the student's logits and holds constant in it stands under **Held constant**, with the force that this
+drops. The other policies hold nothing (tests/test_law_gradient.py).
 
 **Cost** counts passes over the vocabulary on top of `constant`. **The figures** are no measurements: every policy, at its
 default options, goes through the same invented run, in which the gap falls from 2.5 to 0.2 nats and the student's logits
@@ -57,6 +59,7 @@ def _section(name: str, kind: type[TemperaturePolicy]) -> str:
         about + "\n",
         *_background(kind),
         f"**When to use it.** {kind.use}\n",
+        *([f"**Held constant.** {kind.held}\n"] if kind.held else []),
         f"**Cost.** {kind.cost[0].upper()}{kind.cost[1:]}.\n",
         f"**Paper.** {_paper_link(kind.paper)}\n",
     ]

@@ -391,7 +391,9 @@ class _ChunkWalk:
         if temperatures.scale_free is not None and temperatures.scale is None:
             raise ValueError(f"the policy '{policy.name}' is scale-free, so it must give a scale, free of z_s")
         # Before value_and_grad, which uses buffers up. d u / d log T = -u on both sides.
-        slope = divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits) if policy.learns else 0.0
+        slope = (
+            divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits) if policy.learns else 0.0
+        )
         value, d_tempered = divergence.value_and_grad(at_t)
         self._add("kd", value * _rows(scale))
         if policy.learns:

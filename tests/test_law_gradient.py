@@ -9,10 +9,10 @@ its own, the weights of a divergence are those of tests/reference.py at the poin
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import reference
@@ -21,8 +21,17 @@ from test_trainer import arguments
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
-from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dts_hf.divergences import DIVERGENCES, Distributions, Divergence, build_divergence
 from dts_hf.meters import means
@@ -296,6 +305,13 @@ def test_the_gradient_is_the_derivative_of_the_reported_loss(case, setup):
             along = (gradient * setup.student.states.data).sum(-1)  # of each row: nothing pushes its scale
             assert along.abs().max() <= 1e-12 * gradient.norm() * setup.student.states.data.norm(), where
     assert scale_free == (policy.name in reference.SCALE_FREE)
+
+
+@pytest.mark.parametrize(("page", "kinds"), [("temperature", temperature_policies()), ("divergences", DIVERGENCES)])
+def test_the_pages_say_what_is_held(page, kinds):
+    text = (Path(__file__).resolve().parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for kind in kinds.values():
+        assert kind.held is None or (kind.held in text and "Dropped" in kind.held)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -46,7 +46,7 @@ class Distribution(NamedTuple):
 
     def log_prob_slope(self) -> Tensor:
         """d log prob / d log T = -(u - sum p u), ``[C, V]``, in a fresh buffer."""
-        return (dot(self.prob, self.logits).unsqueeze(-1) - self.logits)
+        return dot(self.prob, self.logits).unsqueeze(-1) - self.logits
 
     def entropy(self) -> Tensor:
         """H = log norm - sum p u, ``[C]``, nats."""

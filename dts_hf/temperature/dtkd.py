@@ -49,8 +49,9 @@ class DTKD(TemperaturePolicy):
     )
     held = (
         "T_s, T_t and with them the factor T_s T_t = 4 tau^2 k_s k_t / (k_s + k_t)^2. Dropped is the force through the "
-        "student's largest logit: k / T is the same for both models whatever k_s is, so with it the student would lower "
-        "the loss by the factor alone, by shrinking its logits, until the clamp stops it, and learn nothing by that."
+        "student's largest logit: k / T = (k_s + k_t) / 2 tau is the same for both models, so with it the student would "
+        "lower the loss without coming nearer to its teacher, by shrinking its logits: the factor gets smaller and both "
+        "distributions flatter, until the clamp stops it."
     )
     cost: ClassVar[str] = "2 reading passes per model (maximum, mean); with w_kd > 0 a second softmax of both models"
 

@@ -115,7 +115,7 @@ class DTS(TemperaturePolicy):
         "teacher differ in confidence (other families, very different sizes). `range: auto` where nothing is known of "
         "the teacher's logits: it asks for tokens on offer instead of temperatures, and measures them in the first step."
     )
-    held = (
+    held: str | None = (
         "Per token and sequence T_i, through the gap of its rows; decoupled per row also k_s in the ratio r. (With "
         "granularity `batch`, decoupled or not, T comes from the step before, and nothing is held.) Dropped are a second "
         "force of cross-entropy, which would lower the gap for the sake of T_i^2, and one through the student's largest "

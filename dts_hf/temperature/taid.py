@@ -21,10 +21,10 @@ class TAID(TemperaturePolicy):
     step with distillation loss L, m = 0.99 m + 0.01 (L_prev - L) / (L_prev + 1e-15) and t grows by alpha sigmoid(m)
     (1 - t), at least up to the straight line t_start + (1 - t_start) progress: faster while the loss falls.
 
-    In short runs the straight line is all there is. The adaptive step is alpha sigmoid(m) (1 - t), about alpha / 2 times
-    what is left; the line's is 1 / steps times what it has left. So below 2 / alpha steps (4,000 at the paper's alpha)
-    neither alpha nor m has any effect, and above that it is alpha that acts: over 20,000 steps of a falling loss the
-    momentum moves t by less than 0.005 (tests/test_temperature_policies.py).
+    In short runs the straight line is all there is. The adaptive step is alpha sigmoid(m), about alpha / 2, of what is left
+    to 1; the line's is at least 1 / steps of it. So below 2 / alpha steps (4,000 at the paper's alpha) neither alpha nor m
+    has an effect, and above that it is alpha that acts: over 20,000 steps of a falling loss the momentum moves t by less
+    than 0.005 (tests/test_temperature_policies.py).
 
     L is the divergence that we train on; the released code feeds it the cross-entropy of the target and the student,
     which has the target's entropy in it and so never comes near 0. Ours does where the student starts as its teacher, and
