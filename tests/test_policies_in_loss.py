@@ -17,13 +17,13 @@ POLICIES = {
     **{name: (name, {}) for name in sorted(temperature_policies())},
     "dts_per_sequence": ("dts", {"granularity": "sequence"}),
     "dts_per_token": ("dts", {"granularity": "token", "decoupled": True}),
+    "logit_std_softer": ("logit_std", {"value": 3.0}),
+    "norm_kd_softer": ("norm_kd", {"t_norm": 2.0}),
     "dtkd_with_kd": ("dtkd", {"w_kd": 1 / 3, "tau": 3.0}),
     "dtkd_with_kd_at_one": ("dtkd", {"w_kd": 0.5, "tau": 1.0}),
     "adakd_inverse": ("adakd", {"c": -0.5, "t_base": 2.0}),
     "taid_tempered": ("taid", {"value": 2.0}),
     "annealing_phase_two": ("annealing", {"phase_share": 0.1}),
-    "logit_std_softer": ("logit_std", {"value": 3.0}),
-    "norm_kd_softer": ("norm_kd", {"t_norm": 2.0}),
     "ctkd_at_one": ("ctkd", {"t_start": 0.5, "t_end": 1.0}),
 }
 # An option that must move the loss, and two values of it.

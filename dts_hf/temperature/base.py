@@ -82,19 +82,17 @@ class TemperaturePolicy(nn.Module):
 
     A training loop calls ``begin_step`` once before an optimizer step, ``forward`` once per chunk of logits, and
     ``end_step`` once after it. State is plain numbers (``state_fields``), so it fits into a JSON file.
-
-    The gradient that the student gets is the derivative of the loss that is reported, with one exception: what ``forward``
-    reads from the student's logits and ``held`` names is a constant to it.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
-    #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as its page shows
-    #: it. None: nothing. A policy that holds something under some options alone sets it to None under the others.
-    held: str | None = None
     state_fields: ClassVar[tuple[str, ...]] = ()
     #: The policy wants ``StepStats.temperature_grad``; it gives one ``[]`` temperature for student and teacher.
     learns: ClassVar[bool] = False
+    #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as the page shows
+    #: it. None: nothing, the gradient is the derivative of the reported loss. A policy that holds something under some
+    #: options alone sets it to None under the others.
+    held: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
