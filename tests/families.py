@@ -14,6 +14,7 @@ import torch
 import transformers
 from tiny import TINY_VOCAB
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = TINY_VOCAB
 LAYERS = 4
@@ -55,6 +56,7 @@ class Family:
         prunes: whether a student of three of its four layers can be cut out of it.
         trains: False where the family is refused, by one message, before training.
         model: the class that is built; by default what ``AutoModelForCausalLM`` takes.
+        note: what ``docs/models.md`` says about its pruning, or why it is refused.
     """
 
     config: str
@@ -64,6 +66,13 @@ class Family:
     prunes: bool = True
     trains: bool = True
     model: str = "AutoModelForCausalLM"
+    note: str = ""
+
+    @property
+    def class_name(self) -> str:
+        if self.model != "AutoModelForCausalLM":
+            return self.model
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[getattr(transformers, self.config).model_type]
 
     def configuration(self, **changes: Any) -> Any:
         return getattr(transformers, self.config)(**copy.deepcopy({**self.options, **changes}))
@@ -153,4 +162,29 @@ FAMILIES: dict[str, Family] = {
         inside="float32", packs=False),
     "LFM2": Family("Lfm2Config", {
         **SIZES, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8}, packs=False),
+    "Llama 4 text": Family("Llama4TextConfig", {
+        **SIZES, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "attention_chunk_size": 64, "interleave_moe_layer_step": 1}, inside="float32", model="Llama4ForCausalLM"),
+    "Gemma 3 with vision": Family("Gemma3Config", {
+        "text_config": {**SIZES, "head_dim": 8, **WINDOW}, "mm_tokens_per_image": 4, "image_token_index": 300,
+        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+                          "image_size": 28, "patch_size": 14}}, inside="float32",
+        model="Gemma3ForConditionalGeneration", note="into `Gemma3ForCausalLM`; text alone"),
+    "T5": Family("T5Config", {
+        "vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, trains=False,
+        model="T5ForConditionalGeneration", note="is an encoder-decoder model"),
+    "BART": Family("BartConfig", {
+        "vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}, trains=False,
+        model="BartForConditionalGeneration", note="is an encoder-decoder model"),
+    "BERT": Family("BertConfig", {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48}, trains=False, model="BertLMHeadModel", note="is not causal"),
+    "RecurrentGemma": Family("RecurrentGemmaConfig", {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 48, "lru_width": HIDDEN}, trains=False,
+        note="changes its logits in a way that dts_hf does not know"),
+    "xLSTM": Family("xLSTMConfig", {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_blocks": 2, "num_heads": 4}, trains=False,
+        note="cannot compute a loss in the place of its output layer"),
 }  # fmt: skip

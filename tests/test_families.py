@@ -203,6 +203,15 @@ def test_a_step_equals_dense_autograd(tmp_path: Any, name: str, packing: bool) -
     assert difference <= bound and apart <= bound
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.trains])
+def test_a_refused_family_is_refused_as_the_page_says(tmp_path: Any, name: str, role: str) -> None:
+    models: dict[str, nn.Module] = {"student": FAMILIES["LLaMA"].build(), "teacher": FAMILIES["LLaMA"].build(1)}
+    models[role] = FAMILIES[name].build()
+    with pytest.raises(UserError, match=f"^{role}: {FAMILIES[name].class_name} {FAMILIES[name].note}"):
+        trainer_for(tmp_path, models["student"], models["teacher"])
+
+
 # ------------------------------------------------------------------------------------------- the router's auxiliary loss
 
 #: Families whose own training loss has one, if ``output_router_logits`` says so.
