@@ -31,9 +31,9 @@ The families below are tested from tiny random configurations, each through `Dis
 - **Packing.** A packed row has the logits and gradients that it has alone: nothing of the row before it comes through.
 """
 
-ALSO_REFUSED = """Also refused: adapters that put virtual tokens before a row (prompt and prefix tuning) or sit on the output layer, a model
-that does anything else to its logits, a student that shares weights with its teacher, and, for packing or pruning, what
-the probe or the configuration shows to be impossible; the message then names what would work.
+ALSO_REFUSED = """Also refused: adapters that put virtual tokens before a row (prompt and prefix tuning) or sit on the
+output layer, a model that does anything else to its logits, a student that shares weights with its teacher, and, for
+packing or pruning, what the probe or the configuration shows to be impossible; the message then names what would work.
 """
 
 MIXTURES = """## Mixtures of experts
