@@ -87,8 +87,9 @@ def _text_config(model: nn.Module) -> Any:
 def head_of(model: nn.Module) -> Head:
     """Read the ``Head`` of a causal language model: weight, bias, and what the model does to its logits afterwards."""
     module, config = output_module(model), _text_config(model)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    # Not getattr: MiniCPM3 has a property of that name for what it does to its states before the output layer
+    divisor, softcap = (vars(config).get(key) for key in ("logits_scaling", "final_logit_softcapping"))
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
     return Head(weight, bias, scale, None if softcap is None else float(softcap))
 
@@ -113,20 +114,19 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iter
         return fn(states, replace(outside, weight=cast(Tensor, module.weight), bias=getattr(module, "bias", None)))
 
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1.0}
-    saved = {key: getattr(config, key) for key in neutral if getattr(config, key, None) is not None}
+    saved = {key: vars(config)[key] for key in neutral if vars(config).get(key) is not None}
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     logit_scale = getattr(owner, "logit_scale", None)
     try:
-        for key in saved:
-            setattr(config, key, neutral[key])
+        for key in saved:  # past __setattr__, which holds Gemma 3n to a soft-cap that is a number
+            vars(config)[key] = neutral[key]
         if logit_scale is not None:
             owner.logit_scale = 1.0
         module.forward = forward  # type: ignore[assignment]
         yield
     finally:
         del module.forward  # the instance attribute: the class's own forward shows again
-        for key, value in saved.items():
-            setattr(config, key, value)
+        vars(config).update(saved)
         if logit_scale is not None:
             owner.logit_scale = logit_scale
 

@@ -19,7 +19,14 @@ from dts_hf.errors import UserError
 from dts_hf.sharding import whole_weights
 
 #: Keys of configurations that list layer numbers.
-NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
+NUMBERS = (
+    "mlp_only_layers",
+    "moe_layers",
+    "full_attn_idxs",
+    "attn_layer_indices",
+    "hybrid_layer_ids",
+    "cross_attention_layers",
+)
 #: Keys that count the leading layers of a kind.
 LEADING = ("first_k_dense_replace", "num_dense_layers")
 #: Keys that count the last layers of a kind.
@@ -191,25 +198,44 @@ def pruned_config(config: Any, layers: int | Sequence[int], build: Build = AutoM
             f"student.init: {type(text_config).__name__} describes no stack of {total} layers to prune. "
             "Give student.model instead"
         )
-    name = type(text_config).__name__.removesuffix("Config")
-    advice = f"student.init.layers: {_nearest_choice(before, kept)} can be kept"
+    pruned, problem = _moved(build, text_config, before, kept)
+    if problem:
+        choice = _nearest_choice(before, kept)
+        works = not _moved(build, text_config, before, choice)[1]
+        advice = f"student.init.layers: {choice} can be kept" if works else "Choose others, or give student.model"
+        raise UserError(f"student.init.layers: got {layers}, but {problem}. {advice}")
+    return pruned
+
+
+def _moved(build: Build, config: Any, before: Sequence[Kind], kept: Sequence[int]) -> tuple[Any, str]:
+    """The configuration for the layers ``kept`` alone, and in words why it will not do; empty where it will."""
+    name = type(config).__name__.removesuffix("Config")
     try:
-        pruned = _renumbered(text_config, kept)
+        pruned = _renumbered(config, kept)
         # As it is now, and as it will be read from the student's folder
         after = [_kinds(build, read) for read in (pruned, type(pruned).from_dict(pruned.to_dict()))]
     except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"student.init.layers: {name} does not work with the layers {kept} of {total} alone: {reason}. {advice}"
-        ) from error
+        return None, f"{name} cannot be made of them alone: {' '.join(str(error).split()) or type(error).__name__}"
     for new, old in enumerate(kept):
         for kinds in after:
             if difference := _difference(before[old], kinds[new]):
-                raise UserError(
-                    f"student.init.layers: got {layers}, but layer {old} of {name} cannot become layer {new} of "
-                    f"{len(kept)}: its configuration makes that one another kind of layer ({difference}). {advice}"
+                return pruned, (
+                    f"layer {old} of {name} cannot become layer {new} of {len(kept)}: its configuration makes that one "
+                    f"another kind of layer ({difference})"
                 )
-    return pruned
+    attending = _attending(config)
+    if attending and not set(attending) & set(kept):  # transformers asks their cache how far it has come
+        return (
+            pruned,
+            f"no attention layer of {name} ({', '.join(map(str, attending))}) is among them to answer prompts",
+        )
+    return pruned, ""
+
+
+def _attending(config: Any) -> list[int]:
+    """The layers that attend to the tokens before them, where the configuration tells."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return [k for k, kind in enumerate(kinds) if kind == "hybrid" or ("attention" in kind and "linear" not in kind)]
 
 
 def _renumbered(config: Any, kept: Sequence[int]) -> Any:
@@ -270,12 +296,13 @@ def _difference(old: Kind, new: Kind) -> str:
     """What tells two kinds of layers apart, in words; empty where nothing does."""
     for place in dict.fromkeys([*old, *new]):
         was, made = old.get(place, ("nothing", {}, {})), new.get(place, ("nothing", {}, {}))
+        where = place.rpartition(".")[2]
         if was[0] != made[0]:
-            return f"{made[0]}, not {was[0]}"
+            return f"{where}: {made[0]}, not {was[0]}" if where else f"{made[0]}, not {was[0]}"
         for found, wanted in zip(made[1:], was[1:], strict=True):
             for key in dict.fromkeys([*wanted, *found]):
                 if found.get(key) != wanted.get(key):
-                    return f"{place.rpartition('.')[2]}.{key}: {found.get(key)}, not {wanted.get(key)}"
+                    return f"{where}.{key}: {found.get(key)}, not {wanted.get(key)}".lstrip(".")
     return ""
 
 

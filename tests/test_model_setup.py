@@ -141,6 +141,24 @@ def test_llama4_text_is_distilled_and_pruned(tmp_path: Any) -> None:
     assert run.evaluate()["eval_loss"] < before
 
 
+def test_gemma3n_keeps_its_soft_cap(tmp_path: Any) -> None:
+    """Its configuration takes nothing but a number for the soft-cap, so that it was not to be switched off."""
+    config = transformers.Gemma3nTextConfig(
+        **SIZES, head_dim=8, num_kv_shared_layers=1, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
+        laurel_rank=8, final_logit_softcapping=3.0, activation_sparsity_pattern=None,
+        layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    teacher = transformers.Gemma3nForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.normal_(std=0.3)
+    student = copy.deepcopy(teacher)
+    run = trainer(tmp_path, student, teacher)
+    assert abs(run.evaluate()["eval_kl"]) <= 1e-6
+    run.train()
+    assert student.config.final_logit_softcapping == 3.0
+
+
 # ------------------------------------------------------------------------------------------------ teacher and student
 
 

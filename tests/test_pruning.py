@@ -119,12 +119,39 @@ def test_layers_that_cannot_be_moved_are_refused_with_the_nearest_choice_that_ca
     )
 
 
+@pytest.mark.parametrize(("name", "config"), [("Jamba", "Jamba"), ("LFM2", "Lfm2")])
+def test_a_student_without_any_attention_is_refused(name: str, config: str) -> None:
+    """It could be trained, but transformers does not know how far its cache has come."""
+    says = rf"no attention layer of {config} \(1, 3\) is among them to answer prompts\. .*: \[0, 1\] can be kept"
+    with pytest.raises(UserError, match=says):
+        prune_layers(FAMILIES[name].build(), [0, 2])
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        ("DiffLlamaConfig", {}, r"layer 2 of DiffLlama cannot .*self_attn\.lambda_init: .* \[0, 1, 2\] can be kept"),
+        ("MiniCPM3Config", {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+                            "qk_nope_head_dim": 4, "v_head_dim": 8},
+         r"layer 0 of MiniCPM3 cannot .*\(residual_scale: 0\.80\d+, not 0\.7\)\. Choose others, or give student\.model"),
+    ],
+)  # fmt: skip
+def test_a_layer_that_computes_with_its_number_cannot_get_another(config: str, options: Any, says: str) -> None:
+    """With the depth itself no choice is left: the advice is tried before it is given."""
+    with pytest.raises(UserError, match=says):
+        pruned_config(Family(config, {**SIZES, **options}).configuration(), 3)
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 def test_the_advice_can_be_followed(count: int) -> None:
     config = Family("JambaConfig", {**JAMBA, "num_hidden_layers": 8}).configuration()
     try:
         assert pruned_config(config, count).num_hidden_layers == count
     except UserError as error:
+        if count == 1:  # the first layer is none with attention
+            assert str(error).endswith("(1, 5) is among them to answer prompts. Choose others, or give student.model")
+            assert pruned_config(config, [5]).num_hidden_layers == 1
+            return
         choice = json.loads("[" + str(error).rpartition("[")[2].partition("]")[0] + "]")
         assert len(choice) == count and choice == sorted(set(choice))
         assert pruned_config(config, choice).num_hidden_layers == count
