@@ -63,7 +63,7 @@ def without_layers(model: PreTrainedModel, kept: list[int]) -> Tensor:
         states = args[0] if args else kwargs["hidden_states"]
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
-    stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 4)
+    stack = next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == 4)
     handles = [
         layer.register_forward_hook(nothing, with_kwargs=True) for k, layer in enumerate(stack) if k not in kept
     ]
