@@ -6,12 +6,16 @@ every process still runs the same number of forwards, which sharded models need.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 #: The ``row_id`` of what only fills a batch.
 FILLER = -2
@@ -85,3 +89,13 @@ class FillersLast(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         yield from self.sampler
         yield from range(self.own, self.total)
+
+
+def total_steps(args: TrainingArguments, rows: int, devices: int = 1) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / (args.per_device_train_batch_size * devices))
+    if args.dataloader_drop_last:
+        batches = rows // (args.per_device_train_batch_size * devices)
+    return max(1, math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs))

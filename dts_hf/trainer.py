@@ -60,9 +60,9 @@ from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
 from dts_hf.router import router_of
-from dts_hf.row_order import FilledUp, FillersLast, filler, real_tokens
+from dts_hf.row_order import FilledUp, FillersLast, filler, real_tokens, total_steps
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
-from dts_hf.sharding import is_sharded, shard_teacher, whole_head
+from dts_hf.sharding import is_sharded, on_first_process, shard_teacher, whole_head
 from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
@@ -196,6 +196,7 @@ class DistillationTrainer(Trainer):
         self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
         self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
+        self.temperature.check_classes(self.vocab_size)
         self._fresh_state = self.temperature.state()
         self.rows_of_step: list[Tensor] = []  # row_id of the micro-batches of the step that runs, this rank's
         self.interrupting = False  # the checkpoint being written is one that a signal asked for
@@ -544,6 +545,32 @@ class DistillationTrainer(Trainer):
         """What was done since ``began`` (monotonic seconds), before the first step, counts for no clock."""
         self._logged_at = time.monotonic()
         self.exact_resume.leave_out(self._logged_at - began)
+
+    def prepare_temperature(self, steps: int | None) -> None:
+        """Let the policy read what it needs besides this run; every process calls it and gets what the first one read.
+
+        Args:
+            steps: optimizer steps of the whole run; None where they are not known yet.
+
+        Raises:
+            UserError: it cannot be read, or does not fit a run of this length.
+        """
+
+        def read() -> dict[str, Any]:
+            self.temperature.begin_run(steps)
+            return self.temperature.state()
+
+        state = on_first_process(read, self.args.process_index, self.args.world_size)
+        self.temperature.load_state(state)
+        if self.state.global_step == 0:  # a retry needs nothing read again: the other run may be gone by then
+            self._fresh_state = state
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps that ``train`` will take; None where only the Trainer finds out (rows without a number)."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return self.args.max_steps if self.args.max_steps > 0 else None
+        devices = self.args.world_size * max(1, self.args.n_gpu)
+        return total_steps(self.args, len(self.train_dataset), devices)  # type: ignore[arg-type]
 
     def reset_statistics(self) -> None:
         """Start a run from nothing: the temperature as it was given, and no sums."""

@@ -13,6 +13,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import policy_of
 
 from dts_hf.errors import UserError
 from dts_hf.temperature import RowStats, StepStats, build_temperature, temperature_policies
@@ -401,7 +402,7 @@ def test_a_run_that_is_resumed_goes_on_as_if_unbroken(name):
             answers.append([part for part in answer if part is not None])
         return answers
 
-    unbroken, resumed = build_temperature(name), build_temperature(name)
+    unbroken, resumed = policy_of(name), policy_of(name)
     run(unbroken, range(4))
     resumed.load_state(json.loads(json.dumps(unbroken.state())))
     for a, b in zip(run(unbroken, range(4, 8)), run(resumed, range(4, 8))):

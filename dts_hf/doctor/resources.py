@@ -435,16 +435,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h"
 
 
-def total_steps(args: TrainingArguments, rows: int, devices: int = 1) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(rows / (args.per_device_train_batch_size * devices))
-    if args.dataloader_drop_last:
-        batches = rows // (args.per_device_train_batch_size * devices)
-    return max(1, math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs))
-
-
 def tokens_per_row(datasets: Sequence[EncodedDataset]) -> float:
     lengths = [length for dataset in datasets for length in dataset.lengths]
     return sum(lengths) / max(len(lengths), 1)

@@ -39,7 +39,6 @@ from dts_hf.doctor.resources import (
     resident_bytes,
     shapes_from_configs,
     tokens_per_row,
-    total_steps,
     workload_of,
 )
 from dts_hf.doctor.shapes import ModelShape
@@ -59,8 +58,10 @@ from dts_hf.evaluation.scorer import load_sets
 from dts_hf.models import align_vocabularies, head_of, load_model, load_student, load_tokenizers
 from dts_hf.prompts import get_template
 from dts_hf.recipe import Recipe, load_recipe, training_arguments
+from dts_hf.row_order import total_steps
 from dts_hf.sharding import place_teacher
 from dts_hf.teacher_answers import answer_rows
+from dts_hf.temperature import build_temperature
 
 Shapes = tuple[ModelShape, "ModelShape | None"]
 
@@ -119,6 +120,8 @@ def diagnose(
     with diagnosis.check("recipe") as check:
         recipe = load_recipe(path, overrides)
         check.summary = recipe_words(recipe)
+        if recipe.teacher is not None:
+            build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
     if recipe is not None:
         with tempfile.TemporaryDirectory(prefix="dts_hf-doctor-") as folder, quiet():
             if recipe.task is None:
@@ -281,7 +284,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
         sampled = need(sample, "a sample of rows").first(EFFECT_LABELS)
         check_effect(check, need(trainer, "a trainer").loss, sampled, use_of_teacher(recipe))
     with diagnosis.check("temperature") as check:
-        labels = need(sample, "a sample of rows").first(EFFECT_LABELS // 4)
+        labels = need(sample, "a sample of rows").first(EFFECT_LABELS)
         check_schedule(check, need(trainer, "a trainer").loss, labels, need(steps, "rows"))
     with diagnosis.check("steps") as check:
         if not fits.trains:
