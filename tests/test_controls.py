@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
@@ -12,6 +13,7 @@ from statistics import fmean, pstdev
 
 import pytest
 import torch
+from launching import HERE, launch
 from recorded import a_run, record
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainingArguments
@@ -552,3 +554,11 @@ def test_two_temperatures_reach_the_loss_of_the_trainer(tmp_path):
         found[tuple(options.values())] = (logged(trainer, "kd_loss")[0], logged(trainer, "grad_norm")[0])
     losses, norms = zip(*found.values())
     assert all(abs(a - b) > 1e-4 for column in (losses, norms) for a, b in itertools.pairwise(column))
+
+
+def test_all_processes_have_what_the_first_one_read(source, tmp_path):
+    done = launch(HERE / "controls_worker.py", 2, [source[1], str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and "6 optimizer steps and this run 7" in first["refused"]
+    assert len(first["replay"]["trace"]) == 6 and len(first["permuted"]["replayed"]) == 5

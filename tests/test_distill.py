@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -350,3 +351,23 @@ def test_two_fixed_temperatures_by_recipe(workplace):
     temperature = {"name": "constant", "value": 2.0, "teacher_value": 3.0}
     run = distill(recipe(temperature=temperature, output={"dir": "run", "report": False}, **QUICK))
     assert {(line["temperature"], line["teacher_temperature"]) for line in train_lines(run)} == {(2.0, 3.0)}
+
+
+def test_a_resume_goes_on_when_the_replayed_run_is_gone(recorded, workplace):
+    training = QUICK["training"] | {"save_strategy": "steps", "save_steps": 2}
+    wanted = recipe(
+        temperature={"name": "replay", "run": "runs/dts"},
+        training=training,
+        evaluation=QUICK["evaluation"],
+        output={"dir": "run", "report": False},
+    )
+    whole = train_lines(distill(wanted))
+    shutil.rmtree("runs/dts")
+    for name in ("metrics.json", "final", "checkpoint-4"):  # as if killed between steps 2 and 4
+        path = workplace / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    names = ("step", "loss", "temperature", "teacher_temperature", "gap")
+    again = train_lines(distill(wanted, resume=True))
+    assert [[line[name] for name in names] for line in again] == [[line[name] for name in names] for line in whole]
+    with pytest.raises(UserError, match=r"temperature.run: runs/dts: no such folder"):
+        distill(wanted.model_copy(update={"output": wanted.output.model_copy(update={"dir": "new"})}))
