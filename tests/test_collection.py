@@ -24,7 +24,18 @@ def collecting(root: Path, tests: str, **surroundings: str) -> subprocess.Popen[
     """A process that collects ``tests`` of the checkout at ``root`` and runs none."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": os.pathsep.join((str(root), env.get("PYTHONPATH", ""))), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider", tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        tests,
+    ]
     return subprocess.Popen(
         command, cwd=root, env=env | surroundings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -47,7 +58,9 @@ def collected_twice(folder: Path, tests: str = "tests") -> tuple[list[str], list
     (folder / "home").mkdir()
     first = collecting(ROOT, tests, PYTHONHASHSEED="1")
     time.sleep(SECONDS_APART)
-    second = collecting(copy, tests, PYTHONHASHSEED="2", TZ="Pacific/Auckland", HOME=str(folder / "home"), COLUMNS="61")
+    second = collecting(
+        copy, tests, PYTHONHASHSEED="2", TZ="Pacific/Auckland", HOME=str(folder / "home"), COLUMNS="61"
+    )
     return names(first), names(second)
 
 
