@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from dts_hf.callbacks import (
     BROKEN_STEPS,
@@ -67,6 +70,10 @@ from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 
+#: As the Trainer calls it.
+TRAINING_ARGS_NAME = "training_args.bin"
+#: Folder of ``args.output_dir`` that holds what is uploaded, while it is.
+UPLOAD = ".hub_upload"
 #: What is logged when there is no teacher.
 WITHOUT_TEACHER = ("ce_loss", "student_entropy", "aux_loss")
 
@@ -98,7 +105,8 @@ class DistillationTrainer(Trainer):
             it out. Held-out losses never have it. See ``router.Router``.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``sharding.shard_teacher``).
-        model_card: returns the text of the model card that ``push_to_hub`` uploads.
+        model_card: returns the text of the model card that ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is
+            uploaded while training runs, whatever ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
         kwargs: everything else that ``Trainer`` takes.
 
     Raises:
@@ -691,11 +699,79 @@ class DistillationTrainer(Trainer):
         self.exact_resume.learning_rate = super()._get_learning_rate()
         return self.exact_resume.learning_rate
 
+    # ------------------------------------------------------------------------------------------------- the Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False."""
+        given = self.args.hub_private_repo if private is None else private
+        super().init_hf_repo(token, True if given is None else given)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the student, its tokenizer and its card, from a folder made for it that holds nothing else.
+
+        Never ``args.output_dir`` itself: logs, checkpoints and answers to held-out rows lie there. All processes call it.
+
+        Args:
+            private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
+            kwargs: as for ``Trainer.push_to_hub``, with ``tags`` a list or one tag.
+
+        Returns:
+            As ``Trainer.push_to_hub``.
+        """
+        own = str(self.args.output_dir)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)  # its name may be that of the folder
+        if isinstance(kwargs.get("tags"), str):
+            kwargs["tags"] = [kwargs["tags"]]
+        name = kwargs.pop("model_name", None) or Path(self.args.hub_model_id or Path(own).absolute()).name
+        self._finish_current_push()
+        staged = Path(own) / UPLOAD
+        main = self.is_world_process_zero()
+        if main:
+            shutil.rmtree(staged, ignore_errors=True)  # of a killed process
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(staged)
+        done: Any = None
+        try:
+            done = super().push_to_hub(commit_message, blocking, token, revision, private, model_name=name, **kwargs)
+        finally:
+            self.args.output_dir = own
+            if main and (blocking or done is None):
+                shutil.rmtree(staged, ignore_errors=True)
+        if main and not blocking:
+            self.push_in_progress = PushInProgress([done])  # type: ignore[assignment, arg-type]
+            done.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
+        return done
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer's would upload ``args.output_dir`` as it is. Only the finished student leaves."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The Trainer's, but ``training_args.bin`` holds nobody's token and is not uploaded."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        folder = Path(output_dir or str(self.args.output_dir))
+        if folder.name == UPLOAD:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The distillation's own card where there is one, else the Trainer's with our tags."""
         if self.model_card is None:
             tags = ["dts_hf", "knowledge-distillation", self.temperature.name]
-            super().create_model_card(*args, **{**kwargs, "tags": [*tags, *(kwargs.get("tags") or [])]})
+            more = kwargs.get("tags") or []
+            more = [more] if isinstance(more, str) else more
+            super().create_model_card(*args, **{**kwargs, "tags": [*tags, *more]})
         elif self.is_world_process_zero():
             write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.model_card())
 
@@ -729,6 +805,11 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
     if args.label_smoothing_factor:
         raise UserError(
             f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise UserError(
+            f"args.hub_strategy: got '{HubStrategy(args.hub_strategy).value}', expected 'end': a checkpoint lies among logs "
+            "and held-out answers and is not uploaded; the finished student is, once"
         )
     # Our fillers make the batches of an epoch even; with these, accelerate counts steps and shares out rows in another way.
     for name, expected in (("split_batches", False), ("even_batches", True)):
