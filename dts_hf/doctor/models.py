@@ -154,12 +154,13 @@ def _batches(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequence[
 # ----------------------------------------------------------------------------------------------- teacher and student
 
 
-def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, classes: int) -> None:
+def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, classes: int, *, cut: bool = False) -> None:
     """Cross-entropy of both on the same labels, at T = 1.
 
     Args:
         eval_loss: the trainer's, at T = 1.
         classes: ids that the loss sees; ln of it is what blind guessing costs.
+        cut: the student is made of layers of the teacher.
     """
     with torch.no_grad():
         sums = eval_loss(
@@ -180,9 +181,20 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
         )
     if not all(math.isfinite(value) for value in mean.values()):
         check.error("loss-not-finite", "the cross-entropy on real rows is no number", "")
-    elif sample.teacher_states is None:
         return
-    elif mean["teacher_ce"] > UNTRAINED * guess:
+    if mean["ce"] > guess:
+        check.warn(
+            "student-worse-than-guessing",
+            f"the student needs {mean['ce']:.2f} nats per label, and guessing evenly among {classes:,} ids costs {guess:.2f}: "
+            + ("without the layers that were left out it knows nothing" if cut else "it knows nothing of these rows"),
+            "student.init.layers: keep more layers, or other ones (a list; the first ones of some models bear it better than "
+            "evenly spaced ones), or train for many more tokens: it starts from less than nothing"
+            if cut
+            else "Are its weights trained, and the prompt template the one it knows? From random weights: train much longer",
+        )
+    if sample.teacher_states is None:
+        return
+    if mean["teacher_ce"] > UNTRAINED * guess:
         check.error(
             "teacher-untrained",
             f"the teacher needs {mean['teacher_ce']:.2f} nats per label, and guessing evenly among {classes:,} ids "

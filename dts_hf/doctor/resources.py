@@ -137,13 +137,19 @@ def shapes_from_configs(recipe: Recipe) -> tuple[ModelShape, ModelShape | None] 
 
 
 def workload_of(
-    recipe: Recipe, args: TrainingArguments, shape: ModelShape, data: EncodedDataset, student: nn.Module | None = None
+    recipe: Recipe,
+    args: TrainingArguments,
+    shape: ModelShape,
+    data: EncodedDataset,
+    student: nn.Module | None = None,
+    beside: float = 0.0,
 ) -> Workload:
     """The heaviest micro-batch that the training rows can make: the longest rows together.
 
     Args:
         data: tokenised training rows.
         student: counts its own adapters, where it is loaded.
+        beside: bytes of ordinary memory that rows and tokenizers take.
     """
     batch = min(args.per_device_train_batch_size, len(data))
     responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
@@ -170,6 +176,7 @@ def workload_of(
         autocast=autocast,
         attention="packed" if packed else "sdpa",
         device="cuda" if args.device.type == "cuda" else "cpu",
+        beside=beside if args.device.type == "cpu" else 0.0,
     )
 
 
@@ -246,12 +253,14 @@ def check_memory(
              "fits": memory.total <= room}
         )  # fmt: skip
     alone = estimate_memory(*shapes, workload, launched_plan(recipe, 1))
-    loaded = alone.student + alone.teacher + alone.loss
+    loaded = alone.student + alone.teacher + alone.loss + alone.beside
     weights = alone.student + alone.teacher  # they pass through ordinary memory on their way to a GPU
     fits = Fits(loaded <= room and weights <= device.get("host", room), alone.total <= room)
     needed = found[0][1].total
-    check.values = {"needed": round(needed), "device": room, "strategy": launched.strategy}
+    check.values = {"needed": round(needed), "device": room, "strategy": launched.strategy, "alone": round(alone.total)}
     check.summary = f"about {gb(needed)} needed of {gb(room)} free on this {device['name']} ({plan_words(launched)})"
+    if alone.beside > 0.05 * needed:
+        check.summary += f", {gb(alone.beside)} of it rows and tokenizers"
     if needed <= COMFORTABLE * room:
         return fits
     smaller = next((plan for plan, memory in found[1:] if memory.total <= COMFORTABLE * room), None)
