@@ -529,6 +529,38 @@ def learning_rate_that_explodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     return {"training": {"learning_rate": 1e30}}
 
 
+@fault("training", "learning-rate-too-high", "warning")
+def learning_rate_of_five(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"training": {"learning_rate": 5.0}}
+
+
+@fault("training", "learning-rate-too-high", "warning")
+def learning_rate_of_five_for_sgd(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"training": {"learning_rate": 5.0, "optim": "sgd"}}
+
+
+@fault("steps", "loss-explodes", "warning")
+def learning_rate_of_one_tenth(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"training": {"learning_rate": 0.1}}
+
+
+@fault("cross-entropy", "student-worse-than-guessing", "warning")
+def student_that_pruning_destroyed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"student": {"init": {"from": "teacher", "layers": [2, 3]}}}
+
+
+@fault("cross-entropy", "student-worse-than-guessing", "warning")
+def student_with_random_weights_and_no_teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"student": own_student(), "teacher": None, "loss": {"kd_ratio": 0.0}}
+
+
+@fault("steps", "memory-above-estimate", "warning")
+def estimate_far_too_low(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    read = resources.PeakMemory.read
+    monkeypatch.setattr(resources.PeakMemory, "read", lambda self: (read(self) or 0) + 300_000_000)
+    return {}
+
+
 @fault("steps", "weights-do-not-move")
 def learning_rate_without_effect(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"training": {"learning_rate": 1e-30}}

@@ -154,7 +154,9 @@ def _batches(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequence[
 # ----------------------------------------------------------------------------------------------- teacher and student
 
 
-def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, classes: int, *, cut: bool = False) -> None:
+def check_teacher(
+    check: Check, eval_loss: DistillationLoss, sample: Sample, classes: int, *, cut: bool = False
+) -> None:
     """Cross-entropy of both on the same labels, at T = 1.
 
     Args:
@@ -185,10 +187,11 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
     if mean["ce"] > guess:
         check.warn(
             "student-worse-than-guessing",
-            f"the student needs {mean['ce']:.2f} nats per label, and guessing evenly among {classes:,} ids costs {guess:.2f}: "
+            f"the student needs {mean['ce']:.2f} nats per label, and guessing evenly among {classes:,} ids costs "
+            f"{guess:.2f}: "
             + ("without the layers that were left out it knows nothing" if cut else "it knows nothing of these rows"),
-            "student.init.layers: keep more layers, or other ones (a list; the first ones of some models bear it better than "
-            "evenly spaced ones), or train for many more tokens: it starts from less than nothing"
+            "student.init.layers: keep more layers, or others (a list: some models bear it better to lose their last layers "
+            "than every second one), or train on many more tokens: it starts from less than nothing"
             if cut
             else "Are its weights trained, and the prompt template the one it knows? From random weights: train much longer",
         )

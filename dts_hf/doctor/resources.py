@@ -257,7 +257,12 @@ def check_memory(
     weights = alone.student + alone.teacher  # they pass through ordinary memory on their way to a GPU
     fits = Fits(loaded <= room and weights <= device.get("host", room), alone.total <= room)
     needed = found[0][1].total
-    check.values = {"needed": round(needed), "device": room, "strategy": launched.strategy, "alone": round(alone.total)}
+    check.values = {
+        "needed": round(needed),
+        "device": room,
+        "strategy": launched.strategy,
+        "alone": round(alone.total),
+    }
     check.summary = f"about {gb(needed)} needed of {gb(room)} free on this {device['name']} ({plan_words(launched)})"
     if alone.beside > 0.05 * needed:
         check.summary += f", {gb(alone.beside)} of it rows and tokenizers"

@@ -283,12 +283,12 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
             chosen = [by_id[built.train_dataset.row_ids[index]] for index in sample_rows]  # type: ignore[union-attr]
             check_chat_form(check, built, recipe, chat, chosen, check.values["teacher_ce"])
     with diagnosis.check("effect") as check:
-        sampled = need(sample, "a sample of rows").first(EFFECT_LABELS)
-        check_effect(check, need(trainer, "a trainer").loss, sampled, use_of_teacher(recipe))
+        loss = need(trainer, "a trainer").loss
+        check_effect(check, loss, need(sample, "a sample of rows").first(EFFECT_LABELS), use_of_teacher(recipe))
     with diagnosis.check("temperature") as check:
-        labels = need(sample, "a sample of rows").first(EFFECT_LABELS)
-        check_schedule(check, need(trainer, "a trainer").loss, labels, need(steps, "rows"))
-    sample = None  # with fp32 copies of both heads, which the run will not have
+        loss = need(trainer, "a trainer").loss
+        check_schedule(check, loss, need(sample, "a sample of rows").first(EFFECT_LABELS), need(steps, "rows"))
+    sample = None  # it holds the student's head in fp32, a copy that the run will not have
     with diagnosis.check("steps") as check:
         if not fits.trains:
             raise Skipped("three steps on one device do not fit into its memory")
@@ -384,7 +384,7 @@ def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device
             "learning-rate-too-high",
             f"training.learning_rate is {args.learning_rate:g}; with {getattr(args.optim, 'value', args.optim)} rates above "
             f"{highest:g} destroy what the student knows",
-            f"training.learning_rate: {'0.1' if highest > 1 else '1e-5 to 1e-3'}, the smaller the larger the model",
+            f"training.learning_rate: {'0.01 to 0.1' if highest >= 1 else '1e-5 to 1e-3'}, the smaller the larger the model",
         )
     if args.max_steps > 0 and args.warmup_steps >= max(args.max_steps, 2):
         check.warn(
@@ -401,7 +401,7 @@ def highest_rate(optimizer: str) -> float:
     Adam and its kin divide by the gradient's size, so the rate is what every weight moves by in a step, and weights are
     about 0.02 to 0.1 large. SGD's step is as large as the (clipped) gradient makes it.
     """
-    return 10.0 if optimizer.startswith("sgd") else 1e-2
+    return 1.0 if optimizer.startswith("sgd") else 1e-2
 
 
 def trial_arguments(trial: Recipe, folder: Path) -> TrainingArguments:

@@ -137,7 +137,7 @@ def check_steps(
             f"{len(laps.seconds)} optimizer steps changed none of the {len(before)} trained tensors",
             "A higher training.learning_rate, fewer training.warmup_steps, or student.dtype: float32",
         )
-    elif losses[-1] > losses[0] + EXPLODES[0] and losses[-1] > EXPLODES[1] * losses[0]:
+    elif losses and losses[-1] > max(losses[0] + EXPLODES[0], EXPLODES[1] * losses[0]):
         check.warn(
             "loss-explodes",
             f"the loss grows in the first steps: {_shown(losses)} (gradient norms {_shown(norms)})",
