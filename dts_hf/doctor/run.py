@@ -199,7 +199,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
             check_step_size(check, student, args.learning_rate)
     with diagnosis.check("special-tokens") as check:
         configs = {
-            who: (model.config.get_text_config(), getattr(model, "generation_config", None))
+            who: (model.config.get_text_config(), getattr(model, "generation_config", None))  # type: ignore[operator, union-attr]
             for who, model in (("student", student), ("teacher", teacher))
             if model is not None
         }
