@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
 from families import FAMILIES, LAYERS, VOCAB
+from recorded import record
 from tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -28,14 +32,25 @@ LENGTHS = (5, 11, 8, 9)
 TRAINED = {name: family for name, family in FAMILIES.items() if family.trains}
 PACKED = {name: family for name, family in TRAINED.items() if family.packs}
 
+
+@functools.cache
+def a_run_of_one_temperature() -> str:
+    """A finished run of two steps at T = 2, of student and teacher."""
+    return record(
+        Path(tempfile.mkdtemp()) / "run",
+        {"temperature": [2.0] * 2, "teacher_temperature": [2.0] * 2, "gap": [0.7] * 2},
+    )
+
+
 #: Ways to set up each policy that have T_student = T_teacher where the logits are equal, and the teacher as the target.
 #: TAID's target is a mix of teacher and student, which is the teacher where the two are equal: it obeys the law as well.
 SAME_TEMPERATURE: dict[str, list[dict[str, Any]]] = {
-    "constant": [{"value": 3.0}],
+    "constant": [{"value": 3.0}],  # with a teacher_value the temperatures differ
     "linear": [{}],
-    "cosine": [{}],
+    "cosine": [{}, {"match_mean_of": a_run_of_one_temperature}],
     "dts": [
         *({"rule": rule, "granularity": g} for rule in ("paper", "code", "gap") for g in ("batch", "sequence", "token")),
+        {"gap_source": {"replay": a_run_of_one_temperature, "order": "permuted"}},
         {"decoupled": True},
         {"decoupled": True, "granularity": "token"},
         {"range": "auto", "support_max": 40.0, "support_min": 10.0},
@@ -48,11 +63,23 @@ SAME_TEMPERATURE: dict[str, list[dict[str, Any]]] = {
     "norm_kd": [{}],
     "max_logit": [{}],
     "taid": [{"value": 2.0}],
+    "replay": [{"run": a_run_of_one_temperature}],
 }  # fmt: skip
 #: The others, and why the law does not speak of them.
 OTHER_TEMPERATURE = {
     "annealing": "T_teacher is 1 / Phi while T_student is 1",
 }
+
+
+def specification(policy: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A temperature of ``SAME_TEMPERATURE``, with the folder of the recorded run where it names one."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(entry) for key, entry in value.items()}
+        return value() if callable(value) else value
+
+    return {"name": policy, **filled(options)}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -79,6 +106,7 @@ def step(trainer: DistillationTrainer) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a training step, formed as ``train`` does it: its loader, its count, its ``training_step``."""
     model: Any = trainer.model
     model.zero_grad()
+    trainer.temperature.begin_run(2)
     trainer.temperature.begin_step(0.4)
     batch = next(iter(trainer.get_train_dataloader()))
     count = trainer._get_num_items_in_batch([batch], trainer.args.device)
@@ -121,7 +149,7 @@ def test_a_copy_of_the_teacher_has_no_kd_gradient(tmp_path: Any, name: str) -> N
     worst = 0.0
     for policy, variants in SAME_TEMPERATURE.items():
         for options in variants:
-            trainer = trainer_for(tmp_path, student, teacher, kd_ratio=1.0, temperature={"name": policy, **options})
+            trainer = trainer_for(tmp_path, student, teacher, kd_ratio=1.0, temperature=specification(policy, options))
             _, gradients = step(trainer)
             share = norm(gradients) / labels_alone
             worst = max(worst, share)
@@ -141,7 +169,7 @@ def test_no_divergence_has_a_gradient_at_the_teacher(tmp_path: Any, divergence: 
                 student,
                 teacher,
                 kd_ratio=1.0,
-                temperature={"name": policy, **options},
+                temperature=specification(policy, options),
                 divergence=divergence,
             )
             loss, gradients = step(trainer)

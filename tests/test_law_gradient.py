@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from recorded import policy_of
 from test_trainer import arguments
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models
@@ -35,7 +36,7 @@ from transformers import (
 
 from dts_hf.divergences import DIVERGENCES, Distributions, Divergence, build_divergence
 from dts_hf.meters import means
-from dts_hf.temperature import StepStats, build_temperature, temperature_policies
+from dts_hf.temperature import StepStats, temperature_policies
 from dts_hf.trainer import DistillationTrainer
 
 V, SHAPE = 12, (2, 5)
@@ -46,6 +47,7 @@ BOUND = 1e-6
 #: Every policy as it comes, and the options that take another way through the loss; the number of steps it has seen.
 CASES: dict[str, tuple[str, dict, int]] = {
     **{name: (name, {}, 8) for name in sorted(temperature_policies())},
+    "constant_of_two": ("constant", {"value": 1.5, "teacher_value": 3.0}, 1),
     "dts_paper": ("dts", {"rule": "paper"}, 8),
     "dts_code": ("dts", {"rule": "code"}, 8),
     "dts_decoupled": ("dts", {"decoupled": True}, 8),
@@ -116,7 +118,7 @@ class Setup:
 
     def use(self, name: str, options: dict, steps: int) -> None:
         """A new policy that has gone through ``steps`` optimizer steps with falling gaps."""
-        policy = build_temperature(name, **options)
+        policy = policy_of(name, **options)
         self.trainer.temperature = self.trainer.loss.temperature = policy
         for k in range(steps):
             self.draw(100 + k, sharpness=1.0 + 0.1 * k)
