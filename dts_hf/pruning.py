@@ -67,7 +67,10 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     wraps = text_config is not teacher.config
     build: Build = auto_class.from_config if wraps else type(teacher)._from_config
     config = pruned_config(teacher.config, layers, build)
-    if wraps and not classifies:
+    if wraps and classifies:
+        for key in ("id2label", "label2id", "problem_type"):
+            setattr(config, key, getattr(teacher.config, key))
+    elif wraps:
         embeddings, output = teacher.get_input_embeddings(), teacher.get_output_embeddings()
         config.tie_word_embeddings = output is not None and output.weight is embeddings.weight
     with whole_weights():

@@ -50,7 +50,8 @@ def build(kind: Any, config: Any) -> Any:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    model.generation_config.eos_token_id = [2, 7]
+    if model.can_generate():
+        model.generation_config.eos_token_id = [2, 7]
     return model
 
 
@@ -157,6 +158,16 @@ def test_gemma3_through_the_recipe(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     assert type(student).__name__ == "Gemma3ForCausalLM"
     metrics = json.loads((run.path / "metrics.json").read_text())
     assert set(metrics["models"]) >= {"teacher", "student"}
+
+
+def test_a_wrapped_classifier_is_pruned_with_its_classes() -> None:
+    config = transformers.Gemma3Config(text_config={**SIZES, **WINDOW}, vision_config=VISION, mm_tokens_per_image=4)
+    config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    teacher = build(transformers.Gemma3ForSequenceClassification, config)
+    student = prune_layers(teacher, 4).eval()
+    assert type(student).__name__ == "Gemma3TextForSequenceClassification"
+    assert student.config.id2label == config.id2label and prune_layers(teacher, 2).config.num_labels == 3
+    torch.testing.assert_close(logits_of(student), logits_of(teacher), rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrapper_whose_language_model_has_no_class_of_its_own_is_refused() -> None:
