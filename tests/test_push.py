@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ class Hub:
         self.commits.append((f"{repo_id}: {commit_message}", files))
         self.tokens.append(token)
         if run_as_future:
-            future: Any = __import__("concurrent.futures").futures.Future()
+            future: Future[str] = Future()
             future.set_result("url")
             return future
         return "url"
