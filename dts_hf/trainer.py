@@ -755,13 +755,22 @@ class DistillationTrainer(Trainer):
         """Nothing: the Trainer's would upload ``args.output_dir`` as it is. Only the finished student leaves."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The Trainer's, but ``training_args.bin`` holds nobody's token and is not uploaded."""
+        """The Trainer's, but ``training_args.bin`` holds nobody's token and is not uploaded.
+
+        Raises:
+            UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        if folder.name == UPLOAD and state_dict == {}:  # the Trainer would put a checkpoint there, optimizer included
+            raise UserError(
+                "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces and "
+                "cannot be uploaded"
+            )
         token, self.args.hub_token = self.args.hub_token, None
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-        folder = Path(output_dir or str(self.args.output_dir))
         if folder.name == UPLOAD:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

@@ -152,6 +152,21 @@ def test_checkpoints_are_not_for_the_hub(tmp_path: Path, hub: Hub, strategy: str
     assert not hub.created
 
 
+def test_a_student_in_pieces_is_not_replaced_by_a_checkpoint(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the Trainer does under ZeRO-3 where DeepSpeed may not gather the weights."""
+    trainer = trainer_for(tmp_path)
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        trainer._save(output_dir, state_dict={})
+
+    monkeypatch.setattr(trainer, "save_model", save_model)
+    with pytest.raises(UserError, match="stage3_gather_16bit_weights_on_model_save is false"):
+        trainer.push_to_hub()
+    assert not hub.commits and not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------- from a recipe
 
 
