@@ -118,7 +118,7 @@ def test_every_strategy_and_split_ends_in_the_same_weights_temperatures_and_loss
     In each group one process trains once more, its gradients disturbed by just what sums in another order are off by
     (``round_gradients``). What becomes of that in 5 or 20 steps is how far rounding carries the group's weights, losses
     and norms; norms most of all, because a gradient is what is left of terms that cancel. (A Xeon with AMX, all strategies:
-    0.3 to 1.3 times as much where a quantity is well above what is rounded in one step, ``AT_ONCE``.) The bound is ``ROOM``
+    0.3 to 1.7 times as much where a quantity is well above what is rounded in one step, ``AT_ONCE``.) The bound is ``ROOM``
     times both.
     """
     bounds = {}
