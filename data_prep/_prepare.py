@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -33,6 +34,8 @@ GPT2 = "openai-community/gpt2"
 # SHA-256 of GPT-2's sorted vocabulary, as `Lengths.describe` computes it.
 GPT2_VOCABULARY = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
 MAX_UNZIPPED_BYTES = 4 << 30
+#: Splits whose rows give way to those of the held-out splits; ``valid`` (Dolly's) gives way to ``test`` too.
+GIVES_WAY = ("valid", "train")
 
 JsonObject = dict[str, Any]
 
@@ -44,10 +47,13 @@ def parser(doc: str, source: str) -> argparse.ArgumentParser:
     """The arguments that every script has.
 
     Args:
-        doc: the script's docstring; its first line is the description.
+        doc: the script's docstring; its first line is the description, the examples and the rest stand below the options.
         source: the default source.
     """
-    made = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    first, _, rest = doc.partition("\n")
+    made = argparse.ArgumentParser(
+        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--source", default=source, help="local file or folder, URL, or Hub name (default: %(default)s)")
     made.add_argument("--output", type=Path, default=Path("data"), help="data folder (default: %(default)s)")
     made.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -198,12 +204,17 @@ class Job:
         """The protocol's second rule: only rows whose FIRST reference has so many tokens."""
         low, high = BINS[name]
         bound = "inf)" if high is None else f"{high}]"
+        if not self.lengths and high is None:  # a token has a byte at least, so this much can be told without counting
+            short = sum(len(text.encode()) < low for text in _first_references(rows))
+            if 2 * short > len(rows):
+                raise UserError(
+                    f"{self.name}: {short:,} of {len(rows):,} rows have a first reference of fewer than {low} bytes, so of"
+                    f" fewer than {low} tokens: this is the file of another length, expected [{low}, {bound} tokens"
+                )
         rule = f"only rows whose first reference has [{low}, {bound} tokens"
-        return self._filter(rows, rule, f"first reference outside [{low}, {bound} tokens", "", self._first_references,
+        return self._filter(rows, rule, f"first reference outside [{low}, {bound} tokens", "",
+                            lambda rows: self.lengths.of_texts(_first_references(rows)),
                             lambda length: low <= length and (high is None or length <= high))  # fmt: skip
-
-    def _first_references(self, rows: Sequence[JsonObject]) -> list[int]:
-        return self.lengths.of_texts([r["output"] if isinstance(r["output"], str) else r["output"][0] for r in rows])
 
     def _filter(
         self,
@@ -227,12 +238,16 @@ class Job:
     def write(self, splits: Mapping[str, Sequence[JsonObject]]) -> None:
         """Compare the row counts with the published ones, then write the splits and the manifest.
 
+        A row of train that asks the question of a held-out row is left out: the published counts are those before that.
+
         Raises:
             UserError: an empty split, or other counts than published without ``--allow-other-counts``.
         """
         expected = KNOWN_SETS[self.name].rows
+        found = {split: len(rows) for split, rows in splits.items()}
+        splits = self._apart(splits)
         counts = {split: len(rows) for split, rows in splits.items()}
-        self._check_counts(counts, expected)
+        self._check_counts(counts, found, expected)
         folder = self.arguments.output / self.name
         texts = {split: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
                  for split, rows in splits.items()}  # fmt: skip
@@ -253,7 +268,7 @@ class Job:
                 for split, text in texts.items()
             },
             "published_rows": dict(expected),
-            "counts_as_expected": all(counts.get(split) == rows for split, rows in expected.items()),
+            "counts_as_expected": all(found.get(split) == rows for split, rows in expected.items()),
         }
         if self._is_there(folder, manifest):
             print(f"{self.name}: already prepared in {folder}, nothing changed")
@@ -264,13 +279,29 @@ class Job:
         for reason, number in self.dropped.items():
             print(f"  dropped {number:,}: {reason}")
 
-    def _check_counts(self, counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    def _apart(self, splits: Mapping[str, Sequence[JsonObject]]) -> dict[str, Sequence[JsonObject]]:
+        """The splits, without the rows of train and valid whose question a split behind them has (see ``GIVES_WAY``)."""
+        apart = dict(splits)
+        asked = {
+            key for split, rows in splits.items() if split not in GIVES_WAY for row in rows for key in identity(row)
+        }
+        for split in GIVES_WAY:
+            if split not in apart:
+                continue
+            rows = apart[split]
+            apart[split] = without(rows, asked)
+            if len(apart[split]) < len(rows):
+                self.dropped[f"{split}: the question of a held-out row"] += len(rows) - len(apart[split])
+            asked |= {key for row in apart[split] for key in identity(row)}
+        return apart
+
+    def _check_counts(self, counts: Mapping[str, int], found: Mapping[str, int], expected: Mapping[str, int]) -> None:
         empty = [split for split, count in counts.items() if not count]
         if empty:
             dropped = "".join(f"; dropped {number:,}: {reason}" for reason, number in self.dropped.items())
             raise UserError(f"{self.name}: no rows are left for {', '.join(empty)}{dropped}")
-        other = [f"{split} has {counts.get(split, 0):,} rows, expected {rows:,}"
-                 for split, rows in expected.items() if counts.get(split) != rows]  # fmt: skip
+        other = [f"{split} has {found.get(split, 0):,} rows, expected {rows:,}"
+                 for split, rows in expected.items() if found.get(split) != rows]  # fmt: skip
         if other and not self.arguments.allow_other_counts:
             raise UserError(
                 f"{self.name}: {'; '.join(other)} (as published). Scores on other rows do not compare with published"
@@ -311,10 +342,47 @@ class Job:
                 path.unlink(missing_ok=True)
 
 
+def _first_references(rows: Sequence[JsonObject]) -> list[str]:
+    return [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]
+
+
 def _is_blank(output: object) -> bool:
     if isinstance(output, (list, tuple)):
         return not output or (isinstance(output[0], str) and not output[0].strip())
     return isinstance(output, str) and not output.strip()
+
+
+# -------------------------------------------------------------------------------------------------- the same question?
+
+
+def plain(text: str) -> str:
+    """Letters and digits of ``text`` alone, without what stands in square brackets.
+
+    Editions of a text differ in punctuation and in Wikipedia's marks (``[3]``, ``[a]``, ``[citation needed]``), which stand
+    behind letters, full stops, brackets and quotes alike: they go first, before the punctuation around them does.
+    """
+    bare, count = text, 1
+    while count:  # once more for a mark within brackets
+        bare, count = re.subn(r"\[\s*\w[^\[\]]{0,40}\]", "", bare)
+    return re.sub(r"\W+", "", bare).casefold()
+
+
+def identity(row: JsonObject) -> set[tuple[str, ...]]:
+    """What makes two rows the same question: one of these in common.
+
+    The texts that are asked with; of instruction rows also instruction and answer, because an edition may lack the input.
+    """
+    if "instruction" not in row:
+        texts = [value for name, value in row.items() if isinstance(value, str) and name not in ("id", "idx", "label")]
+        return {("texts", *map(plain, texts))}
+    instruction = plain(row["instruction"])
+    answers = [row["output"]] if isinstance(row["output"], str) else row["output"]
+    return {("input", instruction, plain(row["input"])), *(("output", instruction, plain(text)) for text in answers)}
+
+
+def without(rows: Sequence[JsonObject], asked: set[tuple[str, ...]]) -> list[JsonObject]:
+    """The rows that share no ``identity`` with ``asked``."""
+    return [row for row in rows if not identity(row) & asked]
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -114,7 +114,10 @@ def read_tsv(content: bytes, name: str, task: Task, job: Job) -> Iterator[tuple[
         header = next(lines, "").rstrip("\r\n").split("\t")
         missing = {*task.columns.values(), task.label} - {*header}
         if missing:
-            raise UserError(f"{name}: line 1: no column {', '.join(map(repr, sorted(map(str, missing))))}")
+            raise UserError(
+                f"{name}: line 1: no column {', '.join(map(repr, sorted(map(str, missing))))}; found"
+                f" {', '.join(map(repr, header))[:200]}"
+            )
     for index, line in enumerate(lines):
         where = f"{name}: line {index + (2 if header else 1)}"
         cells = line.rstrip("\r\n").split("\t")

@@ -26,6 +26,7 @@ from dts_hf.errors import UserError, nearest
 LICENCE = "Apache-2.0 (the instances of a task keep the licence of its source)"
 SOURCE = "MiniLLM/sinst"
 ROWS_PER_TASK = 100
+NAMES = ("valid.jsonl", "valid.jsonl.gz", "test.jsonl", "test.jsonl.gz")  # a folder with one file of rows
 
 
 def from_tasks(job: Job) -> Iterator[tuple[str, Any]]:
@@ -70,8 +71,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     if job.source.kind == "hub" or (not job.source.is_single_file and job.source.find("11_/valid.jsonl")):
         for name in bins:
             splits[name] = job.clean(objects(job.source.get(f"{name}/valid.jsonl")), f"s_ni-{name.strip('_')}")
-    elif job.source.is_single_file:
-        splits = dict.fromkeys(bins, job.clean(objects(job.source.get()), "s_ni"))
+    elif job.source.is_single_file or (job.source.kind == "path" and job.source.find(*NAMES)):
+        splits = dict.fromkeys(bins, job.clean(objects(job.source.get(*NAMES)), "s_ni"))
     else:
         splits = dict.fromkeys(bins, job.clean(from_tasks(job), "s_ni"))
         job.rules.append(f"the first {ROWS_PER_TASK} instances of every test task")

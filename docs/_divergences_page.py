@@ -31,13 +31,25 @@ NOTES = """## Notes
   teacher's entropy. `kl` in the log is forward KL at T = 1 whatever the divergence: compare runs by that.
 - **End points are honest.** `jsd` tends to 0 at both ends of beta, so the ends are refused; they are not redefined as a
   KL. `skew_kl` with alpha 0 and `alpha_beta` with an exponent of 0 are true limits.
-- **Weights are constants.** The weights of `adaptive_kl` and `todi` carry no gradient, as in their papers. The mixtures of
-  `jsd` and the skew divergences do carry one: it is the gradient of the formula.
-- **Equal probabilities** enter the head of `adaptive_kl` together.
-- **`tvd` has a kink** where p = q: its gradient does not fade out as the student comes close.
+- **Everything else is differentiated**, the mixtures of `jsd` and the skew divergences too: the gradient is that of the
+  formula. A temperature that learns (`ctkd`) follows the reported value, with the weights moving too.
+- **The head of `adaptive_kl`** is the shortest run of the teacher's tokens that holds at least `mu`: the token that crosses
+  `mu` is in it (in AdaKD's copy of the method it is not), and equal probabilities enter together.
+- **`tvd` has a kink** where p = q: its gradient does not fade out as the student comes close. Where p and q differ by
+  rounding alone the signs, and so the gradient, are noise of full size: a student that starts as a copy of its teacher is
+  moved by it.
+- **`alpha_beta` with both exponents 0** is unbounded like the square of a log ratio, and its gradient adds up log ratios
+  over the whole vocabulary: in fp16 it overflows where logits are in the thousands, and the loss scaler skips the step.
 - **`logit_mse`** is no divergence of distributions: it is the squared distance of centred logits, for Annealing-KD.
 - **Underflow.** Logarithms of p and q come from the logits, so a probability that is 0 in float32 is handled as what it
-  is. Logits of minus infinity are not supported.
+  is. Logits of minus infinity are not supported: the loss is then no number.
+"""
+
+
+HELD = """## Held constant
+
+The gradient is the derivative of the value that is reported, except where a line says so here (tests/test_law_gradient.py):
+
 """
 
 
@@ -51,7 +63,8 @@ def divergences_page() -> str:
         *(_row(DIVERGENCES[name]) for name in names),
     ]
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    return f"{HEAD}\n{rows}\n\n{NOTES}"
+    held = "".join(f"- **`{name}`**: {DIVERGENCES[name].held}\n" for name in names if DIVERGENCES[name].held)
+    return f"{HEAD}\n{rows}\n\n{HELD}{held}\n{NOTES}"
 
 
 def _row(kind: type[Divergence]) -> list[str]:

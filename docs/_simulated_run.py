@@ -19,7 +19,7 @@ ROWS, VOCAB = 24, 200
 
 
 class Curves(NamedTuple):
-    """Temperatures at every 3rd step, ``[K, rows]`` (one column where all rows share it); shares ``[K]``."""
+    """Temperatures at every so many steps, ``[K, rows]`` (one column where all rows share it); shares ``[K]``."""
 
     student: Tensor
     teacher: Tensor
@@ -31,7 +31,7 @@ def _gaussian(rng: random.Random, deviations: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def simulate(policy: TemperaturePolicy) -> Curves:
+def simulate(policy: TemperaturePolicy, every: int = EVERY) -> Curves:
     """Take the policy through the run; what it sees is a function of progress and of its own temperatures."""
     rng = random.Random(0)
     teacher_logits = _gaussian(rng, [1.5 + 2.0 * row / (ROWS - 1) for row in range(ROWS)])
@@ -48,7 +48,7 @@ def simulate(policy: TemperaturePolicy) -> Curves:
         row_gaps = torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64) * gap
         rows = RowStats(row_gaps + 2.0, torch.full_like(row_gaps, 2.0), lse_s, lse_t, row_gaps)
         answer = policy(student_logits, teacher_logits, rows)
-        if step % EVERY == 0:
+        if step % every == 0:
             seen.append((answer.student.reshape(-1), answer.teacher.reshape(-1)))
             if answer.teacher_share is not None:
                 shares.append(answer.teacher_share.item())

@@ -1,4 +1,5 @@
-"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, and the tables of docs/scale.md.
+"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md, and the tables
+of docs/scale.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    write nothing; exit 1 and name the files that are not up to date
@@ -16,6 +17,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 from _divergences_page import divergences_page  # noqa: E402
+from _models_page import models_page  # noqa: E402
 from _scale_page import scale_page  # noqa: E402
 from _temperature_page import temperature_figures, temperature_page  # noqa: E402
 
@@ -23,7 +25,12 @@ from _temperature_page import temperature_figures, temperature_page  # noqa: E40
 def generated() -> dict[Path, str]:
     """Every generated file with its text."""
     figures = {DOCS / "figures" / name: text for name, text in temperature_figures().items()}
-    pages = {"temperature.md": temperature_page(), "divergences.md": divergences_page(), "scale.md": scale_page()}
+    pages = {
+        "temperature.md": temperature_page(),
+        "divergences.md": divergences_page(),
+        "models.md": models_page(),
+        "scale.md": scale_page(),
+    }
     return {**{DOCS / name: text for name, text in pages.items()}, **figures}
 
 

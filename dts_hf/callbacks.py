@@ -44,6 +44,7 @@ class TemperatureCallback(TrainerCallback):
         self.broken_steps = 0
         if state.global_step == 0:  # a second train(), or a retry with a smaller batch, is a new run
             self.trainer.reset_statistics()
+        self.trainer.prepare_temperature(state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

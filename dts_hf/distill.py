@@ -30,6 +30,7 @@ from dts_hf.data import (
 )
 from dts_hf.errors import UserError
 from dts_hf.evaluation.scorer import VALIDATION, Scorer, load_sets
+from dts_hf.generation import cache_argument
 from dts_hf.interruption import stops_on_signal
 from dts_hf.models import load_student, load_teacher, load_tokenizers, save_student
 from dts_hf.prompts import Template, encode_prompts, get_template
@@ -169,6 +170,7 @@ def make_trainer(
         processing_class=tokenizer,
         temperature_scaling=recipe.loss.temperature_scaling,
         logits_budget_mb=recipe.loss.logits_budget_mb,
+        router_aux_loss=recipe.loss.router_aux_loss,
         packing=recipe.data.packing,
         vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
         teacher_tokenizer=teacher_tokenizer,
@@ -203,11 +205,13 @@ def check_room(
     template: Template,
     rows: Sequence[Row],
 ) -> None:
-    """Generation would refuse too long prompts as well, but only once the run directory is there."""
+    """Generation would refuse such models and prompts as well, but only once the run directory is there."""
     wanted = recipe.evaluation
     prompts = encode_prompts(list(rows), tokenizer, template, recipe.data.max_prompt_length)
     longest = max((len(prompt.ids) for prompt in prompts if prompt is not None), default=0)
     for model in models:
+        if rows:
+            cache_argument(model)
         advice = f"Lower evaluation.max_new_tokens ({wanted.max_new_tokens}) or data.max_prompt_length"
         check_positions(model, "evaluation: the model", longest + wanted.max_new_tokens, advice)  # type: ignore[arg-type]
 

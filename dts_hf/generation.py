@@ -86,6 +86,23 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: Any) -> list[int]:
     return sorted({token for token in [tokenizer.eos_token_id, *from_model] if token is not None})
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """Return the name under which ``model`` takes its cache: under another one it would answer as if it had seen nothing.
+
+    Raises:
+        UserError: it takes none that is known here.
+    """
+    base = _base(model)
+    found = inspect.signature(base.forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in found), None)
+    if name is None:
+        raise UserError(
+            f"generation: {type(base).__name__} takes neither past_key_values nor cache_params, so it cannot answer "
+            "prompts here. Leave out data.validation, evaluation.sets and data.responses: teacher"
+        )
+    return name
+
+
 def generate(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -163,12 +180,14 @@ class _Run:
     finished: list[bool] = field(init=False)
     done: list[bool] = field(init=False)
     forward_options: dict[str, Any] = field(init=False)
+    cache_argument: str = field(init=False)
 
     def __post_init__(self) -> None:
         count = len(self.prompts)
         self.tokens, self.finished, self.done = [[] for _ in range(count)], [False] * count, [False] * count
         keeps = "logits_to_keep" in inspect.signature(_base(self.model).forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+        self.cache_argument = cache_argument(self.model)
         self.together = is_sharded(self.model)
 
     def add(self, row: int, token: int) -> None:
@@ -237,11 +256,13 @@ def _decode_step(run: _Run, lines: _Lines) -> None:
 def _last_logits(run: _Run, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
     if run.together:
         on_any_process(True, _device(run.model))  # so that those that have ended come along
+    # A state space model hides padding from its states: of one new token there is none
+    seen = None if run.cache_argument == "cache_params" and ids.shape != mask.shape else mask.long()
     output = run.model(
         input_ids=ids,
-        attention_mask=mask.long(),
+        attention_mask=seen,
         position_ids=positions,
-        past_key_values=cache,
+        **{run.cache_argument: cache},
         **run.forward_options,
     )
     return output.logits[:, -1]
@@ -412,12 +433,11 @@ def checked_prompts(
     row_keys: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """The prompts as ``generate`` takes them: an empty one is started, one that leaves no room is refused by its key."""
-    config = _base(model).config
-    start = config.bos_token_id if getattr(config, "bos_token_id", None) is not None else config.eos_token_id
-    limit = getattr(config, "max_position_embeddings", None)
+    base = _base(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     checked = []
     for number, prompt in enumerate(prompts):
-        ids = [int(token) for token in prompt] or [start]
+        ids = [int(token) for token in prompt] or [_start(base)]
         if limit is not None and len(ids) + max_new_tokens > limit:
             name = f"prompt {number}" if row_keys is None else f"the prompt of row {row_keys[number]!r}"
             raise UserError(
@@ -426,6 +446,17 @@ def checked_prompts(
             )
         checked.append(ids)
     return checked
+
+
+def _start(model: Any) -> int:
+    """The token that an empty prompt is started with: that of the generation config or of the language model's own."""
+    holders = [getattr(model, "generation_config", None), model.config.get_text_config(), model.config]
+    for name in ("bos_token_id", "eos_token_id"):
+        for holder in holders:
+            token = getattr(holder, name, None)
+            if token is not None:
+                return int(token[0] if isinstance(token, list) else token)
+    raise UserError(f"{type(model).__name__} names no token to start an empty prompt with; give every prompt a token")
 
 
 def _base(model: torch.nn.Module) -> Any:

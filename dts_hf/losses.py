@@ -387,16 +387,22 @@ class _ChunkWalk:
         scale = factor if self.squared else torch.ones_like(factor)
         if policy.learns and (t_s.dim() or temperatures.scale is not None):
             raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
-        teacher_pull = dot(divergence.teacher_grad(at_t), z_t) if policy.learns else None
+        if temperatures.scale_free is not None and temperatures.scale is None:
+            raise ValueError(f"the policy '{policy.name}' is scale-free, so it must give a scale, free of z_s")
+        # Before value_and_grad, which uses buffers up. d u / d log T = -u on both sides.
+        slope = (
+            divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits) if policy.learns else 0.0
+        )
         value, d_tempered = divergence.value_and_grad(at_t)
         self._add("kd", value * _rows(scale))
-        if teacher_pull is not None:
-            # d u / d T = - z / T^2 on both sides; a constant added to z drops out because each gradient sums to zero.
-            slope = -(dot(d_tempered, z_s) + teacher_pull) / t_s**2
+        if policy.learns:
+            slope = (slope - dot(d_tempered, at_t.q.logits)) / t_s
             self._add("temperature_grad", slope * scale + (2.0 * t_s * value if self.squared else 0.0))
         if not self.need_any:
             return
         grad = d_tempered.mul_(scale / t_s * self.kd_ratio)
+        if temperatures.scale_free is not None:
+            _through_deviation_(grad, z_s, temperatures.scale_free)
         if companions is not None:
             grad.add_(companions, alpha=self.kd_ratio)
         if self.kd_ratio < 1.0:
@@ -487,6 +493,17 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _rows(value: Tensor) -> Tensor:
     """``[C, 1]`` as ``[C]``; a single number stays one."""
     return value.squeeze(-1) if value.dim() else value
+
+
+def _through_deviation_(grad: Tensor, logits: Tensor, rows: Tensor) -> None:
+    """Turn, in place, a gradient by ``logits`` ``[C, V]`` at constant T into the one at T = const std(logits).
+
+    g - c (g . c) / (c . c) with c = z - mean z: the derivative of log T is c / (c . c), and g sums to zero. ``rows`` ``[C,
+    1]`` says where T is such a multiple.
+    """
+    centred = logits - logits.mean(-1, keepdim=True)
+    share = (dot(grad, centred) / dot(centred, centred)).unsqueeze(-1)
+    grad.addcmul_(centred, torch.where(rows, share, 0.0), value=-1.0)
 
 
 def _is_one(temperature: Tensor) -> bool:

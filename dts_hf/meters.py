@@ -99,6 +99,7 @@ def means(totals: dict[str, float]) -> dict[str, float]:
         "teacher_temperature": mean["teacher_temperature"],
         "temperature_min": totals["temperature_min"],
         "temperature_max": totals["temperature_max"],
+        **({"aux_loss": mean["aux"]} if "aux" in mean else {}),
         **{name.removeprefix(OF_POLICY): value for name, value in mean.items() if name.startswith(OF_POLICY)},
     }
 

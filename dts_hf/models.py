@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -31,6 +29,7 @@ from transformers import (
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
+from dts_hf.pruning import evenly_spaced, prune_layers
 from dts_hf.sharding import is_sharded, process, whole_state_dict, whole_weights
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ __all__ = [
     "ModelSource",
     "align_vocabularies",
     "backbone_of",
+    "check_apart",
     "check_head",
     "evenly_spaced",
     "head_of",
@@ -54,6 +54,7 @@ __all__ = [
     "output_module",
     "prune_layers",
     "save_student",
+    "unwrapped",
 ]
 
 logger = logging.getLogger(__name__)
@@ -303,75 +304,36 @@ def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module
     return model if student.lora is None else add_lora(model, student.lora)
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
-    """``count`` of the indices 0 .. total - 1, as far apart as possible, first and last included."""
-    if count == 1:
-        return [0]
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without what an earlier trainer has put around it: DDP, and autocast with outputs in fp32.
+
+    Accelerate puts autocast into ``model.forward`` itself, marks the model and never wraps a marked one again: the next
+    trainer would go on in the precision of the last one, whatever its own arguments say.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    if not vars(model).pop("_is_accelerate_prepared", False) and "_original_forward" not in vars(model):
+        return model
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)  # type: ignore[no-any-return]
 
 
-def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
-    """A copy of ``teacher`` that keeps some of its layers.
-
-    The copy is built from a config with the new depth, so every layer knows its own index: a stale ``layer_idx`` would
-    write the KV cache of one layer over another's.
-
-    Args:
-        teacher: any causal language model or sequence classifier whose layers sit in a ``ModuleList`` of
-            ``num_hidden_layers``.
-        layers: how many (evenly spaced, first and last included), or which, in ascending order from 0.
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that has weights in common with the student.
 
     Raises:
-        UserError: too many, none, out of range, repeated or unordered.
+        UserError: training would change the teacher, and freezing the teacher the student.
     """
-    total = int(teacher.config.num_hidden_layers)
-    kept = _kept_layers(layers, total)
-    stacks = [
-        name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if not stacks:
-        raise UserError(f"student.init: {type(teacher).__name__} has no stack of {total} layers to prune")
-
-    config = copy.deepcopy(teacher.config)
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:  # one entry per layer, such as layer_types
-            setattr(config, key, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-    classifies = type(teacher).__name__.endswith("ForSequenceClassification")
-    auto_class: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    with whole_weights():
-        student = auto_class.from_config(config, dtype=next(teacher.parameters()).dtype)
-
-    renumbered = {f"{stack}.{old}.": f"{stack}.{new}." for stack in stacks for new, old in enumerate(kept)}
-    state = {}
-    for key, value in teacher.state_dict().items():
-        stack = next((stack for stack in stacks if key.startswith(f"{stack}.")), None)
-        if stack is None:
-            state[key] = value
-            continue
-        prefix = f"{stack}.{key[len(stack) + 1 :].split('.', 1)[0]}."
-        if prefix in renumbered:
-            state[renumbered[prefix] + key[len(prefix) :]] = value
-    student.load_state_dict(state, strict=True)
-    if not classifies:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    student.config.name_or_path = ""
-    return student.to(next(teacher.parameters()).device)
-
-
-def _kept_layers(layers: int | Sequence[int], total: int) -> list[int]:
-    if isinstance(layers, int):
-        if not 1 <= layers <= total:
-            raise UserError(
-                f"student.init.layers: got {layers}, expected a number from 1 to {total}, the teacher's layers"
-            )
-        return evenly_spaced(layers, total)
-    kept = list(layers)
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
+    if student is teacher:
+        raise UserError("teacher: is the same object as the student; load the model twice, or copy.deepcopy(model)")
+    if is_sharded(student) or is_sharded(teacher):
+        return
+    ours = {weight.data_ptr() for weight in student.parameters() if weight.numel()} - {0}
+    shared = [name for name, weight in teacher.named_parameters() if weight.data_ptr() in ours]
+    if shared:
         raise UserError(
-            f"student.init.layers: got {kept}, expected different indices in ascending order from 0 to {total - 1}"
+            f"teacher: shares {len(shared)} weights with the student, such as {shared[0]}, so training would change the "
+            "teacher. Load the model twice, one for each (an adapter also changes the model that it is put on)"
         )
-    return kept
 
 
 def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.Module:
@@ -417,7 +379,9 @@ def save_student(
         model = _whole_copy(model, weights)
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
-    model.config.use_cache = True  # type: ignore[union-attr, assignment]  # the Trainer switched it off for training
+    config: Any = model.config
+    for holder in (config, config.get_text_config()):
+        holder.use_cache = True  # the Trainer switched it off for training
     folder = folder.resolve()  # a link cannot be replaced by a folder
     unfinished, old = (folder.with_name(f".{folder.name}{part}.unfinished") for part in ("", ".old"))
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from dts_hf.errors import UserError
 
 NAME = "dts_hf_packed"
+ROW = 12  # tokens of each of the two rows that ``check_packing`` looks at
 
 
 def borders_mask(lengths: Sequence[int]) -> Tensor:
@@ -88,9 +89,13 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-@torch.no_grad()
 def check_packing(model: nn.Module, name: str = "the model", device: torch.device | None = None) -> bool:
     """Prove on 24 tokens that ``model`` keeps packed rows apart; call it once after loading when packing is on.
+
+    Two rows, one behind the other. The gradient of the second one's logits in the embeddings of the first is exactly zero,
+    in every number format, where nothing passes from one to the other; a convolution or a recurrent state that runs on
+    over the border leaves a gradient, however little it moves the logits. And the second row gives the logits that it
+    gives alone, whatever the first one says, but for rounding.
 
     On a CPU a model that uses ``sdpa`` is switched to ``packed_attention`` where that works too; other calls of the model
     see no change. Bloom, MPT, Falcon, Mamba and others read row borders from nowhere (transformers 5.23): each row would
@@ -111,35 +116,71 @@ def check_packing(model: nn.Module, name: str = "the model", device: torch.devic
     was_training, before = owner.training, owner.config._attn_implementation
     owner.eval()
     try:
+        with torch.no_grad():  # by the model's own attention
+            alone = owner(input_ids=_probe(owner)[:, ROW:], use_cache=False).logits.float()
         if before in ("sdpa", NAME) and (device or owner.device).type == "cpu":
             owner.set_attn_implementation(NAME)
-            if _keeps_rows_apart(owner, borders_mask([12, 12])):
+            if _keeps_rows_apart(owner, borders_mask([ROW, ROW]), alone):
                 return True
             owner.set_attn_implementation(before)
-        if _keeps_rows_apart(owner, None):
+        if _keeps_rows_apart(owner, None, alone):
             return False
     finally:
         owner.train(was_training)
     raise UserError(
-        f"data.packing: {name} ({type(owner).__name__}) does not keep packed rows apart: a row would attend to the rows "
+        f"data.packing: {name} ({type(owner).__name__}) does not keep packed rows apart: a row would be changed by the rows "
         "before it. Set data.packing: false"
     )
 
 
-def _keeps_rows_apart(model: Any, mask: Tensor | None) -> bool:
-    """Whether the second of two packed rows gets the logits that it gets alone."""
+def _probe(model: Any) -> Tensor:
+    """Two rows of different tokens, ``[1, 2 * ROW]``."""
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(7, 7 + 24 * 5, 5, device=model.device).remainder(vocabulary)[None]
-    positions = torch.arange(12, device=model.device)[None]
-    packed: dict[str, Any] = {"position_ids": torch.cat([positions, positions], dim=1), "attention_mask": mask}
+    return torch.arange(7, 7 + 2 * ROW * 5, 5, device=model.device).remainder(vocabulary)[None]
+
+
+def _keeps_rows_apart(model: Any, mask: Tensor | None, alone: Tensor) -> bool:
+    """Whether the second of two packed rows sees nothing of the first and gets the logits that it gets alone."""
+    ids = _probe(model)
+    others = torch.cat([ids[:, :ROW].flip(1), ids[:, ROW:]], dim=1)
+    positions = torch.arange(ROW, device=model.device).repeat(2)[None]
+    packed: dict[str, Any] = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+    embedded: list[Tensor] = []
+
+    def mark(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(mark)
     try:
-        together = model(input_ids=ids, **packed, use_cache=False).logits[:, 12:].float()
+        with torch.enable_grad():
+            behind_one = model(input_ids=ids, **packed).logits[:, ROW:].float()
+            weights = torch.linspace(-1, 1, behind_one.numel(), device=behind_one.device).view_as(behind_one)
+            gradient = torch.autograd.grad((behind_one * weights).sum(), embedded[0])[0]
+        handle.remove()
+        with torch.no_grad():
+            behind_other = model(input_ids=others, **packed).logits[:, ROW:].float()
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, IndexError):  # no position_ids, or a mask of its own making
         return False
-    alone = model(input_ids=ids[:, 12:], position_ids=positions, use_cache=False).logits.float()
-    joined = model(input_ids=ids, use_cache=False).logits[:, 12:].float()
-    # Compared with the effect of a leak and not with zero, so that one bound serves float32 and bfloat16.
-    return bool((together - alone).abs().mean() <= 0.1 * (joined - alone).abs().mean())
+    finally:
+        handle.remove()
+    if gradient[:, :ROW].any() or not gradient[:, ROW:].any():
+        return False
+    # What is left to see is no leak but a wrong position, which moves every logit by far more than this.
+    bound = _rounding(model) * alone.abs().mean()
+    return all(bool((behind - alone).abs().mean() <= bound) for behind in (behind_one.detach(), behind_other))
+
+
+def _rounding(model: Any) -> float:
+    """How far, relative to themselves, logits may move because matrices of other shapes are multiplied."""
+    formats = [torch.float32]  # many families go down to it inside
+    formats += [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    if getattr(model, "is_quantized", False) or torch.get_float32_matmul_precision() != "highest":
+        formats.append(torch.bfloat16)  # what the products are made of: TF32 is hardly finer
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 1
+    return min(0.1, 64 * layers * max(torch.finfo(of_weight).eps for of_weight in formats))
 
 
 AttentionInterface.register(NAME, packed_attention)

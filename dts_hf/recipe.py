@@ -185,6 +185,10 @@ class Loss(Section):
         default="squared", description="Multiply kd_loss by T^2, or not."
     )
     logits_budget_mb: Count = Field(default=256, description="Memory for one chunk of logits, in MiB.")
+    router_aux_loss: Literal["model", "none"] = Field(
+        default="model",
+        description="The auxiliary loss of a mixture of experts: as the model's configuration has it, or left out.",
+    )
 
 
 class Task(Section):

@@ -14,7 +14,7 @@ import yaml
 from dts_hf.errors import UserError, nearest
 
 # The keys that hold a path or a model name; a value that starts with ./ or ../ is relative to the file that says it.
-PATH_KEYS = (
+PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("student", "model"),
     ("teacher", "model"),
     ("teacher", "tokenizer"),
@@ -22,6 +22,9 @@ PATH_KEYS = (
     ("data", "validation"),
     ("task", "mismatched"),
     ("evaluation", "sets"),
+    ("temperature", "run"),
+    ("temperature", "match_mean_of"),
+    ("temperature", "gap_source", "replay"),
 )
 MERGE_TAG = "tag:yaml.org,2002:merge"
 # A recipe has some hundred bytes, three levels and a few bases. What is far beyond is no recipe, and takes for ever.
@@ -211,17 +214,24 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """Write short forms out, and resolve ``./``, ``../`` and ``~/`` against ``folder``."""
-    expanded = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    expanded = _copied(values)
     for holder, key in ((expanded, "temperature"), (expanded.get("loss"), "divergence")):
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = {"name": holder[key]}
-    for section, key in PATH_KEYS:
-        holder = expanded.get(section)
-        if isinstance(holder, dict) and key in holder:
-            many = isinstance(holder[key], list)
-            paths = [_resolve(item, folder) for item in (holder[key] if many else [holder[key]])]
-            holder[key] = paths if many else paths[0]
+    for *sections, key in PATH_KEYS:
+        at: Any = expanded
+        for section in sections:
+            at = at.get(section) if isinstance(at, dict) else None
+        if isinstance(at, dict) and key in at:
+            many = isinstance(at[key], list)
+            paths = [_resolve(item, folder) for item in (at[key] if many else [at[key]])]
+            at[key] = paths if many else paths[0]
     return expanded
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` and the mappings in it as new dicts."""
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _resolve(value: Any, folder: str | Path) -> Any:

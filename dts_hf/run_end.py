@@ -84,16 +84,22 @@ def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:
         write_report(run)
     if args.process_index == 0 and args.push_to_hub:
         repository = args.hub_model_id or run.path.resolve().name
-        say(f"training.push_to_hub: unless it was uploaded, do it with: hf upload {repository} {run.final_path}")
+        words = "" if args.hub_private_repo is False else "--private "
+        say(
+            f"training.push_to_hub: unless it was uploaded, do it with: hf upload {words}{repository} {run.final_path}"
+        )
     return run
 
 
 def push(trainer: DistillationTrainer, run: RunDirectory) -> None:
-    """Upload the student with its card through the Trainer's own ``push_to_hub``, from ``final/``."""
+    """Upload ``final/`` with the card of the run, through the trainer's own ``push_to_hub``."""
     from dts_hf.reporting.model_card import render_model_card
 
+    def save_model(*args: Any, **kwargs: Any) -> None:
+        """Instead of saving the student once more: final/ is whole, merged and there."""
+        if trainer.is_world_process_zero():
+            shutil.copytree(run.final_path, str(trainer.args.output_dir), dirs_exist_ok=True)
+
     trainer.model_card = lambda: render_model_card(run)
-    trainer.args.output_dir = str(run.final_path)
-    # It would save the model once more; final/ is whole, merged and there
-    trainer.save_model = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    trainer.save_model = save_model  # type: ignore[method-assign]
     trainer.push_to_hub()

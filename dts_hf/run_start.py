@@ -25,6 +25,7 @@ from dts_hf.run_end import say
 from dts_hf.run_lock import lock
 from dts_hf.saved_scores import BEFORE, kept_scores
 from dts_hf.sharding import check_can_shard, on_first_process
+from dts_hf.temperature import build_temperature
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -79,8 +80,16 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
 
     Raises:
         UserError: the folder cannot be used, or another process uses it; the named checkpoint is not whole, or the run in
-            the folder is another one.
+            the folder is another one; a recorded run that the temperature needs is not there.
     """
+    start = _start_of(recipe, args, resume)
+    if recipe.teacher is not None and start.checkpoint is None and not start.finished:
+        # What the temperature reads of another run is in the checkpoints of this one; at the beginning it must be there.
+        build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
+    return start
+
+
+def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     named = args.resume_from_checkpoint
     RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume or named is not None)
     run = RunDirectory(recipe.output.dir)
@@ -139,13 +148,16 @@ def open_run(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_fr
         made_from: ``data_manifest.json``.
 
     Raises:
-        UserError: rows or launch have changed since ``start.checkpoint``, or see ``make_directory``.
+        UserError: rows or launch have changed since ``start.checkpoint``, a recorded run that the temperature needs has
+            another length, or see ``make_directory``.
     """
     run = RunDirectory(recipe.output.dir)
     if start.keep:
         check_same_rows(run, made_from)
     if start.checkpoint is not None:
         check_layout(trainer, start.checkpoint)
+    else:
+        trainer.prepare_temperature(trainer.planned_steps())
     on_first_process(lambda: make_directory(recipe, start), trainer.args.process_index, trainer.args.world_size)
     if trainer.is_world_process_zero():
         run.save_recipe(recipe)

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSam
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from dts_hf.callbacks import (
     BROKEN_STEPS,
@@ -61,13 +64,21 @@ from dts_hf.head import Head, head_of, loss_in_head
 from dts_hf.interruption import at_step_end, deaf_worker
 from dts_hf.losses import DistillationLoss
 from dts_hf.meters import MeanLog, SumMeter, means
-from dts_hf.models import align_vocabularies, check_head, load_model, load_tokenizer
+from dts_hf.models import (
+    align_vocabularies,
+    check_apart,
+    check_head,
+    load_model,
+    load_tokenizer,
+    unwrapped,
+)
 from dts_hf.packed_attention import check_packing
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX, count_targets, select_response, sequence_numbers
-from dts_hf.row_order import FILLER, FilledUp, FillersLast, filler
+from dts_hf.router import router_of
+from dts_hf.row_order import FilledUp, FillersLast, filler, real_tokens, total_steps
 from dts_hf.run_directory import write_json_atomic, write_text_atomic
-from dts_hf.sharding import is_sharded, process, shard_teacher, whole_head
+from dts_hf.sharding import is_sharded, on_first_process, process, shard_teacher, whole_head
 from dts_hf.teachers import LiveTeacher, NoTeacher, Teacher
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
@@ -83,8 +94,12 @@ from dts_hf.tokenised import (
 
 logger = logging.getLogger(__name__)
 
+#: As the Trainer calls it.
+TRAINING_ARGS_NAME = "training_args.bin"
+#: Folder of ``args.output_dir`` that holds what is uploaded, while it is.
+UPLOAD = ".hub_upload"
 #: What is logged when there is no teacher.
-WITHOUT_TEACHER = ("ce_loss", "student_entropy")
+WITHOUT_TEACHER = ("ce_loss", "student_entropy", "aux_loss")
 
 
 class DistillationTrainer(Trainer):
@@ -109,9 +124,13 @@ class DistillationTrainer(Trainer):
         packing: lay the rows of a batch end to end, without padding.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
+        router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
+            configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
+            it out. Held-out losses never have it. See ``router.Router``.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``sharding.shard_teacher``).
-        model_card: returns the text of the model card that ``push_to_hub`` uploads.
+        model_card: returns the text of the model card that ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is
+            uploaded while training runs, whatever ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
@@ -155,6 +174,7 @@ class DistillationTrainer(Trainer):
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
+        router_aux_loss: str = "model",
         model_card: Callable[[], str] | None = None,
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -180,11 +200,20 @@ class DistillationTrainer(Trainer):
                 "model: its weights are split over processes already, as from_pretrained makes them while TrainingArguments "
                 "with ZeRO-3 exist; expected a whole model: load it within dts_hf.sharding.whole_weights(), or give its name"
             )
+        if router_aux_loss not in ("model", "none"):
+            raise UserError(f"router_aux_loss: got {router_aux_loss!r}, expected 'model' or 'none'")
+        model = unwrapped(model)
+        held = teacher.model if isinstance(teacher, LiveTeacher) else teacher
+        if isinstance(held, nn.Module):
+            check_apart(model, held)
         prepare_deepspeed(args, model)
         self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
+        self.router = router_of(model) if router_aux_loss == "model" else None
         if packing and data_collator is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
         borders = packing and check_packing(model, "the student", args.device)
+        # A mixture of experts reads the mask as one of tokens, for its router's loss.
+        borders = borders and not _collects_router_logits(model)
         if packing and isinstance(self.teacher, LiveTeacher):
             borders = check_packing(self.teacher.model, "the teacher", args.device) and borders
         else:
@@ -207,6 +236,7 @@ class DistillationTrainer(Trainer):
         self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
         self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
+        self.temperature.check_classes(self.vocab_size)
         self._fresh_state = self.temperature.state()
         self.rows_of_step: list[Tensor] = []  # row_id of the micro-batches of the step that runs, this rank's
         self.interrupting = False  # the checkpoint being written is one that a signal asked for
@@ -309,22 +339,43 @@ class DistillationTrainer(Trainer):
         teacher_states = self.teacher.states(batch, labels)
         sums: dict[str, Tensor] = {}
 
-        def loss_of_states(states: Tensor) -> Tensor:
+        def loss_of_states(states: Tensor, head: Head) -> Tensor:
             rows, targets = select_response(states, labels)
-            head = self._cut(head_of(student))
             cut_teacher = None if teacher_head is None else self._cut(teacher_head)
-            output = loss_fn(rows, head, teacher_states, cut_teacher, targets, normalizer, sequences)
+            output = loss_fn(rows, self._cut(head), teacher_states, cut_teacher, targets, normalizer, sequences)
             sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 
         with whole_head(self.teacher.head) as teacher_head, loss_in_head(student, loss_of_states):
-            loss = model(**batch, use_cache=False).logits
+            outputs = model(**batch, **self._router_options(model.training), use_cache=False)
+        loss = outputs.logits
         exact = sums.pop("loss")
         if loss.dtype != exact.dtype:  # FSDP2 in bf16 rounds what a model returns; the gradient is whole
             loss = loss.to(exact.dtype)
             loss = loss + (exact - loss).detach()
+        if self.router is not None and model.training:
+            aux_loss = self._router_loss(outputs.router_logits, inputs)
+            # Each micro-batch counts by its labels: over all of them and all ranks the weights add up to num_processes.
+            loss = loss + (self.router.coefficient * aux_loss * sums["rows"] / normalizer).to(loss.dtype)
+            sums["aux"] = aux_loss.detach() * sums["rows"]
         meter.add({**sums, "tokens": tokens})
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _router_options(self, training: bool) -> dict[str, Any]:
+        """Where the student's configuration asks for the router's loss, collect what it needs, or save the work."""
+        collects = _collects_router_logits(cast(nn.Module, self.model))
+        return {"output_router_logits": training and self.router is not None} if collects else {}
+
+    def _router_loss(self, router_logits: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        assert self.router is not None
+        aux_loss = self.router.loss(router_logits, real_tokens(inputs))
+        if not aux_loss.requires_grad and torch.is_grad_enabled():
+            raise UserError(
+                "router_aux_loss: nothing is left of the graph of the router's logits, as under gradient checkpointing with "
+                "use_reentrant: true; expected use_reentrant: false (training.gradient_checkpointing_kwargs), or "
+                "router_aux_loss 'none'"
+            )
+        return aux_loss
 
     def _normalizer(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """num_items_in_batch / num_processes; without a count the loss is the mean over the labels of this batch."""
@@ -683,6 +734,32 @@ class DistillationTrainer(Trainer):
         self._logged_at = time.monotonic()
         self.exact_resume.leave_out(self._logged_at - began)
 
+    def prepare_temperature(self, steps: int | None) -> None:
+        """Let the policy read what it needs besides this run; every process calls it and gets what the first one read.
+
+        Args:
+            steps: optimizer steps of the whole run; None where they are not known yet.
+
+        Raises:
+            UserError: it cannot be read, or does not fit a run of this length.
+        """
+
+        def read() -> dict[str, Any]:
+            self.temperature.begin_run(steps)
+            return self.temperature.state()
+
+        state = on_first_process(read, self.args.process_index, self.args.world_size)
+        self.temperature.load_state(state)
+        if self.state.global_step == 0:  # a retry needs nothing read again: the other run may be gone by then
+            self._fresh_state = state
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps that ``train`` will take; None where only the Trainer finds out (rows without a number)."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return self.args.max_steps if self.args.max_steps > 0 else None
+        devices = self.args.world_size * max(1, self.args.n_gpu)
+        return total_steps(self.args, len(self.train_dataset), devices)  # type: ignore[arg-type]
+
     def reset_statistics(self) -> None:
         """Start a run from nothing: the temperature as it was given, and no sums."""
         self.temperature.load_state(copy.deepcopy(self._fresh_state))
@@ -809,11 +886,88 @@ class DistillationTrainer(Trainer):
         self.exact_resume.learning_rate = super()._get_learning_rate()
         return self.exact_resume.learning_rate
 
+    # ------------------------------------------------------------------------------------------------- the Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False."""
+        given = self.args.hub_private_repo if private is None else private
+        super().init_hf_repo(token, True if given is None else given)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the student, its tokenizer and its card, from a folder made for it that holds nothing else.
+
+        Never ``args.output_dir`` itself: logs, checkpoints and answers to held-out rows lie there. All processes call it.
+
+        Args:
+            private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
+            kwargs: as for ``Trainer.push_to_hub``, with ``tags`` a list or one tag.
+
+        Returns:
+            As ``Trainer.push_to_hub``.
+        """
+        own = str(self.args.output_dir)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)  # its name may be that of the folder
+        if isinstance(kwargs.get("tags"), str):
+            kwargs["tags"] = [kwargs["tags"]]
+        name = kwargs.pop("model_name", None) or Path(self.args.hub_model_id or Path(own).absolute()).name
+        self._finish_current_push()
+        staged = Path(own) / UPLOAD
+        main = self.is_world_process_zero()
+        if main:
+            shutil.rmtree(staged, ignore_errors=True)  # of a killed process
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(staged)
+        done: Any = None
+        try:
+            done = super().push_to_hub(commit_message, blocking, token, revision, private, model_name=name, **kwargs)
+        finally:
+            self.args.output_dir = own
+            if main and (blocking or done is None):
+                shutil.rmtree(staged, ignore_errors=True)
+        if main and not blocking:
+            self.push_in_progress = PushInProgress([done])  # type: ignore[assignment, arg-type]
+            done.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
+        return done
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer's would upload ``args.output_dir`` as it is. Only the finished student leaves."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The Trainer's, but ``training_args.bin`` holds nobody's token and is not uploaded.
+
+        Raises:
+            UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        if folder.name == UPLOAD and state_dict == {}:  # the Trainer would put a checkpoint there, optimizer included
+            raise UserError(
+                "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces and "
+                "cannot be uploaded"
+            )
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if folder.name == UPLOAD:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The distillation's own card where there is one, else the Trainer's with our tags."""
         if self.model_card is None:
             tags = ["dts_hf", "knowledge-distillation", self.temperature.name]
-            super().create_model_card(*args, **{**kwargs, "tags": [*tags, *(kwargs.get("tags") or [])]})
+            more = kwargs.get("tags") or []
+            more = [more] if isinstance(more, str) else more
+            super().create_model_card(*args, **{**kwargs, "tags": [*tags, *more]})
         elif self.is_world_process_zero():
             write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.model_card())
 
@@ -839,6 +993,11 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
     if args.label_smoothing_factor:
         raise UserError(
             f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise UserError(
+            f"args.hub_strategy: got '{HubStrategy(args.hub_strategy).value}', expected 'end': a checkpoint lies among logs "
+            "and held-out answers and is not uploaded; the finished student is, once"
         )
     # Our fillers make the batches of an epoch even; with these, accelerate counts steps and shares out rows in another way.
     for name, expected in (("split_batches", False), ("even_batches", True)):
@@ -867,19 +1026,18 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
 
 
 def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers, each of which is one token long."""
-    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-    tokens = mask.sum() if mask is not None else torch.tensor(ids.numel(), device=ids.device)
-    return tokens - (inputs["row_id"] == FILLER).sum() if "row_id" in inputs else tokens
+    """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers."""
+    return real_tokens(inputs).sum()
+
+
+def _collects_router_logits(model: nn.Module) -> bool:
+    """Whether the model's own loss has an auxiliary one for its routers."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))  # type: ignore[operator, union-attr]
 
 
 def count_cells(inputs: Mapping[str, Tensor]) -> Tensor:
     """Tokens of a batch with its padding, but without fillers, as a 0-d tensor."""
-    ids, rows = inputs["input_ids"], inputs.get("row_id")
-    if rows is None:
-        return torch.tensor(ids.numel())
-    width = ids.shape[1] if len(rows) == len(ids) else 1  # packed, a filler is one token
-    return ids.numel() - width * (rows == FILLER).sum()
+    return count_tokens({name: value for name, value in inputs.items() if name != "attention_mask"})
 
 
 def _temperature(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.distribution import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.losses import DistillationLoss
-from dts_hf.models import add_lora, head_of, loss_in_head
+from dts_hf.models import Head, add_lora, loss_in_head
 from dts_hf.recipe import Lora
 from dts_hf.response import count_targets, select_response
 from dts_hf.teachers import LiveTeacher
@@ -58,6 +58,8 @@ MULTI = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TIED = {"gap": True, "paper": False, "code": True, "dtkd": False, "ctkd": True}
 CLASSIFIERS = ("single", "ddp", "zero3")  # strategies that train some
 BATCH = 8  # rows of an optimizer step, however it is split
+#: One rounding in fp32, relative.
+ROUNDING = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ class Case:
     rows: int = 40  # of the data; not a multiple of BATCH: the last step of an epoch has fewer
     strategies: tuple[str, ...] = ("single", *MULTI)
     arguments: dict[str, Any] = field(default_factory=dict)
+    rounded: bool = False  # its gradients are rounded as a sum in another order would be: see ``round_gradients``
 
     @property
     def name(self) -> str:
-        return f"{self.group}-{self.accumulation}-{'packed' if self.packing else 'padded'}"
+        return f"{self.group}-{self.accumulation}-{'packed' if self.packing else 'padded'}{'-rounded' * self.rounded}"
 
 
 PADDED, PACKED = False, True
@@ -117,6 +120,14 @@ CASES = [
 ]
 
 
+# What rounding alone does to each group, to one process with its steps whole.
+CASES += [
+    replace(case, rounded=True, strategies=("single",))
+    for place, case in enumerate(CASES)
+    if "single" in case.strategies and case.group not in {earlier.group for earlier in CASES[:place]}
+]
+
+
 def rows_of(case: Case) -> list[dict[str, object]]:
     if case.policy != "silent":
         return ROWS[: case.rows]
@@ -153,6 +164,30 @@ def trainer_of(case: Case, strategy: str, out: Path, world: int) -> Distillation
     )  # fmt: skip
 
 
+def round_gradients(trainer: DistillationTrainer) -> None:
+    """From now on, gradients have the error of an fp32 sum whose terms come in another order.
+
+    An entry of a gradient is a sum over the K tokens of the step. Partial sums of k terms of random sign are about
+    sqrt(k) terms large and are rounded by ROUNDING relative to that, so that the error of all K roundings together is
+    about ROUNDING sqrt(K / 2) sqrt(K) terms, where the sum itself is about sqrt(K) terms large: sqrt(K) roundings of a
+    typical entry of the tensor. What this does to later losses, norms and weights is for the training to show.
+    """
+    generator = torch.Generator().manual_seed(11)
+    seen: list[int] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
+    )
+
+    def round_one(weight: torch.Tensor) -> None:
+        typical = weight.grad.square().mean().sqrt()
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.grad.add_(noise * typical * ROUNDING * math.sqrt(seen[-1]))
+
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(round_one)
+
+
 def whole_weights(trainer: DistillationTrainer, strategy: str) -> dict[str, torch.Tensor]:
     """The trainable weights by name; what ZeRO-3 and FSDP2 spread over ranks is put together on every rank."""
     named = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
@@ -180,6 +215,8 @@ def wrapper_of(trainer: DistillationTrainer) -> str:
 
 def run(case: Case, strategy: str, out: Path, world: int, rank: int) -> None:
     trainer = trainer_of(case, strategy, out, world)
+    if case.rounded:
+        round_gradients(trainer)
     trainer.train()
     held_out = trainer.evaluate()
     logs = [log for log in trainer.state.log_history if "kl" in log]
@@ -273,9 +310,9 @@ def steps_by_hand(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tenso
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     answers = teacher.states({"input_ids": ids}, labels)
 
-    def loss_of_states(states: torch.Tensor) -> torch.Tensor:
+    def loss_of_states(states: torch.Tensor, head: Head) -> torch.Tensor:
         rows, targets = select_response(states, labels)
-        return loss(rows, head_of(model), answers, teacher.head, targets, normalizer).loss
+        return loss(rows, head, answers, teacher.head, targets, normalizer).loss
 
     for _ in range(5):
         with loss_in_head(model, loss_of_states):

@@ -62,8 +62,9 @@ def akl_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
     return (gap * (above < mu)).sum(-1) / gap.sum(-1)
 
 
-def adaptive_kl(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    w = akl_weight(p, q, mu).detach()
+def adaptive_kl(p: Tensor, q: Tensor, mu: float, weight: Tensor | None = None) -> Tensor:
+    """``weight`` is w, held constant at its value here when left out."""
+    w = akl_weight(p, q, mu).detach() if weight is None else weight
     return w * forward_kl(p, q) + (1 - w) * reverse_kl(p, q)
 
 
@@ -79,8 +80,13 @@ def alpha_beta(p: Tensor, q: Tensor, alpha: float, beta: float) -> Tensor:
     return -terms.sum(-1) / (a * b)
 
 
-def todi(p: Tensor, q: Tensor) -> Tensor:
-    w = torch.sigmoid(torch.log(p / q)).detach()
+def todi_weight(p: Tensor, q: Tensor) -> Tensor:
+    return torch.sigmoid(torch.log(p / q))
+
+
+def todi(p: Tensor, q: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``weight`` is w, held constant at its value here when left out."""
+    w = todi_weight(p, q).detach() if weight is None else weight
     return (w * p * torch.log(p / q) + (1 - w) * q * torch.log(q / p)).sum(-1)
 
 
@@ -120,6 +126,9 @@ DIVERGENCES = {
     "logit_mse": logit_mse,
 }
 
+#: The weights that a divergence holds constant, by its options.
+HELD_WEIGHTS = {"adaptive_kl": akl_weight, "todi": todi_weight}
+
 
 def divergence(name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float]) -> Tensor:
     return DIVERGENCES[name](p, q, *([targets] if name == "dkd" else []), **options)
@@ -146,6 +155,27 @@ def distillation_loss(
     d = divergence(name, softmax(z_t / t_t), softmax(z_s / t_s), targets, options)
     factor = (t_s * t_t).reshape(-1) if squared else torch.ones((), dtype=z_s.dtype)
     return ((1 - kd_ratio) * ce + kd_ratio * factor * d).sum() / normalizer
+
+
+def logit_std(z_s: Tensor, z_t: Tensor, value: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+    """z-scores over the vocabulary, divided by ``value`` (arXiv 2403.01427): T_s, T_t and the factor, with their graph."""
+    return value * z_s.std(-1, keepdim=True), value * z_t.std(-1, keepdim=True), torch.tensor(value**2).to(z_s)
+
+
+def norm_kd(z_s: Tensor, z_t: Tensor, t_norm: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
+    """arXiv 2308.00520, as the port that comes with BiLD."""
+    t_t = t_norm * z_t.std(-1, keepdim=True)
+    return t_norm * z_s.std(-1, keepdim=True), t_t, t_t**2
+
+
+def max_logit(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """arXiv 2503.09030, with one T per token from the teacher's largest z-score."""
+    t = ((z_t - z_t.mean(-1, keepdim=True)) / z_t.std(-1, keepdim=True)).max(-1, keepdim=True).values
+    return t * z_s.std(-1, keepdim=True), t * z_t.std(-1, keepdim=True), t**2
+
+
+#: Policies whose T_s is made of z_s and differentiated.
+SCALE_FREE = {"logit_std": logit_std, "norm_kd": norm_kd, "max_logit": max_logit}
 
 
 def dts_trajectory(
@@ -217,7 +247,7 @@ def taid_shares(
     for k in range(1, len(progresses)):
         step = 0.0
         if k > 1:  # the first change of the loss is known after two steps
-            change = (losses[k - 2] - losses[k - 1]) / (losses[k - 2] + 1e-15)
+            change = max((losses[k - 2] - losses[k - 1]) / (losses[k - 2] + 1e-15), -10.0)
             momentum = beta * momentum + (1 - beta) * change
             step = alpha / (1 + math.exp(-momentum)) * (1 - out[-1])
         out.append(min(1.0, max(t_start + (1 - t_start) * progresses[k], out[-1] + step)))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from recorded import options_of
 from tiny import TINY_VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import (
@@ -137,7 +138,7 @@ def test_loss_and_gradient_are_the_reference(tmp_path: Path, task: GlueTask, div
 @pytest.mark.parametrize("name", sorted(temperature_policies()))
 def test_every_policy_trains_a_classifier(tmp_path: Path, name: str) -> None:
     trainer = trainer_of(
-        tmp_path, MNLI, temperature=build_temperature(name), kd_ratio=0.9, training={"max_steps": 3},
+        tmp_path, MNLI, temperature=build_temperature(name, **options_of(name, 3)), kd_ratio=0.9, training={"max_steps": 3},
         train_dataset=rows_of(MNLI, 24),
     )  # fmt: skip
     before = [p.detach().clone() for p in trainer.model.parameters()]

@@ -183,11 +183,11 @@ def test_a_set_from_a_url(fetcher: ModuleType, server: Server, tmp_path: Path) -
 def test_task_files_from_a_base_url(fetcher: ModuleType, server: Server, tmp_path: Path) -> None:
     script = importlib.import_module("super_natural_instructions")
     server.files["repo/splits/default/test_tasks.txt"] = b"task1_x\n"
-    task = {"Definition": ["Do."], "Instances": [{"id": "task1-a", "input": "i", "output": ["one", "two"]}]}
+    task = {"Definition": ["Do."], "Instances": [{"id": "task1-a", "input": "i", "output": ["one and a half", "two"]}]}
     server.files["repo/tasks/task1_x.json"] = json.dumps(task).encode()
     options = ["--output", str(tmp_path), "--tokenizer", "none", "--allow-other-counts"]
     assert script.main(["--source", server.url + "repo/", *options]) == 0
-    assert json.loads((tmp_path / "s_ni" / "test.jsonl").read_text())["output"] == ["one", "two"]
+    assert json.loads((tmp_path / "s_ni" / "test.jsonl").read_text())["output"] == ["one and a half", "two"]
     assert [file["name"] for file in read_manifest(tmp_path / "s_ni")["source"]["files"]] == [
         "splits/default/test_tasks.txt", "tasks/task1_x.json",
     ]  # fmt: skip

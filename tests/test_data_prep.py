@@ -7,11 +7,13 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +134,148 @@ def test_dolly_of_databricks(
     assert call(prep.dolly, out, source, "--own-split", "--test", str(test)) == 2
 
 
+MARKS = ("[3]", "[12]", "[123]", "[a]", "[3][4]", "[3, 4]", "[citation needed]", "[Note 1]", " [7] ")
+#: Something of everything that a mark can stand behind or before, in the order in which no two are alike.
+TEXT = 'He flew an aircraft. It (a "big" one) was fast; very, "so" fast! Was it [sic]? Yes: 300 km/h\n- end'
+
+
+def marked_everywhere(text: str) -> list[str]:
+    return [text[:place] + mark + text[place:] for place in range(len(text) + 1) for mark in MARKS]
+
+
+def databricks(number: int, context: str, instruction: str = "Ask") -> dict[str, str]:
+    return {"instruction": f"{instruction} {number}", "context": context, "response": f"Yes {number}"}
+
+
+def as_test(raw: dict[str, str], **changed: str) -> dict[str, str]:
+    return {"instruction": raw["instruction"], "input": raw["context"], "output": raw["response"]} | changed
+
+
+@pytest.mark.parametrize("marks", ["test", "source", "instruction"])
+def test_no_test_row_of_dolly_is_trained_on_wherever_its_marks_stand(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: str
+) -> None:
+    """Wikipedia's marks stand in one edition of the rows and not in the other."""
+    monkeypatch.setattr(prep.dolly, "DEV_ROWS", 5)
+    texts = marked_everywhere(TEXT)
+    plain = [databricks(number, TEXT) for number in range(len(texts))]
+    marked = [databricks(number, text) for number, text in enumerate(texts)]
+    if marks == "instruction":
+        marked = [raw | {"instruction": text + f" {number}"} for number, (raw, text) in enumerate(zip(plain, texts))]
+        plain = [raw | {"instruction": f"{TEXT} {number}"} for number, raw in enumerate(plain)]
+    for rows in (plain, marked):  # the answer differs too: the question alone has to tell
+        for number, raw in enumerate(rows):
+            raw["response"] += f" {'plain' if rows is plain else 'marked'} {number}"
+    source, test = (marked, plain) if marks == "source" else (plain, marked)
+    others = [databricks(number, "", "Say") for number in range(9)]
+    file = write_lines(tmp_path / "databricks-dolly-15k.jsonl", [*source, *others])
+    held_out = write_lines(tmp_path / "valid.jsonl", [as_test(raw) for raw in test])
+    assert call(prep.dolly, out, file, "--tokenizer", "none", "--test", str(held_out)) == 0
+    kept = [r["instruction"] for split in ("valid", "train") for r in rows_of(resolve_set("dolly", out, split=split))]
+    assert kept == [raw["instruction"] for raw in others]
+
+
+def test_a_test_row_of_dolly_is_known_by_its_answer_too(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Databricks emptied some contexts after MiniLLM had taken its rows."""
+    monkeypatch.setattr(prep.dolly, "DEV_ROWS", 2)
+    source = write_lines(tmp_path / "databricks.jsonl", [databricks(number, "") for number in range(9)])
+    test = write_lines(tmp_path / "valid.jsonl", [as_test(databricks(4, ""), input="A text that is gone.")])
+    assert call(prep.dolly, out, source, "--tokenizer", "none", "--test", str(test)) == 0
+    kept = [r["instruction"] for split in ("valid", "train") for r in rows_of(resolve_set("dolly", out, split=split))]
+    assert kept == [f"Ask {number}" for number in range(9) if number != 4]
+
+
+def test_dolly_is_refused_when_the_test_rows_are_not_in_the_source(
+    prep: SimpleNamespace,
+    out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prep.dolly, "DEV_ROWS", 5)
+    source = write_lines(tmp_path / "databricks.jsonl", [databricks(number, "") for number in range(200)])
+
+    def prepared(strangers: int, *options: str) -> int:
+        rows = [databricks(number, "", "Ask" if number >= strangers else "Other") for number in range(100)]
+        test = write_lines(tmp_path / "valid.jsonl", [as_test(raw) | {"output": "Of its own"} for raw in rows])
+        return call(prep.dolly, out, source, "--tokenizer", "none", "--test", str(test), *options)
+
+    assert prepared(2) == 2
+    message = capsys.readouterr().err
+    assert "98 of 100" in message and "at least 99" in message and "'dolly-test-00000'" in message and no_files(out)
+    assert "--allow-missing-test-rows" in message
+    assert prepared(1) == 0  # the later edition lacks a row
+    assert prepared(2, "--allow-missing-test-rows") == 0
+    assert any("98 of 100 test rows" in rule for rule in read_manifest(out / "dolly")["rules"])
+
+
+@pytest.mark.parametrize("layout", ["minillm", "ours", "own split"])
+def test_repeated_questions_stay_out_of_train_whatever_the_source(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """databricks-dolly-15k has eight rows twice, so a split by position alone leaks."""
+    monkeypatch.setattr(prep.dolly, "DEV_ROWS", 5)
+    monkeypatch.setattr(prep.dolly, "TEST_ROWS", 5)
+    source = tmp_path / "release"
+    options = ["--tokenizer", "none"]
+    if layout == "own split":  # rows 0 to 4 are valid, 5 to 9 test
+        rows = [databricks(k, "") for k in range(20)] + [databricks(7, ".[1]"), databricks(2, "")]
+        source = write_lines(tmp_path / "databricks.jsonl", rows)
+        options.append("--own-split")
+    else:
+        held_out, rest = [row(k) for k in range(5, 10)], [row(k) for k in (*range(5), *range(10, 20))]
+        repeated = [row(7, input=".[1]"), row(2)]
+        if layout == "minillm":
+            write_lines(source / "raw.jsonl", [*rest, *repeated])
+            write_lines(source / "valid.jsonl", held_out)
+        else:
+            write_lines(source / "train.jsonl", [*rest[5:], *repeated])
+            write_lines(source / "valid.jsonl", rest[:5])
+            write_lines(source / "test.jsonl", held_out)
+    assert call(prep.dolly, out, source, *options) == 0
+    numbers = {
+        split: [int(r["instruction"].split()[1]) for r in rows_of(resolve_set("dolly", out, split=split))]
+        for split in ("train", "valid", "test")
+    }
+    assert numbers == {"train": [*range(10, 20)], "valid": [*range(5)], "test": [*range(5, 10)]}
+    assert read_manifest(out / "dolly")["dropped"] == {"train: the question of a held-out row": 2}
+
+
+def test_the_quickstart_trains_on_no_held_out_question(prep: SimpleNamespace) -> None:
+    data = DATA_PREP.parent / "recipes" / "data"
+    train, held_out = (
+        [json.loads(line) for line in (data / f"quickstart_{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for split in ("train", "validation")
+    )
+    asked = {key for r in held_out for key in prep.prepare.identity(r)}
+    assert len(asked) == 2 * len(held_out) and prep.prepare.without(train, asked) == train
+    assert len(prep.prepare.without([*train, held_out[0] | {"output": "?"}], asked)) == len(train)
+
+
+def test_rows_that_leave_train_do_not_count_against_the_published_number(
+    prep: SimpleNamespace,
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = KNOWN_SETS["glue/sst2"]
+    monkeypatch.setitem(prep.glue.KNOWN_SETS, "glue/sst2", replace(known, rows={"train": 4, "validation": 2}))
+    rows = [{"sentence": text, "label": 1} for text in ("Good .", "bad", "so so", "fine")]
+    for name, part in (
+        ("train", rows),
+        ("validation", [{"sentence": "good.", "label": 1}, {"sentence": "oh", "label": 0}]),
+    ):
+        write_lines(tmp_path / "glue" / "sst2" / f"{name}.jsonl", part)
+    assert call(prep.glue, out, tmp_path / "glue", "--tasks", "sst2", other=False) == 0
+    manifest = read_manifest(out / "glue" / "sst2")
+    assert manifest["counts_as_expected"] is True and manifest["files"]["train"]["rows"] == 3
+    assert manifest["dropped"] == {"train: the question of a held-out row": 1}
+    assert "dropped 1: train: the question of a held-out row" in capsys.readouterr().out
+
+
 def test_self_instruct(
     prep: SimpleNamespace, out: Path, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +377,38 @@ def test_super_natural_instructions(
     assert "Did you mean '11_'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["valid.jsonl", "test.jsonl.gz"])
+def test_super_natural_instructions_from_a_folder_with_one_file(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, tokenizer: str, name: str
+) -> None:
+    rows = [row(k, output=["a long enough reference text", "ab"]) for k in range(3)]
+    source = write_lines(tmp_path / "sinst" / name, rows).parent
+    assert call(prep.super_natural_instructions, out, source, "--tokenizer", tokenizer) == 0
+    assert [r["instruction"] for r in rows_of(resolve_set("s_ni", out))] == ["Do 0", "Do 1", "Do 2"]
+    assert [file["name"] for file in read_manifest(out / "s_ni")["source"]["files"]] == [name]
+
+
+@pytest.mark.parametrize("script", ["unnatural_instructions", "super_natural_instructions"])
+def test_short_answers_are_no_long_ones_even_if_nothing_is_counted(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    source = write_lines(
+        tmp_path / "rows.jsonl", [row(k, output="Yes" if k else "a long enough reference") for k in range(9)]
+    )
+    assert call(getattr(prep, script), out, source, "--tokenizer", "none") == 2
+    message = capsys.readouterr().err
+    assert "8 of 9 rows" in message and "fewer than 11 bytes" in message and no_files(out)
+    write_lines(source, [row(k, output="Yes" if k == 0 else "a long enough reference") for k in range(9)])
+    assert call(getattr(prep, script), out, source, "--tokenizer", "none") == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_examples(prep: SimpleNamespace, capsys: pytest.CaptureFixture[str], script: str) -> None:
+    with pytest.raises(SystemExit):
+        getattr(prep, script).main(["--help"])
+    assert f"\n    python data_prep/{script}.py --" in capsys.readouterr().out
+
+
 TSV = {
     "cola/CoLA": "gj04\t1\t\tIt \"runs.\ngj04\t0\t*\tRuns it. \n",
     "sst2/SST-2": "sentence\tlabel\na fine film \t1\ndull\t0\n",
@@ -248,6 +424,18 @@ LABELS = {"cola": [1, 0], "sst2": [1, 0], "mrpc": [1, 0], "stsb": [2.5, 5.0], "q
           "qnli": [0, 1], "rte": [1, 0], "wnli": [0, 1]}  # fmt: skip
 
 
+def of_train(text: str, task: Any) -> str:
+    """The lines of ``text`` with other questions: those of validation would leave train."""
+    lines = [line.split("\t") for line in text.splitlines()]
+    first = 0 if isinstance(task.label, int) else 1
+    places = [column if first == 0 else lines[0].index(column) for column in task.columns.values()]
+    for cells in lines[first:]:
+        for place in places:
+            if place < len(cells):
+                cells[place] += "trained on"
+    return "".join("\t".join(cells) + "\n" for cells in lines)
+
+
 @pytest.mark.parametrize("layout", ["folder", "zip", "parquet", "rows"])
 def test_glue(prep: SimpleNamespace, out: Path, tmp_path: Path, layout: str) -> None:
     source = tmp_path / "glue_data"
@@ -255,20 +443,21 @@ def test_glue(prep: SimpleNamespace, out: Path, tmp_path: Path, layout: str) -> 
     for key, text in TSV.items():
         task, folder = key.split("/")
         splits = KNOWN_SETS[f"glue/{task}"].rows
+        text_of = {split: of_train(text, prep.glue.TASKS[task]) if split == "train" else text for split in splits}
         if layout == "folder":
             (source / folder).mkdir(parents=True)
             for split in splits:
-                (source / folder / tsv_names[split]).write_text(text, encoding="utf-8", newline="")
+                (source / folder / tsv_names[split]).write_text(text_of[split], encoding="utf-8", newline="")
         elif layout == "zip":
             source.mkdir(exist_ok=True)
             with zipfile.ZipFile(source / f"{folder}.zip", "w") as archive:
                 for split in splits:
-                    archive.writestr(f"{folder}/{tsv_names[split]}", text)
+                    archive.writestr(f"{folder}/{tsv_names[split]}", text_of[split])
         else:
             job = SimpleNamespace(dropped={"line with too few fields": 0})
             table = prep.glue.TASKS[task]
-            rows = [r for _, r in prep.glue.read_tsv(text.encode(), "x", table, job)]
             for split in splits:
+                rows = [r for _, r in prep.glue.read_tsv(text_of[split].encode(), "x", table, job)]
                 if layout == "rows":
                     write_lines(source / task / f"{split}.jsonl.gz", rows)
                 else:
@@ -307,7 +496,10 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     ("text", "expected"),
     [
         ("index\tsentence1\tsentence2\tlabel\n0\tA\tB\tmaybe\n", "dev.tsv: line 2: label: got 'maybe'"),
-        ("index\tsentence1\tlabel\n0\tA\tentailment\n", "dev.tsv: line 1: no column 'sentence2'"),
+        (
+            "index\tsentence1\tlabel\n0\tA\tentailment\n",
+            "dev.tsv: line 1: no column 'sentence2'; found 'index', 'sentence1', 'label'",
+        ),
         ("index\tsentence1\tsentence2\tlabel\n", "no rows are left for validation"),
     ],
 )
@@ -446,12 +638,12 @@ def test_an_exception_anywhere_leaves_the_old_set_or_none(
     prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     source = tmp_path / "source"
-    for split in ("train", "valid", "test"):
-        write_lines(source / f"{split}.jsonl", [row(1)])
+    for number, split in enumerate(("train", "valid", "test")):
+        write_lines(source / f"{split}.jsonl", [row(10 + number)])
     assert call(prep.dolly, out, source, "--tokenizer", "none") == 0
     old = splits_in(out / "dolly")
-    for split in ("train", "valid", "test"):
-        write_lines(source / f"{split}.jsonl", [row(2)])
+    for number, split in enumerate(("train", "valid", "test")):
+        write_lines(source / f"{split}.jsonl", [row(20 + number)])
     calls = []
 
     def failing(function: Any) -> Any:
@@ -474,13 +666,13 @@ def test_an_exception_anywhere_leaves_the_old_set_or_none(
             resolve_set("dolly", out)
     assert not list((out / "dolly").glob(".*"))
     assert call(prep.dolly, out, source, "--tokenizer", "none") == 0
-    assert [r["instruction"] for r in rows_of(resolve_set("dolly", out))] == ["Do 2"]
+    assert [r["instruction"] for r in rows_of(resolve_set("dolly", out))] == ["Do 22"]
 
 
 def test_kill_between_two_files(prep: SimpleNamespace, out: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for split in ("train", "valid", "test"):
-        write_lines(source / f"{split}.jsonl", [row(1)])
+    for number, split in enumerate(("train", "valid", "test")):
+        write_lines(source / f"{split}.jsonl", [row(10 + number)])
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import dolly\n"
         "replace, done = os.replace, []\n"
@@ -566,7 +758,7 @@ def test_every_set_has_its_script(prep: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("script", "name", "source", "counts", "published"),
     [
-        ("dolly", "dolly", "dolly", {"train": 13_951, "valid": 500, "test": 450}, False),
+        ("dolly", "dolly", "dolly", {"train": 13_947, "valid": 500, "test": 450}, False),
         ("self_instruct", "self_instruct", "self_inst/test.jsonl", {"test": 252}, False),
         ("vicuna", "vicuna", "vicuna/test.jsonl", {"test": 80}, True),
         ("super_natural_instructions", "s_ni", "s_ni/test_11plus.jsonl", {"test": 1_525}, False),
@@ -590,6 +782,45 @@ def test_the_five_sets_from_real_rows(
 
 
 @pytest.mark.shared_data
+@pytest.mark.parametrize("marks", ["as published", "everywhere"])
+def test_no_real_test_row_of_dolly_is_left_in_train(
+    prep: SimpleNamespace, out: Path, shared_data_dir: Path, tmp_path: Path, marks: str
+) -> None:
+    """Databricks' file as it is now: MiniLLM's rows are among it, their bracketed marks taken out."""
+    folder = shared_data_dir / "dolly"
+    held_out = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    with gzip.open(folder / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        train = [json.loads(line) for line in file]
+    made = [
+        r | {"input": f'{r["input"]}"[1] ' if number % 2 else re.sub(r"(?<=[.,;)])(?= )", "[2][a]", r["input"])}
+        for number, r in enumerate(held_out)
+    ]
+    test = held_out if marks == "as published" else made
+    raw = []
+    for r in held_out:
+        context = re.sub(r"\[(\d+|[a-z])\]", "", r["input"])
+        raw.append({"instruction": r["instruction"], "context": context, "response": r["output"] + "."})
+    answers_differ = [r | {"output": f"{number}"} for number, r in enumerate(test)]  # the question has to tell
+    others = [{"instruction": r["instruction"], "context": r["input"], "response": r["output"]} for r in train]
+    source = write_lines(tmp_path / "databricks-dolly-15k.jsonl", [*others[:7_000], *raw, *others[7_000:]])
+    file_of_test = write_lines(tmp_path / "valid.jsonl", answers_differ)
+    assert call(prep.dolly, out, source, "--tokenizer", "none", "--test", str(file_of_test)) == 0
+    kept = [r for split in ("valid", "train") for r in rows_of(resolve_set("dolly", out, split=split))]
+    left = {f"dolly-{number:05d}" for number in range(7_000, 7_000 + len(raw))} & {r["id"] for r in kept}
+    assert not left, f"{len(left)} of {len(raw)} test questions are left"
+    assert len(train) - len(kept) <= 25  # and hardly anything else leaves: questions that were asked twice
+
+
+@pytest.mark.shared_data
+def test_the_real_file_of_short_answers_is_refused(
+    prep: SimpleNamespace, out: Path, shared_data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shared_data_dir / "uinst" / "test_short.jsonl"
+    assert call(prep.unnatural_instructions, out, source, "--tokenizer", "none") == 2
+    assert "of 945 rows have a first reference of fewer than 11 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.shared_data
 def test_gpt2_length_rule_on_real_rows(prep: SimpleNamespace, out: Path, shared_data_dir: Path) -> None:
     folder = os.environ.get("DTS_HF_GPT2_TOKENIZER")
     if not folder:
@@ -605,7 +836,8 @@ def test_gpt2_length_rule_on_real_rows(prep: SimpleNamespace, out: Path, shared_
 
 @pytest.mark.shared_data
 def test_glue_from_real_rows(prep: SimpleNamespace, out: Path, shared_data_dir: Path, tmp_path: Path) -> None:
-    complete = {"cola": (8_551, 1_043), "mrpc": (3_668, 408), "rte": (2_490, 277), "stsb": (5_749, 1_500),
+    # CoLA has 19 and STS-B 6 rows of validation in train: they leave it.
+    complete = {"cola": (8_532, 1_043), "mrpc": (3_668, 408), "rte": (2_490, 277), "stsb": (5_743, 1_500),
                 "wnli": (635, 71)}  # fmt: skip
     assert call(prep.glue, out, shared_data_dir / "glue", "--tasks", ",".join(complete), other=False) == 0
     assert call(prep.glue, out, shared_data_dir / "glue", "--tasks", "sst2") == 0
@@ -619,7 +851,7 @@ def test_glue_from_real_rows(prep: SimpleNamespace, out: Path, shared_data_dir: 
     (parts / "mnli" / "train.jsonl").write_bytes((mnli / "train.jsonl").read_bytes())
     (parts / "mnli" / "validation_matched.jsonl.gz").write_bytes((mnli / "validation.jsonl.gz").read_bytes())
     assert call(prep.glue, out, parts, "--tasks", "mnli,qqp", "--without", "validation_mismatched") == 0
-    expected = complete | {"sst2": (67_349, 785), "qnli": (5_463,), "mnli": (3_000, 7_469), "qqp": (25_366, 7_400)}
+    expected = complete | {"sst2": (67_344, 785), "qnli": (5_463,), "mnli": (3_000, 7_469), "qqp": (25_366, 7_400)}
     for task, counts in expected.items():
         manifest = read_manifest(out / "glue" / task)
         assert tuple(entry["rows"] for entry in manifest["files"].values()) == counts

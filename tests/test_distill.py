@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -54,7 +57,7 @@ def recipe(**sections):
         "output": {"dir": "run"},
     }  # fmt: skip
     for name, section in sections.items():
-        whole = name in ("student", "teacher")
+        whole = name in ("student", "teacher", "temperature")
         values[name] = section if whole else {**values.get(name, {}), **section}
     return Recipe.from_dict(values)
 
@@ -297,3 +300,92 @@ def test_bf16_weights_come_back_bit_for_bit():
 def test_open_refuses_what_is_no_run(workplace):
     with pytest.raises(UserError):
         RunDirectory.open("teacher")
+
+
+# ----------------------------------------------------------------------------------- controls that replay a finished run
+
+
+QUICK = {"training": {"logging_steps": 1}, "evaluation": {"models": [], "every_steps": None}}
+
+
+@pytest.fixture()
+def recorded(workplace):
+    temperature = {"name": "dts", "rule": "gap", "decoupled": True, "momentum": 0.5}
+    run = distill(recipe(temperature=temperature, output={"dir": "runs/dts", "report": False}, **QUICK))
+    return train_lines(run)
+
+
+def train_lines(run):
+    return [line for line in run.read_log() if line["kind"] == "train"]
+
+
+def test_a_finished_run_is_replayed_in_every_way(recorded):
+    def again(folder, **temperature):
+        output = {"dir": f"runs/{folder}", "report": folder == "replay"}
+        run = distill(recipe(temperature=temperature, output=output, **QUICK))
+        assert run.read_recipe().temperature.model_dump() == temperature
+        return [line["temperature"] for line in train_lines(run)]
+
+    wanted = [line["temperature"] for line in recorded]
+    assert len(set(wanted)) == 4
+    assert again("replay", name="replay", run="runs/dts") == pytest.approx(wanted, rel=1e-6)
+    card = Path("runs/replay/README.md").read_text(encoding="utf-8")
+    assert "replay(run=runs/dts)" in card
+    gaps = {"replay": "runs/dts", "order": "permuted"}
+    permuted = again("permuted", name="dts", momentum=0.5, gap_source=gaps, seed=1)
+    assert permuted[0] == 3.0 and permuted != pytest.approx(wanted, rel=1e-3)
+    matched = again("matched", name="cosine", match_mean_of="runs/dts")
+    assert fmean(matched) == pytest.approx(fmean(wanted), rel=1e-6) and matched != pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"temperature": {"name": "replay", "run": "runs/dst"}},
+            "temperature.run: runs/dst: no such folder.*Did you mean 'dts'",
+        ),
+        ({"training": {"max_steps": 5}}, "runs/dts has 4 optimizer steps and this run 5"),
+        ({"training": {"max_steps": -1, "num_train_epochs": 1}}, "4 optimizer steps and this run 3"),
+    ],
+)
+def test_a_run_that_cannot_be_replayed_is_refused_before_anything_is_written(recorded, workplace, change, words):
+    sections = {"temperature": {"name": "replay", "run": "runs/dts"}, "training": {}, **change}
+    sections["training"] = QUICK["training"] | sections["training"]
+    wanted = recipe(evaluation=QUICK["evaluation"], **sections)
+    with pytest.raises(UserError, match=words):
+        distill(wanted)
+    assert not [*workplace.glob("run/*")]
+
+
+def test_a_run_may_replay_the_one_that_it_replaces(recorded):
+    output = {"dir": "runs/dts", "overwrite": True, "report": False}
+    run = distill(recipe(temperature={"name": "replay", "run": "runs/dts"}, output=output, **QUICK))
+    before, after = ([line["temperature"] for line in lines] for lines in (recorded, train_lines(run)))
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_two_fixed_temperatures_by_recipe(workplace):
+    temperature = {"name": "constant", "value": 2.0, "teacher_value": 3.0}
+    run = distill(recipe(temperature=temperature, output={"dir": "run", "report": False}, **QUICK))
+    assert {(line["temperature"], line["teacher_temperature"]) for line in train_lines(run)} == {(2.0, 3.0)}
+
+
+def test_a_resume_goes_on_when_the_replayed_run_is_gone(recorded, workplace):
+    training = QUICK["training"] | {"save_strategy": "steps", "save_steps": 2}
+    wanted = recipe(
+        temperature={"name": "replay", "run": "runs/dts"},
+        training=training,
+        evaluation=QUICK["evaluation"],
+        output={"dir": "run", "report": False},
+    )
+    whole = train_lines(distill(wanted))
+    shutil.rmtree("runs/dts")
+    for name in ("metrics.json", "final", "checkpoint-4"):  # as if killed between steps 2 and 4
+        path = workplace / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    names = ("step", "loss", "temperature", "teacher_temperature", "gap")
+    again = train_lines(distill(wanted, resume=True))
+    assert [[line[name] for name in names] for line in again] == [[line[name] for name in names] for line in whole]
+    with pytest.raises(UserError, match=r"temperature.run: runs/dts: no such folder"):
+        distill(wanted.model_copy(update={"output": wanted.output.model_copy(update={"dir": "new"})}))

@@ -333,6 +333,19 @@ def test_dkd_without_targets_says_so():
             getattr(build_divergence("dkd"), call)(d)
 
 
+def test_dkd_needs_something_beside_the_target():
+    d = distributions(torch.zeros(2, 1), torch.zeros(2, 1))
+    for call in ("value_and_grad", "teacher_grad"):
+        with pytest.raises(ValueError, match="'dkd' needs two tokens or more"):
+            getattr(build_divergence("dkd"), call)(d)
+
+
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"dkd"}))
+def test_a_vocabulary_of_one_token_has_nothing_to_learn(name):
+    value, grad = build_divergence(name).value_and_grad(distributions(torch.ones(2, 1), torch.zeros(2, 1)))
+    assert value.tolist() == [0.0, 0.0] and not grad.any()
+
+
 # ------------------------------------------------------------------------------------------------- words, options, page
 
 

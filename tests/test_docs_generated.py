@@ -113,7 +113,7 @@ def test_the_policy_of_add_a_policy_is_one_file(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "dts_hf", tmp_path / "dts_hf", ignore=ignore)
     (tmp_path / "tests").mkdir()
-    for name in ("test_temperature.py", "reference.py"):
+    for name in ("test_temperature.py", "recorded.py", "reference.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "dts_hf" / "temperature" / "confidence.py").write_text(policy, encoding="utf-8")

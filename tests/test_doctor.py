@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from recorded import a_run, options_of, record
 from rich.console import Console
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from transformers import (
@@ -496,6 +498,26 @@ def rule_that_cannot_fire(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"temperature": {"name": "dts", "rule": "paper"}}
 
 
+@fault("temperature", "refused")
+def supports_that_this_teacher_does_not_have(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"temperature": {"name": "dts", "range": "auto", "support_max": 80.0, "support_min": 1.0}}
+
+
+@fault("labels", "refused")
+def more_tokens_on_offer_than_there_are(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"temperature": {"name": "dts", "range": "auto", "support_max": 1e5}}
+
+
+@fault("recipe", "refused")
+def no_such_run_to_replay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"temperature": {"name": "replay", "run": "runs/none"}}
+
+
+@fault("temperature", "refused")
+def a_run_of_another_length_to_replay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"temperature": {"name": "dts", "gap_source": {"replay": record(Path("run_of_6"), {"gap": [1.0] * 6})}}}
+
+
 @fault("positions", "refused")
 def too_few_positions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     save_model("teacher", 60, max_positions=72)
@@ -505,6 +527,38 @@ def too_few_positions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @fault("steps", "step-not-finite")
 def learning_rate_that_explodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"training": {"learning_rate": 1e30}}
+
+
+@fault("training", "learning-rate-too-high", "warning")
+def learning_rate_of_five(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"training": {"learning_rate": 5.0}}
+
+
+@fault("training", "learning-rate-too-high", "warning")
+def learning_rate_of_five_for_sgd(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"training": {"learning_rate": 5.0, "optim": "sgd"}}
+
+
+@fault("steps", "loss-explodes", "warning")
+def learning_rate_of_one_tenth(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"training": {"learning_rate": 0.1}}
+
+
+@fault("cross-entropy", "student-worse-than-guessing", "warning")
+def student_that_pruning_destroyed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"student": {"init": {"from": "teacher", "layers": [2, 3]}}}
+
+
+@fault("cross-entropy", "student-worse-than-guessing", "warning")
+def student_with_random_weights_and_no_teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"student": own_student(), "teacher": None, "loss": {"kd_ratio": 0.0}}
+
+
+@fault("steps", "memory-above-estimate", "warning")
+def estimate_far_too_low(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    read = resources.PeakMemory.read
+    monkeypatch.setattr(resources.PeakMemory, "read", lambda self: (read(self) or 0) + 300_000_000)
+    return {}
 
 
 @fault("steps", "weights-do-not-move")
@@ -760,7 +814,8 @@ def test_parts_of_the_gradient_are_those_of_a_dense_loss() -> None:
 
 @pytest.mark.parametrize("name", temperature_policies())
 def test_every_policy_has_an_effect(name: str) -> None:
-    loss = DistillationLoss(temperature=build_temperature(name), kd_ratio=0.5)
+    options = options_of(name, 100)
+    loss = DistillationLoss(temperature=build_temperature(name, **options), kd_ratio=0.5)
     diagnosis = Diagnosis("x")
     with diagnosis.check("effect") as check:
         check_effect(check, loss, a_sample())
@@ -768,7 +823,83 @@ def test_every_policy_has_an_effect(name: str) -> None:
         check_schedule(check, loss, a_sample(), 100)
     assert not diagnosis.problems, texts(diagnosis)
     state = loss.temperature.state()
-    assert state == build_temperature(name).state(), "the doctor changed the policy that trains"
+    assert state == build_temperature(name, **options).state(), "the doctor changed the policy that trains"
+
+
+def planted(teacher: torch.Tensor, student: torch.Tensor) -> Sample:
+    """Rows whose logits are these."""
+    head = Head(torch.eye(teacher.shape[-1]))
+    return Sample(
+        student, head, teacher, head, torch.zeros(len(teacher), dtype=torch.int64), torch.arange(len(teacher))
+    )
+
+
+def two_level(top: float, vocab: int, rows: int = 8) -> torch.Tensor:
+    """One token at ``top``, the others at 0."""
+    logits = torch.zeros(rows, vocab)
+    logits[:, 0] = top
+    return logits
+
+
+def support(top: float, vocab: int, t: float) -> float:
+    others = (vocab - 1) * math.exp(-top / t)
+    return math.exp(math.log1p(others) + (top / t) * others / (1 + others))
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        ({"name": "dts"}, [3.0, 1.0]),
+        ({"name": "dts", "t_init": 4.0, "t_min": 2.0}, [4.0, 2.0]),
+        ({"name": "cosine", "t_init": 2.0}, [2.0, 1.0]),
+        ({"name": "linear", "t_init": 1.0, "t_end": 2.0}, [1.0, 2.0]),
+        ({"name": "constant", "value": 2.0, "teacher_value": 3.0}, [3.0]),
+        ({"name": "replay"}, [4.0, 2.5 + 1.5 / 12]),
+    ],
+    ids=lambda value: value["name"] + str(len(value)) if isinstance(value, dict) else "",
+)
+def test_the_doctor_says_how_many_tokens_the_teacher_offers(options: dict[str, Any], ends: list[float]) -> None:
+    sample = planted(two_level(9.0, 1000), torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)))
+    policy = build_temperature(**options, **options_of(options["name"]))
+    with Diagnosis("x").check("temperature") as check:
+        check_schedule(check, DistillationLoss(temperature=policy), sample, 12)
+    assert not check.problems, check.problems
+    found = check.values["support"]
+    assert [entry["temperature"] for entry in found] == pytest.approx(ends)
+    for entry in found:
+        expected = support(9.0, 1000, entry["temperature"])
+        assert entry["support"] == pytest.approx(expected, rel=1e-3) and entry["of"] == 1000
+        t, share = entry["temperature"], f"{expected / 10:.2g} %"
+        assert re.search(rf"about [\d.]+ of 1,000 tokens at T = {t:.3g} \({re.escape(share)}\)", check.summary)
+
+
+def test_the_doctor_shows_what_auto_solves_to() -> None:
+    sample = planted(two_level(9.0, 1000), torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)))
+    loss = DistillationLoss(temperature=build_temperature("dts", range="auto", support_max=100, support_min=5))
+    with Diagnosis("x").check("temperature") as check:
+        check_schedule(check, loss, sample, 100)
+    assert not check.problems
+    for entry, wanted in zip(check.values["support"], (100, 5), strict=True):
+        assert entry["support"] == pytest.approx(wanted, rel=0.1)  # all rows melt at once: the hardest case
+        assert support(9.0, 1000, entry["temperature"]) == pytest.approx(entry["support"], rel=1e-3)
+    assert "about 110 of 1,000 tokens at T = 1.37 (11 %)" in check.summary
+    assert loss.temperature.state()["solved_range"] == []  # that of the run is its own first step's
+
+
+def test_the_gap_of_this_run_is_not_missed_where_another_ones_is_replayed() -> None:
+    sample = planted(two_level(9.0, 1000), torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)))
+    policy = build_temperature("dts", gap_source={"replay": a_run(), "order": "permuted"}, momentum=0.5)
+    with Diagnosis("x").check("temperature") as check:
+        check_schedule(check, DistillationLoss(temperature=policy), sample, 12)
+    assert not check.problems and "if the gap closes" not in check.summary
+
+
+def test_a_task_offers_classes() -> None:
+    sample = planted(two_level(2.0, 3), torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    loss = DistillationLoss(temperature=build_temperature("constant", value=1.0))
+    with Diagnosis("x").check("temperature") as check:
+        check_schedule(check, loss, sample, 10, classes="classes")
+    assert f"about {support(2.0, 3, 1.0):.2g} of 3 classes at T = 1" in check.summary
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

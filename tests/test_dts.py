@@ -1,12 +1,10 @@
-"""DTS: hand-computed trajectories of each rule, temperatures per row, decoupling, the solved range, the shuffled gap."""
+"""DTS: hand-computed trajectories of each rule, temperatures per row, decoupling, the solved range."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
-import random
 
 import pytest
 import reference
@@ -34,15 +32,7 @@ OPTION_SETS = {
     "auto": {"range": "auto", "support_max": 8, "support_min": 3},
     "auto_token": {"range": "auto", "support_max": 8, "support_min": 3, "granularity": "token"},
     "auto_decoupled": {"range": "auto", "support_max": 8, "support_min": 3, "decoupled": True},
-    "shuffled": {"gap_source": "shuffled", "seed": 3},
-    "shuffled_auto_decoupled": {
-        "gap_source": "shuffled",
-        "range": "auto",
-        "support_max": 8,
-        "support_min": 3,
-        "decoupled": True,
-        "epochs": 3,
-    },
+    "auto_epochs": {"range": "auto", "support_max": 8, "support_min": 3, "decoupled": True, "epochs": 3},
 }
 
 
@@ -529,7 +519,7 @@ def test_auto_by_hand_on_points_of_the_grid():
     high, low = 2 * math.sqrt(199), math.exp(math.log(200 / 199) + 2 * a / 200)
     policy = build_temperature("dts", range="auto", support_max=high, support_min=low, momentum=0.5)
     solve(policy, two_level(a, 200))
-    assert policy.solved_range == pytest.approx([1.0, 0.5], abs=1e-9) and policy.range_notes == []
+    assert policy.solved_range == pytest.approx([1.0, 0.5], abs=1e-9)
     # from here on it is dts with t_init = t_max = 1, t_min = 1/2
     manual = build_temperature("dts", t_init=1.0, t_max=1.0, t_min=0.5, momentum=0.5)
     walk(manual, [0.0], [0.0])
@@ -559,19 +549,47 @@ def test_auto_on_random_logits_meets_the_support():
         assert math.exp(-(p * p.log()).sum(-1).mean()) == pytest.approx(support, rel=0.01)
 
 
-def test_auto_out_of_reach_takes_the_end_of_the_grid_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING):
-        policy = build_temperature("dts", range="auto", support_max=500, support_min=10)
-        solve(policy, two_level(6.0, 200))
-    assert policy.solved_range[0] == 16.0 and policy.solved_range[1] < 2.0
-    assert len(policy.range_notes) == len(caplog.records) == 1
-    assert "support_max: 500 is out of reach, T = 16" in policy.range_notes[0] == caplog.records[0].message
-    # equal logits on 20 tokens offer 20 at any temperature
-    policy = build_temperature("dts", range="auto")
-    flat = torch.full((2, 30), -1e4, dtype=torch.float64)
-    flat[:, :20] = 0.0
-    solve(policy, flat)
-    assert policy.solved_range == [16.0, 0.25] and len(policy.range_notes) == 2
+def flat_among(tokens: int) -> torch.Tensor:
+    """Equal logits on so many tokens: as many on offer, at any temperature."""
+    logits = torch.full((2, 30), -1e4, dtype=torch.float64)
+    logits[:, :tokens] = 0.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("supports", "teacher", "words"),
+    [
+        ((190, 10), two_level(40.0, 200), r"support_max: got 190.* from 1 tokens \(T = 0.25\) to 18\d\.\d \(T = 16\)"),
+        ((190, 185), two_level(40.0, 200), "support_max: got 190"),  # both: the ends would be [16, 16]
+        ((1.2, 1.1), two_level(0.5, 200), "support_max: got 1.2"),  # both: [0.25, 0.25]
+        ((150, 1.01), two_level(1.0, 200), "support_min: got 1.01"),
+        ((28, 10), flat_among(20), "support_max: got 28, .* from 20 tokens"),
+    ],
+    ids=["above", "both_above", "both_below", "below", "flat"],
+)
+def test_a_support_out_of_reach_ends_the_run_with_the_reason(supports, teacher, words):
+    policy = build_temperature("dts", range="auto", support_max=supports[0], support_min=supports[1])
+    policy.check_classes(teacher.shape[-1])
+    with pytest.raises(UserError, match=f"temperature.{words}.*range: manual"):
+        solve(policy, teacher)
+    assert policy.solved_range == []
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "words"),
+    [
+        ({}, 50, "support_max: got 50, .* less than 50"),
+        ({}, 3, "support_max: got 50"),
+        ({"support_max": 500}, 400, "support_max: got 500, .* 400 classes"),
+        ({}, 2, "range: got 'auto' over 2 classes, .* between 1 and 2"),
+        ({"support_max": 1.9, "support_min": 1.2}, 2, "range: got 'auto' over 2 classes"),
+    ],
+)
+def test_supports_that_no_temperature_gives_are_refused(options, classes, words):
+    with pytest.raises(UserError, match=f"temperature.{words}"):
+        build_temperature("dts", range="auto", **options).check_classes(classes)
+    build_temperature("dts", range="auto", **options).check_classes(1000)
+    build_temperature("dts").check_classes(classes)  # manual asks for no support
 
 
 def test_auto_asks_again_after_a_step_that_said_nothing():
@@ -582,59 +600,6 @@ def test_auto_asks_again_after_a_step_that_said_nothing():
     policy.end_step(stats(0.0, (math.nan,) * 19))
     assert policy.solved_range == []
     assert len(solve(policy, two_level(9.0, 1000))) == 19 and len(policy.solved_range) == 2
-
-
-# -------------------------------------------------------------------------------------------------------- gap_source
-
-
-def test_shuffled_plays_earlier_gaps():
-    gaps = [float(k) for k in range(30)]
-    progresses = [k / 30 for k in range(30)]
-    policy = dts("gap", gap_source="shuffled", momentum=0.0, t_min=0.01)
-    played = []
-    for k, temperature in enumerate(walk(policy, progresses, gaps)):
-        schedule = (1 + math.cos(math.pi * k / 30)) / 2
-        if k:  # T = 3 (S + (1 - S) a): a, and from it the gap
-            a = (temperature / 3 - schedule) / (1 - schedule)
-            played.append(round(a / (1 - a), 6))
-    assert all(gap in gaps[: k + 1] for k, gap in enumerate(played))
-    assert played[0] == 0.0 and played != gaps[:29] and len(set(played)) > 10
-    assert policy.remembered_gaps == gaps and policy.gap == 29.0  # the true gap stays in the log
-
-
-def test_shuffled_is_repeatable_and_touches_no_generator():
-    before = random.getstate(), torch.get_rng_state().clone()
-    gaps, progresses = [math.sin(k) * 3 for k in range(40)], [k / 40 for k in range(40)]
-    run = lambda seed: walk(dts("gap", gap_source="shuffled", seed=seed), progresses, gaps)  # noqa: E731
-    assert run(1) == run(1) != run(2) and run(None) == run(0)
-    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
-
-
-def test_shuffled_draws_are_uniform():
-    counts = [0] * 5
-    for seed in range(2000):
-        counts[int(_dts_parts.draw_gap([0.0, 1.0, 2.0, 3.0, 4.0], 5, seed))] += 1
-    assert all(abs(count - 400) < 100 for count in counts)  # 5.6 standard deviations
-
-
-def test_the_memory_of_gaps_is_bounded_and_uniform(monkeypatch):
-    monkeypatch.setattr(_dts_parts, "MAX_REMEMBERED_GAPS", 4)
-    counts = [0] * 12
-    for seed in range(1500):
-        remembered: list[float] = []
-        for step in range(12):
-            _dts_parts.remember_gap(remembered, float(step), step, seed)
-        assert len(remembered) == len(set(remembered)) == 4
-        for gap in remembered:
-            counts[int(gap)] += 1
-    assert all(abs(count - 500) < 100 for count in counts)  # 5.5 standard deviations
-
-
-def test_shuffled_with_one_gap_is_measured():
-    progresses = [k / 10 for k in range(10)]
-    plain, shuffled = dts("gap"), dts("gap", gap_source="shuffled")
-    assert walk(plain, progresses, [0.8] * 10) == walk(shuffled, progresses, [0.8] * 10)
-    assert plain.remembered_gaps == []
 
 
 # -------------------------------------------------------------------------------------------------- through the loss
@@ -756,7 +721,6 @@ TRAINED = {
         "support_max": 30,
         "support_min": 10,
         "decoupled": True,
-        "gap_source": "shuffled",
         "momentum": 0.5,
     },
 }
@@ -829,12 +793,9 @@ def test_a_training_run_is_the_same_split_or_resumed(options, tmp_path):
         ({"range": "auto", "support_min": 0.5}, "temperature.support_min"),
         ({"range": "auto", "support_max": math.inf}, "temperature.support_max"),
         ({"decoupled": "yes"}, "temperature.decoupled"),
-        ({"gap_source": "shuffle"}, "Did you mean 'shuffled'"),
-        ({"gap_source": "shuffled", "granularity": "token"}, "temperature.gap_source.*granularity 'batch'"),
-        ({"gap_source": "shuffled", "granularity": "sequence"}, "temperature.gap_source"),
-        ({"gap_source": "shuffled", "seed": 1.5}, "temperature.seed"),
-        ({"gap_source": "shuffled", "seed": -1}, "temperature.seed"),
-        ({"gap_source": "shuffled", "seed": True}, "temperature.seed"),
+        ({"seed": 1.5}, "temperature.seed"),
+        ({"seed": -1}, "temperature.seed"),
+        ({"seed": True}, "temperature.seed"),
         ({"seed": 1}, "temperature.seed"),
     ],
 )

@@ -30,6 +30,7 @@ from transformers import (
 
 from dts_hf.errors import UserError
 from dts_hf.models import (
+    Head,
     ModelSource,
     add_lora,
     align_vocabularies,
@@ -281,11 +282,10 @@ def test_loss_in_head_sees_the_final_states_and_gives_the_same_gradient(family: 
 
     seen: list[Tensor] = []
 
-    def fn(states: Tensor) -> Tensor:
+    def fn(states: Tensor, head: Head) -> Tensor:
         seen.append(states)
-        return dense_loss(head_of_model(states))
+        return dense_loss(head(states))
 
-    head_of_model = head_of(model)
     with loss_in_head(model, fn):
         loss = model(input_ids=IDS, use_cache=False).logits
     loss.backward()
@@ -302,7 +302,7 @@ def test_loss_in_head_sees_the_final_states_and_gives_the_same_gradient(family: 
 def test_the_models_own_scale_and_cap_stay_out_of_the_loss(family: str) -> None:
     """What ``fn`` returns comes out unchanged: neither scaled nor squashed."""
     model = FAMILIES[family]()
-    with loss_in_head(model, lambda states: torch.tensor(1234.5)):
+    with loss_in_head(model, lambda states, head: torch.tensor(1234.5)):
         assert model(input_ids=IDS, use_cache=False).logits.item() == 1234.5
 
 
@@ -313,7 +313,7 @@ def test_loss_in_head_puts_everything_back(family: str, fails: bool) -> None:
     before, config = logits_of(model), model.config.to_dict()
     scale = getattr(model, "logit_scale", None)
 
-    def fn(states: Tensor) -> Tensor:
+    def fn(states: Tensor, head: Head) -> Tensor:
         if fails:
             raise RuntimeError("in the loss")
         return states.sum()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
+from families import FAMILIES
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     MistralConfig,
@@ -16,11 +20,13 @@ from transformers import (
     PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainingArguments,
 )
 
 from dts_hf.data import EncodedDataset, PackedCollator
 from dts_hf.errors import UserError
 from dts_hf.packed_attention import NAME, borders_mask, check_packing, is_borders
+from dts_hf.trainer import DistillationTrainer
 
 LENGTHS = [9, 1, 14, 5]
 
@@ -140,6 +146,99 @@ def test_a_window_that_only_the_mask_knows_is_not_lost():
     options = {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 16, "num_local_experts": 2}
     model = build(PhimoeForCausalLM, PhimoeConfig, **options)
     assert check_packing(model) is False and model.config._attn_implementation == "sdpa"
+
+
+# ------------------------------------------------------------------------------------------------- packed rows are alone
+
+PACKED = [name for name, family in FAMILIES.items() if family.trains and family.packs]
+#: The others route tokens to experts, whose matrices have other shapes when the first row goes to others.
+DENSE = {name for name in PACKED if not any("expert" in key for key in FAMILIES[name].options)}
+
+
+def behind(model: Any, borders: bool, first: torch.Tensor) -> torch.Tensor:
+    """Logits of the second of two packed rows, the first one being ``first``."""
+    second = torch.arange(9, 9 + 8 * 7, 7)
+    lengths = [len(first), len(second)]
+    with torch.no_grad():
+        return model(  # type: ignore[no-any-return]
+            input_ids=torch.cat([first, second])[None],
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            attention_mask=borders_mask(lengths) if borders else None,
+            use_cache=False,
+        ).logits[:, lengths[0] :]
+
+
+@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("attention", ["own", "eager"])
+def test_the_second_row_does_not_know_what_the_first_one_says(family: str, attention: str) -> None:
+    """To the bit, but for routed experts."""
+    model = FAMILIES[family].build()
+    if attention == "eager":
+        model.set_attn_implementation("eager")
+    try:
+        borders = check_packing(model)
+    except UserError:
+        assert (family, attention) == ("OPT", "eager")  # it reads the borders from nothing but the packed attention
+        return
+    one, other = (behind(model, borders, first) for first in (torch.arange(20, 40), torch.arange(320, 300, -1) % 320))
+    if family in DENSE:
+        assert torch.equal(one, other)
+    else:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.trains and not family.packs])
+def test_a_family_that_leaks_is_refused_by_the_trainer(family: str, role: str, tmp_path: Any) -> None:
+    leaking = FAMILIES[family].build()
+    models = {"student": tiny_llama(), "teacher": tiny_llama(seed=1), role: leaking}
+    says = rf"data\.packing: the {role} \({type(leaking).__name__}\) does not keep packed rows apart"
+    with pytest.raises(UserError, match=says):
+        DistillationTrainer(
+            models["student"], models["teacher"], args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            processing_class=tiny_tokenizer(), packing=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["Jamba", "LFM2"])
+def test_a_model_as_it_is_initialised_is_refused_too(family: str) -> None:
+    """Close to the identity: LFM2's convolution then moves logits by 1.6e-4."""
+    with pytest.raises(UserError, match="does not keep packed rows apart"):
+        check_packing(AutoModelForCausalLM.from_config(FAMILIES[family].configuration()))
+
+
+def leaky(share: float, dtype: torch.dtype) -> Any:
+    model = tiny_llama().to(dtype)
+
+    def leak(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + share * output.roll(1, dims=1)
+
+    model.model.layers[0].input_layernorm.register_forward_hook(leak)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-6])
+def test_no_leak_is_too_small_to_be_found(share: float, dtype: torch.dtype) -> None:
+    """In bfloat16 a share of 1e-6 moves no logit at all, and yet it is one."""
+    with pytest.raises(UserError, match="does not keep packed rows apart"):
+        check_packing(leaky(share, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_run_on_are_no_leak_but_refused(dtype: torch.dtype) -> None:
+    model = tiny_gpt2().to(dtype)
+    positions = model.transformer.wpe
+    positions.register_forward_pre_hook(lambda module, args: (torch.arange(args[0].shape[-1])[None],))
+    with pytest.raises(UserError, match="does not keep packed rows apart"):
+        check_packing(model)
+
+
+def test_check_packing_leaves_no_trace() -> None:
+    model = tiny_llama().requires_grad_(False)
+    check_packing(model)
+    assert not model.get_input_embeddings()._forward_hooks
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
 def test_an_attention_that_does_not_know_borders_fails_aloud():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from recorded import policy_of
 
 from dts_hf.divergences import DIVERGENCES, build_divergence
 from dts_hf.head import Head
@@ -17,11 +18,14 @@ POLICIES = {
     **{name: (name, {}) for name in sorted(temperature_policies())},
     "dts_per_sequence": ("dts", {"granularity": "sequence"}),
     "dts_per_token": ("dts", {"granularity": "token", "decoupled": True}),
+    "logit_std_softer": ("logit_std", {"value": 3.0}),
+    "norm_kd_softer": ("norm_kd", {"t_norm": 2.0}),
     "dtkd_with_kd": ("dtkd", {"w_kd": 1 / 3, "tau": 3.0}),
     "dtkd_with_kd_at_one": ("dtkd", {"w_kd": 0.5, "tau": 1.0}),
     "adakd_inverse": ("adakd", {"c": -0.5, "t_base": 2.0}),
     "taid_tempered": ("taid", {"value": 2.0}),
     "annealing_phase_two": ("annealing", {"phase_share": 0.1}),
+    "constant_of_two": ("constant", {"value": 1.5, "teacher_value": 3.0}),
     "ctkd_at_one": ("ctkd", {"t_start": 0.5, "t_end": 1.0}),
 }
 # An option that must move the loss, and two values of it.
@@ -77,7 +81,7 @@ def in_chunks_of(rows: int | None) -> float:
 
 def started(name, options, progress: float = 0.3):
     """A policy that has seen two optimizer steps of this problem, so that what it learns from them is in force."""
-    policy, data = build_temperature(name, **options), problem(seed=7)
+    policy, data = policy_of(name, **options), problem(seed=7)
     for k in range(2):
         policy.begin_step(progress * k / 2)
         policy.end_step(step_stats(fused(DistillationLoss(temperature=policy), data).sums))
@@ -108,14 +112,20 @@ def answer_of(policy, z_s, z_t, targets):
     return policy(z_s, z_t, RowStats(lse_s - z_s[at, targets], lse_t - z_t[at, targets], lse_s, lse_t, gap))
 
 
-def dense_kd(policy, answer, z_s, z_t, divergence, squared):
-    """The soft loss of each row, from the equations: the factor, the mixed target, the terms beside it."""
+def dense_kd(policy, options, answer, z_s, z_t, divergence, squared):
+    """The soft loss of each row, from the equations: the factor, the mixed target, the terms beside it.
+
+    Temperatures made of z_s stay in its graph, unless the policy declares them as held.
+    """
     d = reference.DIVERGENCES[divergence]
     share = 1.0 if answer.teacher_share is None else answer.teacher_share
     target = (1 - share) * z_s.detach() + share * z_t
-    factor = answer.student * answer.teacher if answer.scale is None else answer.scale
+    t_s, t_t = answer.student, answer.teacher
+    factor = t_s * t_t if answer.scale is None else answer.scale
+    if answer.scale_free is not None:
+        t_s, t_t, factor = reference.SCALE_FREE[policy.name](z_s, z_t, **options)
     factor = factor.reshape(-1) if squared else 1.0
-    kd = factor * d(reference.softmax(target / answer.teacher), reference.softmax(z_s / answer.student))
+    kd = factor * d(reference.softmax(target / t_t), reference.softmax(z_s / t_s))
     for t, weight in policy.companions:
         kd = kd + weight * (t**2 if squared else 1.0) * d(reference.softmax(z_t / t), reference.softmax(z_s / t))
     return kd
@@ -128,7 +138,7 @@ def test_equals_the_dense_reference_in_any_chunks(case, divergence, squared):
     policy, data = started(*POLICIES[case]), problem()
     z_s, z_t = logits(data)
     answer = answer_of(policy, z_s, z_t, data["targets"])
-    kd = dense_kd(policy, answer, z_s, z_t, divergence, squared)
+    kd = dense_kd(policy, POLICIES[case][1], answer, z_s, z_t, divergence, squared)
     ce = -torch.log(reference.softmax(z_s)[torch.arange(N), data["targets"]])
     ratio = 0.4 if policy.kd_ratio is None else policy.kd_ratio
     expected = ((1 - ratio) * ce + ratio * kd).sum() / 20.0
@@ -177,7 +187,7 @@ def test_a_run_does_not_depend_on_chunks_or_micro_batches(case):
     name, options = POLICIES[case]
     seen = []
     for chunk, cuts in ((None, [slice(0, N)]), (3, [slice(0, 4), slice(4, 16), slice(16, N)])):
-        policy = build_temperature(name, **options)
+        policy = policy_of(name, **options)
         steps = []
         for k in range(5):
             data = problem(seed=k)
@@ -205,6 +215,8 @@ def test_a_learnt_temperature_gets_its_gradient(case, divergence, squared):
     t = torch.tensor(policy.temperature, dtype=torch.float64, requires_grad=True)
     options = {key: value for key, value in build_divergence(divergence).describe().items() if key != "name"}
     p, q = reference.softmax(z_t / t), reference.softmax(z_s / t)
+    if divergence in reference.HELD_WEIGHTS:  # of the kd_loss that is reported: nothing is held
+        options["weight"] = reference.HELD_WEIGHTS[divergence](p, q, **options)
     d = reference.divergence(divergence, p, q, data["targets"], options)
     (expected,) = torch.autograd.grad((d * (t**2 if squared else 1.0)).sum(), t)
     for chunk in (1, 7, None):
@@ -231,7 +243,7 @@ def test_ctkd_raises_the_loss_that_the_student_lowers():
 
 
 def test_each_policy_has_an_effect_to_test():
-    assert set(EFFECTS) == set(temperature_policies()) - {"max_logit"}  # it has no options
+    assert set(EFFECTS) == set(temperature_policies()) - {"max_logit", "replay"}  # they have no number for an option
 
 
 @pytest.mark.parametrize("name", EFFECTS)
@@ -278,6 +290,34 @@ def test_low_precision_is_close_and_finite(name, dtype):
     (grad,) = torch.autograd.grad(output.loss, low["states"])
     assert grad.dtype == dtype and torch.isfinite(grad).all()
     assert output.loss.item() == pytest.approx(exact, rel=1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("name", sorted(temperature_policies()))
+def test_rows_of_equal_logits_are_finite(name, dtype):
+    """Equal for the student, for the teacher, for both: no deviation to divide by, no sharpness to compare."""
+    policy, data = started(name, {}), problem()
+    for flat in (("weight",), ("teacher_weight",), ("weight", "teacher_weight")):
+        low = {key: value if value.dtype == torch.int64 else value.detach().to(dtype) for key, value in data.items()}
+        for key in flat:
+            low[key][:] = low[key][0]
+        low["bias"] = torch.full_like(low["bias"], -5.0) if "weight" in flat else low["bias"]
+        low["teacher_weight"] *= 4.0
+        leaves = [low[key].requires_grad_() for key in ("states", "weight")]
+        for divergence in sorted(DIVERGENCES):
+            output = fused(DistillationLoss(divergence, temperature=policy, kd_ratio=0.9), low)
+            assert torch.isfinite(output.loss), divergence
+            for grad in torch.autograd.grad(output.loss, leaves):
+                assert torch.isfinite(grad).all(), divergence
+
+
+def test_a_scale_free_policy_must_give_its_own_factor():
+    """T_s T_t would move with the student's deviation, and the loss could not know."""
+    policy, data = build_temperature("norm_kd"), problem()
+    forward = policy.forward
+    policy.forward = lambda *given: forward(*given)._replace(scale=None)
+    with pytest.raises(ValueError, match="'norm_kd' is scale-free, so it must give a scale"):
+        fused(DistillationLoss(temperature=policy), data)
 
 
 @pytest.mark.parametrize("name", sorted(temperature_policies()))

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from recorded import options_of
 from test_trainer import arguments
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -22,12 +23,12 @@ STATEFUL = ("adakd", "ctkd", "max_logit", "taid")
 
 
 def trained(folder, name, seed=0, resume=None, **options):
-    defaults = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    defaults = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4, **options}
     trainer = DistillationTrainer(
         tiny_llama(seed=seed),
         tiny_llama(seed=1, layers=3),
-        args=arguments(folder, **{**defaults, **options}),
-        temperature={"name": name},
+        args=arguments(folder, **defaults),
+        temperature={"name": name, **options_of(name, defaults["max_steps"])},
         train_dataset=ROWS,
         processing_class=tiny_tokenizer(),
     )

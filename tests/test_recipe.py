@@ -359,3 +359,41 @@ def test_find_recipes_skips_bases_and_other_yaml(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL, "_base.yaml")
     write(tmp_path, "compute_environment: LOCAL_MACHINE\n", "accelerate.yaml")
     assert find_recipes(tmp_path) == {tmp_path / "good.yaml": "A good one"}
+
+
+# ------------------------------------------------------------------------------------------------- runs that are replayed
+
+
+def test_the_paths_of_recorded_runs_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for temperature, place in (
+        ("{name: replay, run: ../runs/a}", ("run",)),
+        ("{name: cosine, match_mean_of: ./../runs/a}", ("match_mean_of",)),
+        ("{name: dts, gap_source: {replay: ../runs/a, order: permuted}}", ("gap_source", "replay")),
+    ):
+        path = write(tmp_path / "recipes", f"{MINIMAL}\ntemperature: {temperature}\n")
+        found: Any = load_recipe(path).temperature.options
+        for key in place:
+            found = found[key]
+        assert found == "runs/a"
+    overrides = [
+        "temperature.name=dts",
+        "temperature.gap_source={replay: runs/b}",
+        "temperature.gap_source.order=blocks",
+    ]
+    assert load_recipe(path, overrides).temperature.options == {"gap_source": {"replay": "runs/b", "order": "blocks"}}
+    given: dict[str, Any] = {"replay": "./x"}
+    Recipe.from_dict({**yaml.safe_load(MINIMAL), "temperature": {"name": "dts", "gap_source": given}})
+    assert given == {"replay": "./x"}  # the caller's own mapping stays as it was
+
+
+def test_keys_of_gap_source_are_checked_by_name(minimal: Path) -> None:
+    text = message(minimal, "temperature.name=dts", "temperature.gap_source={replay: a, ordr: permuted}")
+    assert (
+        "temperature.gap_source.ordr: unknown key, expected one of replay, order, block. Did you mean 'order'?" in text
+    )
+    text = message(minimal, "temperature.name=dts", "temperature.gap_source=shuffled")
+    assert "temperature.gap_source: got 'shuffled', expected measured, or {replay: RUN, order: permuted}" in text
+    mapping = recipe_json_schema()["$defs"]["NamedOptions"]["anyOf"][1]
+    assert mapping["additionalProperties"] is True  # the options of a policy are its own matter

@@ -633,12 +633,14 @@ def test_the_weight_of_the_loss_is_the_one_that_was_used(tmp_path: Path, policy:
 
 
 def test_every_policy_says_what_it_does(tmp_path: Path) -> None:
-    from dts_hf.temperature import build_temperature, temperature_policies
+    from recorded import options_of, policy_of
+
+    from dts_hf.temperature import temperature_policies
 
     for name in temperature_policies():
-        made = facts.gather(make_run(tmp_path / name, recipe=changed(temperature={"name": name})))
+        made = facts.gather(make_run(tmp_path / name, recipe=changed(temperature={"name": name, **options_of(name)})))
         said = facts.policy_facts(made)
-        assert (said.kd_ratio is None) == (build_temperature(name).kd_ratio is None) and said.rule
+        assert (said.kd_ratio is None) == (policy_of(name).kd_ratio is None) and said.rule
 
 
 def test_the_limits_of_a_student_without_a_teacher_name_none(tmp_path: Path) -> None:

@@ -375,8 +375,9 @@ def test_a_finished_run_says_how_to_upload_and_cleans_up(tmp_path, capsys):
     run.save_recipe(made)
     make_checkpoint(run.path, "interrupted/checkpoint-7")
     (run.path / "broken_step-3.rank1.json").write_text("{}")
-    end_early(made, SimpleNamespace(process_index=0, push_to_hub=True, hub_model_id="me/small"))  # type: ignore[arg-type]
-    assert f"hf upload me/small {run.final_path}" in capsys.readouterr().err
+    args: Any = SimpleNamespace(process_index=0, push_to_hub=True, hub_model_id="me/small", hub_private_repo=None)
+    end_early(made, args)
+    assert f"hf upload --private me/small {run.final_path}" in capsys.readouterr().err
     assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from recorded import policy_of
 
 from dts_hf.errors import UserError
 from dts_hf.head import Head
@@ -47,7 +48,7 @@ def walk(policy, progresses, gaps):
 @pytest.mark.parametrize("name", POLICIES)
 class TestContract:
     def test_is_finite_positive_and_broadcasts(self, name):
-        policy = build_temperature(name)
+        policy = policy_of(name)
         student, teacher = torch.randn(5, 9), torch.randn(5, 9)
         for progress in (0.0, 0.3, 1.0):
             policy.begin_step(progress)
@@ -65,7 +66,7 @@ class TestContract:
             policy.end_step(stats(0.7))
 
     def test_forward_is_pure(self, name):
-        policy = build_temperature(name)
+        policy = policy_of(name)
         policy.begin_step(0.4)
         before = policy.state()
         student, teacher = torch.randn(4, 7), torch.randn(4, 7)
@@ -76,7 +77,7 @@ class TestContract:
 
     def test_is_shift_invariant(self, name):
         """Softmax does not see an added constant, so the temperature must not either."""
-        policy = build_temperature(name)
+        policy = policy_of(name)
         policy.begin_step(0.2)
         student, teacher = torch.randn(4, 7).double(), torch.randn(4, 7).double()
         plain = policy(student, teacher, row_stats(student, teacher))
@@ -84,14 +85,14 @@ class TestContract:
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in given(plain, moved))
 
     def test_no_gradient_into_the_logits(self, name):
-        policy = build_temperature(name)
+        policy = policy_of(name)
         policy.begin_step(0.2)
         student = torch.randn(4, 7, requires_grad=True)
         value = policy(student, torch.randn(4, 7), row_stats(student, torch.randn(4, 7)))
         assert not any(part.requires_grad for part in value if part is not None)
 
     def test_state_survives_json_and_state_dict(self, name):
-        policy, by_json, by_dict = (build_temperature(name) for _ in range(3))
+        policy, by_json, by_dict = (policy_of(name) for _ in range(3))
         progresses, gaps = [k / 10 for k in range(10)], [1.0, 2.0, math.nan, 0.5, -1.0, 3.0, 0.1, 0.0, 1.0, 1.0]
         walk(policy, progresses[:5], gaps[:5])
         by_json.load_state(json.loads(json.dumps(policy.state())))
@@ -105,7 +106,7 @@ class TestContract:
         torch.manual_seed(0)
         head, teacher_head = Head(torch.randn(11, 5)), Head(torch.randn(11, 6))
         states = torch.randn(8, 5, requires_grad=True)
-        policy = build_temperature(name)
+        policy = policy_of(name)
         loss = DistillationLoss(temperature=policy, kd_ratio=1.0, temperature_scaling="none")
         policy.begin_step(0.0)
         loss.kd_ratio = 1.0 if policy.kd_ratio is None else policy.kd_ratio  # equal weights: only T differs
@@ -122,7 +123,7 @@ class TestContract:
 
     def test_a_foreign_state_is_refused(self, name):
         with pytest.raises(UserError, match="another policy"):
-            build_temperature(name).load_state({"nonsense": 1})
+            policy_of(name).load_state({"nonsense": 1})
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

@@ -122,6 +122,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             train_dataset,
             eval_dataset,
             processing_class,
+            router_aux_loss="none",  # a classifier of transformers adds none either
             data_collator=LabelledCollator(int(processing_class.pad_token_id), self.task.regression),
             **kwargs,
         )

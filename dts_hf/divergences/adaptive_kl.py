@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dts_hf.divergences.base import Distributions, Divergence, check_option
+from dts_hf.divergences.base import Distributions, Divergence, check_option, dot
 from dts_hf.divergences.kl import forward_teacher_grad, mixed_kl
 
 #: Halvings of the search for the head before the rest is sorted: each is three passes over V, and halves the octaves left.
@@ -17,7 +17,9 @@ class AdaptiveKL(Divergence):
 
     The head is the teacher's most probable tokens up to a mass of ``mu``: a token is in it where the tokens strictly more
     probable than it hold less than ``mu`` together. So the first is always in, and equal probabilities enter together. w is
-    held constant; the gradient is w (q - p) + (1 - w) q (log(q / p) - KL(q || p)). Where p = q, w = 0.
+    held constant; the gradient is w (q - p) + (1 - w) q (log(q / p) - KL(q || p)). Where p = q, w = 0. The token whose
+    probability crosses ``mu`` belongs to the head, so the head holds at least ``mu``; in AdaKD's copy of the method (arXiv
+    2510.11615) it does not.
 
     The head is a threshold on p, not a sorted order, so its mask fits the unsorted gaps (TAID's code puts the mask of the
     sorted tokens on the unsorted ones).
@@ -29,6 +31,10 @@ class AdaptiveKL(Divergence):
     formula = "w KL(p || q) + (1 - w) KL(q || p), w = sum of |p - q| over the head of p / sum |p - q|, constant"
     gradient = "w (q - p) + (1 - w) q (log(q / p) - KL(q || p))"
     use = "Forward KL while the student misses the teacher's first choices, reverse KL while it errs in the tail."
+    held = (
+        "The weight w. Dropped is the force that would lower the value by moving w to the smaller of the two KLs, which "
+        "says nothing about where the student is wrong. As in its paper."
+    )
 
     def __init__(self, mu: float = 0.5) -> None:
         hint = "the share of the teacher's probability that makes up the head"
@@ -41,6 +47,18 @@ class AdaptiveKL(Divergence):
         weight = self.forward_weight(d)
         forward = forward_teacher_grad(d.log_ratio(), d).mul_(weight)
         return forward.addcmul_(d.p.prob - d.q.prob, 1.0 - weight)
+
+    def held_slope(self, d: Distributions) -> Tensor:
+        p, q = d.p.prob, d.q.prob
+        difference = p - q
+        total = difference.abs().sum(-1).clamp_min_(torch.finfo(p.dtype).tiny)
+        head = torch.ge(p, head_threshold(p, self.mu), out=torch.empty_like(p))
+        # The head is constant between two orders of p, and T does not change their order.
+        moved = (p * d.p.log_prob_slope()).sub_(q * d.q.log_prob_slope()).mul_(difference.sign())
+        weight = dot(head, difference.abs()) / total
+        weight_slope = (dot(head, moved) - weight * moved.sum(-1)) / total
+        log_ratio = d.log_ratio()
+        return weight_slope * (dot(p, log_ratio) + dot(q, log_ratio))
 
     def forward_weight(self, d: Distributions) -> Tensor:
         """w, ``[C, 1]``: the head's share of the gap between p and q."""

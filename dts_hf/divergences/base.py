@@ -44,6 +44,10 @@ class Distribution(NamedTuple):
     def log_prob(self) -> Tensor:
         return self.logits - self.log_norm
 
+    def log_prob_slope(self) -> Tensor:
+        """d log prob / d log T = -(u - sum p u), ``[C, V]``, in a fresh buffer."""
+        return dot(self.prob, self.logits).unsqueeze(-1) - self.logits
+
     def entropy(self) -> Tensor:
         """H = log norm - sum p u, ``[C]``, nats."""
         return self.log_norm.squeeze(-1) - dot(self.prob, self.logits)
@@ -101,6 +105,8 @@ class Divergence:
     formula: ClassVar[str]
     gradient: ClassVar[str]
     use: ClassVar[str]
+    #: What ``value_and_grad`` holds constant in its gradient, which force that drops, and why; None: nothing.
+    held: ClassVar[str | None] = None
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         """The divergence ``[C]`` (nats, where it is one) and its gradient ``[C, V]`` with respect to u.
@@ -112,6 +118,14 @@ class Divergence:
     def teacher_grad(self, d: Distributions) -> Tensor:
         """The gradient ``[C, V]`` with respect to the teacher's u_t; leaves every buffer of ``d`` as it is."""
         raise NotImplementedError
+
+    def held_slope(self, d: Distributions) -> Tensor:
+        """What the gradients leave out of d value / d log T, ``[C]``: the way through what they hold constant.
+
+        A temperature that learns follows the value as it is reported. T is that of both models. Leaves every buffer of
+        ``d`` as it is.
+        """
+        return torch.zeros_like(d.q.log_norm.squeeze(-1))
 
     def describe(self) -> dict[str, Any]:
         """The name and options that build this divergence again."""

@@ -81,6 +81,10 @@ def _targets(d: Distributions) -> Tensor:
         raise ValueError(
             "the divergence 'dkd' needs the target tokens: Distributions(p, q, targets), targets [C] int64"
         )
+    if d.q.prob.shape[-1] < 2:
+        raise ValueError(
+            "the divergence 'dkd' needs two tokens or more: beside the target there is nothing to compare"
+        )
     return d.targets.unsqueeze(-1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dts_hf.divergences.base import Distributions, Divergence
+from dts_hf.divergences.base import Distributions, Divergence, dot
 
 
 class ToDi(Divergence):
@@ -22,6 +22,10 @@ class ToDi(Divergence):
     formula = "sum w p log(p / q) + (1 - w) q log(q / p), w = p / (p + q) constant"
     gradient = "q - p - h + q sum(h), h = q^2 / (p + q) log(p / q)"
     use = "Symmetric KL that decides entry by entry: raises what the student lacks, lowers what it has too much of."
+    held = (
+        "The weights w. Dropped is the force that would move w itself: with it the gradient would be that of KL(p || q) + "
+        "KL(q || p), which ToDi has as its value, and nothing would be left of the method. As in its paper."
+    )
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         p, q = d.p.prob, d.q.prob
@@ -34,3 +38,8 @@ class ToDi(Divergence):
 
     def teacher_grad(self, d: Distributions) -> Tensor:
         return self.value_and_grad(d.mirrored())[1]
+
+    def held_slope(self, d: Distributions) -> Tensor:
+        # d value / d w = (p + q) log(p / q), and d w = w (1 - w) d log(p / q) with w (1 - w) (p + q) = p q / (p + q).
+        weighted = d.log_ratio().mul_(d.p.log_prob_slope().sub_(d.q.log_prob_slope()))
+        return dot(weighted, (d.q.prob / d.mixture(0.5)).mul_(d.p.prob)) * 0.5

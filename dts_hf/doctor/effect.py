@@ -19,6 +19,7 @@ from dts_hf.doctor.diagnosis import Check, Skipped
 from dts_hf.head import Head
 from dts_hf.losses import DistillationLoss
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
+from dts_hf.temperature.constant import Constant
 
 #: The temperature is multiplied by this to see whether the gradient follows.
 NUDGE = 1.25
@@ -123,6 +124,7 @@ def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_i
     if sample.teacher_states is None:
         raise Skipped("there is no teacher: labels alone")
     loss = copy.deepcopy(loss)
+    loss.temperature.begin_run()
     found = _parts(loss, sample, 0.0)
     if found["kd_norm"] <= NOTHING * found["pull"]:  # a schedule of kd_ratio may bring the teacher in later
         found = _parts(loss, sample, 0.5)
@@ -198,29 +200,46 @@ def _parts(loss: DistillationLoss, sample: Sample, place: float) -> dict[str, fl
     }
 
 
-def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: int) -> None:
+def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: int, classes: str = "tokens") -> None:
     """Follow the temperature through a whole run whose gap stays what it is on the sample.
 
     Args:
         steps: optimizer steps of the run.
+        classes: what the loss chooses among, in words.
+
+    Raises:
+        UserError: the policy cannot do on this sample, or in so many steps, what its options ask for.
     """
     if sample.teacher_states is None:
         raise Skipped("there is no teacher: labels alone")
     if loss.kd_ratio == 0 and loss.temperature.kd_ratio is None:
         raise Skipped("kd_ratio is 0: there is nothing for a temperature to act on")
     name = loss.temperature.name
-    followed = _follow(loss, sample, steps, gap=1.0)
+    loss = copy.deepcopy(loss)
+    loss.temperature.begin_run(steps)
+    followed, ends = _follow(loss, sample, steps, gap=1.0)
     curve = [seen.mean for seen in followed]
     check.values = {"policy": name, "places": list(PLACES), "temperature": curve}
     low, high = min(seen.low for seen in followed), max(seen.high for seen in followed)
     words = " → ".join(f"{value:.2f}" for value in curve)
     by_row = any(seen.high - seen.low > 1e-6 for seen in followed)
     check.summary = f"constant: T {curve[0]:.2f}" if name == "constant" else f"{name}: T {words} through the run"
+    if name == "constant" and followed[0].teacher != curve[0]:
+        check.summary += f" (student), {followed[0].teacher:.2f} (teacher)"
     if by_row:
         check.summary += f"; between {low:.2f} and {high:.2f} by row"
     if any(not math.isfinite(value) or value <= 0 for value in (low, high)):
         check.error("temperature-not-finite", f"policy '{name}' gives T {words}", "")
         return
+    offered = (
+        _on_offer(loss, sample, ends) if len(ends) > 1 else {seen.teacher: seen.support for seen in followed[::4]}
+    )
+    vocabulary = sample.student_head.vocab_size
+    check.values["support"] = [{"temperature": t, "support": n, "of": vocabulary} for t, n in offered.items()]
+    check.summary += "; the teacher offers " + ", ".join(
+        f"about {_rounded(support)} of {vocabulary:,} {classes} at T = {t:.3g} ({100 * support / vocabulary:.2g} %)"
+        for t, support in offered.items()
+    )
     # Policies that leave the student at T = 1 move the teacher, which shows in the soft loss
     moves = high - low > 1e-6 * high or max(seen.kd for seen in followed) - min(seen.kd for seen in followed) > 1e-6
     if name != "constant" and not moves:
@@ -230,11 +249,12 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
             "Check the range of its options (t_init, t_min, t_max), or say temperature: {name: constant, value: T}",
         )
         return
-    # The gap of a row is no matter of the schedule
-    if name == "dts" and getattr(loss.temperature, "granularity", "") == "batch":
-        plain = [seen.mean for seen in _follow(loss, sample, steps, gap=0.0)]
+    # The gap of a row is no matter of the schedule, and that of another run none of this one
+    measured = getattr(loss.temperature, "gap_source", None) == "measured"
+    if name == "dts" and measured and getattr(loss.temperature, "granularity", "") == "batch":
+        plain = [seen.mean for seen in _follow(loss, sample, steps, gap=0.0)[0]]
         check.values["temperature_without_gap"] = plain
-        check.summary += f" with this gap, → {plain[-1]:.2f} if it closes"
+        check.summary += f"; T ends at {plain[-1]:.2f} if the gap closes"
         if max(abs(a - b) for a, b in zip(curve, plain, strict=True)) < 1e-3:
             rule = getattr(loss.temperature, "rule", "")
             check.warn(
@@ -245,16 +265,18 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
 
 
 class Seen(NamedTuple):
-    """Temperature over rows at one place of the run, and the mean soft loss there."""
+    """Temperature over rows at one place of the run, the mean soft loss there, the teacher's T and effective support."""
 
     mean: float
     low: float
     high: float
     kd: float
+    teacher: float
+    support: float
 
 
-def _follow(loss: DistillationLoss, sample: Sample, steps: int, gap: float) -> list[Seen]:
-    """The temperature at ``PLACES``; ``gap`` 0 makes the teacher as bad as the student."""
+def _follow(loss: DistillationLoss, sample: Sample, steps: int, gap: float) -> tuple[list[Seen], tuple[float, ...]]:
+    """What is seen at ``PLACES``, and the ends of the policy's range; ``gap`` 0 makes the teacher as bad as the student."""
     loss = copy.deepcopy(loss)
     policy = loss.temperature
     steps = min(max(steps, 2), SIMULATED_STEPS)
@@ -269,9 +291,30 @@ def _follow(loss: DistillationLoss, sample: Sample, steps: int, gap: float) -> l
         with torch.no_grad():
             sums = _sums(loss, sample)
         rows = max(float(sums["rows"]), 1.0)
-        values = (sums["temperature"] / rows, sums["temperature_min"], sums["temperature_max"], sums["kd"] / rows)
+        values = (
+            sums["temperature"] / rows,
+            sums["temperature_min"],
+            sums["temperature_max"],
+            sums["kd"] / rows,
+            sums["teacher_temperature"] / rows,
+            (sums["teacher_entropy_at_t"] / rows).exp(),
+        )
         found.append(Seen(*map(float, values)))
+    return found, policy.ends
+
+
+def _on_offer(loss: DistillationLoss, sample: Sample, temperatures: Sequence[float]) -> dict[float, float]:
+    """The teacher's effective support, exp(mean entropy), at each of the temperatures."""
+    found = {}
+    for temperature in temperatures:
+        sums = _sums(with_policy(loss, Constant(temperature)), sample)
+        found[temperature] = math.exp(float(sums["teacher_entropy_at_t"]) / max(float(sums["rows"]), 1.0))
     return found
+
+
+def _rounded(count: float) -> str:
+    """Two digits: a sample knows no more."""
+    return f"{count:.2g}" if count < 100 else f"{float(f'{count:.2g}'):,.0f}"
 
 
 def _statistics(loss: DistillationLoss, sample: Sample, gap: float) -> StepStats:

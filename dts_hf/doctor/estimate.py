@@ -61,6 +61,8 @@ class Workload:
         autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
         attention: ``sdpa``, ``flash_attention_2``, ``eager``, or ``packed`` (rows end to end).
         device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
+        beside: bytes that rows and tokenizers take where the device's memory is theirs too, on a CPU: they are not
+            estimated, ``dts-hf doctor`` has loaded them already.
     """
 
     rows: int
@@ -76,6 +78,7 @@ class Workload:
     autocast: str | None = None
     attention: str = "sdpa"
     device: str = "cuda"
+    beside: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("student_dtype", "teacher_dtype"):
@@ -130,6 +133,7 @@ class Memory:
         activations: kept by the student for the backward pass, and one block at work.
         loss: chunks of logits, rows of states, gradient of the head.
         buffers: communication buckets and gathered weights.
+        beside: rows and tokenizers, where they are in the same memory.
         peak: the largest sum of parts that stand at the same time.
         moment: when that is: ``teacher``, ``loss``, ``backward`` or ``step``.
     """
@@ -141,6 +145,7 @@ class Memory:
     activations: float
     loss: float
     buffers: float
+    beside: float
     peak: float
     moment: str
 
@@ -176,7 +181,7 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: W
         # Allocated whole, whatever the model; a CPU gives only the pages that are written to.
         buffers += types.trained * (min(bucket, trained) if workload.device == "cpu" else bucket)
     teacher_weights = _teacher_bytes(teacher, workload, plan)
-    held = weights + optimizer + buffers + teacher_weights
+    held = weights + optimizer + buffers + teacher_weights + workload.beside
 
     carried = 0.0  # gradients that are there before the backward pass begins
     if plan.strategy == "zero3":
@@ -207,6 +212,7 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: W
         activations=kept + working,
         loss=loss,
         buffers=buffers,
+        beside=workload.beside,
         peak=moments[moment],
         moment=moment,
     )

@@ -109,7 +109,7 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
         for batch, labels in _batches(trainer, data, rows):
             seen: list[Tensor] = []
 
-            def keep(states: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            def keep(states: Tensor, head: Head, seen: list[Tensor] = seen) -> Tensor:
                 seen.append(states)
                 return states.new_zeros(())
 
@@ -154,12 +154,15 @@ def _batches(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequence[
 # ----------------------------------------------------------------------------------------------- teacher and student
 
 
-def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, classes: int) -> None:
+def check_teacher(
+    check: Check, eval_loss: DistillationLoss, sample: Sample, classes: int, *, cut: bool = False
+) -> None:
     """Cross-entropy of both on the same labels, at T = 1.
 
     Args:
         eval_loss: the trainer's, at T = 1.
         classes: ids that the loss sees; ln of it is what blind guessing costs.
+        cut: the student is made of layers of the teacher.
     """
     with torch.no_grad():
         sums = eval_loss(
@@ -180,9 +183,21 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
         )
     if not all(math.isfinite(value) for value in mean.values()):
         check.error("loss-not-finite", "the cross-entropy on real rows is no number", "")
-    elif sample.teacher_states is None:
         return
-    elif mean["teacher_ce"] > UNTRAINED * guess:
+    if mean["ce"] > guess:
+        check.warn(
+            "student-worse-than-guessing",
+            f"the student needs {mean['ce']:.2f} nats per label, and guessing evenly among {classes:,} ids costs "
+            f"{guess:.2f}: "
+            + ("without the layers that were left out it knows nothing" if cut else "it knows nothing of these rows"),
+            "student.init.layers: keep more layers, or others (a list: some models bear it better to lose their last layers "
+            "than every second one), or train on many more tokens: it starts from less than nothing"
+            if cut
+            else "Are its weights trained, and the prompt template the one it knows? From random weights: train much longer",
+        )
+    if sample.teacher_states is None:
+        return
+    if mean["teacher_ce"] > UNTRAINED * guess:
         check.error(
             "teacher-untrained",
             f"the teacher needs {mean['teacher_ce']:.2f} nats per label, and guessing evenly among {classes:,} ids "

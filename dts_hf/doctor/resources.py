@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from dts_hf.doctor.estimate import (
 from dts_hf.doctor.shapes import ModelShape
 from dts_hf.errors import UserError
 from dts_hf.models import ModelSource
+from dts_hf.pruning import pruned_config
 from dts_hf.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -127,13 +127,7 @@ def shapes_from_configs(recipe: Recipe) -> tuple[ModelShape, ModelShape | None] 
     if student.model is not None:
         student_config = config_of(student.model, "student.model", student.revision, student.trust_remote_code)
     elif teacher_config is not None and student.init is not None:
-        student_config = copy.deepcopy(teacher_config)
-        layers = student.init.layers
-        count = layers if isinstance(layers, int) else len(layers)
-        for key, value in student_config.to_dict().items():
-            if isinstance(value, list) and len(value) == teacher_config.num_hidden_layers:
-                setattr(student_config, key, value[:count])
-        student_config.num_hidden_layers = count
+        student_config = pruned_config(teacher_config, student.init.layers)
     if student_config is None or (teacher is not None and teacher_config is None):
         return None
     return (
@@ -143,13 +137,19 @@ def shapes_from_configs(recipe: Recipe) -> tuple[ModelShape, ModelShape | None] 
 
 
 def workload_of(
-    recipe: Recipe, args: TrainingArguments, shape: ModelShape, data: EncodedDataset, student: nn.Module | None = None
+    recipe: Recipe,
+    args: TrainingArguments,
+    shape: ModelShape,
+    data: EncodedDataset,
+    student: nn.Module | None = None,
+    beside: float = 0.0,
 ) -> Workload:
     """The heaviest micro-batch that the training rows can make: the longest rows together.
 
     Args:
         data: tokenised training rows.
         student: counts its own adapters, where it is loaded.
+        beside: bytes of ordinary memory that rows and tokenizers take.
     """
     batch = min(args.per_device_train_batch_size, len(data))
     responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
@@ -176,6 +176,7 @@ def workload_of(
         autocast=autocast,
         attention="packed" if packed else "sdpa",
         device="cuda" if args.device.type == "cuda" else "cpu",
+        beside=beside if args.device.type == "cpu" else 0.0,
     )
 
 
@@ -252,12 +253,19 @@ def check_memory(
              "fits": memory.total <= room}
         )  # fmt: skip
     alone = estimate_memory(*shapes, workload, launched_plan(recipe, 1))
-    loaded = alone.student + alone.teacher + alone.loss
+    loaded = alone.student + alone.teacher + alone.loss + alone.beside
     weights = alone.student + alone.teacher  # they pass through ordinary memory on their way to a GPU
     fits = Fits(loaded <= room and weights <= device.get("host", room), alone.total <= room)
     needed = found[0][1].total
-    check.values = {"needed": round(needed), "device": room, "strategy": launched.strategy}
+    check.values = {
+        "needed": round(needed),
+        "device": room,
+        "strategy": launched.strategy,
+        "alone": round(alone.total),
+    }
     check.summary = f"about {gb(needed)} needed of {gb(room)} free on this {device['name']} ({plan_words(launched)})"
+    if alone.beside > 0.05 * needed:
+        check.summary += f", {gb(alone.beside)} of it rows and tokenizers"
     if needed <= COMFORTABLE * room:
         return fits
     smaller = next((plan for plan, memory in found[1:] if memory.total <= COMFORTABLE * room), None)
@@ -439,16 +447,6 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:,.1f} h"
-
-
-def total_steps(args: TrainingArguments, rows: int, devices: int = 1) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(rows / (args.per_device_train_batch_size * devices))
-    if args.dataloader_drop_last:
-        batches = rows // (args.per_device_train_batch_size * devices)
-    return max(1, math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs))
 
 
 def tokens_per_row(datasets: Sequence[EncodedDataset]) -> float:

@@ -39,7 +39,6 @@ from dts_hf.doctor.resources import (
     resident_bytes,
     shapes_from_configs,
     tokens_per_row,
-    total_steps,
     workload_of,
 )
 from dts_hf.doctor.shapes import ModelShape
@@ -59,8 +58,10 @@ from dts_hf.evaluation.scorer import load_sets
 from dts_hf.models import align_vocabularies, head_of, load_model, load_student, load_tokenizers
 from dts_hf.prompts import get_template
 from dts_hf.recipe import Recipe, load_recipe, training_arguments
+from dts_hf.row_order import total_steps
 from dts_hf.sharding import place_teacher
 from dts_hf.teacher_answers import answer_rows
+from dts_hf.temperature import build_temperature
 
 Shapes = tuple[ModelShape, "ModelShape | None"]
 
@@ -119,6 +120,8 @@ def diagnose(
     with diagnosis.check("recipe") as check:
         recipe = load_recipe(path, overrides)
         check.summary = recipe_words(recipe)
+        if recipe.teacher is not None:
+            build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
     if recipe is not None:
         with tempfile.TemporaryDirectory(prefix="dts_hf-doctor-") as folder, quiet():
             if recipe.task is None:
@@ -167,13 +170,15 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
         chosen = [kept[index] for index in spread(SAMPLE_ROWS, len(kept))]
         check_template(check, template, need(tokenizer, "a tokenizer"), need(teacher_tokenizer, "a tokenizer"), chosen)
 
+    beside = max(0, resident_bytes() - before)  # rows and tokenizers: a vocabulary of 262,144 takes 0.3 GB
     fits = Fits(loads=True, trains=True)
     shapes: Shapes | None = None
     with contextlib.suppress(Exception):  # loading the model says it better
         shapes = shapes_from_configs(recipe)
     if shapes is not None and args is not None and data is not None:
         with diagnosis.check("memory") as check:
-            fits = check_memory(check, diagnosis, recipe, shapes, workload_of(recipe, args, shapes[0], data), devices)
+            work = workload_of(recipe, args, shapes[0], data, beside=beside)
+            fits = check_memory(check, diagnosis, recipe, shapes, work, devices)
 
     teacher: PreTrainedModel | None = None
     student: nn.Module | None = None
@@ -194,7 +199,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
             check_step_size(check, student, args.learning_rate)
     with diagnosis.check("special-tokens") as check:
         configs = {
-            who: (model.config, getattr(model, "generation_config", None))
+            who: (model.config.get_text_config(), getattr(model, "generation_config", None))  # type: ignore[operator, union-attr]
             for who, model in (("student", student), ("teacher", teacher))
             if model is not None
         }
@@ -216,7 +221,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
         with diagnosis.check("memory") as check:
             real, encoded = need(args, "training arguments"), need(data, "tokenised rows")
             shapes = (ModelShape.from_model(student), None if teacher is None else ModelShape.from_model(teacher))
-            work = workload_of(recipe, real, shapes[0], encoded, student)
+            work = workload_of(recipe, real, shapes[0], encoded, student, beside)
             fits = check_memory(check, diagnosis, recipe, shapes, work, devices)
 
     # The loss on real rows, then three steps. With sequence-level KD the teacher answers the rows of the sample itself.
@@ -271,18 +276,19 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
     with diagnosis.check("cross-entropy") as check:
         built = need(trainer, "a trainer")
         sample = take_sample(built, need(data, "tokenised rows"), sample_rows)
-        check_teacher(check, built.eval_loss, sample, built.vocab_size)
+        check_teacher(check, built.eval_loss, sample, built.vocab_size, cut=recipe.student.init is not None)
         chat = need(teacher_tokenizer, "a tokenizer")
         if chat.chat_template and template.name != "chat" and "teacher_ce" in check.values:
             by_id = {row.id: row for row in kept}
             chosen = [by_id[built.train_dataset.row_ids[index]] for index in sample_rows]  # type: ignore[union-attr]
             check_chat_form(check, built, recipe, chat, chosen, check.values["teacher_ce"])
     with diagnosis.check("effect") as check:
-        sampled = need(sample, "a sample of rows").first(EFFECT_LABELS)
-        check_effect(check, need(trainer, "a trainer").loss, sampled, use_of_teacher(recipe))
+        loss = need(trainer, "a trainer").loss
+        check_effect(check, loss, need(sample, "a sample of rows").first(EFFECT_LABELS), use_of_teacher(recipe))
     with diagnosis.check("temperature") as check:
-        labels = need(sample, "a sample of rows").first(EFFECT_LABELS // 4)
-        check_schedule(check, need(trainer, "a trainer").loss, labels, need(steps, "rows"))
+        loss = need(trainer, "a trainer").loss
+        check_schedule(check, loss, need(sample, "a sample of rows").first(EFFECT_LABELS), need(steps, "rows"))
+    sample = None  # it holds the student's head in fp32, a copy that the run will not have
     with diagnosis.check("steps") as check:
         if not fits.trains:
             raise Skipped("three steps on one device do not fit into its memory")
@@ -372,6 +378,14 @@ def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device
         f"on {device}, {precision}, {args.per_device_train_batch_size}{accumulated} rows a step, learning rate "
         f"{args.learning_rate:g} ({getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)})"
     )
+    highest = highest_rate(str(getattr(args.optim, "value", args.optim)))
+    if args.learning_rate > highest:
+        check.warn(
+            "learning-rate-too-high",
+            f"training.learning_rate is {args.learning_rate:g}; with {getattr(args.optim, 'value', args.optim)} rates above "
+            f"{highest:g} destroy what the student knows",
+            f"training.learning_rate: {'0.01 to 0.1' if highest >= 1 else '1e-5 to 1e-3'}, the smaller the larger the model",
+        )
     if args.max_steps > 0 and args.warmup_steps >= max(args.max_steps, 2):
         check.warn(
             "warmup-too-long",
@@ -379,6 +393,15 @@ def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device
             "its value",
             "Fewer warmup_steps",
         )
+
+
+def highest_rate(optimizer: str) -> float:
+    """The learning rate above which no language model is trained.
+
+    Adam and its kin divide by the gradient's size, so the rate is what every weight moves by in a step, and weights are
+    about 0.02 to 0.1 large. SGD's step is as large as the (clipped) gradient makes it.
+    """
+    return 1.0 if optimizer.startswith("sgd") else 1e-2
 
 
 def trial_arguments(trial: Recipe, folder: Path) -> TrainingArguments:

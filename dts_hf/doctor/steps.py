@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 STEPS = 3
 #: No further step is begun after so many seconds.
 ENOUGH_SECONDS = 180.0
+#: The loss grows in the steps by so many nats and by this factor: it explodes. Batches differ by less.
+EXPLODES = (1.0, 1.5)
+#: Measured memory beyond this share of the estimate is said, and bytes that libraries loaded late may take besides.
+ABOVE_ESTIMATE, LOADED_LATE = 1.2, 0.25e9
 #: What is looked at of each tensor to see whether it moved.
 WATCHED = 64
 
@@ -133,6 +137,21 @@ def check_steps(
             f"{len(laps.seconds)} optimizer steps changed none of the {len(before)} trained tensors",
             "A higher training.learning_rate, fewer training.warmup_steps, or student.dtype: float32",
         )
+    elif losses and losses[-1] > max(losses[0] + EXPLODES[0], EXPLODES[1] * losses[0]):
+        check.warn(
+            "loss-explodes",
+            f"the loss grows in the first steps: {_shown(losses)} (gradient norms {_shown(norms)})",
+            f"A lower training.learning_rate than {trainer.args.learning_rate:g}, or training.warmup_steps",
+        )
+    estimate = next((c.values.get("alone") for c in diagnosis.checks if c.name == "memory"), None)
+    if bytes_at_peak is not None and estimate is not None:
+        check.values["estimated_bytes"] = estimate
+        if bytes_at_peak > ABOVE_ESTIMATE * estimate + LOADED_LATE:
+            check.warn(
+                "memory-above-estimate",
+                f"the steps took {gb(bytes_at_peak)}, {bytes_at_peak / estimate:.1f} times the estimate ({gb(estimate)})",
+                "Count on what was measured: the estimates of the other strategies are too low by about as much",
+            )
     room = diagnosis.device.get("memory")
     if bytes_at_peak is not None and room is not None and bytes_at_peak > room:
         check.error("too-little-memory", f"the steps took {gb(bytes_at_peak)}, and {gb(room)} were free", "")

@@ -117,7 +117,7 @@ def examine_task(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: in
             if name == "effect":
                 check_effect(check, loss, sampled, use_of_teacher(recipe))
             else:
-                check_schedule(check, loss, sampled, need(steps, "rows"))
+                check_schedule(check, loss, sampled, need(steps, "rows"), classes="classes")
     with diagnosis.check("steps") as check:
         three_steps(check, diagnosis, trainer, encoded, before, steps, world)
     with diagnosis.check("output") as check:

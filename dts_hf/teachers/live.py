@@ -43,7 +43,7 @@ class LiveTeacher:
         # The teacher keeps its own precision whatever autocast the student trains under.
         with torch.autocast(labels.device.type, enabled=False):
             if is_sharded(self.model):  # its weights are gathered by hooks that start from the whole model
-                with loss_in_head(self.model, lambda states: states):
+                with loss_in_head(self.model, lambda states, head: states):
                     states = self.model(**batch, use_cache=False).logits
             else:
                 states = self.backbone(**batch, use_cache=False).last_hidden_state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -25,9 +24,6 @@ _MIN_SHARPNESS = 1e-3
 
 #: Where ``range: auto`` looks at the teacher's entropy: three temperatures an octave, from 1/4 to 16.
 SUPPORT_GRID = tuple(0.25 * 2.0 ** (k / 3) for k in range(19))
-
-#: The shuffled control remembers all gaps of a run up to this many steps, and a uniform sample of them after that.
-MAX_REMEMBERED_GAPS = 1000
 
 
 def one_of(option: str, value: object, choices: Sequence[str]) -> str:
@@ -74,15 +70,13 @@ def grid_entropies(teacher_logits: Tensor) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def temperature_for(support: float, entropies: Sequence[float]) -> tuple[float, bool]:
-    """The T at which exp(mean entropy) is ``support``, and whether the grid holds it (else T is the grid's end).
+def temperature_for(support: float, entropies: Sequence[float]) -> float:
+    """The T at which exp(mean entropy) is ``support``, which must lie within what the grid has.
 
     A monotone cubic through the points (log T, H): harmonic means of neighbouring slopes (Fritsch and Butland 1984).
     ``entropies`` are the means over rows at the temperatures of the grid.
     """
     wanted = math.log(support)
-    if not entropies[0] <= wanted <= entropies[-1]:
-        return SUPPORT_GRID[0 if wanted < entropies[0] else -1], False
     # H rises with T; the first point above the wanted entropy ends the piece that holds it.
     upper = next((k for k, entropy in enumerate(entropies) if entropy > wanted), len(entropies) - 1)
     low, high = entropies[upper - 1], entropies[upper]
@@ -93,7 +87,7 @@ def temperature_for(support: float, entropies: Sequence[float]) -> tuple[float, 
         x = 0.5 * (first + last)
         cubic = low + x * (left + x * (3 * (high - low) - 2 * left - right + x * (left + right - 2 * (high - low))))
         first, last = (x, last) if cubic < wanted else (first, x)
-    return SUPPORT_GRID[upper - 1] * (SUPPORT_GRID[upper] / SUPPORT_GRID[upper - 1]) ** last, True
+    return SUPPORT_GRID[upper - 1] * (SUPPORT_GRID[upper] / SUPPORT_GRID[upper - 1]) ** last
 
 
 def _slope(rises: Sequence[float], point: int) -> float:
@@ -102,34 +96,41 @@ def _slope(rises: Sequence[float], point: int) -> float:
     return 2.0 * before * after / (before + after) if before > 0.0 and after > 0.0 else 0.0
 
 
-def solve_range(support_max: float, support_min: float, entropies: Sequence[float]) -> tuple[list[float], list[str]]:
-    """[t_max, t_min], and a sentence for each of the two supports that the grid does not hold."""
-    temperatures, notes = [], []
+def solve_range(support_max: float, support_min: float, entropies: Sequence[float]) -> list[float]:
+    """[t_max, t_min] of ``range: auto``.
+
+    Raises:
+        UserError: the teacher does not offer so many, or so few, tokens at any temperature of the grid.
+    """
+    least, most = math.exp(entropies[0]), math.exp(entropies[-1])
     for option, support in (("support_max", support_max), ("support_min", support_min)):
-        temperature, reached = temperature_for(support, entropies)
-        temperatures.append(temperature)
-        if not reached:
-            notes.append(
-                f"temperature.{option}: {support:g} is out of reach, T = {temperature:g} is taken; the teacher's effective "
-                f"support goes from {math.exp(entropies[0]):.4g} at T = {SUPPORT_GRID[0]:g} to "
-                f"{math.exp(entropies[-1]):.4g} at T = {SUPPORT_GRID[-1]:g}"
+        if not entropies[0] <= math.log(support) <= entropies[-1]:
+            raise UserError(
+                f"temperature.{option}: got {support:g}, but in the first step this teacher offers from {least:.4g} tokens "
+                f"(T = {SUPPORT_GRID[0]:g}) to {most:.4g} (T = {SUPPORT_GRID[-1]:g}); expected a number between the two, "
+                "or range: manual with t_init and t_min",
+                everywhere=True,  # the statistics of a step are the same on all processes
             )
-    return temperatures, notes
+    return [temperature_for(support, entropies) for support in (support_max, support_min)]
 
 
-def remember_gap(remembered: list[float], gap: float, seen: int, seed: int) -> None:
-    """Put the gap of step ``seen`` (from 0) into the sample (Vitter 1985, algorithm R: every step is as likely)."""
-    if len(remembered) < MAX_REMEMBERED_GAPS:
-        remembered.append(gap)
-        return
-    place = random.Random(f"dts remembers a gap {seed} {seen}").randrange(seen + 1)
-    if place < MAX_REMEMBERED_GAPS:
-        remembered[place] = gap
+def check_classes(support_max: float, support_min: float, classes: int) -> None:
+    """Refuse supports of ``range: auto`` that so many classes cannot give.
 
-
-def draw_gap(remembered: Sequence[float], seen: int, seed: int) -> float:
-    """A gap drawn uniformly; the generator is made of (seed, steps seen), so a resumed run draws the same one."""
-    return random.Random(f"dts draws a gap {seed} {seen}").choice(remembered)
+    Raises:
+        UserError: there are two classes, or a support is not below their number.
+    """
+    if classes <= 2:
+        raise UserError(
+            f"temperature.range: got 'auto' over {classes} classes, where the effective support is between 1 and 2 at any "
+            "T; expected range: manual with t_init and t_min"
+        )
+    for option, support in (("support_max", support_max), ("support_min", support_min)):
+        if support >= classes:
+            raise UserError(
+                f"temperature.{option}: got {support:g}, but teacher and student share {classes:,} classes, and the "
+                f"effective support stays below their number; expected less than {classes:,}"
+            )
 
 
 def check_limits(
@@ -162,7 +163,8 @@ def check_supports(kind: str, high: object, low: object) -> tuple[float, float] 
     return None, None
 
 
-def check_whole(option: str, value: object, low: int, expected: str) -> None:
-    """Refuse what is neither None nor a whole number from ``low``."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise UserError(f"temperature.{option}: got {value!r}, expected {expected}")
+def mix(momentum: float, old: float, new: float) -> float:
+    """momentum old + (1 - momentum) new."""
+    mixed = momentum * old + (1.0 - momentum) * new
+    # A mean lies between its ends; rounding may put it one ulp outside (0.9 * 3 + 0.1 * 3 > 3).
+    return min(max(mixed, min(old, new)), max(old, new))

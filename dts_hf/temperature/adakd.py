@@ -40,6 +40,10 @@ class AdaKD(TemperaturePolicy):
         "Tokens differ much in difficulty; published with reverse KL. Compare with `constant` at t_base and at "
         "t_base e^-c (in the paper's Table 5 a fixed T = 0.61 has 1.1 of the 1.9 ROUGE-L points), and with -c."
     )
+    held = (
+        "T_i, through s_i. Dropped is the force that would move a token's difficulty for the sake of its T_i: for c above 0 "
+        "a harder token has the smaller factor T_i^2, so a student would be paid for being wrong. As in its paper."
+    )
     cost: ClassVar[str] = "one exponential and 3 plain passes over both logits"
     state_fields: ClassVar[tuple[str, ...]] = ("log_median",)
 

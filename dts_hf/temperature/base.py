@@ -5,6 +5,7 @@ Shapes: ``C`` rows of a chunk, ``V`` vocabulary entries.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -24,6 +25,10 @@ class Temperatures(NamedTuple):
             T_s T_t. Policies that fold another quantity into T (a standard deviation, say) give the factor of their paper.
         teacher_share: ``[]`` in [0, 1], the weight of the teacher's logits in the target softmax((1 - share) z_s +
             share z_t), z_s held constant (TAID, arXiv 2501.16937); None means 1: the teacher alone.
+        scale_free: ``[C, 1]`` bool, the rows whose T_s is a constant multiple of the standard deviation of z_s over the
+            vocabulary. What they train on then does not depend on the scale of z_s, and the loss takes the part of the
+            gradient along z_s - mean z_s out: the derivative through T_s. ``scale`` must be given with it, and must not
+            depend on z_s. None means that T_s is a number to the loss.
         observed: ``[C, K]``, detached features of each row. Their means over the optimizer step, all micro-batches and
             ranks, come back in ``StepStats.observed``: the one road from rows to state that no chunking can change.
     """
@@ -33,6 +38,7 @@ class Temperatures(NamedTuple):
     scale: Tensor | None = None
     teacher_share: Tensor | None = None
     observed: Tensor | None = None
+    scale_free: Tensor | None = None
 
 
 class RowStats(NamedTuple):
@@ -54,7 +60,8 @@ class StepStats:
     """Means over ONE optimizer step: every micro-batch of every rank, weighted by labels (nats per label).
 
     Attributes:
-        temperature_grad: d kd / d T for T_s = T_t = T, scale included; only for policies with ``learns``.
+        temperature_grad: d kd / d T for T_s = T_t = T, scale included and no weight held; only for policies with
+            ``learns``.
         observed: the means of ``Temperatures.observed``, K numbers.
     """
 
@@ -74,8 +81,8 @@ class StepStats:
 class TemperaturePolicy(nn.Module):
     """Base of all policies. A policy is one file in this folder, found by its ``name``.
 
-    A training loop calls ``begin_step`` once before an optimizer step, ``forward`` once per chunk of logits, and
-    ``end_step`` once after it. State is plain numbers (``state_fields``), so it fits into a JSON file.
+    A training loop calls ``begin_run`` once, ``begin_step`` once before an optimizer step, ``forward`` once per chunk of
+    logits, and ``end_step`` once after it. State is plain numbers (``state_fields``), so it fits into a JSON file.
     """
 
     name: ClassVar[str]
@@ -83,6 +90,10 @@ class TemperaturePolicy(nn.Module):
     state_fields: ClassVar[tuple[str, ...]] = ()
     #: The policy wants ``StepStats.temperature_grad``; it gives one ``[]`` temperature for student and teacher.
     learns: ClassVar[bool] = False
+    #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as the page shows
+    #: it. None: nothing, the gradient is the derivative of the reported loss. A policy that holds something under some
+    #: options alone sets it to None under the others.
+    held: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +132,24 @@ class TemperaturePolicy(nn.Module):
         """Whether ``forward`` reads ``rows.sequence_gap`` (the loss then looks at every row of a sequence first)."""
         return False
 
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """t_init and t_min, or what they are called, of a policy that has a range; else the temperature in force."""
+        return (self.temperature,)
+
+    def check_classes(self, classes: int) -> None:
+        """Refuse, before training, options that cannot work over so many classes: the vocabulary, or a task's labels."""
+
+    def begin_run(self, steps: int | None = None) -> None:
+        """Before the first step, and after a resume has loaded the state: read what the options name outside this run.
+
+        Args:
+            steps: optimizer steps of the whole run; None where they are not known yet.
+
+        Raises:
+            UserError: it cannot be read, or does not fit a run of this length.
+        """
+
     def begin_step(self, progress: float) -> None:
         """Tell the policy where training is: ``progress`` in [0, 1], once per optimizer step."""
         self.progress = min(max(float(progress), 0.0), 1.0)
@@ -135,7 +164,7 @@ class TemperaturePolicy(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """Everything that must survive a checkpoint, as JSON-ready numbers."""
-        return {field: getattr(self, field) for field in self.state_fields}
+        return {field: copy.deepcopy(getattr(self, field)) for field in self.state_fields}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what ``state`` returned.
@@ -149,7 +178,7 @@ class TemperaturePolicy(nn.Module):
                 "was the checkpoint written with another policy?"
             )
         for field, value in state.items():
-            setattr(self, field, value)
+            setattr(self, field, copy.deepcopy(value))
 
     # nn.Module.state_dict carries the same numbers, so torch users need nothing special.
     def get_extra_state(self) -> dict[str, Any]:
@@ -169,6 +198,12 @@ def check_number(policy: str, option: str, value: object, *, low: float, high: f
         bound = f"{'above' if low_open else 'from'} {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")
         raise UserError(f"temperature.{option}: got {value!r} for policy '{policy}', expected a number {bound}")
     return float(value)  # type: ignore[arg-type]
+
+
+def check_whole(option: str, value: object, low: int, expected: str) -> None:
+    """Refuse what is neither None nor a whole number from ``low``."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        raise UserError(f"temperature.{option}: got {value!r}, expected {expected}")
 
 
 def check_range(policy: str, t_init: object, t_min: object, t_max: object) -> tuple[float, float, float]:

@@ -5,26 +5,49 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from dts_hf.temperature.base import TemperaturePolicy, check_number
+import torch
+from torch import Tensor
+
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
 
 
 class Constant(TemperaturePolicy):
     """T = ``value`` for the whole run (Hinton et al. 2015, arXiv 1503.02531).
 
+    With ``teacher_value`` the student's logits are divided by ``value`` and the teacher's by ``teacher_value``, and the
+    factor is T_s T_t: the baseline of every policy that gives the two models their own temperatures. Its minimum is no
+    copy of the teacher: at T_s < T_t the student comes out flatter than the teacher at T = 1, at T_s > T_t sharper.
+
     Args:
-        value: the temperature, above 0.
+        value: the temperature, above 0; that of the student where the teacher has its own.
+        teacher_value: the teacher's temperature, above 0; ``value`` when left out.
     """
 
     name: ClassVar[str] = "constant"
     paper: ClassVar[str | None] = "arXiv 1503.02531"
-    formula: ClassVar[str] = "T = value"
-    use: ClassVar[str] = "Always: the baseline. Sweep 1, 2 and 4 before you believe in any other policy."
+    formula: ClassVar[str] = "T_s = value, T_t = teacher_value (or value)"
+    use: ClassVar[str] = (
+        "Always: the baseline. Sweep 1, 2 and 4 before you believe in any other policy; with `teacher_value` before you "
+        "believe in one that gives student and teacher different temperatures (`dtkd`, `dts` with `decoupled`)."
+    )
     cost: ClassVar[str] = "none"
 
-    def __init__(self, value: float = 2.0) -> None:
+    def __init__(self, value: float = 2.0, teacher_value: float | None = None) -> None:
         super().__init__()
         self.value = check_number(self.name, "value", value, low=0.0, high=math.inf, low_open=True)
+        self.teacher_value = teacher_value
+        if teacher_value is not None:
+            self.teacher_value = check_number(
+                self.name, "teacher_value", teacher_value, low=0.0, high=math.inf, low_open=True
+            )
 
     @property
     def temperature(self) -> float:
+        """That of the student."""
         return self.value
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        shared = super().forward(student_logits, teacher_logits, rows)
+        if self.teacher_value is None:
+            return shared
+        return shared._replace(teacher=torch.full_like(shared.teacher, self.teacher_value))

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
 from typing import ClassVar
 
-from dts_hf.temperature.base import TemperaturePolicy, check_range, half_cosine
+from torch import Tensor
+
+from dts_hf.errors import UserError
+from dts_hf.temperature._recorded_run import check_run, read_trace
+from dts_hf.temperature.base import (
+    RowStats,
+    TemperaturePolicy,
+    Temperatures,
+    check_number,
+    check_range,
+    half_cosine,
+)
+
+#: The log of a run at T = t_min may say a little less: its means are those of fp32 sums.
+_ROUNDING = 1e-5
 
 
 class Cosine(TemperaturePolicy):
@@ -13,25 +29,93 @@ class Cosine(TemperaturePolicy):
     The curve aims at zero and is cut at ``t_min``, as in the paper: [3, 1] reaches its floor at 61 % of the run.
     It has no momentum; ``dts`` logs the same cosine with its own momentum beside its temperature.
 
+    ``match_mean_of`` solves t_init so that the mean T over this run's steps is the mean student temperature of a finished
+    run. The floor stays: means from ``t_min`` upward can be had, at most at twice the mean. The two runs may differ in
+    length. The answer is part of every checkpoint, so a resumed run does not need the other one any more.
+
     Args:
-        t_init: temperature of the first step.
+        t_init: temperature of the first step, 3 when left out; not with ``match_mean_of``.
         t_min: floor, above 0.
+        match_mean_of: the run directory of a finished run whose mean T this one is to have.
     """
 
     name: ClassVar[str] = "cosine"
     paper: ClassVar[str | None] = "arXiv 2511.13767"
     formula: ClassVar[str] = "T = max(t_init (1 + cos(pi progress)) / 2, t_min)"
-    use: ClassVar[str] = "The control for `dts`: the same curve, deaf to the gap."
+    use: ClassVar[str] = (
+        "The control for `dts`: the same curve, deaf to the gap. It is also colder than `dts`, which never goes below it; "
+        "`match_mean_of` takes that difference away."
+    )
     cost: ClassVar[str] = "none"
+    state_fields: ClassVar[tuple[str, ...]] = ("solved_t_init",)
 
-    def __init__(self, t_init: float = 3.0, t_min: float = 1.0) -> None:
+    def __init__(self, t_init: float | None = None, t_min: float = 1.0, match_mean_of: str | None = None) -> None:
         super().__init__()
-        self.t_init, self.t_min, _ = check_range(self.name, t_init, t_min, t_init)
+        self.match_mean_of = None if match_mean_of is None else check_run("match_mean_of", match_mean_of)
+        if match_mean_of is not None and t_init is not None:
+            raise UserError(
+                f"temperature.t_init: got {t_init!r} with match_mean_of, which sets it; expected one of the two"
+            )
+        start = 3.0 if t_init is None else t_init
+        self.t_init: float | None = None
+        if match_mean_of is None:
+            self.t_init, self.t_min, _ = check_range(self.name, start, t_min, start)
+        else:
+            self.t_min = check_number(self.name, "t_min", t_min, low=0.0, high=math.inf, low_open=True)
+        self.solved_t_init: float | None = None  # once the other run's mean is known
+
+    def begin_run(self, steps: int | None = None) -> None:
+        """Solve t_init for ``match_mean_of``, unless a checkpoint has brought it.
+
+        Raises:
+            UserError: see ``read_trace``; or the mean is below ``t_min``.
+        """
+        if self.match_mean_of is None or self.solved_t_init is not None:
+            return
+        trace = read_trace("match_mean_of", self.match_mean_of, "temperature")
+        mean = fmean(value for value in trace if value is not None)
+        if mean < self.t_min * (1 - _ROUNDING):
+            raise UserError(
+                f"temperature.match_mean_of: the mean T of {self.match_mean_of} is {mean:.4g}, and a cosine with t_min "
+                f"{self.t_min:g} has a mean of {self.t_min:g} or more; expected a lower t_min"
+            )
+        self.solved_t_init = start_for_mean(mean, self.t_min, steps or len(trace))
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        """
+        Raises:
+            ValueError: ``match_mean_of``, and ``begin_run`` has not been called.
+        """
+        if self.t_init is None and self.solved_t_init is None:
+            raise ValueError("cosine: the other run was not read yet; call begin_run before the first step")
+        return super().forward(student_logits, teacher_logits, rows)
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        return self._start, self.t_min
 
     @property
     def temperature(self) -> float:
-        return max(self.t_init * half_cosine(self.progress), self.t_min)
+        return max(self._start * half_cosine(self.progress), self.t_min)
 
     @property
     def cosine(self) -> float | None:
         return self.temperature
+
+    @property
+    def _start(self) -> float:
+        return next((start for start in (self.t_init, self.solved_t_init) if start is not None), self.t_min)
+
+
+def start_for_mean(mean: float, t_min: float, steps: int) -> float:
+    """The t_init at which max(t_init S(k / steps), t_min), k = 0 ... steps - 1, has this mean (at least ``t_min``)."""
+    curve = [half_cosine(step / steps) for step in range(steps)]
+    low, high = (
+        t_min,
+        max(mean / fmean(curve), t_min),
+    )  # without the floor the mean would be lower, so t_init is too high
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        too_low = fmean(max(middle * value, t_min) for value in curve) < mean
+        low, high = (middle, high) if too_low else (low, middle)
+    return high

@@ -18,8 +18,9 @@ class CTKD(TemperaturePolicy):
     Two published ports turn it round: TAID's goes from +1 to 0 (theta descends), AdaKD's fades the adversary out.
 
     Differences from the paper: theta has its own Adam (the paper's joins the student's SGD), with lambda on the step and
-    not on the gradient, because Adam divides a factor of the gradient out again. No gradient flows from T into the
-    logits. The instance-wise form (a network on the logits) is not part of this.
+    not on the gradient, because Adam divides a factor of the gradient out again. The slope is d kd / d T of the kd_loss
+    that is reported, also for ``todi`` and ``adaptive_kl``, whose gradient by the logits holds their weights constant. The
+    instance-wise form (a network on the logits) is not part of this.
 
     Args:
         t_start: lower end of T; 1 in the paper.

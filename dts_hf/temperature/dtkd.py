@@ -26,7 +26,7 @@ class DTKD(TemperaturePolicy):
     - k_t / k_s is kept in [1 / clamp, clamp].
     - The released code also raises the weight of both terms over the first 20 epochs and gives cross-entropy weight 1;
       here ``kd_ratio`` is the weight, from the first step on.
-    - No gradient flows into T; in the released code it flows through the student's maximum.
+    - T is held constant; in the released code the gradient flows through the student's maximum.
 
     The authors' erratum (README of their code): the derivation of Eq. 4-5 is wrong, so the formula is an empirical
     rule, untested by them on language models.
@@ -46,6 +46,12 @@ class DTKD(TemperaturePolicy):
     use: ClassVar[str] = (
         "Teacher and student differ in confidence, token by token, and you do not want one temperature for both. "
         "Compare with `constant` at T = tau."
+    )
+    held = (
+        "T_s, T_t and with them the factor T_s T_t = 4 tau^2 k_s k_t / (k_s + k_t)^2. Dropped is the force through the "
+        "student's largest logit: k / T = (k_s + k_t) / 2 tau is the same for both models, so with it the student would "
+        "lower the loss without coming nearer to its teacher, by shrinking its logits: the factor gets smaller and both "
+        "distributions flatter, until the clamp stops it."
     )
     cost: ClassVar[str] = "2 reading passes per model (maximum, mean); with w_kd > 0 a second softmax of both models"
 

@@ -26,5 +26,9 @@ class Linear(TemperaturePolicy):
         self.t_end = check_number(self.name, "t_end", t_end, low=0.0, high=math.inf, low_open=True)
 
     @property
+    def ends(self) -> tuple[float, ...]:
+        return self.t_init, self.t_end
+
+    @property
     def temperature(self) -> float:
         return self.t_init + (self.t_end - self.t_init) * self.progress

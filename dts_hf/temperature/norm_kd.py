@@ -8,14 +8,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
-from dts_hf.temperature.spread import EPS, standard_deviation
+from dts_hf.temperature.spread import deviation_of
 
 
 class NormKD(TemperaturePolicy):
     """T_s = t_norm std(z_s), T_t = t_norm std(z_t) per token; the loss is T_t^2 D.
 
     The same temperatures as ``logit_std``, but the factor T_t^2 moves with the row: tokens on which the teacher's
-    logits spread widely weigh more. No gradient flows into the standard deviations.
+    logits spread widely weigh more. The gradient flows through the student's standard deviation, as in that port: the
+    soft loss does not depend on the scale of the student's logits, and does not push it. (Up to version 0.1.0 the
+    deviation was held constant: a student of 135 M at kd_ratio 0.9 was near the uniform distribution after 40 steps.)
+    A row with a deviation of 0.001 or less has none and is divided by ``t_norm`` alone.
 
     Args:
         t_norm: the common factor; 1.5 in the language-model port that comes with BiLD (arXiv 2406.13555), 2 for DKD.
@@ -28,7 +31,10 @@ class NormKD(TemperaturePolicy):
         "As `logit_std`, with wide-spread tokens weighted up. T_t^2 makes kd_loss large: look at its size beside "
         "ce_loss before you choose kd_ratio."
     )
-    cost: ClassVar[str] = "4 passes per model (mean, centring, square, sum)"
+    cost: ClassVar[str] = (
+        "4 passes per model (mean, centring, square, sum), and 7 for the gradient through the student's deviation; on a CPU "
+        "4 and 2 % of the loss"
+    )
 
     def __init__(self, t_norm: float = 1.5) -> None:
         super().__init__()
@@ -40,6 +46,6 @@ class NormKD(TemperaturePolicy):
         return self.t_norm
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        student = standard_deviation(student_logits.detach()).clamp_(min=EPS).mul_(self.t_norm)
-        teacher = standard_deviation(teacher_logits.detach()).clamp_(min=EPS).mul_(self.t_norm)
-        return Temperatures(student, teacher, scale=teacher.square())
+        student, spread = deviation_of(student_logits)
+        teacher = deviation_of(teacher_logits)[0] * self.t_norm
+        return Temperatures(student * self.t_norm, teacher, scale=teacher.square(), scale_free=spread)

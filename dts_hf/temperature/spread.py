@@ -1,12 +1,15 @@
-"""How spread out logits are over the vocabulary: the standard deviation, and the peak above the mean."""
+"""How spread out logits are over the vocabulary: the standard deviation, and the peak above the mean.
+
+A temperature that is a multiple of ``deviation_of(z)`` makes softmax(z / T) the same at every scale of z.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Added to (or the floor of) a standard deviation: constant logits have none.
-EPS = 1e-7
+#: A row flatter than this, in logit units, has no deviation: rounding would invent one, and dividing by it overflows.
+FLAT = 1e-3
 
 
 def standard_deviation(logits: Tensor) -> Tensor:
@@ -17,6 +20,16 @@ def standard_deviation(logits: Tensor) -> Tensor:
     """
     centred = logits - logits.mean(-1, keepdim=True)
     return torch.sqrt(centred.square_().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1))
+
+
+def deviation_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The standard deviation to divide each row by, ``[C, V] -> [C, 1]``, and which rows have one, ``[C, 1]`` bool.
+
+    A flat row is divided by 1, as it is: standardised, it would be anything.
+    """
+    deviation = standard_deviation(logits.detach())
+    spread = deviation > FLAT
+    return torch.where(spread, deviation, torch.ones_like(deviation)), spread
 
 
 def sharpness(logits: Tensor) -> Tensor:

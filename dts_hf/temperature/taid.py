@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number, sigmoid
 
+#: The lowest relative change of the loss that counts: one tenfold of the last step's.
+_LARGEST_RISE = -10.0
+
 
 class TAID(TemperaturePolicy):
     """Target softmax((1 - t) z_s + t z_t), z_s held constant, with t rising from t_start to 1; T is fixed.
@@ -18,8 +21,15 @@ class TAID(TemperaturePolicy):
     step with distillation loss L, m = 0.99 m + 0.01 (L_prev - L) / (L_prev + 1e-15) and t grows by alpha sigmoid(m)
     (1 - t), at least up to the straight line t_start + (1 - t_start) progress: faster while the loss falls.
 
+    In short runs the straight line is all there is. The adaptive step is alpha sigmoid(m), about alpha / 2, of what is left
+    to 1; the line's is at least 1 / steps of it. So below 2 / alpha steps (4,000 at the paper's alpha) neither alpha nor m
+    has an effect, and above that it is alpha that acts: over 20,000 steps of a falling loss the momentum moves t by less
+    than 0.005 (tests/test_temperature_policies.py).
+
     L is the divergence that we train on; the released code feeds it the cross-entropy of the target and the student,
-    which has the target's entropy in it. Our (1 - t) z_s + t z_t comes before the division by T.
+    which has the target's entropy in it and so never comes near 0. Ours does where the student starts as its teacher, and
+    any later loss is then a relative change of millions: a rise counts as tenfold at most, so that m recovers. Our
+    (1 - t) z_s + t z_t comes before the division by T.
 
     Args:
         t_start: the teacher's share at the start, above 0; 0.4 in the paper.
@@ -37,6 +47,10 @@ class TAID(TemperaturePolicy):
     use: ClassVar[str] = (
         "The teacher is far stronger than the student. Compare with `constant` at the same value; whether the adaptive "
         "part acts at all shows a run with alpha 0 (the straight line)."
+    )
+    held = (
+        "z_s in the target. Dropped is the force that would move the target to the student: it is there to be followed. As "
+        "in its paper."
     )
     cost: ClassVar[str] = "the mix of the logits: 2 passes"
     state_fields: ClassVar[tuple[str, ...]] = ("share", "momentum", "last_loss")
@@ -73,6 +87,7 @@ class TAID(TemperaturePolicy):
         self.last_loss = loss
         if last is None:
             return
-        self.momentum = self.beta * self.momentum + (1.0 - self.beta) * (last - loss) / (last + 1e-15)
+        change = max((last - loss) / (last + 1e-15), _LARGEST_RISE)
+        self.momentum = self.beta * self.momentum + (1.0 - self.beta) * change
         rate = sigmoid(self.momentum)
         self.share = min(1.0, self.share + self.alpha * rate * (1.0 - self.share))
