@@ -89,7 +89,9 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def check_packing(model: nn.Module, name: str = "the model", device: torch.device | None = None) -> bool:
+def check_packing(
+    model: nn.Module, name: str = "the model", device: torch.device | None = None, own_mask: bool = True
+) -> bool:
     """Prove on 24 tokens that ``model`` keeps packed rows apart; call it once after loading when packing is on.
 
     Two rows, one behind the other. The gradient of the second one's logits in the embeddings of the first is exactly zero,
@@ -105,6 +107,7 @@ def check_packing(model: nn.Module, name: str = "the model", device: torch.devic
         model: a causal language model on its device; its mode is restored.
         name: the word for it in the error.
         device: where the model will be trained, where that is not where it is now.
+        own_mask: whether the batches may carry ``borders_mask``; those of a collator of the user's have positions alone.
 
     Returns:
         Whether the model reads ``borders_mask``; if not, it reads the borders from ``position_ids``.
@@ -118,7 +121,7 @@ def check_packing(model: nn.Module, name: str = "the model", device: torch.devic
     try:
         with torch.no_grad():  # by the model's own attention
             alone = owner(input_ids=_probe(owner)[:, ROW:], use_cache=False).logits.float()
-        if before in ("sdpa", NAME) and (device or owner.device).type == "cpu":
+        if own_mask and before in ("sdpa", NAME) and (device or owner.device).type == "cpu":
             owner.set_attn_implementation(NAME)
             if _keeps_rows_apart(owner, borders_mask([ROW, ROW]), alone):
                 return True

@@ -211,14 +211,6 @@ class DistillationTrainer(Trainer):
         self.router = router_of(model) if router_aux_loss == "model" else None
         if packing and data_collator is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
-        borders = packing and check_packing(model, "the student", args.device)
-        # A mixture of experts reads the mask as one of tokens, for its router's loss.
-        borders = borders and not _collects_router_logits(model)
-        if packing and isinstance(self.teacher, LiveTeacher):
-            borders = check_packing(self.teacher.model, "the teacher", args.device) and borders
-        else:
-            borders = borders and getattr(self.teacher, "takes_borders", False)
-
         self._row_options: dict[str, Any] = {
             "tokenizer": processing_class,
             "template": get_template(prompt_template or ("chat" if processing_class.chat_template else "alpaca")),
@@ -247,7 +239,9 @@ class DistillationTrainer(Trainer):
         self.train_sampler: LengthGroupedSampler | None = None
         pads = (processing_class.pad_token_id, processing_class.eos_token_id, 0)  # hidden: any of them will do
         collator = data_collator or (
-            PackedCollator(borders) if packing else PaddedCollator(next(pad for pad in pads if pad is not None))
+            PackedCollator(self._check_packing(model, args.device))
+            if packing
+            else PaddedCollator(next(pad for pad in pads if pad is not None))
         )
         self.encoding_reports: dict[str, EncodingReport] = {}
         self.model, self.args, self.data_collator = model, args, collator  # the Trainer sets them again
@@ -309,6 +303,27 @@ class DistillationTrainer(Trainer):
             self.teacher = NoTeacher() if teacher is None else teacher
             heads = [head for head in (head_of(model), self.teacher.head) if head is not None]
             self.vocab_size, self.vocab_note = min(head.vocab_size for head in heads), ""
+
+    def _check_packing(self, student: nn.Module, device: torch.device, own_mask: bool = True) -> bool:
+        """Whether the batches may carry the rows' borders as a mask; else both models go by ``position_ids``.
+
+        Args:
+            own_mask: False where a collator of the user's lays the rows end to end.
+
+        Raises:
+            UserError: student or teacher mixes packed rows.
+        """
+        live = isinstance(self.teacher, LiveTeacher)
+        # A mixture of experts reads the mask as one of tokens, for its router's loss.
+        borders = own_mask and not _collects_router_logits(student)
+        borders = borders and (live or getattr(self.teacher, "takes_borders", False))
+        borders = check_packing(student, "the student", device, borders)
+        if isinstance(self.teacher, LiveTeacher):
+            both = check_packing(self.teacher.model, "the teacher", device, borders)
+            if borders and not both:
+                check_packing(student, "the student", device, own_mask=False)
+            borders = both
+        return borders
 
     # ------------------------------------------------------------------------------------------------- the batch
 
@@ -475,12 +490,15 @@ class DistillationTrainer(Trainer):
             check_positions(self.teacher.model, "the teacher", longest, advice)  # type: ignore[arg-type]
 
     def _try_collator(self, dataset: Any) -> None:
-        """A collator of the user's must make labels of the first row, or of what it finds in it."""
+        """A collator of the user's must make labels of the first row, or of what it finds in it.
+
+        If it lays rows end to end, the models must keep them apart.
+        """
         if isinstance(self.data_collator, Collator) or not isinstance(dataset, (TokenisedDataset, EncodedDataset)):
             return
         collator, name = self._get_collator_with_removed_columns(self.data_collator), type(self.data_collator).__name__
         try:
-            batch = collator([dataset[0]])
+            batch = collator([dataset[0]] * 2)
         except Exception as error:  # whatever it raises
             raise UserError(f"data_collator: {name} cannot make a batch of the first row: {error}") from error
         if getattr(self.data_collator, "mlm", False):
@@ -491,6 +509,8 @@ class DistillationTrainer(Trainer):
             raise UserError(
                 f"data_collator: {name} makes no labels, and the rows have none; expected {EXPECTED_LABELS}"
             )
+        if len(batch["input_ids"]) == 1:
+            self._check_packing(cast(nn.Module, self.model), self.args.device, own_mask=False)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if isinstance(data_collator, Collator):

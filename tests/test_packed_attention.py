@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    DataCollatorWithFlattening,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -196,6 +197,32 @@ def test_a_family_that_leaks_is_refused_by_the_trainer(family: str, role: str, t
     with pytest.raises(UserError, match=says):
         DistillationTrainer(
             models["student"], models["teacher"], args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            processing_class=tiny_tokenizer(), packing=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("family", ["OPT", "BLOOM"])
+def test_a_collator_of_the_users_that_packs_is_asked_too(family: str, role: str, tmp_path: Any) -> None:
+    """Its batches have positions alone, which OPT does not look at: ours are what makes it pack."""
+    models = {"student": FAMILIES["LLaMA"].build(), "teacher": FAMILIES["LLaMA"].build(1)}
+    rows = [{"input_ids": [5, 6, 7 + k], "labels": [5, 6, 7 + k]} for k in range(4)]
+    options = {
+        "args": TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), "train_dataset": rows,
+        "processing_class": tiny_tokenizer(), "data_collator": DataCollatorWithFlattening(),
+    }  # fmt: skip
+    DistillationTrainer(models["student"], models["teacher"], **options)
+    models[role] = FAMILIES[family].build()
+    with pytest.raises(UserError, match=rf"the {role} .* does not keep packed rows apart"):
+        DistillationTrainer(models["student"], models["teacher"], **options)
+
+
+def test_a_student_that_needs_the_borders_is_not_packed_beside_a_teacher_that_knows_none(tmp_path: Any) -> None:
+    teacher = FAMILIES["LLaMA"].build(1)
+    teacher.set_attn_implementation("eager")
+    with pytest.raises(UserError, match=r"the student \(OPTForCausalLM\) does not keep packed rows apart"):
+        DistillationTrainer(
+            FAMILIES["OPT"].build(), teacher, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
             processing_class=tiny_tokenizer(), packing=True,
         )  # fmt: skip
 
