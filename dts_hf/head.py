@@ -117,6 +117,7 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iter
     saved = {key: vars(config)[key] for key in neutral if vars(config).get(key) is not None}
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     logit_scale = getattr(owner, "logit_scale", None)
+    own_forward = vars(module).get("forward")  # a hook of accelerate's is one
     try:
         for key in saved:  # past __setattr__, which holds Gemma 3n to a soft-cap that is a number
             vars(config)[key] = neutral[key]
@@ -125,7 +126,9 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iter
         module.forward = forward  # type: ignore[assignment]
         yield
     finally:
-        del module.forward  # the instance attribute: the class's own forward shows again
+        vars(module).pop("forward", None)  # the instance attribute: the class's own forward shows again
+        if own_forward is not None:
+            module.forward = own_forward
         vars(config).update(saved)
         if logit_scale is not None:
             owner.logit_scale = logit_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import TINY_VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -327,6 +329,19 @@ def test_loss_in_head_puts_everything_back(family: str, fails: bool) -> None:
     assert model.config.to_dict() == config
     assert getattr(model, "logit_scale", None) == scale
     assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loss_in_head_gives_an_output_layer_its_hook_back(fails: bool) -> None:
+    """accelerate puts what moves a dispatched model's inputs and weights where the loss is put: into ``forward``."""
+    model = FAMILIES["llama"]()
+    add_hook_to_module(output_module(model), AlignDevicesHook("cpu"))
+    hooked = vars(output_module(model))["forward"]
+    with contextlib.suppress(RuntimeError), loss_in_head(model, lambda states, head: states.sum()):
+        model(input_ids=IDS, use_cache=False)
+        if fails:
+            raise RuntimeError
+    assert vars(output_module(model))["forward"] is hooked
 
 
 # -------------------------------------------------------------------------------------------------------- vocabularies
