@@ -401,6 +401,26 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
         trainer_for(tmp_path, temperature={"rule": "gap"})
 
 
+@pytest.mark.parametrize("pad_position", [0, 1])
+def test_a_collator_that_gives_positions_gives_the_same_numbers(tmp_path, pad_position):
+    """Positions of padding are no borders of rows."""
+    padded = PaddedCollator(2)
+
+    def with_positions(examples):
+        batch = padded(examples)
+        mask = batch["attention_mask"]
+        return {**batch, "position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, pad_position)}
+
+    rows = encoded()
+    found = []
+    for collator in (padded, with_positions):
+        trainer = trainer_for(tmp_path, rows=rows, eval_dataset=rows, data_collator=collator)
+        metrics = trainer.evaluate()
+        trainer.train()
+        found.append((metrics["eval_loss"], metrics["eval_rows"], trainer.tokens_seen))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_a_label_below_zero_that_is_not_ignored_is_refused(tmp_path):
     rows = [{"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, -1, 7]}]
     with pytest.raises(UserError, match="row 0: token id -1 is outside"):
