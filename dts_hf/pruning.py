@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -217,7 +218,7 @@ def _moved(build: Build, config: Any, before: Sequence[Kind], kept: Sequence[int
         pruned = _renumbered(config, kept)
         # As it is now, and as it will be read from the student's folder
         after = [_kinds(build, read) for read in (pruned, type(pruned).from_dict(pruned.to_dict()))]
-    except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, KeyError, RuntimeError, StrictDataclassError) as error:
         return None, f"{name} cannot be made of them alone: {' '.join(str(error).split()) or type(error).__name__}"
     for new, old in enumerate(kept):
         for kinds in after:

@@ -142,6 +142,14 @@ def test_a_layer_that_computes_with_its_number_cannot_get_another(config: str, o
         pruned_config(Family(config, {**SIZES, **options}).configuration(), 3)
 
 
+def test_what_the_configuration_itself_refuses_is_refused_in_our_words() -> None:
+    family = Family("OlmoHybridConfig", {
+        **SIZES, "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8})  # fmt: skip
+    with pytest.raises(UserError, match=r"OlmoHybrid cannot be made of them alone: .*at least one 'linear_attention'"):
+        pruned_config(family.configuration(), [1, 3])
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 def test_the_advice_can_be_followed(count: int) -> None:
     config = Family("JambaConfig", {**JAMBA, "num_hidden_layers": 8}).configuration()
