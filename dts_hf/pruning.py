@@ -89,6 +89,7 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     if not classifies:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     student.config.name_or_path = ""
+    student.train(teacher.training)  # a model built from its configuration would drop out
     return student.to(next(teacher.parameters()).device)  # type: ignore[arg-type]
 
 

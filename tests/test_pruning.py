@@ -150,6 +150,12 @@ def test_what_the_configuration_itself_refuses_is_refused_in_our_words() -> None
         pruned_config(family.configuration(), [1, 3])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_pruned_student_drops_out_where_its_teacher_does(training: bool) -> None:
+    teacher = FAMILIES["GPT-2"].build().train(training)
+    assert all(module.training is training for module in prune_layers(teacher, 3).modules())
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 def test_the_advice_can_be_followed(count: int) -> None:
     config = Family("JambaConfig", {**JAMBA, "num_hidden_layers": 8}).configuration()
