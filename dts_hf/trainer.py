@@ -203,6 +203,8 @@ class DistillationTrainer(Trainer):
         if router_aux_loss not in ("model", "none"):
             raise UserError(f"router_aux_loss: got {router_aux_loss!r}, expected 'model' or 'none'")
         model = unwrapped(model)
+        if isinstance(teacher, nn.Module):  # it may be the student of an earlier trainer
+            teacher = unwrapped(teacher)
         held = teacher.model if isinstance(teacher, LiveTeacher) else teacher
         if isinstance(held, nn.Module):
             check_apart(model, held)

@@ -217,6 +217,17 @@ def test_a_student_of_an_earlier_trainer_is_trained_as_a_new_one_would_be(second
     assert found.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_a_student_of_an_earlier_trainer_teaches_as_a_new_model_would(second: bool, tmp_path: Any) -> None:
+    """As in a chain of assistants, or a born-again student."""
+    teacher = tiny_llama(seed=1)
+    trainer(tmp_path, teacher, tiny_llama(seed=2), bf16=True).train()
+    new = tiny_llama()
+    new.load_state_dict(teacher.state_dict())
+    losses = [trainer(tmp_path, tiny_llama(), model, bf16=second).evaluate()["eval_loss"] for model in (teacher, new)]
+    assert losses[0] == losses[1]
+
+
 def test_the_probe_leaves_no_trace() -> None:
     model = tiny_llama().train()
     state = torch.get_rng_state()
