@@ -22,7 +22,9 @@ The families below are tested from tiny random configurations, each through `Dis
 [tests/test_packed_attention.py](../tests/test_packed_attention.py)):
 
 - **Identity.** A copy of the teacher has KL 0 and gap 0 (to 1e-6, also with logits 60 times as large), and no
-  distillation gradient under any policy that gives both models one temperature.
+  distillation gradient under any policy that gives both models one temperature. Both compute in one precision here: with
+  `bf16: true` and a float32 teacher the KL of a copy is the student's rounding and, in a mixture of experts, tokens that go
+  to another expert.
 - **Dense.** Loss and the gradient of every parameter of one step equal autograd on `model(...).logits` of each row alone:
   to 1e-9 in float64, or to 1e-6 where the family's own code goes down to float32 inside (norms, softmax, routers, state
   space models), whatever the weights are.

@@ -56,7 +56,7 @@ class Router:
 
 
 def router_of(model: nn.Module) -> Router | None:
-    """How ``model`` would add its router's loss to its own; None where it does not (``output_router_logits`` is off).
+    """How ``model`` would add its router's loss to its own; None where it adds none.
 
     Raises:
         UserError: it does so in a way that ``Router`` does not know.
@@ -65,13 +65,22 @@ def router_of(model: nn.Module) -> Router | None:
     config = owner.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return None
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=owner.device)
+    output = _probe(owner, mask)
+    theirs, logits = getattr(output, "aux_loss", None), getattr(output, "router_logits", None)
+    if theirs is None:  # DeepSeek-V3 has the setting and does nothing with it
+        return None
     names = ("router_aux_loss_coef", "aux_loss_coef")
     found = [getattr(place, name, None) for place in (owner, config) for name in names]
     coefficient = next((value for value in found if value is not None), None)
     top_k = getattr(owner, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
-    if coefficient is not None and top_k is not None:
+    if coefficient is not None and top_k is not None and logits:
         router = Router(int(top_k), float(coefficient))
-        if _is_the_models(router, owner):
+        try:
+            ours = router.loss(logits, mask.bool())
+        except RuntimeError:  # logits of another shape (Doge's are of product keys)
+            ours = torch.full_like(theirs, torch.nan)
+        if torch.allclose(ours, theirs.to(ours), rtol=1e-3):
             return router
     raise UserError(
         f"router_aux_loss: {type(owner).__name__} is set to add an auxiliary loss for its routers (output_router_logits), "
@@ -80,19 +89,12 @@ def router_of(model: nn.Module) -> Router | None:
 
 
 @torch.no_grad()
-def _is_the_models(router: Router, model: Any) -> bool:
-    """Whether ``router`` computes on a few tokens, one of them padding, what the model does."""
-    ids = torch.arange(1, 9, device=model.device).view(2, 4)
-    mask = torch.ones_like(ids)
-    mask[1, 3:] = 0
+def _probe(model: Any, mask: Tensor) -> Any:
+    """What ``model`` returns for a few tokens, one of them padding, when it is asked for its routers' logits."""
+    ids = torch.arange(1, 1 + mask.numel(), device=model.device).view_as(mask)
     was_training = model.training
     model.eval()
     try:
-        output = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+        return model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
     finally:
         model.train(was_training)
-    theirs, logits = getattr(output, "aux_loss", None), getattr(output, "router_logits", None)
-    if theirs is None or not logits:
-        return False
-    ours = router.loss(logits, mask.bool())
-    return torch.allclose(ours, theirs.to(ours), rtol=1e-3)

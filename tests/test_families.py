@@ -18,7 +18,7 @@ from families import FAMILIES, LAYERS, VOCAB
 from recorded import record
 from tiny import tiny_tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import MixtralForCausalLM, PreTrainedModel, TrainingArguments
 
 from dts_hf.data import PaddedCollator
 from dts_hf.divergences import DIVERGENCES
@@ -337,10 +337,26 @@ def test_a_routers_loss_without_a_graph_is_refused(tmp_path: Any) -> None:
     step(trainer_for(tmp_path, student, FAMILIES["Mixtral"].build(1)))
 
 
-def test_a_routers_loss_that_is_not_known_is_refused(tmp_path: Any) -> None:
-    student = FAMILIES["LLaMA"].build()
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "LLaMA"])
+def test_a_model_that_asks_for_a_routers_loss_and_adds_none_gets_none(tmp_path: Any, name: str) -> None:
+    student = FAMILIES[name].build()
     student.config.output_router_logits = True
-    with pytest.raises(UserError, match=r"router_aux_loss: LlamaForCausalLM .* expected router_aux_loss 'none'"):
-        trainer_for(tmp_path, student, FAMILIES["LLaMA"].build(1))
+    trainer = trainer_for(tmp_path, student, FAMILIES[name].build(1), kd_ratio=0.0)
+    loss, _ = step(trainer)
+    inputs = {key: value for key, value in batch_of(trainer).items() if key != "row_id"}
+    assert trainer.router is None and loss.item() == pytest.approx(student(**inputs).loss.item(), rel=1e-6)
+
+
+def test_a_routers_loss_that_is_not_known_is_refused(tmp_path: Any) -> None:
+    class Doubled(MixtralForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.aux_loss = None if output.aux_loss is None else 2 * output.aux_loss
+            return output
+
+    student, teacher = Doubled(FAMILIES["Mixtral"].configuration(**AUX)), FAMILIES["Mixtral"].build(1)
+    with pytest.raises(UserError, match=r"router_aux_loss: Doubled .* expected router_aux_loss 'none'"):
+        trainer_for(tmp_path, student, teacher)
+    assert trainer_for(tmp_path, student, teacher, router_aux_loss="none").router is None
     with pytest.raises(UserError, match="router_aux_loss: got 'off', expected 'model' or 'none'"):
         trainer_for(tmp_path, FAMILIES["LLaMA"].build(), FAMILIES["LLaMA"].build(1), router_aux_loss="off")

@@ -94,8 +94,9 @@ def read_trace(option: str, run: str, column: str) -> list[float | None]:
         trace += [value] * (step - len(trace))
     if len(lines) < steps:
         logger.warning(
-            "%s: %s has %d lines for %d steps, so the %s of a step is the mean of its line; record the run with "
+            "%s: %s has %d lines for %d steps, so the %s of a step is the mean of its line%s; record the run with "
             "training.logging_steps: 1 to have it exactly", key, folder / "log.jsonl", len(lines), steps, column,
+            f", and the {steps - len(trace)} steps after the last line take its value" if len(trace) < steps else "",
         )  # fmt: skip
     return trace + trace[-1:] * (steps - len(trace))
 
