@@ -203,6 +203,7 @@ class RowForm:
 
     def _check_ids(self, tokens: NDArray[Any], ignored: int, lengths: NDArray[np.int64], first: int) -> None:
         """``ignored`` of the tokens are ``IGNORE_INDEX``, and may be."""
+        tokens = tokens.astype(np.int64) if tokens.dtype.itemsize < 4 else tokens  # below zero is to be above all ids
         whole = tokens.view(tokens.dtype.str.replace("i", "u")) if tokens.dtype.kind == "i" else tokens
         if np.count_nonzero(whole >= self.vocab_size) == ignored:  # one pass: below zero is above all others there
             return

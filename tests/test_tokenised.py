@@ -24,7 +24,7 @@ from dts_hf.errors import UserError
 from dts_hf.prompts import get_template
 from dts_hf.response import IGNORE_INDEX
 from dts_hf.row_order import FilledUp
-from dts_hf.tokenised import BLOCK, TokenisedDataset
+from dts_hf.tokenised import BLOCK, RowForm, TokenisedDataset
 from dts_hf.trainer import DistillationTrainer
 
 LONG = [{"id": f"l{i}", "instruction": "Say it", "input": "", "output": "yes " * 600} for i in range(7)]
@@ -286,6 +286,19 @@ def test_a_bad_row_is_named(tmp_path, change, message, request):
     for make in makes:
         with pytest.raises(UserError, match=f"train_dataset: {message}"):
             trainer_for(tmp_path, rows=make(rows))
+
+
+@pytest.mark.parametrize(("dtype", "vocab_size"), [(np.int8, TINY_VOCAB), (np.int16, 70_000)])
+def test_narrow_integers_below_zero_are_no_large_ids(dtype, vocab_size):
+    """-100 as eight bits without a sign is 156, an id like any other."""
+
+    def narrow(**change):
+        return [{name: np.array(cell, dtype=dtype) for name, cell in {**GOOD, **change}.items()}]
+
+    form = RowForm("train_dataset", vocab_size)
+    assert TokenisedDataset(narrow(), form).report.response_tokens == 2
+    with pytest.raises(UserError, match="row 0: token id -1 is outside"):
+        TokenisedDataset(narrow(input_ids=[5, -1, 7]), form)
 
 
 def test_the_row_number_of_a_later_block(tmp_path):
