@@ -92,9 +92,15 @@ class ExactResume(TrainerCallback):
         if self.resumed_from is None:
             return
         trainer, args = self.trainer, self.trainer.args
-        was = self._state_then().max_steps
+        then = self._state_then()
+        was = then.max_steps
         if was == steps:
             return
+        if then.global_step > steps:
+            raise UserError(
+                f"{self.resumed_from}: its step is {then.global_step:,}, behind the end of a run of {steps:,} steps (max_steps, "
+                "num_train_epochs), so nothing would be trained; expected a longer run, or an earlier checkpoint"
+            )
         own = trainer.lr_scheduler is not None and not trainer._created_lr_scheduler  # the user answers for it
         same_warmup = args.get_warmup_steps(was) == args.get_warmup_steps(steps)
         schedule = SchedulerType(args.lr_scheduler_type).value

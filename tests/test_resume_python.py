@@ -90,6 +90,21 @@ def test_a_run_of_another_length_is_refused_by_name(tmp_path, options, temperatu
     assert same.train(str(tmp_path / checkpoint)).global_step == 4
 
 
+def test_a_checkpoint_behind_the_end_of_the_run_is_refused(tmp_path):
+    """It would train nothing and return the weights of another step."""
+    options = {**CONSTANT, "max_steps": 4}
+    trainer_for(tmp_path, temperature=2.0, options=options).train()
+    for other in ({"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.5}):
+        shorter = trainer_for(tmp_path, temperature=2.0, options={**options, **other})
+        with pytest.raises(UserError, match=r"checkpoint-4: its step is 4, behind the end of a run of [23] steps"):
+            shorter.train(resume_from_checkpoint=True)
+    straight = trainer_for(tmp_path / "straight", temperature=2.0, options={**options, "max_steps": 3})
+    straight.train()
+    shorter = trainer_for(tmp_path, tiny_llama(seed=9), temperature=2.0, options={**options, "max_steps": 3})
+    assert shorter.train(str(tmp_path / "checkpoint-2")).global_step == 3
+    assert_equal_weights(shorter, straight)
+
+
 def test_a_finished_run_resumed_as_it_was_has_nothing_to_do(tmp_path):
     options = {**CONSTANT, "max_steps": 3, "logging_steps": 2}
     first = trainer_for(tmp_path, options=options)
