@@ -98,8 +98,8 @@ class ExactResume(TrainerCallback):
             return
         if then.global_step > steps:
             raise UserError(
-                f"{self.resumed_from}: its step is {then.global_step:,}, behind the end of a run of {steps:,} steps (max_steps, "
-                "num_train_epochs), so nothing would be trained; expected a longer run, or an earlier checkpoint"
+                f"{self.resumed_from}: its step is {then.global_step:,}, behind the end of a run of {steps:,} steps "
+                "(max_steps, num_train_epochs), so nothing would be trained; expected a longer run, or an earlier checkpoint"
             )
         own = trainer.lr_scheduler is not None and not trainer._created_lr_scheduler  # the user answers for it
         same_warmup = args.get_warmup_steps(was) == args.get_warmup_steps(steps)
