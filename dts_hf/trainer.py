@@ -945,7 +945,7 @@ class DistillationTrainer(Trainer):
         staged = Path(own) / UPLOAD
         main = self.is_world_process_zero()
         if main:
-            shutil.rmtree(staged, ignore_errors=True)  # of a killed process
+            _remove_all_of(staged)  # of a killed process
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(staged)
         done: Any = None
@@ -1035,6 +1035,14 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
             f"args: {type(args).__name__} has {', '.join(foreign)}, which would have no effect; expected "
             "transformers.TrainingArguments, and such options as arguments of the trainer"
         )
+
+
+def _remove_all_of(folder: Path) -> None:
+    """Or fail: what is left there would be uploaded. Of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:

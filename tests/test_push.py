@@ -20,7 +20,7 @@ from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.models import add_lora
 from dts_hf.recipe import Lora, load_recipe
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.trainer import UPLOAD, DistillationTrainer
 
 TOKEN = "hf_" + "OfMyOwnAndOfNobodyElse0"
 STUDENT = [
@@ -143,6 +143,22 @@ def test_an_adapter_is_pushed_alone_too(tmp_path: Path, hub: Hub) -> None:
     trainer_for(tmp_path, add_lora(tiny_llama(), Lora(r=2))).push_to_hub()
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     assert set(files(hub)) == adapter | set(STUDENT) - {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_what_lies_where_the_upload_is_made_is_not_uploaded(tmp_path: Path, hub: Hub) -> None:
+    """Left by a killed process, or a link to somewhere else."""
+    trainer, elsewhere = trainer_for(tmp_path / "mine"), tmp_path / "elsewhere"
+    staged = tmp_path / "mine" / UPLOAD
+    elsewhere.mkdir()
+    (elsewhere / "answers.jsonl").write_text("plums of Ruritania")
+    staged.parent.mkdir(exist_ok=True)
+    staged.symlink_to(elsewhere)
+    trainer.push_to_hub()
+    staged.mkdir()
+    (staged / "answers.jsonl").write_text("plums of Ruritania")
+    trainer.push_to_hub()
+    assert [sorted(commit) for _, commit in hub.commits] == [STUDENT, STUDENT]
+    assert [path.name for path in elsewhere.iterdir()] == ["answers.jsonl"] and not staged.exists()
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
