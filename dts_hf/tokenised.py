@@ -27,6 +27,8 @@ from dts_hf.row_order import FILLER
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 BLOCK = 2000  # rows that are checked together
+#: Formats of a ``datasets.Dataset`` that give a table of one row for a row.
+TABLES = ("arrow", "pandas", "polars")
 EXPECTED_LABELS = (
     f"labels (unshifted, as long as input_ids, {IGNORE_INDEX} where nothing is to be learned), or "
     "data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes a label of every token"

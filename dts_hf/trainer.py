@@ -84,11 +84,13 @@ from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 from dts_hf.tokenised import (
     EXPECTED_LABELS,
+    TABLES,
     NumberedCollator,
     RowForm,
     TokenisedDataset,
     TokenisedStream,
     check_encoded,
+    has_arrow_rows,
     rows_of,
 )
 
@@ -443,6 +445,10 @@ class DistillationTrainer(Trainer):
         streamed = isinstance(dataset, IterableDataset)
         if streamed:
             self._check_stream(name)
+        elif not hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
+            raise UserError(f"{name}: got {type(dataset).__name__}, which has no length; expected a list, or __len__")
+        if has_arrow_rows(dataset) and dataset.format["type"] in TABLES:
+            dataset = dataset.with_format(None)
         rows = rows_of(dataset)
         first = next(rows, None)
         if not isinstance(first, Mapping) or "input_ids" not in first:
@@ -577,7 +583,11 @@ class DistillationTrainer(Trainer):
         """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
-            dataset = dict(self.eval_dataset)[dataset]  # type: ignore[arg-type]
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if dataset not in named:
+                known = ", ".join(map(repr, named)) or "none with a name"
+                raise UserError(f"evaluate: got '{dataset}', expected rows, or one of the eval_dataset: {known}")
+            dataset = named[dataset]
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
         own = dataset is self.eval_dataset or isinstance(eval_dataset, str)
@@ -588,6 +598,8 @@ class DistillationTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As for evaluation: ``predict`` is one that leaves no line in the log; its ``predictions`` are None."""
+        if test_dataset is None:
+            raise UserError("predict: got None, expected rows")
         return self._held_out_loader(self._prepared(test_dataset, "predict"), None)
 
     def num_examples(self, dataloader: DataLoader) -> int:

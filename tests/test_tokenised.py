@@ -151,6 +151,11 @@ class MapStyle(Dataset):
         return self.rows[index % len(self.rows)]
 
 
+class Endless(Dataset):
+    def __getitem__(self, index):
+        return plain()[0]
+
+
 def with_tensors(rows):
     return [{name: torch.tensor(cell) for name, cell in row.items()} for row in rows]
 
@@ -184,6 +189,8 @@ MAKES = {
     "tensors": with_tensors, "arrays": with_arrays, "map style": MapStyle, "arrow": datasets.Dataset.from_list,
     "torch format": lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
     "numpy format": lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
+    "arrow format": lambda rows: datasets.Dataset.from_list(rows).with_format("arrow"),
+    "pandas format": lambda rows: datasets.Dataset.from_list(rows).with_format("pandas"),
     "selected": shuffled_back, "int32": int32, "transform": transformed,
 }  # fmt: skip
 
@@ -332,6 +339,15 @@ def test_other_things_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match=r"train_dataset: got several \(train, test\), expected one of them"):
         trainer_for(tmp_path, rows=both)
     assert set(trainer_for(tmp_path, eval_dataset=both).eval_dataset) == {"train", "test"}
+    with pytest.raises(UserError, match="train_dataset: got Endless, which has no length; expected a list"):
+        trainer_for(tmp_path, rows=Endless())
+    trainer = trainer_for(tmp_path, eval_dataset=both)
+    with pytest.raises(
+        UserError, match="evaluate: got 'tets', expected rows, or one of the eval_dataset: 'train', 'test'"
+    ):
+        trainer.evaluate("tets")
+    with pytest.raises(UserError, match="predict: got None, expected rows"):
+        trainer.predict(None)
     with pytest.raises(UserError, match="train_dataset: got generator, expected a list"):
         trainer_for(tmp_path, rows=(row for row in plain()))
     with pytest.raises(UserError, match="train_dataset: there are no rows in it"):
