@@ -253,7 +253,7 @@ def with_text(name, text):
         (with_text("metrics.json", '{"training": {"steps": 0}}'), "got 0 for training.steps"),
         (with_text("metrics.json", '{"training": {"steps": 1000}}'), "ends with step 4 of a run of 1,000 steps"),
         (with_text("metrics.json", '{"training": {"steps": 3}}'), "ends with step 4 of a run of 3 steps"),
-        (with_text("log.jsonl", ""), "none of its 0 lines"),
+        (with_text("log.jsonl", ""), "holds no line about training; expected a run with training.logging_steps 1"),
         (
             with_text("log.jsonl", '{"kind": "train", "step": 4, "loss": 1.0}\n'),
             "none of its 1 lines about training has a",

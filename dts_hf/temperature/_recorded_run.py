@@ -79,6 +79,11 @@ def read_trace(option: str, run: str, column: str) -> list[float | None]:
         while lines and lines[-1][0] >= step:  # of a life of the run that did not last
             lines.pop()
         lines.append((step, value))
+    if not lines:
+        raise UserError(
+            f"{key}: {folder / 'log.jsonl'}: holds no line about training; expected a run with training.logging_steps 1, or "
+            f"at least below its {steps:,} steps"
+        )
     if all(value is None for _, value in lines):
         raise UserError(
             f"{key}: {folder / 'log.jsonl'}: none of its {len(lines):,} lines about training has a {column}"
