@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -361,7 +362,7 @@ def plain(text: str) -> str:
     Editions of a text differ in punctuation and in Wikipedia's marks (``[3]``, ``[a]``, ``[citation needed]``), which stand
     behind letters, full stops, brackets and quotes alike: they go first, before the punctuation around them does.
     """
-    bare, count = text, 1
+    bare, count = unicodedata.normalize("NFKC", text), 1  # an accent is a letter's, or a character of its own
     while count:  # once more for a mark within brackets
         bare, count = re.subn(r"\[\s*\w[^\[\]]{0,40}\]", "", bare)
     return re.sub(r"\W+", "", bare).casefold()

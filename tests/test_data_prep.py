@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -252,6 +253,12 @@ def test_the_quickstart_trains_on_no_held_out_question(prep: SimpleNamespace) ->
     asked = {key for r in held_out for key in prep.prepare.identity(r)}
     assert len(asked) == 2 * len(held_out) and prep.prepare.without(train, asked) == train
     assert len(prep.prepare.without([*train, held_out[0] | {"output": "?"}], asked)) == len(train)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_a_question_is_the_same_in_every_form_of_unicode(prep: SimpleNamespace, form: Any) -> None:
+    text = "Who wrote É\ufb01n, and where?[3]"
+    assert prep.prepare.plain(unicodedata.normalize(form, text)) == prep.prepare.plain(text) == "whowroteéfinandwhere"
 
 
 def test_rows_that_leave_train_do_not_count_against_the_published_number(
