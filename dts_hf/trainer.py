@@ -498,7 +498,7 @@ class DistillationTrainer(Trainer):
             check_positions(self.teacher.model, "the teacher", longest, advice)  # type: ignore[arg-type]
 
     def _try_collator(self, dataset: Any) -> None:
-        """A collator of the user's must make labels of the first row, or of what it finds in it.
+        """A collator of the user's must make labels of the first row, and one batch of rows of different lengths.
 
         If it lays rows end to end, the models must keep them apart.
         """
@@ -519,6 +519,16 @@ class DistillationTrainer(Trainer):
             )
         if len(batch["input_ids"]) == 1:
             self._check_packing(cast(nn.Module, self.model), self.args.device, own_mask=False)
+        lengths = dataset.lengths
+        ends = [dataset[lengths.index(end)] for end in sorted({min(lengths), max(lengths)})]
+        if len(ends) <= min(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size):
+            try:
+                collator(ends)
+            except Exception as error:
+                raise UserError(
+                    f"data_collator: {name} cannot make a batch of the shortest and the longest row ({min(lengths):,} and "
+                    f"{max(lengths):,} tokens): {error}"
+                ) from error
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if isinstance(data_collator, Collator):

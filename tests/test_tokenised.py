@@ -442,6 +442,20 @@ def test_a_collator_that_lays_rows_end_to_end(tmp_path):
     assert trainer.tokens_seen == expected.tokens_seen
 
 
+@pytest.mark.parametrize("rows", [ROWS, plain()], ids=["raw", "tokenised"])
+def test_a_collator_that_does_not_pad_labels_is_refused_before_training(tmp_path, rows):
+    """As Hugging Face's for language models does not, where there are some."""
+    tokenizer = tiny_tokenizer(pad="own")
+    more = {"processing_class": tokenizer, "data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False)}
+    shortest, longest = (find(len(row["input_ids"]) for row in plain()) for find in (min, max))
+    with pytest.raises(
+        UserError, match=rf"cannot make a batch of the shortest and the longest row \({shortest} and {longest} tokens"
+    ):
+        trainer_for(tmp_path, rows=rows, **more)
+    options = {"per_device_train_batch_size": 1}
+    assert trainer_for(tmp_path, rows=rows, options=options, **more).train().global_step == 1
+
+
 def test_rows_are_found_again_by_their_number(tmp_path):
     for rows in (plain(), datasets.Dataset.from_list(plain())):
         trainer = trainer_for(tmp_path, rows=rows)
