@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dts_hf.errors import UserError
 from dts_hf.interruption import asked_to_stop, at_once, stopped_at
 from dts_hf.meters import OF_POLICY, SumMeter
 from dts_hf.temperature.base import StepStats
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from dts_hf.run_directory import RunDirectory
     from dts_hf.trainer import DistillationTrainer
 
+
+logger = logging.getLogger(__name__)
 
 #: In the reduction of a step: how many processes were asked to stop.
 STOP_ASKED = "stop_asked"
@@ -37,11 +41,12 @@ class TemperatureCallback(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
         self.broken_steps = 0  # in a row, their loss was no number
+        self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.broken_steps = 0
+        self.broken_steps = self.labelled_steps = self.unlabelled_steps = 0
         if state.global_step == 0:  # a second train(), or a retry with a smaller batch, is a new run
             self.trainer.reset_statistics()
         self.trainer.prepare_temperature(state.max_steps)
@@ -61,8 +66,12 @@ class TemperatureCallback(TrainerCallback):
         self.trainer.step_meter.add({STOP_ASKED: asked})
         totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
         self.trainer.stop_agreed = totals.pop(STOP_ASKED) > 0
-        if not totals or not totals["rows"]:
-            return  # no label in the whole step: nothing was learned about the gap
+        if not totals or not totals["rows"]:  # no label in the whole step: nothing was learned, nor about the gap
+            self.unlabelled_steps += 1
+            if self.unlabelled_steps == 1 and state.is_world_process_zero:
+                logger.warning("step %d: none of its rows has a label, so it teaches nothing", state.global_step)
+            return
+        self.labelled_steps += 1
         rows, policy = totals["rows"], self.trainer.temperature
         in_force = {"temperature_cosine": policy.cosine, **policy.log_values()}  # of the step that ends here
         totals.update({f"{OF_POLICY}{name}": value * rows for name, value in in_force.items() if value is not None})
@@ -83,6 +92,16 @@ class TemperatureCallback(TrainerCallback):
         control.should_save = False  # the weights may be broken: the last good checkpoint stays the newest
         if self.broken_steps == BROKEN_STEPS:
             self.trainer.stop_broken_run(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.unlabelled_steps and not self.labelled_steps:  # an iterable data set is not seen whole before
+            raise UserError(
+                f"train_dataset: none of the rows of {self.unlabelled_steps:,} steps has a label, so nothing was trained; "
+                "expected labels other than -100",
+                everywhere=True,
+            )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -251,7 +251,7 @@ class DistillationTrainer(Trainer):
         self.model, self.args, self.data_collator = model, args, collator  # the Trainer sets them again
         if isinstance(train_dataset, dict):
             raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
-        train_dataset = self._prepared(train_dataset, "train_dataset")
+        train_dataset = self._prepared_train_dataset = self._prepared(train_dataset, "train_dataset")
         eval_dataset = self._prepared(eval_dataset, "eval_dataset")
         config = getattr(model, "config", None)
         self._use_cache = getattr(config, "use_cache", None)
@@ -445,6 +445,11 @@ class DistillationTrainer(Trainer):
         streamed = isinstance(dataset, IterableDataset)
         if streamed:
             self._check_stream(name)
+            if iter(dataset) is iter(dataset):
+                raise UserError(
+                    f"{name}: got an iterable data set that can be read once, and this check would take its first row; "
+                    "expected one that begins anew each time (__iter__ as a generator function)"
+                )
         elif not hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
             raise UserError(f"{name}: got {type(dataset).__name__}, which has no length; expected a list, or __len__")
         if has_arrow_rows(dataset) and dataset.format["type"] in TABLES:
@@ -633,6 +638,8 @@ class DistillationTrainer(Trainer):
 
         Accelerate would take rows twice instead, and the last step of an epoch would depend on the number of processes.
         """
+        if self.train_dataset is not self._prepared_train_dataset:  # set from outside since
+            self._prepared_train_dataset = self.train_dataset = self._prepared(self.train_dataset, "train_dataset")
         dataset: Any = self.train_dataset
         world = self.accelerator.num_processes
         if world == 1 or self.args.dataloader_drop_last or self.rows_sorted_together(dataset) is None:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from launching import leave
 from test_controls import CONTROLS, trainer_for
 
 from dts_hf.errors import UserError
@@ -26,6 +27,7 @@ def main(run: str, folder: str) -> None:
     except UserError as error:
         found["refused"] = str(error)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
+    leave()
 
 
 if __name__ == "__main__":

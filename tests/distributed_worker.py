@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launching import training_arguments
+from launching import leave, training_arguments
 from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch.distributed import init_device_mesh
@@ -336,10 +336,7 @@ def main(out: Path) -> None:
         hand_written_loop(out, rank, world)
         split_before(out, rank)
         padded_part(out, rank, world)
-        torch.distributed.barrier()
-        # All is written. Seen once: a thread of gloo outlived the group, and the interpreter's end became an abort.
-        sys.stdout.flush()
-        os._exit(0)
+        leave()
 
 
 if __name__ == "__main__":

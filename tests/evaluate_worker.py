@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from launching import leave
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from dts_hf.data import Row
@@ -103,7 +104,7 @@ def share(out: Path) -> None:
     except UserError as error:
         found["refused"] = str(error)
     (out / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def sharded(tokenizer, rows, protocol) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from distributed_worker import ROWS
-from launching import HERE, strategy_arguments, training_arguments
+from launching import HERE, leave, strategy_arguments, training_arguments
 from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
@@ -211,4 +211,4 @@ if __name__ == "__main__":
     training_arguments("ddp", output_dir=sys.argv[1])  # joins the processes
     main(sys.argv[2:], Path(sys.argv[1]))
     whole_run(Path(sys.argv[1]), process()[1])
-    torch.distributed.destroy_process_group()
+    leave()

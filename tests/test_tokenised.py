@@ -523,6 +523,41 @@ def test_streams_that_cannot_work_are_refused_before_training(tmp_path, make, mo
                             processing_class=tiny_tokenizer())  # fmt: skip
 
 
+def test_a_stream_without_a_label_does_not_end_in_success(tmp_path, caplog):
+    masked = [{**row, "labels": [IGNORE_INDEX] * len(row["labels"])} for row in plain()]
+    options = {"max_steps": 2, "per_device_train_batch_size": 2}
+    with pytest.raises(UserError, match="train_dataset: none of the rows of 2 steps has a label"):
+        trainer_for(tmp_path, rows=Stream(masked), options=options).train()
+    assert caplog.text.count("none of its rows has a label") == 1
+    caplog.clear()
+    trainer = trainer_for(tmp_path, rows=Stream([*masked[:2], *plain()]), options=options)
+    trainer.train()
+    assert caplog.text.count("step 1: none of its rows has a label") == 1 and trainer.state.global_step == 2
+
+
+def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
+    class Once(IterableDataset):
+        def __init__(self):
+            self.rows = iter(plain())
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.raises(UserError, match="train_dataset: got an iterable data set that can be read once"):
+        trainer_for(tmp_path, rows=Once(), options={"max_steps": 2})
+
+
+def test_rows_that_are_set_after_the_trainer_was_made(tmp_path):
+    expected = trainer_for(tmp_path, rows=plain())
+    trainer = trainer_for(tmp_path, rows=plain()[:4])
+    trainer.train_dataset = padded(plain(), "left")
+    expected.train(), trainer.train()
+    assert losses(trainer) == losses(expected)
+    trainer.train_dataset = [{**GOOD, "labels": [1]}]
+    with pytest.raises(UserError, match="train_dataset: row 0 has 1 labels for 3 input_ids"):
+        trainer.train()
+
+
 # ------------------------------------------------------------------------------------------------------------- counts
 
 

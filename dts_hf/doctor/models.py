@@ -184,6 +184,8 @@ def check_teacher(
     if not all(math.isfinite(value) for value in mean.values()):
         check.error("loss-not-finite", "the cross-entropy on real rows is no number", "")
         return
+    # A pruned student of a teacher that itself knows nothing is not to blame on the layers.
+    cut = cut and not mean.get("teacher_ce", 0.0) > guess
     if mean["ce"] > guess:
         check.warn(
             "student-worse-than-guessing",
