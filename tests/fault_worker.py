@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[s
     """
     if os.getsid(0) != os.getpid():
         os.setpgid(0, 0)  # a signal to the group of this run must not reach the tests
+    # A shell that starts the tests in the background hands SIGINT down as ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # for data loaders: that of the tests would stay in force
     os.chdir(folder)
     os.environ.update(variables)

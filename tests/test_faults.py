@@ -265,9 +265,7 @@ def test_data_loader_workers_outlive_a_signal_to_the_group(lives: Lives) -> None
 def test_ctrl_c(lives: Lives) -> None:
     folder = lives.folder()
     run = lives.one(folder, step=3).until_reached().kill(signal.SIGINT)
-    assert (
-        run.wait(30) == ExitCode.CTRL_C == 130
-    )  # the interpreter takes itself down, which a loaded machine draws out
+    assert run.wait(10) == ExitCode.CTRL_C == 130
     assert "Traceback" not in run.err
     saved = newest_complete(folder / "run")
     assert saved is not None and saved.name == "checkpoint-2"
