@@ -60,9 +60,9 @@ shared_inputs = functools.cache(make_inputs)
 
 def build(variant: str, options: tuple[Sizes, Variants]) -> Task:
     from dts_hf.errors import UserError
-    from dts_hf.head import Head
-    from dts_hf.losses import DistillationLoss
-    from dts_hf.response import select_response, sequence_numbers
+    from dts_hf.loss.distillation_loss import DistillationLoss
+    from dts_hf.loss.selection import select_response, sequence_numbers
+    from dts_hf.models.head import Head
     from dts_hf.temperature import StepStats, build_temperature
 
     sizes, variants = options

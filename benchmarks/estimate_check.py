@@ -128,8 +128,8 @@ def make_models(variant: Variant, sizes: Sizes) -> tuple[Any, Any]:
     teacher = build(make_config(variant.family, sizes, sizes.teacher_layers), dtype=dtype)
     student: Any = build(make_config(variant.family, sizes, sizes.student_layers), dtype=dtype)
     if variant.lora:
-        from dts_hf.models import add_lora
-        from dts_hf.recipe import Lora
+        from dts_hf.models.adapters import add_lora
+        from dts_hf.recipe.schema import Lora
 
         student = add_lora(student, Lora(r=16))
     return student, teacher
@@ -168,7 +168,7 @@ def make_rows(variant: Variant, sizes: Sizes) -> tuple[Any, Any]:
     import torch
     from train_step import make_tokenizer
 
-    from dts_hf.data import EncodedDataset
+    from dts_hf.data.encoding import EncodedDataset
 
     generator = torch.Generator().manual_seed(2)
     count = sizes.rows * variant.processes * variant.accumulation * STEPS
@@ -180,7 +180,7 @@ def make_rows(variant: Variant, sizes: Sizes) -> tuple[Any, Any]:
 def train(variant: Variant, sizes: Sizes, dataset: Any, tokenizer: Any) -> Any:
     """The real trainer's ``train``; returns it, so that what it holds stays alive."""
     from dts_hf import DistillationTrainer
-    from dts_hf.sharding import shard_teacher, whole_weights
+    from dts_hf.distributed.sharding import shard_teacher, whole_weights
 
     with tempfile.TemporaryDirectory() as folder:
         args = make_arguments(

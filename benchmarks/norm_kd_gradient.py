@@ -35,7 +35,7 @@ COLUMNS = (
 def train(recipe_path: str, steps: int, folder: Path) -> list[dict[str, Any]]:
     """Train without any scoring and return the log lines of training, one every eighth of the run."""
     from dts_hf.distill import distill
-    from dts_hf.recipe import load_recipe
+    from dts_hf.recipe.loading import load_recipe
 
     overrides = (
         "temperature={name: norm_kd}",

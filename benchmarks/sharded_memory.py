@@ -62,8 +62,8 @@ def run(strategy: str, placement: str, sizes: Sizes) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-    from dts_hf.sharding import whole_weights
-    from dts_hf.trainer import DistillationTrainer
+    from dts_hf.distributed.sharding import whole_weights
+    from dts_hf.training.trainer import DistillationTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

@@ -78,8 +78,8 @@ def build(name: str, points: dict[str, Point]) -> Task:
 
         return Task(floor)
 
-    from dts_hf.head import Head
-    from dts_hf.losses import DistillationLoss
+    from dts_hf.loss.distillation_loss import DistillationLoss
+    from dts_hf.models.head import Head
     from dts_hf.temperature import build_temperature
 
     policy = build_temperature("constant", value=sizes.temperature)

@@ -149,7 +149,7 @@ def make_dataset(sizes: Sizes) -> Any:
     """The rows as ``encode_rows`` would return them; random token ids."""
     import torch
 
-    from dts_hf.data import EncodedDataset
+    from dts_hf.data.encoding import EncodedDataset
 
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(3, sizes.vocab, (total,), generator=generator).tolist() for total, _ in sizes.lengths]
@@ -158,7 +158,7 @@ def make_dataset(sizes: Sizes) -> Any:
 
 
 def padded_batch(sizes: Sizes) -> dict[str, Tensor]:
-    from dts_hf.data import PaddedCollator
+    from dts_hf.data.collators import PaddedCollator
 
     batch = PaddedCollator(pad_token_id=2)([*make_dataset(sizes)])
     del batch["row_id"]
@@ -306,7 +306,7 @@ class CachedTeacher:
     def __init__(self, teacher: nn.Module, batch: dict[str, Tensor]) -> None:
         from dataclasses import replace
 
-        from dts_hf.teachers import LiveTeacher
+        from dts_hf.teachers.live import LiveTeacher
 
         live = LiveTeacher(teacher)
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "row_id")}
@@ -326,7 +326,7 @@ def ours_task(sizes: Sizes, packing: bool, cached: bool) -> Task:
     from transformers import TrainingArguments
 
     from dts_hf import DistillationTrainer
-    from dts_hf.data import PackedCollator, PaddedCollator
+    from dts_hf.data.collators import PackedCollator, PaddedCollator
 
     student, teacher = make_models(sizes)
     teacher = teacher.to(getattr(torch, sizes.dtype))

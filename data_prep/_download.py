@@ -18,8 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.run_directory import write_json_atomic
-from dts_hf.sets import file_sha256
+from dts_hf.files import file_sha256, write_json_atomic
 
 TRIES = 5
 PAUSE_SECONDS = 1.0

@@ -22,11 +22,12 @@ from typing import Any
 
 from _download import Source
 
-from dts_hf.data import parse_row, read_objects
+from dts_hf.data import read_objects
+from dts_hf.data.formats import parse_row
+from dts_hf.data.prompt_templates import get_template
 from dts_hf.errors import UserError
-from dts_hf.prompts import get_template
-from dts_hf.run_directory import write_json_atomic
-from dts_hf.sets import KNOWN_SETS, MANIFEST, file_sha256, read_manifest
+from dts_hf.evaluation.benchmark_sets import KNOWN_SETS, MANIFEST, read_manifest
+from dts_hf.files import file_sha256, write_json_atomic
 
 MAX_PROMPT_TOKENS = 256
 # Reference bins of the protocol, in tokens of the first reference: the sets that are reported use the last one.

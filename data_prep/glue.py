@@ -25,7 +25,7 @@ from _download import Source
 from _prepare import Job, JsonObject, objects, parser, run, zip_texts
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.sets import KNOWN_SETS
+from dts_hf.evaluation.benchmark_sets import KNOWN_SETS
 
 SOURCE = "nyu-mll/glue"
 

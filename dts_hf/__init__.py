@@ -12,17 +12,17 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "ClassificationDistillationTrainer": "classification.trainer",
-    "DTSDistillationTrainer": "trainer",
-    "DistillationLoss": "losses",
-    "DistillationTrainer": "trainer",
-    "Head": "head",
-    "Recipe": "recipe",
-    "RunDirectory": "run_directory",
+    "DTSDistillationTrainer": "training.trainer",
+    "DistillationLoss": "loss.distillation_loss",
+    "DistillationTrainer": "training.trainer",
+    "Head": "models.head",
+    "Recipe": "recipe.schema",
+    "RunDirectory": "runs.directory",
     "TemperaturePolicy": "temperature",
     "UserError": "errors",
     "build_temperature": "temperature",
     "distill": "distill",
-    "load_recipe": "recipe",
+    "load_recipe": "recipe.loading",
 }
 __all__ = [
     "ClassificationDistillationTrainer",
@@ -43,12 +43,13 @@ if TYPE_CHECKING:
     from dts_hf.classification.trainer import ClassificationDistillationTrainer
     from dts_hf.distill import distill
     from dts_hf.errors import UserError
-    from dts_hf.head import Head
-    from dts_hf.losses import DistillationLoss
-    from dts_hf.recipe import Recipe, load_recipe
-    from dts_hf.run_directory import RunDirectory
+    from dts_hf.loss.distillation_loss import DistillationLoss
+    from dts_hf.models.head import Head
+    from dts_hf.recipe.loading import load_recipe
+    from dts_hf.recipe.schema import Recipe
+    from dts_hf.runs.directory import RunDirectory
     from dts_hf.temperature import TemperaturePolicy, build_temperature
-    from dts_hf.trainer import DistillationTrainer, DTSDistillationTrainer
+    from dts_hf.training.trainer import DistillationTrainer, DTSDistillationTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -17,33 +17,30 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.callbacks import BeforeTrainingCallback, GenerationEvalCallback
-from dts_hf.data import (
-    EncodedDataset,
-    EncodingReport,
-    Row,
-    check_positions,
-    encode_rows,
-    load_many,
-    load_rows,
-    manifest,
-)
+from dts_hf.console import say
+from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.prompt_templates import Template, encode_prompts, get_template
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_many, load_rows, manifest
+from dts_hf.distributed.sharding import place_teacher
 from dts_hf.errors import UserError
+from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.scorer import VALIDATION, Scorer, load_sets
-from dts_hf.generation import cache_argument
-from dts_hf.interruption import stops_on_signal
-from dts_hf.models import load_student, load_teacher, load_tokenizers, save_student
-from dts_hf.prompts import Template, encode_prompts, get_template
-from dts_hf.recipe import Recipe, training_arguments
-from dts_hf.run_directory import RunDirectory
-from dts_hf.run_end import close_run, end_early, say, training_facts
-from dts_hf.run_lock import unlocks
-from dts_hf.run_start import begin, open_run
-from dts_hf.sets import resolve_set
-from dts_hf.sharding import place_teacher
-from dts_hf.teacher_answers import answer_rows
+from dts_hf.generation.engine import cache_argument
+from dts_hf.models.checks import check_positions
+from dts_hf.models.loading import load_student, load_teacher, load_tokenizers
+from dts_hf.models.saving import save_student
+from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.training_arguments import training_arguments
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.finish import close_run, end_early, training_facts
+from dts_hf.runs.lock import unlocks
+from dts_hf.runs.start import begin, open_run
+from dts_hf.teachers.answers import answer_rows
 from dts_hf.temperature import build_temperature
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.training.callbacks import BeforeTrainingCallback, GenerationEvalCallback
+from dts_hf.training.signals import stops_on_signal
+from dts_hf.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 

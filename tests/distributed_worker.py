@@ -21,17 +21,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from dts_hf import sharding
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
-from dts_hf.distribution import strategy_of
+from dts_hf.distributed import sharding
+from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
-from dts_hf.losses import DistillationLoss
-from dts_hf.models import Head, add_lora, loss_in_head
-from dts_hf.recipe import Lora
-from dts_hf.response import count_targets, select_response
-from dts_hf.teachers import LiveTeacher
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.loss.selection import count_targets, select_response
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.head import Head, loss_in_head
+from dts_hf.recipe.schema import Lora
+from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import build_temperature
-from dts_hf.trainer import DistillationTrainer, _own_part
+from dts_hf.training.trainer import DistillationTrainer, _own_part
 
 ROWS = [
     {

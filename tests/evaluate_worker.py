@@ -16,7 +16,7 @@ import torch
 from launching import leave
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from dts_hf.data import Row
+from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 from dts_hf.evaluation import answers
 from dts_hf.evaluation.evaluate import evaluate_command

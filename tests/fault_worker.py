@@ -20,13 +20,14 @@ import torch
 
 import dts_hf.distill
 import dts_hf.reporting.report
-from dts_hf import interruption, peers
+from dts_hf.distributed import peers
 from dts_hf.errors import UserError
 from dts_hf.evaluation import scorer
-from dts_hf.head import Head
-from dts_hf.losses import DistillationLoss
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature.constant import Constant
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.training import signals as interruption
+from dts_hf.training.trainer import DistillationTrainer
 
 
 def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[s
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     _provoke(faults, rank)
-    from dts_hf.cli import app  # reads RANK when it is imported
+    from dts_hf.cli.app import app  # reads RANK when it is imported
 
     sys.argv = ["dts-hf", *argv]
     app(prog_name="dts-hf")

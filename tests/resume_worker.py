@@ -28,10 +28,10 @@ import torch
 from launching import strategy_arguments
 from tiny import tiny_gpt2, tiny_tokenizer
 
-from dts_hf.callbacks import TemperatureCallback
 from dts_hf.distill import distill
 from dts_hf.errors import Interrupted, UserError
-from dts_hf.recipe import Recipe
+from dts_hf.recipe.schema import Recipe
+from dts_hf.training.callbacks import TemperatureCallback
 
 HERE = Path(__file__).resolve().parent
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

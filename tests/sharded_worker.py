@@ -19,16 +19,19 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
-from dts_hf.data import Row
+from dts_hf.data.rows import Row
 from dts_hf.distill import distill
+from dts_hf.distributed.processes import on_first_process, process
+from dts_hf.distributed.sharding import is_sharded, parameter_count, shard_teacher
 from dts_hf.errors import RunError, UserError
 from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.protocol import get_protocol
 from dts_hf.evaluation.scorer import weights_as
-from dts_hf.models import add_lora, save_student
-from dts_hf.recipe import Lora, load_recipe
-from dts_hf.sharding import is_sharded, on_first_process, parameter_count, process, shard_teacher
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.saving import save_student
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Lora
+from dts_hf.training.trainer import DistillationTrainer
 
 ASKED = [Row(f"r{i}", "Name a fruit" + " and a word" * (i % 5), "", ("a pear",)) for i in range(5)]
 SENTENCES = [{"sentence": "good " * (1 + i % 4) + "film", "label": i % 2} for i in range(24)]
@@ -129,7 +132,7 @@ def classify(strategy: str, out: Path) -> dict[str, Any]:
     """A task's classifiers; the second epoch answers from memory, where no process may run the teacher alone."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from dts_hf.sharding import whole_weights
+    from dts_hf.distributed.sharding import whole_weights
 
     def classifier(layers: int, seed: int) -> Any:
         torch.manual_seed(seed)

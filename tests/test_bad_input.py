@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dts_hf import cli
+from dts_hf.cli import app as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """\

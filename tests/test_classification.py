@@ -33,12 +33,13 @@ from dts_hf.classification.models import (
 from dts_hf.classification.run import task_arguments
 from dts_hf.classification.tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
+from dts_hf.data.samplers import FILLER, FilledUp, filler
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import TASK_METRICS
-from dts_hf.models import prune_layers
-from dts_hf.recipe import Recipe, load_recipe
-from dts_hf.row_order import FILLER, FilledUp, filler
+from dts_hf.models.pruning import prune_layers
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Recipe
 from dts_hf.temperature import build_temperature, temperature_policies
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
@@ -421,7 +422,7 @@ def test_pruning_keeps_the_head_and_all_layers_are_the_teacher(kind: str) -> Non
 
 
 def test_lora_trains_adapters_and_the_head() -> None:
-    from dts_hf.recipe import Init, Lora, Student
+    from dts_hf.recipe.schema import Init, Lora, Student
 
     wanted = Student(init=Init.model_validate({"from": "teacher", "layers": 1}), lora=Lora(r=2))
     student = load_task_student(wanted, classifier(), SST2)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dts_hf import cli
+from dts_hf.cli import app as cli
 from dts_hf.errors import UserError
-from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
 
 COMMANDS = ("train", "doctor", "evaluate", "score", "report", "list", "schema")
 RECIPE = """\
@@ -69,7 +69,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
 
 def test_help_is_light() -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom dts_hf.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom dts_hf.cli.app import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'evaluate', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"

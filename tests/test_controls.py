@@ -19,10 +19,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.head import Head
-from dts_hf.losses import DistillationLoss
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, build_temperature
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.training.trainer import DistillationTrainer
 
 STEPS = 400
 

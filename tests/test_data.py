@@ -13,22 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from dts_hf.data import (
-    EncodedDataset,
-    LengthGroupedSampler,
-    PackedCollator,
-    PaddedCollator,
-    Row,
-    encode_rows,
-    load_many,
-    load_rows,
-    manifest,
-    parse_row,
-    rows_from_dataset,
-)
+from dts_hf.data.collators import PackedCollator, PaddedCollator
+from dts_hf.data.encoding import EncodedDataset, encode_rows
+from dts_hf.data.formats import parse_row
+from dts_hf.data.prompt_templates import TEMPLATES, encode_prompt, get_template
+from dts_hf.data.rows import Row
+from dts_hf.data.samplers import LengthGroupedSampler
+from dts_hf.data.sources import load_many, load_rows, manifest, rows_from_dataset
 from dts_hf.errors import UserError
-from dts_hf.prompts import TEMPLATES, encode_prompt, get_template
-from dts_hf.response import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -453,7 +446,7 @@ def test_packed_rows_equal_separate_and_padded_rows(build, attention):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_packed_and_padded_rows_give_equal_gradients(build):
-    from dts_hf.response import select_response
+    from dts_hf.loss.selection import select_response
 
     dataset = random_dataset()
     examples = [dataset[k] for k in range(len(dataset))]

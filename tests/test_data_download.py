@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dts_hf.errors import UserError
-from dts_hf.sets import read_manifest
+from dts_hf.evaluation.benchmark_sets import read_manifest
 
 DATA_PREP = Path(__file__).resolve().parents[1] / "data_prep"
 

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
-from dts_hf import sets
-from dts_hf.data import load_rows
+from dts_hf.data.sources import load_rows
 from dts_hf.errors import UserError
-from dts_hf.sets import KNOWN_SETS, PreparedSet, list_sets, read_manifest, resolve_set
+from dts_hf.evaluation.benchmark_sets import KNOWN_SETS, PreparedSet, list_sets, read_manifest, resolve_set
+from dts_hf.files import file_sha256
 
 DATA_PREP = Path(__file__).resolve().parents[1] / "data_prep"
 SCRIPTS = ("dolly", "self_instruct", "unnatural_instructions", "super_natural_instructions", "vicuna", "glue")
@@ -102,7 +102,7 @@ def test_dolly_of_minillm(prep: SimpleNamespace, out: Path, tmp_path: Path, toke
     assert [r["id"] for r in rows_of(resolve_set("dolly", out))] == [f"dolly-test-0000{k}" for k in range(4)]
     manifest = read_manifest(out / "dolly")
     assert manifest["dropped"] == {"train: prompt over 256 tokens": 1, "valid: prompt over 256 tokens": 1}
-    assert manifest["source"]["files"][0]["sha256"] == sets.file_sha256(source / "raw.jsonl")
+    assert manifest["source"]["files"][0]["sha256"] == file_sha256(source / "raw.jsonl")
     assert manifest["tokenizer"]["is_gpt2"] is False and manifest["counts_as_expected"] is False
 
 
@@ -713,7 +713,7 @@ def test_resolve_set(prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypat
     prepared = resolve_set("self-instruct")
     assert (prepared.name, prepared.path, prepared.rows) == ("self_instruct", out / "self_instruct" / "test.jsonl", 2)
     by_path = resolve_set(source)
-    assert (by_path.name, by_path.rows) == ("mine", 2) and by_path.manifest["sha256"] == sets.file_sha256(source)
+    assert (by_path.name, by_path.rows) == ("mine", 2) and by_path.manifest["sha256"] == file_sha256(source)
     with pytest.raises(UserError, match=r"no split 'train' of self_instruct; found test"):
         resolve_set("self_instruct", split="train")
     with pytest.raises(UserError, match=r"got 'dolyl', expected dolly.*Did you mean 'dolly'\?"):

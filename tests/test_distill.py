@@ -18,9 +18,9 @@ from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.evaluate import evaluate_command
 from dts_hf.evaluation.scorer import weights_as
-from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory
-from dts_hf.sets import file_sha256
+from dts_hf.files import file_sha256
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
 

@@ -14,7 +14,7 @@ from launching import HERE, environment
 from tiny import tiny_llama
 from transformers import TrainingArguments
 
-from dts_hf.distribution import STRATEGIES, check_launch, strategy_of, zero_options
+from dts_hf.distributed.launch import STRATEGIES, check_launch, strategy_of, zero_options
 from dts_hf.errors import UserError
 
 RECIPES = HERE.parent / "recipes" / "accelerate"
@@ -99,7 +99,7 @@ def test_launches_that_are_refused(launched, variables, args, message):
 def test_the_trainer_refuses_them_too(launched, monkeypatch, tmp_path):
     from tiny import tiny_tokenizer
 
-    from dts_hf.trainer import DistillationTrainer
+    from dts_hf.training.trainer import DistillationTrainer
 
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     launched(SLURM_STEP_NUM_TASKS="2")

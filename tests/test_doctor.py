@@ -30,17 +30,19 @@ from typer.testing import CliRunner
 
 import dts_hf.doctor.resources as resources
 import dts_hf.doctor.run as doctor_run
-from dts_hf import cli
-from dts_hf.data import PaddedCollator, encode_rows, rows_from_dataset
+from dts_hf.cli import app as cli
+from dts_hf.data.collators import PaddedCollator
+from dts_hf.data.encoding import encode_rows
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.sources import rows_from_dataset
 from dts_hf.divergences import DIVERGENCES
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule, gradient
 from dts_hf.doctor.report import screen
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
-from dts_hf.head import Head
-from dts_hf.losses import DistillationLoss
-from dts_hf.prompts import get_template
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature import build_temperature, temperature_policies
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]

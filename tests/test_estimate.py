@@ -16,7 +16,7 @@ import torch
 from launching import launch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, OPTConfig, Qwen3Config
 
-from dts_hf.distribution import zero_options
+from dts_hf.distributed.launch import zero_options
 from dts_hf.doctor.estimate import (
     BLOCK_BUFFERS,
     ModelShape,
@@ -31,10 +31,10 @@ from dts_hf.doctor.estimate import (
     kept_by_block,
 )
 from dts_hf.errors import UserError
-from dts_hf.head import Head, loss_in_head
-from dts_hf.losses import DistillationLoss
-from dts_hf.models import add_lora
-from dts_hf.recipe import Lora
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.head import Head, loss_in_head
+from dts_hf.recipe.schema import Lora
 from dts_hf.temperature import build_temperature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,7 +185,7 @@ def test_the_buffers_of_a_whole_chunk_are_counted(dtype: torch.dtype, monkeypatc
             self.peak = max(self.peak, sum(self.sizes.values()))
             return out
 
-    monkeypatch.setattr("dts_hf.losses._CPU_BLOCK_BYTES", 1 << 40)
+    monkeypatch.setattr("dts_hf.loss.chunk_walk._CPU_BLOCK_BYTES", 1 << 40)
     policy = build_temperature("dts", rule="gap")
     loss = DistillationLoss("forward_kl", temperature=policy, logits_budget_mb=1.0)
     rows, hidden, vocab = 96, 8, 4096

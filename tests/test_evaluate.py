@@ -14,11 +14,11 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from dts_hf.errors import UserError
-from dts_hf.evaluation.answers import Answer, AnswerFile
 from dts_hf.evaluation.evaluate import evaluate_command, model_digest
-from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory
-from dts_hf.sets import file_sha256
+from dts_hf.files import file_sha256
+from dts_hf.generation.answer_file import Answer, AnswerFile
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 ROWS = 20

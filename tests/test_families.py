@@ -20,13 +20,13 @@ from tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import MixtralForCausalLM, PreTrainedModel, TrainingArguments
 
-from dts_hf.data import PaddedCollator
+from dts_hf.data.collators import PaddedCollator
 from dts_hf.divergences import DIVERGENCES
 from dts_hf.errors import UserError
-from dts_hf.models import output_module
-from dts_hf.response import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.models.head import output_module
 from dts_hf.temperature import temperature_policies
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.training.trainer import DistillationTrainer
 
 LENGTHS = (5, 11, 8, 9)
 TRAINED = {name: family for name, family in FAMILIES.items() if family.trains}

@@ -28,11 +28,12 @@ from launching import command, environment
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
-from dts_hf import failures, interruption, peers
-from dts_hf.checkpoints import newest_complete, why_incomplete
-from dts_hf.errors import Interrupted, RunError, UserError
-from dts_hf.exit_codes import ExitCode
-from dts_hf.sharding import on_first_process
+from dts_hf.distributed import peers
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
+from dts_hf.runs import failures
+from dts_hf.runs.checkpoints import newest_complete, why_incomplete
+from dts_hf.training import signals as interruption
 
 pytestmark = pytest.mark.slow
 

@@ -25,16 +25,18 @@ from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from dts_hf import cli
 from dts_hf.classification.tasks import TASKS, load_labelled
-from dts_hf.data import encode_rows, load_many, load_rows
+from dts_hf.cli import app as cli
+from dts_hf.data.encoding import encode_rows
+from dts_hf.data.prompt_templates import TEMPLATES, get_template
+from dts_hf.data.sources import load_many, load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.score import score_file
 from dts_hf.evaluation.scorer import load_sets
-from dts_hf.prompts import TEMPLATES, get_template
-from dts_hf.recipe import Recipe, find_recipes, load_recipe, recipe_json_schema
-from dts_hf.recipe_check import training_fields
-from dts_hf.recipe_yaml import parse_yaml, read_values
+from dts_hf.recipe.loading import find_recipes, load_recipe
+from dts_hf.recipe.problems import training_fields
+from dts_hf.recipe.schema import Recipe, recipe_json_schema
+from dts_hf.recipe.yaml_files import parse_yaml, read_values
 
 pytestmark = pytest.mark.timeout(3600)  # for all cases of a test; each has a limit of its own
 ALL = settings.get_current_profile_name() == "fuzz"

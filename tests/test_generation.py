@@ -19,7 +19,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from dts_hf.errors import UserError
-from dts_hf.generation import (
+from dts_hf.generation.engine import (
     NOTHING,
     Generated,
     GenerationSettings,
@@ -394,7 +394,7 @@ def test_the_progress_bar_appears_only_when_it_takes_long(
     settings = GenerationSettings(max_new_tokens=4)
     generate(tiny_llama(), [[5]], settings, eos_token_ids=EOS, pad_token_id=2, progress="answers")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("dts_hf.generation.SECONDS_BEFORE_BAR", 0.0)
+    monkeypatch.setattr("dts_hf.generation.engine.SECONDS_BEFORE_BAR", 0.0)
     generate(tiny_llama(), [[5]], settings, eos_token_ids=EOS, pad_token_id=2, progress="answers")
     shown = capsys.readouterr()
     assert "answers" in shown.err and shown.out == ""  # stdout is for results

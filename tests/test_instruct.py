@@ -12,20 +12,14 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny import tiny_llama, tiny_tokenizer
 
-from dts_hf.data import Row
+from dts_hf.data.prompt_templates import encode_prompt, get_template
+from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.instruct import (
-    MEASURES,
-    decode_answer,
-    evaluate_instruct,
-    rows_are_independent,
-    rows_digest,
-    share_out,
-)
+from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, rows_digest
 from dts_hf.evaluation.protocol import Protocol, custom_protocol
 from dts_hf.evaluation.rouge import best_rouge_l
-from dts_hf.generation import generate
-from dts_hf.prompts import encode_prompt, get_template
+from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
+from dts_hf.generation.engine import generate
 
 TEMPLATE = get_template("alpaca")
 GREEDY = custom_protocol(max_new_tokens=12, do_sample=False, no_repeat_ngram_size=0, seeds=[10, 20])

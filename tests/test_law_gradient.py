@@ -35,9 +35,9 @@ from transformers import (
 )
 
 from dts_hf.divergences import DIVERGENCES, Distributions, Divergence, build_divergence
-from dts_hf.meters import means
+from dts_hf.loss.logged_sums import means
 from dts_hf.temperature import StepStats, temperature_policies
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.training.trainer import DistillationTrainer
 
 V, SHAPE = 12, (2, 5)
 STEP = 3e-5  # of the central differences, along directions of length 1: far inside the distance from a kink

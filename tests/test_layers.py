@@ -56,7 +56,7 @@ LADDER = (
     ("cli", "__main__"),
 )
 # Inside a function these import from anywhere: they hand over to code that is heavy to load.
-MAY_REACH_UP = ("dts_hf", "dts_hf.cli", "dts_hf.recipe_check")
+MAY_REACH_UP = ("dts_hf", "dts_hf.cli.app", "dts_hf.recipe.problems")
 MATHEMATICS = ("divergences", "temperature", "losses", "response", "head")
 # ``dts-hf --help`` and the check of a recipe's own keys must not wait for these.
 LIGHT = (

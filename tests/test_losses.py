@@ -8,8 +8,9 @@ import torch
 
 from dts_hf import divergences
 from dts_hf.errors import UserError
-from dts_hf.head import Head
-from dts_hf.losses import SUM_NAMES, DistillationLoss
+from dts_hf.loss.chunk_walk import SUM_NAMES
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, TemperaturePolicy, Temperatures, build_temperature
 
 #: Through every policy, head and chunk size.
@@ -391,7 +392,7 @@ def test_without_a_teacher_a_policy_with_its_own_kd_ratio_is_refused():
     "error", [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_halves_the_chunk_and_changes_nothing(monkeypatch, caplog, error):
-    import dts_hf.losses as module
+    import dts_hf.loss.chunk_walk as module
 
     data = problem(13, torch.float64)
     teacher = (data["teacher_states"], Head(data["teacher_weight"]), data["targets"], 13)
@@ -418,7 +419,7 @@ def test_out_of_memory_halves_the_chunk_and_changes_nothing(monkeypatch, caplog,
 
 
 def test_another_error_is_not_taken_for_memory(monkeypatch):
-    import dts_hf.losses as module
+    import dts_hf.loss.chunk_walk as module
 
     def broken(*args):
         raise RuntimeError("size mismatch")

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.models import Head, add_lora, check_head, loss_in_head, prune_layers
-from dts_hf.recipe import Lora
-from dts_hf.teachers import LiveTeacher
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.head import Head, check_head, loss_in_head
+from dts_hf.models.pruning import prune_layers
+from dts_hf.recipe.schema import Lora
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.training.trainer import DistillationTrainer
 
 ENCODER = {
     "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -239,7 +241,7 @@ def test_the_probe_leaves_no_trace() -> None:
 
 def test_the_probe_sees_what_the_loss_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that is right outside of the loss and wrong inside is refused: Gemma 2's soft-cap was lost in this way."""
-    import dts_hf.head as head_module
+    import dts_hf.models.head as head_module
 
     config = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)
     model = transformers.Gemma2ForCausalLM(config).eval()

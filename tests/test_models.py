@@ -31,24 +31,13 @@ from transformers import (
 )
 
 from dts_hf.errors import UserError
-from dts_hf.models import (
-    Head,
-    ModelSource,
-    add_lora,
-    align_vocabularies,
-    backbone_of,
-    check_head,
-    evenly_spaced,
-    head_of,
-    load_model,
-    load_student,
-    load_tokenizer,
-    loss_in_head,
-    output_module,
-    prune_layers,
-    save_student,
-)
-from dts_hf.recipe import Lora, Student
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
+from dts_hf.models.loading import ModelSource, load_model, load_student, load_tokenizer
+from dts_hf.models.pruning import evenly_spaced, prune_layers
+from dts_hf.models.saving import save_student
+from dts_hf.models.vocabulary import align_vocabularies
+from dts_hf.recipe.schema import Lora, Student
 
 LAYERS = 4
 SIZES: dict[str, Any] = {

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from dts_hf.distill import distill
 from dts_hf.doctor.resources import shapes_from_configs
 from dts_hf.errors import UserError
-from dts_hf.generation import GenerationSettings, generate
-from dts_hf.models import prune_layers
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.generation.engine import GenerationSettings, generate
+from dts_hf.models.pruning import prune_layers
+from dts_hf.training.trainer import DistillationTrainer
 
 VISION = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 28,
           "patch_size": 14}  # fmt: skip

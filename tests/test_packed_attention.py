@@ -24,10 +24,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from dts_hf.data import EncodedDataset, PackedCollator
+from dts_hf.data.collators import PackedCollator
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.errors import UserError
-from dts_hf.packed_attention import NAME, borders_mask, check_packing, is_borders
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.models.packed_attention import NAME, borders_mask, check_packing, is_borders
+from dts_hf.training.trainer import DistillationTrainer
 
 LENGTHS = [9, 1, 14, 5]
 

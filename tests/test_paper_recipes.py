@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dts_hf.recipe import Recipe, load_recipe
-from dts_hf.sets import INSTRUCTION_SETS, KNOWN_SETS
+from dts_hf.evaluation.benchmark_sets import INSTRUCTION_SETS, KNOWN_SETS
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Recipe
 
 DOLLY = Path(__file__).resolve().parents[1] / "recipes" / "dolly"
 PAIRS = {"gpt2-xl_to_gpt2": 32, "opt-13b_to_opt-1.3b": 128, "llama-13b_to_llama-7b": 64}  # rows a step

@@ -8,8 +8,8 @@ import torch
 from recorded import policy_of
 
 from dts_hf.divergences import DIVERGENCES, build_divergence
-from dts_hf.head import Head
-from dts_hf.losses import DistillationLoss
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, build_temperature, temperature_policies
 
 V, N, H_S, H_T = 23, 29, 5, 7

@@ -12,7 +12,7 @@ from test_trainer import arguments
 from tiny import tiny_llama, tiny_tokenizer
 
 from dts_hf.temperature import temperature_policies
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.training.trainer import DistillationTrainer
 
 ROWS = [
     {"id": f"r{i}", "instruction": "Say it" + " again" * (i % 3), "input": "", "output": "yes " * (1 + i % 5) + "no"}

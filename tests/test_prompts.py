@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from dts_hf.data import Row
+from dts_hf.data.prompt_templates import TEMPLATES, encode_prompt, encode_prompts, get_template, leading_special_ids
+from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.prompts import TEMPLATES, encode_prompt, encode_prompts, get_template, leading_special_ids
 
 TOKENIZER = tiny_tokenizer()
 WITH_INPUT = Row("a", "Add the numbers.", "2 and 3", ("5",))

@@ -20,8 +20,8 @@ from dts_hf.evaluation.protocol import (
     custom_protocol,
     get_protocol,
 )
-from dts_hf.generation import GenerationSettings
-from dts_hf.recipe import Evaluation
+from dts_hf.generation.engine import GenerationSettings
+from dts_hf.recipe.schema import Evaluation
 
 TOKENIZER = tiny_tokenizer()
 

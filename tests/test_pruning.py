@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from dts_hf.distill import distill
 from dts_hf.doctor.resources import shapes_from_configs
 from dts_hf.errors import UserError
-from dts_hf.generation import GenerationSettings, generate
-from dts_hf.models import prune_layers
-from dts_hf.pruning import pruned_config
+from dts_hf.generation.engine import GenerationSettings, generate
+from dts_hf.models.pruning import prune_layers, pruned_config
 
 IDS = torch.tensor([[5, 60, 300, 17, 9, 41, 8, 100]])
 JAMBA = {**FAMILIES["Jamba"].options, "attn_layer_period": 4, "attn_layer_offset": 1}

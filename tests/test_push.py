@@ -15,12 +15,13 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from dts_hf import cli
+from dts_hf.cli import app as cli
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
-from dts_hf.models import add_lora
-from dts_hf.recipe import Lora, load_recipe
-from dts_hf.trainer import UPLOAD, DistillationTrainer
+from dts_hf.models.adapters import add_lora
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Lora
+from dts_hf.training.trainer import UPLOAD, DistillationTrainer
 
 TOKEN = "hf_" + "OfMyOwnAndOfNobodyElse0"
 STUDENT = [

@@ -59,7 +59,7 @@ def test_python_example_is_ten_statements_at_most() -> None:
 
 @pytest.mark.parametrize("block", labelled("yaml"))
 def test_recipe_example_loads(block: str, tmp_path: Path) -> None:
-    from dts_hf.recipe import load_recipe
+    from dts_hf.recipe.loading import load_recipe
 
     if not {"student", "teacher", "data", "output"} <= set(yaml.safe_load(block)):
         pytest.skip("a part of a recipe")
@@ -80,7 +80,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_commands_and_targets_exist(document: Path) -> None:
     from typer.main import get_command
 
-    from dts_hf.cli import app
+    from dts_hf.cli.app import app
 
     text = document.read_text(encoding="utf-8")
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]

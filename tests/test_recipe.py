@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from dts_hf.errors import UserError
-from dts_hf.recipe import Recipe, editor_schema, find_recipes, load_recipe, recipe_json_schema, training_arguments
+from dts_hf.recipe.loading import find_recipes, load_recipe
+from dts_hf.recipe.schema import Recipe, editor_schema, recipe_json_schema
+from dts_hf.recipe.training_arguments import training_arguments
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MINIMAL = """\

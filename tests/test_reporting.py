@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dts_hf.reporting import facts, html, model_card, plots, report, tables
-from dts_hf.run_directory import RunDirectory
+from dts_hf.runs.directory import RunDirectory
 
 RECIPE: dict[str, Any] = {
     "student": {"init": {"from": "teacher", "layers": 16}},
@@ -666,9 +666,9 @@ def test_memory_is_in_the_unit_that_it_is_printed_in(monkeypatch: pytest.MonkeyP
     import sys
     from types import SimpleNamespace
 
-    from dts_hf import run_end
+    from dts_hf.runs import environment
 
-    monkeypatch.setattr(run_end.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
     kilobytes = 3_000_000 if sys.platform != "darwin" else 3_072_000_000
-    monkeypatch.setattr(run_end.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=kilobytes))
-    assert run_end.peak_memory_gb() == pytest.approx(3.072)
+    monkeypatch.setattr(environment.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=kilobytes))
+    assert environment.peak_memory_gb() == pytest.approx(3.072)

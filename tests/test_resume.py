@@ -18,20 +18,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from resume_worker import HAS_DEEPSPEED, Life, prepare, recipe
 
-from dts_hf.checkpoints import (
-    checkpoints,
-    mark_complete,
-    newest_complete,
-    read_complete,
-    rotate,
-    why_incomplete,
-)
 from dts_hf.errors import UserError
-from dts_hf.exact_resume import check_layout, layout
-from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory
-from dts_hf.run_end import end_early
-from dts_hf.run_lock import LOCK, lock, unlock
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.checkpoints import checkpoints, mark_complete, newest_complete, read_complete, rotate, why_incomplete
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.finish import end_early
+from dts_hf.runs.lock import LOCK, lock, unlock
+from dts_hf.training.exact_resume import check_layout, layout
 
 pytestmark = pytest.mark.slow
 TIMES = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from dts_hf.errors import UserError
-from dts_hf.recipe import Recipe, load_recipe
-from dts_hf.run_directory import RECIPE_HEADER, RunDirectory, environment, write_json_atomic, write_text_atomic
+from dts_hf.files import write_json_atomic, write_text_atomic
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
+from dts_hf.runs.environment import environment
 
 VALUES = {
     "student": {"model": "small"},

@@ -19,8 +19,8 @@ import pytest
 import typer
 import yaml
 
-from dts_hf.cli import app
-from dts_hf.recipe import load_recipe
+from dts_hf.cli.app import app
+from dts_hf.recipe.loading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "recipes" / "slurm" / "train.sbatch"
@@ -105,13 +105,7 @@ def test_the_prose_says_what_the_tables_say() -> None:
         from _scale_page import CARD_GB, CASES, USABLE
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    from dts_hf.doctor.estimate import (
-        Plan,
-        estimate_communication,
-        estimate_host,
-        estimate_memory,
-        floor_seconds,
-    )
+    from dts_hf.doctor.estimate import Plan, estimate_communication, estimate_host, estimate_memory, floor_seconds
 
     def peak(name: str, plan: Plan) -> float:
         case = CASES[name]

@@ -30,7 +30,7 @@ def test_the_command_prints_the_scores_as_the_literature_logs_them(tmp_path: Pat
     from rouge_score.rouge_scorer import RougeScorer
     from typer.testing import CliRunner
 
-    from dts_hf.cli import app
+    from dts_hf.cli.app import app
 
     file = write(tmp_path / "p.jsonl", "\n".join(json.dumps(row) for row in ROWS))
     shown = CliRunner().invoke(app, ["score", str(file)]).stdout

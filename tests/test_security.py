@@ -22,12 +22,13 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from dts_hf import cli, row_files
-from dts_hf.data import load_rows
+from dts_hf.cli import app as cli
+from dts_hf.console import masked, printable
+from dts_hf.data import row_files
+from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError
-from dts_hf.recipe import load_recipe
-from dts_hf.redaction import masked, printable
-from dts_hf.run_directory import environment
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.runs.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"

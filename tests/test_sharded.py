@@ -18,9 +18,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dts_hf.distill import distill
+from dts_hf.distributed.sharding import check_can_shard, is_sharded, place_teacher, shard_teacher, whole_weights
 from dts_hf.errors import UserError
-from dts_hf.recipe import Recipe
-from dts_hf.sharding import check_can_shard, is_sharded, place_teacher, shard_teacher, whole_weights
+from dts_hf.recipe.schema import Recipe
 
 #: What trains the student.
 WRAPPERS = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2": "FSDPLlamaForCausalLM"}

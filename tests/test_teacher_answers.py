@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from dts_hf import teacher_answers
-from dts_hf.data import Row
-from dts_hf.evaluation.answers import AnswerFile
-from dts_hf.prompts import get_template
-from dts_hf.recipe import Recipe
-from dts_hf.teacher_answers import answer_rows
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.rows import Row
+from dts_hf.generation.answer_file import AnswerFile
+from dts_hf.recipe.schema import Recipe
+from dts_hf.teachers import answers as teacher_answers
+from dts_hf.teachers.answers import answer_rows
 
 ROWS = [Row(str(k), f"Say {'it ' * k}.", "", ("x",)) for k in range(12)]
 

@@ -10,8 +10,8 @@ import torch
 from recorded import policy_of
 
 from dts_hf.errors import UserError
-from dts_hf.head import Head
-from dts_hf.losses import DistillationLoss
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, build_temperature, temperature_policies
 
 POLICIES = sorted(temperature_policies())

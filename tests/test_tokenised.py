@@ -19,13 +19,14 @@ from transformers import (
     default_data_collator,
 )
 
-from dts_hf.data import EncodedDataset, encode_rows, rows_from_dataset
+from dts_hf.data.encoding import EncodedDataset, encode_rows
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.samplers import FilledUp
+from dts_hf.data.sources import rows_from_dataset
+from dts_hf.data.tokenised import BLOCK, RowForm, TokenisedDataset
 from dts_hf.errors import UserError
-from dts_hf.prompts import get_template
-from dts_hf.response import IGNORE_INDEX
-from dts_hf.row_order import FilledUp
-from dts_hf.tokenised import BLOCK, RowForm, TokenisedDataset
-from dts_hf.trainer import DistillationTrainer
+from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.training.trainer import DistillationTrainer
 
 LONG = [{"id": f"l{i}", "instruction": "Say it", "input": "", "output": "yes " * 600} for i in range(7)]
 NAMES = ("eval_loss", "eval_kl", "eval_ce_loss", "eval_teacher_ce", "eval_rows", "eval_labels")
@@ -73,7 +74,7 @@ def test_what_became_of_the_rows_is_kept_and_said(tmp_path, caplog):
     assert set(reports) == {"train_dataset", "eval_dataset['whole']", "eval_dataset['cut']"}
     train = reports["train_dataset"]
     assert (train.rows, train.kept, train.dropped) == (8, 1, 7) and train.dropped_ids == ["l0", "l1", "l2", "l3", "l4"]
-    said = [record.getMessage() for record in caplog.records if record.name == "dts_hf.trainer"]
+    said = [record.getMessage() for record in caplog.records if record.name == "dts_hf.training.trainer"]
     assert len(said) == 2  # nothing of the set that is whole
     assert said[0].startswith("train_dataset: 1 of 8 rows kept; dropped as too long: 7 (l0, l1, l2, l3, l4, ...)")
     assert said[1].startswith("eval_dataset['cut']: 1 of 3 rows kept")
@@ -82,7 +83,7 @@ def test_what_became_of_the_rows_is_kept_and_said(tmp_path, caplog):
     trainer.predict(ROWS[:2])
     assert reports["evaluate"].dropped == 1 and reports["predict"].kept == 2
     trainer.evaluate()
-    assert [record.getMessage()[:9] for record in caplog.records if record.name == "dts_hf.trainer"] == ["evaluate:"]
+    assert [r.getMessage()[:9] for r in caplog.records if r.name == "dts_hf.training.trainer"] == ["evaluate:"]
 
 
 def test_rows_encoded_before_bring_their_report(tmp_path, caplog):
@@ -517,7 +518,7 @@ def test_streams_that_cannot_work_are_refused_before_training(tmp_path, make, mo
         trainer_for(tmp_path, rows=make([GOOD, {**GOOD, "labels": None}]), options=options).train()
     args = arguments(tmp_path, max_steps=2)
     monkeypatch.setattr(type(args), "world_size", 2)
-    monkeypatch.setattr("dts_hf.trainer.check_launch", lambda args: None)
+    monkeypatch.setattr("dts_hf.training.trainer.check_launch", lambda args: None)
     with pytest.raises(UserError, match="train_dataset: got an iterable data set on 2 processes"):
         DistillationTrainer(tiny_llama(), tiny_llama(), args=args, train_dataset=make(plain()),
                             processing_class=tiny_tokenizer())  # fmt: skip
@@ -576,7 +577,7 @@ def test_input_tokens_seen(tmp_path, kind, packing):
 
 
 def test_input_tokens_seen_leave_fillers_out(tmp_path):
-    from dts_hf.trainer import count_cells, count_tokens
+    from dts_hf.training.trainer import count_cells, count_tokens
 
     data = encoded(ROWS[:3])
     for packing in (False, True):

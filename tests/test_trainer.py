@@ -13,13 +13,15 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dts_hf.data import EncodedDataset, PackedCollator, PaddedCollator, encode_rows, rows_from_dataset
+from dts_hf.data.collators import PackedCollator, PaddedCollator
+from dts_hf.data.encoding import EncodedDataset, encode_rows
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.sources import rows_from_dataset
 from dts_hf.errors import RunError, UserError
-from dts_hf.meters import SumMeter
-from dts_hf.prompts import get_template
-from dts_hf.response import IGNORE_INDEX, count_targets, select_response
-from dts_hf.teachers import LiveTeacher
-from dts_hf.trainer import DistillationTrainer, DTSDistillationTrainer
+from dts_hf.loss.logged_sums import SumMeter
+from dts_hf.loss.selection import IGNORE_INDEX, count_targets, select_response
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.training.trainer import DistillationTrainer, DTSDistillationTrainer
 
 ROWS = [
     {

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.classification.tasks import GlueTask, LabelledRow
-from dts_hf.data import Collator, EncodedDataset, EncodingReport
+from dts_hf.data.collators import Collator
+from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.errors import UserError
-from dts_hf.response import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX
 
 
 class LabelledDataset(EncodedDataset):

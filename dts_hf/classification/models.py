@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from dts_hf.classification.tasks import GlueTask
+from dts_hf.distributed.processes import on_any_process
+from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
-from dts_hf.models import ModelSource, add_lora, load_weights, prune_layers
-from dts_hf.sharding import is_sharded, on_any_process
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.loading import ModelSource, load_weights
+from dts_hf.models.pruning import prune_layers
 
 if TYPE_CHECKING:
-    from dts_hf.recipe import Student, Teacher
+    from dts_hf.recipe.schema import Student, Teacher
 
 logger = logging.getLogger(__name__)
 

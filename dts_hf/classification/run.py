@@ -23,22 +23,26 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.callbacks import BeforeTrainingCallback
 from dts_hf.classification.data import LabelledDataset, encode_labelled, separates
 from dts_hf.classification.models import load_task_student, load_task_teacher, takes_type_ids
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, load_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
-from dts_hf.data import Row, manifest
+from dts_hf.console import say
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import manifest
+from dts_hf.distributed.sharding import parameter_count, place_teacher
 from dts_hf.evaluation.glue import TASK_METRICS, headline
 from dts_hf.evaluation.instruct import rows_digest
-from dts_hf.models import load_tokenizers, save_student
-from dts_hf.recipe import Recipe, Task, training_arguments
-from dts_hf.run_directory import RunDirectory
-from dts_hf.run_end import close_run, end_early, say, training_facts
-from dts_hf.run_start import begin, open_run
-from dts_hf.saved_scores import BEFORE, keep_scores
-from dts_hf.sharding import parameter_count, place_teacher
+from dts_hf.models.loading import load_tokenizers
+from dts_hf.models.saving import save_student
+from dts_hf.recipe.schema import Recipe, Task
+from dts_hf.recipe.training_arguments import training_arguments
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.finish import close_run, end_early, training_facts
+from dts_hf.runs.saved_scores import BEFORE, keep_scores
+from dts_hf.runs.start import begin, open_run
 from dts_hf.temperature import build_temperature
+from dts_hf.training.callbacks import BeforeTrainingCallback
 
 
 def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory:

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dts_hf.classification.data import (
-    LabelledCollator,
-    LabelledDataset,
-    check_task_labels,
-    encode_labelled,
-    labelled,
-)
+from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
 from dts_hf.classification.models import (
     ClassifierTeacher,
     fit_to_tokenizer,
@@ -30,19 +24,21 @@ from dts_hf.classification.models import (
     takes_type_ids,
 )
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_labelled
-from dts_hf.data import EncodingReport, check_positions
+from dts_hf.data.encoding import EncodingReport
+from dts_hf.data.samplers import FILLER, filler
+from dts_hf.data.tokenised import rows_of
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
-from dts_hf.head import Head
-from dts_hf.losses import SUM_NAMES
-from dts_hf.models import load_tokenizer, shared_prefix
-from dts_hf.response import IGNORE_INDEX
-from dts_hf.row_order import FILLER, filler
+from dts_hf.loss.chunk_walk import SUM_NAMES
+from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.models.checks import check_positions
+from dts_hf.models.head import Head
+from dts_hf.models.loading import load_tokenizer
+from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.temperature.constant import Constant
-from dts_hf.tokenised import rows_of
-from dts_hf.trainer import WITHOUT_TEACHER, DistillationTrainer, count_tokens
+from dts_hf.training.trainer import WITHOUT_TEACHER, DistillationTrainer, count_tokens
 
 # What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
 REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dts_hf.discovery import build, classes_beside
 from dts_hf.divergences.base import Distribution, Distributions, Divergence, dot
 from dts_hf.divergences.jsd import JSD
 from dts_hf.divergences.kl import ForwardKL, ReverseKL
+from dts_hf.registry import build, classes_beside
 
 __all__ = [
     "DIVERGENCES",

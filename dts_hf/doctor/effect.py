@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dts_hf.doctor.diagnosis import Check, Skipped
-from dts_hf.head import Head
-from dts_hf.losses import DistillationLoss
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
 from dts_hf.temperature.constant import Constant
 

@@ -95,8 +95,8 @@ class Plan:
         devices: all of them, of all nodes.
         teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit`` and ``4bit`` are whole and quantised,
             ``cached`` keeps its head alone and reads its states from disk.
-        bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distribution`` sets it.
-        live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``dts_hf.distribution`` sets it.
+        bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distributed.launch`` sets it.
+        live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``distributed.launch`` sets it.
     """
 
     strategy: Strategy = "single"

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dts_hf.data import EncodedDataset, PaddedCollator, Row, encode_rows
+from dts_hf.data.collators import PaddedCollator
+from dts_hf.data.encoding import EncodedDataset, encode_rows
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.rows import Row
 from dts_hf.doctor.diagnosis import Check
 from dts_hf.doctor.effect import Sample
 from dts_hf.errors import UserError
-from dts_hf.head import Head, check_head, head_of, loss_in_head
-from dts_hf.prompts import get_template
-from dts_hf.response import select_response, sequence_numbers
+from dts_hf.loss.selection import select_response, sequence_numbers
+from dts_hf.models.head import Head, check_head, head_of, loss_in_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dts_hf.losses import DistillationLoss
-    from dts_hf.recipe import Recipe
-    from dts_hf.trainer import DistillationTrainer
+    from dts_hf.loss.distillation_loss import DistillationLoss
+    from dts_hf.recipe.schema import Recipe
+    from dts_hf.training.trainer import DistillationTrainer
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
 UNTRAINED = 0.95

@@ -15,27 +15,19 @@ import psutil
 import torch
 from torch import nn
 
-from dts_hf.data import EncodedDataset
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, Diagnosis
-from dts_hf.doctor.estimate import (
-    Memory,
-    Plan,
-    Strategy,
-    TeacherPlacement,
-    Workload,
-    disk_needed,
-    estimate_memory,
-)
+from dts_hf.doctor.estimate import Memory, Plan, Strategy, TeacherPlacement, Workload, disk_needed, estimate_memory
 from dts_hf.doctor.shapes import ModelShape
 from dts_hf.errors import UserError
-from dts_hf.models import ModelSource
-from dts_hf.pruning import pruned_config
-from dts_hf.run_directory import RunDirectory
+from dts_hf.models.loading import ModelSource
+from dts_hf.models.pruning import pruned_config
+from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from dts_hf.recipe import Recipe, Student
+    from dts_hf.recipe.schema import Recipe, Student
 
 GB = 1e9
 #: Up to this share of the device's memory an estimate counts as fitting without a word: it is good to 20 %.

@@ -24,8 +24,14 @@ from torch import nn
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from dts_hf.data import EncodedDataset, PaddedCollator, Row, load_many, load_rows
+from dts_hf.data.collators import PaddedCollator
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.rows import Row
+from dts_hf.data.samplers import total_steps
+from dts_hf.data.sources import load_many, load_rows
 from dts_hf.distill import check_room, encode, make_trainer
+from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
 from dts_hf.doctor.models import check_chat_form, check_step_size, check_teacher, check_weights, take_sample
@@ -55,12 +61,13 @@ from dts_hf.doctor.tokens import (
 )
 from dts_hf.errors import UserError
 from dts_hf.evaluation.scorer import load_sets
-from dts_hf.models import align_vocabularies, head_of, load_model, load_student, load_tokenizers
-from dts_hf.prompts import get_template
-from dts_hf.recipe import Recipe, load_recipe, training_arguments
-from dts_hf.row_order import total_steps
-from dts_hf.sharding import place_teacher
-from dts_hf.teacher_answers import answer_rows
+from dts_hf.models.head import head_of
+from dts_hf.models.loading import load_model, load_student, load_tokenizers
+from dts_hf.models.vocabulary import align_vocabularies
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.training_arguments import training_arguments
+from dts_hf.teachers.answers import answer_rows
 from dts_hf.temperature import build_temperature
 
 Shapes = tuple[ModelShape, "ModelShape | None"]
@@ -68,7 +75,7 @@ Shapes = tuple[ModelShape, "ModelShape | None"]
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from dts_hf.trainer import DistillationTrainer
+    from dts_hf.training.trainer import DistillationTrainer
 
 #: So many rows are tokenised at most; they are spread over the whole file.
 LOOKED_AT = 5000

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from dts_hf.distributed.sharding import whole_weights
 from dts_hf.errors import UserError
-from dts_hf.sharding import whole_weights
 
 
 @dataclass(frozen=True)

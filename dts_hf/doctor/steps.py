@@ -15,7 +15,7 @@ from dts_hf.doctor.resources import PeakMemory, duration, gb
 from dts_hf.errors import RunError
 
 if TYPE_CHECKING:
-    from dts_hf.trainer import DistillationTrainer
+    from dts_hf.training.trainer import DistillationTrainer
 
 STEPS = 3
 #: No further step is begun after so many seconds.

@@ -32,12 +32,12 @@ from dts_hf.doctor.run import (
     use_of_teacher,
 )
 from dts_hf.doctor.tokens import MANY_ROWS, check_tokenizers, spread
-from dts_hf.head import Head
-from dts_hf.models import load_tokenizers
+from dts_hf.models.head import Head
+from dts_hf.models.loading import load_tokenizers
 
 if TYPE_CHECKING:
     from dts_hf.classification.trainer import ClassificationDistillationTrainer
-    from dts_hf.recipe import Recipe
+    from dts_hf.recipe.schema import Recipe
 
 #: Rows on which teacher and student are compared.
 SAMPLE_ROWS = 64

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 
-from dts_hf.data import EncodedDataset, EncodingReport, Row
+from dts_hf.data.encoding import EncodedDataset, EncodingReport
+from dts_hf.data.prompt_templates import Template, leading_special_ids
+from dts_hf.data.rows import Row
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment
-from dts_hf.models import shared_prefix
-from dts_hf.prompts import Template, leading_special_ids
-from dts_hf.response import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.models.vocabulary import shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,21 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dts_hf.data import Row, load_rows
+from dts_hf.console import say
+from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_rows
+from dts_hf.distributed.processes import on_first_process, process
 from dts_hf.errors import UserError
-from dts_hf.evaluation.answers import AnswerFile
+from dts_hf.evaluation.benchmark_sets import canonical_name
 from dts_hf.evaluation.instruct import evaluate_instruct, rows_digest
 from dts_hf.evaluation.protocol import get_protocol
 from dts_hf.evaluation.scorer import VALIDATION, batch_size_that_matters, load_sets, protocol_of
-from dts_hf.evaluation.vllm_backend import check_vllm_settings, load_vllm, vllm_generate
-from dts_hf.generation import generate
-from dts_hf.models import load_model, load_tokenizer
-from dts_hf.prompts import get_template
-from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory, write_json_atomic
-from dts_hf.run_end import say
-from dts_hf.sets import canonical_name
-from dts_hf.sharding import on_first_process, process
+from dts_hf.files import write_json_atomic
+from dts_hf.generation.answer_file import AnswerFile
+from dts_hf.generation.engine import generate
+from dts_hf.generation.vllm_backend import check_vllm_settings, load_vllm, vllm_generate
+from dts_hf.models.loading import load_model, load_tokenizer
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dts_hf.data import Row
+from dts_hf.data.prompt_templates import EncodedPrompt, encode_prompts, get_template
+from dts_hf.data.rows import Row
+from dts_hf.distributed.processes import gathered, on_first_process, process
+from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
-from dts_hf.evaluation.answers import Answer, AnswerFile
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.rouge import best_rouge_l
 from dts_hf.evaluation.text import exact_match, repeats_ngram
-from dts_hf.generation import Generated, checked_prompts, generate, stop_token_ids
-from dts_hf.prompts import EncodedPrompt, encode_prompts, get_template
-from dts_hf.sharding import gathered, is_sharded, on_first_process, process
+from dts_hf.generation.answer_file import Answer, AnswerFile
+from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
+from dts_hf.generation.engine import Generated, checked_prompts, generate, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 # In the order of metrics.json
 MEASURES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty", "mean_tokens")
-BLOCK_BATCHES = 4  # below fp32: batches that are answered together, whatever was killed and however many processes
 
 
 class InstructResult(NamedTuple):
@@ -155,15 +157,6 @@ def _answer_block(
     )
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of an answer without special tokens, spaces around it, or what follows a spelt-out end mark.
-
-    ``<n>`` is a line break, as in MiniLLM's code.
-    """
-    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-    return text.split("<|endoftext|>")[0].replace("<n>", "\n").strip()
-
-
 def rows_digest(rows: Sequence[Row]) -> str:
     """Digest of what is asked and what counts as right, in order."""
     content = [[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows]
@@ -178,9 +171,6 @@ def _check_rows(rows: Sequence[Row], set_name: str) -> None:
         raise UserError(f"evaluation on '{set_name}': {count} rows have the id {name!r}, expected unique ids")
 
 
-# ------------------------------------------------------------------------------------------- which process does what
-
-
 def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
     """In what ``model`` answers: the dtype of its weights, or ``autocast`` where its forward runs under that."""
     # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
@@ -188,36 +178,6 @@ def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
         return autocast
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     return "+".join(sorted(kinds))
-
-
-def rows_are_independent(model: Any) -> bool:
-    """Whether the model computes in fp32, where the text of a row does not depend on the rows beside it."""
-    if not isinstance(model, torch.nn.Module):
-        return True  # another backend batches as it likes: there is nothing to keep equal
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
-    # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
-    lowered = torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled() or hasattr(model, "_original_forward")
-    return exact and not lowered and torch.get_float32_matmul_precision() == "highest"
-
-
-def share_out(
-    lengths: Sequence[int], independent: bool, batch_size: int, rank: int, world: int
-) -> list[tuple[list[int], bool]]:
-    """The rows that this process answers: (rows of one call of ``generate``, whether they belong together).
-
-    Every process gets the same number of calls, so that those of a sharded model stay together. Prompts of similar
-    length are neighbours, and so each process gets about the same work.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    if independent:
-        return [(order[rank::world], False)]
-    size = BLOCK_BATCHES * batch_size
-    blocks = [order[start : start + size] for start in range(0, len(order), size)]
-    blocks += [[]] * (-len(blocks) % world)
-    return [(block, True) for block in blocks[rank::world]]
-
-
-# ------------------------------------------------------------------------------------------------------ single answers
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dts_hf.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dts_hf.generation import GenerationSettings
+    from dts_hf.generation.engine import GenerationSettings
 
 ROUGE = "rougeL F-measure of rouge_score 0.1.2, Porter stemmer, best reference"
 # In metrics.json beside the fingerprint, and not part of it
@@ -112,7 +112,7 @@ class Protocol:
 
     def settings(self, batch_size: int, seed: int | None = None) -> GenerationSettings:
         """How one pass is generated; ``seed``: by default the first one."""
-        from dts_hf.generation import GenerationSettings
+        from dts_hf.generation.engine import GenerationSettings
 
         return GenerationSettings(
             max_new_tokens=self.max_new_tokens,
@@ -212,7 +212,7 @@ def check_same_rows(sets: Mapping[str, Mapping[str, Any]]) -> None:
 
 def tokenizer_digest(tokenizer: Any, template: str) -> str:
     """Digest of what the tokenizer is, not of where it was loaded from."""
-    from dts_hf.prompts import get_template, leading_special_ids
+    from dts_hf.data.prompt_templates import get_template, leading_special_ids
 
     written = get_template(template).writes_special_tokens
     parts = [

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dts_hf.data import Row, load_rows
+from dts_hf.console import say
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_rows
+from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.errors import UserError
+from dts_hf.evaluation.benchmark_sets import canonical_name, resolve_set
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.protocol import Protocol, custom_protocol, get_protocol
-from dts_hf.recipe import Recipe
-from dts_hf.run_directory import RunDirectory
-from dts_hf.run_end import say
-from dts_hf.saved_scores import BEFORE, keep_scores
-from dts_hf.sets import canonical_name, resolve_set
-from dts_hf.sharding import is_sharded, parameter_count
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.saved_scores import BEFORE, keep_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dts_hf.trainer import DistillationTrainer
+    from dts_hf.training.trainer import DistillationTrainer
 
 VALIDATION = "validation"
 

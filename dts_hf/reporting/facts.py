@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from dts_hf.redaction import masked
-from dts_hf.run_directory import RunDirectory
+from dts_hf.console import masked
+from dts_hf.runs.directory import RunDirectory
 
 MODELS = ("teacher", "student_before", "student")
 MODEL_LABELS = {"teacher": "teacher", "student_before": "student before", "student": "student after"}

@@ -23,7 +23,7 @@ from dts_hf.reporting.facts import (
 from dts_hf.reporting.model_card import TEMPLATES, limits, settings, summary
 from dts_hf.reporting.plots import DARK, LIGHT, draw
 from dts_hf.reporting.tables import MEASURES, counts_words, score_lines
-from dts_hf.run_directory import RunDirectory
+from dts_hf.runs.directory import RunDirectory
 
 SAMPLES = 12
 

@@ -27,7 +27,7 @@ from dts_hf.reporting.facts import (
     temperature,
 )
 from dts_hf.reporting.tables import MEASURES, counts_words, markdown_scores, score_lines
-from dts_hf.run_directory import RunDirectory
+from dts_hf.runs.directory import RunDirectory
 
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLE_QUESTION = "Name three things that float on water."
@@ -276,8 +276,8 @@ def example_prompt(facts: Facts) -> str | None:
     name = facts.section("data").get("prompt_template")
     if name in (None, "chat") or facts.task:
         return None
-    from dts_hf.data import Row
-    from dts_hf.prompts import get_template
+    from dts_hf.data.prompt_templates import get_template
+    from dts_hf.data.rows import Row
 
     row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)
     return repr(get_template(name).render(row, cast(Any, None)))  # these templates ask no tokenizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dts_hf.reporting.facts import Facts, gather, kept_best, number
 from dts_hf.reporting.tables import MEASURES
-from dts_hf.run_directory import RunDirectory
+from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

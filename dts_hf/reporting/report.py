@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dts_hf.files import write_text_atomic
 from dts_hf.reporting.html import render_html
 from dts_hf.reporting.model_card import render_model_card
 from dts_hf.reporting.plots import write_figures
-from dts_hf.run_directory import RunDirectory, write_text_atomic
+from dts_hf.runs.directory import RunDirectory
 
 
 def write_report(run: RunDirectory) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dts_hf.reporting.facts import MODEL_LABELS, MODELS, Facts, count_words, gather, number
-from dts_hf.run_directory import RunDirectory
+from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dts_hf.head import Head
+from dts_hf.models.head import Head
 
 
 class Teacher(Protocol):

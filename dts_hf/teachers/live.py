@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dts_hf.head import Head, backbone_of, head_of, loss_in_head
-from dts_hf.response import select_response
-from dts_hf.sharding import is_sharded
+from dts_hf.distributed.sharding import is_sharded
+from dts_hf.loss.selection import select_response
+from dts_hf.models.head import Head, backbone_of, head_of, loss_in_head
 
 
 class LiveTeacher:

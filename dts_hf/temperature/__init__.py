@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from dts_hf.discovery import build, classes_beside
+from dts_hf.registry import build, classes_beside
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
 
 __all__ = ["RowStats", "StepStats", "TemperaturePolicy", "Temperatures", "build_temperature", "temperature_policies"]

@@ -10,14 +10,7 @@ from torch import Tensor
 
 from dts_hf.errors import UserError
 from dts_hf.temperature._recorded_run import check_run, read_trace
-from dts_hf.temperature.base import (
-    RowStats,
-    TemperaturePolicy,
-    Temperatures,
-    check_number,
-    check_range,
-    half_cosine,
-)
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number, check_range, half_cosine
 
 #: The log of a run at T = t_min may say a little less: its means are those of fp32 sums.
 _ROUNDING = 1e-5

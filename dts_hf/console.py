@@ -1,0 +1,101 @@
+"""What a person sees: lines on stderr, with tokens masked and control characters written out."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+# Their values are masked wherever they appear, whatever they look like.
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+    "COMET_API_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+SHORTEST_SECRET = 8  # a shorter value would mask ordinary words
+LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message
+MASK = "***"
+_TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{10,}")
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_TOKEN_IN_QUERY = re.compile(
+    r"(?<=[?&])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
+)
+# A name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix.
+_SURE_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
+# Control characters (a terminal acts on ESC), marks that reverse the reading direction, halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+
+
+def masked(text: str) -> str:
+    """``text`` with access tokens of the Hub, of the environment and in URLs replaced by stars."""
+    for value in sorted(_secrets_of_the_environment(), key=len, reverse=True):
+        text = text.replace(value, MASK)
+    for token in (_SURE_TOKEN, _TOKEN):
+        text = token.sub(rf"\g<1>{MASK}", text)
+    return _TOKEN_IN_QUERY.sub(rf"\1={MASK}", _USER_IN_URL.sub(MASK, text))
+
+
+def printable(text: str) -> str:
+    """``masked(text)`` with control characters written out (``\\x1b``), and cut where nobody would read on."""
+    text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), masked(text))
+    lines = [_shortened(line) for line in text.split("\n")]
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"... and {len(lines) - MOST_LINES} lines more"]
+    return "\n".join(lines)
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= LONGEST_LINE:
+        return line
+    end = LONGEST_LINE // 4
+    return f"{line[: LONGEST_LINE - end]} ... {line[-end:]}"
+
+
+def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, what is wrong) of every text below ``value`` that no recipe may hold.
+
+    A recipe is saved in the run directory and shared, so it holds no token, not even inside a longer text. A control
+    character or half of a surrogate pair is part of no name, and PyYAML reads some of them back as a space.
+    """
+    if isinstance(value, str):
+        if _SURE_TOKEN.search(value) or any(secret in value for secret in _secrets_of_the_environment()):
+            yield place, "holds an access token. Recipes are saved and shared: run 'hf auth login' or set HF_TOKEN"
+        elif _USER_IN_URL.search(value) or _TOKEN_IN_QUERY.search(value):
+            yield (
+                place,
+                "holds a URL with a user name, password or token in it. Recipes are saved and shared: leave it out",
+            )
+        elif found := _NO_TEXT.search(value):
+            yield (
+                place,
+                f"holds the character U+{ord(found[0]):04X}, which belongs to no name (a control character or alike)",
+            )
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            for _, problem in unusable_texts(key):
+                yield place or "recipe", f"a key {problem}"
+            yield from unusable_texts(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, Sequence):
+        for number, item in enumerate(value):
+            yield from unusable_texts(item, f"{place}.{number}")
+
+
+def _secrets_of_the_environment() -> set[str]:
+    values = {os.environ.get(name, "") for name in SECRET_VARIABLES}
+    return {value for value in values if len(value) >= SHORTEST_SECRET}
+
+
+def say(text: str) -> None:
+    """Print to stderr: stdout belongs to what a command returns. Names of the user's files may be in ``text``."""
+    print(printable(text), file=sys.stderr, flush=True)

@@ -1,0 +1,96 @@
+"""Batches of tokenised rows: padded, or packed end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dts_hf.data.encoding import Example
+from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.models.packed_attention import borders_mask
+
+if TYPE_CHECKING:
+    pass
+
+
+#: The ``row_id`` of a tokenised row that brings none.
+NO_ROW = -1
+
+
+class Collator:
+    """Base of our collators: they take of a row what they know, and return its ``row_id``."""
+
+
+@dataclass
+class PaddedCollator(Collator):
+    """Pad rows on the right to the longest of the batch.
+
+    The mask comes from lengths, never from token ids: with pad == eos a mask by id would hide every row's end.
+
+    Args:
+        pad_token_id: fills ``input_ids``; hidden by the mask and by the labels, so any valid id will do.
+        pad_to_multiple_of: round the width up to a multiple of this.
+
+    Returns (of a call):
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        step = self.pad_to_multiple_of or 1
+        width = -(-max(len(example["input_ids"]) for example in examples) // step) * step
+        input_ids = torch.full((len(examples), width), self.pad_token_id)
+        labels = torch.full((len(examples), width), IGNORE_INDEX)
+        attention_mask = torch.zeros((len(examples), width), dtype=torch.int64)
+        for k, example in enumerate(examples):
+            length = len(example["input_ids"])
+            input_ids[k, :length] = torch.tensor(example["input_ids"])
+            labels[k, :length] = torch.tensor(example["labels"])
+            attention_mask[k, :length] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
+        }
+
+
+class PackedCollator(Collator):
+    """Lay the rows of a batch one after the other in a single row, without padding.
+
+    ``position_ids`` restart at 0 for each row. Transformers (>= 5) reads the borders from them and lets no token
+    attend across, but **only when it gets neither an attention mask nor a KV cache**: call the model with
+    ``use_cache=False``, or the borders are silently ignored. Some families always ignore them:
+    ``packed_attention.check_packing`` tells.
+
+    Args:
+        borders: also give ``borders``, the ``packed_attention.borders_mask`` of the rows: the attention mask of a model
+            for which ``check_packing`` returned True.
+
+    Returns (of a call):
+        ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
+        each row is -100: after the shift it would be predicted from the row before.
+    """
+
+    def __init__(self, borders: bool = False) -> None:
+        self.borders = borders
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        ids = [i for example in examples for i in example["input_ids"]]
+        positions = [i for example in examples for i in range(len(example["input_ids"]))]
+        labels = [i for example in examples for i in (IGNORE_INDEX, *example["labels"][1:])]
+        batch = {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "labels": torch.tensor([labels]),
+            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
+        }
+        if self.borders:
+            batch["borders"] = borders_mask([len(example["input_ids"]) for example in examples])
+        return batch

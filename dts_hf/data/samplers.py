@@ -1,0 +1,156 @@
+"""Rows of instruction data: loaded, checked, tokenised, grouped by length, collated padded or packed.
+
+One row format everywhere: ``{id, instruction, input, output}`` (``output`` a string or a list of references) or
+``{id, messages}`` whose last message is the assistant's response. Everything wrong is a :class:`UserError` that names
+the file and the line.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+#: The ``row_id`` of what only fills a batch.
+FILLER = -2
+
+
+def filler(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+    """The first token of ``row``, with ``labels`` that no loss counts."""
+    names = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+    by_token = {name: row[name][:1] for name in names if name in row}
+    return {**row, **by_token, "labels": labels, "row_id": FILLER}
+
+
+def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens of a batch, padded or packed, belong to rows of the data: bool ``[B, T]``."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool)
+    if "row_id" not in inputs:
+        return real
+    row_is_real = inputs["row_id"] != FILLER
+    if len(row_is_real) == len(ids):  # a row of the batch is one row of the data
+        return real & row_is_real.unsqueeze(-1)
+    positions = inputs.get("position_ids")
+    if positions is None:  # laid end to end by a collator of the user's, which never sees a filler among other rows
+        return real
+    return real & row_is_real[(positions == 0).reshape(-1).cumsum(0) - 1].view_as(ids)
+
+
+class FilledUp(Dataset[dict[str, Any]]):
+    """``dataset``, then fillers up to a multiple of the global batch.
+
+    Args:
+        dataset: rows with ``input_ids``, and their ``lengths``.
+        multiple: rows of a batch of all processes together.
+        without_label: makes a filler of the first row.
+        longest_first: rows by falling length, for less padding; otherwise as they stand.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        multiple: int,
+        without_label: Callable[[Mapping[str, Any]], dict[str, Any]],
+        longest_first: bool = False,
+    ) -> None:
+        self.dataset, self.without_label = dataset, without_label
+        self.order = list(range(len(dataset)))
+        if longest_first:
+            self.order.sort(key=lambda index: -dataset.lengths[index])
+        self.fillers = -len(dataset) % multiple
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fillers
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # without it, iterating over this data set would never end
+        if index < len(self.order):
+            return dict(self.dataset[self.order[index]])
+        return self.without_label(self.dataset[0])
+
+
+class FillersLast(Sampler[int]):
+    """The order of ``sampler`` over a ``FilledUp`` data set's own rows, then its fillers, up to ``total`` indices."""
+
+    def __init__(self, sampler: Sampler[int], total: int) -> None:
+        self.sampler, self.total = sampler, total
+        assert isinstance(sampler, Sized)
+        self.own = len(sampler)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from range(self.own, self.total)
+
+
+def total_steps(args: TrainingArguments, rows: int, devices: int = 1) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / (args.per_device_train_batch_size * devices))
+    if args.dataloader_drop_last:
+        batches = rows // (args.per_device_train_batch_size * devices)
+    return max(1, math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs))
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffle rows so that each batch holds rows of similar length, the same way on every rank and after a resume.
+
+    The order is a function of ``(seed, epoch)`` alone. The sampler of ``transformers`` draws from the global
+    generator: another order after a resume, and other orders on ranks whose generators have drifted apart.
+
+    Rows are shuffled, cut into pools of ``pool_batches`` batches, sorted inside a pool, cut into batches, and the
+    batches shuffled. The batch with the longest row comes first in epoch 0, so that a lack of memory shows at once.
+
+    Args:
+        lengths: tokens of each row (``EncodedDataset.lengths``).
+        batch_size: rows that should be of similar length: one micro-batch times the number of processes.
+        seed: of the run.
+        pool_batches: batches sorted together; more means less padding and less randomness.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, pool_batches: int = 50) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        # At least four pools, or short and long rows of a small set would meet in the same batches in every epoch.
+        self.pool_batches = max(1, min(pool_batches, len(self.lengths) // (4 * batch_size)))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch; call it before iterating."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"length groups {self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        whole = len(order) - len(order) % self.batch_size
+        # Rows that fill no batch go last: anywhere else they would shift every later batch across the groups.
+        order, rest = order[:whole], order[whole:]
+        pool = self.pool_batches * self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, whole, pool):
+            ordered = sorted(order[start : start + pool], key=self.lengths.__getitem__)
+            batches += [ordered[k : k + self.batch_size] for k in range(0, len(ordered), self.batch_size)]
+        draw.shuffle(batches)
+        if self.epoch == 0 and batches:
+            longest = max(range(len(batches)), key=lambda k: self.lengths[batches[k][-1]])
+            batches[0], batches[longest] = batches[longest], batches[0]
+        return iter([index for batch in [*batches, rest] for index in batch])

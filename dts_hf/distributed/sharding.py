@@ -1,0 +1,159 @@
+"""Weights that are spread over processes: how a teacher is spread, and how weights are made whole again.
+
+A student is spread by what trains it (DeepSpeed's ZeRO-3, FSDP2). A teacher only ever runs forward, so one way does
+for every strategy: ``torch.distributed.fsdp.fully_shard`` (FSDP2).
+
+Every function here that talks to other processes is called by all of them, in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dts_hf.distributed.processes import process
+from dts_hf.errors import UserError
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights are spread over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
+    # The cheap question first: a teacher is asked for every batch
+    return process()[1] > 1 and any(_is_shard(parameter) for parameter in model.parameters())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of weights, also of those that ZeRO-3 has put elsewhere (their own size is 0 then)."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh")
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within it ``from_pretrained`` and ``from_config`` make ordinary models, as they do without DeepSpeed.
+
+    While ``TrainingArguments`` with ZeRO-3 exist, transformers splits every model as it is made, before anything could
+    be pruned, checked or compared. Weights of a safetensors file in its own dtype stay in the file (mapped), so whole
+    models cost the processes of a machine no memory; the trainer splits the student, ``shard_teacher`` the teacher.
+    """
+    from transformers.integrations import deepspeed
+
+    # A weak reference: TrainingArguments own the object
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+
+
+def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
+    """Spread the frozen weights of ``model`` over all processes, in place; its forward gathers a layer at a time.
+
+    Layer by layer, so that no process ever has more on its device than its share and one layer. Does nothing to a model
+    that is spread already.
+
+    Args:
+        model: a causal language model or classifier of transformers, whole, the same on every process.
+        device: of this process.
+
+    Raises:
+        UserError: there is one process only, the weights are quantised, or the model has no stack of layers.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if is_sharded(model):
+        return
+    check_can_shard(getattr(model, "is_quantized", False))
+    mesh = init_device_mesh(torch.device(device).type, (process()[1],))
+    layers = _layers(model)
+    if not layers:
+        raise UserError(
+            f"teacher.placement: {type(model).__name__} has no stack of layers to spread layer by layer; "
+            "use 'replicated'"
+        )
+    model.requires_grad_(False)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    ends = [module for module in ends if module is not None]
+    if len({id(module.weight) for module in ends}) < len(ends):
+        ends = []  # tied: one weight cannot be in two groups, so it stays in the whole model's own
+    for module in [*layers, *ends, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def place_teacher(model: nn.Module, placement: str, device: torch.device | str) -> None:
+    """Put ``model`` where the recipe's ``teacher.placement`` wants it: whole on ``device``, or spread over all processes.
+
+    Raises:
+        UserError: see ``shard_teacher``.
+    """
+    if placement == "sharded":
+        shard_teacher(model, device)
+    elif not getattr(model, "is_quantized", False):  # bitsandbytes has put it on its device, and refuses to move it
+        model.to(device)
+
+
+def check_can_shard(quantized: bool) -> None:
+    """Refuse, before anything is loaded, what ``shard_teacher`` would refuse.
+
+    Raises:
+        UserError: see ``shard_teacher``.
+    """
+    world = process()[1]
+    if world == 1:
+        raise UserError(
+            "teacher.placement: sharded, but there is one process only, so nothing to spread the teacher over; "
+            "use 'replicated', or launch several: accelerate launch --num_processes N -m dts_hf train RECIPE.yaml"
+        )
+    if quantized:
+        raise UserError(
+            "teacher.placement: sharded, but the teacher is quantised, and neither DeepSpeed nor FSDP can split the "
+            "packed weights of bitsandbytes; use placement 'replicated' (a 4-bit teacher is a quarter of a bf16 one), "
+            "or quantization 'none'"
+        )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    depth = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    return [layer for stack in stacks for layer in stack]
+
+
+@contextlib.contextmanager
+def _gathered(tensor: Any) -> Iterator[Any]:
+    """``tensor`` whole: a share of ZeRO-3 or FSDP2, an ordinary tensor, or None."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """The whole weights of a sharded ``model``, on the CPU of the first process; None on the others.
+
+    One weight at a time, so that no device ever holds the whole model. Weights that are the same in the model (tied
+    embeddings) are the same tensor here.
+    """
+    rank = process()[0]
+    found: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # by weight, on every process: all gather the same ones
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            with _gathered(tensor) as whole:
+                if rank == 0:  # a copy also on a CPU: what was gathered is freed or used again
+                    found[name] = whole.detach().to("cpu", copy=True)
+        elif rank == 0:
+            found[name] = found[first]
+    return found if rank == 0 else None

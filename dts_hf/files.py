@@ -1,0 +1,88 @@
+"""Files of our own: written whole or not at all, JSON and JSONL, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dts_hf.errors import UserError
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either its old content or all of the new one."""
+    path = Path(path)
+    # Containers that share a folder may share process numbers; `tempfile` would make the file unreadable for others
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: str | Path, values: Any) -> None:
+    """Write ``values`` as indented JSON; tensors and numpy scalars become numbers, paths text, NaN and inf null."""
+    write_text_atomic(path, json.dumps(_jsonable(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; values as in ``write_json_atomic``."""
+    write_text_atomic(path, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_jsonable(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _jsonable(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON: {error}") from None
+    return values
+
+
+def _read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            if may_end_early and number == len(lines):
+                return
+            raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
+
+
+def _drop_half_line(path: Path, size: int) -> None:
+    """Remove what a killed process left after the last newline, so that the next record starts its own line."""
+    with path.open("rb+") as file:
+        file.seek(max(size - 1, 0))
+        if size and file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

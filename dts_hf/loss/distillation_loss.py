@@ -1,0 +1,206 @@
+"""``DistillationLoss``: cross-entropy and divergence from hidden states, with gradients formed in the forward pass.
+
+One labelled row costs four vocabulary-sized matmuls (student logits, teacher logits, dH, dW; three when the head is
+frozen) and nothing is recomputed in the backward pass. Memory is a fixed budget, whatever the batch.
+
+Shapes: ``N`` labelled rows, ``C`` rows of a chunk, ``H`` hidden, ``V`` vocabulary. All logarithms are natural.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dts_hf.divergences import Divergence, build_divergence
+from dts_hf.errors import UserError
+from dts_hf.loss.chunk_walk import _ChunkWalk
+from dts_hf.models.head import Head
+from dts_hf.temperature.base import TemperaturePolicy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """``loss`` ``[]`` carries the graph; ``sums`` are detached 0-d tensors named in ``SUM_NAMES``, plus the extremes
+    ``temperature_min`` and ``temperature_max`` (which reduce by min and max, not by addition) and what the policy asked
+    for: ``temperature_grad`` ``[]`` and ``observed`` ``[K]``."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+
+
+class DistillationLoss(nn.Module):
+    """(1 - kd_ratio) CE + kd_ratio T_s T_t D(p_T, q_T), summed over rows and divided by ``normalizer``.
+
+    Args:
+        divergence: a name, or ``{"name": "jsd", "beta": 0.5}``.
+        temperature: the policy asked once per chunk.
+        kd_ratio: weight of the soft part, 0 (cross-entropy alone) to 1 (divergence alone).
+        temperature_scaling: ``squared`` multiplies D by T_s T_t, so that its gradient keeps its size when T moves
+            (Hinton et al. 2015, section 2); ``none`` leaves it out, as TRL, DSKD and Liger do.
+        logits_budget_mb: bytes, in MiB, that the logits of one chunk may take; sets C. Halved where memory runs out.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+        *,
+        temperature: TemperaturePolicy,
+        kd_ratio: float = 0.5,
+        temperature_scaling: str = "squared",
+        logits_budget_mb: float = 256,
+    ) -> None:
+        super().__init__()
+        if isinstance(kd_ratio, bool) or not isinstance(kd_ratio, int | float) or not 0.0 <= kd_ratio <= 1.0:
+            raise UserError(f"loss.kd_ratio: got {kd_ratio!r}, expected a number between 0 and 1")
+        if temperature_scaling not in ("squared", "none"):
+            raise UserError(f"loss.temperature_scaling: got {temperature_scaling!r}, expected 'squared' or 'none'")
+        if not logits_budget_mb > 0:
+            raise UserError(f"loss.logits_budget_mb: got {logits_budget_mb!r}, expected a number above 0 (MiB)")
+        self.divergence = build_divergence(divergence)
+        self.temperature = temperature
+        self.kd_ratio = float(kd_ratio)
+        self.temperature_scaling = temperature_scaling
+        self.logits_budget_mb = logits_budget_mb
+
+    def chunk_rows(self, vocab_size: int, itemsize: int = 4) -> int:
+        """C: how many rows of student and teacher logits fit into the budget; at least one."""
+        return max(1, int(self.logits_budget_mb * 2**20) // (2 * itemsize * max(vocab_size, 1)))
+
+    def forward(
+        self,
+        student_states: Tensor,
+        student_head: Head,
+        teacher_states: Tensor | None,
+        teacher_head: Head | None,
+        targets: Tensor,
+        normalizer: float | Tensor,
+        sequences: Tensor | None = None,
+    ) -> LossOutput:
+        """
+        Args:
+            student_states: ``[N, H_s]``, only rows that carry a label.
+            teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them. None, with ``kd_ratio`` 0: the
+                cross-entropy alone, one matmul less; the teacher's statistics are then the student's own.
+            targets: ``[N]`` int64, all in [0, V).
+            normalizer: labels of the whole optimizer step divided by the number of ranks (section 1 of the architecture).
+            sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
+                with ``needs_sequence_gap``.
+
+        Raises:
+            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
+        """
+        if teacher_states is None or teacher_head is None:
+            ratio = self.kd_ratio if self.temperature.kd_ratio is None else self.temperature.kd_ratio
+            if ratio > 0:
+                raise ValueError(f"kd_ratio is {ratio:g}, but there is no teacher; without one it must be 0")
+            teacher_states, teacher_head = None, student_head
+        parts = {"student": student_states, "teacher": teacher_states, "targets": targets}
+        counts = {name: len(rows) for name, rows in parts.items() if rows is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError("rows differ: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        if student_head.vocab_size != teacher_head.vocab_size:
+            raise ValueError(
+                f"vocabularies differ: student {student_head.vocab_size}, teacher {teacher_head.vocab_size}; "
+                "align them first (dts_hf.models.vocabulary.align_vocabularies)"
+            )
+        if self.temperature.needs_sequence_gap and sequences is None:
+            raise ValueError(
+                f"the temperature policy '{self.temperature.name}' needs the sequence of each row: sequences"
+            )
+        teacher_states = None if teacher_states is None else teacher_states.detach()
+        while True:
+            sums: dict[str, Tensor] = {}
+            try:
+                loss = _FusedLoss.apply(
+                    student_states,
+                    student_head.weight,
+                    student_head.bias,
+                    self,
+                    student_head,
+                    teacher_states,
+                    teacher_head,
+                    targets,
+                    sequences,
+                    normalizer,
+                    torch.is_grad_enabled(),
+                    sums,
+                )
+                return LossOutput(loss, sums)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size) == 1:
+                    raise
+            # Nothing of the failed pass is kept, so a smaller chunk gives the same loss and gradients.
+            self.logits_budget_mb /= 2
+            logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
+            if student_states.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def extra_repr(self) -> str:
+        return (
+            f"divergence={self.divergence.describe()}, kd_ratio={self.kd_ratio}, "
+            f"temperature_scaling={self.temperature_scaling}, logits_budget_mb={self.logits_budget_mb}"
+        )
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Walks the chunks once; keeps dH, dW and db of the summed loss for the backward pass, and no logits."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: DistillationLoss,
+        head: Head,
+        teacher_states: Tensor | None,
+        teacher_head: Head,
+        targets: Tensor,
+        sequences: Tensor | None,
+        normalizer: float | Tensor,
+        with_grad: bool,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        need = [with_grad and flag for flag in ctx.needs_input_grad[:3]]
+        walk = _ChunkWalk(module, head, teacher_head, states, normalizer, need)
+        with torch.autocast(states.device.type, enabled=False):
+            loss = walk.run(teacher_states, targets, sequences)
+        sums.update(walk.sums)
+        ctx.grads, ctx.inverse = (walk.d_states, walk.d_weight, walk.d_bias), walk.inverse
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (states, weight, bias)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.grads is None:
+            raise RuntimeError("DistillationLoss: backward was called twice; its gradients are handed over once")
+        # Normalised here and not before the matmuls: divided by thousands of labels, gradients of the logits would
+        # underflow in fp16, and a loss scaler, which arrives as grad_loss, would come too late. The buffers are ours.
+        factor = grad_loss * ctx.inverse
+        grads = [
+            None if grad is None else _scaled(grad, factor, dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
+        ctx.grads = None
+        return (*grads, *(None,) * 9)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also on a CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in ``dtype``, multiplied in the widest of the types; may reuse the buffer of ``grad``."""
+    wide = torch.promote_types(torch.promote_types(grad.dtype, dtype), factor.dtype)
+    return grad.to(wide).mul_(factor.to(wide)).to(dtype)

@@ -1,0 +1,1 @@
+"""Models: loading, pruning, adapters, the head and the vocabulary, and saving the student."""

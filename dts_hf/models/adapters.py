@@ -1,0 +1,37 @@
+"""LoRA adapters on a student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dts_hf.errors import UserError
+from dts_hf.models.head import backbone_of, output_module
+
+if TYPE_CHECKING:
+    from dts_hf.recipe.schema import Lora
+
+
+def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.Module:
+    """Freeze ``model`` and put LoRA adapters on it (arXiv 2106.09685), through ``peft``.
+
+    With the task type ``SEQ_CLS`` the classification head is trained as a whole and saved with the adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        task_type=task_type, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
+    )
+    try:
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:  # no module has such a name
+        inside = backbone_of(model).named_modules()
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in inside if isinstance(module, nn.Linear)})
+        raise UserError(
+            f"student.lora.target_modules: got {target!r}, expected 'all-linear' or names among {', '.join(linear)}"
+        ) from error
+    if task_type == "CAUSAL_LM":
+        output_module(adapted)  # refuses an adapter on the output layer
+    return adapted

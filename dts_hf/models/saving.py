@@ -1,0 +1,81 @@
+"""The finished student, as ``from_pretrained`` reads it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedTokenizerBase
+
+from dts_hf.distributed.processes import process
+from dts_hf.distributed.sharding import is_sharded, whole_state_dict, whole_weights
+
+if TYPE_CHECKING:
+    pass
+
+
+def save_student(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge_lora: bool = True
+) -> nn.Module:
+    """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone.
+
+    Every process calls it, because the weights may be spread over all of them; the first one writes. ``folder`` is there
+    as a whole or not at all, at every moment: one that is there already is renamed, not emptied, once everything is
+    written. A kill between two renames leaves it as ``.NAME.old.unfinished``. Of a link, the folder behind it is written.
+
+    Returns:
+        the model as it was saved, on the first process; merging, and making it whole, makes it another one.
+    """
+    weights = whole_state_dict(model) if is_sharded(model) else None
+    if process()[0] != 0:
+        return model
+    if weights is not None:
+        model = _whole_copy(model, weights)
+    if merge_lora and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()  # type: ignore[operator]
+    config: Any = model.config
+    for holder in (config, config.get_text_config()):
+        holder.use_cache = True  # the Trainer switched it off for training
+    folder = folder.resolve()  # a link cannot be replaced by a folder
+    unfinished, old = (folder.with_name(f".{folder.name}{part}.unfinished") for part in ("", ".old"))
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        model.save_pretrained(unfinished)  # type: ignore[operator]
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(unfinished, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return model
+
+
+def _whole_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A model like ``model``, whose weights are spread over processes, with the whole ``weights``; good for saving only.
+
+    Its buffers that are no weights (rotary frequencies) are not there.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # FSDP2 makes a class of its own out of the model's
+    kind: Any = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+    with whole_weights(), torch.device("meta"):
+        copied: Any = kind(copy.deepcopy(base.config))
+        if model is not base:
+            from peft import get_peft_model
+
+            adapters: Any = model.peft_config
+            copied = get_peft_model(copied, adapters["default"])
+    copied.load_state_dict(weights, assign=True)
+    whole = copied.get_base_model() if model is not base else copied
+    whole.tie_weights()
+    if hasattr(base, "generation_config"):
+        whole.generation_config = copy.deepcopy(base.generation_config)
+    return copied  # type: ignore[no-any-return]

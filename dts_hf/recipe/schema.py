@@ -1,0 +1,364 @@
+"""The recipe: one YAML file that describes one distillation, checked as a whole before anything heavy is loaded.
+
+Every section is a model below, so a new option is one line there: its type, its range and its description are read by
+the error messages (``recipe_check``) and by the JSON schema. ``training:`` is handed to
+``transformers.TrainingArguments``, which stays the authority on its keys. Files are read in ``recipe_yaml``.
+Importing this module imports no torch; checking a recipe does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dts_hf.console import unusable_texts
+from dts_hf.errors import UserError
+from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, schema_problems, training_schema
+from dts_hf.recipe.yaml_files import dump_values, expand
+
+if TYPE_CHECKING:
+    pass
+
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Strict, frozen: an unknown key is an error, and a string is never turned into a number."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",  # training.max_grad_norm: .inf would become null in the run directory
+    )
+
+
+class NamedOptions(Section):
+    """A choice by name and its own options: ``jsd``, or ``{name: jsd, beta: 0.5}``."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(description="Name of the choice; its options stand beside it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Init(Section):
+    from_: Literal["teacher"] = Field(alias="from", description="Where the weights come from.")
+    layers: Count | Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
+        description="How many of the teacher's layers to keep, evenly spaced, or their indices (the first is 0)."
+    )
+
+
+class Lora(Section):
+    r: Count = Field(default=16, description="Rank of the adapters.")
+    alpha: Count = Field(default=32, description="Scale: the update is multiplied by alpha / r.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, a probability.")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="Names of the layers that get an adapter."
+    )
+    save: Literal["merged", "adapter"] = Field(
+        default="merged", description="Save the full model, or the adapter alone."
+    )
+
+
+class Student(Section):
+    model: str | None = Field(default=None, description="Hub name or folder. Give either model or init.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    init: Init | None = Field(
+        default=None, description="Cut the student out of the teacher. Give either model or init."
+    )
+    dtype: Dtype = Field(default="float32", description="Type of the student's weights.")
+    lora: Lora | None = Field(default=None, description="Train low-rank adapters instead of all weights.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Student:
+        if (self.model is None) == (self.init is None):
+            found = "neither" if self.model is None else "both"
+            raise ValueError(f"give exactly one of 'model' and 'init', got {found} (null removes a key)")
+        if self.init is not None and self.lora is not None and self.lora.save == "adapter":
+            raise ValueError("lora.save is 'adapter', but a student made by 'init' has no base to load: use 'merged'")
+        return self
+
+
+class Teacher(Section):
+    model: str = Field(
+        description="Hub name, folder, a .gguf file, or package:NAME/FILE.gguf (a file of an installed package)."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    tokenizer: str | None = Field(
+        default=None, description="Hub name or folder of the tokenizer; null: the model's own."
+    )
+    dtype: Dtype = Field(default="bfloat16", description="Type of the teacher's weights.")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="Load through bitsandbytes (GPU)."
+    )
+    placement: Literal["replicated", "sharded"] = Field(
+        default="replicated",
+        description="The whole teacher on every process, or spread over all of them (several processes only).",
+    )
+    vocab_alignment: Literal["strict", "truncate_to_tokenizer", "intersect"] = Field(
+        default="strict", description="What to do when teacher and student have logits of different widths."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _placement_of_packed_weights(self) -> Teacher:
+        if self.placement == "sharded" and self.quantization != "none":
+            raise ValueError(
+                f"placement is 'sharded' and quantization '{self.quantization}', but the packed weights of bitsandbytes "
+                "cannot be split: use placement 'replicated', or quantization 'none'"
+            )
+        return self
+
+
+class Data(Section):
+    train: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="JSONL, JSONL.gz or Parquet (file, folder or pattern), or the name of a Hub data set; or several."
+    )
+    validation: str | None = Field(default=None, description="Held-out rows, in the same forms; null: no evaluation.")
+    train_split: str = Field(default="train", description="Split of a Hub data set that is trained on.")
+    validation_split: str = Field(default="validation", description="Split of a Hub data set that is held out.")
+    prompt_template: Literal["alpaca", "chat", "plain"] = Field(
+        default="alpaca", description="How a row becomes a prompt."
+    )
+    max_length: Count = Field(default=512, description="Prompt and response together, in tokens.")
+    max_prompt_length: Count = Field(
+        default=256, description="Prompt alone, in tokens; its input field is shortened to fit."
+    )
+    long_rows: Literal["drop", "cut"] = Field(default="drop", description="Rows above max_length: leave out, or cut.")
+    packing: bool = Field(
+        default=False, description="Lay rows end to end without padding; they do not see each other."
+    )
+    responses: Literal["data", "teacher"] = Field(
+        default="data",
+        description="Train on the answers in the data, or on the teacher's own (generated once and cached).",
+    )
+    teacher_max_new_tokens: Count = Field(default=128, description="Longest teacher answer, in tokens.")
+    max_train_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
+    max_validation_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
+    cache_dir: str | None = Field(
+        default=None, description="Folder for the teacher's answers; null: the default cache."
+    )
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> Data:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length is {self.max_prompt_length}, expected less than max_length ({self.max_length}):"
+                " no room is left for a response"
+            )
+        return self
+
+
+class Loss(Section):
+    divergence: NamedOptions = Field(
+        default=NamedOptions(name="forward_kl"),
+        description="Distance from the teacher: a name, or name and options.",
+    )
+    kd_ratio: float = Field(
+        default=0.5, ge=0, le=1, description="loss = (1 - kd_ratio) * ce_loss + kd_ratio * kd_loss."
+    )
+    temperature_scaling: Literal["squared", "none"] = Field(
+        default="squared", description="Multiply kd_loss by T^2, or not."
+    )
+    logits_budget_mb: Count = Field(default=256, description="Memory for one chunk of logits, in MiB.")
+    router_aux_loss: Literal["model", "none"] = Field(
+        default="model",
+        description="The auxiliary loss of a mixture of experts: as the model's configuration has it, or left out.",
+    )
+
+
+class Task(Section):
+    name: Literal["glue"] = Field(description="Family of tasks; the rows are those of data_prep/glue.py.")
+    subset: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = Field(
+        description="Which task: it fixes the fields of a row, the labels and the metrics."
+    )
+    max_length: Count = Field(default=128, description="Longest text (or pair of texts), in tokens; the rest is cut.")
+    mismatched: str | None = Field(
+        default=None, description="MNLI's second validation set, scored at the end; null: it is not scored."
+    )
+
+    @model_validator(mode="after")
+    def _second_set_is_of_mnli(self) -> Task:
+        if self.mismatched is not None and self.subset != "mnli":
+            raise ValueError(f"mismatched is a validation set of mnli, but subset is {self.subset}")
+        return self
+
+
+class Evaluation(Section):
+    # Without "chat": the template is data.prompt_template, and minillm with the chat template is that protocol
+    protocol: Literal["minillm", "no_ngram", "greedy", "quick"] | None = Field(
+        default=None,
+        description="Take tokens, sampling, seeds and n-gram rule from this protocol where they are not given here; "
+        "the template is always data.prompt_template.",
+    )
+    sets: list[str] = Field(
+        default=[], description="Prepared sets or row files, answered at the end besides the validation rows."
+    )
+    set_rows: Count | None = Field(default=None, description="Answer the first so many rows of each set; null: all.")
+    rows: Count | None = Field(default=64, description="How many validation prompts are answered; null: all.")
+    max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens.")
+    batch_size: Count = Field(
+        default=32, description="Prompts answered at once; in float32 it does not change the answers."
+    )
+    no_repeat_ngram_size: int = Field(
+        default=0, ge=0, le=LARGEST, description="Forbid repeated n-grams of this size; 0: allow them."
+    )
+    do_sample: bool = Field(default=False, description="Sample the answers; false: the most likely token each time.")
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
+        default=[10], description="One pass per seed; only used when sampling."
+    )
+    every_steps: Count | None = Field(default=None, description="Also score ROUGE-L every so many optimizer steps.")
+    models: list[Literal["teacher", "student_before", "student"]] = Field(
+        default=["teacher", "student_before", "student"], description="Which models are scored."
+    )
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        default=None, description="Weights while answering; null: as loaded."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_of_the_protocol(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("protocol"), str):
+            return {**protocol_values(value["protocol"]), **value}
+        return value
+
+
+class Output(Section):
+    dir: str = Field(description="The run directory: it must not exist yet, or be empty.", min_length=1)
+    overwrite: bool = Field(default=False, description="Replace the files of an earlier run in that folder.")
+    report: bool = Field(default=True, description="Write figures, report.html and the model card at the end.")
+
+
+class Recipe(Section):
+    """One distillation. Build it with ``load_recipe`` or ``Recipe.from_dict``; change it by building another one."""
+
+    student: Student = Field(description="The small model that learns.")
+    teacher: Teacher | None = Field(
+        default=None,
+        description="The large model that is imitated; it is never changed. Null with loss.kd_ratio: 0: labels alone.",
+    )
+    data: Data = Field(description="The rows: where they are and how they become tokens.")
+    task: Task | None = Field(
+        default=None,
+        description="Classification (or STS-B's regression); null: a language model answers instructions.",
+    )
+    temperature: NamedOptions = Field(
+        default=NamedOptions.model_validate({"name": "dts", "rule": "gap"}),
+        description="The temperature policy, its options.",
+    )
+    loss: Loss = Field(default=Loss(), description="What is minimised.")
+    training: dict[str, Any] = Field(default={}, description="Passed to transformers.TrainingArguments as it is.")
+    evaluation: Evaluation = Field(default=Evaluation(), description="Scores by generation on the validation rows.")
+    output: Output = Field(description="Where the results go.")
+
+    @model_validator(mode="after")
+    def _rows_to_evaluate(self) -> Recipe:
+        if self.evaluation.every_steps is not None and self.data.validation is None:
+            raise ValueError("evaluation.every_steps needs validation rows, but data.validation is null")
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Recipe:
+        if self.teacher is None and self.loss.kd_ratio > 0:
+            without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
+            raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
+        if self.teacher is None and self.data.responses == "teacher":
+            raise ValueError("data.responses: teacher, but there is no teacher to answer")
+        if self.teacher is None and self.student.init is not None:
+            raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
+        if self.task is not None:
+            unfit = {
+                "evaluation.protocol": self.evaluation.protocol is not None,
+                "evaluation.sets": bool(self.evaluation.sets),
+                "evaluation.every_steps": self.evaluation.every_steps is not None,
+                "data.packing": self.data.packing,
+                "data.responses": self.data.responses != "data",
+            }
+            found = [key for key, given in unfit.items() if given]
+            if found:
+                raise ValueError(f"{', '.join(found)}: belongs to generated answers, and a task has labels instead")
+        return self
+
+    @property
+    def required_teacher(self) -> Teacher:
+        """The teacher's section where there always is one: everywhere but with ``kd_ratio: 0``."""
+        if self.teacher is None:
+            raise UserError("teacher: is missing, expected a mapping with model")
+        return self.teacher
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:
+        """Check ``values`` and build the recipe.
+
+        Args:
+            values: nested mappings, as in the YAML file. A path that starts with ``./`` or ``../`` is taken from the
+                current folder.
+            source: what the error message calls them.
+            deep: also check what other modules define (policy and divergence options, training keys); imports torch.
+
+        Raises:
+            UserError: one message with a line per problem.
+        """
+        return _validate(expand(values, ""), lambda dotted: source, deep)
+
+    def to_yaml(self) -> str:
+        """Every key, defaults included, as YAML that loads again to an equal recipe."""
+        return dump_values(self.model_dump(mode="json"))
+
+
+def _validate(values: Mapping[str, Any], source: Callable[[str], str], deep: bool) -> Recipe:
+    """Build the recipe, or raise one error with every problem; ``source`` says which file a dotted key came from."""
+    problems: dict[str, str] = {}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = schema_problems(error, values, _schema())
+    if deep:
+        problems |= deep_problems(values, _schema())
+    problems |= dict(unusable_texts(values))
+    if recipe is None or problems:
+        lines = [": ".join(filter(None, (source(key), key, text))) for key, text in problems.items()]
+        raise UserError("\n".join(lines))
+    return recipe
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, without the keys of ``training:`` (see ``editor_schema``)."""
+    return copy.deepcopy(_schema())
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    schema = Recipe.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)  # the base of an ``extends`` may bring what the file itself leaves out
+    mapping = schema["$defs"]["NamedOptions"]
+    schema["$defs"]["NamedOptions"] = {"anyOf": [{"type": "string"}, mapping], "description": mapping["description"]}
+    schema["properties"]["extends"] = {"type": "string", "description": "Another recipe file that this one changes."}
+    return schema
+
+
+def editor_schema() -> dict[str, Any]:
+    """``recipe_json_schema`` with the keys of the installed ``TrainingArguments``; imports transformers."""
+    schema = recipe_json_schema()
+    schema["properties"]["training"] |= {"properties": training_schema(), "additionalProperties": False}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dts_hf recipe"}

@@ -1,0 +1,44 @@
+"""The section ``training`` as ``transformers.TrainingArguments``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dts_hf.errors import UserError
+from dts_hf.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: Any) -> TrainingArguments:
+    """``TrainingArguments`` of the recipe, with our defaults for the keys that it does not give.
+
+    Args:
+        recipe: its ``training`` section is passed on as it is.
+        output_dir: the run directory; checkpoints go there.
+        more_defaults: take the place of ours, never of the recipe's.
+
+    Raises:
+        UserError: ``TrainingArguments`` refuses a value or a combination.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "remove_unused_columns": False,  # the collator needs row_id, which no model's forward has
+        "train_sampling_strategy": "random" if recipe.data.packing else "group_by_length",
+        "eval_strategy": "epoch" if recipe.data.validation else "no",
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout while it is imported
+            return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))
+    except Exception as error:  # its checks raise ValueError, TypeError, ImportError and OSError, as they come
+        raise UserError(f"training: TrainingArguments refuses this: {error}") from error

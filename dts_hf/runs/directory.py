@@ -1,0 +1,265 @@
+"""The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
+
+    recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  metrics.json
+    predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
+
+A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
+Files are written under a temporary name and then renamed, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dts_hf.errors import UserError, nearest
+from dts_hf.files import (
+    _drop_half_line,
+    _jsonable,
+    _read_json,
+    _read_jsonl,
+    write_json_atomic,
+    write_jsonl_atomic,
+    write_text_atomic,
+)
+from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.yaml_files import parse_yaml
+from dts_hf.runs.lock import LOCK
+
+RECIPE_HEADER = (
+    "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
+)
+BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss was no number
+# What create(overwrite=True) removes, in this order: what is left when that is cut short must neither look finished nor
+# like something to resume. Anything else in the folder is not ours and stays.
+OUR_NAMES = (
+    "metrics.json",
+    "checkpoint-*/complete.json",
+    "interrupted/*/complete.json",
+    "checkpoint-*",
+    "interrupted",
+    BROKEN_STEP_FILES,
+    "scores.json",
+    "log.jsonl",
+    "environment.json",
+    "data_manifest.json",
+    "final",
+    "predictions",
+    "figures",
+    "report.html",
+    "README.md",
+    "recipe.yaml",
+)
+# What a killed process may leave: files that were not renamed yet, and the probe of check_can_create.
+LEFTOVERS = (
+    *(f".{name}.*.tmp" for name in OUR_NAMES if name.endswith((".json", ".yaml", ".html", ".md")) and "/" not in name),
+    "predictions/.*.tmp",
+    "figures/.*.tmp",
+    ".final.*unfinished",
+    ".dts_hf-*",
+)
+PREDICTION_ORDER = ("teacher", "student_before", "student")
+
+
+class RunDirectory:
+    """Typed reader and writer of one run. Readers give back an empty value for a file that the run does not have.
+
+    Args:
+        path: the folder; use ``create`` for a new run and ``open`` for one that exists.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_path = self.path / "recipe.yaml"
+        self.environment_path = self.path / "environment.json"
+        self.data_manifest_path = self.path / "data_manifest.json"
+        self.log_path = self.path / "log.jsonl"
+        self.final_path = self.path / "final"
+        self.metrics_path = self.path / "metrics.json"
+        self.scores_path = self.path / "scores.json"
+        self.predictions_path = self.path / "predictions"
+        self.figures_path = self.path / "figures"
+        self.report_path = self.path / "report.html"
+        self.card_path = self.path / "README.md"
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    # ------------------------------------------------------------------------------------------- opening and making
+
+    @classmethod
+    def check_can_create(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:
+        """Refuse now what ``create`` would refuse later; leaves everything as it is. Call it before models are loaded.
+
+        Raises:
+            UserError: the path is a file, a folder with something in it, or a place where nothing can be written.
+        """
+        path = Path(path)
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"output.dir: {path} is a file, expected a folder that does not exist yet")
+        existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
+        if not existing.is_dir():
+            raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
+        try:  # os.access says yes to root in /proc and on some network drives
+            os.rmdir(tempfile.mkdtemp(prefix=".dts_hf-", dir=existing))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
+        run = cls(path)
+        if not path.is_dir() or not {*path.iterdir()} - {path / LOCK, *run._leftovers()}:
+            return
+        if resume and _made_by_a_run(run.recipe_path):
+            return
+        if not overwrite and not resume:
+            raise UserError(
+                f"output.dir: {path} is not empty. Choose another folder, or replace the run in it with"
+                " output.overwrite=true (--overwrite)"
+            )
+        if not _made_by_a_run(path / "recipe.yaml"):
+            raise UserError(
+                f"output.dir: {path} is not empty and holds no run of dts_hf, so it is not"
+                f" {'resumed' if resume else 'overwritten'}. Choose another folder"
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> RunDirectory:
+        """Make the folder and return it.
+
+        Args:
+            path: does not exist, or is an empty folder, unless one of the following is set.
+            overwrite: remove the files of the run that is there first. Files that are not ours are left alone.
+            resume: keep the files of the run that is there, its checkpoints and log included; without one, a new run.
+
+        Raises:
+            UserError: see ``check_can_create``.
+        """
+        cls.check_can_create(path, overwrite, resume)
+        run = cls(path)
+        for old in [*run._leftovers(), *(run._our_files() if overwrite and not resume else [])]:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output.dir: cannot make {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Return the run at ``path``.
+
+        Raises:
+            UserError: there is no such folder, or it holds no run.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+            raise UserError(f"{path}: no such run directory.{nearest(path.name, siblings)}")
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path}: this is no run directory of dts_hf, it has no recipe.yaml")
+        return cls(path)
+
+    def _our_files(self) -> list[Path]:
+        return [found for name in OUR_NAMES for found in sorted(self.path.glob(name))]
+
+    def _leftovers(self) -> list[Path]:
+        return [found for name in LEFTOVERS for found in self.path.glob(name)]
+
+    # ------------------------------------------------------------------------------------------ one pair for each file
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Write the effective recipe; ``read_recipe`` and ``load_recipe`` give back an equal one."""
+        write_text_atomic(self.recipe_path, RECIPE_HEADER + recipe.to_yaml())
+
+    def read_recipe(self) -> Recipe:
+        """Return the recipe that made this run, without loading torch."""
+        values = parse_yaml(self.recipe_path.read_text(encoding="utf-8"), str(self.recipe_path))
+        return Recipe.from_dict(values, str(self.recipe_path), deep=False)
+
+    def write_environment(self, values: Mapping[str, Any]) -> None:
+        """Write ``environment.json``; see the function ``environment``."""
+        write_json_atomic(self.environment_path, values)
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return ``environment.json``."""
+        return _read_json(self.environment_path)
+
+    def write_data_manifest(self, values: Mapping[str, Any]) -> None:
+        """Write ``data_manifest.json``: what was read, its hash, what was dropped."""
+        write_json_atomic(self.data_manifest_path, values)
+
+    def read_data_manifest(self) -> dict[str, Any]:
+        """Return ``data_manifest.json``."""
+        return _read_json(self.data_manifest_path)
+
+    def write_metrics(self, values: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint."""
+        write_json_atomic(self.metrics_path, values)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Return ``metrics.json``."""
+        return _read_json(self.metrics_path)
+
+    def write_scores(self, values: Mapping[str, Any]) -> None:
+        """Write ``scores.json``: scores of the models before training, for a later life of this run."""
+        write_json_atomic(self.scores_path, values)
+
+    def read_scores(self) -> dict[str, Any]:
+        """Return ``scores.json``."""
+        return _read_json(self.scores_path)
+
+    def log_size(self) -> int:
+        """Bytes of ``log.jsonl``."""
+        return self.log_path.stat().st_size if self.log_path.is_file() else 0
+
+    def cut_log(self, size: int) -> None:
+        """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from a life of the run that did not last."""
+        if self.log_size() > size:
+            with self.log_path.open("rb+") as file:
+                file.truncate(size)
+
+    def append_log(self, record: Mapping[str, Any]) -> None:
+        """Add one line to ``log.jsonl``. A number that is not finite becomes null: JSON has no NaN.
+
+        Args:
+            record: ``{"kind": "train" | "eval" | "generation", "step": optimizer step, "epoch": float, ...}``.
+        """
+        with self.log_path.open("ab+") as file:
+            _drop_half_line(self.log_path, file.tell())
+            file.write((json.dumps(_jsonable(record), ensure_ascii=False) + "\n").encode())
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the records of ``log.jsonl``; a last line that a killed process left half-written is left out."""
+        return list(_read_jsonl(self.log_path, may_end_early=True))
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``predictions/{name}.jsonl``.
+
+        Args:
+            name: ``teacher``, ``student_before`` or ``student``.
+            rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
+        """
+        self.predictions_path.mkdir(exist_ok=True)
+        write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
+
+    def read_predictions(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of ``predictions/{name}.jsonl``."""
+        return list(_read_jsonl(self.predictions_path / f"{name}.jsonl"))
+
+    def has_predictions(self, name: str) -> bool:
+        """Whether ``predictions/{name}.jsonl`` is there."""
+        return (self.predictions_path / f"{name}.jsonl").is_file()
+
+    def predictions_names(self) -> list[str]:
+        """Models with predictions: teacher, student before, student, then any other."""
+        names = sorted(path.stem for path in self.predictions_path.glob("*.jsonl"))
+        first = [name for name in PREDICTION_ORDER if name in names]
+        return first + [name for name in names if name not in first]
+
+
+def _made_by_a_run(recipe: Path) -> bool:
+    return recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(RECIPE_HEADER)

@@ -1,0 +1,86 @@
+"""One process at a time works on a run directory: ``--resume`` typed twice, or a job that starts before the old one ends.
+
+A POSIX record lock on ``.lock``. The system drops it when its process ends, however that happens, and child processes
+do not inherit it, so a killed run never stands in its own way. The same process may take it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dts_hf.errors import UserError
+
+LOCK = ".lock"
+Work = TypeVar("Work", bound=Callable[..., Any])
+_held: dict[Path, int] = {}  # closing any descriptor of the file would drop its lock, so it is opened once
+
+
+def lock(folder: str | Path) -> None:
+    """Take the run directory ``folder``, which exists, until ``unlock`` or the end of this process.
+
+    Where the file system has no locks (some network drives) the run goes on without.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path = Path(folder).resolve() / LOCK
+    while path not in _held:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:  # a folder that takes no file is reported by what needs to write there
+            return
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+            raise UserError(
+                f"output.dir: another process is working on this run, {folder} ({owner or 'just started'}). Wait for its "
+                "end or stop it, or choose another folder"
+            ) from None
+        if not _is_at(descriptor, path):  # its last owner removed it in between
+            os.close(descriptor)
+            continue
+        os.truncate(descriptor, 0)
+        with contextlib.suppress(OSError):  # the disk is full: the lock holds without a name in it
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _held[path] = descriptor
+
+
+def unlock() -> None:
+    """Give back all that this process holds, and remove the files."""
+    while _held:
+        path, descriptor = _held.popitem()
+        if _is_at(descriptor, path):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def unlocks(work: Work) -> Work:
+    """``work``, with ``unlock`` at its end."""
+
+    @functools.wraps(work)
+    def unlocked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return work(*args, **kwargs)
+        finally:
+            unlock()
+
+    return unlocked  # type: ignore[return-value]
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False

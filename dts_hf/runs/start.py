@@ -1,0 +1,269 @@
+"""Where a run starts: from nothing, from a checkpoint of its own (``--resume``), or nowhere, because it is done.
+
+A killed run ends as it would have ended only if nothing that its numbers depend on has changed. So the recipe and the
+rows are compared with those of the run directory; ``exact_resume.check_layout`` compares the launch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dts_hf.console import say
+from dts_hf.distributed.launch import check_launch
+from dts_hf.distributed.peers import watch_peers
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.distributed.sharding import check_can_shard
+from dts_hf.errors import UserError
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.checkpoints import checkpoints, step_of, why_not_resumable
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.environment import environment
+from dts_hf.runs.lock import lock
+from dts_hf.runs.saved_scores import BEFORE, kept_scores
+from dts_hf.temperature import build_temperature
+from dts_hf.training.callbacks import RunLogCallback
+from dts_hf.training.exact_resume import PROGRESS, check_layout
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from dts_hf.training.trainer import DistillationTrainer
+
+
+#: What may change between the lives of a run: where results go, what is saved and shown, and how work is cut up. The
+#: two about the size of a batch are compared together with the number of processes, by ``exact_resume.check_layout``.
+MAY_CHANGE = (
+    "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
+    "loss.logits_budget_mb",
+    *(f"training.{key}" for key in (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
+        "eval_accumulation_steps", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",
+        "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context", "log_level*", "log_on_each_node", "disable_tqdm", "report_to", "run_name",
+        "project", "trackio_*", "push_to_hub", "hub_*", "skip_memory_metrics", "ddp_timeout", "ddp_backend",
+        "resume_from_checkpoint", "ignore_data_skip", "save_*",
+    )),
+)  # fmt: skip
+SCHEDULES = ("training.max_steps", "training.num_train_epochs")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: go on from it; None: from the beginning.
+        keep: the folder holds an earlier life of this run, whose files stay.
+        finished: nothing is left to do.
+        scores: those of ``BEFORE`` that an earlier life made, as in ``metrics.json``.
+        log_bytes: where ``log.jsonl`` stood then; what follows was not yet so.
+    """
+
+    checkpoint: Path | None = None
+    keep: bool = False
+    finished: bool = False
+    scores: dict[str, Any] = field(default_factory=dict)
+    log_bytes: int | None = None
+
+
+def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
+    """Look into ``output.dir``, say what is found, and decide; nothing is changed. One process does it for all.
+
+    A folder that is there is locked (``run_lock``): what is found stays so until ``make_directory``.
+
+    Args:
+        recipe: what is asked for.
+        args: its training arguments; ``resume_from_checkpoint`` names a checkpoint to start from.
+        resume: go on with the run in ``output.dir`` if there is one.
+
+    Raises:
+        UserError: the folder cannot be used, or another process uses it; the named checkpoint is not whole, or the run in
+            the folder is another one; a recorded run that the temperature needs is not there.
+    """
+    start = _start_of(recipe, args, resume)
+    if recipe.teacher is not None and start.checkpoint is None and not start.finished:
+        # What the temperature reads of another run is in the checkpoints of this one; at the beginning it must be there.
+        build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
+    return start
+
+
+def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
+    named = args.resume_from_checkpoint
+    RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume or named is not None)
+    run = RunDirectory(recipe.output.dir)
+    if run.path.is_dir():
+        lock(run.path)
+    exists = run.recipe_path.is_file()
+    if exists and (resume or named is not None):
+        _check_same(run.read_recipe(), recipe, args, run)
+    if exists and resume:
+        if run.metrics_path.is_file():
+            say(f"{run.path}: this run is finished; nothing is trained again")
+            return Start(finished=True)
+        checkpoint = _newest(run)
+        if checkpoint is not None:
+            say(f"{run.path}: going on from step {step_of(checkpoint)} ({checkpoint})")
+            return _start_from(checkpoint, run, recipe)
+    if named is not None:
+        checkpoint = Path(named)
+        why = why_not_resumable(checkpoint)
+        if why is not None:
+            raise UserError(f"training.resume_from_checkpoint: {named}: nothing can go on from it: {why}")
+        return _start_from(checkpoint, run, recipe)
+    if not resume:
+        return Start()
+    if not exists:
+        say(f"{run.path}: there is no run to resume, so this one starts from the beginning")
+        return Start(keep=True)
+    say(f"{run.path}: there is no whole checkpoint, so the run starts from the beginning")
+    made = kept_scores(run)
+    return Start(None, keep=True, scores=made.get("models", {}), log_bytes=made.get("log_bytes", 0))
+
+
+def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
+    """Refuse what can be refused before rows and models are loaded, and find where the run starts; all processes call it.
+
+    Args:
+        args: of ``recipe``.
+        resume: go on with the run in ``output.dir`` if there is one.
+
+    Raises:
+        UserError: the launch is not what it claims, the teacher cannot be spread over it, or see ``find_start``.
+    """
+    check_launch(args)
+    watch_peers()
+    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
+        check_can_shard(recipe.teacher.quantization != "none")
+    return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+
+
+def open_run(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_from: Mapping[str, Any]) -> RunDirectory:
+    """The run directory, with what is known before training, and the trainer's log in it; all processes call it.
+
+    Everything is checked by now: from here on things are written.
+
+    Args:
+        made_from: ``data_manifest.json``.
+
+    Raises:
+        UserError: rows or launch have changed since ``start.checkpoint``, a recorded run that the temperature needs has
+            another length, or see ``make_directory``.
+    """
+    run = RunDirectory(recipe.output.dir)
+    if start.keep:
+        check_same_rows(run, made_from)
+    if start.checkpoint is not None:
+        check_layout(trainer, start.checkpoint)
+    else:
+        trainer.prepare_temperature(trainer.planned_steps())
+    on_first_process(lambda: make_directory(recipe, start), trainer.args.process_index, trainer.args.world_size)
+    if trainer.is_world_process_zero():
+        run.save_recipe(recipe)
+        run.write_environment(environment())
+        run.write_data_manifest(made_from)
+        if start.log_bytes is not None:
+            run.cut_log(start.log_bytes)
+        trainer.add_callback(RunLogCallback(run))
+    trainer.accelerator.wait_for_everyone()
+    return run
+
+
+def make_directory(recipe: Recipe, start: Start) -> RunDirectory:
+    """Make ``output.dir`` ready for this run, and lock it. One process does it for all.
+
+    Raises:
+        UserError: see ``RunDirectory.create``; or another process has been quicker.
+    """
+    run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep)
+    lock(run.path)
+    return run
+
+
+def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
+    scores = kept_scores(run).get("models", {})
+    wanted = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
+    lost = [name for name in BEFORE if name in wanted and name not in scores]
+    if lost and recipe.data.validation is not None:
+        say(f"{run.path}: no scores of {' and '.join(lost)} were kept, so they are left out")
+    log_bytes = None
+    if checkpoint.resolve().is_relative_to(run.path.resolve()):  # else it is that of another log
+        log_bytes = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["log_bytes"]
+        if run.log_size() < log_bytes:
+            say(f"{run.log_path}: shorter than when {checkpoint.name} was saved, so lines of it are lost")
+    return Start(checkpoint, keep=True, scores=scores, log_bytes=log_bytes)
+
+
+def _newest(run: RunDirectory) -> Path | None:
+    """The newest checkpoint that can be resumed; says of each newer one why it cannot."""
+    for folder in reversed(checkpoints(run.path)):
+        why = why_not_resumable(folder)
+        if why is None:
+            return folder
+        say(f"{folder} is ignored: {why}")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- the same run?
+
+
+def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirectory) -> None:
+    """Refuse where the recipe of the run directory gives other numbers than ``now``; names what differs."""
+    before, after = _leaves(was.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    free = list(MAY_CHANGE)
+    if args.load_best_model_at_end:  # what is saved decides which weights are the result
+        free.remove("training.save_*")
+    wrong = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
+    if wrong:
+        lines = [f"  {key}: was {_shown(before, key)}, now {_shown(after, key)}" for key in wrong]
+        if {*wrong} & {*SCHEDULES}:
+            lines.append(
+                "  (learning rate and temperature are scheduled over the whole run: a longer one is another run)"
+            )
+        raise UserError(
+            f"{run.path}: this run was started with another recipe, so going on would give numbers of neither:\n"
+            + "\n".join(lines)
+            + "\nSet them back, or choose another output.dir, or start again with --overwrite"
+        )
+    for key in changed:
+        if not key.startswith("output."):
+            say(f"resumed with {key}: {_shown(after, key)} (was {_shown(before, key)})")
+
+
+def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
+    """Refuse to resume on other rows than those that the run directory was made with.
+
+    Args:
+        run: the run so far.
+        manifest: what would be its ``data_manifest.json``.
+
+    Raises:
+        UserError: rows have changed.
+    """
+    was = run.read_data_manifest()
+    for section in ("splits", "evaluation_sets"):
+        for name, values in was.get(section, {}).items():
+            now = manifest.get(section, {}).get(name, {})
+            for key in ("sha256", "rows"):
+                if values.get(key) != now.get(key):
+                    raise UserError(
+                        f"{run.path}: the rows of {name!r} have changed since this run was started ({key} was "
+                        f"{values.get(key)}, now {now.get(key)}), so it cannot go on. Start again with --overwrite"
+                    )
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {}
+        found |= inner or {f"{prefix}{key}": value}
+    return found
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not set"

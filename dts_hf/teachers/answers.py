@@ -1,0 +1,156 @@
+"""Sequence-level KD (Kim and Rush 2016, arXiv 1606.07947): the teacher answers every prompt once, and the answers are kept.
+
+The cache is keyed by everything the text depends on, so a changed prompt, teacher or limit is generated anew. Each answer
+is written down as it ends, so a run that was killed goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dts_hf.data.prompt_templates import Template, encode_prompts
+from dts_hf.data.rows import Row
+from dts_hf.distributed.processes import gathered, on_first_process, process
+from dts_hf.distributed.sharding import is_sharded
+from dts_hf.errors import UserError
+from dts_hf.files import write_json_atomic
+from dts_hf.generation.answer_file import AnswerFile
+from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
+from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
+from dts_hf.models.loading import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dts_hf.recipe.schema import Recipe
+
+
+def answer_rows(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    rows: Sequence[Row],
+) -> tuple[list[Row | None], dict[str, Any]]:
+    """The same rows with the teacher's greedy answer as their only reference.
+
+    Every process calls it; each answers a share of the prompts, as in ``evaluate_instruct``, and the first one keeps the
+    cache.
+
+    Returns:
+        the rows in order, None where the prompt does not fit or the teacher said nothing, and
+        ``{"fingerprint", "cached", "answered"}`` for the data manifest.
+    """
+    prompts = encode_prompts(list(rows), tokenizer, template, recipe.data.max_prompt_length)
+    usable = [index for index, prompt in enumerate(prompts) if prompt is not None]
+    ids = [prompt.ids for prompt in prompts if prompt is not None]
+    settings = GenerationSettings(
+        max_new_tokens=recipe.data.teacher_max_new_tokens, batch_size=recipe.evaluation.batch_size
+    )
+    fingerprint = _fingerprint(recipe, settings, ids)
+    folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache() / "teacher_answers"
+    path = folder / f"{fingerprint}.json"
+    rank, world = process()
+    answers = on_first_process(lambda: _read(path), rank, world)
+    cached = answers is not None
+    if answers is None:
+        # Of this run alone: another one with the same teacher may be answering the same prompts right now
+        run = hashlib.sha256(str(Path(recipe.output.dir).resolve()).encode()).hexdigest()[:8]
+        unfinished = AnswerFile(folder / f"{fingerprint}-{run}.jsonl", rank)
+        answers = _generate(teacher, ids, settings, tokenizer, unfinished, rank, world)
+        content = {"teacher": recipe.required_teacher.model, "answers": answers}
+        on_first_process(lambda: write_json_atomic(path, content), rank, world)
+        on_first_process(unfinished.remove_partial, rank, world)
+    answered: list[Row | None] = [None] * len(rows)
+    for index, text in zip(usable, answers, strict=True):
+        if text:
+            answered[index] = dataclasses.replace(rows[index], references=(text,))
+    return answered, {
+        "fingerprint": fingerprint,
+        "cached": cached,
+        "answered": sum(row is not None for row in answered),
+    }
+
+
+def _read(path: Path) -> list[str] | None:
+    """The answers kept in ``path``, None where there are none yet; then its folder is made, before the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot make the folder {path.parent}: {error.strerror}") from None
+    return json.loads(path.read_text(encoding="utf-8"))["answers"] if path.is_file() else None
+
+
+def _generate(
+    teacher: PreTrainedModel,
+    ids: Sequence[list[int]],
+    settings: GenerationSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    unfinished: AnswerFile,
+    rank: int,
+    world: int,
+) -> list[str]:
+    """The answer to every prompt, on every process; those in ``unfinished`` are not made again.
+
+    As in ``evaluate_instruct``, below fp32 a call that a kill left incomplete is made again as a whole.
+    """
+    unfinished.path.parent.mkdir(parents=True, exist_ok=True)  # each machine may have its own
+    kept = on_first_process(unfinished.load, rank, world)
+    known = {int(answer.row): str(line["text"]) for answer, line in kept.items()}
+    made: dict[int, str] = {}
+    lengths = [len(prompt) for prompt in ids]
+    calls = share_out(lengths, rows_are_independent(teacher), settings.batch_size, rank, world)
+    for number, (share, together) in enumerate(calls, start=1):
+        missing = [index for index in share if index not in known]
+        todo = share if together and missing else missing
+
+        def finished(position: int, answer: Generated, todo: list[int] = todo) -> None:
+            made[todo[position]] = text = decode_answer(tokenizer, answer.tokens)
+            unfinished.append({"seed": 0, "id": str(todo[position]), "text": text})
+
+        part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
+        if todo or is_sharded(teacher):  # the others may need what lies here
+            generate(
+                teacher,
+                [ids[index] for index in todo],
+                settings,
+                eos_token_ids=stop_token_ids(teacher, tokenizer),
+                pad_token_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+                progress=None if rank else f"teacher answers{part}",
+                on_finished=finished,
+            )
+    unfinished.close()
+    found = {index: text for texts in (known, *gathered(made, world)) for index, text in texts.items()}
+    return [found[index] for index in range(len(ids))]
+
+
+def default_cache() -> Path:
+    """``$DTS_HF_CACHE``, else ``$XDG_CACHE_HOME/dts_hf``, else ``~/.cache/dts_hf``."""
+    if "DTS_HF_CACHE" in os.environ:
+        return Path(os.environ["DTS_HF_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dts_hf"
+
+
+def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Sequence[int]]) -> str:
+    """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts."""
+    teacher = recipe.required_teacher
+    source = ModelSource.resolve(teacher.model, "teacher.model")
+    files = (
+        [Path(source.location) / source.gguf_file]
+        if source.gguf_file
+        else sorted(Path(source.location).glob("*.safetensors"))
+    )
+    described = {
+        "teacher": [teacher.model, teacher.revision, teacher.dtype, teacher.quantization],
+        # A folder's weights may be replaced under the same name: size and time tell.
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "settings": dataclasses.asdict(settings),
+        "prompts": hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
