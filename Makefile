@@ -36,7 +36,7 @@ test: lint ## lint, types and all tests (at most 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 fuzz: $(VENV)/.installed-dev ## new random recipes and row files, 10,000 of them (about 4 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py -n $(WORKERS) --hypothesis-profile fuzz
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/recipe/test_fuzz.py -n $(WORKERS) --hypothesis-profile fuzz
 
 bench: $(VENV)/.installed-dev ## time and memory of loss and training step against the floor, HF and TRL (about 20 minutes)
 	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0

@@ -48,7 +48,8 @@ NOTES = """## Notes
 
 HELD = """## Held constant
 
-The gradient is the derivative of the value that is reported, except where a line says so here (tests/test_law_gradient.py):
+The gradient is the derivative of the value that is reported, except where a line says so here
+(tests/training/test_law_gradient.py):
 
 """
 

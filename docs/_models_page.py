@@ -1,25 +1,26 @@
-"""docs/models.md, from the table of families in tests/families.py, every cell of which a test has measured."""
+"""docs/models.md, from the table of families in tests/support/families.py, every cell of which a test has measured."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from families import FAMILIES, Family
+from tests.support.families import FAMILIES, Family
 
 HEAD = """# Models
 
-<!-- Written by docs/generate.py from tests/families.py; edit that. -->
+<!-- Written by docs/generate.py from tests/support/families.py; edit that. -->
 
 Any decoder-only language model of transformers whose logits are a linear layer of its final states, times a constant,
 soft-capped or not, can be teacher or student. Whether that is so is not looked up in a list: it is probed when the trainer
 is built, and what does not fit is refused by one message before anything is trained.
 
 The families below are tested from tiny random configurations, each through `DistillationTrainer`
-([tests/test_families.py](../tests/test_families.py), [tests/test_pruning.py](../tests/test_pruning.py),
-[tests/test_packed_attention.py](../tests/test_packed_attention.py)):
+([tests/training/test_families.py](../tests/training/test_families.py),
+[tests/models/test_pruning.py](../tests/models/test_pruning.py),
+[tests/models/test_packed_attention.py](../tests/models/test_packed_attention.py)):
 
 - **Identity.** A copy of the teacher has KL 0 and gap 0 (to 1e-6, also with logits 60 times as large), and no
   distillation gradient under any policy that gives both models one temperature. Both compute in one precision here: with

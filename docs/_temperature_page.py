@@ -24,7 +24,7 @@ optimizer steps done) where no distribution is meant, z_s and z_t are the logits
 their temperatures, and D is the divergence. kd_loss is T_s T_t D unless another factor is given, and D alone under
 `temperature_scaling: none`. The gradient that the student gets is the derivative of the loss that is reported; what a
 policy reads from the student's logits and holds constant in it stands under **Held constant**, with the force that this
-drops. The other policies hold nothing (tests/test_law_gradient.py).
+drops. The other policies hold nothing (tests/training/test_law_gradient.py).
 
 **Cost** counts passes over the vocabulary on top of `constant`. **The figures** are no measurements: every policy, at its
 default options, goes through the same invented run (`replay` repeats that of `dts`), in which the gap falls from 2.5 to

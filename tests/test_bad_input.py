@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dts_hf.cli import app as cli
+from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """\

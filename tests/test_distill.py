@@ -11,7 +11,6 @@ from statistics import fmean
 import pytest
 import torch
 import yaml
-from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dts_hf.distill import distill
@@ -21,6 +20,7 @@ from dts_hf.evaluation.scorer import weights_as
 from dts_hf.files import file_sha256
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
 from dts_hf.cli import app as cli
@@ -29,6 +28,7 @@ from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.environment import environment
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"

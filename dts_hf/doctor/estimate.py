@@ -352,7 +352,7 @@ def _activations(student: ModelShape, workload: Workload, types: _Types) -> tupl
 
 
 def kept_by_block(shape: ModelShape, workload: Workload, types: _Types | None = None) -> float:
-    """Bytes that autograd keeps of one token in one block; ``tests/test_estimate.py`` counts them."""
+    """Bytes that autograd keeps of one token in one block; ``tests/doctor/test_estimate.py`` counts them."""
     types = types or _Types.of(workload, Plan())
     hidden, inner, query, kv = shape.hidden, shape.intermediate, shape.query_width, shape.kv_width
     lora = workload.lora_parameters is not None

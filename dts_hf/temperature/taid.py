@@ -24,7 +24,7 @@ class TAID(TemperaturePolicy):
     In short runs the straight line is all there is. The adaptive step is alpha sigmoid(m), about alpha / 2, of what is left
     to 1; the line's is at least 1 / steps of it. So below 2 / alpha steps (4,000 at the paper's alpha) neither alpha nor m
     has an effect, and above that it is alpha that acts: over 20,000 steps of a falling loss the momentum moves t by less
-    than 0.005 (tests/test_temperature_policies.py).
+    than 0.005 (tests/temperature/test_temperature_policies.py).
 
     L is the divergence that we train on; the released code feeds it the cross-entropy of the target and the student,
     which has the target's entropy in it and so never comes near 0. Ours does where the student starts as its teacher, and

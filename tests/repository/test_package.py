@@ -1,0 +1,48 @@
+"""The wheel: what it carries, and that nothing of it needs the repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dts_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("the tests run away from the repository")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_it_carries_the_package_alone(wheel):
+    names = set(wheel.namelist())
+    assert {"dts_hf/py.typed", "dts_hf/reporting/templates/report.html.jinja"} <= names
+    assert {name.split("/")[0] for name in names} == {"dts_hf", f"dts_hf-{dts_hf.__version__}.dist-info"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "dts_hf").rglob("*.py")}
+    assert sources <= names
+
+
+def test_its_metadata(wheel):
+    folder = f"dts_hf-{dts_hf.__version__}.dist-info"
+    metadata = wheel.read(f"{folder}/METADATA").decode()
+    assert f"Version: {dts_hf.__version__}" in metadata and "License-Expression: Apache-2.0" in metadata
+    assert "dts-hf = dts_hf.cli.app:app" in wheel.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_public_names_load_and_unknown_ones_do_not():
+    for name in dts_hf.__all__:
+        assert getattr(dts_hf, name) is not None
+    assert set(dts_hf.__all__) <= set(dir(dts_hf))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        dts_hf.nonsense  # noqa: B018

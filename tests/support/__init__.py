@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, dense references, launching, families of architectures."""

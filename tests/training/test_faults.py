@@ -1,0 +1,699 @@
+"""Signals, lost processes, full disks, numbers that are none: the run ends as promised and what it has saved is whole.
+
+Each test is a real run of the command line in a process of its own; ``Life.wait`` bounds its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dts_hf.distributed import peers
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
+from dts_hf.runs import failures
+from dts_hf.runs.checkpoints import newest_complete, why_incomplete
+from dts_hf.training import signals as interruption
+from tests.support.launching import ROOT, WORKERS, command, environment
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.workers.fault_worker import life, starved
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+RECIPE: dict[str, Any] = {
+    "student": {"init": {"from": "teacher", "layers": 1}},
+    "teacher": {"model": "../teacher", "dtype": "float32"},
+    "data": {"train": "../rows.jsonl", "validation": "../rows.jsonl", "prompt_template": "chat"},
+    "temperature": {"name": "dts"},
+    "training": {"use_cpu": True, "max_steps": STEPS, "per_device_train_batch_size": 4, "logging_steps": 1,
+                 "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "disable_tqdm": True,
+                 "learning_rate": 1e-3, "save_total_limit": 2},
+    "evaluation": {"rows": 3, "max_new_tokens": 4, "models": ["student_before", "student"]},
+    "output": {"dir": "run", "report": False},
+}  # fmt: skip
+
+
+class Life:
+    """One process of a run, started by ``Lives``."""
+
+    def __init__(self, process: Any, folder: Path, rank: str) -> None:
+        self.process, self.folder, self.rank = process, folder, rank
+
+    def until_reached(self, timeout: float = 60) -> Life:
+        """Wait until this process stands at its gate."""
+        return self._until(lambda: (self.folder / f"reached.{self.rank}").exists(), timeout)
+
+    def kill(self, number: int = signal.SIGTERM) -> Life:
+        os.kill(self.process.pid, number)
+        return self
+
+    def open_gate(self) -> Life:
+        (self.folder / "go").touch()
+        return self
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit status; negative: the signal that ended it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s:\n{self.err}"
+        return int(self.process.exitcode)
+
+    @property
+    def err(self) -> str:
+        return (self.folder / f"err.{self.rank}").read_text(errors="replace")
+
+    def _until(self, true: Callable[[], bool], timeout: float) -> Life:
+        end = time.monotonic() + timeout
+        while not true():
+            assert self.process.exitcode is None and time.monotonic() < end, self.err
+            time.sleep(0.01)
+        return self
+
+
+class Lives:
+    """Starts runs in processes that are forked from one that has everything imported (6 s of imports, once)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.context = multiprocessing.get_context("forkserver")
+        self.started: list[Life] = []
+        self.count = 0
+
+    def folder(self, recipe: dict[str, Any] | None = None, folder: Path | None = None, **training: Any) -> Path:
+        """A folder with ``recipe.yaml``; beside it are the teacher and the rows of all runs."""
+        if folder is None:
+            self.count += 1
+            folder = self.root / f"life{self.count}"
+            folder.mkdir()
+        recipe = recipe or RECIPE
+        recipe = {**recipe, "training": {**recipe["training"], **training}}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return folder
+
+    def start(self, folder: Path, *argv: str, world: int = 1, **faults: Any) -> list[Life]:
+        """``dts-hf train recipe.yaml ARGV`` on ``world`` processes."""
+        for name in ("go", *(f"reached.{rank}" for rank in range(world))):
+            (folder / name).unlink(missing_ok=True)
+        lives = []
+        port = str(_free_port())
+        for rank in map(str, range(world)):
+            variables = {} if world == 1 else {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            }  # fmt: skip
+            arguments = (str(folder), ["train", "recipe.yaml", *argv], variables, faults)
+            process = self.context.Process(target=life, args=arguments)
+            process.start()
+            lives.append(Life(process, folder, rank))
+        self.started += lives
+        return lives
+
+    def one(self, folder: Path, *argv: str, **faults: Any) -> Life:
+        return self.start(folder, *argv, **faults)[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    tiny_llama(seed=0, layers=2).save_pretrained(folder / "teacher")
+    tiny_tokenizer().save_pretrained(folder / "teacher")
+    rows = [
+        {"id": f"r{i}", "instruction": f"Say {i}", "input": "", "output": "yes " * (1 + i % 5) + str(i)}
+        for i in range(20)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lives(root: Path) -> Iterator[Lives]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        made = Lives(root)
+        made.context.set_forkserver_preload(["tests.workers.fault_worker"])
+        yield made
+    for one in made.started:
+        if one.process.exitcode is None:
+            one.process.kill()
+
+
+@pytest.fixture(scope="module")
+def straight(lives: Lives) -> Path:
+    """A run that nothing happened to."""
+    folder = lives.folder()
+    run = lives.one(folder)
+    assert run.wait() == ExitCode.DONE, run.err
+    return folder / "run"
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The log without its clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    clock = ("_per_second", "_runtime")
+    return [{key: value for key, value in line.items() if not key.endswith(clock)} for line in lines]
+
+
+def assert_same_end(run: Path, straight: Path) -> None:
+    ours, theirs = (load_file(str(path / "final" / "model.safetensors")) for path in (run, straight))
+    assert ours.keys() == theirs.keys() and all(bool((ours[key] == theirs[key]).all()) for key in ours)
+    assert records(run) == records(straight)
+
+
+def goes_on(lives: Lives, folder: Path, straight: Path, world: int = 1) -> None:
+    """``--resume`` ends where the undisturbed run did."""
+    again = lives.start(folder, "--resume", world=world)
+    assert [one.wait() for one in again] == [ExitCode.DONE] * world, again[0].err
+    assert_same_end(folder / "run", straight)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_step_saves_and_leaves_with_75(lives: Lives, straight: Path, number: int) -> None:
+    folder = lives.folder()
+    run = lives.one(folder, step=2).until_reached().kill(number).open_gate()
+    assert run.wait() == ExitCode.INTERRUPTED == 75
+    last = run.err.splitlines()[-1]
+    assert last.startswith(f"Stopped: {signal.Signals(number).name}: stopped after step 3") and "--resume" in last
+    assert "Traceback" not in run.err and not (folder / "run" / "final").exists()
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-3"
+    if number == signal.SIGTERM:
+        goes_on(lives, folder, straight)
+
+
+def test_one_signalled_process_stops_both_at_the_same_step(lives: Lives, straight_two: Path) -> None:
+    folder = lives.folder(per_device_train_batch_size=2)
+    first, second = lives.start(folder, world=2, step=3)
+    first.until_reached(), second.until_reached().kill()
+    first.open_gate()
+    assert (first.wait(), second.wait()) == (ExitCode.INTERRUPTED, ExitCode.INTERRUPTED), first.err + second.err
+    assert "another process was asked to stop: stopped after step 4" in first.err
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-4"
+    goes_on(lives, folder, straight_two, world=2)
+
+
+def test_a_signal_before_training_ends_it_quickly(lives: Lives, straight_two: Path) -> None:
+    """Nothing has been trained, so nothing is saved; the process that got no signal leaves, too, with the same status."""
+    folder = lives.folder(per_device_train_batch_size=2)
+    both = lives.start(folder, world=2, scoring=1)
+    for one in both:
+        one.until_reached()
+    both[1].kill()
+    assert [one.wait(10) for one in both] == [ExitCode.INTERRUPTED] * 2, both[0].err
+    assert newest_complete(folder / "run") is None
+    goes_on(lives, folder, straight_two, world=2)
+
+
+def test_a_signal_after_training_ends_it_quickly(lives: Lives, straight: Path) -> None:
+    folder = lives.folder()
+    run = lives.one(folder, scoring=2).until_reached().kill()
+    assert run.wait(10) == ExitCode.INTERRUPTED, run.err
+    assert not (folder / "run" / "final").exists() and newest_complete(folder / "run") is not None
+    goes_on(lives, folder, straight)
+
+
+def test_a_second_signal_ends_at_once(lives: Lives) -> None:
+    """The gate stays closed: the step never ends. What follows within a moment is the same request (srun + torchrun)."""
+    folder = lives.folder()
+    run = lives.one(folder, step=2, same_request=1.0).until_reached().kill()
+    time.sleep(0.1)
+    run.kill()
+    time.sleep(1.2)
+    assert run.process.exitcode is None
+    assert run.kill().wait(5) == ExitCode.INTERRUPTED
+    assert "for the second time: stopped at once" in run.err
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+
+
+def test_data_loader_workers_outlive_a_signal_to_the_group(lives: Lives) -> None:
+    folder = lives.folder(dataloader_num_workers=1, dataloader_persistent_workers=True)
+    run = lives.one(folder, step=2).until_reached()
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.open_gate().wait() == ExitCode.INTERRUPTED, run.err
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-3"
+
+
+def test_ctrl_c(lives: Lives) -> None:
+    folder = lives.folder()
+    run = lives.one(folder, step=3).until_reached().kill(signal.SIGINT)
+    assert run.wait(10) == ExitCode.CTRL_C == 130
+    assert "Traceback" not in run.err
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+
+
+# ------------------------------------------------------------------------------------------------------ lost processes
+
+
+@pytest.fixture(scope="module")
+def straight_two(lives: Lives) -> Path:
+    folder = lives.folder(per_device_train_batch_size=2)
+    both = lives.start(folder, world=2)
+    assert [one.wait() for one in both] == [ExitCode.DONE] * 2, both[0].err
+    return folder / "run"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other(lives: Lives, straight_two: Path, victim: int) -> None:
+    """Started without a launcher, so that nobody but the other process can notice."""
+    folder = lives.folder(per_device_train_batch_size=2)
+    both = lives.start(folder, world=2, step=3)
+    for one in both:
+        one.until_reached()
+    both[victim].kill(signal.SIGKILL).open_gate()
+    other = both[1 - victim]
+    assert other.wait(60) == ExitCode.FAILED, other.err
+    assert "Traceback" not in other.err and "--resume" in other.err.splitlines()[-1]
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+    assert not (folder / "run" / "checkpoint-4").exists() or why_incomplete(folder / "run" / "checkpoint-4")
+    goes_on(lives, folder, straight_two, world=2)
+
+
+def test_a_process_that_hangs_in_a_library_ends_as_well(lives: Lives) -> None:
+    """As in a collective of NCCL, which does not notice that the other end is gone: no Python runs in the main thread."""
+    folder = lives.folder(per_device_train_batch_size=2)
+    both = lives.start(folder, world=2, deaf_step=1, grace=2.0)
+    for one in both:
+        one.until_reached()
+    both[1].kill(signal.SIGKILL)
+    assert both[0].wait(30) == ExitCode.FAILED
+    assert "process 1 of this run was killed or lost, so process 0 stops" in both[0].err
+
+
+def test_wrong_input_that_one_process_finds(lives: Lives) -> None:
+    """A file that is missing on the second machine, say: somebody must say so, and it is not the first process."""
+    both = lives.start(lives.folder(), world=2, only="1", wrong={"1": 0.0}, grace=2.0)
+    assert [one.wait(30) for one in both] == [ExitCode.FAILED, ExitCode.WRONG_INPUT], both[0].err
+    assert "Error (process 1): teacher.model: not here" in both[1].err
+    assert "process 1 of this run ended with an error" in both[0].err or "another process of this run" in both[0].err
+
+
+@pytest.mark.parametrize("seconds", [{"0": 0.0, "1": 1.0}, {"0": 1.0, "1": 0.0}])
+def test_wrong_input_that_all_find_is_said_once(lives: Lives, seconds: dict[str, float]) -> None:
+    both = lives.start(lives.folder(), world=2, wrong=seconds)
+    assert [one.wait(30) for one in both] == [ExitCode.WRONG_INPUT] * 2, both[0].err
+    assert both[0].err.count("Error: teacher.model: not here") == 1 and "Error" not in both[1].err
+
+
+class Launched:
+    """The same run under torchrun; killed at the end whatever happens."""
+
+    def __init__(self, folder: Path, **faults: Any) -> None:
+        self.folder = folder
+        arguments = [str(folder), json.dumps(["train", "recipe.yaml"]), json.dumps(faults)]
+        self.process = subprocess.Popen(
+            command(WORKERS / "fault_worker.py", 2, arguments, "ddp"), env=environment("ddp"), start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def pids(self) -> list[int]:
+        return [int(path.read_text()) for path in sorted(self.folder.glob("pid.*"))]
+
+    def until_reached(self, timeout: float = 120) -> Launched:
+        end = time.monotonic() + timeout
+        while len(list(self.folder.glob("reached.*"))) < 2:
+            assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()[0]
+            time.sleep(0.05)
+        return self
+
+
+def test_torchrun_hands_a_signal_on(lives: Lives) -> None:
+    """Its own status is 1 whatever its processes return: a SLURM script must look for the checkpoint, not at 75."""
+    folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
+    with Launched(folder, step=3) as run:
+        run.until_reached()
+        run.process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        (folder / "go").touch()
+        text = run.process.communicate(timeout=60)[0]
+        assert run.process.returncode == 1, text
+        assert [(folder / f"status.{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
+        saved = newest_complete(folder / "run")
+        assert saved is not None and saved.name == "checkpoint-4"
+
+
+def test_torchrun_with_a_killed_process(lives: Lives) -> None:
+    folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
+    with Launched(folder, step=3) as run:
+        run.until_reached()
+        os.kill(run.pids()[1], signal.SIGKILL)
+        (folder / "go").touch()
+        began = time.monotonic()
+        run.process.communicate(timeout=60)
+        assert run.process.returncode == 1 and time.monotonic() - began < 60
+        saved = newest_complete(folder / "run")
+        assert saved is not None and saved.name == "checkpoint-2"
+
+
+# --------------------------------------------------------------------------------------------- disks and directories
+
+
+class Disk:
+    """A small file system of its own at ``folder/run``, where an error of the disk is a real one."""
+
+    SIZE = 12 << 20
+
+    def __init__(self, folder: Path) -> None:
+        self.run = folder / "run"
+        self.ballast = self.run / "ballast"
+
+    def __enter__(self) -> Disk:
+        self.run.mkdir()
+        if os.geteuid() or self._mount("-t", "tmpfs", "-o", f"size={self.SIZE}", "tmpfs").returncode:
+            pytest.skip("needs the right to mount a file system")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        subprocess.run(["umount", "-l", str(self.run)], check=False)
+
+    def _mount(self, *words: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(["mount", *words, str(self.run)], capture_output=True, check=False)
+
+    def fill(self, left: int) -> None:
+        """Leave so many bytes free."""
+        with self.ballast.open("wb") as file:
+            file.write(bytes(max(shutil.disk_usage(self.run).free - left, 0)))
+
+    def read_only(self, yes: bool) -> None:
+        """By a second mount on top: the kernel does not turn a file system over while the run's lock is open in it."""
+        if not yes:
+            subprocess.run(["umount", str(self.run)], check=True)
+            return
+        assert not self._mount("--bind", str(self.run)).returncode
+        assert not self._mount("-o", "remount,bind,ro").returncode
+
+
+def assert_one_message(run: Life, *words: str) -> None:
+    """On a failure of the machine: status 1, a sentence, no traceback, and no half file under its final name."""
+    assert run.wait() == ExitCode.FAILED, run.err
+    assert "Traceback" not in run.err, run.err
+    last = run.err.splitlines()[-1]
+    assert last.startswith("Error: ") and all(word in last for word in words), run.err
+
+
+#: What of a checkpoint still fits when the disk is full, as a share of it.
+@pytest.mark.parametrize("share", [None, 0.02, 0.4, 0.7, 0.98])
+def test_a_full_disk(lives: Lives, straight: Path, share: float | None) -> None:
+    folder = lives.folder()
+    size = sum(path.stat().st_size for path in (straight / "checkpoint-4").rglob("*"))
+    with Disk(folder) as disk:
+        run = lives.one(folder, step=3).until_reached()
+        disk.fill(0 if share is None else int(share * size) + (16 << 10))
+        run.open_gate()
+        assert_one_message(run, "--resume", "0.00 GB free" if share is not None else "No space left on device")
+        saved = newest_complete(disk.run)
+        assert saved is not None and saved.name == "checkpoint-2"
+        assert not (disk.run / "final").exists()
+        disk.ballast.unlink()
+        if share in (None, 0.7):  # the others leave the same behind
+            goes_on(lives, folder, straight)
+
+
+def test_a_disk_that_is_full_at_the_end(lives: Lives, straight: Path) -> None:
+    folder = lives.folder()
+    with Disk(folder) as disk:
+        run = lives.one(folder, scoring=2).until_reached()
+        disk.fill(64 << 10)
+        run.open_gate()
+        assert_one_message(run, "--resume")
+        assert not (disk.run / "final").exists()
+        disk.ballast.unlink()
+        goes_on(lives, folder, straight)
+
+
+def test_a_disk_that_turns_read_only(lives: Lives, straight: Path) -> None:
+    folder = lives.folder()
+    with Disk(folder) as disk:
+        run = lives.one(folder, step=3).until_reached()
+        disk.read_only(True)
+        run.open_gate()
+        assert_one_message(run, "Read-only file system", "--resume")
+        disk.read_only(False)
+        goes_on(lives, folder, straight)
+
+
+def test_one_full_disk_of_two_processes(lives: Lives, straight_two: Path) -> None:
+    """The first process writes; the second one would wait for it."""
+    folder = lives.folder(per_device_train_batch_size=2)
+    with Disk(folder) as disk:
+        both = lives.start(folder, world=2, step=3)
+        for one in both:
+            one.until_reached()
+        disk.fill(64 << 10)
+        both[0].open_gate()
+        assert_one_message(both[0], "--resume")
+        assert both[1].wait(30) == ExitCode.FAILED and "Traceback" not in both[1].err
+        disk.ballast.unlink()
+        goes_on(lives, folder, straight_two, world=2)
+
+
+def test_a_file_in_the_way(lives: Lives, straight: Path) -> None:
+    folder = lives.folder()
+    run = lives.one(folder, step=3).until_reached()
+    (folder / "run" / "checkpoint-4").write_text("mine")
+    run.open_gate()
+    assert_one_message(run, "checkpoint-4", "--resume")
+    (folder / "run" / "checkpoint-4").unlink()
+    goes_on(lives, folder, straight)
+
+
+def test_a_limit_on_file_sizes(lives: Lives) -> None:
+    """What a quota feels like to a user who may not mount anything."""
+    folder = lives.folder()
+    assert_one_message(lives.one(folder, file_size=60_000), "File too large", "--resume")
+    assert newest_complete(folder / "run") is None and not (folder / "run" / "final").exists()
+
+
+# ------------------------------------------------------------------------------------------- numbers that are none
+
+
+def test_a_loss_that_is_no_number_stops_both_processes(lives: Lives) -> None:
+    folder = lives.folder(per_device_train_batch_size=2, save_steps=1, save_total_limit=1)
+    both = lives.start(folder, world=2, weights=2)
+    assert [one.wait() for one in both] == [ExitCode.FAILED] * 2, both[0].err
+    assert "for 3 steps in a row" in both[0].err and both[1].err.count("Error") == 0
+    rows = [json.loads((folder / "run" / f"broken_step-5.rank{rank}.json").read_text())["rows"] for rank in (0, 1)]
+    assert [len(of_rank) for of_rank in rows] == [2, 2] and len({row["id"] for part in rows for row in part}) == 4
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+    weights = load_file(str(saved / "model.safetensors"))
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_weights_that_are_no_number_are_not_saved(lives: Lives, strategy: str) -> None:
+    """An infinite gradient under a finite loss: the next loss would tell, but the checkpoint would be written before."""
+    step = 2 if strategy == "steps" else 5  # 20 rows, 4 a step
+    folder = lives.folder(save_strategy=strategy, save_steps=1, save_total_limit=1, max_steps=8)
+    run = lives.one(folder, update=step)
+    assert_one_message(run, f"step {step}: the student has weights that are no number")
+    saved = newest_complete(folder / "run")
+    assert saved is None if strategy == "epoch" else saved is not None and saved.name == "checkpoint-1"
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_that_does_not_suffice_for_the_loss(lives: Lives) -> None:
+    """Under a real limit on the address space: the budget is halved until a chunk fits, and the numbers stay."""
+    folder = lives.folder()
+    process = lives.context.Process(target=starved, args=(str(folder),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    found = json.loads((folder / "starved.json").read_text())
+    assert "out of memory in the loss" in (folder / "err.0").read_text()
+    assert found["budget"] < 512 and found["loss"] == pytest.approx(found["wanted"], rel=1e-6)
+    assert found["gradient_error"] < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------- in words
+
+
+def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(28, "No space left on device", str(tmp_path / "log.jsonl"))
+    assert "log.jsonl: No space left on device; free some space" in (failures.one_sentence(full) or "")
+    rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "No space left" in (failures.one_sentence(rust) or "")
+    with pytest.raises(RunError, match=r"cannot write .*: File too large .*GB free"), failures.writing(tmp_path):
+        raise OSError(27, "File too large")
+    with pytest.raises(ZeroDivisionError), failures.writing(tmp_path):
+        raise ZeroDivisionError
+    try:
+        try:
+            raise OSError(30, "Read-only file system")
+        finally:
+            raise RuntimeError("while cleaning up")
+    except RuntimeError as error:
+        assert "Read-only" in (failures.one_sentence(error) or "")
+    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
+    assert failures.one_sentence(lost) is None  # of one process there is no other
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "another process of this run has ended" in (failures.one_sentence(lost) or "")
+    assert failures.one_sentence(BrokenPipeError(32, "Broken pipe")) is None  # dts-hf list | head
+    memory = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+    assert "per_device_train_batch_size" in (failures.one_sentence(memory) or "")
+    assert failures.one_sentence(RuntimeError("shape mismatch")) is None
+    assert failures.one_sentence(ValueError("a bug")) is None
+
+
+def _raised(work: Callable[[], None]) -> BaseException:
+    with pytest.raises(BaseException) as caught:
+        work()
+    return caught.value
+
+
+def test_a_bug_is_no_disk_error(tmp_path: Path) -> None:
+    """It must keep its traceback, also where an error of the operating system was handled on the way."""
+
+    def looked_for_a_file() -> None:
+        try:
+            (tmp_path / "none").read_text()
+        except OSError:
+            {}["key"]
+
+    def hid_the_disk() -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise KeyError("key") from None
+
+    def missing() -> None:
+        (tmp_path / "none").read_text()
+
+    def from_rust() -> None:
+        raise RuntimeError("No such file or directory (os error 2)")
+
+    def not_connected() -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    for bug in (looked_for_a_file, hid_the_disk, missing, from_rust, not_connected):
+        assert failures.one_sentence(_raised(bug)) is None, bug
+
+        def within(bug: Callable[[], None] = bug) -> None:
+            with failures.writing(tmp_path):
+                bug()
+
+        assert not isinstance(_raised(within), RunError), bug
+
+
+def test_the_first_process_is_reached_where_its_own_name_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Debian (127.0.1.1 in /etc/hosts): the others know it by MASTER_ADDR, whatever it takes that for itself."""
+    told: queue.Queue[Any] = queue.Queue()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
+    monkeypatch.setattr(peers, "CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.put)
+    found: dict[int, socket.socket] = {}
+    first = threading.Thread(target=lambda: found.update(peers._as_first(2)))
+    first.start()
+    held = told.get(timeout=5)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.2")  # the name as the other machine knows it
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda to: to.__setitem__(0, held[0]))
+    connect = socket.create_connection
+
+    def route(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
+        if address[0] != "127.0.0.2":
+            raise ConnectionRefusedError(111, "this is the other machine's own loopback")
+        return connect(address, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "create_connection", route)
+    mine = peers._to_first(1)
+    first.join(10)
+    assert set(mine) == {0} and set(found) == {1}
+    for connection in (*mine.values(), *found.values()):
+        connection.close()
+
+
+@pytest.mark.parametrize("error", [UserError("no room"), RunError("no room")])
+def test_what_fails_on_the_first_process_is_known_to_be_everywhere(
+    monkeypatch: pytest.MonkeyPatch, error: UserError | RunError
+) -> None:
+    told: list[Any] = []
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.extend)
+    assert getattr(_raised(lambda: on_first_process(fail, 0, 2)), "everywhere", None) is True
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda to: to.__setitem__(slice(None), told))
+    on_second = _raised(lambda: on_first_process(fail, 1, 2))
+    assert type(on_second) is type(error) and getattr(on_second, "everywhere", None) is True
+    assert str(on_second) == "no room"
+
+
+def test_handlers_are_put_back_and_the_exception_is_an_exit() -> None:
+    before = [signal.getsignal(number) for number in interruption.SIGNALS]
+
+    @interruption.stops_on_signal
+    def work() -> None:
+        assert all(signal.getsignal(number) not in before for number in interruption.SIGNALS)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+
+    with pytest.raises(Interrupted, match="SIGUSR1 outside of training") as caught:
+        work()
+    assert isinstance(caught.value, SystemExit) and caught.value.code == 75
+    assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
+
+
+def test_off_the_main_thread_there_are_no_handlers() -> None:
+    found: list[Any] = []
+    work = interruption.stops_on_signal(lambda: found.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_a_signal_that_nobody_acted_on_is_raised_after_training() -> None:
+    @interruption.stops_on_signal
+    def work() -> None:
+        with interruption.at_step_end():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.asked_to_stop() == "SIGTERM"
+
+    with pytest.raises(Interrupted, match="at the end of training"):
+        work()
+    assert interruption.asked_to_stop() is None  # the next run is not asked

@@ -1,0 +1,168 @@
+"""``DistillationTrainer.train(resume_from_checkpoint=...)``: it ends as a run without a break, or says why not."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from transformers import Trainer
+
+from dts_hf.errors import UserError
+from tests.data.test_tokenised import losses, plain
+from tests.support.tiny import tiny_gpt2, tiny_llama
+from tests.training.test_trainer import ROWS, arguments, trainer_for
+
+CONSTANT = {
+    "lr_scheduler_type": "constant",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "per_device_train_batch_size": 4,
+}
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal_weights(one, other):
+    for name, value in weights(one).items():
+        assert torch.equal(value, weights(other)[name]), name
+
+
+def losses_by_step(trainer):
+    return {log["step"]: log["loss"] for log in trainer.state.log_history if "kl" in log}
+
+
+# ----------------------------------------------------------------------------------------------- another length of run
+
+
+@pytest.mark.parametrize("checkpoint", [True, "checkpoint-2"], ids=["finished", "middle"])
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({"max_steps": 3}, {"max_steps": 7}),  # the old end is in the middle of an epoch of four steps
+        ({"num_train_epochs": 1, "max_steps": -1}, {"num_train_epochs": 2, "max_steps": -1}),
+        ({"max_steps": 3, "warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"},
+         {"max_steps": 5, "warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"}),
+    ],
+    ids=["steps", "epochs", "warmup"],
+)  # fmt: skip
+def test_a_longer_run_goes_on_where_nothing_is_scheduled_over_its_length(tmp_path, was, now, checkpoint):
+    more = {"temperature": 2.0, "rows": ROWS, "eval_dataset": ROWS[:3]}
+    ends = {"logging_steps": 2, "eval_strategy": "epoch"}
+    straight = trainer_for(tmp_path / "straight", options={**CONSTANT, **ends, **now}, **more)
+    straight.train()
+    trainer_for(tmp_path / "run", options={**CONSTANT, **ends, **was}, **more).train()
+    resumed = trainer_for(tmp_path / "run", tiny_llama(seed=9), options={**CONSTANT, **ends, **now}, **more)
+    output = resumed.train(checkpoint if checkpoint is True else str(tmp_path / "run" / checkpoint))
+    assert resumed.state.global_step == straight.state.global_step == output.global_step
+    assert_equal_weights(resumed, straight)
+    assert losses_by_step(resumed).items() >= losses_by_step(straight).items()
+    evaluated = [
+        [(log["step"], log["eval_loss"]) for log in trainer.state.log_history if "eval_loss" in log]
+        for trainer in (resumed, straight)
+    ]
+    assert evaluated[0][-1] == evaluated[1][-1] and len(evaluated[0]) >= len(evaluated[1])
+    assert resumed.tokens_seen == straight.tokens_seen
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint-4", "checkpoint-2"], ids=["finished", "middle"])
+@pytest.mark.parametrize(
+    ("options", "temperature", "named"),
+    [
+        ({"lr_scheduler_type": "linear"}, 2.0, r"learning rate \(linear\)"),
+        ({}, {"name": "dts"}, r"temperature \(dts\)"),
+        ({"lr_scheduler_type": "cosine"}, "linear", r"learning rate \(cosine\) and temperature \(linear\)"),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5}, 2.0, "constant_with_warmup"),
+    ],
+    ids=["learning rate", "temperature", "both", "relative warm-up"],
+)
+def test_a_run_of_another_length_is_refused_by_name(tmp_path, options, temperature, named, checkpoint):
+    options = {**CONSTANT, "max_steps": 4, **options}
+    trainer_for(tmp_path, temperature=temperature, options=options).train()
+    middle = checkpoint == "checkpoint-2"
+    for other in [{"max_steps": 8}, {"max_steps": 2}] if middle else [{"max_steps": -1, "num_train_epochs": 3}]:
+        longer = trainer_for(tmp_path, tiny_llama(seed=9), temperature=temperature, options={**options, **other})
+        with pytest.raises(UserError, match=rf"{checkpoint}: written by a run of 4 steps; .*{named}"):
+            longer.train(str(tmp_path / checkpoint))
+        assert longer.state.global_step == 0
+    same = trainer_for(tmp_path, tiny_llama(seed=9), temperature=temperature, options=options)
+    assert same.train(str(tmp_path / checkpoint)).global_step == 4
+
+
+def test_a_checkpoint_behind_the_end_of_the_run_is_refused(tmp_path):
+    """It would train nothing and return the weights of another step."""
+    options = {**CONSTANT, "max_steps": 4}
+    trainer_for(tmp_path, temperature=2.0, options=options).train()
+    for other in ({"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.5}):
+        shorter = trainer_for(tmp_path, temperature=2.0, options={**options, **other})
+        with pytest.raises(UserError, match=r"checkpoint-4: its step is 4, behind the end of a run of [23] steps"):
+            shorter.train(resume_from_checkpoint=True)
+    straight = trainer_for(tmp_path / "straight", temperature=2.0, options={**options, "max_steps": 3})
+    straight.train()
+    shorter = trainer_for(tmp_path, tiny_llama(seed=9), temperature=2.0, options={**options, "max_steps": 3})
+    assert shorter.train(str(tmp_path / "checkpoint-2")).global_step == 3
+    assert_equal_weights(shorter, straight)
+
+
+def test_a_finished_run_resumed_as_it_was_has_nothing_to_do(tmp_path):
+    options = {**CONSTANT, "max_steps": 3, "logging_steps": 2}
+    first = trainer_for(tmp_path, options=options)
+    first.train()
+    again = trainer_for(tmp_path, tiny_llama(seed=9), options=options)
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == 3 and output.training_loss == 0.0  # of no step; it was a sum over a thousandth of one
+    assert_equal_weights(again, first)
+
+
+def test_the_loss_that_train_returns_is_the_mean_over_its_own_steps(tmp_path):
+    """Also where the checkpoint holds sums that were not logged yet."""
+    options = {**CONSTANT, "max_steps": 6, "logging_steps": 5, "save_steps": 4}
+    trainer_for(tmp_path, options=options).train()
+    resumed = trainer_for(tmp_path, options=options)
+    output = resumed.train(str(tmp_path / "checkpoint-4"))
+    each = trainer_for(tmp_path / "each", options={**options, "logging_steps": 1, "save_strategy": "no"})
+    each.train()
+    assert output.training_loss == pytest.approx(sum(losses(each)[4:]) / 2, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- what cannot be resumed
+
+
+def test_a_checkpoint_of_the_weights_alone_is_refused(tmp_path):
+    options = {**CONSTANT, "max_steps": 2, "save_only_model": True}
+    trainer_for(tmp_path, options=options).train()
+    trainer = trainer_for(tmp_path, options=options)
+    for checkpoint in (str(tmp_path / "checkpoint-2"), True):
+        with pytest.raises(UserError, match=r"it holds the weights alone \(training\.save_only_model\)"):
+            trainer.train(checkpoint)
+
+
+def test_a_checkpoint_of_another_trainer_is_called_that(tmp_path):
+    Trainer(tiny_llama(), arguments(tmp_path, **CONSTANT, max_steps=2), train_dataset=plain()[:1] * 8).train()
+    trainer = trainer_for(tmp_path, options=CONSTANT)
+    for checkpoint in (str(tmp_path / "checkpoint-2"), True):
+        with pytest.raises(UserError, match=r"it was not written by dts_hf: it has no complete\.json"):
+            trainer.train(checkpoint)
+    (tmp_path / "checkpoint-2" / "rank_0.json").write_text("{}")
+    with pytest.raises(UserError, match="the save was interrupted"):
+        trainer.train(str(tmp_path / "checkpoint-2"))
+
+
+# ------------------------------------------------------------------------------------------------- the order of the rows
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list], ids=["list", "arrow"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokenised_rows_grouped_by_length_resume_exactly(tmp_path, make, packing):
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 3,
+               "train_sampling_strategy": "group_by_length"}  # fmt: skip
+    more = {"rows": make(plain()), "options": options, "packing": packing}
+    straight = trainer_for(tmp_path, tiny_gpt2(seed=0), tiny_gpt2(seed=1), **more)
+    straight.train()
+    torch.manual_seed(99)
+    again = trainer_for(tmp_path, tiny_gpt2(seed=5), tiny_gpt2(seed=1), **more)
+    torch.manual_seed(98)
+    again.train(str(tmp_path / "checkpoint-3"))
+    assert losses_by_step(again) == losses_by_step(straight)
+    assert_equal_weights(again, straight)

@@ -1,0 +1,1 @@
+"""What the processes run that tests start."""

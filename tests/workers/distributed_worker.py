@@ -1,0 +1,344 @@
+"""What each process of test_distributed.py runs: many small trainings, results written as JSON and safetensors."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from dts_hf.classification.trainer import ClassificationDistillationTrainer
+from dts_hf.distributed import sharding
+from dts_hf.distributed.launch import strategy_of
+from dts_hf.errors import UserError
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.loss.selection import count_targets, select_response
+from dts_hf.models.adapters import add_lora
+from dts_hf.models.head import Head, loss_in_head
+from dts_hf.recipe.schema import Lora
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.temperature import build_temperature
+from dts_hf.training.trainer import DistillationTrainer, _own_part
+from tests.support.launching import leave, training_arguments
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+
+ROWS = [
+    {
+        "id": f"r{i}",
+        "instruction": "Count" + " up" * (i % 5),
+        "input": "",
+        "output": "one " * (1 + 4 * (i % 4)) + "two",
+    }
+    for i in range(40)
+]
+POLICIES = {
+    "gap": {"name": "dts", "rule": "gap"},
+    "paper": {"name": "dts", "rule": "paper"},
+    "code": {"name": "dts", "rule": "code"},
+    "dtkd": {"name": "dtkd", "w_kd": 0.5},
+    "ctkd": {"name": "ctkd", "ramp": 0.1},
+    # What else travels from rows to the policy's state: row gaps, features of rows, the slope of the loss in T.
+    "sequence": {"name": "dts", "granularity": "sequence"},
+    "auto": {"name": "dts", "range": "auto"},
+    "adakd": {"name": "adakd"},
+    "silent": {"name": "adakd"},  # of two ranks, the second never has a label
+}
+MULTI = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+TIED = {"gap": True, "paper": False, "code": True, "dtkd": False, "ctkd": True}
+CLASSIFIERS = ("single", "ddp", "zero3")  # strategies that train some
+BATCH = 8  # rows of an optimizer step, however it is split
+#: One rounding in fp32, relative.
+ROUNDING = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training; cases of one ``group`` must end in the same weights."""
+
+    group: str
+    policy: str = "gap"
+    tie: bool = True
+    accumulation: int = 1
+    packing: bool = False
+    steps: int = 20
+    lora: bool = False
+    rows: int = 40  # of the data; not a multiple of BATCH: the last step of an epoch has fewer
+    strategies: tuple[str, ...] = ("single", *MULTI)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    rounded: bool = False  # its gradients are rounded as a sum in another order would be: see ``round_gradients``
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.accumulation}-{'packed' if self.packing else 'padded'}{'-rounded' * self.rounded}"
+
+
+PADDED, PACKED = False, True
+RECOMPUTED = {"gradient_checkpointing": True}
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
+RANDOM, GROUPED = {"train_sampling_strategy": "random"}, {"train_sampling_strategy": "group_by_length"}
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.0}
+CASES = [
+    # The table. Plain SGD, because AdamW forgives a gradient of the wrong scale. One process takes each policy's step
+    # whole; the strategies split it in another way, so that every strategy meets every policy, accumulation and layout.
+    *(Case(policy, policy, tie, strategies=("single",)) for policy, tie in TIED.items() if policy != "gap"),
+    Case("gap"),
+    Case("gap", accumulation=2, packing=PACKED),
+    Case("gap", accumulation=4, packing=PADDED),
+    Case("paper", "paper", TIED["paper"], 1, PACKED, strategies=MULTI),
+    Case("code", "code", TIED["code"], 2, PADDED, strategies=MULTI),
+    Case("dtkd", "dtkd", TIED["dtkd"], 4, PACKED, strategies=MULTI),
+    Case("ctkd", "ctkd", TIED["ctkd"], 2, PACKED, strategies=MULTI),
+    # Adapters and recomputed activations, against one process that recomputes nothing.
+    Case("recomputed", steps=5, strategies=("single",)),
+    Case("recomputed", accumulation=2, steps=5, arguments=RECOMPUTED),
+    Case("lora", tie=False, lora=True, steps=5, strategies=("single",)),
+    Case("lora", tie=False, lora=True, accumulation=2, steps=5, strategies=MULTI),
+    Case("lora", tie=False, lora=True, packing=PACKED, steps=5, strategies=MULTI, arguments=RECOMPUTED),
+    # Shuffled epochs: 13 rows are 8, then 5 that two processes cannot share out evenly; of 9 one has a row at the end of
+    # each epoch and the other fillers alone. The number of steps comes from that of the epochs.
+    Case("random", tie=False, rows=13, steps=6, strategies=("single",), arguments=EPOCHS | RANDOM),
+    Case("random", "gap", False, 4, PACKED, 6, rows=13, strategies=MULTI, arguments=EPOCHS | RANDOM),
+    Case("fillers", tie=False, rows=9, steps=6, strategies=("single", "ddp", "zero3", "fsdp2"), arguments=EPOCHS),
+    Case("grouped", tie=False, rows=13, steps=6, strategies=("single", "ddp"), arguments=EPOCHS | GROUPED),
+    Case("bf16", steps=3, strategies=("ddp", "zero3", "fsdp2"), arguments={"bf16": True}),
+    Case("adamw", tie=False, steps=5, strategies=MULTI, arguments=ADAMW),
+    *(
+        Case(policy, policy, steps=5, strategies=("single", "ddp"))
+        for policy in ("sequence", "auto", "adakd", "silent")
+    ),
+]
+
+
+# What rounding alone does to each group, to one process with its steps whole.
+CASES += [
+    replace(case, rounded=True, strategies=("single",))
+    for place, case in enumerate(CASES)
+    if "single" in case.strategies and case.group not in {earlier.group for earlier in CASES[:place]}
+]
+
+
+def rows_of(case: Case) -> list[dict[str, object]]:
+    if case.policy != "silent":
+        return ROWS[: case.rows]
+    ids = [[5 + (7 * row + 3 * place) % 50 for place in range(6 + row % 3)] for row in range(40)]
+    return [{"input_ids": row, "labels": row if k % 8 < 4 else [-100] * len(row)} for k, row in enumerate(ids)]
+
+
+def student_of(case: Case) -> torch.nn.Module:
+    student = tiny_llama(seed=0, tie=case.tie)
+    if not case.lora:
+        return student
+    torch.manual_seed(5)  # of the adapters
+    student = add_lora(student, Lora(r=4, alpha=8, dropout=0.0))
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:  # zero at first: then half of the gradients are zero too
+            torch.nn.init.normal_(parameter, std=0.1)
+    return student
+
+
+def trainer_of(case: Case, strategy: str, out: Path, world: int) -> DistillationTrainer:
+    settings = {
+        "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "train_sampling_strategy": "sequential",
+        "max_steps": case.steps,
+    }  # fmt: skip
+    args = training_arguments(
+        strategy, output_dir=str(out / "trainer"), per_device_eval_batch_size=3,
+        per_device_train_batch_size=BATCH // world // case.accumulation, gradient_accumulation_steps=case.accumulation,
+        **{**settings, **case.arguments},
+    )  # fmt: skip
+    return DistillationTrainer(
+        student_of(case), tiny_llama(seed=1, layers=1), POLICIES[case.policy], args=args, packing=case.packing,
+        train_dataset=rows_of(case), eval_dataset=ROWS[:7], processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+
+
+def round_gradients(trainer: DistillationTrainer) -> None:
+    """From now on, gradients have the error of an fp32 sum whose terms come in another order.
+
+    An entry of a gradient is a sum over the K tokens of the step. Partial sums of k terms of random sign are about
+    sqrt(k) terms large and are rounded by ROUNDING relative to that, so that the error of all K roundings together is
+    about ROUNDING sqrt(K / 2) sqrt(K) terms, where the sum itself is about sqrt(K) terms large: sqrt(K) roundings of a
+    typical entry of the tensor. What this does to later losses, norms and weights is for the training to show.
+    """
+    generator = torch.Generator().manual_seed(11)
+    seen: list[int] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
+    )
+
+    def round_one(weight: torch.Tensor) -> None:
+        typical = weight.grad.square().mean().sqrt()
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.grad.add_(noise * typical * ROUNDING * math.sqrt(seen[-1]))
+
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(round_one)
+
+
+def whole_weights(trainer: DistillationTrainer, strategy: str) -> dict[str, torch.Tensor]:
+    """The trainable weights by name; what ZeRO-3 and FSDP2 spread over ranks is put together on every rank."""
+    named = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    if strategy == "fsdp2":
+        state = trainer.model.state_dict()
+        assert all(isinstance(value, DTensor) for value in state.values()), "the weights are not spread"
+        return {name: state[name].full_tensor().detach().clone() for name in named}
+    if strategy != "zero3":
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+    import deepspeed
+
+    shares = [parameter.ds_tensor.numel() / parameter.ds_numel for parameter in named.values()]
+    assert max(shares) < 0.6 and not any(p.numel() for p in named.values()), "the weights are not spread"
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+
+
+def wrapper_of(trainer: DistillationTrainer) -> str:
+    """``DistributedDataParallel``, or the engine with its stage and the optimizer that partitions."""
+    wrapped = trainer.model_wrapped
+    if type(wrapped).__name__ != "DeepSpeedEngine":
+        return type(wrapped).__name__
+    return f"DeepSpeedEngine {wrapped.zero_optimization_stage()} {type(wrapped.optimizer).__name__}"
+
+
+def run(case: Case, strategy: str, out: Path, world: int, rank: int) -> None:
+    trainer = trainer_of(case, strategy, out, world)
+    if case.rounded:
+        round_gradients(trainer)
+    trainer.train()
+    held_out = trainer.evaluate()
+    logs = [log for log in trainer.state.log_history if "kl" in log]
+    result = {
+        "wrapper": wrapper_of(trainer),
+        "strategy": strategy_of(trainer.accelerator),
+        "world": trainer.accelerator.num_processes,
+        "recomputed": any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()),
+        "state": trainer.temperature.state(),
+        "tokens": trainer.tokens_seen,
+        "eval_loss": held_out["eval_loss"],
+        "eval_rows": held_out["eval_rows"],
+        **{key: [log[key] for log in logs] for key in ("loss", "temperature", "grad_norm", "kl")},
+    }
+    (out / f"{strategy}.{case.name}.{rank}.json").write_text(json.dumps(result))
+    save_file(whole_weights(trainer, strategy), str(out / f"{strategy}.{case.name}.{rank}.safetensors"))
+    trainer.accelerator.free_memory()
+
+
+def classify(strategy: str, out: Path, world: int, rank: int) -> None:
+    """SST-2 and the regression of STS-B over epochs of 9 rows: 8, then 1, when the second process has fillers alone."""
+    from tests.classification.test_classification import SST2, STSB, classifier, rows_of
+
+    for task in (SST2, STSB):
+        with sharding.whole_weights():
+            student, teacher = (classifier("llama", task, seed=seed) for seed in (1, 2))
+        args = training_arguments(
+            strategy, output_dir=str(out / "trainer"), max_steps=4, per_device_train_batch_size=BATCH // world,
+            optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", save_strategy="no", report_to="none",
+            disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        trainer = ClassificationDistillationTrainer(
+            student, teacher, task=task, args=args, processing_class=tiny_tokenizer(),
+            train_dataset=rows_of(task, 9), eval_dataset=rows_of(task, 7),
+        )  # fmt: skip
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        values = {"loss": torch.tensor([*losses, trainer.evaluate()["eval_loss"]])}
+        save_file(values | whole_weights(trainer, strategy), str(out / f"{strategy}.{task.subset}.{rank}.safetensors"))
+        record = {"wrapper": wrapper_of(trainer), "tokens": trainer.tokens_seen}
+        (out / f"{strategy}.{task.subset}.{rank}.json").write_text(json.dumps(record))
+        trainer.accelerator.free_memory()
+
+
+def split_before(out: Path, rank: int) -> None:
+    """A student made while ZeRO-3's arguments exist is in pieces before anybody could check it."""
+    args = training_arguments("zero3", output_dir=str(out / "trainer"), report_to="none")
+    student = AutoModelForCausalLM.from_config(tiny_llama().config)
+    try:
+        DistillationTrainer(student, tiny_llama(), args=args, processing_class=tiny_tokenizer())
+    except UserError as error:
+        (out / f"split_before.{rank}.txt").write_text(str(error))
+
+
+def padded_part(out: Path, rank: int, world: int) -> None:
+    """ZeRO-3 cuts 5 weights into parts of 3; whatever stands behind the last of them is no weight."""
+    import deepspeed
+
+    config = {"train_batch_size": world, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        weight = torch.nn.Linear(5, 1, bias=False).weight
+    if rank == world - 1:
+        weight.ds_tensor[2:] = math.nan
+    (out / f"padded_part.{rank}.json").write_text(json.dumps(_own_part(weight).tolist()))
+
+
+def hand_written_loop(out: Path, rank: int, world: int) -> None:
+    """Our loss in a loop of one's own: ``fully_shard`` on half of the batch against a whole model on all of it."""
+    ids = torch.arange(8 * 12).reshape(8, 12) % 300
+    labels = torch.where(torch.arange(12) < 1 + torch.arange(8)[:, None], -100, ids)  # ever fewer labels
+    apart = {}
+    for tie in (True, False):
+        start, whole, sharded = (tiny_llama(seed=0, tie=tie) for _ in range(3))
+        mesh = init_device_mesh("cpu", (world,))
+        for module in (*sharded.model.layers, sharded):
+            fully_shard(module, mesh=mesh)
+        labelled = int(count_targets(labels))
+        steps_by_hand(whole, ids, labels, labelled)
+        steps_by_hand(sharded, ids[rank::world], labels[rank::world], labelled / world)
+        state = sharded.state_dict()
+        assert all(isinstance(value, DTensor) for value in state.values())
+        for (name, value), first in zip(whole.named_parameters(), start.parameters(), strict=True):
+            difference, moved = state[name].full_tensor() - value, value - first
+            apart[f"{name} {tie}"] = (float(difference.norm() / value.norm()), float(moved.norm() / value.norm()))
+    (out / f"loop.{rank}.json").write_text(json.dumps(apart))
+
+
+def steps_by_hand(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor, normalizer: float) -> None:
+    teacher = LiveTeacher(tiny_llama(seed=1, layers=1))
+    loss = DistillationLoss("jsd", temperature=build_temperature("dts", rule="gap"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    answers = teacher.states({"input_ids": ids}, labels)
+
+    def loss_of_states(states: torch.Tensor, head: Head) -> torch.Tensor:
+        rows, targets = select_response(states, labels)
+        return loss(rows, head, answers, teacher.head, targets, normalizer).loss
+
+    for _ in range(5):
+        with loss_in_head(model, loss_of_states):
+            model(input_ids=ids, use_cache=False).logits.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(out: Path) -> None:
+    warnings.filterwarnings("ignore")
+    gc.freeze()  # the Trainer collects garbage twice a run: let it not walk through every module each time
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    for strategy in MULTI if world > 1 else ("single",):
+        for case in CASES:
+            if strategy in case.strategies:
+                run(case, strategy, out, world, rank)
+                gc.collect()
+        if strategy in CLASSIFIERS:
+            classify(strategy, out, world, rank)
+    if world > 1:
+        hand_written_loop(out, rank, world)
+        split_before(out, rank)
+        padded_part(out, rank, world)
+        leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,164 @@
+"""One life of a run for test_faults.py: the real command line on tiny models, in a process forked from a warm one.
+
+Faults are timed by *gates*: at a given moment the process writes a file ``reached.RANK`` and waits until ``go`` is there.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dts_hf.distill
+import dts_hf.reporting.report
+from dts_hf.distributed import peers
+from dts_hf.errors import UserError
+from dts_hf.evaluation import scorer
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.head import Head
+from dts_hf.temperature.constant import Constant
+from dts_hf.training import signals as interruption
+from dts_hf.training.trainer import DistillationTrainer
+
+
+def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[str, Any]) -> None:
+    """``dts-hf ARGV`` in ``folder``; what it prints goes to ``err.RANK`` and ``out.RANK``.
+
+    Args:
+        variables: of the environment, such as RANK and WORLD_SIZE.
+        faults: see ``_provoke``.
+    """
+    if os.getsid(0) != os.getpid():
+        os.setpgid(0, 0)  # a signal to the group of this run must not reach the tests
+    # A shell that starts the tests in the background hands SIGINT down as ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # for data loaders: that of the tests would stay in force
+    os.chdir(folder)
+    os.environ.update(variables)
+    rank = os.environ.get("RANK", "0")
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    _provoke(faults, rank)
+    from dts_hf.cli.app import app  # reads RANK when it is imported
+
+    sys.argv = ["dts-hf", *argv]
+    app(prog_name="dts-hf")
+
+
+def _provoke(faults: dict[str, Any], rank: str) -> None:
+    """Plant what ``faults`` asks for: name -> value, for this rank."""
+    interruption.SAME_REQUEST_SECONDS = faults.get("same_request", interruption.SAME_REQUEST_SECONDS)
+    peers.GRACE_SECONDS = faults.get("grace", peers.GRACE_SECONDS)
+    if "only" in faults and faults["only"] != rank:
+        return
+    if "wrong" in faults:  # input that cannot be used, found so many seconds after the processes are joined
+        _before(dts_hf.distill, "load_tokenizers", lambda *_: True, lambda *_: _refuse(faults["wrong"]))
+    if "step" in faults:  # a gate in the forward pass after so many steps
+        _before(DistillationTrainer, "training_step", lambda self: self.state.global_step == faults["step"], _gate)
+    if "scoring" in faults:  # a gate before the answers of `scoring`, counted from 1
+        calls: list[None] = []
+        _before(scorer, "evaluate_instruct", lambda *_: calls.append(None) or len(calls) == faults["scoring"], _gate)
+    if "deaf_step" in faults:  # blocked in C, as in a collective on a GPU: no Python runs in the main thread
+        _before(
+            DistillationTrainer, "training_step", lambda self: self.state.global_step == faults["deaf_step"], _block
+        )
+    if "weights" in faults:  # no number from this step on
+        _before(DistillationTrainer, "training_step", lambda self: self.state.global_step >= faults["weights"], _break)
+    if "update" in faults:  # the update of this step breaks the weights, its loss is finite
+        _before(
+            DistillationTrainer, "_maybe_log_save_evaluate", lambda self: self.state.global_step == faults["update"], _break
+        )  # fmt: skip
+    if "file_size" in faults:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_size"], resource.RLIM_INFINITY))
+
+
+def _before(owner: Any, name: str, when: Callable[..., bool], action: Callable[..., None]) -> None:
+    original = getattr(owner, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        if when(*args[:1]):
+            action(*args[:1])
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+def _refuse(seconds: dict[str, float]) -> None:
+    time.sleep(seconds[os.environ["RANK"]])
+    raise UserError("teacher.model: not here")
+
+
+def _gate(*_: Any) -> None:
+    _reached()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+
+def _block(*_: Any) -> None:
+    import ctypes
+
+    _reached()
+    libc = ctypes.CDLL(None)
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        libc.sleep(300)
+
+
+def _reached() -> None:
+    Path(f"reached.{os.environ.get('RANK', '0')}").touch()
+
+
+def _break(trainer: DistillationTrainer) -> None:
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.fill_(float("nan"))
+
+
+def starved(folder: str) -> None:
+    """The loss of 2,048 rows and 32,000 tokens, where 150 MB are left for logits of 524 MB; writes ``starved.json``."""
+    os.chdir(folder)
+    os.dup2(os.open("err.0", os.O_WRONLY | os.O_CREAT), 2)
+    torch.manual_seed(0)
+    states, teacher = torch.randn(2048, 8, requires_grad=True), torch.randn(2048, 8)
+    head, targets = Head(torch.randn(32_000, 8)), torch.randint(32_000, (2048,))
+
+    def loss_of(budget: float) -> tuple[DistillationLoss, torch.Tensor, torch.Tensor]:
+        loss_fn = DistillationLoss("forward_kl", temperature=Constant(2.0), logits_budget_mb=budget)
+        loss = loss_fn(states, head, teacher, head, targets, 2048.0).loss
+        (gradient,) = torch.autograd.grad(loss, states)
+        return loss_fn, loss.detach(), gradient
+
+    _, wanted, wanted_gradient = loss_of(32)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + (150 << 20), resource.RLIM_INFINITY))
+    loss_fn, loss, gradient = loss_of(512)
+    error = float((gradient - wanted_gradient).norm() / wanted_gradient.norm())
+    found = {"budget": loss_fn.logits_budget_mb, "loss": float(loss), "wanted": float(wanted), "gradient_error": error}
+    Path("starved.json").write_text(json.dumps(found))
+
+
+def launched(folder: str, argv: str, faults: str) -> None:
+    """The same under a launcher: it also writes ``pid.RANK`` and, at the end, ``status.RANK``."""
+    rank = os.environ["RANK"]
+    Path(folder, f"pid.{rank}").write_text(str(os.getpid()))
+    leave = os._exit
+
+    def exits(status: int) -> None:
+        Path(folder, f"status.{rank}").write_text(str(int(status)))
+        leave(status)
+
+    os._exit = exits  # type: ignore[assignment]
+    life(folder, json.loads(argv), {}, json.loads(faults))
+
+
+if __name__ == "__main__":
+    launched(*sys.argv[1:])
