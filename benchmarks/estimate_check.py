@@ -180,7 +180,7 @@ def make_rows(variant: Variant, sizes: Sizes) -> tuple[Any, Any]:
 def train(variant: Variant, sizes: Sizes, dataset: Any, tokenizer: Any) -> Any:
     """The real trainer's ``train``; returns it, so that what it holds stays alive."""
     from dts_hf import DistillationTrainer
-    from dts_hf.distributed.sharding import shard_teacher, whole_weights
+    from dts_hf.distributed.sharding import shard_teacher, unsharded_init
 
     with tempfile.TemporaryDirectory() as folder:
         args = make_arguments(
@@ -189,7 +189,7 @@ def train(variant: Variant, sizes: Sizes, dataset: Any, tokenizer: Any) -> Any:
             gradient_checkpointing=variant.checkpointing, logging_steps=1000,
         )  # fmt: skip
         device = args.device  # also joins the processes
-        with whole_weights():
+        with unsharded_init():
             student, teacher = make_models(variant, sizes)
         if variant.teacher == "sharded":
             shard_teacher(teacher, device)

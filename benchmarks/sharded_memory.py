@@ -1,4 +1,4 @@
-"""Peak memory of a process: DDP with the whole teacher on each, against ZeRO-3 and a teacher spread over both.
+"""Peak memory of a process: DDP with the whole teacher on each, against ZeRO-3 and a teacher sharded over both.
 
     python benchmarks/sharded_memory.py            a student of 116 M and a teacher of 456 M weights: 5 GB a process
     python benchmarks/sharded_memory.py --quick    27 M and 78 M
@@ -62,7 +62,7 @@ def run(strategy: str, placement: str, sizes: Sizes) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-    from dts_hf.distributed.sharding import whole_weights
+    from dts_hf.distributed.sharding import unsharded_init
     from dts_hf.training.trainer import DistillationTrainer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def run(strategy: str, placement: str, sizes: Sizes) -> dict[str, Any]:
                 vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
                 num_hidden_layers=layers, num_attention_heads=8, tie_word_embeddings=True, max_position_embeddings=64,
             )  # fmt: skip
-            with whole_weights():
+            with unsharded_init():
                 return AutoModelForCausalLM.from_config(config)
 
         teacher, student = model(sizes.teacher_layers, 1), model(sizes.student_layers, 0)

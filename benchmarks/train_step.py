@@ -301,7 +301,7 @@ class CachedTeacher:
         batch: padded or packed, as the trainer will see it.
     """
 
-    takes_borders = True  # it does not look at the mask
+    takes_cu_seqlens = True  # it does not look at the mask
 
     def __init__(self, teacher: nn.Module, batch: dict[str, Tensor]) -> None:
         from dataclasses import replace

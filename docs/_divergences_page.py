@@ -42,7 +42,7 @@ NOTES = """## Notes
   over the whole vocabulary: in fp16 it overflows where logits are in the thousands, and the loss scaler skips the step.
 - **`logit_mse`** is no divergence of distributions: it is the squared distance of centred logits, for Annealing-KD.
 - **Underflow.** Logarithms of p and q come from the logits, so a probability that is 0 in float32 is handled as what it
-  is. Logits of minus infinity are not supported: the loss is then no number.
+  is. Logits of minus infinity are not supported: the loss is then non-finite.
 """
 
 

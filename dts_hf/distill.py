@@ -52,7 +52,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     Args:
         recipe: what to do.
-        resume: go on with the killed or interrupted run in ``output.dir``, from its newest whole checkpoint; the end is
+        resume: go on with the killed or interrupted run in ``output.dir``, from its newest complete checkpoint; the end is
             the one it would have had.
 
     Raises:
@@ -87,7 +87,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         *validation_rows[: recipe.evaluation.rows],
         *(row for rows in final_sets.values() for row in rows),
     ]
-    check_room(
+    check_context_length(
         recipe, [model for model in (teacher, student) if model is not None], tokenizer, template, answered_rows
     )
 
@@ -195,7 +195,7 @@ def encode(
     )
 
 
-def check_room(
+def check_context_length(
     recipe: Recipe,
     models: Sequence[nn.Module],
     tokenizer: PreTrainedTokenizerBase,

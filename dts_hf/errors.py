@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
     """Exit statuses of every ``dts-hf`` command; docs/faults.md says what to do about each."""
 
     DONE = 0
-    #: The run failed: disk full, memory, a loss that is no number, a lost process, or a bug (with its traceback).
+    #: The run failed: disk full, memory, a loss that is non-finite, a lost process, or a bug (with its traceback).
     FAILED = 1
     #: The recipe, the rows or the command line are wrong; nothing was trained.
     WRONG_INPUT = 2
@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that failed although its input was right: the disk is full, the loss is no number, a process died.
+    """A run that failed although its input was right: the disk is full, the loss is non-finite, a process died.
 
     The command line prints the message alone, without a traceback, and exits with status 1.
 

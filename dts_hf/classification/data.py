@@ -138,4 +138,6 @@ def check_task_labels(labels: Sequence[float], task: GlueTask, name: str) -> Non
     """
     for index, label in enumerate(labels):
         if not (0 <= label <= 5 if task.regression else label in range(task.outputs)):
-            raise UserError(f"{name}: row {index}: label {label!r}, expected {task.label_words} (task {task.subset})")
+            raise UserError(
+                f"{name}: row {index}: label {label!r}, expected {task.describe_labels} (task {task.subset})"
+            )

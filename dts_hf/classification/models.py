@@ -118,7 +118,7 @@ def label_order(id2label: dict[int, str], task: GlueTask, key: str, *, is_traine
     """
     names = [id2label[number] for number in sorted(id2label)]
     if len(names) != task.outputs:
-        kind = "one score" if task.regression else f"{task.outputs} classes ({task.label_words})"
+        kind = "one score" if task.regression else f"{task.outputs} classes ({task.describe_labels})"
         raise UserError(
             f"{key}: the model has {len(names)} labels ({', '.join(names)}), the task {task.subset} {kind}"
         )
@@ -131,7 +131,7 @@ def label_order(id2label: dict[int, str], task: GlueTask, key: str, *, is_traine
                 f"models for {task.subset}: write {', '.join(task.labels)} into id2label of its config.json, in the order "
                 "it was trained in (download the model first where it is on the Hub)"
             )
-        logger.warning("%s: its labels have no names; taken to be %s", key, task.label_words)
+        logger.warning("%s: its labels have no names; taken to be %s", key, task.describe_labels)
         return None
     plain = [_plain(name) for name in names]
     if set(plain) != {_plain(label) for label in task.labels}:

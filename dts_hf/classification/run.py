@@ -106,7 +106,7 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
             "format": 1,
             "task": {"name": recipe.task.name, "subset": task.subset, "labels": list(task.labels),
                      "metrics": list(TASK_METRICS[task.subset]), "headline": headline(task.subset)},
-            "protocol": protocol_fingerprint(recipe.task, task, tokenizer, args, _checkpoint_words(trainer, best_step)),
+            "protocol": protocol_fingerprint(recipe.task, task, tokenizer, args, describe_checkpoint(trainer, best_step)),
             "models": scorer.models,
             "training": training,
         }  # fmt: skip
@@ -155,12 +155,12 @@ class ScoreCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         found = kwargs.get("metrics") or {}
-        words = score_words(self.task, found)
+        words = format_scores(self.task, found)
         if state.is_world_process_zero and words:
             say(f"step {state.global_step}: {words} (x 100), loss {found['eval_loss']:.3f}")
 
 
-def score_words(task: GlueTask, values: Mapping[str, float]) -> str:
+def format_scores(task: GlueTask, values: Mapping[str, float]) -> str:
     """The task's metrics as they are printed: ``accuracy 91.20, f1 88.10``."""
     names = TASK_METRICS[task.subset]
     return ", ".join(f"{name} {100 * values[f'eval_{name}']:.2f}" for name in names if f"eval_{name}" in values)
@@ -199,7 +199,7 @@ def _best_step(trainer: ClassificationDistillationTrainer) -> int | None:
     return int(best.rpartition("-")[2]) if best else None
 
 
-def _checkpoint_words(trainer: ClassificationDistillationTrainer, best_step: int | None) -> str:
+def describe_checkpoint(trainer: ClassificationDistillationTrainer, best_step: int | None) -> str:
     """Which weights were scored. Readers go by the first word."""
     if best_step is None:
         return "end of training"
@@ -299,7 +299,7 @@ class _Scorer:
         if set_name == "validation" and _best_step(self.trainer) is None:
             return self.trainer.evaluate(dataset)
         values = self.trainer.predict(dataset, metric_key_prefix="eval").metrics or {}
-        words = score_words(self.task, values)
+        words = format_scores(self.task, values)
         if self.trainer.is_world_process_zero():
             say(f"{name.replace('_', ' ')} on {set_name}: {words} (x 100)")
         return values

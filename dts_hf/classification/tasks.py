@@ -42,7 +42,7 @@ class GlueTask:
         return f"{{{', '.join(self.fields)}, label ({label})}}"
 
     @property
-    def label_words(self) -> str:
+    def describe_labels(self) -> str:
         return ", ".join(f"{number} {name}" for number, name in enumerate(self.labels)) or "a number from 0 to 5"
 
 
@@ -147,12 +147,12 @@ def parse_labelled(obj: object, task: GlueTask, where: str, default_id: str) -> 
 
 def _label(obj: Mapping[Any, Any], task: GlueTask, where: str) -> float:
     if "label" not in obj:
-        raise UserError(f"{where}: field 'label' is missing, expected {task.label_words}")
+        raise UserError(f"{where}: field 'label' is missing, expected {task.describe_labels}")
     label = obj["label"]
     number = isinstance(label, (int, float)) and not isinstance(label, bool)  # NaN lies in no range
     if number and (0 <= label <= 5 if task.regression else label in range(len(task.labels))):
         return float(label) if task.regression else int(label)
     hidden = " The labels of GLUE's test splits are hidden: they can be neither trained on nor scored." * (label == -1)
     raise UserError(
-        f"{where}: field 'label': got {label!r}, expected {task.label_words} (task {task.subset}).{hidden}"
+        f"{where}: field 'label': got {label!r}, expected {task.describe_labels} (task {task.subset}).{hidden}"
     )

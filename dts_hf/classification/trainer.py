@@ -25,7 +25,7 @@ from dts_hf.classification.models import (
 )
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_labelled
 from dts_hf.data.encoding import EncodingReport
-from dts_hf.data.samplers import FILLER, filler
+from dts_hf.data.samplers import DUMMY_ROW, dummy_row
 from dts_hf.data.tokenised import rows_of
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
@@ -138,7 +138,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             names = {int(number): str(label) for number, label in classifier.config.id2label.items()}  # type: ignore[union-attr, operator]
             if label_order(names, self.task, name, is_trained=classifier is model) is not None:
                 raise UserError(
-                    f"{name}: its classes are {', '.join(names.values())}, in the task's order {self.task.label_words}; "
+                    f"{name}: its classes are {', '.join(names.values())}, in the task's order {self.task.describe_labels}; "
                     "load it with dts_hf.classification.models.load_classifier, which reorders them"
                 )
         other = teacher_tokenizer or tokenizer
@@ -247,7 +247,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
 
     def _scores(self) -> dict[str, float]:
         rows, labels, student, teacher = (torch.cat(column) for column in zip(*self._seen, strict=True))
-        real = rows != FILLER
+        real = rows != DUMMY_ROW
         self.predicted = {}
         scores: dict[str, float] = {}
         for name, logits in (("student", student), ("teacher", teacher)):
@@ -268,7 +268,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         return values
 
     def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return filler(row, float("nan") if self.task.regression else IGNORE_INDEX)
+        return dummy_row(row, float("nan") if self.task.regression else IGNORE_INDEX)
 
     def _read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
         if not isinstance(dataset, LabelledDataset):

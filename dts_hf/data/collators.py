@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dts_hf.data.encoding import Example
 from dts_hf.loss.selection import IGNORE_INDEX
-from dts_hf.models.packed_attention import borders_mask
+from dts_hf.models.packed_attention import cu_seqlens_mask
 
 if TYPE_CHECKING:
     pass
@@ -64,22 +64,22 @@ class PaddedCollator(Collator):
 class PackedCollator(Collator):
     """Lay the rows of a batch one after the other in a single row, without padding.
 
-    ``position_ids`` restart at 0 for each row. Transformers (>= 5) reads the borders from them and lets no token
+    ``position_ids`` restart at 0 for each row. Transformers (>= 5) reads the boundaries from them and lets no token
     attend across, but **only when it gets neither an attention mask nor a KV cache**: call the model with
-    ``use_cache=False``, or the borders are silently ignored. Some families always ignore them:
+    ``use_cache=False``, or the boundaries are silently ignored. Some families always ignore them:
     ``packed_attention.check_packing`` tells.
 
     Args:
-        borders: also give ``borders``, the ``packed_attention.borders_mask`` of the rows: the attention mask of a model
-            for which ``check_packing`` returned True.
+        cu_seqlens: also give ``cu_seqlens``, the ``packed_attention.cu_seqlens_mask`` of the rows: the attention mask of a
+            model for which ``check_packing`` returned True.
 
     Returns (of a call):
         ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
         each row is -100: after the shift it would be predicted from the row before.
     """
 
-    def __init__(self, borders: bool = False) -> None:
-        self.borders = borders
+    def __init__(self, cu_seqlens: bool = False) -> None:
+        self.cu_seqlens = cu_seqlens
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [i for example in examples for i in example["input_ids"]]
@@ -91,6 +91,6 @@ class PackedCollator(Collator):
             "labels": torch.tensor([labels]),
             "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
         }
-        if self.borders:
-            batch["borders"] = borders_mask([len(example["input_ids"]) for example in examples])
+        if self.cu_seqlens:
+            batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])
         return batch

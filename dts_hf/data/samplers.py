@@ -1,8 +1,7 @@
-"""Rows of instruction data: loaded, checked, tokenised, grouped by length, collated padded or packed.
+"""The order of the rows, and row counts that several processes can share out evenly without taking a row twice.
 
-One row format everywhere: ``{id, instruction, input, output}`` (``output`` a string or a list of references) or
-``{id, messages}`` whose last message is the assistant's response. Everything wrong is a :class:`UserError` that names
-the file and the line.
+Accelerate would repeat rows. Here dummy rows, single tokens without a label, fill the last batches: they add nothing to any
+sum, and every process still runs the same number of forwards, which sharded models need.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
 
 
 #: The ``row_id`` of what only fills a batch.
-FILLER = -2
+DUMMY_ROW = -2
 
 
-def filler(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+def dummy_row(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
     """The first token of ``row``, with ``labels`` that no loss counts."""
     names = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
     by_token = {name: row[name][:1] for name in names if name in row}
-    return {**row, **by_token, "labels": labels, "row_id": FILLER}
+    return {**row, **by_token, "labels": labels, "row_id": DUMMY_ROW}
 
 
 def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -37,22 +36,22 @@ def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
     real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool)
     if "row_id" not in inputs:
         return real
-    row_is_real = inputs["row_id"] != FILLER
+    row_is_real = inputs["row_id"] != DUMMY_ROW
     if len(row_is_real) == len(ids):  # a row of the batch is one row of the data
         return real & row_is_real.unsqueeze(-1)
     positions = inputs.get("position_ids")
-    if positions is None:  # laid end to end by a collator of the user's, which never sees a filler among other rows
+    if positions is None:  # laid end to end by a collator of the user's, which never sees a dummy row among other rows
         return real
     return real & row_is_real[(positions == 0).reshape(-1).cumsum(0) - 1].view_as(ids)
 
 
-class FilledUp(Dataset[dict[str, Any]]):
-    """``dataset``, then fillers up to a multiple of the global batch.
+class PadToMultiple(Dataset[dict[str, Any]]):
+    """``dataset``, then dummy rows up to a multiple of the global batch.
 
     Args:
         dataset: rows with ``input_ids``, and their ``lengths``.
         multiple: rows of a batch of all processes together.
-        without_label: makes a filler of the first row.
+        without_label: makes a dummy row of the first row.
         longest_first: rows by falling length, for less padding; otherwise as they stand.
     """
 
@@ -67,10 +66,10 @@ class FilledUp(Dataset[dict[str, Any]]):
         self.order = list(range(len(dataset)))
         if longest_first:
             self.order.sort(key=lambda index: -dataset.lengths[index])
-        self.fillers = -len(dataset) % multiple
+        self.dummy_rows = -len(dataset) % multiple
 
     def __len__(self) -> int:
-        return len(self.order) + self.fillers
+        return len(self.order) + self.dummy_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -80,8 +79,8 @@ class FilledUp(Dataset[dict[str, Any]]):
         return self.without_label(self.dataset[0])
 
 
-class FillersLast(Sampler[int]):
-    """The order of ``sampler`` over a ``FilledUp`` data set's own rows, then its fillers, up to ``total`` indices."""
+class DummyRowsLast(Sampler[int]):
+    """The order of ``sampler`` over a ``PadToMultiple`` data set's own rows, then its dummy rows, up to ``total``."""
 
     def __init__(self, sampler: Sampler[int], total: int) -> None:
         self.sampler, self.total = sampler, total

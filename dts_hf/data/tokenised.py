@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dts_hf.data.collators import NO_ROW
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
-from dts_hf.data.samplers import FILLER
+from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 
@@ -277,7 +277,7 @@ class TokenisedStream(IterableDataset[dict[str, Any]]):
 
 @dataclass
 class NumberedCollator:
-    """A collator of the user's, which sees neither ``row_id`` nor fillers; both come back in its batch.
+    """A collator of the user's, which sees neither ``row_id`` nor dummy_rows; both come back in its batch.
 
     Args:
         collator: rows to a batch.
@@ -286,7 +286,7 @@ class NumberedCollator:
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        real = [example for example in examples if example["row_id"] != FILLER]
+        real = [example for example in examples if example["row_id"] != DUMMY_ROW]
         chosen = real or examples[:1]
         rows = [{name: value for name, value in example.items() if name != "row_id"} for example in chosen]
         batch = dict(self.collator(rows))

@@ -17,7 +17,7 @@ from dts_hf.errors import UserError
 
 #: Every way in which a run can be spread over processes.
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-#: Strategies that spread the weights themselves over processes.
+#: Strategies that shard the weights themselves over processes.
 SHARDED = ("zero3", "fsdp2")
 # Who says how many processes belong together, the best informed first: torchrun, Open MPI, MPICH, MVAPICH, srun.
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")

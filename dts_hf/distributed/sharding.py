@@ -1,6 +1,6 @@
-"""Weights that are spread over processes: how a teacher is spread, and how weights are made whole again.
+"""Weights that are sharded over processes: how a teacher is sharded, and how full weights are gathered.
 
-A student is spread by what trains it (DeepSpeed's ZeRO-3, FSDP2). A teacher only ever runs forward, so one way does
+A student is sharded by what trains it (DeepSpeed's ZeRO-3, FSDP2). A teacher only ever runs forward, so one way does
 for every strategy: ``torch.distributed.fsdp.fully_shard`` (FSDP2).
 
 Every function here that talks to other processes is called by all of them, in the same order.
@@ -20,7 +20,7 @@ from dts_hf.errors import UserError
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights are spread over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
+    """Whether the weights are sharded over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
     # The cheap question first: a teacher is asked for every batch
     return process()[1] > 1 and any(_is_shard(parameter) for parameter in model.parameters())
 
@@ -35,7 +35,7 @@ def _is_shard(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def whole_weights() -> Iterator[None]:
+def unsharded_init() -> Iterator[None]:
     """Within it ``from_pretrained`` and ``from_config`` make ordinary models, as they do without DeepSpeed.
 
     While ``TrainingArguments`` with ZeRO-3 exist, transformers splits every model as it is made, before anything could
@@ -54,10 +54,10 @@ def whole_weights() -> Iterator[None]:
 
 
 def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
-    """Spread the frozen weights of ``model`` over all processes, in place; its forward gathers a layer at a time.
+    """Shard the frozen weights of ``model`` over all processes, in place; its forward gathers a layer at a time.
 
     Layer by layer, so that no process ever has more on its device than its share and one layer. Does nothing to a model
-    that is spread already.
+    that is sharded already.
 
     Args:
         model: a causal language model or classifier of transformers, whole, the same on every process.
@@ -76,7 +76,7 @@ def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
     layers = _layers(model)
     if not layers:
         raise UserError(
-            f"teacher.placement: {type(model).__name__} has no stack of layers to spread layer by layer; "
+            f"teacher.placement: {type(model).__name__} has no stack of layers to shard layer by layer; "
             "use 'replicated'"
         )
     model.requires_grad_(False)
@@ -89,7 +89,7 @@ def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
 
 
 def place_teacher(model: nn.Module, placement: str, device: torch.device | str) -> None:
-    """Put ``model`` where the recipe's ``teacher.placement`` wants it: whole on ``device``, or spread over all processes.
+    """Put ``model`` where the recipe's ``teacher.placement`` wants it: whole on ``device``, or sharded over all processes.
 
     Raises:
         UserError: see ``shard_teacher``.
@@ -109,7 +109,7 @@ def check_can_shard(quantized: bool) -> None:
     world = process()[1]
     if world == 1:
         raise UserError(
-            "teacher.placement: sharded, but there is one process only, so nothing to spread the teacher over; "
+            "teacher.placement: sharded, but there is one process only, so nothing to shard the teacher over; "
             "use 'replicated', or launch several: accelerate launch --num_processes N -m dts_hf train RECIPE.yaml"
         )
     if quantized:
@@ -139,7 +139,7 @@ def _gathered(tensor: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The whole weights of a sharded ``model``, on the CPU of the first process; None on the others.
 
     One weight at a time, so that no device ever holds the whole model. Weights that are the same in the model (tied

@@ -46,7 +46,7 @@ def check_weights(check: Check, role: str, model: nn.Module, *, causal: bool = T
     if broken:
         check.error(
             "weights-not-finite",
-            f"the {role} has weights that are no numbers, among them {broken[0]} ({len(broken)} tensors)",
+            f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)",
             "Its files are broken, or it was saved after a run that diverged",
         )
     if causal and not broken:
@@ -184,7 +184,7 @@ def check_teacher(
             f"KL {mean['kl']:.2f}, same first choice {mean['top1_agreement']:.0%}"
         )
     if not all(math.isfinite(value) for value in mean.values()):
-        check.error("loss-not-finite", "the cross-entropy on real rows is no number", "")
+        check.error("loss-not-finite", "the cross-entropy on real rows is non-finite", "")
         return
     # A pruned student of a teacher that itself knows nothing is not to blame on the layers.
     cut = cut and not mean.get("teacher_ce", 0.0) > guess

@@ -255,7 +255,9 @@ def check_memory(
         "strategy": launched.strategy,
         "alone": round(alone.total),
     }
-    check.summary = f"about {gb(needed)} needed of {gb(room)} free on this {device['name']} ({plan_words(launched)})"
+    check.summary = (
+        f"about {gb(needed)} needed of {gb(room)} free on this {device['name']} ({describe_plan(launched)})"
+    )
     if alone.beside > 0.05 * needed:
         check.summary += f", {gb(alone.beside)} of it rows and tokenizers"
     if needed <= COMFORTABLE * room:
@@ -263,7 +265,7 @@ def check_memory(
     smaller = next((plan for plan, memory in found[1:] if memory.total <= COMFORTABLE * room), None)
     too_much = needed > room
     text = (
-        f"{plan_words(launched)} needs about {gb(needed)} (weights of teacher {gb(found[0][1].teacher)}, student "
+        f"{describe_plan(launched)} needs about {gb(needed)} (weights of teacher {gb(found[0][1].teacher)}, student "
         f"{gb(found[0][1].student)}, optimizer {gb(found[0][1].optimizer)}), and {gb(room)} are free"
         + ("" if too_much else "; the estimate is good to 20 %")
     )
@@ -271,8 +273,8 @@ def check_memory(
     if smaller is None:
         advice = f"{savings}; or more devices (see --devices)"
     else:
-        check.values["smaller"] = plan_words(smaller)
-        advice = f"{plan_words(smaller)} fits: {launch_line(recipe, smaller, diagnosis.recipe)}; or {savings}"
+        check.values["smaller"] = describe_plan(smaller)
+        advice = f"{describe_plan(smaller)} fits: {launch_line(recipe, smaller, diagnosis.recipe)}; or {savings}"
     there = smaller is not None and (devices or device["count"]) >= smaller.devices
     (check.error if too_much and not there else check.warn)(
         "too-little-memory" if too_much else "memory-tight", text, advice
@@ -310,7 +312,7 @@ def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: st
     return [*recompute, "a smaller training.per_device_train_batch_size (and more gradient_accumulation_steps)"]
 
 
-def plan_words(plan: Plan) -> str:
+def describe_plan(plan: Plan) -> str:
     if plan.strategy == "single":
         return "one process"
     teacher = " with teacher.placement: sharded" if plan.teacher == "sharded" else ""
@@ -353,13 +355,13 @@ def check_output(
         most = max(of_plan, key=of_plan.__getitem__)
         own, largest = of_plan[launched], of_plan[most]
         check.values |= {"needed": round(own), "needed_at_most": round(largest), "at_most_with": most.strategy}
-        check.summary = f"{folder}: about {gb(own)} needed of {gb(free)} free ({plan_words(launched)})"
+        check.summary = f"{folder}: about {gb(own)} needed of {gb(free)} free ({describe_plan(launched)})"
         if largest > 1.01 * own:
             check.summary += f", {gb(largest)} under {most.strategy}"
         if largest > free:
             (check.error if own > free else check.warn)(
                 "disk-full",
-                f"the checkpoints and the student need about {gb(own)} ({plan_words(launched)})"
+                f"the checkpoints and the student need about {gb(own)} ({describe_plan(launched)})"
                 + (f", {gb(largest)} under {most.strategy}" if largest > 1.01 * own else "")
                 + f", and {gb(free)} are free at {existing}",
                 "Another output.dir, training.save_strategy: no, or a smaller training.save_total_limit",

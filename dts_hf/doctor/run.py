@@ -30,7 +30,7 @@ from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.samplers import total_steps
 from dts_hf.data.sources import load_many, load_rows
-from dts_hf.distill import check_room, encode, make_trainer
+from dts_hf.distill import check_context_length, encode, make_trainer
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
@@ -57,7 +57,7 @@ from dts_hf.doctor.tokens import (
     check_template,
     check_tokenizers,
     picture,
-    spread,
+    spaced_indices,
 )
 from dts_hf.errors import UserError
 from dts_hf.evaluation.scorer import load_sets
@@ -126,7 +126,7 @@ def diagnose(
     recipe: Recipe | None = None
     with diagnosis.check("recipe") as check:
         recipe = load_recipe(path, overrides)
-        check.summary = recipe_words(recipe)
+        check.summary = describe_recipe(recipe)
         if recipe.teacher is not None:
             build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
     if recipe is not None:
@@ -167,14 +167,14 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
     rows_trained_on: int | None = None
     with diagnosis.check("data") as check:
         rows = need(train, "rows")
-        looked_at = [rows[index] for index in spread(LOOKED_AT, len(rows))]
+        looked_at = [rows[index] for index in spaced_indices(LOOKED_AT, len(rows))]
         data, report = encode(recipe, looked_at, need(tokenizer, "a tokenizer"), template, "data.train")
         check_limits(check, report, data, len(rows))
         kept_ids = set(data.row_ids)
         kept = [row for row in looked_at if row.id in kept_ids]
         rows_trained_on = round(len(rows) * len(kept) / len(looked_at))
     with diagnosis.check("template") as check:
-        chosen = [kept[index] for index in spread(SAMPLE_ROWS, len(kept))]
+        chosen = [kept[index] for index in spaced_indices(SAMPLE_ROWS, len(kept))]
         check_template(check, template, need(tokenizer, "a tokenizer"), need(teacher_tokenizer, "a tokenizer"), chosen)
 
     beside = max(0, resident_bytes() - before)  # rows and tokenizers: a vocabulary of 262,144 takes 0.3 GB
@@ -220,7 +220,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
         models = [model for model in (teacher, student) if model is not None]
         need(models or None, "a model")
         answered = [*validation[: recipe.evaluation.rows], *(row for of_set in sets.values() for row in of_set)]
-        check_room(recipe, models, need(tokenizer, "a tokenizer"), template, answered)
+        check_context_length(recipe, models, need(tokenizer, "a tokenizer"), template, answered)
         longest = max(need(data, "tokenised rows").lengths)
         check.summary = f"{longest} tokens of the longest row and {recipe.evaluation.max_new_tokens} of an answer fit"
 
@@ -233,7 +233,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
 
     # The loss on real rows, then three steps. With sequence-level KD the teacher answers the rows of the sample itself.
     written = recipe.data.responses == "teacher"
-    sample_rows = spread(ANSWERED_ROWS if written else SAMPLE_ROWS, 0 if data is None else len(data))
+    sample_rows = spaced_indices(ANSWERED_ROWS if written else SAMPLE_ROWS, 0 if data is None else len(data))
     if written:
         with diagnosis.check("answers") as check:
             asked = [need(kept or None, "tokenised rows")[index] for index in sample_rows]
@@ -310,7 +310,7 @@ def examine(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | N
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def recipe_words(recipe: Recipe) -> str:
+def describe_recipe(recipe: Recipe) -> str:
     """Teacher, student and loss in one line."""
     student = short(recipe.student.model or "")
     if recipe.student.init is not None:

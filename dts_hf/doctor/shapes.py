@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dts_hf.distributed.sharding import whole_weights
+from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError
 
 
@@ -58,7 +58,7 @@ class ModelShape:
         import torch
         from transformers import AutoModelForCausalLM
 
-        with whole_weights(), torch.device("meta"):
+        with unsharded_init(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return cls._of(config, model)
 

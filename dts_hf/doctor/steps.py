@@ -91,7 +91,7 @@ def check_steps(
     peak.start()
     try:
         trainer.train()
-    except RunError as error:  # the loss was no number in all of them
+    except RunError as error:  # the loss was non-finite in all of them
         check.error("step-not-finite", str(error))
         return
     bytes_at_peak = peak.read()

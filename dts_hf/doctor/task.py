@@ -31,7 +31,7 @@ from dts_hf.doctor.run import (
     trial_recipe,
     use_of_teacher,
 )
-from dts_hf.doctor.tokens import MANY_ROWS, check_tokenizers, spread
+from dts_hf.doctor.tokens import MANY_ROWS, check_tokenizers, spaced_indices
 from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizers
 
@@ -89,7 +89,7 @@ def examine_task(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: in
     encoded: LabelledDataset | None = None
     with diagnosis.check("data") as check:
         rows = need(train, "rows")
-        looked_at = [rows[index] for index in spread(LOOKED_AT, len(rows))]
+        looked_at = [rows[index] for index in spaced_indices(LOOKED_AT, len(rows))]
         type_ids = takes_type_ids(student) or takes_type_ids(teacher)
         encoded, cut = encode_labelled(
             looked_at, need(tokenizer, "a tokenizer"), max_length=recipe.task.max_length, type_ids=type_ids
@@ -107,7 +107,7 @@ def examine_task(diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: in
             trial, task, one_device(task_arguments(trial, task)), need(student, "the student"), teacher,
             need(tokenizer, "a tokenizer"), need(teacher_tokenizer, "a tokenizer"), {"train": need(encoded, "rows")},
         )  # fmt: skip
-        sample = logits_of(trainer, need(encoded, "rows"), spread(SAMPLE_ROWS, len(need(encoded, "rows"))))
+        sample = logits_of(trainer, need(encoded, "rows"), spaced_indices(SAMPLE_ROWS, len(need(encoded, "rows"))))
         compare(check, trainer, task, sample)
     for name in ("effect", "temperature"):
         with diagnosis.check(name) as check:
@@ -163,7 +163,7 @@ def check_task_limits(check: Check, data: LabelledDataset, cut: int, rows: int) 
 def labelled_picture(task: GlueTask, data: LabelledDataset, tokenizer: Any) -> list[PicturedRow]:
     """Two rows with the label that is learned."""
     pictured = []
-    for index in spread(2, len(data)):
+    for index in spaced_indices(2, len(data)):
         row = data[index]
         label = f" {row['labels']:g}" if task.regression else f" {task.labels[int(row['labels'])]}"
         segments = [

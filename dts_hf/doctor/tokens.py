@@ -25,7 +25,7 @@ MANY_ROWS = 0.05
 SAMPLED_ROWS = 64
 
 
-def spread(count: int, total: int) -> list[int]:
+def spaced_indices(count: int, total: int) -> list[int]:
     """At most ``count`` of the numbers below ``total``, as far apart as possible."""
     count = min(count, total)
     return [index * total // count for index in range(count)]
@@ -279,7 +279,7 @@ def check_labels(check: Check, data: EncodedDataset, collator: Any, end: int) ->
         collator: the trainer's own.
         end: id of the end token.
     """
-    rows = spread(SAMPLED_ROWS, len(data))
+    rows = spaced_indices(SAMPLED_ROWS, len(data))
     learned = expected = ends = learned_ends = 0
     for start in range(0, len(rows), 8):
         examples = [data[index] for index in rows[start : start + 8]]

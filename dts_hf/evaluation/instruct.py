@@ -54,8 +54,8 @@ def evaluate_instruct(
     """Answer the prompts of ``rows`` once for each seed and score the answers against the references.
 
     **Same text for any number of processes, and after a kill.** In fp32 the text of a row does not depend on the rows
-    beside it, so each process takes every so-manieth row, and any row that is there is kept. In bf16 and fp16 it does,
-    in near-ties: there the rows are cut into blocks of ``BLOCK_BATCHES`` batches, a block is always answered as a
+    beside it, so each process takes a strided share of the rows, and any row that is there is kept. In bf16 and fp16 it
+    does, in near-ties: there the rows are cut into blocks of ``BLOCK_BATCHES`` batches, a block is always answered as a
     whole and by one process, and a block that a kill left incomplete is answered again.
 
     Args:
@@ -94,7 +94,7 @@ def evaluate_instruct(
         checked_prompts(model, [p.ids for _, p in kept], protocol.max_new_tokens, [row.id for row, _ in kept])
     rank, world = process() if all_processes else (0, 1)
     if not all_processes and isinstance(model, torch.nn.Module) and is_sharded(model):
-        raise ValueError("the weights are spread over processes: call evaluate_instruct on all, with all_processes")
+        raise ValueError("the weights are sharded over processes: call evaluate_instruct on all, with all_processes")
     lengths = [len(prompt.ids) for _, prompt in kept]
     calls = share_out(lengths, rows_are_independent(model), batch_size, rank, world)
     known = on_first_process(lambda: {} if answers is None else answers.load(), rank, world)

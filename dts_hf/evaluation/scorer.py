@@ -89,7 +89,7 @@ class Scorer:
         tokenizer: of student and teacher.
         rows: the validation rows; the recipe's ``rows`` says how many are answered.
         sets: further sets for the end of training, from ``load_sets``.
-        made: entries that an earlier life of the run has made, by model; these models are not scored again.
+        made: entries that an earlier attempt of the run has made, by model; these models are not scored again.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class weights_as(AbstractContextManager[None]):
     """Within it the floating-point weights of ``model`` have another dtype; afterwards the very same tensors are back.
 
     Decoding is bound by reading weights, so bf16 is about twice as fast as fp32; a round trip through bf16 would lose
-    the low bits, so the originals are kept aside and put back. Weights spread over processes (ZeRO-3, FSDP2) stay as
+    the low bits, so the originals are kept aside and put back. Weights sharded over processes (ZeRO-3, FSDP2) stay as
     they are: their shards belong to the wrapper.
     """
 

@@ -122,7 +122,7 @@ def generate(
     shapes: in fp32 an answer is the same for any batch size and order, up to ties closer than about 1e-5; in bf16 and
     fp16 such near-ties are frequent, so equal text needs equal batches there (``evaluate_instruct`` sees to that).
 
-    A model whose weights are spread over processes (``is_sharded``: ZeRO-3, FSDP2) must be called by all of them at
+    A model whose weights are sharded over processes (``is_sharded``: ZeRO-3, FSDP2) must be called by all of them at
     the same time, each with its own prompts: they agree before each forward, and one that has ended goes along.
 
     Args:

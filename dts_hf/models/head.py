@@ -1,9 +1,6 @@
-"""Weights that are spread over processes: how a teacher is spread, and how weights are made whole again.
+"""``Head``: how final states become logits, and the way to reach it inside a wrapped model.
 
-A student is spread by what trains it (DeepSpeed's ZeRO-3, FSDP2). A teacher only ever runs forward, so one way does
-for every strategy: ``torch.distributed.fsdp.fully_shard`` (FSDP2).
-
-Every function here that talks to other processes is called by all of them, in the same order.
+Torch alone, so that the loss can use it without knowing Transformers.
 """
 
 from __future__ import annotations
@@ -226,7 +223,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def whole_head(head: Head | None) -> Iterator[Head | None]:
+def gather_head(head: Head | None) -> Iterator[Head | None]:
     """Within it ``head`` with whole weights on every process: gathered once, for any number of chunks.
 
     Outside of a forward the weights of a sharded model are shares. (The student's head needs none of this: its loss

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dts_hf.distributed.sharding import whole_weights
+from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError, nearest
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import check_head
@@ -180,7 +180,7 @@ def load_weights(
         if quantization != "none":
             options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
-        with whole_weights():
+        with unsharded_init():
             loaded: Any = auto_class.from_pretrained(
                 source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )

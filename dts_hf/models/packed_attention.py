@@ -1,10 +1,10 @@
-"""Attention over packed rows without a dense mask: each row attends within its own borders, and nothing else is computed.
+"""Attention over packed rows without a dense mask: each row attends within its own boundaries, and nothing else is computed.
 
 Transformers answers packed rows with a mask of (sum of T)^2 entries, most of which say no. Flash Attention knows
-better, but needs a GPU. Here the borders themselves travel where the mask would: ``borders_mask`` is a four-dimensional
-tensor of whole numbers, which every model hands to its attention layers untouched. An attention function that does not
+better, but needs a GPU. Here the boundaries themselves travel where the mask would: ``cu_seqlens_mask`` is a four-
+dimensional tensor of whole numbers, which every model hands to its attention layers untouched. An attention function that does not
 know it fails on its type, so rows can never be joined in silence; and because it is an ordinary argument of the layer,
-gradient checkpointing sees the same borders when it runs the layer again.
+gradient checkpointing sees the same boundaries when it runs the layer again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NAME = "dts_hf_packed"
 ROW = 12  # tokens of each of the two rows that ``check_packing`` looks at
 
 
-def borders_mask(lengths: Sequence[int]) -> Tensor:
-    """The rows' borders as an attention mask: int64 ``[1, 1, 1, rows + 1]``, 0 first and the number of tokens last."""
+def cu_seqlens_mask(lengths: Sequence[int]) -> Tensor:
+    """The rows' boundaries as an attention mask: int64 ``[1, 1, 1, rows + 1]``, 0 first and the number of tokens last."""
     return torch.tensor([0, *accumulate(lengths)]).view(1, 1, 1, -1)
 
 
-def is_borders(mask: Tensor | None) -> bool:
-    """Whether ``mask`` is a ``borders_mask`` and not a mask of the usual kinds."""
+def is_cu_seqlens(mask: Tensor | None) -> bool:
+    """Whether ``mask`` is a ``cu_seqlens_mask`` and not a mask of the usual kinds."""
     return mask is not None and mask.dim() == 4 and mask.dtype == torch.int64
 
 
@@ -50,22 +50,22 @@ def packed_attention(
 
     Args:
         query: ``[1, heads, sum of T, width]``; ``key`` and ``value`` may have fewer heads.
-        attention_mask: ``borders_mask``, or a mask for ``sdpa``.
+        attention_mask: ``cu_seqlens_mask``, or a mask for ``sdpa``.
 
     Returns:
         ``[1, sum of T, heads, width]`` and None, as transformers expects.
     """
-    if not is_borders(attention_mask):
+    if not is_cu_seqlens(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("packed attention does not know the soft-cap of attention scores")
     config = getattr(module, "config", None)
     for limit in ("sliding_window", "attention_chunk_size"):
-        # Some families apply it through the mask alone (Qwen2-MoE, PhiMoE, Llama 4): with borders it would be lost.
+        # Some families apply it through the mask alone (Qwen2-MoE, PhiMoE, Llama 4): with boundaries it would be lost.
         if limit not in kwargs and getattr(config, limit, None) is not None:
             raise ValueError(f"packed attention does not see the model's {limit}")
-    borders: list[int] = attention_mask.flatten().tolist()  # type: ignore[union-attr]
-    lengths = [last - first for first, last in pairwise(borders)]
+    cu_seqlens: list[int] = attention_mask.flatten().tolist()  # type: ignore[union-attr]
+    lengths = [last - first for first, last in pairwise(cu_seqlens)]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # faster on a CPU than enable_gqa
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -100,17 +100,17 @@ def check_packing(
     gives alone, whatever the first one says, but for rounding.
 
     On a CPU a model that uses ``sdpa`` is switched to ``packed_attention`` where that works too; other calls of the model
-    see no change. Bloom, MPT, Falcon, Mamba and others read row borders from nowhere (transformers 5.23): each row would
+    see no change. Bloom, MPT, Falcon, Mamba and others read row boundaries from nowhere (transformers 5.23): each row would
     see the rows before it, and nothing would say so.
 
     Args:
         model: a causal language model on its device; its mode is restored.
         name: the word for it in the error.
         device: where the model will be trained, where that is not where it is now.
-        own_mask: whether the batches may carry ``borders_mask``; those of a collator of the user's have positions alone.
+        own_mask: whether the batches may carry ``cu_seqlens_mask``; those of a collator of the user's have positions alone.
 
     Returns:
-        Whether the model reads ``borders_mask``; if not, it reads the borders from ``position_ids``.
+        Whether the model reads ``cu_seqlens_mask``; if not, it reads the boundaries from ``position_ids``.
 
     Raises:
         UserError: the model mixes packed rows.
@@ -123,7 +123,7 @@ def check_packing(
             alone = owner(input_ids=_probe(owner)[:, ROW:], use_cache=False).logits.float()
         if own_mask and before in ("sdpa", NAME) and (device or owner.device).type == "cpu":
             owner.set_attn_implementation(NAME)
-            if _keeps_rows_apart(owner, borders_mask([ROW, ROW]), alone):
+            if _keeps_rows_apart(owner, cu_seqlens_mask([ROW, ROW]), alone):
                 return True
             owner.set_attn_implementation(before)
         if _keeps_rows_apart(owner, None, alone):

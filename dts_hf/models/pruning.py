@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from dts_hf.distributed.sharding import whole_weights
+from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError
 
 #: Keys of configurations that list layer numbers.
@@ -73,7 +73,7 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     elif wraps:
         embeddings, output = teacher.get_input_embeddings(), teacher.get_output_embeddings()
         config.tie_word_embeddings = output is not None and output.weight is embeddings.weight
-    with whole_weights():
+    with unsharded_init():
         student: PreTrainedModel = build(config, dtype=next(teacher.parameters()).dtype)
     state = _state_for(student, teacher, kept_layers(layers, _depth(text_config)), wraps)
     shapes = {name: weight.shape for name, weight in student.state_dict().items()}
@@ -81,8 +81,8 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         ours, theirs = shapes.get(name), state[name].shape if name in state else None
         if ours != theirs:
             raise UserError(
-                f"student.init: {type(teacher).__name__} cannot be pruned: {name} is {_words(theirs)} in the teacher and "
-                f"{_words(ours)} in the student. Give student.model instead"
+                f"student.init: {type(teacher).__name__} cannot be pruned: {name} is {_describe_shape(theirs)} in the teacher "
+                f"and {_describe_shape(ours)} in the student. Give student.model instead"
             )
     student.load_state_dict(state, strict=True)
     if not classifies:
@@ -92,7 +92,7 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     return student.to(next(teacher.parameters()).device)  # type: ignore[arg-type]
 
 
-def _words(shape: torch.Size | None) -> str:
+def _describe_shape(shape: torch.Size | None) -> str:
     return "missing" if shape is None else "x".join(map(str, shape)) or "a number"
 
 
@@ -279,7 +279,7 @@ def _is_of_tokens(key: str) -> bool:
 
 def _kinds(build: Build, config: Any) -> list[Kind]:
     """What each layer of the model of ``config`` is; empty where the model has no list of its layers."""
-    with whole_weights(), torch.device("meta"):
+    with unsharded_init(), torch.device("meta"):
         model = build(copy.deepcopy(config))
     depth = int(config.num_hidden_layers)
     modules = dict(model.named_modules())

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.distributed.processes import process
-from dts_hf.distributed.sharding import is_sharded, whole_state_dict, whole_weights
+from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
 
 if TYPE_CHECKING:
     pass
@@ -25,18 +25,18 @@ def save_student(
 ) -> nn.Module:
     """Write the student with ``save_pretrained`` (safetensors): LoRA merged into its weights, or the adapter alone.
 
-    Every process calls it, because the weights may be spread over all of them; the first one writes. ``folder`` is there
+    Every process calls it, because the weights may be sharded over all of them; the first one writes. ``folder`` is there
     as a whole or not at all, at every moment: one that is there already is renamed, not emptied, once everything is
     written. A kill between two renames leaves it as ``.NAME.old.unfinished``. Of a link, the folder behind it is written.
 
     Returns:
         the model as it was saved, on the first process; merging, and making it whole, makes it another one.
     """
-    weights = whole_state_dict(model) if is_sharded(model) else None
+    weights = full_state_dict(model) if is_sharded(model) else None
     if process()[0] != 0:
         return model
     if weights is not None:
-        model = _whole_copy(model, weights)
+        model = _unsharded_copy(model, weights)
     if merge_lora and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
     config: Any = model.config
@@ -58,15 +58,15 @@ def save_student(
     return model
 
 
-def _whole_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """A model like ``model``, whose weights are spread over processes, with the whole ``weights``; good for saving only.
+def _unsharded_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A model like ``model``, whose weights are sharded over processes, with the whole ``weights``; good for saving only.
 
     Its buffers that are no weights (rotary frequencies) are not there.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     # FSDP2 makes a class of its own out of the model's
     kind: Any = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
-    with whole_weights(), torch.device("meta"):
+    with unsharded_init(), torch.device("meta"):
         copied: Any = kind(copy.deepcopy(base.config))
         if model is not base:
             from peft import get_peft_model

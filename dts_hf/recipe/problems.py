@@ -158,7 +158,7 @@ def _expected_one(node: Schema, schema: Schema) -> str:
         return shown(node["const"])
     kind = node.get("type")
     if kind in ("integer", "number"):
-        return ("a whole number" if kind == "integer" else "a number") + _range_words(node)
+        return ("a whole number" if kind == "integer" else "a number") + _describe_range(node)
     if kind == "array":
         words = "a list of at least one item" if node.get("minItems") else "a list"
         return f"{words}, each {_expected(node['items'], schema)}" if node.get("items") else words
@@ -169,7 +169,7 @@ def _expected_one(node: Schema, schema: Schema) -> str:
     return {"string": "text", "boolean": "true or false", "null": "null"}.get(str(kind), "another value")
 
 
-def _range_words(node: Schema) -> str:
+def _describe_range(node: Schema) -> str:
     low, high = node.get("minimum"), node.get("maximum")
     if low is not None and high is not None and high < LARGEST:
         return f" between {low:g} and {high:g}"

@@ -111,7 +111,7 @@ class Teacher(Section):
     )
     placement: Literal["replicated", "sharded"] = Field(
         default="replicated",
-        description="The whole teacher on every process, or spread over all of them (several processes only).",
+        description="The whole teacher on every process, or sharded over all of them (several processes only).",
     )
     vocab_alignment: Literal["strict", "truncate_to_tokenizer", "intersect"] = Field(
         default="strict", description="What to do when teacher and student have logits of different widths."

@@ -140,7 +140,7 @@ def hub_id(value: str | None) -> str | None:
     return value
 
 
-def model_words(value: str, revision: str | None = None) -> str:
+def describe_model(value: str, revision: str | None = None) -> str:
     """Where a model came from, in words: a Hub name with its revision, a local folder or file, a packaged file."""
     if value.startswith(PACKAGE_PREFIX):
         package, _, file = value.removeprefix(PACKAGE_PREFIX).partition("/")
@@ -151,20 +151,20 @@ def model_words(value: str, revision: str | None = None) -> str:
     return f"`{value}`" + (f" at revision `{revision}`" if revision else " (no revision pinned)")
 
 
-def teacher_words(facts: Facts) -> str:
+def describe_teacher(facts: Facts) -> str:
     """The teacher, in words."""
     teacher = facts.section("teacher")
     if facts.recipe and not teacher:
         return "none: it learnt from labels alone"
     if not teacher.get("model"):
         return "unknown (the run has no recipe)"
-    words = model_words(teacher["model"], teacher.get("revision"))
+    words = describe_model(teacher["model"], teacher.get("revision"))
     if teacher.get("quantization") not in (None, "none"):
         words += f", quantised to {teacher['quantization']}"
     return words
 
 
-def student_words(facts: Facts) -> str:
+def describe_student(facts: Facts) -> str:
     """Where the student's first weights came from, in words."""
     student = facts.section("student")
     init = student.get("init")
@@ -173,7 +173,7 @@ def student_words(facts: Facts) -> str:
         kept = f"{layers} evenly spaced layers" if isinstance(layers, int) else f"layers {layers}"
         words = f"pruned from the teacher ({kept} kept)"
     elif student.get("model"):
-        words = model_words(student["model"], student.get("revision"))
+        words = describe_model(student["model"], student.get("revision"))
     else:
         return "unknown (the run has no recipe)"
     lora = student.get("lora")
@@ -200,7 +200,7 @@ def _name_and_options(value: Any) -> tuple[str, dict[str, Any]]:
     return str(options.pop("name", "unknown")), options
 
 
-def call_words(name: str, options: Mapping[str, Any]) -> str:
+def format_call(name: str, options: Mapping[str, Any]) -> str:
     """``dts(rule=gap, t_init=3.0)``."""
     return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})" if options else name
 
@@ -307,7 +307,7 @@ def share_of(part: float | None, whole: float | None) -> float | None:
     return 100.0 * part / whole if part is not None and whole else None
 
 
-def count_words(value: float | None) -> str:
+def format_count(value: float | None) -> str:
     """``81.9 M`` for 81900000."""
     if value is None:
         return "-"
@@ -317,7 +317,7 @@ def count_words(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def duration_words(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """``1 h 05 min``, ``5 min 12 s`` or ``42 s``."""
     if seconds is None:
         return "-"

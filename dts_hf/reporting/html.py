@@ -11,7 +11,7 @@ from dts_hf.reporting.facts import (
     MODEL_LABELS,
     MODELS,
     Facts,
-    count_words,
+    format_count,
     gather,
     interval,
     number,
@@ -22,7 +22,7 @@ from dts_hf.reporting.facts import (
 )
 from dts_hf.reporting.model_card import TEMPLATES, limits, settings, summary
 from dts_hf.reporting.plots import DARK, LIGHT, draw
-from dts_hf.reporting.tables import MEASURES, counts_words, score_lines
+from dts_hf.reporting.tables import MEASURES, format_counts, score_lines
 from dts_hf.runs.directory import RunDirectory
 
 SAMPLES = 12
@@ -80,8 +80,8 @@ def render_html(run: RunDirectory) -> str:
         headlines=headlines(facts),
         labels=[MODEL_LABELS[model] for model in MODELS],
         lines=score_lines(facts),
-        counts=counts_words(facts),
-        intervals=_interval_words(facts),
+        counts=format_counts(facts),
+        intervals=_format_interval(facts),
         teacher_is_reference=teacher_is_reference(facts),
         figures=[
             (light, _data_uri(light.png()) if light.figure else "", _data_uri(dark.png()) if dark.figure else "")
@@ -161,7 +161,7 @@ def headlines(facts: Facts) -> list[Headline]:
     teacher, _, after = values("parameters")
     if after is not None:
         share = share_of(after, teacher)
-        found.append(Headline("parameters", count_words(after), f"{share:.0f} % of the teacher's" if share else ""))
+        found.append(Headline("parameters", format_count(after), f"{share:.0f} % of the teacher's" if share else ""))
     return found
 
 
@@ -191,7 +191,7 @@ def _beside(*others: tuple[str, float | None, str], unit: str = "") -> str:
     return ", ".join(f"{name} {value:{form}}{unit}" for name, value, form in others if value is not None)
 
 
-def _interval_words(facts: Facts) -> str:
+def _format_interval(facts: Facts) -> str:
     """``teacher ± 3.1, student after ± 4.0 (validation)`` for every set with predictions."""
     parts = []
     for set_name in facts.sets:

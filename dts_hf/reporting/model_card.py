@@ -8,10 +8,12 @@ from typing import Any, cast
 from dts_hf.reporting.facts import (
     Facts,
     Policy,
-    call_words,
-    count_words,
+    describe_student,
+    describe_teacher,
     divergence,
-    duration_words,
+    format_call,
+    format_count,
+    format_duration,
     gather,
     hub_id,
     kept_best,
@@ -21,12 +23,10 @@ from dts_hf.reporting.facts import (
     publishable,
     share_of,
     short_name,
-    student_words,
     teacher_is_reference,
-    teacher_words,
     temperature,
 )
-from dts_hf.reporting.tables import MEASURES, counts_words, markdown_scores, score_lines
+from dts_hf.reporting.tables import MEASURES, format_counts, markdown_scores, score_lines
 from dts_hf.runs.directory import RunDirectory
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,7 +57,7 @@ def render_model_card(run: RunDirectory) -> str:
         facts=facts,
         metadata=card_data(facts).to_yaml(),
         scores=markdown_scores(facts),
-        counts=counts_words(facts),
+        counts=format_counts(facts),
         teacher_is_reference=teacher_is_reference(facts),
         settings=settings(facts),
         policy=policy,
@@ -147,7 +147,7 @@ def summary(facts: Facts) -> str:
     """One sentence: what this model is."""
     size = number(facts.model("student").get("parameters"))
     share = share_of(size, number(facts.model("teacher").get("parameters")))
-    words = f"A student of {count_words(size)} parameters" if size else "A student"
+    words = f"A student of {format_count(size)} parameters" if size else "A student"
     if share:
         words += f" ({share:.0f} % of its teacher's)"
     if not facts.recipe:
@@ -155,8 +155,8 @@ def summary(facts: Facts) -> str:
     if facts.task:
         words += f", a classifier for GLUE's {facts.task['subset']}"
     if not facts.learns_from_teacher:
-        return f"{words}, trained on labels alone with `dts_hf`. Its first weights: {student_words(facts)}."
-    words += f", distilled with `dts_hf` from {teacher_words(facts)}. Its first weights: {student_words(facts)}."
+        return f"{words}, trained on labels alone with `dts_hf`. Its first weights: {describe_student(facts)}."
+    words += f", distilled with `dts_hf` from {describe_teacher(facts)}. Its first weights: {describe_student(facts)}."
     if not softens(facts):
         return words
     policy = temperature(facts)[0]
@@ -173,29 +173,29 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         "none": "none: the KD loss is not multiplied by T²",
     }.get(str(loss.get("temperature_scaling")), str(loss.get("temperature_scaling")))
     softened = [
-        ("divergence", f"`{call_words(*divergence(facts))}`"),
-        ("temperature policy", f"`{call_words(temperature(facts)[0], policy.options)}`"),
+        ("divergence", f"`{format_call(*divergence(facts))}`"),
+        ("temperature policy", f"`{format_call(temperature(facts)[0], policy.options)}`"),
         ("rule", policy.rule),
         ("T² factor", scaling),
     ]
     if facts.task:
         return [(name, value) for name, value in _task_settings(facts, softened) if value]
     rows = [
-        ("teacher", teacher_words(facts)),
+        ("teacher", describe_teacher(facts)),
         (
             "teacher's tokenizer",
             f"`{_published(name)}`" if (name := facts.section("teacher").get("tokenizer")) else "",
         ),
-        ("student", student_words(facts)),
-        ("parameters", _parameter_words(facts)),
+        ("student", describe_student(facts)),
+        ("parameters", _format_parameters(facts)),
         *(softened if softens(facts) else []),
-        ("loss", _loss_words(facts, "cross-entropy on the hard labels", "KD loss")),
-        ("answers learnt from", _answers_words(facts)),
+        ("loss", _describe_loss(facts, "cross-entropy on the hard labels", "KD loss")),
+        ("answers learnt from", _describe_answers(facts)),
         ("prompt template", f"`{data.get('prompt_template')}`"),
         ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
-        *((f"data, {split}", _split_words(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
-        ("training", _training_words(facts)),
-        ("versions", _version_words(facts)),
+        *((f"data, {split}", _describe_split(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
+        ("training", _describe_training(facts)),
+        ("versions", _describe_versions(facts)),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -207,18 +207,18 @@ def _task_settings(facts: Facts, softened: list[tuple[str, str]]) -> list[tuple[
         hard, soft = "squared error to the label", "squared error to the teacher's score"
     return [
         ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens"),
-        ("teacher", teacher_words(facts)),
-        ("student", student_words(facts)),
-        ("parameters", _parameter_words(facts)),
+        ("teacher", describe_teacher(facts)),
+        ("student", describe_student(facts)),
+        ("parameters", _format_parameters(facts)),
         *(softened if softens(facts) else []),
-        ("loss", _loss_words(facts, hard, soft)),
-        *((f"data, {split}", _split_words(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
-        ("training", _training_words(facts)),
-        ("versions", _version_words(facts)),
+        ("loss", _describe_loss(facts, hard, soft)),
+        *((f"data, {split}", _describe_split(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
+        ("training", _describe_training(facts)),
+        ("versions", _describe_versions(facts)),
     ]
 
 
-def _loss_words(facts: Facts, hard: str, soft: str) -> str:
+def _describe_loss(facts: Facts, hard: str, soft: str) -> str:
     """The weighted sum that was minimised, with the recipe's weights or the policy's own."""
     ratio = number(facts.section("loss").get("kd_ratio"))
     if not facts.section("teacher") or ratio is None:
@@ -300,21 +300,21 @@ def _published(source: Any) -> str:
     return ", ".join(map(short_name, source)) if isinstance(source, list) else short_name(str(source))
 
 
-def _parameter_words(facts: Facts) -> str:
+def _format_parameters(facts: Facts) -> str:
     student, teacher = (number(facts.model(name).get("parameters")) for name in ("student", "teacher"))
-    words = f"student {count_words(student)}" if student else ""
+    words = f"student {format_count(student)}" if student else ""
     if teacher:
-        words += f"{', ' if words else ''}teacher {count_words(teacher)}"
+        words += f"{', ' if words else ''}teacher {format_count(teacher)}"
     return words
 
 
-def _answers_words(facts: Facts) -> str:
+def _describe_answers(facts: Facts) -> str:
     if facts.section("data").get("responses") == "teacher":
         return "the teacher's: it answered every training prompt once (sequence-level distillation)"
     return "those of the data"
 
 
-def _split_words(entry: dict[str, Any]) -> str:
+def _describe_split(entry: dict[str, Any]) -> str:
     words = f"`{_published(entry.get('source', 'unknown'))}`"
     if entry.get("kept") is not None:
         words += f", {entry['kept']} of {entry.get('rows', '?')} rows used"
@@ -322,21 +322,21 @@ def _split_words(entry: dict[str, Any]) -> str:
         if entry.get(key):
             words += f", {entry[key]} {key}"
     if entry.get("response_tokens"):
-        words += f", {count_words(entry['response_tokens'])} answer tokens"
+        words += f", {format_count(entry['response_tokens'])} answer tokens"
     if entry.get("sha256"):
         words += f", sha256 `{entry['sha256']}`"
     return words
 
 
-def _training_words(facts: Facts) -> str:
+def _describe_training(facts: Facts) -> str:
     done = facts.metrics.get("training") or {}
     parts = []
     if done.get("steps"):
         parts.append(f"{done['steps']} optimizer steps")
     if done.get("tokens"):
-        parts.append(f"{count_words(done['tokens'])} tokens")
+        parts.append(f"{format_count(done['tokens'])} tokens")
     if done.get("seconds"):
-        parts.append(duration_words(done["seconds"]))
+        parts.append(format_duration(done["seconds"]))
     if number(done.get("peak_memory_gb")):
         parts.append(f"peak memory {done['peak_memory_gb']:.1f} GB")
     given = publishable(dict(facts.section("training")))
@@ -346,7 +346,7 @@ def _training_words(facts: Facts) -> str:
     return ", ".join(parts)
 
 
-def _version_words(facts: Facts) -> str:
+def _describe_versions(facts: Facts) -> str:
     packages = facts.environment.get("packages") or {}
     shown = [f"{name} {packages[name]}" for name in VERSIONS_SHOWN if name in packages]
     if facts.environment.get("python"):

@@ -137,7 +137,7 @@ def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
         caption += (
             " Bottom: the gap, the student's cross-entropy minus the teacher's on the training answers; "
             "above 0 the student is the worse of the two."
-        ) + _smoothing_words(gap)
+        ) + _describe_smoothing(gap)
     return Drawing("temperature", title, caption, figure)
 
 
@@ -190,7 +190,7 @@ def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
             "Distance to the teacher: the KD loss that is minimised depends on the temperature (and its T² factor), "
             "so its fall is partly the schedule's; KL at T = 1 is the same yardstick for every step and every run."
         )
-    caption = caption.strip() + _smoothing_words(*(d for _, g in groups for d, *_, style in g if style != "points"))
+    caption = caption.strip() + _describe_smoothing(*(d for _, g in groups for d, *_, style in g if style != "points"))
     return Drawing("losses", title, caption, figure)
 
 
@@ -339,7 +339,7 @@ def moving_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _smoothing_words(*curves: Curve) -> str:
+def _describe_smoothing(*curves: Curve) -> str:
     smoothed = any(len(data.values) >= SMOOTH_FROM for data in curves)
     return " Thin lines are the logged values, thick ones their moving mean." if smoothed else ""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dts_hf.reporting.facts import MODEL_LABELS, MODELS, Facts, count_words, gather, number
+from dts_hf.reporting.facts import MODEL_LABELS, MODELS, Facts, format_count, gather, number
 from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Measure:
         if value is None or (signed and value == 0):
             return ABSENT
         if self.key == "parameters":
-            return ("+" if signed and value > 0 else "") + count_words(value)
+            return ("+" if signed and value > 0 else "") + format_count(value)
         return f"{value:{'+' if signed else ''}.{self.digits}f}"
 
 
@@ -247,7 +247,7 @@ def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: 
     return lines
 
 
-def counts_words(facts: Facts) -> str:
+def format_counts(facts: Facts) -> str:
     """What the scores rest on: ``validation: 64 prompts, sampled with seed 10; ...``."""
     parts = []
     for set_name in facts.sets:
@@ -274,7 +274,7 @@ def summary_table(run: RunDirectory) -> Table:
     from rich.text import Text
 
     facts = gather(run)
-    table = Table(title=f"{facts.name}: scores", caption=counts_words(facts) or None)
+    table = Table(title=f"{facts.name}: scores", caption=format_counts(facts) or None)
     table.add_column("")
     for model in MODELS:
         table.add_column(MODEL_LABELS[model], justify="right")

@@ -5,7 +5,7 @@
 
 Every process writes its part of a checkpoint. ``complete.json`` is written last, by the first process, after all of
 them are done; a folder without it, or whose files are not those that it lists, is what a killed process left. Older
-checkpoints are removed only after that, so at any moment there is a whole one if there ever was.
+checkpoints are removed only after that, so at any moment there is a complete one if there ever was.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_complete(folder: str | Path) -> dict[str, Any]:
 
 
 def why_incomplete(folder: str | Path) -> str | None:
-    """Why nothing can go on from ``folder``, as the end of a sentence; None where it is whole."""
+    """Why nothing can go on from ``folder``, as the end of a sentence; None where it is complete."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -82,7 +82,7 @@ def why_not_resumable(folder: str | Path) -> str | None:
 
 
 def is_resumable(folder: str | Path) -> bool:
-    """Whether a whole checkpoint holds more than the weights (``training.save_only_model``)."""
+    """Whether a complete checkpoint holds more than the weights (``training.save_only_model``)."""
     return bool(read_complete(folder).get("resumable"))
 
 
@@ -98,7 +98,7 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def newest_complete(run: str | Path) -> Path | None:
-    """The checkpoint to go on from; None where no whole one is there. Nothing is changed."""
+    """The checkpoint to go on from; None where no complete one is there. Nothing is changed."""
     whole = (folder for folder in reversed(checkpoints(run)) if why_incomplete(folder) is None)
     return next(filter(is_resumable, whole), None)
 
@@ -110,10 +110,10 @@ def remove(folder: str | Path) -> None:
 
 
 def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | Path | None] = ()) -> None:
-    """Remove what the whole checkpoint of ``step`` makes useless.
+    """Remove what the complete checkpoint of ``step`` makes useless.
 
     That is every interrupted one of an earlier step and, where ``limit`` is given, the oldest of the others until
-    ``limit`` are left, among them those in ``keep``. Checkpoints of later steps (of a life that ended) are not touched.
+    ``limit`` are left, among them those in ``keep``. Checkpoints of later steps (of an attempt that ended) are not touched.
     """
     own = [folder for folder in _folders(Path(run)) if step_of(folder) <= step]
     whole = [folder for folder in own if why_incomplete(folder) is None]

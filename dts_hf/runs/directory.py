@@ -34,7 +34,7 @@ from dts_hf.runs.lock import LOCK
 RECIPE_HEADER = (
     "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
 )
-BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss was no number
+BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss was non-finite
 # What create(overwrite=True) removes, in this order: what is left when that is cut short must neither look finished nor
 # like something to resume. Anything else in the folder is not ours and stays.
 OUR_NAMES = (
@@ -205,7 +205,7 @@ class RunDirectory:
         return _read_json(self.metrics_path)
 
     def write_scores(self, values: Mapping[str, Any]) -> None:
-        """Write ``scores.json``: scores of the models before training, for a later life of this run."""
+        """Write ``scores.json``: scores of the models before training, for a later attempt at this run."""
         write_json_atomic(self.scores_path, values)
 
     def read_scores(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class RunDirectory:
         return self.log_path.stat().st_size if self.log_path.is_file() else 0
 
     def cut_log(self, size: int) -> None:
-        """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from a life of the run that did not last."""
+        """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""
         if self.log_size() > size:
             with self.log_path.open("rb+") as file:
                 file.truncate(size)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dts_hf.training.trainer import DistillationTrainer
 
 
-#: What may change between the lives of a run: where results go, what is saved and shown, and how work is cut up. The
+#: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
 #: two about the size of a batch are compared together with the number of processes, by ``exact_resume.check_layout``.
 MAY_CHANGE = (
     "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
@@ -58,9 +58,9 @@ class Start:
 
     Attributes:
         checkpoint: go on from it; None: from the beginning.
-        keep: the folder holds an earlier life of this run, whose files stay.
+        keep: the folder holds an earlier attempt at this run, whose files stay.
         finished: nothing is left to do.
-        scores: those of ``BEFORE`` that an earlier life made, as in ``metrics.json``.
+        scores: those of ``BEFORE`` that an earlier attempt made, as in ``metrics.json``.
         log_bytes: where ``log.jsonl`` stood then; what follows was not yet so.
     """
 
@@ -82,7 +82,7 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         resume: go on with the run in ``output.dir`` if there is one.
 
     Raises:
-        UserError: the folder cannot be used, or another process uses it; the named checkpoint is not whole, or the run in
+        UserError: the folder cannot be used, or another process uses it; the named checkpoint is not complete, or the run in
             the folder is another one; a recorded run that the temperature needs is not there.
     """
     start = _start_of(recipe, args, resume)
@@ -120,7 +120,7 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     if not exists:
         say(f"{run.path}: there is no run to resume, so this one starts from the beginning")
         return Start(keep=True)
-    say(f"{run.path}: there is no whole checkpoint, so the run starts from the beginning")
+    say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
     made = kept_scores(run)
     return Start(None, keep=True, scores=made.get("models", {}), log_bytes=made.get("log_bytes", 0))
 
@@ -133,7 +133,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         resume: go on with the run in ``output.dir`` if there is one.
 
     Raises:
-        UserError: the launch is not what it claims, the teacher cannot be spread over it, or see ``find_start``.
+        UserError: the launch is not what it claims, the teacher cannot be sharded over it, or see ``find_start``.
     """
     check_launch(args)
     watch_peers()

@@ -18,7 +18,7 @@ class LiveTeacher:
     It is never handed to ``accelerator.prepare``, which would wrap its forward into fp32 copies.
 
     Args:
-        model: a causal language model, whole or spread by ``sharding.shard_teacher``; it is frozen and put into
+        model: a causal language model, whole or sharded by ``sharding.shard_teacher``; it is frozen and put into
             evaluation mode.
     """
 
@@ -28,7 +28,7 @@ class LiveTeacher:
 
     @property
     def head(self) -> Head:
-        """Its weights are shares where the model is sharded: see ``sharding.whole_head``."""
+        """Its weights are shares where the model is sharded: see ``sharding.gather_head``."""
         return head_of(self.model)
 
     def to(self, device: torch.device) -> LiveTeacher:

@@ -12,7 +12,7 @@ class NoTeacher:
     """Stands where a teacher would; only for ``kd_ratio: 0``."""
 
     head = None
-    takes_borders = True
+    takes_cu_seqlens = True
 
     def states(self, batch: dict[str, Any], labels: Tensor) -> None:
         """There are none."""

@@ -50,7 +50,7 @@ def step_at(progress: float, steps: int) -> int:
 
 
 def read_trace(option: str, run: str, column: str) -> list[float | None]:
-    """``column`` of the log at each optimizer step of ``run``; None where it was no number.
+    """``column`` of the log at each optimizer step of ``run``; None where it was non-finite.
 
     A line of the log holds the mean over the steps since the line before, and stands for each of them; the steps after
     the last line take its value.
@@ -76,7 +76,7 @@ def read_trace(option: str, run: str, column: str) -> list[float | None]:
     steps = _steps(key, folder / "metrics.json")
     lines: list[tuple[int, float | None]] = []
     for step, value in _log_lines(key, folder / "log.jsonl", column):
-        while lines and lines[-1][0] >= step:  # of a life of the run that did not last
+        while lines and lines[-1][0] >= step:  # of an attempt of the run that did not last
             lines.pop()
         lines.append((step, value))
     if not lines:

@@ -81,7 +81,7 @@ class DTS(TemperaturePolicy):
 
     With ``granularity: batch``, the gap that drives step k is the one reported by ``end_step`` of step k - 1, and the
     first step runs at ``t_init``. Per row, the gap is the row's own and ``temperature`` is what the last step's mean gap
-    would give; a row whose gap is no number gets the cosine.
+    would give; a row whose gap is non-finite gets the cosine.
 
     Args:
         rule: ``paper``, ``code`` or ``gap`` (see the table above).
@@ -312,7 +312,7 @@ class DTS(TemperaturePolicy):
             if math.isfinite(observed[0]):
                 self.log_ratio = observed[0]
             observed = observed[1:]
-        # One step is enough, unless it was one that says nothing.
+        # One step suffices unless its statistics are non-finite.
         usable = len(observed) == len(SUPPORT_GRID) and all(map(math.isfinite, observed))
         if self.range == "auto" and not self.solved_range and usable:
             assert self.support_max is not None and self.support_min is not None  # range is auto

@@ -20,7 +20,7 @@ class LogitStd(TemperaturePolicy):
     standard deviation, as in the paper's code: the soft loss does not depend on the scale of the student's logits, and
     does not push it. (Up to version 0.1.0 the deviation was held constant, and a student could collapse.) A row with a
     deviation of 0.001 or less has none and is divided by ``value`` alone; the paper's code adds 1e-7 to the deviation,
-    and its gradient at equal logits is no number.
+    and its gradient at equal logits is non-finite.
 
     Made for image classes, where a student should not have to copy its teacher's scale. The one published comparison
     on language models (AdaKD, arXiv 2510.11615, Table 5, reverse KL) finds it 2.3 ROUGE-L points worse than T = 1.

@@ -74,7 +74,7 @@ class Replay(TemperaturePolicy):
         return self.trace[step_at(self.progress, len(self.trace))] if self.trace else [1.0, 1.0]
 
     def _column(self, name: str) -> list[float]:
-        """A step whose value was no number keeps the one before it."""
+        """A step whose value was non-finite keeps the one before it."""
         trace = read_trace("run", self.run, name)
         held = next(value for value in trace if value is not None)
         column = []

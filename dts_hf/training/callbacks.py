@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 #: In the reduction of a step: how many processes were asked to stop.
 STOP_ASKED = "stop_asked"
-#: A run ends after so many steps in a row whose loss is no number.
+#: A run ends after so many steps in a row whose loss is non-finite.
 BROKEN_STEPS = 3
 
 
@@ -39,7 +39,7 @@ class TemperatureCallback(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
-        self.broken_steps = 0  # in a row, their loss was no number
+        self.broken_steps = 0  # in a row, their loss was non-finite
         self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
 
     def on_train_begin(

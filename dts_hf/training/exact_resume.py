@@ -38,7 +38,7 @@ PROGRESS = "progress.json"
 #: Learning rate schedules that do not ask how long the run is.
 WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 #: Strategies whose checkpoints are the same files, whatever the number of processes.
-WHOLE_FILES = ("single", "ddp")
+SAME_FILES = ("single", "ddp")
 
 
 class ExactResume(TrainerCallback):
@@ -53,14 +53,14 @@ class ExactResume(TrainerCallback):
         self.grad_norm: Any = None  # of the last step, for its log line
         self.learning_rate: float | None = None
         self.resumed_from: Path | None = None
-        self.seconds_before = 0.0  # of training, in the lives before this one
+        self.seconds_before = 0.0  # of training, in the attempts before this one
         self._began, self._ended = time.monotonic(), 0.0
         self._epoch_ended = False
         self._restored: dict[str, Any] = {}
 
     @property
     def seconds(self) -> float:
-        """Of training, all lives together."""
+        """Of training, all attempts together."""
         return self.seconds_before + (self._ended or time.monotonic()) - self._began
 
     def leave_out(self, seconds: float) -> None:
@@ -71,7 +71,7 @@ class ExactResume(TrainerCallback):
         """``train`` starts: from nothing, or from the checkpoint ``folder``.
 
         Raises:
-            UserError: it is not whole, holds the weights alone, or this run cannot go on from it exactly.
+            UserError: it is not complete, holds the weights alone, or this run cannot go on from it exactly.
         """
         self.resumed_from, self.seconds_before = folder, 0.0
         self._began, self._ended = time.monotonic(), 0.0
@@ -277,7 +277,7 @@ def layout(trainer: DistillationTrainer) -> dict[str, Any]:
         "rows_per_device": trainer._train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "rows": len(rows) if hasattr(rows, "__len__") else None,
-        "rows_sorted_together": trainer.rows_sorted_together(rows),
+        "length_bucket_size": trainer.length_bucket_size(rows),
         "mixed_precision": trainer.accelerator.mixed_precision,  # a launcher may have chosen it
     }
 
@@ -303,7 +303,8 @@ def check_layout(trainer: DistillationTrainer, folder: Path) -> None:
     why = _why_not_exact(trainer, was, now)
     if why is not None:
         raise UserError(
-            f"{folder}: written by {_words(was)}; this is {_words(now)}. It cannot go on exactly: {why}. Start it as it was"
+            f"{folder}: written by {_describe_layout(was)}; this is {_describe_layout(now)}. It cannot go on "
+            f"exactly: {why}. Start it as it was"
         )
 
 
@@ -313,12 +314,12 @@ def _why_not_exact(trainer: DistillationTrainer, was: Mapping[str, Any], now: Ma
             f"mixed precision was {was['mixed_precision']!r} and would be {now['mixed_precision']!r} (training.bf16, "
             "training.fp16, or the launcher's choice)"
         )
-    if not {was["strategy"], now["strategy"]} <= {*WHOLE_FILES}:
+    if not {was["strategy"], now["strategy"]} <= {*SAME_FILES}:
         return "checkpoints of sharded training fit the same strategy and number of processes only"
     before, after = (side["processes"] * side["rows_per_device"] * side["accumulation"] for side in (was, now))
     if before != after:
         return f"an optimizer step had {before} rows and would have {after}"
-    together = was["rows_sorted_together"], now["rows_sorted_together"]
+    together = was["length_bucket_size"], now["length_bucket_size"]
     if None in together:
         return "the order of the rows is not one of dts_hf"
     if together[0] != together[1]:
@@ -347,7 +348,7 @@ def random_parts(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def _words(side: Mapping[str, Any]) -> str:
+def _describe_layout(side: Mapping[str, Any]) -> str:
     return (
         f"{side['strategy']} on {side['processes']} process{'es' if side['processes'] > 1 else ''}, "
         f"{side['rows_per_device']} rows each, accumulation {side['accumulation']}"

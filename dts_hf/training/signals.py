@@ -133,7 +133,7 @@ def stopped_at(step: int, checkpoint: object | None) -> Interrupted:
     return Interrupted(f"{name}: stopped after step {step}, {saved}. {_GO_ON}", everywhere=True)
 
 
-def deaf_worker(initialise: Callable[[int], None] | None, worker: int) -> None:
+def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: int) -> None:
     """``worker_init_fn`` of a data loader with forked workers: they do not end before the process that they work for.
 
     torchrun and SLURM signal whole process groups. A worker that died of SIGTERM would end training with an error

@@ -31,7 +31,14 @@ from transformers.utils import PushInProgress
 from dts_hf.data.collators import Collator, PackedCollator, PaddedCollator
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.prompt_templates import get_template
-from dts_hf.data.samplers import FilledUp, FillersLast, LengthGroupedSampler, filler, real_tokens, total_steps
+from dts_hf.data.samplers import (
+    DummyRowsLast,
+    LengthGroupedSampler,
+    PadToMultiple,
+    dummy_row,
+    real_tokens,
+    total_steps,
+)
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.tokenised import (
     EXPECTED_LABELS,
@@ -54,7 +61,7 @@ from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.logged_sums import MeanLog, SumMeter, means
 from dts_hf.loss.selection import IGNORE_INDEX, count_targets, select_response, sequence_numbers
 from dts_hf.models.checks import check_apart, check_positions
-from dts_hf.models.head import Head, check_head, head_of, loss_in_head, whole_head
+from dts_hf.models.head import Head, check_head, gather_head, head_of, loss_in_head
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packed_attention import check_packing
 from dts_hf.models.router import router_of
@@ -82,7 +89,7 @@ from dts_hf.training.callbacks import (
     TemperatureCallback,
 )
 from dts_hf.training.exact_resume import ExactResume, layout
-from dts_hf.training.signals import at_step_end, deaf_worker
+from dts_hf.training.signals import at_step_end, ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
 #: As the Trainer calls it.
@@ -188,9 +195,9 @@ class DistillationTrainer(Trainer):
             raise UserError(f"teacher: got None with kd_ratio {kd_ratio:g}; labels alone need kd_ratio 0")
         if is_sharded(model):
             raise UserError(
-                "model: its weights are split over processes already, as from_pretrained makes them while TrainingArguments "
-                "with ZeRO-3 exist; expected a whole model: load it within "
-                "dts_hf.distributed.sharding.whole_weights(), or give its name"
+                "model: its weights are sharded over processes already, as from_pretrained makes them while "
+                "TrainingArguments with ZeRO-3 exist; expected a whole model: load it within "
+                "dts_hf.distributed.sharding.unsharded_init(), or give its name"
             )
         if router_aux_loss not in ("model", "none"):
             raise UserError(f"router_aux_loss: got {router_aux_loss!r}, expected 'model' or 'none'")
@@ -201,7 +208,7 @@ class DistillationTrainer(Trainer):
         if isinstance(held, nn.Module):
             check_apart(model, held)
         prepare_deepspeed(args, model)
-        self._join(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
+        self._setup_teacher(model, teacher, processing_class, teacher_tokenizer, vocab_alignment)
         self.router = router_of(model) if router_aux_loss == "model" else None
         if packing and data_collator is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
@@ -277,7 +284,7 @@ class DistillationTrainer(Trainer):
         self.teacher.to(self.args.device)
         self.loss.to(self.args.device)
 
-    def _join(
+    def _setup_teacher(
         self,
         model: nn.Module,
         teacher: nn.Module | Teacher | None,
@@ -299,7 +306,7 @@ class DistillationTrainer(Trainer):
             self.vocab_size, self.vocab_note = min(head.vocab_size for head in heads), ""
 
     def _check_packing(self, student: nn.Module, device: torch.device, own_mask: bool = True) -> bool:
-        """Whether the batches may carry the rows' borders as a mask; else both models go by ``position_ids``.
+        """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
 
         Args:
             own_mask: False where a collator of the user's lays the rows end to end.
@@ -309,15 +316,15 @@ class DistillationTrainer(Trainer):
         """
         live = isinstance(self.teacher, LiveTeacher)
         # A mixture of experts reads the mask as one of tokens, for its router's loss.
-        borders = own_mask and not _collects_router_logits(student)
-        borders = borders and (live or getattr(self.teacher, "takes_borders", False))
-        borders = check_packing(student, "the student", device, borders)
+        cu_seqlens = own_mask and not _collects_router_logits(student)
+        cu_seqlens = cu_seqlens and (live or getattr(self.teacher, "takes_cu_seqlens", False))
+        cu_seqlens = check_packing(student, "the student", device, cu_seqlens)
         if isinstance(self.teacher, LiveTeacher):
-            both = check_packing(self.teacher.model, "the teacher", device, borders)
-            if borders and not both:
+            both = check_packing(self.teacher.model, "the teacher", device, cu_seqlens)
+            if cu_seqlens and not both:
                 check_packing(student, "the student", device, own_mask=False)
-            borders = both
-        return borders
+            cu_seqlens = both
+        return cu_seqlens
 
     # ------------------------------------------------------------------------------------------------- the batch
 
@@ -336,10 +343,10 @@ class DistillationTrainer(Trainer):
         labels = inputs["labels"]
         if model.training and "row_id" in inputs:
             self.rows_of_step.append(inputs["row_id"])
-        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "borders")}
+        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "cu_seqlens")}
         tokens = count_tokens(inputs)
-        if "borders" in inputs:
-            batch["attention_mask"] = inputs["borders"]
+        if "cu_seqlens" in inputs:
+            batch["attention_mask"] = inputs["cu_seqlens"]
         normalizer = self._normalizer(labels, num_items_in_batch)
         loss_fn, meter = (self.loss, self.step_meter) if model.training else (self.eval_loss, self.eval_meter)
         wanted = loss_fn.temperature.needs_sequence_gap
@@ -355,7 +362,7 @@ class DistillationTrainer(Trainer):
             sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 
-        with whole_head(self.teacher.head) as teacher_head, loss_in_head(student, loss_of_states):
+        with gather_head(self.teacher.head) as teacher_head, loss_in_head(student, loss_of_states):
             outputs = model(**batch, **self._router_options(model.training), use_cache=False)
         loss = outputs.logits
         exact = sums.pop("loss")
@@ -610,14 +617,14 @@ class DistillationTrainer(Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         """Rows of the data set behind a loader, without what only fills its batches."""
         dataset = getattr(dataloader, "dataset", None)
-        return len(dataset.order) if isinstance(dataset, FilledUp) else super().num_examples(dataloader)
+        return len(dataset.order) if isinstance(dataset, PadToMultiple) else super().num_examples(dataloader)
 
     def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader:
         kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}
         if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
             return cast(DataLoader, kept[key])
         multiple = self.args.eval_batch_size * self.accelerator.num_processes
-        filled = FilledUp(dataset, multiple, self._without_label, longest_first=True)
+        filled = PadToMultiple(dataset, multiple, self._without_label, longest_first=True)
         loader = partial(self._get_dataloader, filled, "Evaluation", self.args.eval_batch_size)
         return loader(sampler_fn=self._get_eval_sampler, dataloader_key=key)
 
@@ -632,15 +639,15 @@ class DistillationTrainer(Trainer):
             self._prepared_train_dataset = self.train_dataset = self._prepared(self.train_dataset, "train_dataset")
         dataset: Any = self.train_dataset
         world = self.accelerator.num_processes
-        if world == 1 or self.args.dataloader_drop_last or self.rows_sorted_together(dataset) is None:
+        if world == 1 or self.args.dataloader_drop_last or self.length_bucket_size(dataset) is None:
             return super().get_train_dataloader()
-        filled = FilledUp(dataset, self._train_batch_size * world, self._without_label)
+        filled = PadToMultiple(dataset, self._train_batch_size * world, self._without_label)
         return self._get_dataloader(
             filled, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
         )
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """The Trainer's count without fillers; ``non_padding`` by length, for a padding token may be a real one, too."""
+        """The Trainer's count without dummy rows; ``non_padding`` by length, for a padding token may be a real one, too."""
         if self.args.include_num_input_tokens_seen == "no":
             return
         counted = (
@@ -651,7 +658,7 @@ class DistillationTrainer(Trainer):
 
     def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The first token of ``row``, which only fills a batch."""
-        return filler(row, [IGNORE_INDEX])
+        return dummy_row(row, [IGNORE_INDEX])
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: DataLoader = super()._get_dataloader(*args, **kwargs)
@@ -659,7 +666,7 @@ class DistillationTrainer(Trainer):
             loader.num_workers
             and (loader.multiprocessing_context or torch.multiprocessing).get_start_method() == "fork"
         ):
-            wanted = partial(deaf_worker, loader.worker_init_fn)
+            wanted = partial(ignore_signals_in_worker, loader.worker_init_fn)
             for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate iterates over the latter
                 part.worker_init_fn = wanted
         return loader
@@ -667,15 +674,15 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Our own sampler wherever it can be: its order depends on seed and epoch alone, so ranks and resumes agree."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        own_rows: Any = dataset.dataset if isinstance(dataset, FilledUp) else dataset
-        together = self.rows_sorted_together(own_rows)
+        own_rows: Any = dataset.dataset if isinstance(dataset, PadToMultiple) else dataset
+        together = self.length_bucket_size(own_rows)
         if together is None or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self.train_sampler = LengthGroupedSampler(own_rows.lengths, together, seed=seed)
-        return self.train_sampler if own_rows is dataset else FillersLast(self.train_sampler, len(dataset))
+        return self.train_sampler if own_rows is dataset else DummyRowsLast(self.train_sampler, len(dataset))
 
-    def rows_sorted_together(self, dataset: Any) -> int | None:
+    def length_bucket_size(self, dataset: Any) -> int | None:
         """On what the order of the rows depends besides seed and epoch: how many of similar length stand together.
 
         1 is a plain shuffle or no shuffle at all; None is an order that is not ours.
@@ -689,7 +696,7 @@ class DistillationTrainer(Trainer):
         return 1 if packed else self.args.train_batch_size * self.accelerator.num_processes
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        return SequentialSampler(eval_dataset)  # FilledUp has sorted the rows already
+        return SequentialSampler(eval_dataset)  # PadToMultiple has sorted the rows already
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's own, tried out at its last step: some divide by the steps that the warm-up leaves."""
@@ -718,15 +725,15 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from nothing or from a checkpoint (True: the newest whole one of ``args.output_dir``).
+        """Train, from nothing or from a checkpoint (True: the newest complete one of ``args.output_dir``).
 
         A run that is resumed with another ``max_steps`` or ``num_train_epochs`` goes on where that is exact: with a learning
         rate and a temperature that do not depend on how long the run is (``lr_scheduler_type="constant"``, a constant
         temperature). Otherwise it is refused: both are scheduled over the whole run, so a longer one is another run.
 
         Raises:
-            UserError: the checkpoint is not whole, holds the weights alone, was not written by dts_hf, or this launch cannot
-                go on from it exactly.
+            UserError: the checkpoint is not complete, holds the weights alone, was not written by dts_hf, or this launch
+                cannot go on from it exactly.
             RunError: training cannot go on (see ``stop_broken_run``), the last step broke the weights, or the disk takes no
                 checkpoint.
         """
@@ -736,7 +743,7 @@ class DistillationTrainer(Trainer):
             if folder is None:
                 newest = next(iter(reversed(checkpoints(str(self.args.output_dir)))), None)
                 why = "" if newest is None else f"; {newest.name}: {why_not_resumable(newest)}"
-                raise UserError(f"{self.args.output_dir}: holds no whole checkpoint to resume from{why}")
+                raise UserError(f"{self.args.output_dir}: holds no complete checkpoint to resume from{why}")
         self.exact_resume.begin(folder)
         self._logged_at = time.monotonic()
         self.stop_agreed = False
@@ -754,7 +761,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def training_seconds(self) -> float:
-        """How long ``train`` took, with the lives of the run before a resume."""
+        """How long ``train`` took, with the attempts before a resume."""
         return self.exact_resume.seconds
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -836,14 +843,14 @@ class DistillationTrainer(Trainer):
         """A finite loss can have a gradient that is not; such weights are no good checkpoint. All ranks call it.
 
         Raises:
-            RunError: a weight is no number.
+            RunError: a weight is non-finite.
         """
         weights = cast(nn.Module, self.model).parameters()
-        sums = [_own_part(p).detach().sum(dtype=torch.float32) for p in weights if p.requires_grad]
+        sums = [local_shard(p).detach().sum(dtype=torch.float32) for p in weights if p.requires_grad]
         finite = torch.stack(sums).isfinite().all() if sums else torch.ones((), dtype=torch.bool)
         if not bool(self.accelerator.gather(finite.reshape(1).to(self.args.device)).all()):
             raise RunError(
-                f"step {self.state.global_step}: the student has weights that are no number, so it is not saved and "
+                f"step {self.state.global_step}: the student has non-finite weights, so it is not saved and "
                 "training stops. The newest checkpoint is from before. Usual causes: a learning rate too high, fp16 "
                 "without a loss scale",
                 everywhere=True,
@@ -859,7 +866,7 @@ class DistillationTrainer(Trainer):
         It is whole, on the disk, when it returns.
 
         Returns:
-            The folder, ``interrupted/checkpoint-STEP``; None, and nothing is written, where the loss was no number.
+            The folder, ``interrupted/checkpoint-STEP``; None, and nothing is written, where the loss was non-finite.
         """
         if any(isinstance(c, TemperatureCallback) and c.broken_steps for c in self.callback_handler.callbacks):
             return None
@@ -883,7 +890,7 @@ class DistillationTrainer(Trainer):
         self._check_weights()
         folder, resumed_from = self._checkpoint_folder(trial), self.exact_resume.resumed_from
         if resumed_from is not None and folder.resolve() == resumed_from.resolve():
-            return  # made up for on resume: it is whole already, and still read from
+            return  # made up for on resume: it is complete already, and still read from
         with self.clock_stopped(), writing(folder.parent):
             if self.args.should_save and folder.exists():
                 remove(folder)  # what a killed run left of it
@@ -1040,7 +1047,7 @@ def _check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
             f"args.hub_strategy: got '{HubStrategy(args.hub_strategy).value}', expected 'end': a checkpoint lies among logs "
             "and held-out answers and is not uploaded; the finished student is, once"
         )
-    # Our fillers make the batches of an epoch even; with these, accelerate counts steps and shares out rows in another way.
+    # Our dummy rows make the batches of an epoch even; with these, accelerate counts steps and shares rows out otherwise.
     for name, expected in (("split_batches", False), ("even_batches", True)):
         value = getattr(args.accelerator_config, name)
         if value != expected:
@@ -1064,7 +1071,7 @@ def _remove_all_of(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _own_part(parameter: nn.Parameter) -> Tensor:
+def local_shard(parameter: nn.Parameter) -> Tensor:
     """What this process holds of a weight that ZeRO-3 or FSDP2 has split, else all of it."""
     if hasattr(parameter, "ds_tensor"):
         part: Tensor = parameter.ds_tensor
@@ -1075,7 +1082,7 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
 
 
 def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Real tokens of a batch, as a 0-d tensor: neither padding nor fillers."""
+    """Real tokens of a batch, as a 0-d tensor: neither padding nor dummy rows."""
     return real_tokens(inputs).sum()
 
 
@@ -1085,7 +1092,7 @@ def _collects_router_logits(model: nn.Module) -> bool:
 
 
 def count_cells(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Tokens of a batch with its padding, but without fillers, as a 0-d tensor."""
+    """Tokens of a batch with its padding, but without dummy rows, as a 0-d tensor."""
     return count_tokens({name: value for name, value in inputs.items() if name != "attention_mask"})
 
 

@@ -30,7 +30,7 @@ from dts_hf.classification.models import (
 from dts_hf.classification.run import task_arguments
 from dts_hf.classification.tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
-from dts_hf.data.samplers import FILLER, FilledUp, filler
+from dts_hf.data.samplers import DUMMY_ROW, PadToMultiple, dummy_row
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import TASK_METRICS
@@ -254,8 +254,8 @@ def test_pairs_are_told_apart_and_cut_at_the_longer_text() -> None:
 def test_no_row_is_evaluated_twice() -> None:
     rows = [parse_labelled(row, SST2, "r", "r") for row in rows_of(SST2, 7)]
     dataset, _ = encode_labelled(rows, tiny_tokenizer(), max_length=64)
-    found = list(FilledUp(dataset, 4, lambda row: filler(row, -100), longest_first=True))
-    assert len(found) == 8 and sorted(row["row_id"] for row in found) == [FILLER, *range(7)]
+    found = list(PadToMultiple(dataset, 4, lambda row: dummy_row(row, -100), longest_first=True))
+    assert len(found) == 8 and sorted(row["row_id"] for row in found) == [DUMMY_ROW, *range(7)]
     lengths = [len(row["input_ids"]) for row in found]
     assert lengths == [*sorted(lengths[:7], reverse=True), 1] and found[-1]["labels"] == -100
 

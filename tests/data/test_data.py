@@ -440,7 +440,7 @@ def test_packed_rows_equal_separate_and_padded_rows(build, attention):
         mixed = model(**inputs, use_cache=True).logits[0]
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(side[padded["attention_mask"].bool()], alone, rtol=1e-5, atol=2e-5)
-    # Why callers pass use_cache=False: with a cache transformers ignores the borders (when this fails, no longer).
+    # Why callers pass use_cache=False: with a cache transformers ignores the boundaries (when this fails, no longer).
     assert (mixed - alone).abs().max() > 1.0
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from dts_hf.data.encoding import EncodedDataset, encode_rows
 from dts_hf.data.prompt_templates import get_template
-from dts_hf.data.samplers import FilledUp
+from dts_hf.data.samplers import PadToMultiple
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.tokenised import BLOCK, RowForm, TokenisedDataset
 from dts_hf.errors import UserError
@@ -582,7 +582,7 @@ def test_input_tokens_seen_leave_fillers_out(tmp_path):
     data = encoded(ROWS[:3])
     for packing in (False, True):
         trainer = trainer_for(tmp_path, packing=packing)
-        filled = FilledUp(data, 5, trainer._without_label)
+        filled = PadToMultiple(data, 5, trainer._without_label)
         batch = trainer.data_collator([filled[index] for index in range(5)])
         alone = trainer.data_collator([data[index] for index in range(3)])
         assert count_tokens(batch) == count_tokens(alone) == sum(data.lengths)

@@ -66,7 +66,7 @@ def apart(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest of ``values``; infinite where one is no number, which ``max`` can overlook."""
+    """The largest of ``values``; infinite where one is non-finite, which ``max`` can overlook."""
     values = list(values)
     return math.inf if any(map(math.isnan, values)) else max(values)
 
@@ -109,7 +109,7 @@ def differences(runs: Path, strategy: str, case: Case) -> dict[str, float]:
         row[field] = largest(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
     row["held out"] = abs(record["eval_loss"] / expected["eval_loss"] - 1)
     assert record["eval_rows"] == expected["eval_rows"]  # 7 rows in batches of 3: none is counted twice
-    assert record["tokens"] == expected["tokens"] > 0, (strategy, case.name)  # nor is a filler
+    assert record["tokens"] == expected["tokens"] > 0, (strategy, case.name)  # nor is a dummy row
     return row
 
 
@@ -210,7 +210,7 @@ def test_classifiers_and_regression_end_the_same(runs):
 
 def test_a_student_in_pieces_is_refused(runs):
     for rank in (0, 1):
-        assert "whole_weights()" in (runs / f"split_before.{rank}.txt").read_text()
+        assert "unsharded_init()" in (runs / f"split_before.{rank}.txt").read_text()
 
 
 def test_what_stands_behind_the_last_part_of_a_weight_is_not_looked_at(runs):

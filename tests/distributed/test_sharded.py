@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dts_hf.distill import distill
-from dts_hf.distributed.sharding import check_can_shard, is_sharded, place_teacher, shard_teacher, whole_weights
+from dts_hf.distributed.sharding import check_can_shard, is_sharded, place_teacher, shard_teacher, unsharded_init
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
 from tests.support.launching import WORKERS, deepspeed_config, launch
@@ -277,7 +277,7 @@ def test_a_quantised_teacher_is_not_moved():
 
 
 def test_models_are_whole_while_zero3_arguments_are_alive(tmp_path, monkeypatch):
-    """transformers looks at a global weak reference; inside ``whole_weights`` there is none, and afterwards it is back."""
+    """transformers looks at a global weak reference; inside ``unsharded_init`` there is none, and afterwards it is back."""
     from transformers.integrations import deepspeed
 
     class Config:
@@ -287,9 +287,9 @@ def test_models_are_whole_while_zero3_arguments_are_alive(tmp_path, monkeypatch)
     alive = Config()
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: alive)
     assert deepspeed.is_deepspeed_zero3_enabled()
-    with whole_weights():
+    with unsharded_init():
         assert not deepspeed.is_deepspeed_zero3_enabled()
     assert deepspeed.is_deepspeed_zero3_enabled()
-    with pytest.raises(KeyError), whole_weights():
+    with pytest.raises(KeyError), unsharded_init():
         raise KeyError
     assert deepspeed.is_deepspeed_zero3_enabled()

@@ -25,7 +25,7 @@ from transformers import (
 from dts_hf.data.collators import PackedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.errors import UserError
-from dts_hf.models.packed_attention import NAME, borders_mask, check_packing, is_borders
+from dts_hf.models.packed_attention import NAME, check_packing, cu_seqlens_mask, is_cu_seqlens
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.families import FAMILIES
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -64,7 +64,7 @@ def packed_inputs(lengths=LENGTHS):
     return {
         "input_ids": ids,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "attention_mask": borders_mask(lengths),
+        "attention_mask": cu_seqlens_mask(lengths),
     }
 
 
@@ -157,7 +157,7 @@ PACKED = [name for name, family in FAMILIES.items() if family.trains and family.
 DENSE = {name for name in PACKED if not any("expert" in key for key in FAMILIES[name].options)}
 
 
-def behind(model: Any, borders: bool, first: torch.Tensor) -> torch.Tensor:
+def behind(model: Any, cu_seqlens: bool, first: torch.Tensor) -> torch.Tensor:
     """Logits of the second of two packed rows, the first one being ``first``."""
     second = torch.arange(9, 9 + 8 * 7, 7)
     lengths = [len(first), len(second)]
@@ -165,7 +165,7 @@ def behind(model: Any, borders: bool, first: torch.Tensor) -> torch.Tensor:
         return model(  # type: ignore[no-any-return]
             input_ids=torch.cat([first, second])[None],
             position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            attention_mask=borders_mask(lengths) if borders else None,
+            attention_mask=cu_seqlens_mask(lengths) if cu_seqlens else None,
             use_cache=False,
         ).logits[:, lengths[0] :]
 
@@ -178,11 +178,13 @@ def test_the_second_row_does_not_know_what_the_first_one_says(family: str, atten
     if attention == "eager":
         model.set_attn_implementation("eager")
     try:
-        borders = check_packing(model)
+        cu_seqlens = check_packing(model)
     except UserError:
-        assert (family, attention) == ("OPT", "eager")  # it reads the borders from nothing but the packed attention
+        assert (family, attention) == ("OPT", "eager")  # it reads the cu_seqlens from nothing but the packed attention
         return
-    one, other = (behind(model, borders, first) for first in (torch.arange(20, 40), torch.arange(320, 300, -1) % 320))
+    one, other = (
+        behind(model, cu_seqlens, first) for first in (torch.arange(20, 40), torch.arange(320, 300, -1) % 320)
+    )
     if family in DENSE:
         assert torch.equal(one, other)
     else:
@@ -277,7 +279,9 @@ def test_an_attention_that_does_not_know_borders_fails_aloud():
 def test_the_collator_gives_the_borders_where_asked():
     dataset = EncodedDataset(["a", "b"], [[5, 6, 7], [8, 9]], [1, 1])
     rows = [dataset[0], dataset[1]]
-    assert "borders" not in PackedCollator()(rows)
-    borders = PackedCollator(borders=True)(rows)["borders"]
-    assert borders.flatten().tolist() == [0, 3, 5] and is_borders(borders)
-    assert not is_borders(None) and not is_borders(torch.ones(1, 1, 3, 3)) and not is_borders(torch.ones(2, 3))
+    assert "cu_seqlens" not in PackedCollator()(rows)
+    cu_seqlens = PackedCollator(cu_seqlens=True)(rows)["cu_seqlens"]
+    assert cu_seqlens.flatten().tolist() == [0, 3, 5] and is_cu_seqlens(cu_seqlens)
+    assert (
+        not is_cu_seqlens(None) and not is_cu_seqlens(torch.ones(1, 1, 3, 3)) and not is_cu_seqlens(torch.ones(2, 3))
+    )

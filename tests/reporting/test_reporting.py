@@ -434,7 +434,7 @@ def test_the_tables_hold_every_measure_with_its_change(run: RunDirectory) -> Non
 def test_the_spread_over_seeds_is_shown_only_with_several(tmp_path: Path) -> None:
     run = make_run(tmp_path / "seeds", seeds=(10, 20, 30))
     assert "| 46.3 ± 1.2 |" in tables.markdown_table(run)
-    words = tables.counts_words(facts.gather(run))
+    words = tables.format_counts(facts.gather(run))
     assert "64 prompts (2 more were too long and left out)" in words and "over seeds 10, 20, 30" in words
 
 
@@ -653,9 +653,9 @@ def test_the_limits_of_a_student_without_a_teacher_name_none(tmp_path: Path) -> 
 
 def test_the_seed_of_sampled_answers_is_named(tmp_path: Path) -> None:
     made = facts.gather(make_run(tmp_path / "run"))
-    assert "seed" not in tables.counts_words(made)
+    assert "seed" not in tables.format_counts(made)
     made.metrics["protocol"]["do_sample"] = True
-    assert "validation: 64 prompts (2 more were too long and left out), sampled with seed 10" in tables.counts_words(
+    assert "validation: 64 prompts (2 more were too long and left out), sampled with seed 10" in tables.format_counts(
         made
     )
     assert any("seeds named beside the scores" in limit for limit in model_card.limits(made))

@@ -256,7 +256,7 @@ def test_killed_before_the_first_checkpoint_scores_are_not_made_again(workplace,
     resumed = Life(workplace, of_launch(1, "early"), resume=True)
     finish(resumed)
     says = resumed.says()
-    assert "there is no whole checkpoint, so the run starts from the beginning" in says
+    assert "there is no complete checkpoint, so the run starts from the beginning" in says
     assert "student before" not in says and "teacher: ROUGE" not in says
     assert end_of(run) == straight[1, "single"]
 

@@ -405,7 +405,7 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
 
 @pytest.mark.parametrize("pad_position", [0, 1])
 def test_a_collator_that_gives_positions_gives_the_same_numbers(tmp_path, pad_position):
-    """Positions of padding are no borders of rows."""
+    """Positions of padding are no boundaries of rows."""
     padded = PaddedCollator(2)
 
     def with_positions(examples):
@@ -586,7 +586,7 @@ class Break(TrainerCallback):
 def test_a_run_whose_last_step_breaks_is_not_done(tmp_path, save_strategy, before):
     options = {"max_steps": 4, "save_strategy": save_strategy, "save_steps": 2}
     trainer = trainer_for(tmp_path, callbacks=[Break(before)], options=options)
-    with pytest.raises(RunError, match=r"step 4: the student has weights that are no number"):
+    with pytest.raises(RunError, match=r"step 4: the student has non-finite weights"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ([] if save_strategy == "no" else ["checkpoint-2"])
 
@@ -642,7 +642,7 @@ def test_a_teacher_of_ones_own_sees_borders_only_where_it_says_so(tmp_path, know
 
     class Foreign:
         head = live.head
-        takes_borders = knows
+        takes_cu_seqlens = knows
 
         def states(self, batch, labels):
             seen.append("attention_mask" in batch)

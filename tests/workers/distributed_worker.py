@@ -30,7 +30,7 @@ from dts_hf.models.head import Head, loss_in_head
 from dts_hf.recipe.schema import Lora
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import build_temperature
-from dts_hf.training.trainer import DistillationTrainer, _own_part
+from dts_hf.training.trainer import DistillationTrainer, local_shard
 from tests.support.launching import leave, training_arguments
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -107,10 +107,10 @@ CASES = [
     Case("lora", tie=False, lora=True, accumulation=2, steps=5, strategies=MULTI),
     Case("lora", tie=False, lora=True, packing=PACKED, steps=5, strategies=MULTI, arguments=RECOMPUTED),
     # Shuffled epochs: 13 rows are 8, then 5 that two processes cannot share out evenly; of 9 one has a row at the end of
-    # each epoch and the other fillers alone. The number of steps comes from that of the epochs.
+    # each epoch and the other dummy rows alone. The number of steps comes from that of the epochs.
     Case("random", tie=False, rows=13, steps=6, strategies=("single",), arguments=EPOCHS | RANDOM),
     Case("random", "gap", False, 4, PACKED, 6, rows=13, strategies=MULTI, arguments=EPOCHS | RANDOM),
-    Case("fillers", tie=False, rows=9, steps=6, strategies=("single", "ddp", "zero3", "fsdp2"), arguments=EPOCHS),
+    Case("dummy_rows", tie=False, rows=9, steps=6, strategies=("single", "ddp", "zero3", "fsdp2"), arguments=EPOCHS),
     Case("grouped", tie=False, rows=13, steps=6, strategies=("single", "ddp"), arguments=EPOCHS | GROUPED),
     Case("bf16", steps=3, strategies=("ddp", "zero3", "fsdp2"), arguments={"bf16": True}),
     Case("adamw", tie=False, steps=5, strategies=MULTI, arguments=ADAMW),
@@ -189,19 +189,19 @@ def round_gradients(trainer: DistillationTrainer) -> None:
             parameter.register_post_accumulate_grad_hook(round_one)
 
 
-def whole_weights(trainer: DistillationTrainer, strategy: str) -> dict[str, torch.Tensor]:
+def unsharded_init(trainer: DistillationTrainer, strategy: str) -> dict[str, torch.Tensor]:
     """The trainable weights by name; what ZeRO-3 and FSDP2 spread over ranks is put together on every rank."""
     named = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     if strategy == "fsdp2":
         state = trainer.model.state_dict()
-        assert all(isinstance(value, DTensor) for value in state.values()), "the weights are not spread"
+        assert all(isinstance(value, DTensor) for value in state.values()), "the weights are not sharded"
         return {name: state[name].full_tensor().detach().clone() for name in named}
     if strategy != "zero3":
         return {name: parameter.detach().clone() for name, parameter in named.items()}
     import deepspeed
 
     shares = [parameter.ds_tensor.numel() / parameter.ds_numel for parameter in named.values()]
-    assert max(shares) < 0.6 and not any(p.numel() for p in named.values()), "the weights are not spread"
+    assert max(shares) < 0.6 and not any(p.numel() for p in named.values()), "the weights are not sharded"
     with deepspeed.zero.GatheredParameters(list(named.values())):
         return {name: parameter.detach().clone() for name, parameter in named.items()}
 
@@ -233,16 +233,16 @@ def run(case: Case, strategy: str, out: Path, world: int, rank: int) -> None:
         **{key: [log[key] for log in logs] for key in ("loss", "temperature", "grad_norm", "kl")},
     }
     (out / f"{strategy}.{case.name}.{rank}.json").write_text(json.dumps(result))
-    save_file(whole_weights(trainer, strategy), str(out / f"{strategy}.{case.name}.{rank}.safetensors"))
+    save_file(unsharded_init(trainer, strategy), str(out / f"{strategy}.{case.name}.{rank}.safetensors"))
     trainer.accelerator.free_memory()
 
 
 def classify(strategy: str, out: Path, world: int, rank: int) -> None:
-    """SST-2 and the regression of STS-B over epochs of 9 rows: 8, then 1, when the second process has fillers alone."""
+    """SST-2 and the regression of STS-B over epochs of 9 rows: 8, then 1, when the second process has dummy rows alone."""
     from tests.classification.test_classification import SST2, STSB, classifier, rows_of
 
     for task in (SST2, STSB):
-        with sharding.whole_weights():
+        with sharding.unsharded_init():
             student, teacher = (classifier("llama", task, seed=seed) for seed in (1, 2))
         args = training_arguments(
             strategy, output_dir=str(out / "trainer"), max_steps=4, per_device_train_batch_size=BATCH // world,
@@ -256,7 +256,9 @@ def classify(strategy: str, out: Path, world: int, rank: int) -> None:
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         values = {"loss": torch.tensor([*losses, trainer.evaluate()["eval_loss"]])}
-        save_file(values | whole_weights(trainer, strategy), str(out / f"{strategy}.{task.subset}.{rank}.safetensors"))
+        save_file(
+            values | unsharded_init(trainer, strategy), str(out / f"{strategy}.{task.subset}.{rank}.safetensors")
+        )
         record = {"wrapper": wrapper_of(trainer), "tokens": trainer.tokens_seen}
         (out / f"{strategy}.{task.subset}.{rank}.json").write_text(json.dumps(record))
         trainer.accelerator.free_memory()
@@ -281,7 +283,7 @@ def padded_part(out: Path, rank: int, world: int) -> None:
         weight = torch.nn.Linear(5, 1, bias=False).weight
     if rank == world - 1:
         weight.ds_tensor[2:] = math.nan
-    (out / f"padded_part.{rank}.json").write_text(json.dumps(_own_part(weight).tolist()))
+    (out / f"padded_part.{rank}.json").write_text(json.dumps(local_shard(weight).tolist()))
 
 
 def hand_written_loop(out: Path, rank: int, world: int) -> None:

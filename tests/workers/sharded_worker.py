@@ -1,4 +1,4 @@
-"""What each process of test_sharded.py runs, strategy after strategy: trainings with the teacher whole or spread.
+"""What each process of test_sharded.py runs, strategy after strategy: trainings with the teacher replicated or sharded.
 
 Results go to ``OUT/STRATEGY/RANK.json``, students to ``OUT/STRATEGY/NAME`` through ``save_student``.
 """
@@ -132,7 +132,7 @@ def classify(strategy: str, out: Path) -> dict[str, Any]:
     """A task's classifiers; the second epoch answers from memory, where no process may run the teacher alone."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from dts_hf.distributed.sharding import whole_weights
+    from dts_hf.distributed.sharding import unsharded_init
 
     def classifier(layers: int, seed: int) -> Any:
         torch.manual_seed(seed)
@@ -140,7 +140,7 @@ def classify(strategy: str, out: Path) -> dict[str, Any]:
             vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
             num_labels=2, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}, pad_token_id=2,
         )  # fmt: skip
-        with whole_weights():
+        with unsharded_init():
             return LlamaForSequenceClassification(config)
 
     student, teacher = classifier(2, 0), classifier(3, 1)
