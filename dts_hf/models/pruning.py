@@ -81,8 +81,8 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         ours, theirs = shapes.get(name), state[name].shape if name in state else None
         if ours != theirs:
             raise UserError(
-                f"student.init: {type(teacher).__name__} cannot be pruned: {name} is {_describe_shape(theirs)} in the teacher "
-                f"and {_describe_shape(ours)} in the student. Give student.model instead"
+                f"student.init: {type(teacher).__name__} cannot be pruned: {name} is {_describe_shape(theirs)} in the "
+                f"teacher and {_describe_shape(ours)} in the student. Give student.model instead"
             )
     student.load_state_dict(state, strict=True)
     if not classifies:
