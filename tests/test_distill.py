@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.evaluate import evaluate_command
-from dts_hf.evaluation.scorer import weights_as
 from dts_hf.files import file_sha256
+from dts_hf.language_modeling.scorer import weights_as
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from tests.support.tiny import tiny_llama, tiny_tokenizer

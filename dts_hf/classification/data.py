@@ -34,13 +34,15 @@ class LabelledDataset(EncodedDataset):
     ) -> None:
         super().__init__(row_ids, ids, [len(row) for row in ids])
         self.labels = list(labels)
-        self.type_ids = type_ids
+        self.type_ids = (
+            None if type_ids is None else [bytes(row) for row in type_ids]
+        )  # a list takes eight times as much
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
         row: dict[str, Any] = {"input_ids": self.ids[index].tolist(), "labels": self.labels[index], "row_id": index}
         if self.type_ids is not None:
-            row["token_type_ids"] = self.type_ids[index]
+            row["token_type_ids"] = list(self.type_ids[index])
         return row
 
 

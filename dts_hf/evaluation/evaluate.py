@@ -24,9 +24,9 @@ from dts_hf.data.sources import load_rows
 from dts_hf.distributed.processes import on_first_process, process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
+from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load_sets, protocol_of
 from dts_hf.evaluation.instruct import evaluate_instruct, rows_digest
 from dts_hf.evaluation.protocol import get_protocol
-from dts_hf.evaluation.scorer import VALIDATION, batch_size_that_matters, load_sets, protocol_of
 from dts_hf.files import write_json_atomic
 from dts_hf.generation.answer_file import AnswerFile
 from dts_hf.generation.engine import generate

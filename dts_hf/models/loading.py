@@ -231,10 +231,10 @@ def _clear_quantised_mark(model: PreTrainedModel) -> None:
 
 
 def load_teacher(teacher: Teacher) -> PreTrainedModel:
-    """The teacher, frozen and in evaluation mode, with its head checked.
+    """The teacher, frozen and in evaluation mode. Its head is the caller's to check (``check_head``).
 
     Raises:
-        UserError: it cannot be loaded, or its logits are not what ``Head`` can represent.
+        UserError: it cannot be loaded.
     """
     model = load_model(
         teacher.model,
@@ -244,10 +244,7 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
         quantization=teacher.quantization,
         trust_remote_code=teacher.trust_remote_code,
     )
-    model.requires_grad_(False)
-    model.eval()
-    check_head(model, role="teacher")
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module:

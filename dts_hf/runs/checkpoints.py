@@ -23,6 +23,7 @@ from dts_hf.files import write_json_atomic
 COMPLETE = "complete.json"
 INTERRUPTED = "interrupted"
 FORMAT = 1
+PROGRESS = "progress.json"  # where log.jsonl stood, and what the step still had to do
 TRAINER_STATE = "trainer_state.json"  # of transformers, which writes it last
 
 

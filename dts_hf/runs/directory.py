@@ -169,6 +169,13 @@ class RunDirectory:
     def _leftovers(self) -> list[Path]:
         return [found for name in LEFTOVERS for found in self.path.glob(name)]
 
+    def clean_up(self) -> None:
+        """Remove what only an unfinished run needs."""
+        self.scores_path.unlink(missing_ok=True)
+        for broken in self.path.glob(BROKEN_STEP_FILES):
+            broken.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "interrupted", ignore_errors=True)
+
     # ------------------------------------------------------------------------------------------ one pair for each file
 
     def save_recipe(self, recipe: Recipe) -> None:

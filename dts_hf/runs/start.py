@@ -1,7 +1,7 @@
 """Where a run starts: from nothing, from a checkpoint of its own (``--resume``), or nowhere, because it is done.
 
 A killed run ends as it would have ended only if nothing that its numbers depend on has changed. So the recipe and the
-rows are compared with those of the run directory; ``exact_resume.check_layout`` compares the launch.
+rows are compared with those of the run directory; the trainer compares the launch (``check_resumable``).
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.checkpoints import checkpoints, step_of, why_not_resumable
+from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.environment import environment
 from dts_hf.runs.lock import lock
 from dts_hf.runs.saved_scores import BEFORE, kept_scores
 from dts_hf.temperature import build_temperature
-from dts_hf.training.callbacks import RunLogCallback
-from dts_hf.training.exact_resume import PROGRESS, check_layout
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from dts_hf.training.trainer import DistillationTrainer
-
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
-#: two about the size of a batch are compared together with the number of processes, by ``exact_resume.check_layout``.
+#: two about the size of a batch are compared together with the number of processes, by the trainer's ``check_resumable``.
 MAY_CHANGE = (
     "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
     "loss.logits_budget_mb",
@@ -142,35 +138,32 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
 
 
-def open_run(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_from: Mapping[str, Any]) -> RunDirectory:
-    """The run directory, with what is known before training, and the trainer's log in it; all processes call it.
+def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: int, world: int) -> RunDirectory:
+    """The run directory, with what is known before training; all processes call it.
 
     Everything is checked by now: from here on things are written.
 
     Args:
+        recipe: of this attempt.
+        start: where it starts.
         made_from: ``data_manifest.json``.
+        rank: of this process; the first one writes.
+        world: how many processes there are.
 
     Raises:
-        UserError: rows or launch have changed since ``start.checkpoint``, a recorded run that the temperature needs has
-            another length, or see ``make_directory``.
+        UserError: see ``make_directory``.
     """
-    run = RunDirectory(recipe.output.dir)
-    if start.keep:
-        check_same_rows(run, made_from)
-    if start.checkpoint is not None:
-        check_layout(trainer, start.checkpoint)
-    else:
-        trainer.prepare_temperature(trainer.planned_steps())
-    on_first_process(lambda: make_directory(recipe, start), trainer.args.process_index, trainer.args.world_size)
-    if trainer.is_world_process_zero():
+
+    def write() -> None:
+        run = make_directory(recipe, start)
         run.save_recipe(recipe)
         run.write_environment(environment())
         run.write_data_manifest(made_from)
-        if start.log_bytes is not None:
+        if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
             run.cut_log(start.log_bytes)
-        trainer.add_callback(RunLogCallback(run))
-    trainer.accelerator.wait_for_everyone()
-    return run
+
+    on_first_process(write, rank, world)
+    return RunDirectory(recipe.output.dir)
 
 
 def make_directory(recipe: Recipe, start: Start) -> RunDirectory:

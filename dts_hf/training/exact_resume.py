@@ -24,7 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_json_atomic
-from dts_hf.runs.checkpoints import INTERRUPTED, read_complete, rotate, why_not_resumable
+from dts_hf.runs.checkpoints import INTERRUPTED, PROGRESS, read_complete, rotate, why_not_resumable
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.temperature.constant import Constant
 from dts_hf.training.callbacks import GenerationEvalCallback
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 TEMPERATURE_STATE = "temperature.json"
-PROGRESS = "progress.json"
 #: Learning rate schedules that do not ask how long the run is.
 WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 #: Strategies whose checkpoints are the same files, whatever the number of processes.

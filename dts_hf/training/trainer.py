@@ -88,7 +88,7 @@ from dts_hf.training.callbacks import (
     ProgressCallback,
     TemperatureCallback,
 )
-from dts_hf.training.exact_resume import ExactResume, layout
+from dts_hf.training.exact_resume import ExactResume, check_layout, layout
 from dts_hf.training.signals import at_step_end, ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ class DistillationTrainer(Trainer):
     # Our loss is divided by the labels of the whole optimizer step, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
     _logged_at: float  # seconds of the monotonic clock
+    _pushed_folder: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
 
     def __init__(
         self,
@@ -801,6 +802,14 @@ class DistillationTrainer(Trainer):
         if self.state.global_step == 0:  # a retry needs nothing read again: the other run may be gone by then
             self._fresh_state = state
 
+    def check_resumable(self, folder: Path) -> None:
+        """Refuse a checkpoint that this launch cannot go on from exactly (see ``exact_resume.check_layout``).
+
+        Raises:
+            UserError: says why, and what to launch instead.
+        """
+        check_layout(self, folder)
+
     def planned_steps(self) -> int | None:
         """Optimizer steps that ``train`` will take; None where only the Trainer finds out (rows without a number)."""
         if not hasattr(self.train_dataset, "__len__"):
@@ -948,6 +957,8 @@ class DistillationTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        *,
+        folder: str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
         """Upload the student, its tokenizer and its card, from a folder made for it that holds nothing else.
@@ -956,6 +967,8 @@ class DistillationTrainer(Trainer):
 
         Args:
             private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
+            folder: the finished student with its tokenizer, uploaded in place of the model as it is in memory (which may
+                have an adapter that is merged there); None: the model is saved.
             kwargs: as for ``Trainer.push_to_hub``, with ``tags`` a list or one tag.
 
         Returns:
@@ -973,18 +986,25 @@ class DistillationTrainer(Trainer):
         if main:
             _remove_all_of(staged)  # of a killed process
         self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(staged)
+        self.args.output_dir, self._pushed_folder = str(staged), folder
         done: Any = None
         try:
             done = super().push_to_hub(commit_message, blocking, token, revision, private, model_name=name, **kwargs)
         finally:
-            self.args.output_dir = own
+            self.args.output_dir, self._pushed_folder = own, None
             if main and (blocking or done is None):
                 shutil.rmtree(staged, ignore_errors=True)
         if main and not blocking:
             self.push_in_progress = PushInProgress([done])  # type: ignore[assignment, arg-type]
             done.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
         return done
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; while ``push_to_hub`` uploads a folder, a copy of that folder."""
+        if self._pushed_folder is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.is_world_process_zero():
+            shutil.copytree(self._pushed_folder, output_dir or str(self.args.output_dir), dirs_exist_ok=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: the Trainer's would upload ``args.output_dir`` as it is. Only the finished student leaves."""

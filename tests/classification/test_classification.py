@@ -27,7 +27,7 @@ from dts_hf.classification.models import (
     load_task_student,
     permute_outputs,
 )
-from dts_hf.classification.run import task_arguments
+from dts_hf.classification.task import Classification
 from dts_hf.classification.tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.samplers import DUMMY_ROW, PadToMultiple, dummy_row
@@ -536,7 +536,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(workplace: Path) -> None:
     ],
 )
 def test_what_is_scored_is_saved(given: dict[str, Any], expected: tuple[str, str, int | None]) -> None:
-    args = task_arguments(recipe(training=given), SST2)
+    args = Classification(recipe(training=given)).training_arguments("run")
     assert (args.eval_strategy, args.save_strategy) == expected[:2] and args.load_best_model_at_end
     if expected[2] is not None:
         assert args.eval_steps == args.save_steps == expected[2]
@@ -544,7 +544,7 @@ def test_what_is_scored_is_saved(given: dict[str, Any], expected: tuple[str, str
 
 def test_nothing_scored_or_nothing_saved_keeps_the_last_weights() -> None:
     for given in ({"eval_strategy": "no"}, {"save_strategy": "no"}):
-        assert not task_arguments(recipe(training=given), SST2).load_best_model_at_end
+        assert not Classification(recipe(training=given)).training_arguments("run").load_best_model_at_end
 
 
 def last_scores(run: Any) -> dict[int, float]:

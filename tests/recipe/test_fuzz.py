@@ -29,8 +29,8 @@ from dts_hf.data.encoding import encode_rows
 from dts_hf.data.prompt_templates import TEMPLATES, get_template
 from dts_hf.data.sources import load_many, load_rows
 from dts_hf.errors import UserError
+from dts_hf.evaluation.held_out import load_sets
 from dts_hf.evaluation.score import score_file
-from dts_hf.evaluation.scorer import load_sets
 from dts_hf.recipe.loading import find_recipes, load_recipe
 from dts_hf.recipe.problems import training_fields
 from dts_hf.recipe.schema import Recipe, recipe_json_schema

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from dts_hf.distill import end_early
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import checkpoints, mark_complete, newest_complete, read_complete, rotate, why_incomplete
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.finish import end_early
 from dts_hf.runs.lock import LOCK, lock, unlock
 from dts_hf.training.exact_resume import check_layout, layout
 from tests.workers.resume_worker import HAS_DEEPSPEED, Life, prepare, recipe

@@ -22,7 +22,7 @@ import dts_hf.distill
 import dts_hf.reporting.report
 from dts_hf.distributed import peers
 from dts_hf.errors import UserError
-from dts_hf.evaluation import scorer
+from dts_hf.language_modeling import scorer
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature.constant import Constant

@@ -23,7 +23,7 @@ from dts_hf.distributed.sharding import is_sharded, parameter_count, shard_teach
 from dts_hf.errors import RunError, UserError
 from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.protocol import get_protocol
-from dts_hf.evaluation.scorer import weights_as
+from dts_hf.language_modeling.scorer import weights_as
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.loading import load_recipe

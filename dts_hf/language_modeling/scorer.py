@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dts_hf.console import say
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_rows
 from dts_hf.distributed.sharding import is_sharded, parameter_count
-from dts_hf.errors import UserError
-from dts_hf.evaluation.benchmark_sets import canonical_name, resolve_set
+from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
-from dts_hf.evaluation.protocol import Protocol, custom_protocol, get_protocol
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.saved_scores import BEFORE, keep_scores
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from dts_hf.training.trainer import DistillationTrainer
-
-VALIDATION = "validation"
+from dts_hf.training.callbacks import GenerationEvalCallback
+from dts_hf.training.trainer import DistillationTrainer
 
 
-def protocol_of(recipe: Recipe) -> Protocol:
-    """The protocol that a recipe describes: its evaluation section, and the template and limit of its data section."""
-    wanted = recipe.evaluation
-    values = {
-        "template": recipe.data.prompt_template,
-        "max_prompt_length": recipe.data.max_prompt_length,
-        "max_new_tokens": wanted.max_new_tokens,
-        "do_sample": wanted.do_sample,
-        "no_repeat_ngram_size": wanted.no_repeat_ngram_size,
-        "seeds": wanted.seeds,
-    }
-    return custom_protocol(**values) if wanted.protocol is None else get_protocol(wanted.protocol).changed(**values)
-
-
-def load_sets(
-    names: Sequence[str],
-    limit: int | None = None,
-    data_dir: str | Path | None = None,
-    *,
-    key: str = "evaluation.sets",
-) -> dict[str, list[Row]]:
-    """Rows of evaluation sets, by name.
-
-    Args:
-        names: of prepared sets (``dts-hf list sets``), or row files.
-        limit: the first so many rows of each; None: all.
-        data_dir: folder of the prepared sets; None: the default of ``sets.resolve_set``.
-        key: what the user calls this choice, for messages.
-
-    Raises:
-        UserError: an unknown or unprepared set, one of GLUE, bad rows, or a name given twice.
-    """
-    found: dict[str, list[Row]] = {}
-    for wanted in names:
-        family, _, task = (canonical_name(wanted) or "").partition("/")
-        if family == "glue":
-            raise UserError(
-                f"{key}: {wanted!r} is a GLUE set: its rows have labels and no written answers. Scores on it are those of "
-                f"a classifier, in the run of a recipe with task: {{name: glue, subset: {task}}}"
-            )
-        prepared = resolve_set(wanted, data_dir, key=key)
-        if prepared.name in found:
-            raise UserError(f"{key}: {prepared.name!r} is there twice; give each set once, and files different names")
-        found[prepared.name] = load_rows(prepared.path, limit=limit)
-    return found
-
-
-class Scorer:
+class GenerationScorer:
     """Scores models on the held-out prompts and collects what goes into ``metrics.json``.
 
     Every process calls ``score`` and ``during``; the prompts are shared out among them.
@@ -89,7 +34,7 @@ class Scorer:
         tokenizer: of student and teacher.
         rows: the validation rows; the recipe's ``rows`` says how many are answered.
         sets: further sets for the end of training, from ``load_sets``.
-        made: entries that an earlier attempt of the run has made, by model; these models are not scored again.
+        kept: entries that an earlier attempt of the run made, by model; these models are not scored again.
     """
 
     def __init__(
@@ -99,33 +44,34 @@ class Scorer:
         trainer: DistillationTrainer,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Row],
-        sets: Mapping[str, Sequence[Row]] | None = None,
-        made: Mapping[str, dict[str, Any]] | None = None,
+        sets: Mapping[str, Sequence[Row]],
+        kept: Mapping[str, dict[str, Any]],
     ) -> None:
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.protocol = protocol_of(recipe)
-        self.rows, self.sets = rows[: recipe.evaluation.rows], dict(sets or {})
-        self.models: dict[str, dict[str, Any]] = dict(made or {})
+        self.rows, self.sets = rows[: recipe.evaluation.rows], dict(sets)
+        self.entries: dict[str, dict[str, Any]] = dict(kept)
 
-    def score(self, name: str, model: nn.Module, *, held_out: bool = False) -> None:
-        """Score ``model`` by generation and, for the student, by its teacher-forced held-out loss at T = 1."""
+    def callbacks(self) -> list[TrainerCallback]:
+        """What scores the student every so many steps, where the recipe says how many."""
+        every_steps = self.recipe.evaluation.every_steps
+        return [] if every_steps is None else [GenerationEvalCallback(self.during, every_steps, self.record)]
+
+    def score(self, name: str, model: nn.Module) -> None:
+        """Score ``model`` by generation and, for the student, by its teacher-forced held-out loss at T = 1.
+
+        Args:
+            name: ``teacher``, ``student_before`` (training) or ``student``.
+            model: as it is now.
+        """
         sets: dict[str, Sequence[Row]] = {VALIDATION: self.rows} if self.rows else {}
         if name != "student_before":  # the student before training is a control, not a result
             sets |= self.sets
-        if not sets or name not in self.recipe.evaluation.models or name in self.models:
+        if not sets or name not in self.recipe.evaluation.models or name in self.entries:
             return
         entry: dict[str, Any] = {"parameters": parameter_count(model)}
-        if held_out and self.rows:
-            values = self.trainer.evaluate()
-            # Without a teacher there is no distance to it.
-            found = {"ce": "eval_ce_loss", "kl": "eval_kl", "top1_agreement": "eval_top1_agreement"}
-            forced = {name: values[key] for name, key in found.items() if key in values}
-            entry["teacher_forced"] = {**forced, "n_tokens": int(values["eval_labels"])}
-            # The teacher's own cross-entropy on these rows comes out of the same pass.
-            teacher = self.models.get("teacher")
-            if teacher is not None:
-                forced = {"ce": values["eval_teacher_ce"], "kl": 0.0, "top1_agreement": 1.0}
-                teacher["teacher_forced"] = {**forced, "n_tokens": int(values["eval_labels"])}
+        if name != "teacher" and self.rows:
+            entry["teacher_forced"] = self._teacher_forced()
         title = name.replace("_", " ")
         with weights_as(model, self.recipe.evaluation.dtype):
             results = {
@@ -135,20 +81,35 @@ class Scorer:
             lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
             entry["dtype"] = answered_in(model, f"{lowered} autocast")
         entry["sets"] = {set_name: result.scores for set_name, result in results.items()}
-        self.models[name] = entry
-        if not self.trainer.is_world_process_zero():
-            return
+        self.entries[name] = entry
+        if self.trainer.is_world_process_zero():
+            self._write(name, results)
+
+    def _teacher_forced(self) -> dict[str, Any]:
+        """The student's held-out losses; the teacher's own, which come out of the same pass, go into its entry."""
+        values = self.trainer.evaluate()
+        labels = int(values["eval_labels"])
+        teacher = self.entries.get("teacher")
+        if teacher is not None:
+            losses = {"ce": values["eval_teacher_ce"], "kl": 0.0, "top1_agreement": 1.0}
+            teacher["teacher_forced"] = {**losses, "n_tokens": labels}
+        # Without a teacher there is no distance to it.
+        logged = {"ce": "eval_ce_loss", "kl": "eval_kl", "top1_agreement": "eval_top1_agreement"}
+        return {**{name: values[key] for name, key in logged.items() if key in values}, "n_tokens": labels}
+
+    def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:
+        """Put answers, log line and kept scores into the run directory, and say the scores."""
         self.run.write_predictions(name, [row for result in results.values() for row in result.predictions])
         if name != "teacher" and VALIDATION in results:
             scores = results[VALIDATION].scores
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
         if name in BEFORE:
-            keep_scores(self.run, self.models)
+            keep_scores(self.run, self.entries)
         for set_name, result in results.items():
             mean = means(result.scores)
             where = "" if set_name == VALIDATION else f" on {set_name}"
             say(
-                f"{title}{where}: ROUGE-L {100 * mean['rougeL']:.1f}, answers that repeat a 4-gram "
+                f"{name.replace('_', ' ')}{where}: ROUGE-L {100 * mean['rougeL']:.1f}, answers that repeat a 4-gram "
                 f"{mean['repeats_4gram']:.0%}, {mean['mean_tokens']:.0f} tokens on average"
             )
 
@@ -163,16 +124,16 @@ class Scorer:
         record = {"kind": "generation", "step": step, "epoch": epoch, "model": "student", **means(scores)}
         self.run.append_log(record)
 
-    def finish(self, training: dict[str, Any]) -> None:
+    def finish(self, training: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; its protocol names the ``dtype`` of the student's answers, each model has its own."""
-        dtypes = {name: entry["dtype"] for name, entry in self.models.items()}
+        dtypes = {name: entry["dtype"] for name, entry in self.entries.items()}
         protocol = {
             **self.protocol.describe(self.tokenizer),
             "dtype": dtypes.get("student") or next(iter(dtypes.values()), None),
             "batch_size": batch_size_that_matters(dtypes.values(), self.recipe.evaluation.batch_size),
         }
-        metrics: dict[str, Any] = {"format": 1, "protocol": protocol, "models": self.models, "training": training}
-        self.run.write_metrics(metrics)
+        facts = {**training, "vocabulary_note": self.trainer.vocab_note}
+        self.run.write_metrics({"format": 1, "protocol": protocol, "models": self.entries, "training": facts})
 
     def _answer(self, model: nn.Module, rows: Sequence[Row], set_name: str, progress: str | None) -> InstructResult:
         return evaluate_instruct(
@@ -185,11 +146,6 @@ class Scorer:
             progress=progress,
             all_processes=True,
         )
-
-
-def batch_size_that_matters(dtypes: Iterable[str], batch_size: int) -> int | None:
-    """``batch_size`` where a model answered below fp32: there the text depends on what is answered together."""
-    return None if all(dtype == "float32" for dtype in dtypes) else batch_size
 
 
 def means(scores: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,160 @@
+"""``LanguageModeling``: prompts with answers, causal language models, ``DistillationTrainer``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.prompt_templates import encode_prompts, get_template
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_many, load_rows, manifest
+from dts_hf.errors import UserError
+from dts_hf.evaluation.benchmark_sets import resolve_set
+from dts_hf.evaluation.held_out import VALIDATION, load_sets
+from dts_hf.generation.engine import cache_argument
+from dts_hf.language_modeling.scorer import GenerationScorer
+from dts_hf.models.checks import check_positions
+from dts_hf.models.head import check_head
+from dts_hf.models.loading import load_student, load_teacher
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.task import Data, Models, Rows, Task
+from dts_hf.teachers.answers import answer_rows
+from dts_hf.temperature import build_temperature
+from dts_hf.training.trainer import DistillationTrainer
+
+
+class LanguageModeling(Task[DistillationTrainer]):
+    """Causal language models: the kind of task of a recipe without a ``task:`` section."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.template = get_template(recipe.data.prompt_template)
+
+    def load_rows(self) -> Rows:
+        data, evaluation = self.recipe.data, self.recipe.evaluation
+        train = load_many(data.train, split=data.train_split, limit=data.max_train_rows)
+        validation: Sequence[Row] = ()
+        if data.validation is not None:
+            validation = load_rows(data.validation, split=data.validation_split, limit=data.max_validation_rows)
+        sets = load_sets(evaluation.sets, evaluation.set_rows)
+        if VALIDATION in sets:
+            raise UserError(f"evaluation.sets: {VALIDATION!r} is the name of the validation rows; rename the file")
+        return Rows(train, validation, sets)
+
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
+        """The sets stay text: their prompts are encoded when they are answered."""
+        train = self._encode(rows.train, tokenizer, "data.train")
+        validation = self._encode(rows.validation, tokenizer, "data.validation") if rows.validation else None
+        return Data(train, validation)
+
+    def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
+        data = self.recipe.data
+        encoded, _ = encode_rows(
+            rows,
+            tokenizer,
+            self.template,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            long_rows=data.long_rows,
+            name=name,
+        )
+        return encoded
+
+    def load_teacher(self) -> PreTrainedModel | None:
+        return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        check_head(teacher, role="teacher")
+
+    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
+        return load_student(self.recipe.student, teacher)
+
+    def check_context_length(
+        self, models: Sequence[nn.Module], tokenizer: PreTrainedTokenizerBase, rows: Rows
+    ) -> None:
+        evaluation, data = self.recipe.evaluation, self.recipe.data
+        answered: list[Row] = [*rows.validation[: evaluation.rows]]
+        answered += [row for of_set in rows.sets.values() for row in of_set]
+        prompts = encode_prompts(answered, tokenizer, self.template, data.max_prompt_length)
+        longest = max((len(prompt.ids) for prompt in prompts if prompt is not None), default=0)
+        advice = f"Lower evaluation.max_new_tokens ({evaluation.max_new_tokens}) or data.max_prompt_length"
+        for model in models:
+            if answered:
+                cache_argument(model)
+            check_positions(model, "evaluation: the model", longest + evaluation.max_new_tokens, advice)  # type: ignore[arg-type]
+
+    def answer(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Rows:
+        """Training and validation prompts are answered together: they share batches and one file in the cache."""
+        prompts = [*rows.train, *rows.validation]
+        answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template, prompts)
+        count = len(rows.train)
+        train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
+        if not train:
+            raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
+        return Rows(train, validation, rows.sets, record, unanswered=answered.count(None))
+
+    def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
+        recipe = self.recipe
+        return DistillationTrainer(
+            model=models.student,
+            teacher=models.teacher,
+            temperature=build_temperature(recipe.temperature.name, **recipe.temperature.options),
+            divergence=recipe.loss.divergence.model_dump(),
+            kd_ratio=recipe.loss.kd_ratio,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=models.tokenizer,
+            temperature_scaling=recipe.loss.temperature_scaling,
+            logits_budget_mb=recipe.loss.logits_budget_mb,
+            router_aux_loss=recipe.loss.router_aux_loss,
+            packing=recipe.data.packing,
+            vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
+            teacher_tokenizer=models.teacher_tokenizer,
+        )
+
+    def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
+        asked = self.recipe.data
+        train = manifest(asked.train, rows.train, split=asked.train_split)
+        splits = {"train": {**train, **dataclasses.asdict(_report(data.train))}}
+        if asked.validation is not None and data.validation is not None:
+            validation = manifest(asked.validation, rows.validation, split=asked.validation_split)
+            splits["validation"] = {**validation, **dataclasses.asdict(_report(data.validation))}
+        # The names of the sets are in the order of the recipe
+        sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)
+        return {
+            "splits": splits,
+            "evaluation_sets": {name: manifest(resolve_set(source).path, of_set) for source, (name, of_set) in sets},
+            "template": asked.prompt_template,
+            "responses": asked.responses,
+            "teacher_answers": rows.answers,
+        }
+
+    def notes(self, rows: Rows, data: Data) -> Iterator[str]:
+        if rows.unanswered:
+            yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
+        yield f"train: {_report(data.train).summary()}"
+        if data.validation is not None:
+            yield f"validation: {_report(data.validation).summary()}"
+
+    def make_scorer(
+        self,
+        run: RunDirectory,
+        trainer: DistillationTrainer,
+        models: Models,
+        rows: Rows,
+        data: Data,
+        kept: Mapping[str, dict[str, Any]],
+    ) -> GenerationScorer:
+        return GenerationScorer(self.recipe, run, trainer, models.tokenizer, rows.validation, rows.sets, kept)
+
+
+def _report(dataset: EncodedDataset) -> EncodingReport:
+    assert dataset.report is not None  # encode_rows has written it
+    return dataset.report

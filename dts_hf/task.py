@@ -1,0 +1,206 @@
+"""``Task``: what ``distill`` and ``dts-hf doctor`` do not know themselves, because it differs between kinds of tasks.
+
+A task supplies rows, models, trainer and scorer of a recipe. Each method is one stage: it takes what it needs and returns
+what it made, so that the doctor can call the same stages and look at what comes out of each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.training_arguments import training_arguments
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.training.trainer import DistillationTrainer
+
+TrainerT = TypeVar("TrainerT", bound=DistillationTrainer)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they were read: ``Row`` for language models, ``LabelledRow`` for classifiers.
+
+    Attributes:
+        train: those to learn from.
+        validation: those held out; empty where the recipe has none.
+        sets: further held-out rows for the end of training, by name.
+        answers: of sequence-level KD, what ``data_manifest.json`` says of the teacher's answers.
+        unanswered: of sequence-level KD, how many rows were left out because the teacher gave no answer.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any] = ()
+    sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    answers: Mapping[str, Any] | None = None
+    unanswered: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """The same rows as tokens; ``report`` of each data set says what became of its rows.
+
+    Attributes:
+        sets: of ``Rows.sets`` those that the scorer feeds as data sets (those answered by generation are not encoded).
+    """
+
+    train: EncodedDataset
+    validation: EncodedDataset | None = None
+    sets: Mapping[str, EncodedDataset] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Student and teacher with their tokenizers; without a teacher, ``teacher_tokenizer`` is the student's."""
+
+    student: nn.Module
+    teacher: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
+
+
+class Scorer(Protocol):
+    """Scores models on the held-out rows and collects what goes into ``metrics.json``; all processes call it alike."""
+
+    def callbacks(self) -> Iterable[TrainerCallback]:
+        """What scores, or shows scores, while training runs."""
+        ...
+
+    def score(self, name: str, model: nn.Module) -> None:
+        """Score ``model`` as it is now, where the recipe asks for it.
+
+        Args:
+            name: ``teacher``, ``student_before`` (training) or ``student``.
+        """
+        ...
+
+    def finish(self, training: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``; the first process alone calls it.
+
+        Args:
+            training: steps, seconds, tokens and memory of the training itself.
+        """
+        ...
+
+
+class Task(ABC, Generic[TrainerT]):
+    """One kind of task, for one recipe. The methods stand in the order in which ``distill`` calls them.
+
+    Args:
+        recipe: what to do.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def training_arguments(self, output_dir: str | Path) -> TrainingArguments:
+        """``TrainingArguments`` of the recipe, with the task's defaults for the keys that it does not give.
+
+        Raises:
+            UserError: ``TrainingArguments`` refuses a value or a combination.
+        """
+        return training_arguments(self.recipe, output_dir)
+
+    @abstractmethod
+    def load_rows(self) -> Rows:
+        """Read and check all rows of the recipe.
+
+        Raises:
+            UserError: nothing there, or a row that is wrong, with file and line.
+        """
+
+    @abstractmethod
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
+        """Tokenise rows; the doctor gives a sample of them.
+
+        Raises:
+            UserError: limits that contradict each other, or no row left under them.
+        """
+
+    @abstractmethod
+    def load_teacher(self) -> PreTrainedModel | None:
+        """The teacher, frozen and in evaluation mode; None where the recipe has none.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        """Refuse a teacher whose outputs the loss cannot represent; it is whole, so this is before it is placed.
+
+        Raises:
+            UserError: names the model and what it does.
+        """
+
+    @abstractmethod
+    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
+        """The student: loaded, or cut out of ``teacher``; with LoRA where the recipe asks for it.
+
+        Args:
+            teacher: whole.
+            seed: of weights that are drawn anew.
+
+        Raises:
+            UserError: it cannot be loaded, cut or given adapters, or the loss cannot represent its outputs.
+        """
+
+    def check_context_length(
+        self, models: Sequence[nn.Module], tokenizer: PreTrainedTokenizerBase, rows: Rows
+    ) -> None:
+        """Refuse what scoring would refuse as well, but only once the run directory is there.
+
+        Raises:
+            UserError: a model has too few positions for the held-out rows, or cannot be scored.
+        """
+
+    def answer(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Rows:
+        """Sequence-level KD: the same rows with the teacher's answers, for ``data.responses: teacher``.
+
+        Raises:
+            UserError: this kind of task has no answers to learn from, or the teacher gave none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no answers")
+
+    @abstractmethod
+    def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> TrainerT:
+        """The trainer with teacher, student, temperature and loss of the recipe.
+
+        Raises:
+            UserError: anything that does not fit together.
+        """
+
+    @abstractmethod
+    def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
+        """What ``data_manifest.json`` says: sources with their sha256, and what became of the rows."""
+
+    @abstractmethod
+    def notes(self, rows: Rows, data: Data) -> Iterable[str]:
+        """What became of the rows, as lines for the terminal."""
+
+    @abstractmethod
+    def make_scorer(
+        self,
+        run: RunDirectory,
+        trainer: TrainerT,
+        models: Models,
+        rows: Rows,
+        data: Data,
+        kept: Mapping[str, dict[str, Any]],
+    ) -> Scorer:
+        """The scorer of a run.
+
+        Args:
+            run: takes scores and predictions.
+            trainer: gives the teacher-forced loss and the state of training.
+            models: that are scored.
+            rows: held-out rows and sets.
+            data: the same as tokens.
+            kept: scores that an earlier attempt of the run made, by model; these models are not scored again.
+        """
