@@ -126,7 +126,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         if teacher is not None:
             scorer.score("teacher", teacher)
         score_before = partial(scorer.score, "student_before", student, held_out=True)
-        trainer.add_callback(BeforeTrainingCallback(trainer, score_before))
+        trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student, held_out=True)
 

@@ -89,7 +89,7 @@ def distill_classification(recipe: Recipe, resume: bool = False) -> RunDirectory
     scorer = _Scorer(recipe, task, run, trainer, rows, sets, start.scores)
     if start.checkpoint is None:
         score_before = partial(scorer.score, "student_before", student, teacher)
-        trainer.add_callback(BeforeTrainingCallback(trainer, score_before))
+        trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
     trainer.train(resume_from_checkpoint=start.checkpoint)
     best_step = _best_step(trainer)
     scorer.score("student", student, teacher)

@@ -1,7 +1,7 @@
 """Where a run starts: from nothing, from a checkpoint of its own (``--resume``), or nowhere, because it is done.
 
 A killed run ends as it would have ended only if nothing that its numbers depend on has changed. So the recipe and the
-rows are compared with those of the run directory; ``exact_resume.check_layout`` compares the launch.
+rows are compared with those of the run directory; ``ResumableTrainer.check_resumable`` compares the launch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dts_hf.runs.lock import lock
 from dts_hf.runs.saved_scores import BEFORE, kept_scores
 from dts_hf.temperature import build_temperature
 from dts_hf.training.callbacks import RunLogCallback
-from dts_hf.training.exact_resume import PROGRESS, check_layout
+from dts_hf.training.exact_resume import PROGRESS
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
-#: two about the size of a batch are compared together with the number of processes, by ``exact_resume.check_layout``.
+#: two about the size of a batch are compared together with the number of processes, by ``ResumableTrainer.check_resumable``.
 MAY_CHANGE = (
     "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
     "loss.logits_budget_mb",
@@ -158,7 +158,7 @@ def open_run(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_fr
     if start.keep:
         check_same_rows(run, made_from)
     if start.checkpoint is not None:
-        check_layout(trainer, start.checkpoint)
+        trainer.check_resumable(start.checkpoint)
     else:
         trainer.prepare_temperature(trainer.planned_steps())
     on_first_process(lambda: make_directory(recipe, start), trainer.args.process_index, trainer.args.world_size)
