@@ -111,7 +111,7 @@ class EvenBatchesTrainer(Trainer):
         if world == 1 or self.args.dataloader_drop_last or self.length_bucket_size(dataset) is None:
             return super().get_train_dataloader()
         size = self._train_batch_size
-        filled = PadToMultiple(dataset, size * world, self._dummy_row())
+        filled = PadToMultiple(dataset, size * world, self.without_label)
         return self._get_dataloader(filled, "Training", size, sampler_fn=self._get_train_sampler, is_training=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -175,7 +175,7 @@ class EvenBatchesTrainer(Trainer):
         if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
             return cast(DataLoader, kept[key])
         size = self.args.eval_batch_size
-        filled = PadToMultiple(dataset, size * self.accelerator.num_processes, self._dummy_row(), longest_first=True)
+        filled = PadToMultiple(dataset, size * self.accelerator.num_processes, self.without_label, longest_first=True)
         return self._get_dataloader(filled, "Evaluation", size, sampler_fn=self._get_eval_sampler, dataloader_key=key)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
@@ -202,7 +202,8 @@ class EvenBatchesTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------- of both kinds
 
-    def _dummy_row(self) -> Callable[[Any], dict[str, Any]]:
+    @property
+    def without_label(self) -> Callable[[Any], dict[str, Any]]:
         """Makes of a row its first token, which only fills a batch."""
         return partial(dummy_row, labels=self.dummy_labels)
 

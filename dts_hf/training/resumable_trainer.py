@@ -4,8 +4,8 @@ An order of the rows that is a function of seed and epoch, batches that several 
 are complete or no checkpoints, a resume that ends as if there had been no break, an end on a signal or on a loss that is
 non-finite, clocks that leave out what is no training, and an upload of the finished student alone.
 
-Everything that leans on a private name of the Trainer stands in this file and in ``PRIVATE_NAMES``; what needs no private
-name is in the modules beside it.
+Everything that leans on a private name of the Trainer stands here or in ``even_batches``, and in ``PRIVATE_NAMES``; the
+modules beside them need none.
 """
 
 from __future__ import annotations
@@ -54,28 +54,43 @@ from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_no
 from dts_hf.training.signals import at_step_end
 from dts_hf.training.unused_parameters import may_leave_unused
 
-#: Every private name of ``transformers.Trainer`` that this package overrides (with its signature) or reads (None: an
-#: attribute of the instance). A test compares them with the transformers that is installed and says what has changed.
+#: Every private name of ``transformers.Trainer`` that this package overrides or reads: a method with its signature, or an
+#: attribute of the instance (None). tests/training/test_trainer_contract.py compares them with the transformers that is
+#: installed, and says what has changed.
 PRIVATE_NAMES: dict[str, str | None] = {
-    # The batches
-    "_build_accelerator_args": "(self, **kwargs) -> dict[str, typing.Any]",
-    "_get_dataloader": "(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)",
-    "_get_collator_with_removed_columns": "(self, data_collator, description)",
-    "_get_train_sampler": "(self, train_dataset)",
+    # Batches (even_batches.py)
+    "_get_dataloader": (
+        "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None)"
+    ),
+    "_get_collator_with_removed_columns": "(self, data_collator, description=None)",
+    "_get_train_sampler": "(self, train_dataset=None)",
     "_get_eval_sampler": "(self, eval_dataset)",
     "_get_num_items_in_batch": "(self, batch_samples, device)",
     "_track_num_input_tokens": "(self, inputs)",
     "_prepare_inputs": "(self, inputs)",
+    "_train_batch_size": None,
+    "_eval_dataloaders": None,
     # The loop
-    "_run_epoch": "()",
-    "_get_grad_norm": "(self, model, grad_norm)",
+    "_build_accelerator_args": "(self, **kwargs)",
+    "_run_epoch": (
+        "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+        "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
+    ),
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_learning_rate": "(self)",
-    "_maybe_log_save_evaluate": "()",
-    # Checkpoints and the Hub
+    "_maybe_log_save_evaluate": (
+        "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)"
+    ),
+    "_tr_loss": None,
+    "_total_loss_scalar": None,
+    "_globalstep_last_logged": None,
+    "_created_lr_scheduler": None,
+    # Checkpoints
     "_get_output_dir": "(self, trial)",
     "_save_checkpoint": "(self, model, trial)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
-    "_save": "(self, output_dir, state_dict)",
+    # The Hub
+    "_save": "(self, output_dir=None, state_dict=None)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
     "_finish_current_push": "(self)",
 }

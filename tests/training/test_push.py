@@ -20,7 +20,8 @@ from dts_hf.errors import UserError
 from dts_hf.models.adapters import add_lora
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Lora
-from dts_hf.training.trainer import UPLOAD, DistillationTrainer
+from dts_hf.training.hub_upload import UPLOAD
+from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 TOKEN = "hf_" + "OfMyOwnAndOfNobodyElse0"
