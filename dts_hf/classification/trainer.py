@@ -30,18 +30,16 @@ from dts_hf.data.tokenised import rows_of
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
-from dts_hf.loss.chunk_walk import SUM_NAMES
+from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.temperature.constant import Constant
-from dts_hf.training.trainer import WITHOUT_TEACHER, DistillationTrainer, count_tokens
-
-# What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
-REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
+from dts_hf.training.trainer import DistillationTrainer, count_tokens
 
 
 class ClassificationDistillationTrainer(DistillationTrainer):
@@ -197,16 +195,13 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - wanted).square()
         kd_ratio = self.loss.kd_ratio
         total = ((1 - kd_ratio) * to_label + kd_ratio * to_teacher).sum()
-        sums = {name: torch.zeros((), dtype=score.dtype, device=score.device) for name in SUM_NAMES}
-        found = {
-            "rows": torch.as_tensor(float(len(labels)), device=score.device),
-            "ce": to_label.detach().sum(),
-            "teacher_ce": (wanted - labels.to(score.dtype)).square().sum(),
-            "kd": to_teacher.detach().sum(),
-            "temperature_min": sums["rows"].clone(),
-            "temperature_max": sums["rows"].clone(),
+        sums = {
+            ROWS: torch.as_tensor(float(len(labels)), device=score.device),
+            CE.sum: to_label.detach().sum(),
+            TEACHER_CE.sum: (wanted - labels.to(score.dtype)).square().sum(),
+            KD.sum: to_teacher.detach().sum(),
         }
-        return total / normalizer.to(total), {**sums, **found}
+        return total / normalizer.to(total), sums
 
     def _count(self, labels: Tensor) -> Tensor:
         return labelled(labels).sum()
@@ -259,13 +254,9 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             self.predicted[name] = dict(zip(rows[real].tolist(), logits[real].tolist(), strict=True))
         return scores
 
-    def _named(self, values: dict[str, float]) -> dict[str, float]:
-        """The means that mean something in this run, under their right names."""
-        if self.classifier.model is None:
-            values = {name: values[name] for name in WITHOUT_TEACHER if name in values}
-        if self.task.regression:
-            values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
-        return values
+    def log_columns(self) -> LogColumns:
+        """The statistics that mean something in this run, under their right names."""
+        return LogColumns(teacher=self.classifier.model is not None, regression=self.task.regression)
 
     def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return dummy_row(row, float("nan") if self.task.regression else IGNORE_INDEX)

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.loss.logged_sums import OF_POLICY, SumMeter
-from dts_hf.temperature.base import StepStats
+from dts_hf.loss.logged_sums import SumMeter
+from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.training.signals import asked_to_stop, at_once, stopped_at
 
 if TYPE_CHECKING:
@@ -65,26 +65,18 @@ class TemperatureCallback(TrainerCallback):
         self.trainer.step_meter.add({STOP_ASKED: asked})
         totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
         self.trainer.stop_agreed = totals.pop(STOP_ASKED) > 0
-        if not totals or not totals["rows"]:  # no label in the whole step: nothing was learned, nor about the gap
+        if not totals or not totals[ROWS]:  # no label in the whole step: nothing was learned, nor about the gap
             self.unlabelled_steps += 1
             if self.unlabelled_steps == 1 and state.is_world_process_zero:
                 logger.warning("step %d: none of its rows has a label, so it teaches nothing", state.global_step)
             return
         self.labelled_steps += 1
-        rows, policy = totals["rows"], self.trainer.temperature
-        in_force = {"temperature_cosine": policy.cosine, **policy.log_values()}  # of the step that ends here
-        totals.update({f"{OF_POLICY}{name}": value * rows for name, value in in_force.items() if value is not None})
+        policy = self.trainer.temperature
+        # What is in force in the step that ends here
+        totals.add_policy_values({"temperature_cosine": policy.cosine, **policy.log_values()})
         self.trainer.mean_log.add(totals)
-        stats = StepStats(
-            totals["ce"] / rows,
-            totals["teacher_ce"] / rows,
-            totals["kd"] / rows,
-            rows,
-            temperature_grad=totals.get("temperature_grad", 0.0) / rows,
-            observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
-        )
-        policy.end_step(stats)
-        if math.isfinite(totals["ce"]) and math.isfinite(totals["kd"]):
+        policy.end_step(totals.step_stats())
+        if math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]):
             self.broken_steps = 0
             return
         self.broken_steps += 1

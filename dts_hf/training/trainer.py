@@ -58,8 +58,9 @@ from dts_hf.divergences import Divergence
 from dts_hf.errors import RunError, UserError
 from dts_hf.files import write_json_atomic, write_text_atomic
 from dts_hf.loss.distillation_loss import DistillationLoss
-from dts_hf.loss.logged_sums import MeanLog, SumMeter, means
+from dts_hf.loss.logged_sums import LogColumns, MeanLog, SumMeter
 from dts_hf.loss.selection import IGNORE_INDEX, count_targets, select_response, sequence_numbers
+from dts_hf.loss.statistics import AUX, CE, KD, ROWS
 from dts_hf.models.checks import check_apart, check_positions
 from dts_hf.models.head import Head, check_head, gather_head, head_of, loss_in_head
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
@@ -96,8 +97,6 @@ logger = logging.getLogger(__name__)
 TRAINING_ARGS_NAME = "training_args.bin"
 #: Folder of ``args.output_dir`` that holds what is uploaded, while it is.
 UPLOAD = ".hub_upload"
-#: What is logged when there is no teacher.
-WITHOUT_TEACHER = ("ce_loss", "student_entropy", "aux_loss")
 
 
 class DistillationTrainer(Trainer):
@@ -372,8 +371,8 @@ class DistillationTrainer(Trainer):
         if self.router is not None and model.training:
             aux_loss = self._router_loss(outputs.router_logits, inputs)
             # Each micro-batch counts by its labels: over all of them and all ranks the weights add up to num_processes.
-            loss = loss + (self.router.coefficient * aux_loss * sums["rows"] / normalizer).to(loss.dtype)
-            sums["aux"] = aux_loss.detach() * sums["rows"]
+            loss = loss + (self.router.coefficient * aux_loss * sums[ROWS] / normalizer).to(loss.dtype)
+            sums[AUX.sum] = aux_loss.detach() * sums[ROWS]
         meter.add({**sums, "tokens": tokens})
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -575,21 +574,15 @@ class DistillationTrainer(Trainer):
         output = output._replace(num_samples=rows)
         totals = self.eval_meter.reduce(self.accelerator)
         if totals:
-            values = means(totals)
-            values["loss"] = (1 - self.loss.kd_ratio) * values["ce_loss"] + self.loss.kd_ratio * values["kd_loss"]
-            values["labels"] = int(totals["rows"])
-            for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
-                values.pop(name)  # at T = 1 they say nothing new
-            own = {name: values.pop(name) for name in ("loss", "labels")}
-            values = {**self._named(values), **own, "rows": rows}
+            loss = (1 - self.loss.kd_ratio) * CE.number(totals) + self.loss.kd_ratio * KD.number(totals)
+            values = self.log_columns().means(totals, held_out=True)
+            values.update(loss=loss, labels=int(totals[ROWS]), rows=rows)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
-    def _named(self, values: dict[str, float]) -> dict[str, float]:
-        """The means that mean something in this run: without a teacher, those of the student alone."""
-        if not isinstance(self.teacher, NoTeacher):
-            return values
-        return {name: values[name] for name in WITHOUT_TEACHER if name in values}
+    def log_columns(self) -> LogColumns:
+        """The statistics that mean something in this run: without a teacher, those of the student alone."""
+        return LogColumns(teacher=not isinstance(self.teacher, NoTeacher))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
@@ -811,7 +804,7 @@ class DistillationTrainer(Trainer):
     def reset_statistics(self) -> None:
         """Start a run from nothing: the temperature as it was given, and no sums."""
         self.temperature.load_state(copy.deepcopy(self._fresh_state))
-        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self._named)
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self.log_columns())
         self.tokens_seen = 0.0  # real tokens (no padding) of all ranks, up to the last log line
         self._logged_at = time.monotonic()
 
