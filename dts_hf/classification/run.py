@@ -33,6 +33,7 @@ from dts_hf.data.sources import manifest
 from dts_hf.distributed.sharding import parameter_count, place_teacher
 from dts_hf.evaluation.glue import TASK_METRICS, headline
 from dts_hf.evaluation.instruct import rows_digest
+from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import Recipe, Task
@@ -308,12 +309,12 @@ class _Scorer:
         entry = self.models.setdefault(name, {"parameters": parameter_count(model), "sets": {}})
         measures = {metric: values[f"eval_{of}{metric}"] for metric in TASK_METRICS[self.task.subset]}
         if self.task.regression:
-            measures["label_mse"] = values[f"eval_{'teacher' if of else 'label'}_mse"]
+            measures["label_mse"] = values[f"eval_{(TEACHER_CE if of else CE).regression}"]
         else:
-            measures["label_ce"] = values["eval_teacher_ce" if of else "eval_ce_loss"]
-        if "eval_kl" in values:
-            measures["teacher_kl"] = 0.0 if of else values["eval_kl"]
-            measures["teacher_agreement"] = 1.0 if of else values["eval_top1_agreement"]
+            measures["label_ce"] = values[(TEACHER_CE if of else CE).held_out_log]
+        if KL.held_out_log in values:
+            measures["teacher_kl"] = 0.0 if of else values[KL.held_out_log]
+            measures["teacher_agreement"] = 1.0 if of else values[TOP1_AGREEMENT.held_out_log]
         rows = self.rows[set_name]
         scores = {key: {"mean": value} for key, value in measures.items()}
         entry["sets"][set_name] = {"n": len(rows), "rows_sha256": rows_digest(_plain(rows)), **scores}

@@ -7,7 +7,6 @@ are its logits, and the head is the identity. Only what a batch is and how model
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +32,10 @@ from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
-from dts_hf.loss.chunk_walk import SUM_NAMES
+from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE
 from dts_hf.models.checks import check_apart, check_positions
 from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
@@ -43,12 +43,9 @@ from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import check_arguments
 from dts_hf.training.datasets import RowReader
-from dts_hf.training.distillation_base import DistillationBase, student_alone
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.pair import check_whole
 from dts_hf.training.step_sums import count_tokens
-
-#: Squared errors have other names than losses of classes: name there -> name in the log.
-REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
 
 
 class ClassificationDistillationTrainer(DistillationBase):
@@ -138,7 +135,7 @@ class ClassificationDistillationTrainer(DistillationBase):
                 "temperature_scaling": temperature_scaling,
                 "logits_budget_mb": logits_budget_mb,
             },
-            rename=partial(rename_means, taught=teacher is not None, regression=task.regression),
+            columns=LogColumns(teacher=teacher is not None, regression=task.regression),
             rows=LabelledRows(task, encode_options, models),
             dummy_labels=float("nan") if task.regression else IGNORE_INDEX,
             callbacks=callbacks,
@@ -188,20 +185,17 @@ class ClassificationDistillationTrainer(DistillationBase):
         self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, training: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """STS-B: ce and teacher_ce are squared errors to the labels, kd the one to the teacher's score."""
-        score, wanted = student[:, 0], teacher[:, 0]
-        to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - wanted).square()
+        score, answer = student[:, 0], teacher[:, 0]
+        to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - answer).square()
         kd_ratio = self.loss.kd_ratio
         total = ((1 - kd_ratio) * to_label + kd_ratio * to_teacher).sum()
-        sums = {name: torch.zeros((), dtype=score.dtype, device=score.device) for name in SUM_NAMES}
-        found = {
-            "rows": torch.as_tensor(float(len(labels)), device=score.device),
-            "ce": to_label.detach().sum(),
-            "teacher_ce": (wanted - labels.to(score.dtype)).square().sum(),
-            "kd": to_teacher.detach().sum(),
-            "temperature_min": sums["rows"].clone(),
-            "temperature_max": sums["rows"].clone(),
+        sums = {
+            ROWS: torch.as_tensor(float(len(labels)), device=score.device),
+            CE.sum: to_label.detach().sum(),
+            TEACHER_CE.sum: (answer - labels.to(score.dtype)).square().sum(),
+            KD.sum: to_teacher.detach().sum(),
         }
-        return total / normalizer.to(total), {**sums, **found}
+        return total / normalizer.to(total), sums
 
     def count_items(self, labels: Tensor) -> Tensor:
         """How many examples of ``labels`` ``[B]`` have a label, as a 0-d tensor."""
@@ -342,17 +336,3 @@ def set_up_classifiers(
             "a student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
         )
     return student, teacher, tokenizer
-
-
-def rename_means(values: dict[str, float], *, taught: bool, regression: bool) -> dict[str, float]:
-    """The means that mean something in this kind of run, under their right names.
-
-    Args:
-        values: see ``logged_sums.means``.
-        taught: there is a teacher.
-        regression: they are squared errors.
-    """
-    values = values if taught else student_alone(values)
-    if regression:
-        values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
-    return values

@@ -18,6 +18,7 @@ from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name, resolve_set
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.protocol import Protocol, custom_protocol, get_protocol
+from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.saved_scores import BEFORE, keep_scores
@@ -118,13 +119,16 @@ class Scorer:
         if held_out and self.rows:
             values = self.trainer.evaluate()
             # Without a teacher there is no distance to it.
-            found = {"ce": "eval_ce_loss", "kl": "eval_kl", "top1_agreement": "eval_top1_agreement"}
-            forced = {name: values[key] for name, key in found.items() if key in values}
+            forced = {
+                measure.sum: values[measure.held_out_log]
+                for measure in (CE, KL, TOP1_AGREEMENT)
+                if measure.held_out_log in values
+            }
             entry["teacher_forced"] = {**forced, "n_tokens": int(values["eval_labels"])}
             # The teacher's own cross-entropy on these rows comes out of the same pass.
             teacher = self.models.get("teacher")
             if teacher is not None:
-                forced = {"ce": values["eval_teacher_ce"], "kl": 0.0, "top1_agreement": 1.0}
+                forced = {CE.sum: values[TEACHER_CE.held_out_log], KL.sum: 0.0, TOP1_AGREEMENT.sum: 1.0}
                 teacher["teacher_forced"] = {**forced, "n_tokens": int(values["eval_labels"])}
         title = name.replace("_", " ")
         with weights_as(model, self.recipe.evaluation.dtype):

@@ -22,8 +22,10 @@ from dts_hf.distributed.launch import check_launch
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import IGNORE_INDEX, select_response, sequence_numbers
+from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
 from dts_hf.models.router import router_of
 from dts_hf.teachers.base import Teacher
@@ -32,7 +34,7 @@ from dts_hf.teachers.none import NoTeacher
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import check_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
-from dts_hf.training.distillation_base import DistillationBase, student_alone
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.pair import Pair, collects_router_logits, set_up_models
 from dts_hf.training.step_sums import count_tokens
 
@@ -153,7 +155,7 @@ class DistillationTrainer(DistillationBase):
                 "temperature_scaling": temperature_scaling,
                 "logits_budget_mb": logits_budget_mb,
             },
-            rename=dict if taught else student_alone,
+            columns=LogColumns(teacher=taught),
             rows=rows,
             dummy_labels=[IGNORE_INDEX],
             callbacks=callbacks,
@@ -231,8 +233,8 @@ class DistillationTrainer(DistillationBase):
         if self.router is not None and model.training:
             aux_loss = self._router_loss(outputs.router_logits, inputs)
             # Each micro-batch counts by its labels: over all of them and all ranks the weights add up to num_processes.
-            loss = loss + (self.router.coefficient * aux_loss * sums["rows"] / normalizer).to(loss.dtype)
-            sums["aux"] = aux_loss.detach() * sums["rows"]
+            loss = loss + (self.router.coefficient * aux_loss * sums[ROWS] / normalizer).to(loss.dtype)
+            sums[AUX.sum] = aux_loss.detach() * sums[ROWS]
         # 6. The sums are reduced once a step, by TemperatureCallback.
         meter.add({**sums, "tokens": count_tokens(inputs)})
         return (loss, {"loss": loss}) if return_outputs else loss

@@ -79,5 +79,7 @@ def test_two_processes_search_for_idle_weights_only_where_there_are_some(tmp_pat
     # A weight that nothing meets: found, and trained as if it was not there
     idle, said = of("idle_weight")
     assert idle["searches"] is True and idle["log"] == plain["log"] and "error" not in idle
-    denied = json.loads((tmp_path / "idle_weight_denied.0.json").read_text())  # by the user: refused at the second step
+    denied = json.loads(
+        (tmp_path / "idle_weight_denied.0.json").read_text()
+    )  # by the user: refused at the second step
     assert "Expected to have finished reduction in the prior iteration" in denied["error"]
