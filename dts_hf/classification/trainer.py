@@ -6,13 +6,13 @@ are its logits, and the head is the identity. Only what a batch is and how model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
 from dts_hf.classification.models import (
@@ -27,7 +27,7 @@ from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_l
 from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
-from dts_hf.distributed.launch import check_launch, prepare_deepspeed
+from dts_hf.distributed.launch import prepare_deepspeed
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
@@ -41,7 +41,7 @@ from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import check_arguments
+from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.pair import check_whole
@@ -64,9 +64,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         eval_dataset: the same kinds; ``evaluate`` adds the task's metrics, as ``eval_accuracy``, and the teacher's.
         processing_class: the tokenizer; by default the student's own.
         max_length: for rows, tokens.
-        temperature_scaling, logits_budget_mb, teacher_tokenizer, teacher_placement, model_card: as in
-            ``DistillationTrainer``.
-        kwargs: everything else that ``Trainer`` takes.
+        temperature_scaling, logits_budget_mb, teacher_tokenizer, teacher_placement: as in ``DistillationTrainer``.
+        kwargs: as in ``DistillationTrainer``.
 
     Attributes:
         task: what is learned.
@@ -95,14 +94,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         logits_budget_mb: float = 256,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
-        model_card: Callable[[], str] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         # 1. Arguments that cannot be honoured, before anything is loaded.
-        args = args or TrainingArguments(output_dir="runs/distillation")
-        check_launch(args)
-        check_arguments(args, kwargs)
+        args = checked_arguments(args, kwargs)
         check_has_teacher(teacher is not None, kd_ratio)
         self.task = task = get_task(task) if isinstance(task, str) else task
         # 2. Two classifiers of the same task that read the same tokens.
@@ -129,17 +124,11 @@ class ClassificationDistillationTrainer(DistillationBase):
             tokenizer,
             temperature=temperature if softened else 1.0,
             divergence=divergence,
+            kd_ratio=kd_ratio,
             classes=task.outputs,
-            loss_options={
-                "kd_ratio": kd_ratio,
-                "temperature_scaling": temperature_scaling,
-                "logits_budget_mb": logits_budget_mb,
-            },
+            loss_options={"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb},
             columns=LogColumns(teacher=teacher is not None, regression=task.regression),
             rows=LabelledRows(task, encode_options, models),
-            dummy_labels=float("nan") if task.regression else IGNORE_INDEX,
-            callbacks=callbacks,
-            model_card=model_card,
             **kwargs,
         )
         if teacher_placement == "sharded" and teacher is not None:
@@ -254,6 +243,7 @@ class LabelledRows(RowReader):
     ) -> None:
         super().__init__()
         self.task, self.encode_options, self.models = task, encode_options, models
+        self.dummy_labels = float("nan") if task.regression else IGNORE_INDEX
 
     def read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
         """Texts are encoded; labels and lengths are checked.
@@ -287,7 +277,8 @@ def set_up_classifiers(
     """Load what is a name, undo what an earlier trainer has done to a model, and check that both read the same batches.
 
     Args:
-        student, teacher: as ``ClassificationDistillationTrainer`` takes them.
+        student: as ``ClassificationDistillationTrainer`` takes it.
+        teacher: the same.
         task: whose classes they must have, in its order.
         tokenizer: the student's; by default the one that its name brings.
         teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.

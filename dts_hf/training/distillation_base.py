@@ -41,6 +41,7 @@ class DistillationBase(ResumableTrainer):
         model, args, data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
         temperature: see ``build_policy``.
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
+        kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
         classes: of the logits that both models give.
         loss_options: what ``DistillationLoss`` takes besides.
         columns: the statistics that are logged in this kind of run.
@@ -67,15 +68,17 @@ class DistillationBase(ResumableTrainer):
         *,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float,
         divergence: Divergence | Mapping[str, Any] | str,
+        kd_ratio: float,
         classes: int,
         loss_options: Mapping[str, Any],
         columns: LogColumns,
         **kwargs: Any,
     ) -> None:
         self.temperature = build_policy(temperature)
-        self.loss = DistillationLoss(divergence, temperature=self.temperature, **loss_options)
+        options = {"kd_ratio": kd_ratio, **loss_options}
+        self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
-        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **loss_options)
+        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
         self.temperature.check_classes(classes)
         self.sums = StepSums(columns)
         self._fresh_state = copy.deepcopy(self.temperature.state())

@@ -457,7 +457,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         Never ``args.output_dir`` itself: logs, checkpoints and answers to held-out rows lie there. All processes call it.
 
         Args:
-            commit_message, blocking, token, revision: as for ``Trainer.push_to_hub``.
+            commit_message: as for ``Trainer.push_to_hub``.
+            blocking: the same.
+            token: the same.
+            revision: the same.
             private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
             kwargs: as for ``Trainer.push_to_hub``, with ``tags`` a list or one tag.
 
