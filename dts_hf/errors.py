@@ -70,6 +70,13 @@ class Interrupted(SystemExit):
         return self.message
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host. By name and text: this module does not load torch."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    # A CPU's allocator raises a plain RuntimeError
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice closest to ``word``, or an empty string when none is close."""
     by_lower = {choice.lower(): choice for choice in choices}

@@ -25,6 +25,7 @@ from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import parameter_count
 from dts_hf.evaluation.glue import TASK_METRICS, headline
 from dts_hf.evaluation.instruct import rows_digest
+from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings
 from dts_hf.runs.directory import RunDirectory
@@ -130,12 +131,12 @@ class ClassificationScorer:
         entry = self.entries.setdefault(name, {"parameters": parameter_count(model), "sets": {}})
         measures = {metric: values[f"eval_{of}{metric}"] for metric in TASK_METRICS[self.glue.subset]}
         if self.glue.regression:
-            measures["label_mse"] = values[f"eval_{'teacher' if of else 'label'}_mse"]
+            measures["label_mse"] = values[f"eval_{(TEACHER_CE if of else CE).regression}"]
         else:
-            measures["label_ce"] = values["eval_teacher_ce" if of else "eval_ce_loss"]
-        if "eval_kl" in values:
-            measures["teacher_kl"] = 0.0 if of else values["eval_kl"]
-            measures["teacher_agreement"] = 1.0 if of else values["eval_top1_agreement"]
+            measures["label_ce"] = values[(TEACHER_CE if of else CE).held_out_log]
+        if KL.held_out_log in values:
+            measures["teacher_kl"] = 0.0 if of else values[KL.held_out_log]
+            measures["teacher_agreement"] = 1.0 if of else values[TOP1_AGREEMENT.held_out_log]
         rows = self.rows[set_name]
         scores = {key: {"mean": value} for key, value in measures.items()}
         entry["sets"][set_name] = {"n": len(rows), "rows_sha256": rows_digest(as_plain_rows(rows)), **scores}

@@ -6,14 +6,13 @@ are its logits, and the head is the identity. Only what a batch is and how model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
 from dts_hf.classification.models import (
@@ -28,27 +27,25 @@ from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_l
 from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
-from dts_hf.distributed.launch import check_launch, prepare_deepspeed
+from dts_hf.distributed.launch import prepare_deepspeed
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
-from dts_hf.loss.chunk_walk import SUM_NAMES
+from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE
 from dts_hf.models.checks import check_apart, check_positions
 from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import check_arguments
+from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import RowReader
-from dts_hf.training.distillation_base import DistillationBase, student_alone
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.pair import check_whole
 from dts_hf.training.step_sums import count_tokens
-
-#: Squared errors have other names than losses of classes: name there -> name in the log.
-REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
 
 
 class ClassificationDistillationTrainer(DistillationBase):
@@ -67,9 +64,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         eval_dataset: the same kinds; ``evaluate`` adds the task's metrics, as ``eval_accuracy``, and the teacher's.
         processing_class: the tokenizer; by default the student's own.
         max_length: for rows, tokens.
-        temperature_scaling, logits_budget_mb, teacher_tokenizer, teacher_placement, model_card: as in
-            ``DistillationTrainer``.
-        kwargs: everything else that ``Trainer`` takes.
+        temperature_scaling, logits_budget_mb, teacher_tokenizer, teacher_placement: as in ``DistillationTrainer``.
+        kwargs: as in ``DistillationTrainer``.
 
     Attributes:
         task: what is learned.
@@ -98,14 +94,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         logits_budget_mb: float = 256,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
-        model_card: Callable[[], str] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         # 1. Arguments that cannot be honoured, before anything is loaded.
-        args = args or TrainingArguments(output_dir="runs/distillation")
-        check_launch(args)
-        check_arguments(args, kwargs)
+        args = checked_arguments(args, kwargs)
         check_has_teacher(teacher is not None, kd_ratio)
         self.task = task = get_task(task) if isinstance(task, str) else task
         # 2. Two classifiers of the same task that read the same tokens.
@@ -132,17 +124,11 @@ class ClassificationDistillationTrainer(DistillationBase):
             tokenizer,
             temperature=temperature if softened else 1.0,
             divergence=divergence,
+            kd_ratio=kd_ratio,
             classes=task.outputs,
-            loss_options={
-                "kd_ratio": kd_ratio,
-                "temperature_scaling": temperature_scaling,
-                "logits_budget_mb": logits_budget_mb,
-            },
-            rename=partial(rename_means, taught=teacher is not None, regression=task.regression),
+            loss_options={"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb},
+            columns=LogColumns(teacher=teacher is not None, regression=task.regression),
             rows=LabelledRows(task, encode_options, models),
-            dummy_labels=float("nan") if task.regression else IGNORE_INDEX,
-            callbacks=callbacks,
-            model_card=model_card,
             **kwargs,
         )
         if teacher_placement == "sharded" and teacher is not None:
@@ -188,20 +174,17 @@ class ClassificationDistillationTrainer(DistillationBase):
         self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, training: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """STS-B: ce and teacher_ce are squared errors to the labels, kd the one to the teacher's score."""
-        score, wanted = student[:, 0], teacher[:, 0]
-        to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - wanted).square()
+        score, answer = student[:, 0], teacher[:, 0]
+        to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - answer).square()
         kd_ratio = self.loss.kd_ratio
         total = ((1 - kd_ratio) * to_label + kd_ratio * to_teacher).sum()
-        sums = {name: torch.zeros((), dtype=score.dtype, device=score.device) for name in SUM_NAMES}
-        found = {
-            "rows": torch.as_tensor(float(len(labels)), device=score.device),
-            "ce": to_label.detach().sum(),
-            "teacher_ce": (wanted - labels.to(score.dtype)).square().sum(),
-            "kd": to_teacher.detach().sum(),
-            "temperature_min": sums["rows"].clone(),
-            "temperature_max": sums["rows"].clone(),
+        sums = {
+            ROWS: torch.as_tensor(float(len(labels)), device=score.device),
+            CE.sum: to_label.detach().sum(),
+            TEACHER_CE.sum: (answer - labels.to(score.dtype)).square().sum(),
+            KD.sum: to_teacher.detach().sum(),
         }
-        return total / normalizer.to(total), {**sums, **found}
+        return total / normalizer.to(total), sums
 
     def count_items(self, labels: Tensor) -> Tensor:
         """How many examples of ``labels`` ``[B]`` have a label, as a 0-d tensor."""
@@ -260,6 +243,7 @@ class LabelledRows(RowReader):
     ) -> None:
         super().__init__()
         self.task, self.encode_options, self.models = task, encode_options, models
+        self.dummy_labels = float("nan") if task.regression else IGNORE_INDEX
 
     def read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
         """Texts are encoded; labels and lengths are checked.
@@ -293,7 +277,8 @@ def set_up_classifiers(
     """Load what is a name, undo what an earlier trainer has done to a model, and check that both read the same batches.
 
     Args:
-        student, teacher: as ``ClassificationDistillationTrainer`` takes them.
+        student: as ``ClassificationDistillationTrainer`` takes it.
+        teacher: the same.
         task: whose classes they must have, in its order.
         tokenizer: the student's; by default the one that its name brings.
         teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.
@@ -342,17 +327,3 @@ def set_up_classifiers(
             "a student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
         )
     return student, teacher, tokenizer
-
-
-def rename_means(values: dict[str, float], *, taught: bool, regression: bool) -> dict[str, float]:
-    """The means that mean something in this kind of run, under their right names.
-
-    Args:
-        values: see ``logged_sums.means``.
-        taught: there is a teacher.
-        regression: they are squared errors.
-    """
-    values = values if taught else student_alone(values)
-    if regression:
-        values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
-    return values

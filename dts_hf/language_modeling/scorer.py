@@ -15,6 +15,7 @@ from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
+from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.saved_scores import BEFORE, keep_scores
@@ -91,10 +92,10 @@ class GenerationScorer:
         labels = int(values["eval_labels"])
         teacher = self.entries.get("teacher")
         if teacher is not None:
-            losses = {"ce": values["eval_teacher_ce"], "kl": 0.0, "top1_agreement": 1.0}
+            losses = {CE.sum: values[TEACHER_CE.held_out_log], KL.sum: 0.0, TOP1_AGREEMENT.sum: 1.0}
             teacher["teacher_forced"] = {**losses, "n_tokens": labels}
         # Without a teacher there is no distance to it.
-        logged = {"ce": "eval_ce_loss", "kl": "eval_kl", "top1_agreement": "eval_top1_agreement"}
+        logged = {one.sum: one.held_out_log for one in (CE, KL, TOP1_AGREEMENT)}
         return {**{name: values[key] for name, key in logged.items() if key in values}, "n_tokens": labels}
 
     def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:

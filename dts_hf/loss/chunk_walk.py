@@ -1,104 +1,246 @@
-"""One pass over the rows in chunks: logits, statistics, temperature, divergence, gradient."""
+"""One walk over the rows in chunks: logits, statistics, temperature, divergence, gradient.
+
+Shapes: ``N`` labelled rows, ``C`` rows of a chunk (on a CPU: of a block of it), ``H`` hidden, ``V`` vocabulary. ``_s`` is
+the student, ``_t`` the teacher (each has its own H); r is ``kd_ratio``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dts_hf.divergences import Distribution, Distributions, dot
-from dts_hf.models.head import Head
-from dts_hf.temperature.base import RowStats, Temperatures
-
-#: Sums over rows; divide by ``rows`` for means. All at T = 1 except ``kd`` (with its T^2 factor) and the ``_at_t`` pair.
-SUM_NAMES = (
-    "rows",
-    "ce",
-    "teacher_ce",
-    "kd",
-    "kl",
-    "student_entropy",
-    "teacher_entropy",
-    "student_entropy_at_t",
-    "teacher_entropy_at_t",
-    "top1_agreement",
-    "temperature",
-    "teacher_temperature",
+from dts_hf.divergences import Distribution, Distributions, Divergence, dot
+from dts_hf.loss.sequence_gap import row_gaps, sequence_means, whole_sequences
+from dts_hf.loss.statistics import (
+    CE,
+    KD,
+    KL,
+    OBSERVED,
+    ROWS,
+    START,
+    STUDENT_ENTROPY,
+    STUDENT_ENTROPY_AT_T,
+    SUMS_OF_LOSS,
+    TEACHER_CE,
+    TEACHER_ENTROPY,
+    TEACHER_ENTROPY_AT_T,
+    TEACHER_TEMPERATURE,
+    TEMPERATURE,
+    TEMPERATURE_GRAD,
+    TEMPERATURE_MAX,
+    TEMPERATURE_MIN,
+    TOP1_AGREEMENT,
+    Statistic,
 )
+from dts_hf.models.head import Head
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
+
 #: On a CPU, rows are processed in blocks of about this many bytes of logits: the elementwise work stays in its cache.
 _CPU_BLOCK_BYTES = 1 << 19
 
 
-class _ChunkWalk:
-    """One pass over the rows: logits, statistics, temperature, divergence, gradient."""
+@dataclass(frozen=True)
+class LossSettings:
+    """What a walk needs to know of the loss.
+
+    Attributes:
+        divergence: D of the soft loss.
+        temperature: the policy, asked once for each block of rows.
+        kd_ratio: r, the weight of the soft loss now in force.
+        scaled: multiply D by T_s T_t, or by the policy's own factor.
+        logits_budget_mb: MiB that the logits of one chunk may take; sets C.
+    """
+
+    divergence: Divergence
+    temperature: TemperaturePolicy
+    kd_ratio: float
+    scaled: bool
+    logits_budget_mb: float
+
+
+class _Block(NamedTuple):
+    """What step 3 finds out about a block of rows, before any temperature."""
+
+    z_s: Tensor  # [C, V] logits; the raw ones themselves where the head neither scales nor caps
+    z_t: Tensor  # [C, V]
+    at_one: Distributions  # [C, V] softmax of both at T = 1, with the targets [C]
+    rows: RowStats  # [C] each
+    student_entropy: Tensor  # [C] at T = 1
+    teacher_entropy: Tensor  # [C]
+
+
+class _SoftLoss(NamedTuple):
+    """What step 5 hands to the gradient."""
+
+    grad: Tensor  # [C, V] d D / d u with u = z_s / T_s; ours to overwrite
+    scale: Tensor  # [] or [C, 1] factor of D
+    companions: Tensor | None  # [C, V] gradient of the companion terms with respect to z_s
+
+
+class ChunkWalk:
+    """Loss, sums and gradients of N rows in one pass, C rows at a time; the gradients are formed in the forward pass.
+
+    The flow:
+
+    1. ``_chunks``: cut the N rows into chunks of C; whole sequences, where the policy needs the gap of a sequence.
+    2. ``_logits``: raw logits h_s W_s^T and h_t W_t^T ``[C, V]``, each into one buffer that all chunks share.
+    3. ``_statistics``: z_s, z_t ``[C, V]`` after scale and soft-cap; at T = 1 the softmax of both ``[C, V]``, their
+       cross-entropies, log-sum-exps and entropies ``[C]``.
+    4. ``_temperature``: the policy answers T_s, T_t, ``[]`` or ``[C, 1]``; p and q ``[C, V]`` at them.
+    5. ``_soft_loss``: D(p, q) ``[C]`` and its gradient ``[C, V]`` with respect to u = z_s / T_s.
+    6. ``_gradient_``: the gradient g ``[C, V]`` of (1 - r) CE + r scale D with respect to the student's raw logits, written
+       over those.
+    7. ``_accumulate``: dH = g W_s ``[C, H]``, dW += g^T h_s ``[V, H]``, db += g^T 1 ``[V]``.
+
+    ``run`` does it and returns the loss ``[]``, divided by the normaliser; ``sums`` and ``gradients`` are there afterwards.
+    On a CPU steps 3 to 6 run in blocks of a chunk that fit into its cache; chunks stay large for the matmuls.
+
+    **Cost.** Four matmuls with the vocabulary for each row: two logits, dH, dW (three where the head is frozen or there is
+    no teacher). Nothing is computed again in the backward pass.
+
+    **Memory.** Two ``[C, V]`` buffers and what the softmaxes and the divergence need beside them, whatever N: C comes from
+    ``logits_budget_mb``. g takes the place of the student's raw logits, so it needs no third buffer.
+
+    **Precision.** Matmuls run in the student's dtype (that of autocast, where it is on; the teacher's in that of its head),
+    everything between them in fp32, in fp64 where the student is fp64. The gradients are those of the *summed* loss: over
+    thousands of labels the gradient of a mean would underflow in fp16 before the matmuls, so ``_FusedLoss`` divides them
+    afterwards. The sum of dW over chunks is fp32.
+
+    **Sharded heads and wrappers.** The walk sees plain tensors: it runs inside the model's forward (``loss_in_head``),
+    where DDP, ZeRO-3 and FSDP2 have gathered the student's head, and ``gather_head`` has gathered the teacher's; once for
+    all chunks. What the wrappers do with gradients happens outside, in autograd's backward pass.
+
+    Args:
+        settings: of the loss.
+        states: ``[N, H_s]``, the student's; N may be 0.
+        head: the student's, weight ``[V, H_s]``.
+        teacher_states: ``[N, H_t]``; None: no teacher, and the student's logits stand for the teacher's (r must be 0).
+        teacher_head: weight ``[V, H_t]``.
+        targets: ``[N]`` int64.
+        sequences: ``[N]`` int64, never falling; for policies with ``needs_sequence_gap``.
+        normalizer: the loss is divided by it.
+        needs: whether a gradient of (states, weight, bias) is needed.
+    """
 
     def __init__(
         self,
-        module: Any,
-        head: Head,
-        teacher_head: Head,
+        settings: LossSettings,
+        *,
         states: Tensor,
+        head: Head,
+        teacher_states: Tensor | None,
+        teacher_head: Head,
+        targets: Tensor,
+        sequences: Tensor | None,
         normalizer: float | Tensor,
-        need: list[bool],
+        needs: tuple[bool, bool, bool],
     ) -> None:
-        device_type = states.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        self.module, self.head, self.teacher_head, self.states = module, head, teacher_head, states
-        #: dtype of the student's matmuls; the softmax is always fp32 (fp64 for fp64 inputs).
-        self.matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else head.weight.dtype
-        self.math_dtype = torch.float64 if self.matmul_dtype == torch.float64 else torch.float32
-        self.weight = head.weight.detach().to(self.matmul_dtype)
-        self.inverse = 1.0 / torch.as_tensor(normalizer, dtype=self.math_dtype) if len(states) else 0.0
-        self.need_states, self.need_weight, self.need_bias = need
-        self.need_any = any(need)
-        rows, width = states.shape
-        empty: dict[str, Any] = {"device": states.device}
-        self.d_states = torch.empty(rows, width, dtype=states.dtype, **empty) if self.need_states else None
-        self.d_weight: Tensor | None = None  # made by the first chunk
-        self.d_bias = torch.zeros(head.vocab_size, dtype=self.math_dtype, **empty) if self.need_bias else None
-        self.sums = {name: torch.zeros((), dtype=self.math_dtype, **empty) for name in SUM_NAMES}
-        self.sums["rows"] += rows
-        self.sums["temperature_min"] = torch.full((), float("inf"), dtype=self.math_dtype, **empty)
-        self.sums["temperature_max"] = torch.full((), float("-inf"), dtype=self.math_dtype, **empty)
-        if module.temperature.learns:
-            self.sums["temperature_grad"] = torch.zeros((), dtype=self.math_dtype, **empty)
-        own = module.temperature.kd_ratio
-        self.kd_ratio = module.kd_ratio if own is None else own
-        self.squared = module.temperature_scaling == "squared"
+        self.settings, self.targets = settings, targets
+        self.states, self.head = states, head
+        self.teacher_states, self.teacher_head = teacher_states, teacher_head
+        self.sequences = sequences if settings.temperature.needs_sequence_gap else None
+        self.need_states, self.need_weight, self.need_bias = needs
+        (rows, width), vocab, device = states.shape, head.vocab_size, states.device
 
-    def run(self, teacher_states: Tensor | None, targets: Tensor, sequences: Tensor | None) -> Tensor:
-        """Walk every chunk and return the loss ``[]``."""
-        rows, vocab = self.states.shape[0], self.head.vocab_size
-        chunk = min(self.module.chunk_rows(vocab, self.math_dtype.itemsize), max(rows, 1))
-        self.block = chunk
-        if self.states.device.type == "cpu":
-            self.block = max(1, min(chunk, _CPU_BLOCK_BYTES // (self.math_dtype.itemsize * vocab)))
+        # Read here and not in ``run``, which switches autocast off
+        autocast = torch.is_autocast_enabled(device.type)
+        self.matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
+        self.math_dtype = torch.float64 if self.matmul_dtype == torch.float64 else torch.float32
+        self.weight = head.weight.detach().to(self.matmul_dtype)  # [V, H_s] cast once, and not for every chunk
+
+        self.chunk = min(rows_in_budget(settings.logits_budget_mb, vocab, self.math_dtype.itemsize), max(rows, 1))
+        self.block = self.chunk
+        if device.type == "cpu":
+            self.block = max(1, min(self.chunk, _CPU_BLOCK_BYTES // (self.math_dtype.itemsize * vocab)))
         models = 1 if teacher_states is None else 2
-        self.buffers = [self.states.new_empty(chunk, vocab, dtype=self.math_dtype) for _ in range(models)]
-        self.teacher_states, self.targets = teacher_states, targets
-        if rows == 0:
-            self._observe_nothing()
-            self.d_weight = torch.zeros_like(self.head.weight) if self.need_weight else None
-        if self.module.temperature.needs_sequence_gap and rows:
-            gaps, spans = self._sequences(sequences, chunk)  # type: ignore[arg-type]
-        else:
-            gaps, spans = None, [(slice(start, min(start + chunk, rows)), True) for start in range(0, rows, chunk)]
-        for span, measured in spans:
-            student, teacher, hidden = self._logits(span)
-            if gaps is not None and not measured:
-                self._fill_gaps(gaps, sequences, span, student, teacher)  # type: ignore[arg-type]
-            for part, z_s, z_t in self._blocks(span, student, teacher):
-                # The gradient replaces the raw logits in place: no third [C, V] buffer.
-                self._block(z_s, z_t, targets[part], None if gaps is None else gaps[part])
-            if self.need_any:
-                self._accumulate(student, hidden, span)
-        total = (1.0 - self.kd_ratio) * self.sums["ce"] + self.kd_ratio * self.sums["kd"]
-        return total * self.inverse if rows else total  # N = 0: a zero that keeps the graph whole
+        self.buffers = [states.new_empty(self.chunk, vocab, dtype=self.math_dtype) for _ in range(models)]  # [C, V]
+
+        # Gradients of the summed loss. dW has the matmul's dtype after one chunk, and fp32 from the second one on.
+        self.d_states = torch.empty(rows, width, dtype=states.dtype, device=device) if self.need_states else None
+        self.d_weight = torch.zeros_like(head.weight) if self.need_weight and not rows else None
+        self.d_bias = torch.zeros(vocab, dtype=self.math_dtype, device=device) if self.need_bias else None
+        self.inverse = 1.0 / torch.as_tensor(normalizer, dtype=self.math_dtype) if rows else 0.0
+
+        #: 0-d tensors of ``math_dtype``, but for ``observed`` ``[K]``, which is there when the policy observes.
+        self.sums: dict[str, Tensor] = {ROWS: torch.full((), float(rows), dtype=self.math_dtype, device=device)}
+        for name, reduction in SUMS_OF_LOSS.items():
+            self.sums[name] = torch.full((), START[reduction], dtype=self.math_dtype, device=device)
+        if settings.temperature.learns:
+            self.sums[TEMPERATURE_GRAD] = torch.zeros((), dtype=self.math_dtype, device=device)
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the summed loss, with respect to states ``[N, H_s]``, weight ``[V, H_s]`` and bias ``[V]``."""
+        return self.d_states, self.d_weight, self.d_bias
+
+    @property
+    def _needs_gradient(self) -> bool:
+        return self.need_states or self.need_weight or self.need_bias
+
+    def run(self) -> Tensor:
+        """Walk all chunks, once and without autograd; returns the loss ``[]``."""
+        # The dtype of every operation was chosen in __init__; autocast must not choose again
+        with torch.autocast(self.states.device.type, enabled=False):
+            if len(self.states) == 0:
+                self._observe_nothing()
+            for parts in self._chunks():
+                # Of a sequence longer than a chunk the gap comes first; its logits are then computed a second time
+                whole_gap = self._gap_of(parts) if len(parts) > 1 else None
+                for span in parts:
+                    self._process(span, whole_gap)
+        r = self.settings.kd_ratio
+        total = (1.0 - r) * self.sums[CE.sum] + r * self.sums[KD.sum]
+        # Without a row the normaliser may be 0 too. The zero still hangs in the graph: a rank without labels must take
+        # part in the backward pass, or the others wait for its gradients for ever.
+        return total * self.inverse if len(self.states) else total
+
+    def _process(self, span: slice, whole_gap: Tensor | None) -> None:
+        """Steps 2 to 7 for one chunk. ``whole_gap`` ``[]``: the chunk is part of one sequence, of that gap."""
+        student, teacher, hidden = self._logits(span)  # [C, V], [C, V], [C, H_s]
+        gaps = self._gaps(span, student, teacher, whole_gap)  # [C], where the policy needs them
+        for part in self._blocks(len(student)):
+            gap = None if gaps is None else gaps[part]
+            self._block(student[part], teacher[part], self.targets[span][part], gap)
+        if self._needs_gradient:
+            self._accumulate(student, hidden, span)  # ``student`` holds g by now
+
+    def _block(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, gap: Tensor | None) -> None:
+        """Steps 3 to 6 for one block: raw logits ``[C, V]``, ``targets`` ``[C]``, the gap ``[C]`` of each row's sequence.
+
+        Overwrites ``raw_student`` with g. All other ``[C, V]`` tensors of the block end with this call, before the next
+        block, or the matmuls of step 7, need room.
+        """
+        block = self._statistics(raw_student, raw_teacher, targets, gap)
+        temperatures, at_t = self._temperature(block)
+        soft = self._soft_loss(block, temperatures, at_t)
+        if self._needs_gradient:
+            raw_student.copy_(self._gradient_(block, temperatures, soft))
+
+    # ------------------------------------------------------------------------------------------- 1 and 2: chunks, logits
+
+    def _chunks(self) -> Iterator[list[slice]]:
+        """Step 1: the rows of each chunk; several slices are the parts of one sequence (see ``whole_sequences``)."""
+        if self.sequences is not None:
+            yield from whole_sequences(self.sequences, self.chunk)
+            return
+        rows = len(self.states)
+        for start in range(0, rows, self.chunk):
+            yield [slice(start, min(start + self.chunk, rows))]
+
+    def _blocks(self, rows: int) -> Iterator[slice]:
+        """The blocks of a chunk of so many rows: what fits into a CPU's cache, elsewhere all of it."""
+        for first in range(0, rows, self.block):
+            yield slice(first, min(first + self.block, rows))
 
     def _logits(self, span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits of student and teacher for the rows of ``span``, and the student's states as the matmul read them."""
+        """Step 2: raw logits ``[C, V]`` of student and teacher, and the student's states ``[C, H]`` as the matmul read them.
+
+        They stand in the shared buffers, so the next call overwrites them.
+        """
         hidden = self.states[span].detach().to(self.matmul_dtype)
         student = _raw_logits(hidden, self.weight, self.head.bias, self.buffers[0])
         if self.teacher_states is None:
@@ -108,174 +250,199 @@ class _ChunkWalk:
         teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, self.buffers[1])
         return student, teacher, hidden
 
-    def _blocks(self, span: slice, student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The chunk in blocks that fit into a CPU's cache: (rows among all N, student logits, teacher logits)."""
-        for first in range(0, student.shape[0], self.block):
-            part = slice(first, first + self.block)
-            yield (
-                slice(span.start + first, min(span.start + first + self.block, span.stop)),
-                student[part],
-                teacher[part],
-            )
+    def _gaps(self, span: slice, student: Tensor, teacher: Tensor, whole_gap: Tensor | None) -> Tensor | None:
+        """The gap ``[C]`` of each row's sequence, from raw logits ``[C, V]``; None for policies that do not need it."""
+        if self.sequences is None:
+            return None
+        if whole_gap is not None:
+            return whole_gap.repeat(len(student))
+        return sequence_means(self._row_gaps(span, student, teacher), self.sequences[span])
 
-    # ----------------------------------------------------------------------------------------- the gap of a sequence
-
-    def _sequences(self, sequences: Tensor, chunk: int) -> tuple[Tensor, list[tuple[slice, bool]]]:
-        """Chunks that keep sequences whole, so that a sequence's gap is known before the temperature of its rows.
-
-        A sequence with more rows than a chunk holds is cut, and its gap is measured first: its logits are then computed
-        twice. Returns the gaps ``[N]`` and the chunks, each with whether its gaps are measured already.
-        """
-        lengths = sequences.unique_consecutive(return_counts=True)[1].tolist()
-        gaps = self.states.new_empty(len(sequences), dtype=self.math_dtype)
-        spans: list[tuple[slice, bool]] = []
-        start = stop = 0
-        for length in lengths:
-            if stop > start and stop + length - start > chunk:
-                spans.append((slice(start, stop), False))
-                start = stop
-            stop += length
-            if length > chunk:
-                parts = [slice(first, min(first + chunk, stop)) for first in range(start, stop, chunk)]
-                row_gaps = [self._row_gaps(part, *self._logits(part)[:2]) for part in parts]
-                gaps[start:stop] = torch.cat(row_gaps).mean()
-                spans += [(part, True) for part in parts]
-                start = stop
-        if stop > start:
-            spans.append((slice(start, stop), False))
-        return gaps, spans
-
-    def _fill_gaps(self, gaps: Tensor, sequences: Tensor, span: slice, student: Tensor, teacher: Tensor) -> None:
-        numbers, inverse = sequences[span].unique_consecutive(return_inverse=True)
-        sums = gaps.new_zeros(2, len(numbers))
-        row_gaps = self._row_gaps(span, student, teacher)
-        sums.index_add_(1, inverse, torch.stack([row_gaps, torch.ones_like(row_gaps)]))
-        gaps[span] = (sums[0] / sums[1])[inverse]
+    def _gap_of(self, parts: list[slice]) -> Tensor:
+        """The gap ``[]`` of one sequence that is cut into ``parts``."""
+        return torch.cat([self._row_gaps(part, *self._logits(part)[:2]) for part in parts]).mean()
 
     def _row_gaps(self, span: slice, student: Tensor, teacher: Tensor) -> Tensor:
-        """Student CE - teacher CE at T = 1 of each row, ``[C]``."""
-        gaps = student.new_empty(student.shape[0])
-        for part, raw_s, raw_t in self._blocks(span, student, teacher):
-            z_s, z_t = self.head.activate(raw_s), self.teacher_head.activate(raw_t)
-            picked = self.targets[part].unsqueeze(-1)
-            here = slice(part.start - span.start, part.stop - span.start)
-            chosen = (z_t.gather(-1, picked) - z_s.gather(-1, picked)).squeeze(-1)
-            gaps[here] = z_s.logsumexp(-1) - z_t.logsumexp(-1) + chosen
-        return gaps
+        """Student CE - teacher CE at T = 1 of each row, ``[C]``, from raw logits ``[C, V]``."""
+        targets = self.targets[span]
+        return torch.cat(
+            [
+                row_gaps(self.head.activate(student[part]), self.teacher_head.activate(teacher[part]), targets[part])
+                for part in self._blocks(len(student))
+            ]
+        )
 
-    # --------------------------------------------------------------------------------------------------- one block
+    # -------------------------------------------------------------------------------------------------- 3: statistics
 
-    def _block(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None) -> None:
-        """Statistics of one block of rows; overwrites ``raw_student`` with the gradient of the summed loss."""
-        z_s, z_t = self.head.activate(raw_student), self.teacher_head.activate(raw_teacher)
-        picked = targets.unsqueeze(-1)
-        top_s, top_t = z_s.max(-1, keepdim=True), z_t.amax(-1, keepdim=True)
-        shifted_s, shifted_t = z_s - top_s.values, z_t - top_t
+    def _statistics(
+        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None
+    ) -> _Block:
+        """Step 3: what does not depend on a temperature, from raw logits ``[C, V]``, ``targets`` and gaps ``[C]``.
+
+        These numbers are at T = 1 whatever the policy does, so that runs of different policies can be compared by them.
+        """
+        z_s, z_t = self.head.activate(raw_student), self.teacher_head.activate(raw_teacher)  # [C, V]
+        picked = targets.unsqueeze(-1)  # [C, 1]
+        top_s, top_t = z_s.max(-1, keepdim=True), z_t.amax(-1, keepdim=True)  # [C, 1]
+        # The row maximum is taken off once: no exp can overflow, and it is still 0 after a division by any T > 0
+        shifted_s, shifted_t = z_s - top_s.values, z_t - top_t  # [C, V]
         at_one = Distributions(p=Distribution.of(shifted_t), q=Distribution.of(shifted_s), targets=targets)
-        lse_s = (top_s.values + at_one.q.log_norm).squeeze(-1)
-        lse_t = (top_t + at_one.p.log_norm).squeeze(-1)
-        student_ce = lse_s - z_s.gather(-1, picked).squeeze(-1)
-        teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)
-        policy = self.module.temperature
-        temperatures = policy(z_s, z_t, RowStats(student_ce, teacher_ce, lse_s, lse_t, sequence_gap))
+        lse_s = (top_s.values + at_one.q.log_norm).squeeze(-1)  # [C]
+        lse_t = (top_t + at_one.p.log_norm).squeeze(-1)  # [C]
+        student_ce = lse_s - z_s.gather(-1, picked).squeeze(-1)  # [C]
+        teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)  # [C]
+        student_entropy, teacher_entropy = at_one.q.entropy(), at_one.p.entropy()  # [C]
 
-        self._add("ce", student_ce)
-        self._add("teacher_ce", teacher_ce)
-        self._add("kl", at_one.forward_kl())
-        # They agree where the teacher's logit at the student's first choice is the teacher's largest.
-        self._add("top1_agreement", (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
-        at_t = self._tempered(temperatures, at_one)
-        for name, distribution, tempered in (("student", at_one.q, at_t.q), ("teacher", at_one.p, at_t.p)):
-            entropy = distribution.entropy()
-            self._add(f"{name}_entropy", entropy)
-            same = tempered.logits is distribution.logits
-            self._add(f"{name}_entropy_at_t", entropy if same else tempered.entropy())
-        t_s, t_t = temperatures.student, temperatures.teacher
-        mean_t = torch.broadcast_to(_rows(t_s), student_ce.shape)
-        self._add("temperature", mean_t)
-        self._add("teacher_temperature", mean_t if t_t is t_s else torch.broadcast_to(_rows(t_t), student_ce.shape))
-        self.sums["temperature_min"] = torch.minimum(self.sums["temperature_min"], mean_t.min())
-        self.sums["temperature_max"] = torch.maximum(self.sums["temperature_max"], mean_t.max())
-        if temperatures.observed is not None:
-            self._observe(temperatures.observed)
+        self._add(CE, student_ce)
+        self._add(TEACHER_CE, teacher_ce)
+        self._add(KL, at_one.forward_kl())
+        # They agree where the teacher's logit at the student's first choice is the teacher's largest: no second argmax
+        self._add(TOP1_AGREEMENT, (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
+        self._add(STUDENT_ENTROPY, student_entropy)
+        self._add(TEACHER_ENTROPY, teacher_entropy)
+        rows = RowStats(student_ce, teacher_ce, lse_s, lse_t, sequence_gap)
+        return _Block(z_s, z_t, at_one, rows, student_entropy, teacher_entropy)
 
-        divergence = self.module.divergence
-        companions = self._companions(at_one)  # before the main term, which may use up the buffers of T = 1
-        factor = t_s * t_t if temperatures.scale is None else temperatures.scale
-        scale = factor if self.squared else torch.ones_like(factor)
+    # ------------------------------------------------------------------------------------------------- 4: temperature
+
+    def _temperature(self, block: _Block) -> tuple[Temperatures, Distributions]:
+        """Step 4: ask the policy, and bring both softmaxes ``[C, V]`` to what it answers.
+
+        Of the answer (``Temperatures``) this step uses ``student`` and ``teacher``, ``teacher_share`` (a mixed target, in
+        ``_tempered``) and ``observed`` (features of the rows, summed up for ``end_step``). ``scale`` and the policy's
+        ``companions`` and ``learns`` belong to step 5, ``scale_free`` to step 6.
+
+        Raises:
+            ValueError: the answer breaks the contract of what the policy declares.
+        """
+        policy = self.settings.temperature
+        temperatures = policy(block.z_s, block.z_t, block.rows)
+        t_s, t_t = temperatures.student, temperatures.teacher  # [] or [C, 1]
         if policy.learns and (t_s.dim() or temperatures.scale is not None):
             raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
         if temperatures.scale_free is not None and temperatures.scale is None:
             raise ValueError(f"the policy '{policy.name}' is scale-free, so it must give a scale, free of z_s")
-        # Before value_and_grad, which uses buffers up. d u / d log T = -u on both sides.
-        slope = (
-            divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits) if policy.learns else 0.0
-        )
-        value, d_tempered = divergence.value_and_grad(at_t)
-        self._add("kd", value * _rows(scale))
-        if policy.learns:
-            slope = (slope - dot(d_tempered, at_t.q.logits)) / t_s
-            self._add("temperature_grad", slope * scale + (2.0 * t_s * value if self.squared else 0.0))
-        if not self.need_any:
-            return
-        grad = d_tempered.mul_(scale / t_s * self.kd_ratio)
-        if temperatures.scale_free is not None:
-            _through_deviation_(grad, z_s, temperatures.scale_free)
-        if companions is not None:
-            grad.add_(companions, alpha=self.kd_ratio)
-        if self.kd_ratio < 1.0:
-            ce_weight = 1.0 - self.kd_ratio
-            grad.add_(at_one.q.prob.mul_(ce_weight))
-            grad.scatter_add_(-1, picked, grad.new_full(picked.shape, -ce_weight))
-        raw_student.copy_(self.head.activate_backward_(grad, z_s))
+        at_t = self._tempered(temperatures, block.at_one)
+
+        # An entropy costs a pass over [C, V]: where T = 1 left the logits as they are, it is the one of step 3
+        same_q, same_p = at_t.q.logits is block.at_one.q.logits, at_t.p.logits is block.at_one.p.logits
+        self._add(STUDENT_ENTROPY_AT_T, block.student_entropy if same_q else at_t.q.entropy())
+        self._add(TEACHER_ENTROPY_AT_T, block.teacher_entropy if same_p else at_t.p.entropy())
+        of_rows = block.rows.student_ce.shape
+        mean_t = torch.broadcast_to(_rows(t_s), of_rows)  # [C]
+        self._add(TEMPERATURE, mean_t)
+        self._add(TEACHER_TEMPERATURE, mean_t if t_t is t_s else torch.broadcast_to(_rows(t_t), of_rows))
+        low, high = TEMPERATURE_MIN.sum, TEMPERATURE_MAX.sum
+        self.sums[low] = torch.minimum(self.sums[low], mean_t.min())
+        self.sums[high] = torch.maximum(self.sums[high], mean_t.max())
+        if temperatures.observed is not None:
+            self._observe(temperatures.observed)
+        return temperatures, at_t
 
     def _tempered(self, temperatures: Temperatures, at_one: Distributions) -> Distributions:
-        """Teacher and student at their temperature; shares what T = 1 leaves as it is."""
+        """p and q ``[C, V]`` at their temperature; shares what T = 1 leaves as it is."""
         t_s, t_t, share = temperatures.student, temperatures.teacher, temperatures.teacher_share
-        if _is_one(t_s):  # no second softmax, but q is still needed for the gradient of CE
-            q = at_one.q._replace(prob=at_one.q.prob.clone()) if self.need_any else at_one.q
-        else:  # a row's maximum stays 0 when it is divided by T > 0
+        if _is_one(t_s):
+            # No second softmax. But a divergence may overwrite q.prob, and the gradient of the cross-entropy still needs it
+            q = at_one.q._replace(prob=at_one.q.prob.clone()) if self._needs_gradient else at_one.q
+        else:
             q = Distribution.of(at_one.q.logits / t_s)
-        if share is not None:  # an intermediate teacher: between the student as it is and the teacher
+        if share is not None:
+            # An intermediate teacher between the student as it is (held constant) and the teacher; its maximum is not 0
             mixed = torch.lerp(at_one.q.logits, at_one.p.logits, share.to(self.math_dtype))
             p = Distribution.of((mixed - mixed.amax(-1, keepdim=True)).div_(t_t))
-        else:
+        else:  # nothing overwrites p, so it needs no clone
             p = at_one.p if _is_one(t_t) else Distribution.of(at_one.p.logits / t_t)
         return at_one._replace(p=p, q=q)
 
-    def _companions(self, at_one: Distributions) -> Tensor | None:
-        """The policy's further terms at fixed temperatures: adds their values, returns the sum of their gradients."""
-        total = None
-        for temperature, weight in self.module.temperature.companions:
-            at_t = at_one._replace(
-                p=Distribution.of(at_one.p.logits / temperature), q=Distribution.of(at_one.q.logits / temperature)
-            )
-            value, grad = self.module.divergence.value_and_grad(at_t)
-            factor = weight * (temperature**2 if self.squared else 1.0)
-            self._add("kd", value * factor)
-            grad.mul_(factor / temperature)
-            total = grad if total is None else total.add_(grad)
-        return total
-
     def _observe(self, features: Tensor) -> None:
+        """Add up the policy's features ``[C, K]`` of the rows."""
         summed = features.to(self.math_dtype).sum(0)
-        self.sums["observed"] = self.sums["observed"] + summed if "observed" in self.sums else summed
+        self.sums[OBSERVED] = self.sums[OBSERVED] + summed if OBSERVED in self.sums else summed
 
     def _observe_nothing(self) -> None:
         """Without a row, zeros as wide as the policy's features: every rank must reduce sums of equal shape."""
         z = self.states.new_empty(0, self.head.vocab_size, dtype=self.math_dtype)
         none = z.new_empty(0)
-        observed = self.module.temperature(z, z, RowStats(none, none, none, none, none)).observed
+        observed = self.settings.temperature(z, z, RowStats(none, none, none, none, none)).observed
         if observed is not None:
             self._observe(observed)
 
+    # --------------------------------------------------------------------------------------------------- 5: soft loss
+
+    def _soft_loss(self, block: _Block, temperatures: Temperatures, at_t: Distributions) -> _SoftLoss:
+        """Step 5: the divergence ``[C]`` and its gradient ``[C, V]`` with respect to u = z_s / T_s; adds scale D to ``kd``.
+
+        Of the policy this step uses ``scale`` (the factor of D where it is not T_s T_t), ``companions`` (further terms at
+        fixed temperatures) and ``learns`` (it wants d kd / d T). The order of the lines matters: ``value_and_grad`` may
+        overwrite q.prob, and with it what the others read.
+        """
+        policy, divergence = self.settings.temperature, self.settings.divergence
+        t_s, t_t = temperatures.student, temperatures.teacher  # [] or [C, 1]
+        # First, because at_t.q is at_one.q itself where T_s = 1 and no gradient is needed
+        companions = self._companions(block.at_one)  # [C, V]
+        factor = t_s * t_t if temperatures.scale is None else temperatures.scale  # [] or [C, 1]
+        scale = factor if self.settings.scaled else torch.ones_like(factor)
+        if (
+            policy.learns
+        ):  # [C]: d D / d log T by way of p, and of what D holds constant; d u / d log T = -u on both sides
+            slope = divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits)
+        value, grad = divergence.value_and_grad(at_t)  # [C], [C, V]
+        self._add(KD, value * _rows(scale))
+        if policy.learns:  # ... and by way of q; then the product rule for scale D, where scale = T^2
+            slope = (slope - dot(grad, at_t.q.logits)) / t_s
+            by_temperature = slope * scale + (2.0 * t_s * value if self.settings.scaled else 0.0)
+            self.sums[TEMPERATURE_GRAD] += by_temperature.sum()
+        return _SoftLoss(grad, scale, companions)
+
+    def _companions(self, at_one: Distributions) -> Tensor | None:
+        """The policy's further terms weight T^2 D at fixed temperatures: adds their values to ``kd``.
+
+        Returns:
+            the sum of their gradients ``[C, V]`` with respect to z_s; None: there are none.
+        """
+        total = None
+        for temperature, weight in self.settings.temperature.companions:
+            at_t = at_one._replace(
+                p=Distribution.of(at_one.p.logits / temperature), q=Distribution.of(at_one.q.logits / temperature)
+            )
+            value, grad = self.settings.divergence.value_and_grad(at_t)
+            factor = weight * (temperature**2 if self.settings.scaled else 1.0)
+            self._add(KD, value * factor)
+            grad.mul_(factor / temperature)  # by u = z_s / T -> by z_s
+            total = grad if total is None else total.add_(grad)
+        return total
+
+    # ------------------------------------------------------------------------------------------ 6 and 7: gradient, matmuls
+
+    def _gradient_(self, block: _Block, temperatures: Temperatures, soft: _SoftLoss) -> Tensor:
+        """Step 6: the gradient ``[C, V]`` of (1 - r) CE + r kd with respect to the student's raw logits, in ``soft.grad``.
+
+        The chain rule from u = z_s / T_s back to the raw logits, in place. Of the policy's answer this step uses
+        ``scale_free``: rows whose T_s is made of z_s, so that the way through T_s counts too.
+        """
+        r = self.settings.kd_ratio
+        grad = soft.grad.mul_(soft.scale / temperatures.student * r)  # d u / d z_s = 1 / T_s, T_s held constant
+        if temperatures.scale_free is not None:
+            _through_deviation_(grad, block.z_s, temperatures.scale_free)
+        if soft.companions is not None:
+            grad.add_(soft.companions, alpha=r)
+        if r < 1.0:  # d CE / d z_s = softmax(z_s) - one_hot(target), at T = 1
+            ce_weight, picked = 1.0 - r, block.at_one.targets.unsqueeze(-1)  # type: ignore[union-attr]
+            grad.add_(block.at_one.q.prob.mul_(ce_weight))  # its last reader, so it may be overwritten
+            grad.scatter_add_(-1, picked, grad.new_full(picked.shape, -ce_weight))
+        return self.head.activate_backward_(grad, block.z_s)
+
     def _accumulate(self, grad_logits: Tensor, hidden: Tensor, span: slice) -> None:
+        """Step 7: from g ``[C, V]`` and states ``[C, H]`` of one chunk to dH ``[C, H]``, dW ``[V, H]`` and db ``[V]``."""
         grad = grad_logits.to(self.matmul_dtype)
         if self.d_states is not None:
             self.d_states[span] = grad @ self.weight
         if self.need_weight:
             if self.d_weight is None:
-                self.d_weight = grad.t() @ hidden
+                self.d_weight = (
+                    grad.t() @ hidden
+                )  # of a single chunk nothing is added up: it stays in the matmul's dtype
             elif self.matmul_dtype == self.math_dtype:
                 self.d_weight.addmm_(grad.t(), hidden)
             else:  # a low-precision matmul, but the sum over chunks in fp32
@@ -283,8 +450,14 @@ class _ChunkWalk:
         if self.d_bias is not None:
             self.d_bias += grad_logits.sum(0)
 
-    def _add(self, name: str, values: Tensor) -> None:
-        self.sums[name] += values.sum()
+    def _add(self, statistic: Statistic, values: Tensor) -> None:
+        """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""
+        self.sums[statistic.sum] += values.sum()
+
+
+def rows_in_budget(logits_budget_mb: float, vocab_size: int, itemsize: int) -> int:
+    """C: how many rows of student and teacher logits fit into the budget (MiB); at least one."""
+    return max(1, int(logits_budget_mb * 2**20) // (2 * itemsize * max(vocab_size, 1)))
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
@@ -310,6 +483,7 @@ def _through_deviation_(grad: Tensor, logits: Tensor, rows: Tensor) -> None:
     """
     centred = logits - logits.mean(-1, keepdim=True)
     share = (dot(grad, centred) / dot(centred, centred)).unsqueeze(-1)
+    # Not a mask times share: a row of equal logits has 0 / 0 there, and NaN times 0 is NaN
     grad.addcmul_(centred, torch.where(rows, share, 0.0), value=-1.0)
 
 

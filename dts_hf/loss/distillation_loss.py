@@ -1,7 +1,7 @@
 """``DistillationLoss``: cross-entropy and divergence from hidden states, with gradients formed in the forward pass.
 
-One labelled row costs four vocabulary-sized matmuls (student logits, teacher logits, dH, dW; three when the head is
-frozen) and nothing is recomputed in the backward pass. Memory is a fixed budget, whatever the batch.
+It checks its input and starts again where memory runs out; ``ChunkWalk`` computes; ``_FusedLoss`` makes autograd's node of
+it.
 
 Shapes: ``N`` labelled rows, ``C`` rows of a chunk, ``H`` hidden, ``V`` vocabulary. All logarithms are natural.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dts_hf.divergences import Divergence, build_divergence
-from dts_hf.errors import UserError
-from dts_hf.loss.chunk_walk import _ChunkWalk
+from dts_hf.errors import UserError, is_out_of_memory
+from dts_hf.loss.chunk_walk import ChunkWalk, LossSettings, rows_in_budget
 from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import TemperaturePolicy
@@ -28,9 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LossOutput:
-    """``loss`` ``[]`` carries the graph; ``sums`` are detached 0-d tensors named in ``SUM_NAMES``, plus the extremes
-    ``temperature_min`` and ``temperature_max`` (which reduce by min and max, not by addition) and what the policy asked
-    for: ``temperature_grad`` ``[]`` and ``observed`` ``[K]``."""
+    """What one call of the loss gives.
+
+    Attributes:
+        loss: ``[]``, with the graph.
+        sums: over the rows, detached: ``rows``, the 0-d tensors of ``loss/statistics.py`` (which says how each is reduced
+            further), and what the policy asked for: ``temperature_grad`` ``[]`` and ``observed`` ``[K]``.
+    """
 
     loss: Tensor
     sums: dict[str, Tensor]
@@ -75,7 +79,7 @@ class DistillationLoss(nn.Module):
 
     def chunk_rows(self, vocab_size: int, itemsize: int = 4) -> int:
         """C: how many rows of student and teacher logits fit into the budget; at least one."""
-        return max(1, int(self.logits_budget_mb * 2**20) // (2 * itemsize * max(vocab_size, 1)))
+        return rows_in_budget(self.logits_budget_mb, vocab_size, itemsize)
 
     def forward(
         self,
@@ -87,23 +91,82 @@ class DistillationLoss(nn.Module):
         normalizer: float | Tensor,
         sequences: Tensor | None = None,
     ) -> LossOutput:
-        """
+        """Return the loss of N rows over the normaliser, and the sums over these rows that are logged.
+
+        Where memory runs out, it halves ``logits_budget_mb`` and starts again, down to one row at a time.
+
         Args:
-            student_states: ``[N, H_s]``, only rows that carry a label.
+            student_states: ``[N, H_s]``, only rows that carry a label; N may be 0.
+            student_head: weight ``[V, H_s]``, whole on this process.
             teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them. None, with ``kd_ratio`` 0: the
                 cross-entropy alone, one matmul less; the teacher's statistics are then the student's own.
+            teacher_head: weight ``[V, H_t]``; None without a teacher.
             targets: ``[N]`` int64, all in [0, V).
-            normalizer: labels of the whole optimizer step divided by the number of ranks (section 1 of the architecture).
+            normalizer: labels of the whole optimizer step divided by the number of ranks (docs/architecture.md, section 3).
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
                 with ``needs_sequence_gap``.
 
+        Returns:
+            the loss ``[]``, whose backward pass can be run once, and detached sums.
+
         Raises:
-            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
+            ValueError: rows or vocabularies do not match, there is no teacher to distil, or the policy needs ``sequences``.
         """
+        ratio = self.temperature.kd_ratio
+        kd_ratio = self.kd_ratio if ratio is None else ratio
         if teacher_states is None or teacher_head is None:
-            ratio = self.kd_ratio if self.temperature.kd_ratio is None else self.temperature.kd_ratio
-            check_has_teacher(False, ratio)
+            check_has_teacher(False, kd_ratio)
             teacher_states, teacher_head = None, student_head
+        self._check(student_states, student_head, teacher_states, teacher_head, targets, sequences)
+        leaves = (student_states, student_head.weight, student_head.bias)
+        with_grad = torch.is_grad_enabled()  # asked here: inside of an autograd function it is always off
+        need_states, need_weight, need_bias = (
+            with_grad and leaf is not None and leaf.requires_grad for leaf in leaves
+        )
+
+        def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
+            walk = ChunkWalk(
+                LossSettings(
+                    self.divergence,
+                    self.temperature,
+                    kd_ratio,
+                    self.temperature_scaling == "squared",
+                    self.logits_budget_mb,
+                ),
+                states=student_states,
+                head=student_head,
+                teacher_states=None if teacher_states is None else teacher_states.detach(),
+                teacher_head=teacher_head,
+                targets=targets,
+                sequences=sequences,
+                normalizer=normalizer,
+                needs=(need_states, need_weight, need_bias),
+            )
+            return LossOutput(_FusedLoss.apply(*leaves, walk), walk.sums)
+
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size) == 1:
+                    raise
+            # Behind the except clause the error is gone, and with it the frames of the failed walk: only now is its memory
+            # free. Nothing of it is kept, so a smaller chunk gives the same loss and gradients.
+            self.logits_budget_mb /= 2
+            logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
+            if student_states.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _check(
+        self,
+        student_states: Tensor,
+        student_head: Head,
+        teacher_states: Tensor | None,
+        teacher_head: Head,
+        targets: Tensor,
+        sequences: Tensor | None,
+    ) -> None:
+        """Refuse what does not fit together, before anything is computed."""
         parts = {"student": student_states, "teacher": teacher_states, "targets": targets}
         counts = {name: len(rows) for name, rows in parts.items() if rows is not None}
         if len(set(counts.values())) > 1:
@@ -117,33 +180,6 @@ class DistillationLoss(nn.Module):
             raise ValueError(
                 f"the temperature policy '{self.temperature.name}' needs the sequence of each row: sequences"
             )
-        teacher_states = None if teacher_states is None else teacher_states.detach()
-        while True:
-            sums: dict[str, Tensor] = {}
-            try:
-                loss = _FusedLoss.apply(
-                    student_states,
-                    student_head.weight,
-                    student_head.bias,
-                    self,
-                    student_head,
-                    teacher_states,
-                    teacher_head,
-                    targets,
-                    sequences,
-                    normalizer,
-                    torch.is_grad_enabled(),
-                    sums,
-                )
-                return LossOutput(loss, sums)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size) == 1:
-                    raise
-            # Nothing of the failed pass is kept, so a smaller chunk gives the same loss and gradients.
-            self.logits_budget_mb /= 2
-            logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
-            if student_states.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def extra_repr(self) -> str:
         return (
@@ -153,30 +189,16 @@ class DistillationLoss(nn.Module):
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Walks the chunks once; keeps dH, dW and db of the summed loss for the backward pass, and no logits."""
+    """Hands the gradients that a ``ChunkWalk`` forms in the forward pass to autograd.
+
+    Keeps dH ``[N, H]``, dW ``[V, H]`` and db ``[V]`` of the summed loss for the backward pass, and no logits.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        module: DistillationLoss,
-        head: Head,
-        teacher_states: Tensor | None,
-        teacher_head: Head,
-        targets: Tensor,
-        sequences: Tensor | None,
-        normalizer: float | Tensor,
-        with_grad: bool,
-        sums: dict[str, Tensor],
-    ) -> Tensor:
-        need = [with_grad and flag for flag in ctx.needs_input_grad[:3]]
-        walk = _ChunkWalk(module, head, teacher_head, states, normalizer, need)
-        with torch.autocast(states.device.type, enabled=False):
-            loss = walk.run(teacher_states, targets, sequences)
-        sums.update(walk.sums)
-        ctx.grads, ctx.inverse = (walk.d_states, walk.d_weight, walk.d_bias), walk.inverse
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:  # type: ignore[override]
+        loss = walk.run()
+        # Not the walk itself: it holds the logits' buffers, and the teacher's states
+        ctx.grads, ctx.inverse = walk.gradients, walk.inverse
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (states, weight, bias)]
         return loss
 
@@ -185,19 +207,14 @@ class _FusedLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("DistillationLoss: backward was called twice; its gradients are handed over once")
         # Normalised here and not before the matmuls: divided by thousands of labels, gradients of the logits would
-        # underflow in fp16, and a loss scaler, which arrives as grad_loss, would come too late. The buffers are ours.
+        # underflow in fp16, and a loss scaler, which arrives as grad_loss, would come too late.
         factor = grad_loss * ctx.inverse
         grads = [
             None if grad is None else _scaled(grad, factor, dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
-        ctx.grads = None
-        return (*grads, *(None,) * 9)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Also on a CPU, whose allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        ctx.grads = None  # the buffers are ours, and _scaled has written into them: a second call must not get them
+        return (*grads, None)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,29 +1,52 @@
-"""Sums over micro-batches and ranks, so that every logged number is a mean over labels and not a mean of means."""
+"""Sums over micro-batches and ranks, so that every logged number is a mean over labels and not a mean of means.
+
+Which sums there are, and what the log calls them: ``loss/statistics.py``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MINIMUM, _MAXIMUM = "_min", "_max"
-#: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``).
-OF_POLICY = "policy_"
+from dts_hf.loss.statistics import (
+    CE,
+    KD,
+    OBSERVED,
+    OF_POLICY,
+    ROWS,
+    STATISTICS,
+    TEACHER_CE,
+    TEMPERATURE_GRAD,
+    Reduction,
+    reduction_of,
+)
+from dts_hf.temperature.base import StepStats
+
+_TENSORS: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+_NUMBERS: dict[Reduction, Callable[[float, float], float]] = {"sum": operator.add, "min": min, "max": max}
 
 
 class SumMeter:
-    """Adds the ``sums`` of ``LossOutput`` over calls; names ending in ``_min`` or ``_max`` keep the extreme instead."""
+    """Adds the ``sums`` of ``LossOutput`` over calls, and whatever else is to be added up over ranks."""
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
 
-    def add(self, sums: dict[str, Tensor]) -> None:
-        """Add one micro-batch; nothing leaves the device."""
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Add one micro-batch: tensors of any shape, the same one in every call. Nothing leaves the device."""
         for name, value in sums.items():
-            self._values[name] = _combine(name, self._values[name], value) if name in self._values else value.detach()
+            new, old = value.detach(), self._values.get(name)
+            self._values[name] = new if old is None else _TENSORS[reduction_of(name)](old, new)
 
     def reduce(self, accelerator: Any) -> Totals:
         """Totals over all ranks, with one gather, and start again from nothing. Every rank must call it."""
@@ -31,15 +54,15 @@ class SumMeter:
         if not names:
             return Totals()
         device = self._values[names[0]].device
-        precise = torch.float32 if device.type == "mps" else torch.float64
+        precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         shapes = [self._values[name].shape for name in names]
         flat = torch.cat([self._values[name].to(precise).reshape(-1) for name in names]).unsqueeze(0)
-        ranks = accelerator.gather(flat).tolist()
+        ranks = accelerator.gather(flat).tolist()  # [ranks, numbers]
         self._values = {}
         totals = Totals()
         columns = zip(*ranks, strict=True)
         for name, shape in zip(names, shapes, strict=True):
-            values = [_total(name, next(columns)) for _ in range(shape.numel())]
+            values = [_over_ranks(name, next(columns)) for _ in range(shape.numel())]
             if shape:
                 totals.vectors[name] = tuple(values)
             else:
@@ -48,76 +71,97 @@ class SumMeter:
 
 
 class Totals(dict[str, float]):
-    """Numbers by name; ``vectors`` holds what is more than one number (a policy's ``observed``)."""
+    """Reduced sums by name; ``vectors`` holds what is more than one number (a policy's ``observed``)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vectors: dict[str, tuple[float, ...]] = {}
 
+    @classmethod
+    def of(cls, sums: Mapping[str, Tensor]) -> Totals:
+        """The sums of one ``LossOutput``, as numbers."""
+        totals = cls()
+        for name, value in sums.items():
+            if value.dim():
+                totals.vectors[name] = tuple(value.tolist())
+            else:
+                totals[name] = value.item()
+        return totals
+
+    def step_stats(self) -> StepStats:
+        """What the policy is told of the optimizer step; there must have been a row."""
+        rows = self[ROWS]
+        return StepStats(
+            student_ce=self[CE.sum] / rows,
+            teacher_ce=self[TEACHER_CE.sum] / rows,
+            kd=self[KD.sum] / rows,
+            num_items=rows,
+            temperature_grad=self.get(TEMPERATURE_GRAD, 0.0) / rows,
+            observed=tuple(value / rows for value in self.vectors.get(OBSERVED, ())),
+        )
+
+    def add_policy_values(self, values: Mapping[str, float | None]) -> None:
+        """Put what the policy wants logged beside the sums, weighted with the rows like them; None is left out."""
+        rows = self[ROWS]
+        self.update({f"{OF_POLICY}{name}": value * rows for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class LogColumns:
+    """Which statistics mean something in a run, and what they are called there.
+
+    Args:
+        teacher: there is one; without it the log has the student's own numbers alone.
+        regression: the sums hold squared errors (STS-B), and temperatures say nothing.
+    """
+
+    teacher: bool = True
+    regression: bool = False
+
+    def means(self, totals: Mapping[str, float], *, held_out: bool = False) -> dict[str, float]:
+        """The numbers of one log line, by their name in it.
+
+        Args:
+            totals: sums over the rows that the line is about.
+            held_out: the line is about held-out rows, at T = 1 (the names are then without their ``eval_``).
+        """
+        means: dict[str, float] = {}
+        for statistic in STATISTICS:
+            name = statistic.regression if self.regression else statistic.log
+            hidden = (statistic.needs_teacher and not self.teacher) or (held_out and not statistic.held_out)
+            if name and not hidden and all(part in totals for part in statistic.sums):
+                means[name] = statistic.number(totals)
+        if self.teacher and not self.regression:
+            rows = totals[ROWS] or math.nan
+            of_policy = {name: value for name, value in totals.items() if name.startswith(OF_POLICY)}
+            means.update({name.removeprefix(OF_POLICY): value / rows for name, value in of_policy.items()})
+        return means
+
 
 class MeanLog:
-    """Adds the totals of optimizer steps between two log lines, as plain numbers; its means pass through ``named``."""
+    """Adds the totals of optimizer steps between two log lines, as plain numbers that fit into a checkpoint."""
 
-    def __init__(self, named: Callable[[dict[str, float]], dict[str, float]] = dict) -> None:
-        self.named = named
+    def __init__(self, columns: LogColumns) -> None:
+        self.columns = columns
         self.totals: dict[str, float] = {}
 
-    def add(self, totals: dict[str, float]) -> None:
+    def add(self, totals: Mapping[str, float]) -> None:
+        """Add one optimizer step."""
         for name, value in totals.items():
-            if name in self.totals and name.endswith(_MINIMUM):
-                value = min(value, self.totals[name])
-            elif name in self.totals and name.endswith(_MAXIMUM):
-                value = max(value, self.totals[name])
-            elif name in self.totals:
-                value += self.totals[name]
-            self.totals[name] = value
+            old = self.totals.get(name)
+            self.totals[name] = value if old is None else _NUMBERS[reduction_of(name)](value, old)
 
     def pop(self) -> dict[str, float]:
-        """The means since the last call (see ``means``); empty when nothing was added."""
+        """The means since the last call; empty when nothing was added."""
         totals, self.totals = self.totals, {}
-        return self.named(means(totals)) if totals else {}
+        return self.columns.means(totals) if totals else {}
 
 
-def means(totals: dict[str, float]) -> dict[str, float]:
-    """Turn sums over rows into the numbers that are logged (nats per label, shares, temperatures)."""
-    rows = totals["rows"] or math.nan
-    mean = {name: value / rows for name, value in totals.items() if not name.endswith((_MINIMUM, _MAXIMUM))}
-    return {
-        "ce_loss": mean["ce"],
-        "kd_loss": mean["kd"],
-        "teacher_ce": mean["teacher_ce"],
-        "gap": mean["ce"] - mean["teacher_ce"],
-        "kl": mean["kl"],
-        "student_entropy": mean["student_entropy"],
-        "teacher_entropy": mean["teacher_entropy"],
-        "student_entropy_at_t": mean["student_entropy_at_t"],
-        "teacher_entropy_at_t": mean["teacher_entropy_at_t"],
-        # How many words the teacher really offers at this temperature: exp of its mean entropy.
-        "effective_support": math.exp(mean["teacher_entropy_at_t"]),
-        "top1_agreement": mean["top1_agreement"],
-        "temperature": mean["temperature"],
-        "teacher_temperature": mean["teacher_temperature"],
-        "temperature_min": totals["temperature_min"],
-        "temperature_max": totals["temperature_max"],
-        **({"aux_loss": mean["aux"]} if "aux" in mean else {}),
-        **{name.removeprefix(OF_POLICY): value for name, value in mean.items() if name.startswith(OF_POLICY)},
-    }
-
-
-def _total(name: str, ranks: Sequence[float]) -> float:
-    if name.endswith(_MINIMUM):
-        return min(ranks)
-    if name.endswith(_MAXIMUM):
-        return max(ranks)
+def _over_ranks(name: str, ranks: Sequence[float]) -> float:
+    reduction = reduction_of(name)
+    if reduction != "sum":
+        return min(ranks) if reduction == "min" else max(ranks)
     try:
-        return math.fsum(ranks)
+        return math.fsum(ranks)  # exact: the order of ranks cannot show
     except (OverflowError, ValueError):  # inf - inf
         return sum(ranks)
-
-
-def _combine(name: str, old: Tensor, new: Tensor) -> Tensor:
-    if name.endswith(_MINIMUM):
-        return torch.minimum(old, new)
-    if name.endswith(_MAXIMUM):
-        return torch.maximum(old, new)
-    return old + new.detach()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dts_hf.loss.statistics import CE, GAP, KD, KL, TEACHER_CE, TEMPERATURE
 from dts_hf.reporting.facts import Facts, gather, kept_best, number
 from dts_hf.reporting.tables import MEASURES
 from dts_hf.runs.directory import RunDirectory
@@ -110,7 +111,7 @@ def draw(facts: Facts, theme: Theme = LIGHT) -> list[Drawing]:
 def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     """The temperature over steps, the plain cosine beside it, and the gap that drives it in a panel below."""
     title = "Temperature"
-    used, cosine, gap = (curve(facts.log, key) for key in ("temperature", "temperature_cosine", "gap"))
+    used, cosine, gap = (curve(facts.log, key) for key in (TEMPERATURE.log, "temperature_cosine", GAP.log))
     if used.empty:
         return Drawing("temperature", title, "", None, "The log holds no temperature, so there is nothing to draw.")
     if gap.empty:
@@ -145,18 +146,20 @@ def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     """Hard-label losses (student, teacher, held-out) above, soft ones (KD loss, KL at T = 1, held-out KL) below."""
     title = "Losses"
     hard = [
-        (curve(facts.log, "ce_loss"), "student", theme.blue, "-"),
-        (curve(facts.log, "teacher_ce"), "teacher", theme.orange, "--"),
-        (curve(facts.log, "eval_ce_loss", "eval"), "student, held-out", theme.purple, "points"),
+        (curve(facts.log, CE.log), "student", theme.blue, "-"),
+        (curve(facts.log, TEACHER_CE.log), "teacher", theme.orange, "--"),
+        (curve(facts.log, CE.held_out_log, "eval"), "student, held-out", theme.purple, "points"),
     ]
     if facts.task.get("subset") == "stsb":  # a regression: squared errors
-        hard = [(curve(facts.log, "label_mse"), "student", theme.blue, "-"),
-                (curve(facts.log, "teacher_mse"), "teacher", theme.orange, "--"),
-                (curve(facts.log, "eval_label_mse", "eval"), "student, held-out", theme.purple, "points")]  # fmt: skip
+        hard = [
+            (curve(facts.log, CE.regression), "student", theme.blue, "-"),
+            (curve(facts.log, TEACHER_CE.regression), "teacher", theme.orange, "--"),
+            (curve(facts.log, f"eval_{CE.regression}", "eval"), "student, held-out", theme.purple, "points"),
+        ]
     soft = [
-        (curve(facts.log, "kd_loss"), "KD loss", theme.blue, "-"),
-        (curve(facts.log, "kl"), "KL at T = 1", theme.green, "-."),
-        (curve(facts.log, "eval_kl", "eval"), "held-out KL at T = 1", theme.purple, "points"),
+        (curve(facts.log, KD.log), "KD loss", theme.blue, "-"),
+        (curve(facts.log, KL.log), "KL at T = 1", theme.green, "-."),
+        (curve(facts.log, KL.held_out_log, "eval"), "held-out KL at T = 1", theme.purple, "points"),
     ]
     unit, hard_label = (
         ("squared", "error") if facts.task.get("subset") == "stsb" else ("nats per label", "cross-entropy")

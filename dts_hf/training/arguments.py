@@ -8,19 +8,25 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from dts_hf.distributed.launch import check_launch
 from dts_hf.errors import UserError
 
 
-def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
+def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> TrainingArguments:
     """Refuse what the Trainer would take and this loss would ignore without a word, and say what to give instead.
 
     Args:
-        args: of the trainer.
+        args: of the trainer; None: those of a run in ``runs/distillation``.
         kwargs: everything else that goes to ``transformers.Trainer`` as it is.
 
+    Returns:
+        The arguments, which are those of a launch that is what it claims to be.
+
     Raises:
-        UserError: names the argument.
+        UserError: names the argument, or see ``check_launch``.
     """
+    args = args or TrainingArguments(output_dir="runs/distillation")
+    check_launch(args)
     if kwargs.get("model_init") is not None:
         raise UserError(
             "model_init: teacher and student are compared before training, so it is not supported; expected the student as "
@@ -57,3 +63,4 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
             f"args: {type(args).__name__} has {', '.join(foreign)}, which would have no effect; expected "
             "transformers.TrainingArguments, and such options as arguments of the trainer"
         )
+    return args

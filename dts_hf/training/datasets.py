@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
-from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.tokenised import (
     EXPECTED_LABELS,
@@ -28,7 +29,9 @@ from dts_hf.data.tokenised import (
 )
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
+from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.checks import check_positions
+from dts_hf.training.pair import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +40,12 @@ class RowReader:
     """Makes data sets ready for the data loaders.
 
     Attributes:
+        dummy_labels: labels of a row that only fills a batch, of which no loss takes any.
         reports: what became of the rows, by the name of the data set.
     """
 
     def __init__(self) -> None:
+        self.dummy_labels: Any = [IGNORE_INDEX]
         self.reports: dict[str, EncodingReport] = {}
 
     def prepare(self, dataset: Any, name: str) -> Any:
@@ -78,25 +83,27 @@ class LanguageRows(RowReader):
     """Rows of language models: text that is to be encoded, or tokens from elsewhere.
 
     Args:
-        encode_options: for text, what ``encode_rows`` takes besides the rows and their name.
-        vocab_size: ids that teacher and student share.
-        models: that read the rows, with what errors call them; no row may have more tokens than they have positions.
+        pair: the models that read the rows, their tokenizer and the ids that they share.
+        template: of text; None: ``chat`` where the tokenizer has a chat template, else ``alpaca``.
+        limits: of text, in tokens: ``max_length``, ``max_prompt_length`` and ``long_rows``; see ``encode_rows``.
         as_they_are: tokenised rows go to a collator of the user's, which gets every column.
-        processes: that share out the rows.
+        args: of the trainer, which know how many processes share out the rows.
     """
 
     def __init__(
         self,
-        encode_options: Mapping[str, Any],
+        pair: Pair,
+        template: str | None,
+        limits: Mapping[str, Any],
         *,
-        vocab_size: int,
-        models: Sequence[tuple[nn.Module, str]],
         as_they_are: bool,
-        processes: int,
+        args: TrainingArguments,
     ) -> None:
         super().__init__()
-        self.encode_options, self.vocab_size, self.models = encode_options, vocab_size, models
-        self.as_they_are, self.processes = as_they_are, processes
+        template = template or ("chat" if pair.tokenizer.chat_template else "alpaca")
+        self.encode_options = {"tokenizer": pair.tokenizer, "template": get_template(template), **limits}
+        self.vocab_size, self.models = pair.vocabulary.size, pair.models()
+        self.as_they_are, self.processes = as_they_are, args.world_size
 
     def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
         """Text is encoded; tokens are checked, at once or, of a stream, as they come.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
-from dts_hf.loss.logged_sums import SumMeter, Totals, means
+from dts_hf.loss.logged_sums import LogColumns, SumMeter, Totals
+from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
@@ -31,13 +32,6 @@ from dts_hf.training.step_sums import StepSums
 from dts_hf.training.temperature_callback import TemperatureCallback
 
 TEMPERATURE_STATE = "temperature.json"
-#: What is logged when there is no teacher.
-WITHOUT_TEACHER = ("ce_loss", "student_entropy", "aux_loss")
-
-
-def student_alone(values: dict[str, float]) -> dict[str, float]:
-    """The means that mean something without a teacher."""
-    return {name: values[name] for name in WITHOUT_TEACHER if name in values}
 
 
 class DistillationBase(ResumableTrainer):
@@ -47,9 +41,10 @@ class DistillationBase(ResumableTrainer):
         model, args, data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
         temperature: see ``build_policy``.
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
+        kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
         classes: of the logits that both models give.
         loss_options: what ``DistillationLoss`` takes besides.
-        rename: what becomes of the means over labels before they are logged; see ``StepSums``.
+        columns: the statistics that are logged in this kind of run.
         kwargs: everything else that ``ResumableTrainer`` takes.
 
     Attributes:
@@ -73,17 +68,19 @@ class DistillationBase(ResumableTrainer):
         *,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float,
         divergence: Divergence | Mapping[str, Any] | str,
+        kd_ratio: float,
         classes: int,
         loss_options: Mapping[str, Any],
-        rename: Callable[[dict[str, float]], dict[str, float]],
+        columns: LogColumns,
         **kwargs: Any,
     ) -> None:
         self.temperature = build_policy(temperature)
-        self.loss = DistillationLoss(divergence, temperature=self.temperature, **loss_options)
+        options = {"kd_ratio": kd_ratio, **loss_options}
+        self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
-        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **loss_options)
+        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
         self.temperature.check_classes(classes)
-        self.sums = StepSums(rename)
+        self.sums = StepSums(columns)
         self._fresh_state = copy.deepcopy(self.temperature.state())
         self._budget_asked_for = self.loss.logits_budget_mb  # memory may run out, and the loss then lowers its own
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -142,16 +139,9 @@ class DistillationBase(ResumableTrainer):
         output = output._replace(num_samples=rows)
         totals = self.sums.eval_meter.reduce(self.accelerator)
         if totals:
-            values = means(totals)
-            ratio = self.loss.kd_ratio
-            counted = {
-                "loss": (1 - ratio) * values["ce_loss"] + ratio * values["kd_loss"],
-                "labels": int(totals["rows"]),
-                "rows": rows,
-            }
-            for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
-                values.pop(name)  # at T = 1 they say nothing new
-            values = {**self.sums.rename(values), **counted}
+            loss = (1 - self.loss.kd_ratio) * CE.number(totals) + self.loss.kd_ratio * KD.number(totals)
+            values = self.sums.columns.means(totals, held_out=True)
+            values.update(loss=loss, labels=int(totals[ROWS]), rows=rows)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 

@@ -39,7 +39,6 @@ class EvenBatchesTrainer(Trainer):
         eval_dataset: the same, or a dictionary of several.
         processing_class: the tokenizer.
         rows: makes data sets ready for the data loaders, now and whenever they are set or given.
-        dummy_labels: labels of a row that only fills a batch, of which no loss takes any.
         kwargs: everything else that ``Trainer`` takes.
 
     Attributes:
@@ -63,12 +62,11 @@ class EvenBatchesTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         *,
         rows: RowReader,
-        dummy_labels: Any,
         **kwargs: Any,
     ) -> None:
         if isinstance(train_dataset, dict):
             raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
-        self.rows, self.encoding_reports, self.dummy_labels = rows, rows.reports, dummy_labels
+        self.rows, self.encoding_reports = rows, rows.reports
         self.train_sampler: LengthGroupedSampler | None = None
         self._prepared_train_dataset = rows.prepare(train_dataset, "train_dataset")
         held_out = rows.prepare(eval_dataset, "eval_dataset")
@@ -205,7 +203,7 @@ class EvenBatchesTrainer(Trainer):
     @property
     def without_label(self) -> Callable[[Any], dict[str, Any]]:
         """Makes of a row its first token, which only fills a batch."""
-        return partial(dummy_row, labels=self.dummy_labels)
+        return partial(dummy_row, labels=self.rows.dummy_labels)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: DataLoader = super()._get_dataloader(*args, **kwargs)

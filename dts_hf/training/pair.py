@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dts_hf.data.collators import Collator, PackedCollator, PaddedCollator
+from dts_hf.data.collators import PackedCollator, PaddedCollator
 from dts_hf.distributed.launch import prepare_deepspeed
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
@@ -16,6 +17,7 @@ from dts_hf.models.checks import check_apart
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packed_attention import check_packing
+from dts_hf.models.router import Router, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
@@ -43,12 +45,36 @@ class Pair:
         live = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
         return [(self.student, "the student"), *live]
 
-    def collator(self, packing: bool, device: torch.device) -> Collator:
-        """Our own batches: packed, or padded with a token that nobody sees.
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return not isinstance(self.teacher, NoTeacher)
+
+    def router(self, choice: str) -> Router | None:
+        """The auxiliary loss of the student's routers, as ``router_aux_loss`` chooses it; None: there is none.
 
         Raises:
-            UserError: see ``check_packing``.
+            UserError: there is no such choice, or see ``router_of``.
         """
+        if choice not in ("model", "none"):
+            raise UserError(f"router_aux_loss: got {choice!r}, expected 'model' or 'none'")
+        return router_of(self.student) if choice == "model" else None
+
+    def collator(self, packing: bool, of_user: Any, device: torch.device) -> Any:
+        """What makes the batches: a collator of the user's, or our own, packed or padded with a token that nobody sees.
+
+        Args:
+            packing: lay rows end to end.
+            of_user: the user's; None: there is none.
+            device: where the models will run.
+
+        Raises:
+            UserError: both are asked for, or see ``check_packing``.
+        """
+        if packing and of_user is not None:
+            raise UserError("packing: got true and a data_collator; give one of them")
+        if of_user is not None:
+            return of_user
         if packing:
             return PackedCollator(self.check_packing(device))
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
@@ -88,7 +114,8 @@ def set_up_models(
     """Load what is a name, undo what an earlier trainer has done to a model, and check that the two can be compared.
 
     Args:
-        student, teacher: as ``DistillationTrainer`` takes them.
+        student: as ``DistillationTrainer`` takes it.
+        teacher: the same.
         tokenizer: the student's; by default the one that its name brings.
         teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.
         vocab_alignment: see ``align_vocabularies``.

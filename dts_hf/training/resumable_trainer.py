@@ -255,7 +255,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         return self.clock.exclude(from_total=self.state.global_step == 0)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; it counts for no clock of training."""
+        """The Trainer's; ``tokens_per_second`` is none the lower for it."""
         with self.exclude_from_timing():
             return super().evaluate(*args, **kwargs)
 
@@ -461,7 +461,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         Never ``args.output_dir`` itself: logs, checkpoints and answers to held-out rows lie there. All processes call it.
 
         Args:
-            commit_message, blocking, token, revision: as for ``Trainer.push_to_hub``.
+            commit_message: as for ``Trainer.push_to_hub``.
+            blocking: the same.
+            token: the same.
+            revision: the same.
             private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
             finished: folder with the finished student and its tokenizer, uploaded in place of the model as it is in memory
                 (an adapter is merged in one and not in the other); None: the model is saved.

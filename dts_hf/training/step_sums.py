@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from dts_hf.data.samplers import real_tokens
-from dts_hf.loss.logged_sums import MeanLog, SumMeter
+from dts_hf.loss.logged_sums import LogColumns, MeanLog, SumMeter
 
 
 class StepSums:
     """The meters that ``compute_loss`` fills and the callbacks read.
 
     Args:
-        rename: what becomes of the means before they are logged: some mean nothing in some kinds of run.
+        columns: the statistics that mean something in this kind of run, and what the log calls them.
 
     Attributes:
         step_meter: sums of the optimizer step that runs, this rank's.
@@ -23,13 +23,13 @@ class StepSums:
         tokens_seen: real tokens (no padding) of all ranks, up to the last log line.
     """
 
-    def __init__(self, rename: Callable[[dict[str, float]], dict[str, float]]) -> None:
-        self.rename = rename
+    def __init__(self, columns: LogColumns) -> None:
+        self.columns = columns
         self.reset()
 
     def reset(self) -> None:
         """Start a run from nothing."""
-        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self.rename)
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self.columns)
         self.tokens_seen = 0.0
 
     def begin_step(self) -> None:

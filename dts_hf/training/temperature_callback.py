@@ -11,8 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.loss.logged_sums import OF_POLICY, Totals
-from dts_hf.temperature.base import StepStats, TemperaturePolicy
+from dts_hf.loss.logged_sums import Totals
+from dts_hf.loss.statistics import CE, KD, ROWS
+from dts_hf.temperature.base import TemperaturePolicy
 from dts_hf.training.signals import asked_to_stop
 from dts_hf.training.step_sums import StepSums
 
@@ -71,28 +72,18 @@ class TemperatureCallback(TrainerCallback):
         self.sums.step_meter.add({STOP_ASKED: asked})
         totals = self.totals_of_step()
         self.agree_to_stop(totals.pop(STOP_ASKED) > 0)
-        if not totals or not totals["rows"]:  # no label in the whole step: nothing was learned, nor about the gap
+        if not totals or not totals[ROWS]:  # no label in the whole step: nothing was learned, nor about the gap
             self.unlabelled_steps += 1
             if self.unlabelled_steps == 1 and state.is_world_process_zero:
                 logger.warning("step %d: none of its rows has a label, so it teaches nothing", state.global_step)
             return
         self.labelled_steps += 1
         # 2. What was in force in the step that ends here goes into the log, before the policy moves on.
-        rows = totals["rows"]
-        in_force = {"temperature_cosine": self.policy.cosine, **self.policy.log_values()}
-        totals.update({f"{OF_POLICY}{name}": value * rows for name, value in in_force.items() if value is not None})
+        totals.add_policy_values({"temperature_cosine": self.policy.cosine, **self.policy.log_values()})
         self.sums.mean_log.add(totals)
         # 3. The policy sees the means of the whole step.
-        stats = StepStats(
-            totals["ce"] / rows,
-            totals["teacher_ce"] / rows,
-            totals["kd"] / rows,
-            rows,
-            temperature_grad=totals.get("temperature_grad", 0.0) / rows,
-            observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
-        )
-        self.policy.end_step(stats)
-        self.observe_loss(math.isfinite(totals["ce"]) and math.isfinite(totals["kd"]))
+        self.policy.end_step(totals.step_stats())
+        self.observe_loss(math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,33 +6,31 @@ name that cannot be confused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.samplers import real_tokens
 from dts_hf.data.tokenised import TokenisedDataset
-from dts_hf.distributed.launch import check_launch
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.no_teacher import check_has_teacher
-from dts_hf.loss.selection import IGNORE_INDEX, select_response, sequence_numbers
+from dts_hf.loss.selection import select_response, sequence_numbers
+from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
-from dts_hf.models.router import router_of
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
-from dts_hf.teachers.none import NoTeacher
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import check_arguments
+from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
-from dts_hf.training.distillation_base import DistillationBase, student_alone
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.pair import Pair, collects_router_logits, set_up_models
 from dts_hf.training.step_sums import count_tokens
 
@@ -64,12 +62,12 @@ class DistillationTrainer(DistillationBase):
             it out. Held-out losses never have it. See ``models.router.Router``.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``distributed.sharding.shard_teacher``).
-        model_card: returns the text of the model card that ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is
-            uploaded while training runs, whatever ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
-        kwargs: everything else that ``Trainer`` takes.
+        kwargs: everything else that ``Trainer`` takes, and ``model_card``, which returns the text of the model card that
+            ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is uploaded while training runs, whatever
+            ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
 
     Attributes:
         encoding_reports: what became of the rows, by data set: ``"train_dataset"``, ``"eval_dataset"`` or
@@ -106,61 +104,37 @@ class DistillationTrainer(DistillationBase):
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
         router_aux_loss: str = "model",
-        model_card: Callable[[], str] | None = None,
         data_collator: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        # 1. Arguments that cannot be honoured, before anything is loaded.
-        args = args or TrainingArguments(output_dir="runs/distillation")
-        check_launch(args)
-        check_arguments(args, kwargs)
+        # 1. Two models that can be compared, and batches that both read.
+        args = checked_arguments(args, kwargs)
         check_has_teacher(teacher is not None, kd_ratio)
-        if router_aux_loss not in ("model", "none"):
-            raise UserError(f"router_aux_loss: got {router_aux_loss!r}, expected 'model' or 'none'")
-        if packing and data_collator is not None:
-            raise UserError("packing: got true and a data_collator; give one of them")
-        # 2. Two models that can be compared, and batches that both read.
         shard = teacher_placement == "sharded" and isinstance(teacher, (str, nn.Module))
         pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args)
-        student, self.teacher, tokenizer = pair.student, pair.teacher, pair.tokenizer
-        self.vocab_size, self.vocab_note = pair.vocabulary.size, pair.vocabulary.note
-        self.router = router_of(student) if router_aux_loss == "model" else None
-        collator = data_collator or pair.collator(packing, args.device)
-        # 3. Rows, loss and temperature.
-        template = get_template(prompt_template or ("chat" if tokenizer.chat_template else "alpaca"))
+        self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
+        self.router = pair.router(router_aux_loss)
+        collator = pair.collator(packing, data_collator, args.device)
+        # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
-        rows = LanguageRows(
-            {"tokenizer": tokenizer, "template": template, **limits},
-            vocab_size=self.vocab_size,
-            models=pair.models(),
-            as_they_are=not isinstance(collator, Collator),
-            processes=args.world_size,
-        )
-        taught = not isinstance(self.teacher, NoTeacher)
+        rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
         super().__init__(
-            student,
+            pair.student,
             args,
             collator,
             train_dataset,
             eval_dataset,
-            tokenizer,
-            temperature=temperature if taught else 1.0,  # without a teacher there is nothing to soften
+            pair.tokenizer,
+            temperature=temperature if pair.taught else 1.0,
             divergence=divergence,
+            kd_ratio=kd_ratio,
             classes=self.vocab_size,
-            loss_options={
-                "kd_ratio": kd_ratio,
-                "temperature_scaling": temperature_scaling,
-                "logits_budget_mb": logits_budget_mb,
-            },
-            rename=dict if taught else student_alone,
+            loss_options={"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb},
+            columns=LogColumns(teacher=pair.taught),
             rows=rows,
-            dummy_labels=[IGNORE_INDEX],
-            callbacks=callbacks,
-            model_card=model_card,
             **kwargs,
         )
-        # 4. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
+        # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         if shard and isinstance(self.teacher, LiveTeacher):
             shard_teacher(self.teacher.model, self.args.device)
@@ -231,8 +205,8 @@ class DistillationTrainer(DistillationBase):
         if self.router is not None and model.training:
             aux_loss = self._router_loss(outputs.router_logits, inputs)
             # Each micro-batch counts by its labels: over all of them and all ranks the weights add up to num_processes.
-            loss = loss + (self.router.coefficient * aux_loss * sums["rows"] / normalizer).to(loss.dtype)
-            sums["aux"] = aux_loss.detach() * sums["rows"]
+            loss = loss + (self.router.coefficient * aux_loss * sums[ROWS] / normalizer).to(loss.dtype)
+            sums[AUX.sum] = aux_loss.detach() * sums[ROWS]
         # 6. The sums are reduced once a step, by TemperatureCallback.
         meter.add({**sums, "tokens": count_tokens(inputs)})
         return (loss, {"loss": loss}) if return_outputs else loss

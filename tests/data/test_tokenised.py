@@ -518,7 +518,7 @@ def test_streams_that_cannot_work_are_refused_before_training(tmp_path, make, mo
         trainer_for(tmp_path, rows=make([GOOD, {**GOOD, "labels": None}]), options=options).train()
     args = arguments(tmp_path, max_steps=2)
     monkeypatch.setattr(type(args), "world_size", 2)
-    monkeypatch.setattr("dts_hf.training.trainer.check_launch", lambda args: None)
+    monkeypatch.setattr("dts_hf.training.arguments.check_launch", lambda args: None)
     with pytest.raises(UserError, match="train_dataset: got an iterable data set on 2 processes"):
         DistillationTrainer(tiny_llama(), tiny_llama(), args=args, train_dataset=make(plain()),
                             processing_class=tiny_tokenizer())  # fmt: skip

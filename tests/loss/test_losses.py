@@ -7,8 +7,8 @@ import torch
 
 from dts_hf import divergences
 from dts_hf.errors import UserError
-from dts_hf.loss.chunk_walk import SUM_NAMES
 from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.loss.statistics import SUMS_OF_LOSS
 from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, TemperaturePolicy, Temperatures, build_temperature
 from tests.support import reference
@@ -235,12 +235,13 @@ def test_sums_are_the_statistics_at_temperature_one():
         "top1_agreement": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
         "temperature": 13 * t,
         "teacher_temperature": 13 * t,
+        "temperature_min": t,
+        "temperature_max": t,
     }
-    assert set(expected) == set(SUM_NAMES)
+    assert set(expected) == set(sums) == {"rows", *SUMS_OF_LOSS}
     for name, value in expected.items():
         assert sums[name].item() == pytest.approx(float(value), abs=1e-10), name
         assert not sums[name].requires_grad
-    assert sums["temperature_min"].item() == sums["temperature_max"].item() == t
 
 
 def test_under_no_grad_nothing_is_kept():

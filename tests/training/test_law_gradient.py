@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from dts_hf.divergences import DIVERGENCES, Distributions, Divergence, build_divergence
-from dts_hf.loss.logged_sums import means
+from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.temperature import StepStats, temperature_policies
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support import reference
@@ -295,7 +295,7 @@ def test_the_gradient_is_the_derivative_of_the_reported_loss(case, setup):
         reported, gradient = setup.gradient()
         totals = setup.trainer.step_meter.reduce(setup.trainer.accelerator)
         used = ratio if policy.kd_ratio is None else policy.kd_ratio
-        logged = means(totals)
+        logged = LogColumns().means(totals)
         parts = (1 - used) * logged["ce_loss"] + used * logged["kd_loss"]
         assert reported == pytest.approx(parts * totals["rows"] / 5, rel=1e-12), where
         with held_form(setup):

@@ -1,0 +1,177 @@
+"""Every number that the loss puts into the log, in one table: what it is made of, how it is reduced, what it is called.
+
+The road of a number: ``ChunkWalk`` adds it up over rows (``LossOutput.sums``), ``SumMeter`` over micro-batches and ranks,
+``MeanLog`` over the optimizer steps between two log lines, and ``LogColumns`` makes the logged number of it. Whoever reads
+one further on takes its name from here. A change of a name is a change of ``log.jsonl``, which other programs read.
+
+No torch: reports are written without it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+#: ``sum``: added over rows, micro-batches, ranks and steps, and divided by ``ROWS`` at the end; the others: the extreme.
+Reduction = Literal["sum", "min", "max"]
+#: What is over nothing, and so stands where nothing was seen yet.
+START: dict[Reduction, float] = {"sum": 0.0, "min": math.inf, "max": -math.inf}
+#: The sum that the others are divided by: labelled rows.
+ROWS = "rows"
+#: Sums for the policy and not for the log: d kd / d T (policies with ``learns``), and ``Temperatures.observed`` ``[K]``.
+TEMPERATURE_GRAD, OBSERVED = "temperature_grad", "observed"
+#: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``), while they are summed up.
+OF_POLICY = "policy_"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One number of a log line.
+
+    Attributes:
+        log: its name in ``log.jsonl``.
+        sums: what it is made of: names in ``LossOutput.sums``. One, except for a number derived from several.
+        unit: nats (natural logarithms), a share, ...
+        meaning: a few words, for the page of the log.
+        reduction: of its sums.
+        of: makes the logged number of the reduced ones (means over rows, or extremes).
+        needs_teacher: without a teacher it says nothing, and is not logged.
+        held_out: whether held-out lines have it; what describes the temperature says nothing at T = 1.
+        regression: its name where the task is a regression and its sum holds squared errors; empty: not logged there.
+        of_loss: whether the loss fills its sums, in every call; else somebody else may.
+    """
+
+    log: str
+    sums: tuple[str, ...]
+    unit: str
+    meaning: str
+    reduction: Reduction = "sum"
+    of: Callable[..., float] = float
+    needs_teacher: bool = True
+    held_out: bool = True
+    regression: str = ""
+    of_loss: bool = True
+
+    @property
+    def sum(self) -> str:
+        """The one sum it is made of."""
+        (name,) = self.sums
+        return name
+
+    def number(self, totals: Mapping[str, float]) -> float:
+        """The number that is logged, from reduced sums; NaN where there was no row."""
+        rows = totals[ROWS] or math.nan
+        summed = self.reduction == "sum"
+        return self.of(*(totals[name] / rows if summed else totals[name] for name in self.sums))
+
+    @property
+    def held_out_log(self) -> str:
+        """Its name in a held-out line of ``log.jsonl``."""
+        return f"eval_{self.log}"
+
+
+CE = Statistic(
+    "ce_loss",
+    ("ce",),
+    "nats per label",
+    "the student's cross-entropy of the labels",
+    needs_teacher=False,
+    regression="label_mse",
+)
+KD = Statistic(
+    "kd_loss",
+    ("kd",),
+    "nats per label",
+    "the soft loss: the divergence at the temperatures in force, its factor (T_s T_t) included",
+    regression="kd_loss",
+)
+TEACHER_CE = Statistic(
+    "teacher_ce",
+    ("teacher_ce",),
+    "nats per label",
+    "the teacher's cross-entropy of the labels",
+    regression="teacher_mse",
+)
+GAP = Statistic(
+    "gap",
+    (*CE.sums, *TEACHER_CE.sums),
+    "nats per label",
+    "`ce_loss` - `teacher_ce`; positive while the student is the worse one",
+    of=operator.sub,
+)
+KL = Statistic("kl", ("kl",), "nats per label", "KL(teacher || student) at T = 1, whatever divergence is trained with")
+STUDENT_ENTROPY = Statistic(
+    "student_entropy", ("student_entropy",), "nats", "entropy of the student at T = 1", needs_teacher=False
+)
+TEACHER_ENTROPY = Statistic("teacher_entropy", ("teacher_entropy",), "nats", "entropy of the teacher at T = 1")
+STUDENT_ENTROPY_AT_T = Statistic(
+    "student_entropy_at_t", ("student_entropy_at_t",), "nats", "entropy of the student at T_s", held_out=False
+)
+TEACHER_ENTROPY_AT_T = Statistic(
+    "teacher_entropy_at_t",
+    ("teacher_entropy_at_t",),
+    "nats",
+    "entropy at T_t of the teacher, or of the mixed target where the policy has one",
+    held_out=False,
+)
+EFFECTIVE_SUPPORT = Statistic(
+    "effective_support",
+    TEACHER_ENTROPY_AT_T.sums,
+    "tokens",
+    "exp of `teacher_entropy_at_t`: among how many tokens the teacher hesitates",
+    of=math.exp,
+    held_out=False,
+)
+TOP1_AGREEMENT = Statistic(
+    "top1_agreement", ("top1_agreement",), "share of labels", "the student's first choice is the teacher's"
+)
+TEMPERATURE = Statistic("temperature", ("temperature",), "T", "mean of T_s over rows", held_out=False)
+TEACHER_TEMPERATURE = Statistic(
+    "teacher_temperature", ("teacher_temperature",), "T", "mean of T_t over rows", held_out=False
+)
+TEMPERATURE_MIN = Statistic(
+    "temperature_min", ("temperature_min",), "T", "the smallest T_s of a row", reduction="min", held_out=False
+)
+TEMPERATURE_MAX = Statistic(
+    "temperature_max", ("temperature_max",), "T", "the largest T_s of a row", reduction="max", held_out=False
+)
+AUX = Statistic(
+    "aux_loss",
+    ("aux",),
+    "per label",
+    "auxiliary loss of a mixture of experts' routers, without its coefficient",
+    needs_teacher=False,
+    of_loss=False,
+)
+
+#: In the order of a log line.
+STATISTICS = (
+    CE,
+    KD,
+    TEACHER_CE,
+    GAP,
+    KL,
+    STUDENT_ENTROPY,
+    TEACHER_ENTROPY,
+    STUDENT_ENTROPY_AT_T,
+    TEACHER_ENTROPY_AT_T,
+    EFFECTIVE_SUPPORT,
+    TOP1_AGREEMENT,
+    TEMPERATURE,
+    TEACHER_TEMPERATURE,
+    TEMPERATURE_MIN,
+    TEMPERATURE_MAX,
+    AUX,
+)
+#: The sums that every call of the loss fills, beside ``ROWS``.
+SUMS_OF_LOSS: dict[str, Reduction] = {
+    name: statistic.reduction for statistic in STATISTICS if statistic.of_loss for name in statistic.sums
+}
+
+
+def reduction_of(name: str) -> Reduction:
+    """How the sum ``name`` is reduced. One that the table does not have (tokens, a policy's own number) is added up."""
+    return SUMS_OF_LOSS.get(name, "sum")
