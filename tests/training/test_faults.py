@@ -407,10 +407,11 @@ LAUNCHERS = {
 def launched_by(launcher: str, folder: Path, grace: int = 30, **faults: Any) -> Iterator[Launched]:
     """The same by the real command line, in fresh processes; asked to stop, they have ``grace`` seconds."""
     arguments = [str(folder), json.dumps(["train", "recipe.yaml"]), json.dumps(faults)]
+    variables = environment("ddp", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)})
     with (folder / "err.agent").open("w") as err:
         process = subprocess.Popen(
             [sys.executable, *LAUNCHERS[launcher], str(WORKERS / "fault_worker.py"), *arguments],
-            env=environment("ddp", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)}), start_new_session=True, stdout=err, stderr=err,
+            env=variables, start_new_session=True, stdout=err, stderr=err,
         )  # fmt: skip
     run = Launched(process, process.poll, folder)
     try:
