@@ -1,4 +1,4 @@
-"""The exceptions whose message is all that a person needs, and the nearest right word to put into it."""
+"""Exceptions whose message is all that a person needs, what tells them apart, and the nearest right word for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run is spread over processes: its strategy by name, and launches that would not be what they claim."""
+"""How a run is distributed over processes: its strategy by name, and launches that would not be what they claim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
 
-#: Every way in which a run can be spread over processes.
+#: Every way in which a run can be distributed over processes.
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 #: Strategies that shard the weights themselves over processes.
 SHARDED = ("zero3", "fsdp2")
@@ -49,12 +49,12 @@ def check_launch(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot carry this loss. Launch one "
             f"process per GPU: accelerate launch --num_processes {args.n_gpu} -m dts_hf train RECIPE.yaml"
         )
-    got, (asked, by) = args.world_size, _asked_for()
+    got, (asked, variable) = args.world_size, _asked_for()
     if got < asked:
         hint = f"Start it with: {_LAUNCH.format(processes=asked)}"
         if "LOCAL_RANK" in os.environ and not args.use_cpu and not torch.accelerator.is_available():
             hint = "There is no GPU here: add training.use_cpu=true"
-        raise UserError(f"launch: {by} asks for {asked} processes, but this one runs alone. {hint}")
+        raise UserError(f"launch: {variable} asks for {asked} processes, but this one runs alone. {hint}")
     if asked == 0 and got == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         raise UserError(
             "launch: accelerate launch was asked for several processes (it set MASTER_ADDR) and started one, as it does "
@@ -82,8 +82,8 @@ def _check_fsdp(args: TrainingArguments) -> None:
         )
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise UserError(
-            "launch: fsdp_cpu_ram_efficient_loading: got true, expected false: models are read whole on every process, "
-            "checked there, and then split"
+            "launch: fsdp_cpu_ram_efficient_loading: got true, expected false: models are read in full on every process, "
+            "checked there, and then sharded"
         )
 
 
@@ -119,7 +119,7 @@ def prepare_deepspeed(args: TrainingArguments, model: nn.Module) -> None:
 def zero_options(model: nn.Module, stage: int) -> dict[str, Any]:
     """What DeepSpeed's configuration leaves out, made for ``model``; "auto" is filled from its hidden size by transformers.
 
-    DeepSpeed's own numbers are meant for 100 billion weights: with them a student of a billion stays whole on every
+    DeepSpeed's own numbers are meant for 100 billion weights: with them a student of a billion stays unsharded on every
     process under ZeRO-3, and a bucket takes 2 GB.
     """
     if stage < 3:

@@ -22,45 +22,51 @@ def process() -> tuple[int, int]:
 def on_first_process(work: Callable[[], Result], rank: int, world: int) -> Result:
     """Do ``work`` on the first process alone. Its result is that of all, and if it fails, all fail: none waits for ever.
 
+    The place for what may fail on input: a process that raised a ``UserError`` alone would leave the others in their next
+    collective, until the launcher ends them.
+
+    Args:
+        work: what it returns can be pickled.
+        rank: of this process, as ``process`` tells.
+        world: the number of processes.
+
     Raises:
         UserError: on every process the ``UserError`` of the first one.
         RunError: on the others, with its words, where the first one has any other exception.
     """
     if world == 1:
         return work()
-    held: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, and what is told of a failure: exceptions may not be picklable
     failure: Exception | None = None
     if rank == 0:
         try:
-            held[0] = work()
+            outcome[0] = work()
         except Exception as error:  # whatever it is, the others are waiting
             failure = error
-            held[1] = (isinstance(error, UserError), str(error), type(error).__name__)
-    torch.distributed.broadcast_object_list(held)
+            outcome[1] = (isinstance(error, UserError), str(error), type(error).__name__)
+    torch.distributed.broadcast_object_list(outcome)
     if failure is not None:
         if isinstance(failure, (UserError, RunError)):
             failure.everywhere = True
         raise failure
-    if held[1] is not None:
-        is_input, words, kind = held[1]
-        raise (
-            UserError(words, everywhere=True)
-            if is_input
-            else RunError(words if kind == "RunError" else f"{kind}: {words}", everywhere=True)
-        )
-    return held[0]  # type: ignore[no-any-return]
+    if outcome[1] is not None:
+        is_input, message, kind = outcome[1]
+        if is_input:
+            raise UserError(message, everywhere=True)
+        raise RunError(message if kind == "RunError" else f"{kind}: {message}", everywhere=True)
+    return outcome[0]  # type: ignore[no-any-return]
 
 
-def gathered(made: Result, world: int) -> list[Result]:
-    """What every process has made, in the order of the processes."""
-    found: list[Any] = [made] * world
+def gathered(value: Result, world: int) -> list[Result]:
+    """The ``value`` of every process, in the order of the processes; all call it."""
+    values: list[Any] = [value] * world
     if world > 1:
-        torch.distributed.all_gather_object(found, made)
-    return found
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def on_any_process(mine: bool, device: torch.device | str) -> bool:
-    """Whether ``mine`` is true on any process; all ask at the same time."""
-    found = torch.tensor(int(mine), device=device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found)
+def on_any_process(flag: bool, device: torch.device | str) -> bool:
+    """Whether ``flag`` is true on any process; all ask at the same time."""
+    highest = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return bool(highest)

@@ -31,6 +31,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _is_shard(tensor: Tensor) -> bool:
+    # The mark of a parameter of ZeRO-3, and that of a DTensor (FSDP2)
     return hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh")
 
 
@@ -38,9 +39,9 @@ def _is_shard(tensor: Tensor) -> bool:
 def unsharded_init() -> Iterator[None]:
     """Within it ``from_pretrained`` and ``from_config`` make ordinary models, as they do without DeepSpeed.
 
-    While ``TrainingArguments`` with ZeRO-3 exist, transformers splits every model as it is made, before anything could
-    be pruned, checked or compared. Weights of a safetensors file in its own dtype stay in the file (mapped), so whole
-    models cost the processes of a machine no memory; the trainer splits the student, ``shard_teacher`` the teacher.
+    While ``TrainingArguments`` with ZeRO-3 exist, transformers shards every model as it is made, before anything could
+    be pruned, checked or compared. Weights of a safetensors file in its own dtype stay in the file (mapped), so full
+    models cost the processes of a machine no memory; the trainer shards the student, ``shard_teacher`` the teacher.
     """
     from transformers.integrations import deepspeed
 
@@ -56,11 +57,11 @@ def unsharded_init() -> Iterator[None]:
 def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
     """Shard the frozen weights of ``model`` over all processes, in place; its forward gathers a layer at a time.
 
-    Layer by layer, so that no process ever has more on its device than its share and one layer. Does nothing to a model
+    Layer by layer, so that no process ever has more on its device than its shard and one layer. Does nothing to a model
     that is sharded already.
 
     Args:
-        model: a causal language model or classifier of transformers, whole, the same on every process.
+        model: a causal language model or classifier of transformers with its full weights, the same on every process.
         device: of this process.
 
     Raises:
@@ -80,16 +81,17 @@ def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
             "use 'replicated'"
         )
     model.requires_grad_(False)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    ends = [module for module in ends if module is not None]
-    if len({id(module.weight) for module in ends}) < len(ends):
-        ends = []  # tied: one weight cannot be in two groups, so it stays in the whole model's own
-    for module in [*layers, *ends, model]:
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    embeddings = [module for module in embeddings if module is not None]
+    if len({id(module.weight) for module in embeddings}) < len(embeddings):
+        embeddings = []  # tied: one weight cannot be in two groups of FSDP2, so it goes into the model's
+    # From the inside out: a group takes what the modules within it have left.
+    for module in [*layers, *embeddings, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def place_teacher(model: nn.Module, placement: str, device: torch.device | str) -> None:
-    """Put ``model`` where the recipe's ``teacher.placement`` wants it: whole on ``device``, or sharded over all processes.
+    """Put ``model`` where the recipe's ``teacher.placement`` wants it: full on ``device``, or sharded over all processes.
 
     Raises:
         UserError: see ``shard_teacher``.
@@ -114,7 +116,7 @@ def check_can_shard(quantized: bool) -> None:
         )
     if quantized:
         raise UserError(
-            "teacher.placement: sharded, but the teacher is quantised, and neither DeepSpeed nor FSDP can split the "
+            "teacher.placement: sharded, but the teacher is quantised, and neither DeepSpeed nor FSDP can shard the "
             "packed weights of bitsandbytes; use placement 'replicated' (a 4-bit teacher is a quarter of a bf16 one), "
             "or quantization 'none'"
         )
@@ -127,8 +129,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _gathered(tensor: Any) -> Iterator[Any]:
-    """``tensor`` whole: a share of ZeRO-3 or FSDP2, an ordinary tensor, or None."""
+def gathered_tensor(tensor: Any) -> Iterator[Any]:
+    """Within it the full ``tensor`` of a shard (ZeRO-3, FSDP2); an ordinary tensor, or None, as it is."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
@@ -140,20 +142,20 @@ def _gathered(tensor: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """The whole weights of a sharded ``model``, on the CPU of the first process; None on the others.
+    """The full weights of a sharded ``model``, on the CPU of the first process; None on the others.
 
-    One weight at a time, so that no device ever holds the whole model. Weights that are the same in the model (tied
+    One weight at a time, so that no device ever holds the full model. Weights that are the same in the model (tied
     embeddings) are the same tensor here.
     """
     rank = process()[0]
-    found: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # by weight, on every process: all gather the same ones
+    weights: dict[str, Tensor] = {}
+    first_names: dict[int, str] = {}  # by weight, on every process: all gather the same ones
     for name, tensor in model.state_dict(keep_vars=True).items():
-        first = names.setdefault(id(tensor), name)
+        first = first_names.setdefault(id(tensor), name)
         if first == name:
-            with _gathered(tensor) as whole:
+            with gathered_tensor(tensor) as full:
                 if rank == 0:  # a copy also on a CPU: what was gathered is freed or used again
-                    found[name] = whole.detach().to("cpu", copy=True)
+                    weights[name] = full.detach().to("cpu", copy=True)
         elif rank == 0:
-            found[name] = found[first]
-    return found if rank == 0 else None
+            weights[name] = weights[first]
+    return weights if rank == 0 else None

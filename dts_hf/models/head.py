@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dts_hf.distributed.sharding import _gathered
+from dts_hf.distributed.sharding import gathered_tensor
 from dts_hf.errors import UserError
 
 #: What ``check_head`` returns in the place of logits: exact in every number format.
@@ -232,5 +232,5 @@ def gather_head(head: Head | None) -> Iterator[Head | None]:
     if head is None:
         yield None
         return
-    with _gathered(head.weight) as weight, _gathered(head.bias) as bias:
+    with gathered_tensor(head.weight) as weight, gathered_tensor(head.bias) as bias:
         yield replace(head, weight=weight, bias=bias)

@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: which are whole, which is the newest, which may go.
+"""Checkpoint folders of a run: which are complete, which is the newest, which may go.
 
     checkpoint-STEP/               what the recipe asks for (training.save_strategy, save_steps)
     interrupted/checkpoint-STEP/   what a signal asked for, at any step; gone once training is past it
@@ -93,15 +93,15 @@ def step_of(folder: str | Path) -> int:
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """All checkpoint folders of the run directory, whole or not, the oldest step first."""
-    found = [path for parent in (Path(run) / INTERRUPTED, Path(run)) for path in _folders(parent)]
-    return sorted(found, key=step_of)  # at one step the recipe's own comes last: it was written later
+    """All checkpoint folders of the run directory, complete or not, the oldest step first."""
+    folders = [path for parent in (Path(run) / INTERRUPTED, Path(run)) for path in _folders(parent)]
+    return sorted(folders, key=step_of)  # at one step the recipe's own comes last: it was written later
 
 
 def newest_complete(run: str | Path) -> Path | None:
     """The checkpoint to go on from; None where no complete one is there. Nothing is changed."""
-    whole = (folder for folder in reversed(checkpoints(run)) if why_incomplete(folder) is None)
-    return next(filter(is_resumable, whole), None)
+    complete = (folder for folder in reversed(checkpoints(run)) if why_incomplete(folder) is None)
+    return next(filter(is_resumable, complete), None)
 
 
 def remove(folder: str | Path) -> None:
@@ -115,18 +115,23 @@ def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | P
 
     That is every interrupted one of an earlier step and, where ``limit`` is given, the oldest of the others until
     ``limit`` are left, among them those in ``keep``. Checkpoints of later steps (of an attempt that ended) are not touched.
+
+    Args:
+        run: the run directory.
+        step: of the checkpoint that has just become complete.
+        limit: ``training.save_total_limit``; None or 0: keep all.
+        keep: checkpoints that stay whatever their age, such as that of the best evaluation.
     """
-    own = [folder for folder in _folders(Path(run)) if step_of(folder) <= step]
-    whole = [folder for folder in own if why_incomplete(folder) is None]
+    regular = [folder for folder in _folders(Path(run)) if step_of(folder) <= step]  # the oldest step first
+    complete = [folder for folder in regular if why_incomplete(folder) is None]
     kept = {Path(folder).resolve() for folder in keep if folder is not None}
     useless = [folder for folder in _folders(Path(run) / INTERRUPTED) if step_of(folder) < step]
     if limit is not None and limit > 0:
-        last = next(iter(sorted(whole, key=step_of, reverse=True)), None)
-        kept |= {last.resolve()} if last is not None else set()
-        surplus = len(whole) - max(limit, len(kept))
-        old = [folder for folder in sorted(whole, key=step_of) if folder.resolve() not in kept]
+        kept |= {folder.resolve() for folder in complete[-1:]}  # to go on from
+        surplus = len(complete) - max(limit, len(kept))
+        old = [folder for folder in complete if folder.resolve() not in kept]
         useless += old[: max(surplus, 0)]
-        useless += [folder for folder in own if folder not in whole and folder.resolve() not in kept]
+        useless += [folder for folder in regular if folder not in complete and folder.resolve() not in kept]
     for folder in useless:
         _remove_if_possible(folder)
 
@@ -134,8 +139,8 @@ def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | P
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [path for path in parent.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def _remove_if_possible(folder: Path) -> None:

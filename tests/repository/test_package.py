@@ -40,6 +40,15 @@ def test_its_metadata(wheel):
     assert "dts-hf = dts_hf.cli.app:app" in wheel.read(f"{folder}/entry_points.txt").decode()
 
 
+def test_it_asks_for_few_packages(wheel):
+    """And for no other than those that are imported: ``deptry``, in ``make lint``."""
+    metadata = wheel.read(f"dts_hf-{dts_hf.__version__}.dist-info/METADATA").decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    always = [line for line in required if "extra ==" not in line]
+    assert len(always) <= 16 < len(required), always
+    assert any("gguf" in line for line in required) and not any("gguf" in line for line in always)
+
+
 def test_public_names_load_and_unknown_ones_do_not():
     for name in dts_hf.__all__:
         assert getattr(dts_hf, name) is not None
