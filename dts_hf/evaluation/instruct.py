@@ -17,8 +17,7 @@ from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.evaluation.protocol import Protocol
-from dts_hf.evaluation.rouge import best_rouge_l
-from dts_hf.evaluation.text import exact_match, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
 from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
 from dts_hf.generation.engine import Generated, checked_prompts, generate, stop_token_ids

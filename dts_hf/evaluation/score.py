@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.evaluation.text import exact_match, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 
 REFERENCE_FIELDS = ("references", "reference", "output")
 
@@ -29,8 +29,6 @@ def score_file(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file or a line of it cannot be read; the message names the line.
     """
-    from dts_hf.evaluation.rouge import best_rouge_l  # loads nltk
-
     passes: dict[str, dict[str, list[_Row]]] = {}
     for row in _read(Path(path)):
         passes.setdefault(row.set_name, {}).setdefault(row.seed, []).append(row)

@@ -16,7 +16,7 @@ from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, rows_digest
 from dts_hf.evaluation.protocol import Protocol, custom_protocol
-from dts_hf.evaluation.rouge import best_rouge_l
+from dts_hf.evaluation.text_metrics import best_rouge_l
 from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
 from dts_hf.generation.engine import generate
 from tests.support.tiny import tiny_llama, tiny_tokenizer
