@@ -24,7 +24,8 @@ from dts_hf.data.sources import load_rows
 from dts_hf.distributed.processes import on_first_process, process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
-from dts_hf.evaluation.instruct import evaluate_instruct, rows_digest
+from dts_hf.evaluation.fingerprint import describe_protocol
+from dts_hf.evaluation.instruct import evaluate_instruct, generation_settings, rows_digest
 from dts_hf.evaluation.protocol import get_protocol
 from dts_hf.evaluation.scorer import VALIDATION, batch_size_that_matters, load_sets, protocol_of
 from dts_hf.files import write_json_atomic
@@ -112,7 +113,7 @@ def evaluate_command(
         no_repeat_ngram_size=no_repeat_ngram_size,
         backend=backend,
     )
-    settings = chosen.settings(batch_size)  # refuses values out of range before anything is loaded
+    settings = generation_settings(chosen, batch_size)  # refuses values out of range before anything is loaded
     if backend == "vllm":
         check_vllm_settings(settings)
     wanted = _load_rows(model, recipe, sets, data, rows, data_dir)
@@ -123,7 +124,7 @@ def evaluate_command(
     rank, world = process()
     tokenizer = load_tokenizer(source, key="model")
     matters = batch_size_that_matters([] if backend == "vllm" else [precision], batch_size)
-    described = {**chosen.describe(tokenizer), "dtype": precision, "batch_size": matters}
+    described = {**describe_protocol(chosen, tokenizer), "dtype": precision, "batch_size": matters}
     identity: dict[str, Any] = {
         "protocol": {key: value for key, value in described.items() if key not in ("name", "batch_size")},
         "batch_size": matters,

@@ -8,16 +8,11 @@ About 30 % of Dolly's reference answers repeat or copy six tokens, so leaving th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dts_hf.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from dts_hf.generation.engine import GenerationSettings
 
 ROUGE = "rougeL F-measure of rouge_score 0.1.2, Porter stemmer, best reference"
 # In metrics.json beside the fingerprint, and not part of it
@@ -99,29 +94,6 @@ class Protocol:
             "backend": self.backend,
             "rouge": ROUGE,
         }
-
-    def describe(self, tokenizer: Any) -> dict[str, Any]:
-        """The entry ``protocol`` of ``metrics.json``: ``fingerprint``, ``name``, ``tokenizer`` and ``values()``.
-
-        Scores of equal ``fingerprint`` can be compared. The batch size is left out because the text does not depend on
-        it (in fp32; see ``generation.generate``).
-        """
-        described = {"tokenizer": tokenizer_digest(tokenizer, self.template), **self.values()}
-        text = json.dumps(described, sort_keys=True)
-        return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "name": self.name, **described}
-
-    def settings(self, batch_size: int, seed: int | None = None) -> GenerationSettings:
-        """How one pass is generated; ``seed``: by default the first one."""
-        from dts_hf.generation.engine import GenerationSettings
-
-        return GenerationSettings(
-            max_new_tokens=self.max_new_tokens,
-            batch_size=batch_size,
-            do_sample=self.do_sample,
-            temperature=self.temperature,
-            seed=self.seeds[0] if seed is None else seed,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-        )
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -208,19 +180,6 @@ def check_same_rows(sets: Mapping[str, Mapping[str, Any]]) -> None:
                     f"{first} and {name} were scored on {what} ({_shown(reference.get(key))} and "
                     f"{_shown(entry.get(key))}), so their scores cannot stand in one table"
                 )
-
-
-def tokenizer_digest(tokenizer: Any, template: str) -> str:
-    """Digest of what the tokenizer is, not of where it was loaded from."""
-    from dts_hf.data.prompt_templates import get_template, leading_special_ids
-
-    written = get_template(template).writes_special_tokens
-    parts = [
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.eos_token_id,
-        tokenizer.chat_template if written else leading_special_ids(tokenizer),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _named(protocol: Protocol, otherwise: str) -> Protocol:

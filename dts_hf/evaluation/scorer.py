@@ -16,6 +16,7 @@ from dts_hf.data.sources import load_rows
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name, resolve_set
+from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.protocol import Protocol, custom_protocol, get_protocol
 from dts_hf.recipe.schema import Recipe
@@ -167,7 +168,7 @@ class Scorer:
         """Write ``metrics.json``; its protocol names the ``dtype`` of the student's answers, each model has its own."""
         dtypes = {name: entry["dtype"] for name, entry in self.models.items()}
         protocol = {
-            **self.protocol.describe(self.tokenizer),
+            **describe_protocol(self.protocol, self.tokenizer),
             "dtype": dtypes.get("student") or next(iter(dtypes.values()), None),
             "batch_size": batch_size_that_matters(dtypes.values(), self.recipe.evaluation.batch_size),
         }
