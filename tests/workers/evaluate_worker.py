@@ -16,8 +16,9 @@ import torch
 
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.evaluate import evaluate_command
+from dts_hf.evaluation import evaluate as evaluation
 from dts_hf.evaluation.instruct import evaluate_instruct
+from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.evaluation.protocol import get_protocol
 from dts_hf.generation import answer_file
 from tests.support.launching import leave
@@ -30,7 +31,10 @@ OPTIONS = {"seeds": [10, 20], "max_new_tokens": 8}
 def evaluate(output: str) -> None:
     dtype = os.environ.get("DTS_HF_TEST_DTYPE", "float32")
     batch_size = 4 if dtype == "float32" else 1  # blocks of 4 rows: some are ended by each process, some are not
-    evaluate_command("model", [SET], protocol="minillm", output=output, dtype=dtype, batch_size=batch_size, **OPTIONS)
+    options = EvaluationOptions(
+        [SET], protocol="minillm", output=output, dtype=dtype, batch_size=batch_size, **OPTIONS
+    )
+    evaluation.evaluate("model", options)
 
 
 def dying(append: Callable[..., None], last: int, half: bool) -> Callable[..., None]:
