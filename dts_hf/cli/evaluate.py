@@ -92,10 +92,7 @@ def command(
     )
     metrics = evaluate(model, options)
     if is_main_process():
-        if as_json:
-            print_json(metrics)
-        else:
-            print_evaluation(metrics)
+        (print_json if as_json else print_evaluation)(metrics)
 
 
 def print_evaluation(metrics: Mapping[str, Any]) -> None:

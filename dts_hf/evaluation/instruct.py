@@ -103,9 +103,9 @@ def evaluate_instruct(
 
         def finished(place: int, generated: Generated, seed: int = seed, new: dict[Answer, Prediction] = new) -> None:
             row, prompt = questions[place]
-            shown = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
+            asked = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
             text = decode_answer(tokenizer, generated.tokens)
-            new[Answer(seed, row.id)] = prediction = _prediction(row, shown, text, generated, set_name, seed)
+            new[Answer(seed, row.id)] = prediction = _prediction(row, asked, text, generated, set_name, seed)
             if answers is not None:
                 answers.append(prediction)
 

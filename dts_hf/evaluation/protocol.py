@@ -33,12 +33,12 @@ class Protocol:
         temperature: of sampling.
         no_repeat_ngram_size: no n-gram of prompt and answer twice; 0: no rule.
         seeds: one pass of sampling each. Greedy text is made once.
-        backend: ``dts_hf`` (``generation.py``) or ``vllm``. Their samples differ, so it is a part of the protocol.
+        backend: ``dts_hf`` (``generation/engine.py``) or ``vllm``. Their samples differ, so it is a part of the protocol.
 
     Padding is the end-of-sequence token where a tokenizer has no other; it is never attended to. What a tokenizer puts
     before a text by itself (LLaMA's ``<s>``) stands before the prompt, as in training; MiniLLM's code leaves it out. Of
     an answer, special tokens and what follows a spelt-out ``<|endoftext|>`` are dropped, ``<n>`` is a line break, and
-    spaces around it do not count, as in MiniLLM's code (``instruct.decode_answer``).
+    spaces around it do not count, as in MiniLLM's code (``shares.decode_answer``).
     """
 
     name: str = "minillm"
@@ -76,7 +76,7 @@ class Protocol:
             values["seeds"] = tuple(values["seeds"])
         new = dataclasses.replace(self, **values)
         before = self.values()
-        differences = [f"{key}={_shown(value)}" for key, value in new.values().items() if value != before[key]]
+        differences = [f"{key}={_text(value)}" for key, value in new.values().items() if value != before[key]]
         return _named(new, ", ".join([self.name, *differences]))
 
     def values(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def check_comparable(protocols: Mapping[str, Mapping[str, Any]], *, ignore: tupl
             continue
         fields = [key for key in {**reference, **protocol} if key not in (*NOT_COMPARED, *ignore)]
         different = [
-            f"{key} ({_shown(reference.get(key))} and {_shown(protocol.get(key))})"
+            f"{key} ({_text(reference.get(key))} and {_text(protocol.get(key))})"
             for key in fields
             if reference.get(key) != protocol.get(key)
         ]
@@ -177,8 +177,8 @@ def check_same_rows(sets: Mapping[str, Mapping[str, Any]]) -> None:
         for key, what in (("rows_sha256", "other rows"), ("n", "another number of answered rows")):
             if entry.get(key) != reference.get(key):
                 raise UserError(
-                    f"{first} and {name} were scored on {what} ({_shown(reference.get(key))} and "
-                    f"{_shown(entry.get(key))}), so their scores cannot stand in one table"
+                    f"{first} and {name} were scored on {what} ({_text(reference.get(key))} and "
+                    f"{_text(entry.get(key))}), so their scores cannot stand in one table"
                 )
 
 
@@ -188,5 +188,5 @@ def _named(protocol: Protocol, otherwise: str) -> Protocol:
     return dataclasses.replace(protocol, name=name, about=about)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -271,7 +271,8 @@ def _last_logits(job: _Job, ids: Tensor, mask: Tensor, positions: Tensor, cache:
         **{job.cache_argument: cache},
         **job.forward_options,
     )
-    return output.logits[:, -1]
+    logits: Tensor = output.logits
+    return logits[:, -1]
 
 
 def _call_along(job: _Job) -> None:

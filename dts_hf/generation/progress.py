@@ -16,7 +16,7 @@ SECONDS_BEFORE_BAR = 2.0
 def progress_bar(title: str | None, total: int) -> Iterator[Callable[[int, int], None]]:
     """Yield ``show(rows done, tokens)``; the bar appears once the work has lasted ``SECONDS_BEFORE_BAR``."""
     if title is None:
-        yield lambda rows, tokens: None
+        yield lambda _rows, _tokens: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))  # stdout is for results
