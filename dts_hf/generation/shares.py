@@ -1,9 +1,9 @@
 """How prompts are shared out over processes, so that a row's answer depends neither on their number nor on a kill.
 
 In fp32 the text of a row does not depend on the rows beside it: each process takes a strided share of the prompts (of
-two processes every second one, sorted by length), and whatever answer is there already is kept. In bf16 and fp16 it does, in near-ties: there the prompts are cut into blocks
-of ``BLOCK_BATCHES`` batches, a block is answered as a whole and by one process, and a block that a kill left incomplete
-is answered again.
+two processes every second one, sorted by length), and whatever answer is there already is kept. In bf16 and fp16 it
+does, in near-ties: there the prompts are cut into blocks of ``BLOCK_BATCHES`` batches, a block is answered as a whole
+and by one process, and a block that a kill left incomplete is answered again.
 """
 
 from __future__ import annotations
