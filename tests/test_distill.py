@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
-from dts_hf.evaluation.evaluate import evaluate_command
+from dts_hf.evaluation.evaluate import evaluate
+from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.files import file_sha256
 from dts_hf.language_modeling.scorer import weights_as
 from dts_hf.recipe.schema import Recipe
@@ -207,14 +208,14 @@ def test_without_a_teacher_it_is_fine_tuning_with_the_same_report(workplace):
     assert "held-out KL" not in report and "the teacher it learnt from" not in report
 
 
-def test_evaluate_command_repeats_the_runs_own_score(workplace):
+def test_evaluate_repeats_the_runs_own_score(workplace):
     run = distill(recipe(output={"dir": "run", "report": False}))
-    found = evaluate_command(str(run.path), rows=5)
+    found = evaluate(str(run.path), EvaluationOptions(rows=5))
     assert found["models"]["student"]["sets"] == run.read_metrics()["models"]["student"]["sets"]
     assert found["protocol"] == run.read_metrics()["protocol"]
     assert (found["protocol"]["dtype"], found["protocol"]["batch_size"]) == ("float32", None)
     with pytest.raises(UserError, match="--data"):
-        evaluate_command("teacher")
+        evaluate("teacher")
 
 
 def test_evaluation_sets_are_answered_at_the_end_under_a_named_protocol(workplace):
@@ -234,7 +235,7 @@ def test_evaluation_sets_are_answered_at_the_end_under_a_named_protocol(workplac
     assert source == ("other", {"source": "other.jsonl", "sha256": file_sha256("other.jsonl"), "rows": 3})
     student = run.read_predictions("student")
     assert len(student) == 5 * 5 and {row["seed"] for row in student} == {10, 20, 30, 40, 50}
-    found = evaluate_command(str(run.path), ["other.jsonl"], rows=3)
+    found = evaluate(str(run.path), EvaluationOptions(["other.jsonl"], rows=3))
     assert found["models"]["student"]["sets"]["other"] == metrics["models"]["student"]["sets"]["other"]
     assert run.read_recipe() == wanted
 

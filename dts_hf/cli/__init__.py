@@ -1,1 +1,1 @@
-"""The command line: one small file for each command, which reads its arguments, calls one function and prints the result."""
+"""The command line, a file for each command: it reads its arguments, calls one function and prints the result."""

@@ -1,1 +1,1 @@
-"""Scores of generated text. ``evaluate.load`` is never called: it needs the network and runs local files."""
+"""Protocols, evaluation sets, answers and their scores. ``evaluate.load`` is never called: it needs the network."""

@@ -164,15 +164,15 @@ def resolve_set(
             f"{name}: this set is not prepared: there is no {folder / MANIFEST}. Prepare it with\n  {known.command}\n"
             "or say where it is with DTS_HF_DATA=FOLDER"
         )
-    wanted = split or known.split
+    split = split or known.split
     try:
-        entry = manifest["files"][wanted]
+        entry = manifest["files"][split]
         path, rows, digest = folder / Path(entry["file"]).name, int(entry["rows"]), entry["sha256"]
     except (KeyError, TypeError, ValueError):
-        found = list(_entries(manifest))
-        hint = nearest(wanted, found)
+        splits = list(_entries(manifest))
+        hint = nearest(split, splits)
         raise UserError(
-            f"{folder / MANIFEST}: no split '{wanted}' of {name}; found {', '.join(found) or 'none'}.{hint}"
+            f"{folder / MANIFEST}: no split '{split}' of {name}; found {', '.join(splits) or 'none'}.{hint}"
         ) from None
     if not path.is_file():
         raise UserError(f"{path}: this file of the prepared set {name} is missing. Prepare it again: {known.command}")

@@ -35,7 +35,7 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
 
 
 def headline(task: str) -> str:
-    """Name of the metric that stands for ``task`` where one number is wanted, as for the choice of a checkpoint."""
+    """Name of the metric that stands for ``task`` where one number is needed, as for the choice of a checkpoint."""
     return TASK_METRICS[_checked(task)][0]
 
 
@@ -61,6 +61,7 @@ class GlueMetric(evaluate.Metric):
 
     @property
     def task(self) -> str:
+        """Name of the task."""
         return str(self.config_name)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -84,8 +85,8 @@ class GlueMetric(evaluate.Metric):
                 f"GLUE metric of {self.task}: predictions have the shape {np.shape(predictions)}, expected one "
                 f"{'number' if self.task == 'stsb' else 'class id'} a row (take the argmax of logits first)"
             )
-        found: dict[str, float] | None = super().compute(predictions=predictions, references=references, **options)
-        return found
+        values: dict[str, float] | None = super().compute(predictions=predictions, references=references, **options)
+        return values
 
     def _compute(self, predictions: Array, references: Array) -> dict[str, float]:  # type: ignore[override]
         predicted, expected = np.asarray(predictions), np.asarray(references)

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dts_hf.data.prompt_templates import EncodedPrompt, encode_prompts, get_template
+from dts_hf.data.prompt_templates import EncodedPrompt, Template, encode_prompts, get_template
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.evaluation.protocol import Protocol
-from dts_hf.evaluation.rouge import best_rouge_l
-from dts_hf.evaluation.text import exact_match, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
-from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
-from dts_hf.generation.engine import Generated, checked_prompts, generate, stop_token_ids
+from dts_hf.generation.engine import Generated, GenerationSettings, checked_prompts, generate
+from dts_hf.generation.shares import answer_share, decode_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,12 +29,20 @@ if TYPE_CHECKING:
 # In the order of metrics.json
 MEASURES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty", "mean_tokens")
 
+Prediction = dict[str, Any]
+"""A row of ``predictions/*.jsonl``."""
+
 
 class InstructResult(NamedTuple):
     """``scores``: the set's entry of ``metrics.json``; ``predictions``: the rows of ``predictions/*.jsonl``."""
 
     scores: dict[str, Any]
-    predictions: list[dict[str, Any]]
+    predictions: list[Prediction]
+
+
+class _Question(NamedTuple):
+    row: Row
+    prompt: EncodedPrompt
 
 
 def evaluate_instruct(
@@ -53,10 +60,7 @@ def evaluate_instruct(
 ) -> InstructResult:
     """Answer the prompts of ``rows`` once for each seed and score the answers against the references.
 
-    **Same text for any number of processes, and after a kill.** In fp32 the text of a row does not depend on the rows
-    beside it, so each process takes a strided share of the rows, and any row that is there is kept. In bf16 and fp16 it
-    does, in near-ties: there the rows are cut into blocks of ``BLOCK_BATCHES`` batches, a block is always answered as a
-    whole and by one process, and a block that a kill left incomplete is answered again.
+    The text is the same for any number of processes, and after a kill: ``generation/shares.py`` says how.
 
     Args:
         model: causal language model; left as it was, and no random state is touched.
@@ -70,7 +74,7 @@ def evaluate_instruct(
         all_processes: every process of the default group calls this with the same arguments; each answers a share of
             the rows and gets the whole result. Models replicated on all processes (DDP) and sharded ones
             (``sharding.is_sharded``) are supported. Without it a sharded model is refused.
-        answer: what generates; has the signature of ``generation.generate``.
+        answer: what generates; has the signature of ``generation.engine.generate``.
 
     Returns:
         Scores ``{measure: {"mean", "sd", "per_seed"}}``: ROUGE-L, exact match and the shares from 0 to 1,
@@ -80,80 +84,63 @@ def evaluate_instruct(
     Raises:
         UserError: there are no rows, two have the same id, no prompt fits, or one leaves the model no room to answer.
             Every process raises it.
+        ValueError: the model is sharded and ``all_processes`` is not set.
     """
-    _check_rows(rows, set_name)
     template = get_template(protocol.template)
-    encoded = encode_prompts(list(rows), tokenizer, template, protocol.max_prompt_length)
-    kept = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if prompt is not None]
-    if not kept:
-        raise UserError(
-            f"evaluation on '{set_name}': none of the {len(rows)} prompts fits into the protocol's max_prompt_length "
-            f"of {protocol.max_prompt_length} tokens (in a recipe: data.max_prompt_length)"
-        )
+    questions = _encode(rows, tokenizer, protocol, template, set_name)
+    prompts, ids = [question.prompt.ids for question in questions], [question.row.id for question in questions]
     if isinstance(model, torch.nn.Module):
-        checked_prompts(model, [p.ids for _, p in kept], protocol.max_new_tokens, [row.id for row, _ in kept])
+        checked_prompts(model, prompts, protocol.max_new_tokens, ids)
+        if is_sharded(model) and not all_processes:
+            raise ValueError(
+                "the weights are sharded over processes: call evaluate_instruct on all, with all_processes"
+            )
     rank, world = process() if all_processes else (0, 1)
-    if not all_processes and isinstance(model, torch.nn.Module) and is_sharded(model):
-        raise ValueError("the weights are sharded over processes: call evaluate_instruct on all, with all_processes")
-    lengths = [len(prompt.ids) for _, prompt in kept]
-    calls = share_out(lengths, rows_are_independent(model), batch_size, rank, world)
     known = on_first_process(lambda: {} if answers is None else answers.load(), rank, world)
-    predictions: list[dict[str, Any]] = []
+    predictions: list[Prediction] = []
     for seed in protocol.runs:
-        made: dict[Answer, dict[str, Any]] = {}
+        new: dict[Answer, Prediction] = {}
 
-        def finished(block: Sequence[int], position: int, generated: Generated, seed: int = seed) -> None:
-            row, prompt = kept[block[position]]
-            text = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
-            made[Answer(seed, row.id)] = new = _prediction(row, text, generated, tokenizer, set_name, seed)  # noqa: B023
+        def finished(place: int, generated: Generated, seed: int = seed, new: dict[Answer, Prediction] = new) -> None:
+            row, prompt = questions[place]
+            asked = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
+            text = decode_answer(tokenizer, generated.tokens)
+            new[Answer(seed, row.id)] = prediction = _prediction(row, asked, text, generated, set_name, seed)
             if answers is not None:
-                answers.append(new)
+                answers.append(prediction)
 
-        for number, (block, whole) in enumerate(calls, start=1):
-            missing = [index for index in block if Answer(seed, kept[index][0].id) not in known]
-            todo = list(block) if whole and missing else missing
-            part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
-            title = None if rank or progress is None else f"{progress}, seed {seed}{part}"
-            _answer_block(model, tokenizer, kept, todo, protocol, seed, batch_size, title, answer, finished)
-        found = {answer: row for part in (known, *gathered(made, world)) for answer, row in part.items()}
-        predictions += [found[Answer(seed, row.id)] for row, _ in kept]
-    scores: dict[str, Any] = {
-        "n": len(kept),
-        "dropped": len(rows) - len(kept),
-        "prompts_cut": sum(prompt.cut for _, prompt in kept),
-        "rows_sha256": rows_digest([row for row, _ in kept]),
-        "seeds": list(protocol.seeds) if protocol.do_sample else [],
-    }
-    per_seed = [_means(predictions[i : i + len(kept)]) for i in range(0, len(predictions), len(kept))]
-    for measure in MEASURES:
-        scores[measure] = _spread([means[measure] for means in per_seed])
-    return InstructResult(scores, predictions)
+        answer_share(
+            model,
+            tokenizer,
+            prompts,
+            generation_settings(protocol, batch_size, seed),
+            known={place for place, row_id in enumerate(ids) if Answer(seed, row_id) in known},
+            on_finished=finished,
+            rank=rank,
+            world=world,
+            row_keys=ids,
+            progress=None if progress is None else f"{progress}, seed {seed}",
+            answer=answer,
+        )
+        # An answer that was made again, below fp32, replaces the one that was there
+        by_answer = {key: value for part in (known, *gathered(new, world)) for key, value in part.items()}
+        predictions += [by_answer[Answer(seed, row_id)] for row_id in ids]
+    return InstructResult(_scores(questions, len(rows), protocol, predictions), predictions)
 
 
-def _answer_block(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    kept: Sequence[tuple[Row, EncodedPrompt]],
-    block: Sequence[int],
-    protocol: Protocol,
-    seed: int,
-    batch_size: int,
-    progress: str | None,
-    answer: Callable[..., list[Generated]],
-    finished: Callable[[Sequence[int], int, Generated], None],
-) -> None:
-    """Generate the answers to the rows at ``block``; of a sharded model even to none, because the others may need it."""
-    if not block and not (isinstance(model, torch.nn.Module) and is_sharded(model)):
-        return
-    answer(
-        model,
-        [kept[index][1].ids for index in block],
-        protocol.settings(batch_size, seed),
-        eos_token_ids=stop_token_ids(model, tokenizer),
-        pad_token_id=_padding_id(tokenizer),
-        row_keys=[kept[index][0].id for index in block],
-        progress=progress,
-        on_finished=lambda position, generated: finished(block, position, generated),
+def generation_settings(protocol: Protocol, batch_size: int, seed: int | None = None) -> GenerationSettings:
+    """How one pass of ``protocol`` is generated; ``seed``: by default the first one.
+
+    Raises:
+        UserError: a value of the protocol or the batch size is out of range.
+    """
+    return GenerationSettings(
+        max_new_tokens=protocol.max_new_tokens,
+        batch_size=batch_size,
+        do_sample=protocol.do_sample,
+        temperature=protocol.temperature,
+        seed=protocol.seeds[0] if seed is None else seed,
+        no_repeat_ngram_size=protocol.no_repeat_ngram_size,
     )
 
 
@@ -161,14 +148,6 @@ def rows_digest(rows: Sequence[Row]) -> str:
     """Digest of what is asked and what counts as right, in order."""
     content = [[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_rows(rows: Sequence[Row], set_name: str) -> None:
-    if not rows:
-        raise UserError(f"evaluation on '{set_name}': no rows, expected at least one")
-    name, count = Counter(row.id for row in rows).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"evaluation on '{set_name}': {count} rows have the id {name!r}, expected unique ids")
 
 
 def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
@@ -180,17 +159,26 @@ def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
     return "+".join(sorted(kinds))
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next(
-        (token for token in ids if isinstance(token, int)), 0
-    )  # never attended to: any id of the vocabulary does
+def _encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, protocol: Protocol, template: Template, set_name: str
+) -> list[_Question]:
+    """The rows whose prompts fit, with their tokens."""
+    if not rows:
+        raise UserError(f"evaluation on '{set_name}': no rows, expected at least one")
+    name, count = Counter(row.id for row in rows).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"evaluation on '{set_name}': {count} rows have the id {name!r}, expected unique ids")
+    encoded = encode_prompts(list(rows), tokenizer, template, protocol.max_prompt_length)
+    fitting = [_Question(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if prompt is not None]
+    if not fitting:
+        raise UserError(
+            f"evaluation on '{set_name}': none of the {len(rows)} prompts fits into the protocol's max_prompt_length "
+            f"of {protocol.max_prompt_length} tokens (in a recipe: data.max_prompt_length)"
+        )
+    return fitting
 
 
-def _prediction(
-    row: Row, prompt: str, answer: Generated, tokenizer: PreTrainedTokenizerBase, set_name: str, seed: int
-) -> dict[str, Any]:
-    text = decode_answer(tokenizer, answer.tokens)
+def _prediction(row: Row, prompt: str, text: str, answer: Generated, set_name: str, seed: int) -> Prediction:
     return {
         "id": row.id,
         "set": set_name,
@@ -206,7 +194,23 @@ def _prediction(
     }
 
 
-def _means(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _scores(
+    questions: Sequence[_Question], asked: int, protocol: Protocol, predictions: Sequence[Prediction]
+) -> dict[str, Any]:
+    """The entry of a set in ``metrics.json``: of ``asked`` rows the ``questions`` were answered once for each seed."""
+    count = len(questions)
+    scores: dict[str, Any] = {
+        "n": count,
+        "dropped": asked - count,
+        "prompts_cut": sum(question.prompt.cut for question in questions),
+        "rows_sha256": rows_digest([question.row for question in questions]),
+        "seeds": list(protocol.seeds) if protocol.do_sample else [],
+    }
+    per_seed = [_means(predictions[start : start + count]) for start in range(0, len(predictions), count)]
+    return {**scores, **{measure: _spread([means[measure] for means in per_seed]) for measure in MEASURES}}
+
+
+def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
     values = {
         "rougeL": [row["rougeL"] for row in predictions],
         "exact_match": [exact_match(row["prediction"], row["references"]) for row in predictions],

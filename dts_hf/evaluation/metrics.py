@@ -1,4 +1,4 @@
-"""The scores as ``evaluate.Metric`` classes, to be instantiated: ``RougeL(keep_in_memory=True)``."""
+"""The scores of answers as ``evaluate.Metric`` classes, to be instantiated: ``RougeL(keep_in_memory=True)``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from dts_hf.evaluation.rouge import best_rouge_l
-from dts_hf.evaluation.text import exact_match
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match
 
 
 def _info(description: str) -> evaluate.MetricInfo:

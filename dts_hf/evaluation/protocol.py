@@ -8,16 +8,11 @@ About 30 % of Dolly's reference answers repeat or copy six tokens, so leaving th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dts_hf.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from dts_hf.generation.engine import GenerationSettings
 
 ROUGE = "rougeL F-measure of rouge_score 0.1.2, Porter stemmer, best reference"
 # In metrics.json beside the fingerprint, and not part of it
@@ -38,12 +33,12 @@ class Protocol:
         temperature: of sampling.
         no_repeat_ngram_size: no n-gram of prompt and answer twice; 0: no rule.
         seeds: one pass of sampling each. Greedy text is made once.
-        backend: ``dts_hf`` (``generation.py``) or ``vllm``. Their samples differ, so it is a part of the protocol.
+        backend: ``dts_hf`` (``generation/engine.py``) or ``vllm``. Their samples differ, so it is a part of the protocol.
 
     Padding is the end-of-sequence token where a tokenizer has no other; it is never attended to. What a tokenizer puts
     before a text by itself (LLaMA's ``<s>``) stands before the prompt, as in training; MiniLLM's code leaves it out. Of
     an answer, special tokens and what follows a spelt-out ``<|endoftext|>`` are dropped, ``<n>`` is a line break, and
-    spaces around it do not count, as in MiniLLM's code (``instruct.decode_answer``).
+    spaces around it do not count, as in MiniLLM's code (``shares.decode_answer``).
     """
 
     name: str = "minillm"
@@ -81,7 +76,7 @@ class Protocol:
             values["seeds"] = tuple(values["seeds"])
         new = dataclasses.replace(self, **values)
         before = self.values()
-        differences = [f"{key}={_shown(value)}" for key, value in new.values().items() if value != before[key]]
+        differences = [f"{key}={_text(value)}" for key, value in new.values().items() if value != before[key]]
         return _named(new, ", ".join([self.name, *differences]))
 
     def values(self) -> dict[str, Any]:
@@ -99,29 +94,6 @@ class Protocol:
             "backend": self.backend,
             "rouge": ROUGE,
         }
-
-    def describe(self, tokenizer: Any) -> dict[str, Any]:
-        """The entry ``protocol`` of ``metrics.json``: ``fingerprint``, ``name``, ``tokenizer`` and ``values()``.
-
-        Scores of equal ``fingerprint`` can be compared. The batch size is left out because the text does not depend on
-        it (in fp32; see ``generation.generate``).
-        """
-        described = {"tokenizer": tokenizer_digest(tokenizer, self.template), **self.values()}
-        text = json.dumps(described, sort_keys=True)
-        return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "name": self.name, **described}
-
-    def settings(self, batch_size: int, seed: int | None = None) -> GenerationSettings:
-        """How one pass is generated; ``seed``: by default the first one."""
-        from dts_hf.generation.engine import GenerationSettings
-
-        return GenerationSettings(
-            max_new_tokens=self.max_new_tokens,
-            batch_size=batch_size,
-            do_sample=self.do_sample,
-            temperature=self.temperature,
-            seed=self.seeds[0] if seed is None else seed,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-        )
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -180,7 +152,7 @@ def check_comparable(protocols: Mapping[str, Mapping[str, Any]], *, ignore: tupl
             continue
         fields = [key for key in {**reference, **protocol} if key not in (*NOT_COMPARED, *ignore)]
         different = [
-            f"{key} ({_shown(reference.get(key))} and {_shown(protocol.get(key))})"
+            f"{key} ({_text(reference.get(key))} and {_text(protocol.get(key))})"
             for key in fields
             if reference.get(key) != protocol.get(key)
         ]
@@ -205,22 +177,9 @@ def check_same_rows(sets: Mapping[str, Mapping[str, Any]]) -> None:
         for key, what in (("rows_sha256", "other rows"), ("n", "another number of answered rows")):
             if entry.get(key) != reference.get(key):
                 raise UserError(
-                    f"{first} and {name} were scored on {what} ({_shown(reference.get(key))} and "
-                    f"{_shown(entry.get(key))}), so their scores cannot stand in one table"
+                    f"{first} and {name} were scored on {what} ({_text(reference.get(key))} and "
+                    f"{_text(entry.get(key))}), so their scores cannot stand in one table"
                 )
-
-
-def tokenizer_digest(tokenizer: Any, template: str) -> str:
-    """Digest of what the tokenizer is, not of where it was loaded from."""
-    from dts_hf.data.prompt_templates import get_template, leading_special_ids
-
-    written = get_template(template).writes_special_tokens
-    parts = [
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.eos_token_id,
-        tokenizer.chat_template if written else leading_special_ids(tokenizer),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _named(protocol: Protocol, otherwise: str) -> Protocol:
@@ -229,5 +188,5 @@ def _named(protocol: Protocol, otherwise: str) -> Protocol:
     return dataclasses.replace(protocol, name=name, about=about)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

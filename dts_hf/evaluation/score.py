@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.evaluation.text import exact_match, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 
 REFERENCE_FIELDS = ("references", "reference", "output")
 
@@ -29,8 +29,6 @@ def score_file(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file or a line of it cannot be read; the message names the line.
     """
-    from dts_hf.evaluation.rouge import best_rouge_l  # loads nltk
-
     passes: dict[str, dict[str, list[_Row]]] = {}
     for row in _read(Path(path)):
         passes.setdefault(row.set_name, {}).setdefault(row.seed, []).append(row)
@@ -87,20 +85,20 @@ def _row(line: str, where: str) -> _Row:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of levels
         raise UserError(f"{where}: broken JSON: {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: got {_shown(row)}, expected an object with 'prediction' and 'references'")
+        raise UserError(f"{where}: got {_excerpt(row)}, expected an object with 'prediction' and 'references'")
     if "prediction" not in row:
         raise UserError(f"{where}: no field 'prediction'.{nearest('prediction', row)}")
     if not isinstance(row["prediction"], str):
-        raise UserError(f"{where}: prediction: got {_shown(row['prediction'])}, expected a text")
+        raise UserError(f"{where}: prediction: got {_excerpt(row['prediction'])}, expected a text")
     name = next((field for field in REFERENCE_FIELDS if field in row), None)
     if name is None:
         raise UserError(f"{where}: no field 'references' (nor 'reference', 'output').{nearest('references', row)}")
-    found = [row[name]] if isinstance(row[name], str) else row[name]
-    if not isinstance(found, list) or not found or not all(isinstance(reference, str) for reference in found):
-        raise UserError(f"{where}: {name}: got {_shown(row[name])}, expected a text or a list of at least one text")
-    return _Row(row["prediction"], found, str(row.get("set", "")), str(row.get("seed", "")))
+    references = [row[name]] if isinstance(row[name], str) else row[name]
+    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+        raise UserError(f"{where}: {name}: got {_excerpt(row[name])}, expected a text or a list of at least one text")
+    return _Row(row["prediction"], references, str(row.get("set", "")), str(row.get("seed", "")))
 
 
-def _shown(value: object) -> str:
+def _excerpt(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -23,7 +23,7 @@ class AnswerFile:
     """``SET.jsonl`` once all answers are there, and ``SET.jsonl.partial-RANK`` of each process until then.
 
     A line is written and flushed when its row ends, so a killed process loses the rows that had not ended. Whether
-    old answers belong to this evaluation at all is checked by the caller (``evaluate.py``, ``evaluation.json``).
+    old answers belong to this evaluation at all is checked by the caller (``OutputFolder``, ``evaluation.json``).
 
     Args:
         path: the finished file; its folder exists.
@@ -40,21 +40,20 @@ class AnswerFile:
         Raises:
             UserError: a line in the middle is broken.
         """
-        found: dict[Answer, dict[str, Any]] = {}
+        answers: dict[Answer, dict[str, Any]] = {}
         for path in [self.path, *self._partial_files()]:
             for row in _complete_lines(path):
-                found[Answer(row["seed"], row["id"])] = row
-        return found
+                answers[Answer(row["seed"], row["id"])] = row
+        return answers
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one answer behind those of this process."""
         if self._file is None:
-            own = self.path.with_name(f"{self.path.name}.partial-{self.rank}")
-            self._file = own.open("ab+")
+            partial = self.path.with_name(f"{self.path.name}.partial-{self.rank}")
+            self._file = partial.open("ab+")
             self._file.seek(0)
-            self._file.truncate(
-                self._file.read().rfind(b"\n") + 1
-            )  # what a killed process left after the last newline
+            # A killed process may have left half a line after the last newline
+            self._file.truncate(self._file.read().rfind(b"\n") + 1)
         self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self._file.flush()
 

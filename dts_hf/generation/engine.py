@@ -1,42 +1,38 @@
-"""Text generation whose output depends on neither batch size, nor row order, nor any global random state.
+"""Our own generation loop, so that a row's text depends on neither batch, order, processes nor global random state.
 
-``model.generate`` samples from the global generator, so the same seed gives other texts for another batch size, and
-evaluation in the middle of training moves the training's random state. Here the noise of a token is a function of
-(seed, row key, step, token): the largest ``logit + Gumbel noise`` is an exact draw from the softmax (Gumbel 1954; the
-"Gumbel-max trick").
+That is what makes a score comparable and an evaluation resumable after a kill, answer by answer. ``model.generate``
+samples from the global generator: the same seed gives other texts for another batch size, and evaluating in the middle
+of training moves the training's random state. Here the noise of a token is a function of (seed, row key, step, token),
+see ``sampling.py``.
 
-The batch is kept full: answers end after very different lengths, so ended rows leave and waiting prompts take their
-lines.
+The price: a Python loop with one kernel launch at a time, no paged attention and no compiled graphs, so on a GPU a
+server such as vLLM answers faster (``vllm_backend.py``, with other samples).
 
-Shapes: ``B`` lines of the batch, ``L`` tokens seen (prompt, padding on the left, answer so far), ``V`` vocabulary.
+Continuous batching: answers end after very different lengths, so ended rows leave the batch and waiting prompts take
+their slots.
+
+Shapes: ``B`` slots of the batch, ``L`` tokens seen (prompt, padding on the left, answer so far), ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from dts_hf.distributed.processes import on_any_process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
-
-NOTHING = -1  # in a token history: no token here. Not the padding id, which is often a real token (pad == eos)
-CACHE_BLOCK = 32  # columns by which a key-value buffer grows
-NOISE_PIECE = 1 << 18  # elements made at a time on a CPU: a dozen passes over memory become passes over the cache
-SECONDS_BEFORE_BAR = 2.0
+from dts_hf.generation.cache import can_join, growing_cache, join_rows, keep_rows
+from dts_hf.generation.progress import progress_bar
+from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ def cache_argument(model: torch.nn.Module) -> str:
         UserError: it takes none that is known here.
     """
     base = _base(model)
-    found = inspect.signature(base.forward).parameters
-    name = next((name for name in ("past_key_values", "cache_params") if name in found), None)
+    parameters = inspect.signature(base.forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
     if name is None:
         raise UserError(
             f"generation: {type(base).__name__} takes neither past_key_values nor cache_params, so it cannot answer "
@@ -120,7 +116,7 @@ def generate(
     The model is in eval mode meanwhile and then as before; no global random state is read or written. The noise never
     depends on the batch. The logits do in their last bits, because matrix products are rounded differently for other
     shapes: in fp32 an answer is the same for any batch size and order, up to ties closer than about 1e-5; in bf16 and
-    fp16 such near-ties are frequent, so equal text needs equal batches there (``evaluate_instruct`` sees to that).
+    fp16 such near-ties are frequent, so equal text needs equal batches there (``shares.py`` sees to that).
 
     A model whose weights are sharded over processes (``is_sharded``: ZeRO-3, FSDP2) must be called by all of them at
     the same time, each with its own prompts: they agree before each forward, and one that has ended goes along.
@@ -144,27 +140,28 @@ def generate(
         raise UserError(f"row_keys: got {len(row_keys)} keys for {len(prompts)} prompts, expected one for each")
     keys = [str(key) for key in (range(len(prompts)) if row_keys is None else row_keys)]
     inputs = checked_prompts(model, prompts, settings.max_new_tokens, row_keys)
-    run = _Run(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished)
-    # Longest first: later prompts always fit under the columns in use, and memory that does not suffice shows at once
+    job = _Job(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished)
+    # Longest first (taken from the end): later prompts always fit into the columns in use, and memory that does not
+    # suffice shows at once
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
     # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
-    no_gradient = torch.no_grad() if run.together else torch.inference_mode()
-    with _evaluating(model), no_gradient, _progress_bar(progress, len(inputs)) as show:
-        lines: _Lines | None = None
-        while waiting or (lines is not None and lines.live()):
-            if lines is not None and not lines.live():
-                lines = None
-            lines = _refill(run, lines, waiting)
-            if lines is not None and lines.live():
-                _decode_step(run, lines)
-            show(run.rows_done, run.tokens_made)
-        while run.together and on_any_process(False, _device(run.model)):
-            _call_along(run)
-    return [Generated(tokens, finished) for tokens, finished in zip(run.tokens, run.finished, strict=True)]
+    no_gradient = torch.no_grad() if job.together else torch.inference_mode()
+    with _evaluating(model), no_gradient, progress_bar(progress, len(inputs)) as show:
+        batch: _Batch | None = None
+        while waiting or (batch is not None and batch.live()):
+            if batch is not None and not batch.live():
+                batch = None
+            batch = _refill(job, batch, waiting)
+            if batch is not None and batch.live():
+                _decode_step(job, batch)
+            show(job.rows_done, job.tokens_made)
+        while job.together and on_any_process(False, _device(job.model)):
+            _call_along(job)
+    return [Generated(tokens, finished) for tokens, finished in zip(job.tokens, job.finished, strict=True)]
 
 
 @dataclass
-class _Run:
+class _Job:
     """What stays the same for all prompts, and the answers so far."""
 
     model: torch.nn.Module
@@ -206,104 +203,115 @@ class _Run:
 
 
 @dataclass
-class _Lines:
-    """The running batch: ``history`` [B, L + 1] ends with the newest tokens, ``cache`` holds the L columns before."""
+class _Batch:
+    """The running batch: the prompt in each slot, ``history`` [B, L + 1] of token ids, and ``cache`` of the first L.
 
-    run: _Run
+    The newest tokens are in ``history`` alone: the next forward reads them and writes them into the cache.
+    """
+
+    job: _Job
     rows: list[int]
     history: Tensor
     cache: DynamicCache
 
     def live(self) -> list[int]:
-        return [line for line, row in enumerate(self.rows) if not self.run.done[row]]
+        """The slots whose answers have not ended."""
+        return [slot for slot, row in enumerate(self.rows) if not self.job.done[row]]
 
 
-def _refill(run: _Run, lines: _Lines | None, waiting: list[int]) -> _Lines | None:
-    """Drop ended rows and start waiting prompts, once a quarter of the lines is free (it copies the whole cache)."""
-    live = lines.live() if lines is not None else []
-    free = run.settings.batch_size - len(live)
-    can_join = lines is None or all(isinstance(layer, _GrowingLayer) for layer in lines.cache.layers)
-    if waiting and can_join and 4 * free >= run.settings.batch_size:
-        fresh = _prefill(run, [waiting.pop() for _ in range(min(free, len(waiting)))])
-        if lines is None:
+def _refill(job: _Job, batch: _Batch | None, waiting: list[int]) -> _Batch | None:
+    """Drop ended rows and start waiting prompts, once a quarter of the slots is free.
+
+    Until then ended rows are decoded on for nothing, because every change of the slots copies the whole cache.
+    """
+    live = batch.live() if batch is not None else []
+    free = job.settings.batch_size - len(live)
+    if waiting and (batch is None or can_join(batch.cache)) and 4 * free >= job.settings.batch_size:
+        fresh = _prefill(job, [waiting.pop() for _ in range(min(free, len(waiting)))])
+        if batch is None:
             return fresh
-        return _join(_keep(lines, live), _keep(fresh, fresh.live()))
-    if lines is not None and 4 * (len(lines.rows) - len(live)) >= len(lines.rows):
-        return _keep(lines, live)
-    return lines
+        return _join(_keep(batch, live), _keep(fresh, fresh.live()))
+    if batch is not None and 4 * (len(batch.rows) - len(live)) >= len(batch.rows):
+        return _keep(batch, live)
+    return batch
 
 
-def _prefill(run: _Run, rows: list[int]) -> _Lines:
+def _prefill(job: _Job, rows: list[int]) -> _Batch:
     """Read the prompts of ``rows`` and choose the first token of each answer."""
-    width = max(len(run.prompts[row]) for row in rows)
-    padded = [[NOTHING] * (width - len(run.prompts[row])) + run.prompts[row] for row in rows]
-    history = torch.tensor(padded, dtype=torch.long, device=_device(run.model))
-    cache = DynamicCache(config=_base(run.model).config)
-    # `cat` of the whole cache for every new token is what a plain DynamicLayer does
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    lines = _Lines(run, rows, history, cache)
+    width = max(len(job.prompts[row]) for row in rows)
+    padded = [[NOTHING] * (width - len(job.prompts[row])) + job.prompts[row] for row in rows]
+    history = torch.tensor(padded, dtype=torch.long, device=_device(job.model))
+    # A plain DynamicCache copies all of itself (`torch.cat`) for every new token
+    cache = growing_cache(_base(job.model).config)
+    batch = _Batch(job, rows, history, cache)
     mask = history != NOTHING
+    # Positions count tokens and not columns, so that padding does not move a prompt
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    _choose_next(run, lines, _last_logits(run, history.where(mask, run.pad), mask, positions, cache))
-    return lines
+    _choose_next(job, batch, _last_logits(job, history.where(mask, job.pad), mask, positions, cache))
+    return batch
 
 
-def _decode_step(run: _Run, lines: _Lines) -> None:
-    mask = lines.history != NOTHING
+def _decode_step(job: _Job, batch: _Batch) -> None:
+    """Read the newest tokens and choose the next ones."""
+    mask = batch.history != NOTHING
     positions = mask.long().sum(-1, keepdim=True) - 1
-    _choose_next(run, lines, _last_logits(run, lines.history[:, -1:], mask, positions, lines.cache))
+    _choose_next(job, batch, _last_logits(job, batch.history[:, -1:], mask, positions, batch.cache))
 
 
-def _last_logits(run: _Run, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    if run.together:
-        on_any_process(True, _device(run.model))  # so that those that have ended come along
+def _last_logits(job: _Job, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits [B, V] after the last of the new tokens ``ids`` [B, new]; ``mask`` [B, L + new] covers the cache too."""
+    if job.together:
+        on_any_process(True, _device(job.model))  # so that those that have ended come along
     # A state space model hides padding from its states: of one new token there is none
-    seen = None if run.cache_argument == "cache_params" and ids.shape != mask.shape else mask.long()
-    output = run.model(
+    seen = None if job.cache_argument == "cache_params" and ids.shape != mask.shape else mask.long()
+    output = job.model(
         input_ids=ids,
         attention_mask=seen,
         position_ids=positions,
-        **{run.cache_argument: cache},
-        **run.forward_options,
+        **{job.cache_argument: cache},
+        **job.forward_options,
     )
-    return output.logits[:, -1]
+    logits: Tensor = output.logits
+    return logits[:, -1]
 
 
-def _call_along(run: _Run) -> None:
+def _call_along(job: _Job) -> None:
     """Call the model for nothing, so that the others can gather the weights that lie here."""
-    ids = torch.full((1, 1), run.pad, dtype=torch.long, device=_device(run.model))
-    run.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.zeros_like(ids), use_cache=False)
+    ids = torch.full((1, 1), job.pad, dtype=torch.long, device=_device(job.model))
+    job.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.zeros_like(ids), use_cache=False)
 
 
-def _choose_next(run: _Run, lines: _Lines, logits: Tensor) -> None:
-    """Append one token to the history of every line and to the answer of every live row."""
-    settings = run.settings
+def _choose_next(job: _Job, batch: _Batch, logits: Tensor) -> None:
+    """Append one token to the history of every slot and to the answer of every live row."""
+    settings = job.settings
     if settings.no_repeat_ngram_size > 0:
-        logits = ban_repeated_ngrams(logits, lines.history, settings.no_repeat_ngram_size)
+        logits = ban_repeated_ngrams(logits, batch.history, settings.no_repeat_ngram_size)
     if settings.do_sample:
-        draws = [(run.keys[row], len(run.tokens[row])) for row in lines.rows]
+        draws = [(job.keys[row], len(job.tokens[row])) for row in batch.rows]
         noise = gumbel_noise(settings.seed, draws, logits.shape[-1], logits.device)
         logits = noise.add_(logits.float() / settings.temperature)
     chosen = logits.float().argmax(-1)  # `argmax` of bf16 is slow on a CPU
-    lines.history = torch.cat([lines.history, chosen[:, None]], dim=1)
-    for row, token in zip(lines.rows, chosen.tolist(), strict=True):
-        if not run.done[row]:
-            run.add(row, token)
+    batch.history = torch.cat([batch.history, chosen[:, None]], dim=1)
+    for row, token in zip(batch.rows, chosen.tolist(), strict=True):
+        if not job.done[row]:
+            job.add(row, token)
 
 
-def _keep(lines: _Lines, live: list[int]) -> _Lines:
-    """Return the batch with the lines ``live`` alone."""
-    if len(live) < len(lines.rows):
-        index: Any = torch.tensor(live, dtype=torch.long, device=lines.history.device)
-        for layer in lines.cache.layers:
-            layer.reorder_cache(index)  # every kind of layer has it, and fewer lines than before are allowed
-        lines.history = lines.history[index]
-        lines.rows = [lines.rows[line] for line in live]
-    return lines
+def _keep(batch: _Batch, live: list[int]) -> _Batch:
+    """Return the batch with the slots ``live`` alone; it is changed in place."""
+    if len(live) < len(batch.rows):
+        index = torch.tensor(live, dtype=torch.long, device=batch.history.device)
+        keep_rows(batch.cache, index)
+        batch.history = batch.history[index]
+        batch.rows = [batch.rows[slot] for slot in live]
+    return batch
 
 
-def _join(old: _Lines, new: _Lines) -> _Lines:
-    """Put two batches under each other, right-aligned, without the columns on the left that no row uses."""
+def _join(old: _Batch, new: _Batch) -> _Batch:
+    """Put two batches under each other, right-aligned, without the columns on the left that no row uses.
+
+    ``new`` is never wider than ``old``: its prompts are shorter, and ``old`` has grown since.
+    """
     if not new.rows:
         return old
     real = (old.history != NOTHING).any(0)
@@ -311,120 +319,8 @@ def _join(old: _Lines, new: _Lines) -> _Lines:
     width = old.history.shape[1] - unused
     gap = width - new.history.shape[1]
     history = torch.nn.functional.pad(new.history, (gap, 0), value=NOTHING)
-    for old_layer, new_layer in zip(old.cache.layers, new.cache.layers, strict=True):
-        assert isinstance(old_layer, _GrowingLayer) and isinstance(new_layer, _GrowingLayer)
-        old_layer.join(new_layer, unused)
-    return _Lines(old.run, old.rows + new.rows, torch.cat([old.history[:, unused:], history]), old.cache)
-
-
-class _GrowingLayer(DynamicLayer):
-    """Key-value cache of one layer in buffers with free columns on the right: a token is written, nothing is copied.
-
-    ``keys`` and ``values`` are the views [B, heads, L, width] of the columns in use.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._length = 0
-        self._buffers: tuple[Tensor, ...] = ()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = tuple(states[:, :, :0] for states in (key_states, value_states))
-        end = self._length + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
-            self._buffers = tuple(
-                _resized(buffer[:, :, : self._length], len(buffer), end + CACHE_BLOCK) for buffer in self._buffers
-            )
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._length : end] = states
-        return self._show(end)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._buffers = tuple(buffer.index_select(0, beam_idx) for buffer in self._buffers)
-        self._show(self._length)
-
-    def join(self, other: _GrowingLayer, unused: int) -> None:
-        """Append the rows of ``other``, right-aligned, and drop the first ``unused`` columns."""
-        length = self._length - unused
-        joined = []
-        for old, new in zip(self._buffers, other._buffers, strict=True):
-            buffer = _resized(old[:, :, unused : self._length], len(old) + len(new), length + CACHE_BLOCK)
-            buffer[len(old) :, :, length - other._length : length] = new[:, :, : other._length]
-            joined.append(buffer)
-        self._buffers = tuple(joined)
-        self._show(length)
-
-    def _show(self, length: int) -> tuple[Tensor, Tensor]:
-        self._length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def _resized(states: Tensor, rows: int, columns: int) -> Tensor:
-    # Zeros, not empty memory: a masked column still meets the weight 0 in the attention, and 0 * NaN is NaN
-    buffer = states.new_zeros((rows, states.shape[1], columns, states.shape[3]))
-    buffer[: len(states), :, : states.shape[2]] = states
-    return buffer
-
-
-def ban_repeated_ngrams(logits: Tensor, history: Tensor, n: int) -> Tensor:
-    """Set to minus infinity every token that would complete an n-gram the row already holds.
-
-    The rule of ``no_repeat_ngram_size`` in ``transformers``, applied to each row without its padding.
-
-    Args:
-        logits: [B, V]; written in place.
-        history: [B, L] token ids of prompt and answer so far; ``NOTHING`` (-1) where there is no token.
-        n: length of the n-gram in tokens, at least 1.
-    """
-    length = history.shape[1]
-    if length < n:
-        return logits
-    windows = history.unfold(1, n, 1)  # [B, L - n + 1, n], a view
-    last = windows[..., -1]
-    # A suffix that reaches into the padding equals only itself, or windows that end in padding: those ban nothing
-    banned = (last >= 0) & (last < logits.shape[-1])
-    for offset in range(n - 1):
-        banned &= windows[..., offset] == history[:, length - n + 1 + offset, None]
-    line, column = banned.nonzero(as_tuple=True)
-    logits[line, last[line, column]] = float("-inf")
-    return logits
-
-
-def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, device: torch.device | str) -> Tensor:
-    """Return standard Gumbel noise [B, V], fp32, each row a function of (seed, its key, its step) alone.
-
-    A counter-based generator: 64 key bits from BLAKE2b of (seed, key, step), then two rounds of a 32-bit integer hash
-    of the token id.
-
-    Args:
-        seed: of the run.
-        draws: (row key, step) of each row.
-        vocabulary: V.
-        device: where the noise is made; the integers behind it are the same on all devices.
-    """
-    piece = max(1, NOISE_PIECE // vocabulary)
-    if len(draws) > piece and torch.device(device).type == "cpu":
-        pieces = [draws[start : start + piece] for start in range(0, len(draws), piece)]
-        return torch.cat([gumbel_noise(seed, some, vocabulary, device) for some in pieces])
-    digests = b"".join(
-        hashlib.blake2b(f"{seed}\x1f{step}\x1f{key}".encode(), digest_size=8).digest() for key, step in draws
-    )
-    words = [int.from_bytes(digests[i : i + 4], "little", signed=True) for i in range(0, len(digests), 4)]
-    keys = torch.tensor(words, dtype=torch.int32, device=device).view(-1, 2, 1)
-    bits = torch.arange(vocabulary, dtype=torch.int32, device=device) * -1640531535 ^ keys[:, 0]
-    # int32 wraps around, and `>>` keeps the sign: hence the masks
-    bits ^= (bits >> 16) & 0xFFFF
-    bits *= 2146121005
-    bits += keys[:, 1]
-    bits ^= (bits >> 15) & 0x1FFFF
-    bits *= -2073254261
-    bits ^= (bits >> 16) & 0xFFFF
-    # 31 bits, finest near 0: u near 0 makes the large noise that lets a token of probability 1e-9 win
-    uniform = (bits & 0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    join_rows(old.cache, new.cache, unused)
+    return _Batch(old.job, old.rows + new.rows, torch.cat([old.history[:, unused:], history]), old.cache)
 
 
 def checked_prompts(
@@ -433,7 +329,18 @@ def checked_prompts(
     max_new_tokens: int,
     row_keys: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """The prompts as ``generate`` takes them: an empty one is started, one that leaves no room is refused by its key."""
+    """The prompts as ``generate`` takes them: an empty one is started with one token.
+
+    Args:
+        model: causal language model of ``transformers``.
+        prompts: token ids of each prompt.
+        max_new_tokens: longest answer, in tokens.
+        row_keys: names of the prompts, for messages.
+
+    Raises:
+        UserError: a prompt leaves no room for its answer within the model's positions, or is empty and the model names
+            no token to start with.
+    """
     base = _base(model)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     checked = []
@@ -484,28 +391,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextlib.contextmanager
-def _progress_bar(title: str | None, total: int) -> Iterator[Any]:
-    """Yield ``show(rows done, tokens)``; the bar appears once the work has lasted ``SECONDS_BEFORE_BAR``."""
-    if title is None:
-        yield lambda rows, tokens: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))  # stdout is for results
-    task = bar.add_task(title, total=total, rate="")
-    began = time.monotonic()
-
-    def show(rows: int, tokens: int) -> None:
-        seconds = time.monotonic() - began
-        if seconds >= SECONDS_BEFORE_BAR:
-            if not bar.live.is_started:
-                bar.start()
-            bar.update(task, completed=rows, rate=f"{tokens / seconds:.0f} tokens/s")
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()

@@ -51,7 +51,21 @@ def vllm_generate(
     progress: str | None = None,
     on_finished: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
-    """Answer every prompt; arguments and result are those of ``generation.generate``. vLLM batches as it likes."""
+    """Answer every prompt; result and arguments are those of ``generation.engine.generate``. vLLM batches as it likes.
+
+    Args:
+        engine: of ``load_vllm``.
+        prompts: token ids of each prompt.
+        settings: limits and sampling.
+        eos_token_ids: tokens that end an answer, besides the engine's own.
+        pad_token_id: not used: vLLM does not pad.
+        row_keys: one name per prompt, of which its seed is made.
+        progress: show the engine's progress bar unless None.
+        on_finished: called with the position in ``prompts`` and the answer, once all have ended.
+
+    Raises:
+        UserError: the settings ask for the n-gram rule.
+    """
     check_vllm_settings(settings)
     from vllm import SamplingParams
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from dts_hf.console import say
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
+from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
@@ -129,7 +130,7 @@ class GenerationScorer:
         """Write ``metrics.json``; its protocol names the ``dtype`` of the student's answers, each model has its own."""
         dtypes = {name: entry["dtype"] for name, entry in self.entries.items()}
         protocol = {
-            **self.protocol.describe(self.tokenizer),
+            **describe_protocol(self.protocol, self.tokenizer),
             "dtype": dtypes.get("student") or next(iter(dtypes.values()), None),
             "batch_size": batch_size_that_matters(dtypes.values(), self.recipe.evaluation.batch_size),
         }

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from dts_hf.data.prompt_templates import Template, encode_prompts
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
-from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.files import write_json_atomic
 from dts_hf.generation.answer_file import AnswerFile
-from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
-from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
+from dts_hf.generation.engine import Generated, GenerationSettings, generate
+from dts_hf.generation.shares import answer_share, decode_answer
 from dts_hf.models.loading import ModelSource
 
 if TYPE_CHECKING:
@@ -89,45 +88,39 @@ def _read(path: Path) -> list[str] | None:
 
 def _generate(
     teacher: PreTrainedModel,
-    ids: Sequence[list[int]],
+    prompts: Sequence[list[int]],
     settings: GenerationSettings,
     tokenizer: PreTrainedTokenizerBase,
     unfinished: AnswerFile,
     rank: int,
     world: int,
 ) -> list[str]:
-    """The answer to every prompt, on every process; those in ``unfinished`` are not made again.
-
-    As in ``evaluate_instruct``, below fp32 a call that a kill left incomplete is made again as a whole.
-    """
+    """The answer to every prompt, on every process; those in ``unfinished`` are not made again."""
     unfinished.path.parent.mkdir(parents=True, exist_ok=True)  # each machine may have its own
     kept = on_first_process(unfinished.load, rank, world)
     known = {int(answer.row): str(line["text"]) for answer, line in kept.items()}
-    made: dict[int, str] = {}
-    lengths = [len(prompt) for prompt in ids]
-    calls = share_out(lengths, rows_are_independent(teacher), settings.batch_size, rank, world)
-    for number, (share, together) in enumerate(calls, start=1):
-        missing = [index for index in share if index not in known]
-        todo = share if together and missing else missing
+    new: dict[int, str] = {}
 
-        def finished(position: int, answer: Generated, todo: list[int] = todo) -> None:
-            made[todo[position]] = text = decode_answer(tokenizer, answer.tokens)
-            unfinished.append({"seed": 0, "id": str(todo[position]), "text": text})
+    def finished(place: int, answer: Generated) -> None:
+        new[place] = text = decode_answer(tokenizer, answer.tokens)
+        unfinished.append({"seed": 0, "id": str(place), "text": text})
 
-        part = f", part {number} of {len(calls)}" if len(calls) > 1 else ""
-        if todo or is_sharded(teacher):  # the others may need what lies here
-            generate(
-                teacher,
-                [ids[index] for index in todo],
-                settings,
-                eos_token_ids=stop_token_ids(teacher, tokenizer),
-                pad_token_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
-                progress=None if rank else f"teacher answers{part}",
-                on_finished=finished,
-            )
+    answer_share(
+        teacher,
+        tokenizer,
+        prompts,
+        settings,
+        known=known,
+        on_finished=finished,
+        rank=rank,
+        world=world,
+        progress="teacher answers",
+        answer=generate,
+    )
     unfinished.close()
-    found = {index: text for texts in (known, *gathered(made, world)) for index, text in texts.items()}
-    return [found[index] for index in range(len(ids))]
+    # An answer that was made again, below fp32, replaces the one that was there
+    texts = {place: text for part in (known, *gathered(new, world)) for place, text in part.items()}
+    return [texts[place] for place in range(len(prompts))]
 
 
 def default_cache() -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -14,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dts_hf.cli import app as cli
+from dts_hf.cli import evaluate as evaluate_cli
 from dts_hf.errors import UserError
+from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
@@ -142,7 +146,6 @@ def test_train_json(trained: list[Recipe], recipe_path: Path) -> None:
 def test_only_the_first_process_prints(
     trained: list[Recipe], recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "IS_MAIN_PROCESS", False)
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
     good, bad = invoke("train", recipe_path), invoke("train", recipe_path, "loss.kd_ratio=7")
@@ -162,7 +165,6 @@ def test_an_error_that_is_everywhere_is_printed_by_the_first_process(
 
     stub(monkeypatch, "dts_hf.distill", distill=fail)
     assert invoke("train", recipe_path).stderr == "Error: no room\n"
-    monkeypatch.setattr(cli, "IS_MAIN_PROCESS", False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     result = invoke("train", recipe_path)
@@ -186,39 +188,33 @@ def test_train_reports_every_problem_of_the_recipe(trained: list[Recipe], recipe
 def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def evaluate_command(*arguments: Any, **options: Any) -> dict[str, Any]:
-        calls.append((arguments, options))
+    def evaluate(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
         one, many = {"mean": 0.125, "sd": None}, {"mean": 0.25, "sd": 0.5}
         scores = {"n": 3, "seeds": [1, 2], "rougeL": many, "exact_match": one, "mean_tokens": {"mean": 7.0, "sd": 1.0}}
         scores |= {"cut_at_limit": one, "empty": one, "repeats_4gram": one}
         protocol = {"name": "minillm", "fingerprint": "f" * 16}
         return {"source": "m", "protocol": protocol, "models": {"model": {"sets": {"dolly": scores}}}}
 
-    stub(monkeypatch, "dts_hf.evaluation.evaluate", evaluate_command=evaluate_command)
+    stub(monkeypatch, "dts_hf.evaluation.evaluate", evaluate=evaluate)
     options = ("--sets", "dolly, s_ni", "--data", "d.jsonl", "--seeds", "1,2", "--max-new-tokens", "5")
     result = CliRunner().invoke(cli.app, ["evaluate", "m", *options], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    arguments, options = calls[0]
-    assert arguments == ("m", ["dolly", "s_ni"])
-    assert options == {
-        "data": "d.jsonl",
-        "protocol": None,
-        "seeds": [1, 2],
-        "template": None,
-        "max_new_tokens": 5,
-        "no_repeat_ngram_size": None,
-        "rows": None,
-        "batch_size": 32,
-        "dtype": None,
-        "output": None,
-        "overwrite": False,
-        "backend": "dts_hf",
-    }
+    expected = EvaluationOptions(["dolly", "s_ni"], data="d.jsonl", seeds=[1, 2], max_new_tokens=5)
+    assert calls[0] == ("m", expected)
     for text in ("dolly", "25.00 ± 50.00", "12.50", "7.0 ± 1.0", "minillm", "f" * 16):
         assert text in result.stdout
     assert json.loads(invoke("evaluate", "m", "--json").stdout)["protocol"]["name"] == "minillm"
-    assert calls[1][1]["seeds"] is None and calls[1][0] == ("m", [])
+    assert calls[1] == ("m", EvaluationOptions([]))
     assert invoke("evaluate", "m", "--seeds", "1;2").exit_code == 2
+
+
+def test_every_option_of_an_evaluation_can_be_given_and_has_its_default() -> None:
+    flags = inspect.signature(evaluate_cli.command).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(EvaluationOptions)}
+    assert flags.keys() - {"model", "as_json"} == fields.keys() - {"data_dir"}, "the data folder is $DTS_HF_DATA"
+    different = {name for name, flag in flags.items() if name in fields and flag.default != fields[name]}
+    assert different == {"sets"} and flags["sets"].default is None and fields["sets"] == ()
 
 
 def test_score(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,17 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dts_hf.errors import UserError
-from dts_hf.evaluation.evaluate import evaluate_command, model_digest
+from dts_hf.evaluation.evaluate import evaluate
+from dts_hf.evaluation.fingerprint import model_digest
+from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.files import file_sha256
 from dts_hf.generation.answer_file import Answer, AnswerFile
 from dts_hf.recipe.schema import Recipe
@@ -41,6 +45,10 @@ def write_rows(path: Path, count: int, output: object = "a pear") -> None:
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluated(model: str, sets: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    return evaluate(model, EvaluationOptions(sets, **options))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -77,19 +85,19 @@ def test_five_kills_leave_no_trace_in_what_comes_out(place: Path, dtype: str) ->
 
 
 def test_answers_that_are_there_are_not_made_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
+    first = evaluated("model", ["rows.jsonl"], output="out", **FAST)
     before = files(place / "out")
     monkeypatch.setattr("dts_hf.evaluation.evaluate.generate", None)
-    assert evaluate_command("model", ["rows.jsonl"], output="out", **FAST) == first
+    assert evaluated("model", ["rows.jsonl"], output="out", **FAST) == first
     assert files(place / "out") == before
 
 
 def test_a_set_more_is_added_and_metrics_are_what_a_run_of_both_gives(place: Path) -> None:
     write_rows(place / "other.jsonl", 3, output=["a pear", "an apple"])
-    evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
-    both = evaluate_command("model", ["rows.jsonl", "other.jsonl"], output="out", **FAST)
+    evaluated("model", ["rows.jsonl"], output="out", **FAST)
+    both = evaluated("model", ["rows.jsonl", "other.jsonl"], output="out", **FAST)
     assert list(both["models"]["model"]["sets"]) == ["rows", "other"]
-    assert both == evaluate_command("model", ["rows.jsonl", "other.jsonl"], **FAST)
+    assert both == evaluated("model", ["rows.jsonl", "other.jsonl"], **FAST)
     assert json.loads((place / "out" / "metrics.json").read_text()) == both
     scores = both["models"]["model"]["sets"]["other"]
     assert scores["n"] == 3 and scores["rougeL"]["sd"] is not None and scores["seeds"] == [10, 20]
@@ -98,24 +106,24 @@ def test_a_set_more_is_added_and_metrics_are_what_a_run_of_both_gives(place: Pat
 
 def test_a_later_set_alone_joins_those_that_are_there(place: Path) -> None:
     write_rows(place / "other.jsonl", 3)
-    both = evaluate_command("model", ["rows.jsonl", "other.jsonl"], **FAST)
-    evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
-    assert evaluate_command("model", ["other.jsonl"], output="out", **FAST) == both
+    both = evaluated("model", ["rows.jsonl", "other.jsonl"], **FAST)
+    evaluated("model", ["rows.jsonl"], output="out", **FAST)
+    assert evaluated("model", ["other.jsonl"], output="out", **FAST) == both
     assert json.loads((place / "out" / "metrics.json").read_text()) == both
-    alone = evaluate_command("model", ["other.jsonl"], output="out", overwrite=True, **FAST)
+    alone = evaluated("model", ["other.jsonl"], output="out", overwrite=True, **FAST)
     assert list(alone["models"]["model"]["sets"]) == ["other"]
     assert set(files(place / "out")) == {"evaluation.json", "metrics.json", "predictions/other.jsonl"}
 
 
 def test_a_folder_is_refused_before_the_model_is_loaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
+    evaluated("model", ["rows.jsonl"], output="out", **FAST)
     monkeypatch.setattr("dts_hf.evaluation.evaluate.load_model", None)
     with pytest.raises(UserError, match="max_new_tokens 6, now 7"):
-        evaluate_command("model", ["rows.jsonl"], output="out", **{**FAST, "max_new_tokens": 7})
+        evaluated("model", ["rows.jsonl"], output="out", **{**FAST, "max_new_tokens": 7})
     with pytest.raises(UserError, match="holds no evaluation"):
-        evaluate_command("model", ["rows.jsonl"], output="model", **FAST)
+        evaluated("model", ["rows.jsonl"], output="model", **FAST)
     with pytest.raises(UserError, match="is a file"):
-        evaluate_command("model", ["rows.jsonl"], output="rows.jsonl", **FAST)
+        evaluated("model", ["rows.jsonl"], output="rows.jsonl", **FAST)
 
 
 @pytest.mark.parametrize("moment", ["write_json_atomic", "AnswerFile"])
@@ -125,11 +133,9 @@ def test_killed_while_the_folder_is_made_or_emptied(place: Path, monkeypatch: py
 
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"dts_hf.evaluation.evaluate.{moment}", killed)
-            evaluate_command("model", ["rows.jsonl"], output="out", overwrite=True, **FAST)
-        evaluate_command(
-            "model", ["rows.jsonl"], output="out", **FAST
-        )  # not refused: nothing of another kind is there
+            patch.setattr(f"dts_hf.evaluation.output_folder.{moment}", killed)
+            evaluated("model", ["rows.jsonl"], output="out", overwrite=True, **FAST)
+        evaluated("model", ["rows.jsonl"], output="out", **FAST)  # not refused: nothing of another kind is there
     assert set(files(place / "out")) == {"evaluation.json", "metrics.json", "predictions/rows.jsonl"}
 
 
@@ -137,10 +143,10 @@ def test_a_pattern_is_no_name_of_a_set(place: Path) -> None:
     (place / "many").mkdir()
     write_rows(place / "many" / "one.jsonl", 2)
     write_rows(place / "many" / "two.jsonl", 2)
-    found = evaluate_command("model", data="many/*.jsonl", output="out", **FAST)
+    found = evaluated("model", data="many/*.jsonl", output="out", **FAST)
     assert found["models"]["model"]["sets"]["many"]["n"] == 4
     assert (place / "out" / "predictions" / "many.jsonl").is_file()
-    assert list(evaluate_command("model", data="*.jsonl", **FAST)["models"]["model"]["sets"]) == ["data"]
+    assert list(evaluated("model", data="*.jsonl", **FAST)["models"]["model"]["sets"]) == ["data"]
 
 
 def test_what_a_run_is_answered_with(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,15 +163,15 @@ def test_what_a_run_is_answered_with(place: Path, capsys: pytest.CaptureFixture[
     run.save_recipe(Recipe.from_dict(values))
     tiny_llama(tie=False).to(torch.bfloat16).save_pretrained(run.final_path)
     tiny_tokenizer().save_pretrained(run.final_path)
-    own = evaluate_command("run", batch_size=2)
+    own = evaluated("run", batch_size=2)
     assert own["models"]["student"]["sets"]["validation"]["n"] == 3
-    assert evaluate_command("run", rows=2)["models"]["student"]["sets"]["validation"]["n"] == 2
+    assert evaluated("run", rows=2)["models"]["student"]["sets"]["validation"]["n"] == 2
     assert (own["protocol"]["max_new_tokens"], own["protocol"]["do_sample"]) == (2, False)
     assert (own["protocol"]["dtype"], own["protocol"]["batch_size"]) == ("bfloat16", 2)
     assert own["models"]["student"]["sets"]["validation"]["seeds"] == own["protocol"]["seeds"] == []
     said = capsys.readouterr().err
     assert "validation under the protocol custom, weights in bfloat16" in said and "teacher's answers" in said
-    benchmark = evaluate_command("run", ["Vicuna"], data_dir=folder.parent, max_new_tokens=2, dtype="float32")
+    benchmark = evaluated("run", ["Vicuna"], data_dir=folder.parent, max_new_tokens=2, dtype="float32")
     assert benchmark["protocol"]["name"] == "minillm, max_new_tokens=2" and benchmark["protocol"]["batch_size"] is None
     said = capsys.readouterr().err
     assert "vicuna under the protocol minillm, max_new_tokens=2" in said and "teacher's answers" not in said
@@ -180,12 +186,12 @@ def prepared_set(folder: Path, count: int) -> Path:
 
 
 def test_another_evaluation_is_refused_by_what_differs_or_replaced_when_asked(place: Path) -> None:
-    evaluate_command("model", ["rows.jsonl"], output="out", **FAST)
+    evaluated("model", ["rows.jsonl"], output="out", **FAST)
     before = files(place / "out")
 
     def refused(words: str, *, model: str = "model", **changes: object) -> None:
         with pytest.raises(UserError, match=words):
-            evaluate_command(model, ["rows.jsonl"], output="out", **{**FAST, **changes})
+            evaluated(model, ["rows.jsonl"], output="out", **{**FAST, **changes})
         assert files(place / "out") == before
 
     refused("max_new_tokens 6, now 7.*--overwrite", max_new_tokens=7)
@@ -194,9 +200,9 @@ def test_another_evaluation_is_refused_by_what_differs_or_replaced_when_asked(pl
     tiny_llama(tie=False, seed=1).save_pretrained("trained")
     tiny_tokenizer().save_pretrained("trained")
     refused("another model", model="trained")
-    evaluate_command("trained", ["rows.jsonl"], output="out", overwrite=True, **FAST)
+    evaluated("trained", ["rows.jsonl"], output="out", overwrite=True, **FAST)
     assert files(place / "out") != before
-    evaluate_command("trained", ["rows.jsonl"], output="out", **{**FAST, "batch_size": 3})  # fp32: the same text
+    evaluated("trained", ["rows.jsonl"], output="out", **{**FAST, "batch_size": 3})  # fp32: the same text
 
 
 def test_the_digest_of_a_model_follows_its_weights() -> None:
@@ -260,7 +266,7 @@ def test_one_process_and_two_give_the_same_answers(place: Path) -> None:
     assert first["fsdp2-kinds"] == ["DTensor"] and first["fsdp2-graded"]
     assert first["fsdp2"] == second["fsdp2"] == first["llama-float32-1-one"]
     assert first["refused"] == second["refused"] and "holds no evaluation" in first["refused"], "none waits for ever"
-    evaluate_command(
+    evaluated(
         "model", ["rows.jsonl"], output="alone", protocol="minillm", max_new_tokens=8, seeds=[10, 20], batch_size=4
     )
     assert files(place / "together") == files(place / "alone")
@@ -272,7 +278,7 @@ def test_one_process_and_two_give_the_same_answers(place: Path) -> None:
 def test_vllm_is_asked_in_its_own_words(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package: what it is given, and what becomes of its answers."""
     with pytest.raises(UserError, match="vLLM is not installed"):
-        evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", backend="vllm")
+        evaluated("model", ["rows.jsonl"], protocol="no_ngram", backend="vllm")
     asked = []
 
     class LLM:
@@ -291,18 +297,18 @@ def test_vllm_is_asked_in_its_own_words(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "vllm", module)
     options = {"seeds": [10], "max_new_tokens": 5, "backend": "vllm"}
     with pytest.raises(UserError, match=r"n-gram rule.*no_ngram"):
-        evaluate_command("model", ["rows.jsonl"], protocol="minillm", output="out", **options)
+        evaluated("model", ["rows.jsonl"], protocol="minillm", output="out", **options)
     assert asked == [] and not (place / "out").exists()
-    found = evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", **options)
+    found = evaluated("model", ["rows.jsonl"], protocol="no_ngram", **options)
     assert found["protocol"]["backend"] == "vllm" and "backend=vllm" in found["protocol"]["name"]
     scores = found["models"]["model"]["sets"]["rows"]
     assert scores["n"] == ROWS and scores["cut_at_limit"]["mean"] == 0.5 and scores["mean_tokens"]["mean"] == 2.0
     parameters = asked[-1]
     assert {p["max_tokens"] for p in parameters} == {5} and {p["top_k"] for p in parameters} == {0}
     assert len({p["seed"] for p in parameters}) == ROWS
-    ours = evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", **{**options, "backend": "dts_hf"})
+    ours = evaluated("model", ["rows.jsonl"], protocol="no_ngram", **{**options, "backend": "dts_hf"})
     assert ours["protocol"]["fingerprint"] != found["protocol"]["fingerprint"]
-    evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", output="out", **options)
+    evaluated("model", ["rows.jsonl"], protocol="no_ngram", output="out", **options)
     tiny_llama(tie=False, seed=1).save_pretrained("model")
     with pytest.raises(UserError, match="another model"):
-        evaluate_command("model", ["rows.jsonl"], protocol="no_ngram", output="out", **options)
+        evaluated("model", ["rows.jsonl"], protocol="no_ngram", output="out", **options)

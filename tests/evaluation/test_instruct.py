@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState
 from dts_hf.data.prompt_templates import encode_prompt, get_template
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, rows_digest
+from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, generation_settings, rows_digest
 from dts_hf.evaluation.protocol import Protocol, custom_protocol
-from dts_hf.evaluation.rouge import best_rouge_l
-from dts_hf.generation.batches import decode_answer, rows_are_independent, share_out
+from dts_hf.evaluation.text_metrics import best_rouge_l
 from dts_hf.generation.engine import generate
+from dts_hf.generation.shares import decode_answer, rows_are_independent, share_out
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 TEMPLATE = get_template("alpaca")
@@ -45,7 +45,7 @@ def test_greedy_scores_and_predictions() -> None:
     model, tokenizer = tiny_llama(tie=False), tiny_tokenizer()
     for row, predicted in zip(ROWS, predictions, strict=True):
         ids = encode_prompt(row, tokenizer, TEMPLATE, 256).ids
-        answer = generate(model, [ids], GREEDY.settings(4), eos_token_ids=[2], pad_token_id=2)[0]
+        answer = generate(model, [ids], generation_settings(GREEDY, 4), eos_token_ids=[2], pad_token_id=2)[0]
         text = decode_answer(tokenizer, answer.tokens)
         assert predicted == {
             "id": row.id,

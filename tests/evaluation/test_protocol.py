@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from dts_hf.errors import UserError
+from dts_hf.evaluation.fingerprint import describe_protocol
+from dts_hf.evaluation.instruct import generation_settings
 from dts_hf.evaluation.protocol import (
     PROTOCOLS,
     Protocol,
@@ -41,7 +43,7 @@ def test_the_defaults_are_those_of_the_literature() -> None:
         "backend": "dts_hf",
         "rouge": "rougeL F-measure of rouge_score 0.1.2, Porter stemmer, best reference",
     }
-    assert Protocol().settings(8, 30) == GenerationSettings(256, 8, True, 1.0, 30, 6)
+    assert generation_settings(Protocol(), 8, 30) == GenerationSettings(256, 8, True, 1.0, 30, 6)
 
 
 def test_the_module_is_light() -> None:
@@ -53,7 +55,7 @@ def test_the_module_is_light() -> None:
 
 
 def test_variants_differ_and_are_named() -> None:
-    fingerprints = {name: get_protocol(name).describe(TOKENIZER)["fingerprint"] for name in PROTOCOLS}
+    fingerprints = {name: describe_protocol(get_protocol(name), TOKENIZER)["fingerprint"] for name in PROTOCOLS}
     assert len(set(fingerprints.values())) == len(PROTOCOLS) >= 5
     assert all(name == protocol.name and protocol.about for name, protocol in PROTOCOLS.items())
     assert get_protocol("quick").runs == (10,) and get_protocol("minillm").runs == (10, 20, 30, 40, 50)
@@ -89,7 +91,7 @@ def test_a_recipe_takes_the_values_of_its_protocol_where_it_gives_none() -> None
 
 def test_the_fingerprint_follows_the_protocol_and_nothing_else() -> None:
     def fingerprint(protocol: Protocol, chat: bool = True) -> str:
-        described = protocol.describe(tiny_tokenizer(chat=chat))
+        described = describe_protocol(protocol, tiny_tokenizer(chat=chat))
         json.dumps(described, allow_nan=False)
         return described["fingerprint"]
 
@@ -116,14 +118,20 @@ def test_the_fingerprint_follows_the_protocol_and_nothing_else() -> None:
 def test_the_fingerprint_follows_what_the_tokenizer_puts_around_a_text() -> None:
     plain, with_bos, other_end = tiny_tokenizer(), tiny_tokenizer(bos=True), tiny_tokenizer()
     other_end.eos_token = "<|endoftext|>"
-    assert len({Protocol().describe(tokenizer)["tokenizer"] for tokenizer in (plain, with_bos, other_end)}) == 3
-    chats = [PROTOCOLS["chat"].describe(tokenizer)["tokenizer"] for tokenizer in (plain, with_bos, other_end)]
+    assert (
+        len({describe_protocol(Protocol(), tokenizer)["tokenizer"] for tokenizer in (plain, with_bos, other_end)}) == 3
+    )
+    chats = [
+        describe_protocol(PROTOCOLS["chat"], tokenizer)["tokenizer"] for tokenizer in (plain, with_bos, other_end)
+    ]
     assert chats[0] == chats[1] != chats[2], "the chat template writes its special tokens itself"
-    assert Protocol().describe(plain) == Protocol().describe(tiny_tokenizer(pad="own")), "padding is never attended to"
+    assert describe_protocol(Protocol(), plain) == describe_protocol(Protocol(), tiny_tokenizer(pad="own")), (
+        "padding is never attended to"
+    )
 
 
 def test_only_equal_protocols_stand_in_one_table() -> None:
-    minillm, quick = (PROTOCOLS[name].describe(TOKENIZER) for name in ("minillm", "quick"))
+    minillm, quick = (describe_protocol(PROTOCOLS[name], TOKENIZER) for name in ("minillm", "quick"))
     renamed = {**minillm, "name": "other", "dtype": "bfloat16"}
     check_comparable({})
     check_comparable({"a": minillm})
@@ -138,7 +146,7 @@ def test_only_equal_protocols_stand_in_one_table() -> None:
     ):
         assert part in str(error.value)
     assert "template" not in str(error.value) and "fingerprint" not in str(error.value)
-    other = PROTOCOLS["minillm"].describe(tiny_tokenizer(pad="own"))
+    other = describe_protocol(PROTOCOLS["minillm"], tiny_tokenizer(pad="own"))
     other |= {"tokenizer": "x", "fingerprint": "y"}
     check_comparable({"a": minillm, "b": other}, ignore=("tokenizer",))
     with pytest.raises(UserError, match="tokenizer"):

@@ -18,15 +18,8 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from dts_hf.errors import UserError
-from dts_hf.generation.engine import (
-    NOTHING,
-    Generated,
-    GenerationSettings,
-    ban_repeated_ngrams,
-    generate,
-    gumbel_noise,
-    stop_token_ids,
-)
+from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
+from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 
 # Many tokens end an answer, so that random models end at very different lengths and lines leave the batch all the time
@@ -394,7 +387,7 @@ def test_the_progress_bar_appears_only_when_it_takes_long(
     settings = GenerationSettings(max_new_tokens=4)
     generate(tiny_llama(), [[5]], settings, eos_token_ids=EOS, pad_token_id=2, progress="answers")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("dts_hf.generation.engine.SECONDS_BEFORE_BAR", 0.0)
+    monkeypatch.setattr("dts_hf.generation.progress.SECONDS_BEFORE_BAR", 0.0)
     generate(tiny_llama(), [[5]], settings, eos_token_ids=EOS, pad_token_id=2, progress="answers")
     shown = capsys.readouterr()
     assert "answers" in shown.err and shown.out == ""  # stdout is for results

@@ -43,7 +43,7 @@ HEAVY = {
     "matplotlib",
     "numpy",
     "pyarrow",
-    "nltk",
+    "rouge_score",
 }
 
 

@@ -16,10 +16,11 @@ import torch
 
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.evaluate import evaluate_command
+from dts_hf.evaluation import evaluate as evaluation
 from dts_hf.evaluation.instruct import evaluate_instruct
+from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.evaluation.protocol import get_protocol
-from dts_hf.generation import answer_file as answers
+from dts_hf.generation import answer_file
 from tests.support.launching import leave
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -30,14 +31,17 @@ OPTIONS = {"seeds": [10, 20], "max_new_tokens": 8}
 def evaluate(output: str) -> None:
     dtype = os.environ.get("DTS_HF_TEST_DTYPE", "float32")
     batch_size = 4 if dtype == "float32" else 1  # blocks of 4 rows: some are ended by each process, some are not
-    evaluate_command("model", [SET], protocol="minillm", output=output, dtype=dtype, batch_size=batch_size, **OPTIONS)
+    options = EvaluationOptions(
+        [SET], protocol="minillm", output=output, dtype=dtype, batch_size=batch_size, **OPTIONS
+    )
+    evaluation.evaluate("model", options)
 
 
 def dying(append: Callable[..., None], last: int, half: bool) -> Callable[..., None]:
     """``AnswerFile.append`` that dies at the answer number ``last``, perhaps in the middle of the next write."""
     seen = 0
 
-    def stand_in(self: answers.AnswerFile, row: dict[str, object]) -> None:
+    def stand_in(self: answer_file.AnswerFile, row: dict[str, object]) -> None:
         nonlocal seen
         append(self, row)
         seen += 1
@@ -59,7 +63,7 @@ def kill(kills: int, rows: int) -> None:
         child = os.fork()
         if child == 0:
             if number < kills - 1:  # the last one dies at a moment, not at a row
-                answers.AnswerFile.append = dying(answers.AnswerFile.append, last, half)  # type: ignore[method-assign]
+                answer_file.AnswerFile.append = dying(answer_file.AnswerFile.append, last, half)  # type: ignore[method-assign]
             evaluate("killed")
             signal.pause()
         if number == kills - 1:

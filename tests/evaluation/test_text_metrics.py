@@ -1,4 +1,4 @@
-"""ROUGE-L against the package ``rouge_score``, which is the definition; the other text measures by hand."""
+"""ROUGE-L with remembered stems against plain ``rouge_score``; the other text measures by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from dts_hf.evaluation.rouge import best_rouge_l, lcs_length, rouge_l
-from dts_hf.evaluation.text import exact_match, normalize, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, normalize, repeats_ngram
 
 NASTY = [
     "",
@@ -45,7 +44,7 @@ def oracle(prediction: str, reference: str, use_stemmer: bool) -> float:
 @pytest.mark.parametrize("use_stemmer", [True, False])
 def test_nasty_texts_score_exactly_as_in_rouge_score(use_stemmer: bool) -> None:
     for prediction, reference in itertools.product(NASTY, NASTY):
-        assert rouge_l(prediction, reference, use_stemmer) == oracle(prediction, reference, use_stemmer)
+        assert best_rouge_l(prediction, [reference], use_stemmer) == oracle(prediction, reference, use_stemmer)
 
 
 @pytest.mark.parametrize("use_stemmer", [True, False])
@@ -73,7 +72,7 @@ def test_random_texts_score_exactly_as_in_rouge_score(use_stemmer: bool) -> None
             + generator.choice(["", ".", "\n", " \u3000"])
             for _ in range(2)
         )
-        assert rouge_l(first, second, use_stemmer) == oracle(first, second, use_stemmer)
+        assert best_rouge_l(first, [second], use_stemmer) == oracle(first, second, use_stemmer)
 
 
 @pytest.mark.shared_data
@@ -82,12 +81,12 @@ def test_real_answers_score_exactly_as_in_rouge_score(shared_data_dir: Path) -> 
     texts = [row["output"] for row in rows]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     for prediction, reference in itertools.pairwise(texts):
-        assert rouge_l(prediction, reference) == scorer.score(reference, prediction)["rougeL"].fmeasure
+        assert best_rouge_l(prediction, [reference]) == scorer.score(reference, prediction)["rougeL"].fmeasure
 
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_ten_thousand_real_pairs_score_exactly_as_in_rouge_score(shared_data_dir: Path) -> None:
+def test_thousands_of_real_pairs_score_exactly_as_in_rouge_score(shared_data_dir: Path) -> None:
     """Answers of all the sets, each against itself shortened or against another one of its set."""
     names = (
         "dolly/test",
@@ -104,7 +103,7 @@ def test_ten_thousand_real_pairs_score_exactly_as_in_rouge_score(shared_data_dir
         texts[name] = [text for output in outputs for text in ([output] if isinstance(output, str) else output)]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = []
-    for _ in range(10_000):
+    for _ in range(3_000):
         some = texts[generator.choice(names)]
         reference = generator.choice(some)
         words = reference.split()
@@ -113,29 +112,20 @@ def test_ten_thousand_real_pairs_score_exactly_as_in_rouge_score(shared_data_dir
         prediction, reference = (
             text[:600] for text in (own if generator.random() < 0.5 else generator.choice(some), reference)
         )
-        scores.append(rouge_l(prediction, reference))
+        scores.append(best_rouge_l(prediction, [reference]))
         assert scores[-1] == scorer.score(reference, prediction)["rougeL"].fmeasure, (prediction, reference)
-    assert len(set(scores)) > 1000
+    assert len(set(scores)) > 500
 
 
 def test_the_stemmer_is_on_by_default_and_matters() -> None:
-    assert rouge_l("It rained", "it rains") == 1.0
-    assert rouge_l("It rained", "it rains", use_stemmer=False) == 0.5
-
-
-def test_lcs_length_equals_the_table() -> None:
-    generator = random.Random(1)
-    for _ in range(300):
-        first, second = ([generator.choice("abcde") for _ in range(generator.randrange(0, 30))] for _ in range(2))
-        table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
-        for i, j in itertools.product(range(len(first)), range(len(second))):
-            same = first[i] == second[j]
-            table[i + 1][j + 1] = table[i][j] + 1 if same else max(table[i][j + 1], table[i + 1][j])
-        assert lcs_length(first, second) == table[-1][-1]
+    assert best_rouge_l("It rained", ["it rains"]) == 1.0
+    assert best_rouge_l("It rained", ["it rains"], use_stemmer=False) == 0.5
 
 
 def test_the_best_reference_counts() -> None:
     assert best_rouge_l("two apples", ["no match here", "two apples", ""]) == 1.0
+    assert best_rouge_l("two apples", ["", "one apple", "none"]) == 0.5
+    assert isinstance(best_rouge_l("", ["no word"]), float), "a score is a number with a point in every JSON file"
 
 
 def test_the_metrics_are_evaluate_metrics_that_work_without_network() -> None:

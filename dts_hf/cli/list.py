@@ -1,0 +1,77 @@
+"""``dts-hf list``: the names that a recipe can use."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from dts_hf.cli.printing import AsJson, print_json, print_table
+
+EPILOG = "Example: [bold]dts-hf list temperatures[/bold]"
+
+
+class Kind(str, Enum):
+    """What ``list`` can show."""
+
+    temperatures = "temperatures"
+    divergences = "divergences"
+    templates = "templates"
+    recipes = "recipes"
+    sets = "sets"
+    protocols = "protocols"
+
+
+def command(
+    what: Annotated[
+        Kind | None,
+        typer.Argument(
+            metavar="KIND",
+            help="temperatures, divergences, templates, recipes, sets or protocols; default: all of them.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the names that a recipe can use, with their options."""
+    choices = {kind.value: list_choices(kind) for kind in ([what] if what else Kind)}
+    if as_json:
+        print_json(choices)
+    else:
+        for kind, rows in choices.items():
+            print_table(kind, rows)
+
+
+def list_choices(kind: Kind) -> list[dict[str, str]]:
+    """One row for each name of a kind: ``name``, ``about``, and for classes their ``options``."""
+    if kind is Kind.temperatures:
+        from dts_hf.temperature import temperature_policies
+
+        return [_class_row(name, policy) for name, policy in temperature_policies().items()]
+    if kind is Kind.divergences:
+        from dts_hf.divergences import DIVERGENCES
+
+        return [_class_row(name, divergence) for name, divergence in DIVERGENCES.items()]
+    if kind is Kind.templates:
+        from dts_hf.data.prompt_templates import TEMPLATES
+
+        return [{"name": name, "about": template.description} for name, template in TEMPLATES.items()]
+    if kind is Kind.protocols:
+        from dts_hf.evaluation.protocol import PROTOCOLS
+
+        return [{"name": name, "about": protocol.about} for name, protocol in PROTOCOLS.items()]
+    if kind is Kind.sets:
+        from dts_hf.evaluation.benchmark_sets import list_sets
+
+        return list_sets()
+    from dts_hf.recipe.loading import find_recipes
+
+    return [{"name": str(path), "about": comment} for path, comment in find_recipes("recipes").items()]
+
+
+def _class_row(name: str, kind: type) -> dict[str, str]:
+    options = ", ".join(str(option) for option in inspect.signature(kind).parameters.values())
+    about = (inspect.getdoc(kind) or "").partition("\n")[0]
+    return {"name": name, "options": re.sub(r": [^=,]+ = ", "=", options), "about": about}

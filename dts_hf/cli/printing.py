@@ -1,0 +1,38 @@
+"""What the commands share: JSON and tables on stdout, and which process prints them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from dts_hf.console import printable
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def is_main_process() -> bool:
+    """Whether this process prints results: of several (``accelerate launch``, ``torchrun``) the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print indented JSON."""
+    typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print ``rows`` under the column names of the first one; what the user's files hold cannot act on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=printable(title), title_justify="left")
+    for column in rows[0] if rows else ["none found"]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row.values()))
+    Console().print(table)

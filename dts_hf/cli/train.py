@@ -1,0 +1,63 @@
+"""``dts-hf train``: a recipe becomes a run directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dts_hf.cli.printing import AsJson, is_main_process, print_json
+from dts_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from dts_hf.runs.directory import RunDirectory
+
+EPILOG = "Example: [bold]dts-hf train recipes/quickstart.yaml training.learning_rate=1e-4 --output runs/mine[/bold]"
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Run directory; the same as output.dir=DIR.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in that folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the killed or interrupted run in that folder, if there is one."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Distil: recipe in, run directory out (student, scores, figures, report, model card)."""
+    from dts_hf.recipe.loading import load_recipe
+
+    if overwrite and resume:
+        raise UserError("--overwrite starts again and --resume goes on: give one of them")
+    changes = list(overrides or [])
+    if output is not None:
+        changes.append(f"output.dir={json.dumps(output)}")
+    if overwrite:
+        changes.append("output.overwrite=true")
+    checked = load_recipe(recipe, changes)
+    from dts_hf.distill import distill  # after the recipe is checked: a wrong one must not wait for torch
+
+    run = distill(checked, resume=resume)
+    if is_main_process():
+        if as_json:
+            print_json(run.read_metrics())
+        else:
+            print_end_of_run(run)
+
+
+def print_end_of_run(run: RunDirectory) -> None:
+    """Print the scores of ``run``, and where report, model card and student are."""
+    from rich.console import Console
+
+    from dts_hf.reporting.tables import summary_table
+
+    Console().print(summary_table(run))
+    for label, path in (("report", run.report_path), ("card", run.card_path), ("student", run.final_path)):
+        if path.exists():
+            typer.echo(f"{label}: {path}")

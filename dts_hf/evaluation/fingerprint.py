@@ -1,0 +1,63 @@
+"""What answers depend on, as short digests: the fingerprint of a protocol in use, the tokenizer, the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dts_hf.data.prompt_templates import get_template, leading_special_ids
+from dts_hf.evaluation.protocol import Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def describe_protocol(protocol: Protocol, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The entry ``protocol`` of ``metrics.json``: ``fingerprint``, ``name``, ``tokenizer`` and ``protocol.values()``.
+
+    Scores of equal ``fingerprint`` can be compared. The batch size is left out because the text does not depend on it
+    (in fp32; see ``generation.engine.generate``).
+    """
+    described = {"tokenizer": tokenizer_digest(tokenizer, protocol.template), **protocol.values()}
+    text = json.dumps(described, sort_keys=True)
+    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "name": protocol.name, **described}
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Digest of what the tokenizer is, not of where it was loaded from.
+
+    Args:
+        tokenizer: its vocabulary, its end token and what it puts around a prompt count; padding is never attended to.
+        template: name of the prompt template. One that writes its special tokens itself is the tokenizer's chat
+            template; under another one only the tokens that the tokenizer puts before a text matter.
+    """
+    written = get_template(template).writes_special_tokens
+    parts = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.eos_token_id,
+        tokenizer.chat_template if written else leading_special_ids(tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Digest of configuration, end tokens and a sample of every weight: finds a model that was changed or replaced."""
+    config = json.loads(model.config.to_json_string())
+    config.pop("transformers_version", None)  # of the reader
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    digest = hashlib.sha256(json.dumps([config, stops], sort_keys=True).encode())
+    for name, weight in model.state_dict().items():
+        values = weight.detach().flatten()
+        sample = values[:: max(1, len(values) // 1024)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def files_digest(source: str) -> str:
+    """Digest of a model by name, and for a folder by the names, sizes and times of its files: it is not loaded here."""
+    files = sorted(Path(source).iterdir()) if Path(source).is_dir() else []
+    listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps([source, listed]).encode()).hexdigest()[:16]

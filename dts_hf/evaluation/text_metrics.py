@@ -1,0 +1,67 @@
+"""Measures of one answer: ROUGE-L, equality, repetition. ``metrics.py`` has them as ``evaluate.Metric`` classes."""
+
+from __future__ import annotations
+
+import functools
+import string
+from collections.abc import Sequence
+
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class _StemOnceTokenizer(Tokenizer):
+    """The tokenizer of ``rouge_score`` with a memory: a word is stemmed once and not wherever it occurs.
+
+    Stemming is two thirds of the time of ``rouge_score``; with the memory 10,000 answers take 4 to 8 seconds, little
+    beside the time it takes to generate them. Hence no pool of processes, which would start the caller's script again
+    in each of them and compete with the other ranks for the cores.
+    """
+
+    def __init__(self) -> None:
+        self._words = DefaultTokenizer(use_stemmer=False).tokenize
+        self._stem = functools.lru_cache(maxsize=1 << 17)(DefaultTokenizer(use_stemmer=True).tokenize)
+
+    def tokenize(self, text: str) -> list[str]:
+        # Of a single word `rouge_score` makes a list of its stem, or an empty one
+        return [stem for word in self._words(text) for stem in self._stem(word)]
+
+
+@functools.cache
+def _scorer(use_stemmer: bool) -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=_StemOnceTokenizer() if use_stemmer else DefaultTokenizer())
+
+
+def best_rouge_l(prediction: str, references: Sequence[str], use_stemmer: bool = True) -> float:
+    """Return the F-measure of ROUGE-L (Lin 2004) against the best reference, as ``rouge_score`` computes it.
+
+    Args:
+        prediction: generated text.
+        references: the texts it is compared with, at least one.
+        use_stemmer: compare Porter stems of words longer than three letters. Without it, published scores are about
+            0.8 points lower.
+
+    Returns:
+        Between 0 and 1; 0 where a text has no word of ASCII letters or digits: other scripts have none.
+    """
+    return float(_scorer(use_stemmer).score_multi(references, prediction)["rougeL"].fmeasure)
+
+
+def normalize(text: str) -> str:
+    """Lower-case ``text``, remove ASCII punctuation and squeeze white space; articles stay."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> bool:
+    """Whether ``prediction`` equals one of ``references`` once case, punctuation and spaces are set aside."""
+    answer = normalize(prediction)
+    return any(answer == normalize(reference) for reference in references)
+
+
+def repeats_ngram(text: str, n: int = 4) -> bool:
+    """Whether ``n`` lower-cased words in a row occur twice in ``text``: the mark of a model that runs in circles."""
+    words = text.lower().split()
+    ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) < len(ngrams)

@@ -1,0 +1,37 @@
+"""The progress bar of generation: on stderr, and only where the work lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BEFORE_BAR = 2.0
+
+
+@contextlib.contextmanager
+def progress_bar(title: str | None, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield ``show(rows done, tokens)``; the bar appears once the work has lasted ``SECONDS_BEFORE_BAR``."""
+    if title is None:
+        yield lambda _rows, _tokens: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))  # stdout is for results
+    task = bar.add_task(title, total=total, rate="")
+    began = time.monotonic()
+
+    def show(rows: int, tokens: int) -> None:
+        seconds = time.monotonic() - began
+        if seconds >= SECONDS_BEFORE_BAR:
+            if not bar.live.is_started:
+                bar.start()
+            bar.update(task, completed=rows, rate=f"{tokens / seconds:.0f} tokens/s")
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -1,0 +1,75 @@
+"""What happens to the logits of the next token: the noise that draws from them, and the rule against repetition.
+
+Shapes: ``B`` slots of the batch, ``L`` tokens seen (prompt, padding on the left, answer so far), ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NOTHING = -1  # in a token history: no token here. Not the padding id, which is often a real token (pad == eos)
+NOISE_PIECE = 1 << 18  # elements drawn at a time on a CPU: a dozen passes over memory become passes over the cache
+
+
+def ban_repeated_ngrams(logits: Tensor, history: Tensor, n: int) -> Tensor:
+    """Set to minus infinity every token that would complete an n-gram the row already holds.
+
+    The rule of ``no_repeat_ngram_size`` in ``transformers``, applied to each row without its padding.
+
+    Args:
+        logits: [B, V]; written in place.
+        history: [B, L] token ids of prompt and answer so far; ``NOTHING`` (-1) where there is no token.
+        n: length of the n-gram in tokens, at least 1.
+    """
+    length = history.shape[1]
+    if length < n:
+        return logits
+    windows = history.unfold(1, n, 1)  # [B, L - n + 1, n], a view
+    last = windows[..., -1]
+    # A suffix that reaches into the padding equals only itself, or windows that end in padding: those ban nothing
+    banned = (last >= 0) & (last < logits.shape[-1])
+    for offset in range(n - 1):
+        banned &= windows[..., offset] == history[:, length - n + 1 + offset, None]
+    row, column = banned.nonzero(as_tuple=True)
+    logits[row, last[row, column]] = float("-inf")
+    return logits
+
+
+def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, device: torch.device | str) -> Tensor:
+    """Return standard Gumbel noise [B, V], fp32, each row a function of (seed, its key, its step) alone.
+
+    The largest ``logit + noise`` is an exact draw from the softmax (Gumbel 1954, the "Gumbel-max trick"). A
+    counter-based generator: 64 key bits from BLAKE2b of (seed, key, step), then two rounds of a 32-bit integer hash of
+    the token id.
+
+    Args:
+        seed: of the run.
+        draws: (row key, step) of each row.
+        vocabulary: V.
+        device: where the noise is made; the integers behind it are the same on all devices.
+    """
+    piece = max(1, NOISE_PIECE // vocabulary)
+    if len(draws) > piece and torch.device(device).type == "cpu":
+        pieces = [draws[start : start + piece] for start in range(0, len(draws), piece)]
+        return torch.cat([gumbel_noise(seed, some, vocabulary, device) for some in pieces])
+    digests = b"".join(
+        hashlib.blake2b(f"{seed}\x1f{step}\x1f{key}".encode(), digest_size=8).digest() for key, step in draws
+    )
+    halves = [int.from_bytes(digests[i : i + 4], "little", signed=True) for i in range(0, len(digests), 4)]
+    keys = torch.tensor(halves, dtype=torch.int32, device=device).view(-1, 2, 1)
+    bits = torch.arange(vocabulary, dtype=torch.int32, device=device) * -1640531535 ^ keys[:, 0]
+    # Shifts and factors of lowbias32 (Wellons 2018), with the second half of the key between its rounds. int32 wraps
+    # around, and `>>` keeps the sign: hence the masks
+    bits ^= (bits >> 16) & 0xFFFF
+    bits *= 2146121005
+    bits += keys[:, 1]
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= -2073254261
+    bits ^= (bits >> 16) & 0xFFFF
+    # 31 bits, finest near 0: u near 0 makes the large noise that lets a token of probability 1e-9 win
+    uniform = (bits & 0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
