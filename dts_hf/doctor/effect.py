@@ -250,7 +250,7 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
         )
         return
     # The gap of a row is no matter of the schedule, and that of another run none of this one
-    measured = getattr(loss.temperature, "gap_source", None) == "measured"
+    measured = loss.temperature.describe().get("gap_source") == "measured"
     if name == "dts" and measured and getattr(loss.temperature, "granularity", "") == "batch":
         plain = [seen.mean for seen in _follow(loss, sample, steps, gap=0.0)[0]]
         check.values["temperature_without_gap"] = plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -241,8 +240,7 @@ def policy_facts(facts: Facts) -> Policy:
         policy = build_temperature(name, **options)
     except (ImportError, ValueError, TypeError):
         return Policy(options, "", None)
-    known = [key for key in inspect.signature(type(policy).__init__).parameters if key != "self"]
-    options = {**options, **{key: getattr(policy, key) for key in known if getattr(policy, key, None) is not None}}
+    options = {**options, **policy.describe()}
     document = " ".join((type(policy).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
     rule = DTS_RULES.get(str(options.get("rule")), "") if name == "dts" else document
     ratios = []

@@ -6,14 +6,16 @@ Shapes: ``C`` rows of a chunk, ``V`` vocabulary entries.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 
 
 class Temperatures(NamedTuple):
@@ -78,6 +80,29 @@ class StepStats:
         return self.student_ce - self.teacher_ce
 
 
+class Mechanism:
+    """A part with options and state of its own, for any policy that lists it in ``self.mechanisms``.
+
+    Its options are parameters of the policy, and kept here under the same names; the numbers in ``state_fields`` join the
+    policy's state. The policy calls it where it needs it; what is below it is told by the policy's base.
+    """
+
+    state_fields: ClassVar[tuple[str, ...]] = ()
+
+    def check_classes(self, classes: int) -> None:
+        """As ``TemperaturePolicy.check_classes``, which calls it."""
+
+    def begin_run(self, steps: int | None) -> None:
+        """As ``TemperaturePolicy.begin_run``, which calls it."""
+
+    def end_step(self, stats: StepStats) -> None:
+        """As ``TemperaturePolicy.end_step``, which calls it."""
+
+    def counters(self) -> dict[str, int]:
+        """As ``TemperaturePolicy.counters``, which calls it."""
+        return {}
+
+
 class TemperaturePolicy(nn.Module):
     """Base of all policies. A policy is one file in this folder, found by its ``name``.
 
@@ -98,6 +123,7 @@ class TemperaturePolicy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.progress = 0.0
+        self.mechanisms: tuple[Mechanism, ...] = ()
 
     @property
     def temperature(self) -> float:
@@ -120,7 +146,7 @@ class TemperaturePolicy(nn.Module):
 
     def counters(self) -> dict[str, int]:
         """What the log should count, from the start of the run on; only what is above zero is shown."""
-        return {}
+        return {name: count for mechanism in self.mechanisms for name, count in mechanism.counters().items()}
 
     @property
     def companions(self) -> tuple[tuple[float, float], ...]:
@@ -138,7 +164,13 @@ class TemperaturePolicy(nn.Module):
         return (self.temperature,)
 
     def check_classes(self, classes: int) -> None:
-        """Refuse, before training, options that cannot work over so many classes: the vocabulary, or a task's labels."""
+        """Refuse, before training, options that cannot work over so many classes: the vocabulary, or a task's labels.
+
+        Raises:
+            UserError: a mechanism of the policy needs more of them.
+        """
+        for mechanism in self.mechanisms:
+            mechanism.check_classes(classes)
 
     def begin_run(self, steps: int | None = None) -> None:
         """Before the first step, and after a resume has loaded the state: read what the options name outside this run.
@@ -149,22 +181,46 @@ class TemperaturePolicy(nn.Module):
         Raises:
             UserError: it cannot be read, or does not fit a run of this length.
         """
+        for mechanism in self.mechanisms:
+            mechanism.begin_run(steps)
 
     def begin_step(self, progress: float) -> None:
         """Tell the policy where training is: ``progress`` in [0, 1], once per optimizer step."""
         self.progress = min(max(float(progress), 0.0), 1.0)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        """Temperatures for one chunk of logits ``[C, V]``; pure, so chunking cannot change the result."""
+        """Give the temperatures of one chunk. Pure: neither chunks nor their order can change a result.
+
+        Args:
+            student_logits: ``[C, V]``; what a policy makes of them it makes of ``student_logits.detach()``.
+            teacher_logits: ``[C, V]``.
+            rows: statistics of the same rows at T = 1, ``[C]`` each.
+
+        Returns:
+            Temperatures in the dtype of the logits: here one for all rows and both models, ``[]``.
+        """
         value = torch.full((), self.temperature, dtype=student_logits.dtype, device=student_logits.device)
         return Temperatures(value, value)
 
     def end_step(self, stats: StepStats) -> None:
-        """Take the reduced statistics of the optimizer step that just ended."""
+        """Take the reduced statistics of the optimizer step that just ended.
+
+        Raises:
+            UserError: a mechanism cannot do with them what its options ask for.
+        """
+        for mechanism in self.mechanisms:
+            mechanism.end_step(stats)
+
+    def describe(self) -> dict[str, Any]:
+        """The options that build this policy again, those of its mechanisms too; without those that are None."""
+        holders = (self, *self.mechanisms)
+        options = inspect.signature(type(self)).parameters
+        values = ((option, getattr(holder, option, None)) for option in options for holder in holders)
+        return {option: value for option, value in values if value is not None}
 
     def state(self) -> dict[str, Any]:
         """Everything that must survive a checkpoint, as JSON-ready numbers."""
-        return {field: copy.deepcopy(getattr(self, field)) for field in self.state_fields}
+        return {field: copy.deepcopy(getattr(holder, field)) for field, holder in self._state_holders().items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what ``state`` returned.
@@ -172,27 +228,48 @@ class TemperaturePolicy(nn.Module):
         Raises:
             UserError: a field is missing, or was written by another policy.
         """
-        if set(state) != set(self.state_fields):
+        holders = self._state_holders()
+        if set(state) != set(holders):
             raise UserError(
-                f"temperature state of '{self.name}': got the fields {sorted(state)}, expected {sorted(self.state_fields)}; "
+                f"temperature state of '{self.name}': got the fields {sorted(state)}, expected {sorted(holders)}; "
                 "was the checkpoint written with another policy?"
             )
         for field, value in state.items():
-            setattr(self, field, copy.deepcopy(value))
+            setattr(holders[field], field, copy.deepcopy(value))
+
+    def _state_holders(self) -> dict[str, TemperaturePolicy | Mechanism]:
+        """Who has which field of the state."""
+        holders: tuple[TemperaturePolicy | Mechanism, ...] = (self, *self.mechanisms)
+        return {field: holder for holder in holders for field in holder.state_fields}
 
     # nn.Module.state_dict carries the same numbers, so torch users need nothing special.
     def get_extra_state(self) -> dict[str, Any]:
+        """``state``, for ``state_dict``."""
         return self.state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """``load_state``, for ``load_state_dict``."""
         self.load_state(state)
 
     def extra_repr(self) -> str:
+        """What ``print`` shows between the brackets."""
         return f"name={self.name}, temperature={self.temperature:g}"
 
 
 def check_number(policy: str, option: str, value: object, *, low: float, high: float, low_open: bool = False) -> float:
-    """Return ``value`` as a float in [low, high] ((low, high] when ``low_open``); else a UserError names the option."""
+    """Return ``value`` as a float in [low, high], or in (low, high].
+
+    Args:
+        policy: its name, for the message.
+        option: the option's name, for the message.
+        value: what the recipe has.
+        low: the lower bound.
+        high: the upper bound, which belongs to the range; may be infinite.
+        low_open: whether ``low`` itself is outside.
+
+    Raises:
+        UserError: ``value`` is not a finite number, or out of range.
+    """
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not usable or value < low or value > high or (low_open and value == low):  # type: ignore[operator]
         bound = f"{'above' if low_open else 'from'} {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")
@@ -200,17 +277,49 @@ def check_number(policy: str, option: str, value: object, *, low: float, high: f
     return float(value)  # type: ignore[arg-type]
 
 
-def check_whole(option: str, value: object, low: int, expected: str) -> None:
-    """Refuse what is neither None nor a whole number from ``low``."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise UserError(f"temperature.{option}: got {value!r}, expected {expected}")
+def check_temperature(policy: str, option: str, value: object) -> float:
+    """Return ``value`` as a temperature, a finite float above 0; else a ``UserError`` names the option."""
+    return check_number(policy, option, value, low=0.0, high=math.inf, low_open=True)
 
 
 def check_range(policy: str, t_init: object, t_min: object, t_max: object) -> tuple[float, float, float]:
-    """Return (t_init, t_min, t_max) with 0 < t_min <= t_init <= t_max; T_min = 0 would divide the logits by zero."""
-    low = check_number(policy, "t_min", t_min, low=0.0, high=math.inf, low_open=True)
+    """Return (t_init, t_min, t_max) with 0 < t_min <= t_init <= t_max.
+
+    T_min = 0 would divide the logits by zero.
+
+    Raises:
+        UserError: one of them is not a finite number, or out of order.
+    """
+    low = check_temperature(policy, "t_min", t_min)
     high = check_number(policy, "t_max", t_max, low=low, high=math.inf)
     return check_number(policy, "t_init", t_init, low=low, high=high), low, high
+
+
+def check_whole(option: str, value: object, low: int, expected: str) -> int | None:
+    """Return ``value`` where it is a whole number from ``low``, or None.
+
+    Raises:
+        UserError: it is neither; the message ends with ``expected``.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= low):
+        return value
+    raise UserError(f"temperature.{option}: got {value!r}, expected {expected}")
+
+
+def check_flag(option: str, value: object) -> bool:
+    """Return ``value`` where it is true or false; else a ``UserError`` names the option."""
+    if not isinstance(value, bool):
+        raise UserError(f"temperature.{option}: got {value!r}, expected true or false")
+    return value
+
+
+def check_choice(option: str, value: object, choices: Sequence[str]) -> str:
+    """Return ``value`` where it is one of ``choices``; else a ``UserError`` names the option and the nearest one."""
+    if value not in choices:
+        raise UserError(
+            f"temperature.{option}: got {value!r}, expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
+        )
+    return str(value)
 
 
 def half_cosine(progress: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
-from dts_hf.temperature.spread import deviation_of
+from dts_hf.temperature.parts.logit_statistics import deviation_of
 
 
 class LogitStd(TemperaturePolicy):

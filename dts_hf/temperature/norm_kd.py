@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
-from dts_hf.temperature.spread import deviation_of
+from dts_hf.temperature.parts.logit_statistics import deviation_of
 
 
 class NormKD(TemperaturePolicy):

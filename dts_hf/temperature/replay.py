@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dts_hf.errors import UserError
-from dts_hf.temperature._recorded_run import check_length, check_run, read_trace, step_at
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
+from dts_hf.temperature.parts.recorded_run import RecordedRun, read_trace, step_at
 
 
 class Replay(TemperaturePolicy):
@@ -37,50 +37,64 @@ class Replay(TemperaturePolicy):
         "at the same steps, but not because of this run."
     )
     cost: ClassVar[str] = "none"
-    state_fields: ClassVar[tuple[str, ...]] = ("trace",)
 
     def __init__(self, run: str | None = None) -> None:
         super().__init__()
-        self.run = check_run("run", run)
-        self.trace: list[list[float]] = []  # [T_s, T_t] of each step, once it is read
-
-    def begin_run(self, steps: int | None = None) -> None:
-        """Read the trace, unless a checkpoint has brought it.
-
-        Raises:
-            UserError: see ``read_trace`` and ``check_length``.
-        """
-        if not self.trace:
-            columns = [self._column(name) for name in ("temperature", "teacher_temperature")]
-            self.trace = [list(pair) for pair in zip(*columns, strict=True)]
-        check_length("run", self.run, len(self.trace), steps)
+        self.trace = TemperatureTrace("run", run)
+        self.run = self.trace.run
+        self.mechanisms = (self.trace,)
 
     @property
     def temperature(self) -> float:
-        """That of the student."""
+        """That of the student; 1 until the run was read."""
         return self._pair()[0]
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        """
+        """Give the recorded temperatures of this step, whatever the logits are.
+
+        Args:
+            student_logits: ``[C, V]``, for dtype and device alone.
+            teacher_logits: ``[C, V]``, not read.
+            rows: not read.
+
+        Returns:
+            T_s and T_t, each ``[]``.
+
         Raises:
             ValueError: ``begin_run`` has not been called, and no state was loaded.
         """
-        if not self.trace:
-            raise ValueError("replay: nothing was read yet; call begin_run before the first step")
+        self.trace.check_read(self.name)
         like = student_logits.detach()
         return Temperatures(*(torch.full((), value, dtype=like.dtype, device=like.device) for value in self._pair()))
 
     def _pair(self) -> list[float]:
-        return self.trace[step_at(self.progress, len(self.trace))] if self.trace else [1.0, 1.0]
+        """[T_s, T_t] in force."""
+        trace = self.trace.recorded
+        return trace[step_at(self.progress, len(trace))] if trace else [1.0, 1.0]
+
+
+class TemperatureTrace(RecordedRun):
+    """[T_s, T_t] of each optimizer step of a finished run."""
+
+    def read(self, steps: int | None) -> list[list[float]]:
+        """Both columns of the log.
+
+        Raises:
+            UserError: see ``read_trace``; or a temperature is not above 0.
+        """
+        columns = [self._column(name) for name in ("temperature", "teacher_temperature")]
+        return [list(pair) for pair in zip(*columns, strict=True)]
 
     def _column(self, name: str) -> list[float]:
         """A step whose value was non-finite keeps the one before it."""
-        trace = read_trace("run", self.run, name)
-        held = next(value for value in trace if value is not None)
+        trace = read_trace(self.option, self.run, name)
+        held = next(value for value in trace if value is not None)  # the first steps take the first value there is
         column = []
         for value in trace:
             held = held if value is None else value
             column.append(held)
         if min(column) <= 0:
-            raise UserError(f"temperature.run: {self.run}: its log has a {name} of {min(column):g}, expected above 0")
+            raise UserError(
+                f"temperature.{self.option}: {self.run}: its log has a {name} of {min(column):g}, expected above 0"
+            )
         return column

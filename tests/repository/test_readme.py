@@ -96,7 +96,7 @@ def test_commands_and_targets_exist(document: Path) -> None:
 def test_readme_lists_every_policy_and_divergence() -> None:
     from dts_hf.divergences import DIVERGENCES
     from dts_hf.temperature import temperature_policies
-    from dts_hf.temperature.dts import RULES
+    from dts_hf.temperature.parts.dts_rules import RULES
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in (*temperature_policies(), *DIVERGENCES, *(f"rule: {rule}" for rule in RULES)):

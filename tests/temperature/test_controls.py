@@ -72,7 +72,7 @@ def test_every_order_plays_each_gap_as_often_as_the_run_had_it(measured, order):
     for seed in (None, 1, 2):
         policy = replaying(run, order, seed=seed)
         policy.begin_run(STEPS)
-        assert Counter(policy.replayed) == Counter(gaps[:-1]) and policy.replayed != gaps[:-1]
+        assert Counter(policy.gaps.recorded) == Counter(gaps[:-1]) and policy.gaps.recorded != gaps[:-1]
 
 
 def test_the_mean_temperature_of_each_control(measured):
@@ -102,8 +102,8 @@ def test_permuted_gaps_have_lost_their_timing_and_blocks_keep_their_neighbours(m
     for order in ("permuted", "blocks"):
         policy = replaying(run, order, seed=3)
         policy.begin_run()
-        halves = [fmean(part) for part in (policy.replayed[: STEPS // 2], policy.replayed[STEPS // 2 :])]
-        kept = sum(pair in set(itertools.pairwise(gaps)) for pair in zip(policy.replayed, policy.replayed[1:])) / STEPS
+        halves = [fmean(part) for part in (policy.gaps.recorded[: STEPS // 2], policy.gaps.recorded[STEPS // 2 :])]
+        kept = sum(pair in set(itertools.pairwise(gaps)) for pair in zip(policy.gaps.recorded, policy.gaps.recorded[1:])) / STEPS
         seen[order] = (halves[0] / halves[1], kept)
     first, second = fmean(gaps[: STEPS // 2]), fmean(gaps[STEPS // 2 :])
     assert first / second > 4  # as it was
@@ -118,7 +118,7 @@ def test_blocks_have_the_length_that_was_asked_for(measured, block, expected):
     policy = build_temperature("dts", gap_source={"replay": run, "order": "blocks", **options}, seed=5)
     policy.begin_run()
     place = {gap: k for k, gap in enumerate(gaps)}
-    starts = [0, *(k for k in range(1, 399) if place[policy.replayed[k]] != place[policy.replayed[k - 1]] + 1), 399]
+    starts = [0, *(k for k in range(1, 399) if place[policy.gaps.recorded[k]] != place[policy.gaps.recorded[k - 1]] + 1), 399]
     lengths = [end - start for start, end in itertools.pairwise(starts)]
     # Two blocks that were neighbours may be so again, and the last one is what is left
     assert all(length % expected == 0 or length % expected == 399 % expected for length in lengths)
@@ -143,10 +143,10 @@ def test_a_gap_that_was_no_number_stays_one_wherever_it_goes(tmp_path):
         policy.begin_step(step / 6)
         seen.append(policy.temperature)
         policy.end_step(StepStats(3.0, 2.0, 1.0, 10))
-    assert seen[2] == seen[1] and seen[3] != seen[2] and policy.ignored_gaps == 1
+    assert seen[2] == seen[1] and seen[3] != seen[2] and policy.counters()["ignored_gaps"] == 1
     policy = replaying(run, "permuted", seed=1)
     policy.begin_run(6)
-    assert policy.replayed.count(None) == 1
+    assert policy.gaps.recorded.count(None) == 1
 
 
 # -------------------------------------------------------------------------------------------------- the temperatures
@@ -190,7 +190,7 @@ def test_the_matched_cosine_has_the_mean_of_the_run(measured, t_min):
         policy = build_temperature("cosine", match_mean_of=run, t_min=t_min)
         seen = simulated(policy, steps=steps)[0]
         assert fmean(seen) == pytest.approx(fmean(temperatures), abs=1e-9) and min(seen) >= t_min
-        plain = build_temperature("cosine", t_init=policy.solved_t_init, t_min=t_min)
+        plain = build_temperature("cosine", t_init=policy.matched.recorded[0], t_min=t_min)
         assert simulated(plain, steps=steps)[0] == seen  # nothing else is different
 
 
@@ -213,7 +213,7 @@ def test_a_line_of_several_steps_stands_for_each_of_them_and_says_so(tmp_path, c
     run = record(tmp_path / "run", {"gap": gaps, "temperature": gaps, "teacher_temperature": gaps}, every=5)
     policy = build_temperature("replay", run=run)
     policy.begin_run(13)
-    assert [student for student, _ in policy.trace] == [3.0] * 5 + [8.0] * 8  # the last three take the last line's
+    assert [student for student, _ in policy.trace.recorded] == [3.0] * 5 + [8.0] * 8  # the last three take the last line's
     assert "2 lines for 13 steps" in caplog.text and "logging_steps: 1" in caplog.text
 
 
@@ -224,7 +224,7 @@ def test_lines_of_a_life_that_did_not_last_do_not_count(tmp_path):
     (tmp_path / "run" / "log.jsonl").write_text("\n".join([*old, *lines[2:]]) + "\n")
     policy = build_temperature("dts", gap_source={"replay": run})
     policy.begin_run(3)
-    assert policy.replayed == [9.0, 2.0]
+    assert policy.gaps.recorded == [9.0, 2.0]
 
 
 def broken(folder, change):
@@ -561,4 +561,4 @@ def test_all_processes_have_what_the_first_one_read(source, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and "6 optimizer steps and this run 7" in first["refused"]
-    assert len(first["replay"]["trace"]) == 6 and len(first["permuted"]["replayed"]) == 5
+    assert len(first["replay"]["recorded"]) == 6 and len(first["permuted"]["recorded"]) == 5

@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
-from dts_hf.temperature import RowStats, StepStats, Temperatures, _dts_parts, build_temperature
+from dts_hf.temperature import RowStats, StepStats, Temperatures, build_temperature
+from dts_hf.temperature.parts import auto_range, dts_rules
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support import reference
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -185,10 +186,10 @@ class TestContract:
         policy.end_step(stats(math.nan, empty))
         json.dumps(policy.state(), allow_nan=False)
         policy.begin_step(0.5)
-        assert policy.temperature == before and policy.ignored_gaps == 1
+        assert policy.temperature == before and policy.counters()["ignored_gaps"] == 1
         policy.end_step(stats(0.5))
         policy.begin_step(0.6)
-        assert policy.temperature != before and policy.ignored_gaps == 1
+        assert policy.temperature != before and policy.counters()["ignored_gaps"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------- DTS, by hand
@@ -232,10 +233,9 @@ def test_dts_code_by_hand():
 def test_dts_code_multiplier_table():
     """Boost largest at gap 2 and shrinking as the student gets worse: odd, but it is what the released code does."""
     table = {1.5: 1.35, 1.9: 1.35, 2.5: 1.6667, 3.0: 1.5, 4.0: 1.3333, 6.0: 1.2}
-    for gap, multiplier in table.items():
-        assert dts("code").target(1.0, gap) / 3.0 == pytest.approx(multiplier, abs=2e-4)
-    for gap in (-3.0, 0.0, 0.5, 0.99):
-        assert dts("code").target(1.0, gap) == 3.0
+    multipliers = dts_rules.target("code", 1.0, 1.0, torch.tensor(list(table), dtype=torch.float64))
+    assert multipliers.tolist() == pytest.approx(list(table.values()), abs=2e-4)
+    assert (dts_rules.target("code", 1.0, 1.0, torch.tensor([-3.0, 0.0, 0.5, 0.99])) == 1.0).all()
 
 
 @pytest.mark.parametrize("rule", ["paper", "code", "gap"])
@@ -266,7 +266,7 @@ def test_a_gap_that_is_no_number_keeps_the_temperature_and_is_counted(rule, bad)
     policy = dts(rule)
     seen = walk(policy, PROGRESS, [0.5, bad, 0.5, 0.5])
     assert seen[2] == seen[1] and seen[3] != seen[2]
-    assert policy.ignored_gaps == 1
+    assert policy.counters()["ignored_gaps"] == 1
 
 
 @settings(deadline=None, max_examples=200)
@@ -506,9 +506,9 @@ def solve(policy, teacher: torch.Tensor):
 
 def test_the_observed_entropies_are_those_of_the_formula():
     observed = solve(build_temperature("dts", range="auto"), two_level(6.0, 200))
-    assert len(observed) == len(_dts_parts.SUPPORT_GRID) == 19
-    assert (_dts_parts.SUPPORT_GRID[0], _dts_parts.SUPPORT_GRID[-1]) == (0.25, 16.0)
-    expected = [two_level_entropy(6.0, 200, t) for t in _dts_parts.SUPPORT_GRID]
+    assert len(observed) == len(auto_range.SUPPORT_GRID) == 19
+    assert (auto_range.SUPPORT_GRID[0], auto_range.SUPPORT_GRID[-1]) == (0.25, 16.0)
+    expected = [two_level_entropy(6.0, 200, t) for t in auto_range.SUPPORT_GRID]
     assert list(observed) == pytest.approx(expected, abs=1e-12)
 
 
@@ -519,7 +519,7 @@ def test_auto_by_hand_on_points_of_the_grid():
     high, low = 2 * math.sqrt(199), math.exp(math.log(200 / 199) + 2 * a / 200)
     policy = build_temperature("dts", range="auto", support_max=high, support_min=low, momentum=0.5)
     solve(policy, two_level(a, 200))
-    assert policy.solved_range == pytest.approx([1.0, 0.5], abs=1e-9)
+    assert policy.limits.solved_range == pytest.approx([1.0, 0.5], abs=1e-9)
     # from here on it is dts with t_init = t_max = 1, t_min = 1/2
     manual = build_temperature("dts", t_init=1.0, t_max=1.0, t_min=0.5, momentum=0.5)
     walk(manual, [0.0], [0.0])
@@ -536,15 +536,15 @@ def test_auto_between_the_points(a, vocab, granularity):
     solve(policy, two_level(a, vocab))
     expected = [two_level_temperature(a, vocab, support) for support in (50, 10)]
     # all rows melt at one temperature here, the hardest case between the points; real rows melt one after another
-    assert policy.solved_range == pytest.approx(expected, rel=0.015)
-    assert policy.temperature == policy.cosine == policy.solved_range[0] > policy.solved_range[1]
+    assert policy.limits.solved_range == pytest.approx(expected, rel=0.015)
+    assert policy.temperature == policy.cosine == policy.limits.solved_range[0] > policy.limits.solved_range[1]
 
 
 def test_auto_on_random_logits_meets_the_support():
     teacher = torch.randn(64, 2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     policy = build_temperature("dts", range="auto", support_max=100, support_min=5)
     solve(policy, teacher)
-    for t, support in zip(policy.solved_range, (100, 5)):
+    for t, support in zip(policy.limits.solved_range, (100, 5)):
         p = reference.softmax(teacher / t)
         assert math.exp(-(p * p.log()).sum(-1).mean()) == pytest.approx(support, rel=0.01)
 
@@ -572,7 +572,7 @@ def test_a_support_out_of_reach_ends_the_run_with_the_reason(supports, teacher, 
     policy.check_classes(teacher.shape[-1])
     with pytest.raises(UserError, match=f"temperature.{words}.*range: manual"):
         solve(policy, teacher)
-    assert policy.solved_range == []
+    assert policy.limits.solved_range == []
 
 
 @pytest.mark.parametrize(
@@ -596,10 +596,10 @@ def test_auto_asks_again_after_a_step_that_said_nothing():
     policy = build_temperature("dts", range="auto")
     walk(policy, [0.0], [0.0])
     policy.begin_step(0.1)
-    assert policy.temperature == 1.0 and policy.solved_range == []
+    assert policy.temperature == 1.0 and policy.limits.solved_range == []
     policy.end_step(stats(0.0, (math.nan,) * 19))
-    assert policy.solved_range == []
-    assert len(solve(policy, two_level(9.0, 1000))) == 19 and len(policy.solved_range) == 2
+    assert policy.limits.solved_range == []
+    assert len(solve(policy, two_level(9.0, 1000))) == 19 and len(policy.limits.solved_range) == 2
 
 
 # -------------------------------------------------------------------------------------------------- through the loss

@@ -281,7 +281,7 @@ def test_max_logit_by_hand():
 
 @pytest.mark.parametrize("offset", [0.0, -300.0])
 def test_deviations_lose_no_digits_to_an_offset(offset):
-    from dts_hf.temperature.spread import standard_deviation
+    from dts_hf.temperature.parts.logit_statistics import standard_deviation
 
     z = torch.randn(3, 5001, generator=torch.Generator().manual_seed(0)) + offset
     torch.testing.assert_close(standard_deviation(z).double(), z.double().std(-1, keepdim=True), rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""How spread out logits are over the vocabulary: the standard deviation, and the peak above the mean.
+"""Statistics of each row of logits over the vocabulary, blind to a shift: standard deviation, and peak above the mean.
 
 A temperature that is a multiple of ``deviation_of(z)`` makes softmax(z / T) the same at every scale of z.
 """
@@ -28,8 +28,8 @@ def deviation_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     A flat row is divided by 1, as it is: standardised, it would be anything.
     """
     deviation = standard_deviation(logits.detach())
-    spread = deviation > FLAT
-    return torch.where(spread, deviation, torch.ones_like(deviation)), spread
+    has_one = deviation > FLAT
+    return torch.where(has_one, deviation, torch.ones_like(deviation)), has_one
 
 
 def sharpness(logits: Tensor) -> Tensor:
