@@ -8,15 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dts_hf.doctor.estimate import (
-    Plan,
-    Workload,
-    disk_needed,
-    estimate_communication,
-    estimate_host,
-    estimate_memory,
-    floor_seconds,
-)
+from _scale_estimates import estimate_communication, estimate_host, floor_seconds
+
+from dts_hf.doctor.memory import Plan, Workload, disk_needed, estimate_memory
 from dts_hf.doctor.shapes import ModelShape
 
 DOCS = Path(__file__).resolve().parent
