@@ -71,7 +71,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 3. Teacher, then student, which may be cut out of it: so it stays whole and where it is until the student is there.
     teacher = task.load_teacher()
     if teacher is not None:
-        task.check_teacher(teacher)
+        task.check_head(teacher, "teacher")
     student = task.load_student(teacher, args.seed)
     if recipe.teacher is not None and teacher is not None:
         place_teacher(teacher, recipe.teacher.placement, args.device)

@@ -132,8 +132,12 @@ class Task(ABC, Generic[TrainerT]):
             UserError: it cannot be loaded.
         """
 
-    def check_teacher(self, teacher: PreTrainedModel) -> None:
-        """Refuse a teacher whose outputs the loss cannot represent; it is whole, so this is before it is placed.
+    def check_head(self, model: nn.Module, role: str) -> None:
+        """Refuse a model whose outputs the loss cannot represent. The model is whole: this comes before it is placed.
+
+        Args:
+            model: teacher or student; ``load_student`` has checked what it returns.
+            role: ``teacher`` or ``student``, for messages.
 
         Raises:
             UserError: names the model and what it does.

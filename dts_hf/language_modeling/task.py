@@ -69,8 +69,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def load_teacher(self) -> PreTrainedModel | None:
         return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
 
-    def check_teacher(self, teacher: PreTrainedModel) -> None:
-        check_head(teacher, role="teacher")
+    def check_head(self, model: nn.Module, role: str) -> None:
+        check_head(model, role=role)
 
     def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
         return load_student(self.recipe.student, teacher)

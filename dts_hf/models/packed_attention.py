@@ -3,8 +3,8 @@
 Transformers answers packed rows with a mask of (sum of T)^2 entries, most of which say no. Flash Attention knows
 better, but needs a GPU. Here the boundaries themselves travel where the mask would: ``cu_seqlens_mask`` is a four-
 dimensional tensor of whole numbers, which every model hands to its attention layers untouched. An attention function that
-does not know it fails on its type, so rows can never be joined in silence; and because it is an ordinary argument of the layer,
-gradient checkpointing sees the same boundaries when it runs the layer again.
+does not know it fails on its type, so rows can never be joined in silence; and because it is an ordinary argument of the
+layer, gradient checkpointing sees the same boundaries when it runs the layer again.
 """
 
 from __future__ import annotations
