@@ -58,9 +58,13 @@ class ClassifierWalk(Walk):
         if cut == len(data):
             check.error("every-row-cut", "every text is cut at task.max_length", "Raise task.max_length")
         elif share > MANY_ROWS:
-            check.warn("many-rows-cut", f"{share:.1%} of the texts are cut at task.max_length", "Raise task.max_length")
+            check.warn(
+                "many-rows-cut", f"{share:.1%} of the texts are cut at task.max_length", "Raise task.max_length"
+            )
         tokenizer = need(self.tokenizers, "a tokenizer")["student"]
-        self.diagnosis.picture = [_pictured(self.task.glue, data, index, tokenizer) for index in spaced(range(len(data)), 2)]
+        self.diagnosis.picture = [
+            _pictured(self.task.glue, data, index, tokenizer) for index in spaced(range(len(data)), 2)
+        ]
 
     def compare(self, check: Check) -> None:
         trainer: Any = self.make_trainer()
@@ -69,7 +73,9 @@ class ClassifierWalk(Walk):
         if self.task.glue.regression:
             compare_scores(check, self.sample)
             return
-        check_teacher(check, trainer.eval_loss, self.sample, self.task.glue.outputs, self.recipe.student.init is not None)
+        check_teacher(
+            check, trainer.eval_loss, self.sample, self.task.glue.outputs, self.recipe.student.init is not None
+        )
         if self.sample.teacher_states is not None:
             answers, labels = self.sample.teacher_states.argmax(-1).tolist(), self.sample.targets.tolist()
             check_label_order(check, answers, labels, self.task.glue.outputs)

@@ -116,7 +116,9 @@ class Diagnosis:
         except Skipped as skipped:
             check.skipped = str(skipped)
         except (UserError, RunError) as error:
-            said = next((other.name for other in self.checks for problem in other.problems if problem.text == str(error)), "")
+            said = next(
+                (other.name for other in self.checks for problem in other.problems if problem.text == str(error)), ""
+            )
             if said:  # a stage refuses again what an earlier one has refused
                 check.skipped = f"not checked: see '{said}'"
             else:

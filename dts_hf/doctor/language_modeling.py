@@ -93,7 +93,9 @@ class LanguageModelWalk(Walk):
                 self.answer(check)
         with self.diagnosis.check("labels") as check:
             data, tokenizer = need(self.data, "tokenised rows"), need(self.tokenizers, "a tokenizer")["student"]
-            if self.fits.loads and "error" not in (self.diagnosis[name].status for name in ("tokenizers", "vocabulary")):
+            if self.fits.loads and "error" not in (
+                self.diagnosis[name].status for name in ("tokenizers", "vocabulary")
+            ):
                 with contextlib.suppress(Skipped):  # the collator can be looked at without models
                     self.make_trainer()
             padded = PaddedCollator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]

@@ -136,7 +136,10 @@ def check_tokenizers(check: Check, student: PreTrainedTokenizerBase, teacher: Pr
 
 
 def check_special_tokens(
-    check: Check, tokenizers: Mapping[str, PreTrainedTokenizerBase], models: Mapping[str, Any], data: EncodedDataset | None
+    check: Check,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    models: Mapping[str, Any],
+    data: EncodedDataset | None,
 ) -> None:
     """The end token that is taught must be the one that the models stop at.
 

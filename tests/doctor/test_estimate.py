@@ -16,19 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, OPTConfig, Qwen3Config
 
 from dts_hf.distributed.launch import zero_options
-from dts_hf.doctor.estimate import (
-    BLOCK_BUFFERS,
-    ModelShape,
-    Plan,
-    Workload,
-    disk_needed,
-    estimate_communication,
-    estimate_host,
-    estimate_memory,
-    floor_seconds,
-    flops,
-    kept_by_block,
-)
+from dts_hf.doctor.memory import BLOCK_BUFFERS, Plan, Workload, disk_needed, estimate_memory, kept_by_block
+from dts_hf.doctor.shapes import ModelShape
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.adapters import add_lora
