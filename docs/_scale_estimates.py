@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dts_hf.doctor.memory import BYTES, Plan, Types, Workload, trained_weights
-from dts_hf.doctor.shapes import ModelShape
+from dts_hf.models.shape import ModelShape
+from dts_hf.training.memory import BYTES, Plan, Types, Workload, trained_weights
 
 
 def estimate_host(

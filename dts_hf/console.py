@@ -99,3 +99,15 @@ def _secrets_of_the_environment() -> set[str]:
 def say(text: str) -> None:
     """Print to stderr: stdout belongs to what a command returns. Names of the user's files may be in ``text``."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def gb(value: float) -> str:
+    """Bytes for people: ``850 MB``, ``12.3 GB``."""
+    return f"{value / 1e6:,.0f} MB" if value < 0.95e9 else f"{value / 1e9:,.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, as exactly as an estimate is: ``0.8 s``, ``45 s``, ``6 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

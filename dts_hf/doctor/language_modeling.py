@@ -7,14 +7,12 @@ import math
 import time
 from typing import Any
 
+from dts_hf.console import duration
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, Skipped, need
-from dts_hf.doctor.machine import duration, resident_bytes
-from dts_hf.doctor.memory import Workload
 from dts_hf.doctor.models import check_chat_form, check_teacher, check_vocabulary, take_sample
-from dts_hf.doctor.resources import check_memory, shapes_from_configs, workload_of
-from dts_hf.doctor.shapes import ModelShape
+from dts_hf.doctor.resources import check_memory, workload_of
 from dts_hf.doctor.tokens import (
     check_labels,
     check_limits,
@@ -26,8 +24,11 @@ from dts_hf.doctor.tokens import (
 )
 from dts_hf.doctor.walk import Walk
 from dts_hf.language_modeling.task import LanguageModeling
+from dts_hf.models.shape import ModelShape, shapes_from_configs
+from dts_hf.runs.machine import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.training.memory import Workload
 
 #: Rows of the sample on which teacher and student are compared (fewer where the teacher has to write them first, and then
 #: so many tokens of each answer at most).

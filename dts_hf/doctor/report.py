@@ -11,8 +11,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from dts_hf.console import duration, gb
 from dts_hf.doctor.diagnosis import Check, Diagnosis, PicturedRow
-from dts_hf.doctor.machine import GB, duration, gb
 
 MARKS = {
     "ok": ("ok", "green"),
@@ -114,7 +114,7 @@ def _memory(diagnosis: Diagnosis) -> Table:
 
 
 def _gigabytes(value: float) -> str:
-    return f"{value / GB:.2f}" if value < 9.995 * GB else f"{value / GB:,.1f}"
+    return f"{value / 1e9:.2f}" if value < 9.995e9 else f"{value / 1e9:,.1f}"
 
 
 def _verdict(diagnosis: Diagnosis) -> Text:

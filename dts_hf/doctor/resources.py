@@ -6,49 +6,23 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 
+from dts_hf.console import gb
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, Diagnosis
-from dts_hf.doctor.machine import gb
-from dts_hf.doctor.memory import Memory, Plan, Strategy, TeacherPlacement, Workload, disk_needed, estimate_memory
-from dts_hf.doctor.shapes import ModelShape
 from dts_hf.errors import UserError
-from dts_hf.models.loading import ModelSource
-from dts_hf.models.pruning import pruned_config
-from dts_hf.recipe.schema import Recipe, Student, Teacher
+from dts_hf.models.shape import ModelShape, Shapes
+from dts_hf.recipe.schema import Recipe, Student
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.training.memory import Memory, Plan, Strategy, TeacherPlacement, Workload, disk_needed, estimate_memory
 
-#: (student, teacher)
-Shapes = tuple[ModelShape, ModelShape | None]
 #: Up to this share of the device's memory an estimate counts as fitting without a word: it is good to 20 %.
 COMFORTABLE = 0.85
 #: How many devices the table of strategies is for, where the machine has but one.
 FLEET = 8
-
-
-def shapes_from_configs(recipe: Recipe) -> Shapes | None:
-    """Shapes without loading a weight; None where the files hold no plain configuration (GGUF)."""
-
-    def config_of(model: Student | Teacher, key: str) -> Any:
-        source = ModelSource.resolve(str(model.model), key)
-        if source.gguf_file is not None:
-            return None
-        remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        return AutoConfig.from_pretrained(source.location, **remote)
-
-    teacher, student = recipe.teacher, recipe.student
-    of_teacher = None if teacher is None else config_of(teacher, "teacher.model")
-    if student.init is None:
-        of_student = config_of(student, "student.model")
-    else:
-        of_student = None if of_teacher is None else pruned_config(of_teacher, student.init.layers)
-    if of_student is None or (teacher is not None and of_teacher is None):
-        return None
-    return ModelShape.from_config(of_student), None if of_teacher is None else ModelShape.from_config(of_teacher)
 
 
 def workload_of(

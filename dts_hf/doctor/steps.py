@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dts_hf.console import duration, gb
 from dts_hf.doctor.diagnosis import Check
-from dts_hf.doctor.machine import PeakMemory, duration, gb
 from dts_hf.errors import RunError
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.machine import PeakMemory
 from dts_hf.training.trainer import DistillationTrainer
 
 STEPS = 3

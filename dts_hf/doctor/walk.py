@@ -18,15 +18,17 @@ from dts_hf.distill import task_of
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
-from dts_hf.doctor.machine import device_of, resident_bytes
 from dts_hf.doctor.models import check_step_size, check_weights
-from dts_hf.doctor.resources import Fits, Shapes, Workload, check_output
+from dts_hf.doctor.resources import Fits, check_output
 from dts_hf.doctor.steps import check_steps, check_training
 from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
+from dts_hf.models.shape import Shapes
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.machine import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
+from dts_hf.training.memory import Workload
 from dts_hf.training.trainer import DistillationTrainer
 
 #: So many rows are tokenised at most; they are spread over the whole file.

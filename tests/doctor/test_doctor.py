@@ -26,9 +26,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-import dts_hf.doctor.machine as machine
 import dts_hf.doctor.resources as resources
 import dts_hf.doctor.walk as doctor_walk
+import dts_hf.runs.machine as machine
 from dts_hf.cli import app as cli
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import encode_rows
@@ -727,32 +727,6 @@ def test_autocast_counts_for_a_low_precision_student(workplace: Path) -> None:
     in_fp32 = {(entry["strategy"], entry["placement"]): entry for entry in diagnose(plain, devices=8).memory}
     assert table["fsdp2", "replicated"]["student"] == in_fp32["fsdp2", "replicated"]["student"]
     assert table["ddp", "replicated"]["student"] == in_fp32["ddp", "replicated"]["student"] / 2
-
-
-def test_room_of_control_groups(tmp_path: Path) -> None:
-    root, membership = tmp_path / "cgroup", tmp_path / "membership"
-
-    def group(name: str, **files: object) -> None:
-        folder = root / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, value in files.items():
-            (folder / file.replace("__", ".")).write_text(f"{value}\n")
-
-    # Version 2, as SLURM makes it: the limit is above the task, and most of what is used is page cache
-    membership.write_text("0::/system.slice/job_7/step_0/task_0\n")
-    stat = "anon 100\ninactive_file 600\nactive_file 5"
-    group("system.slice/job_7/step_0/task_0", memory__max="max", memory__current=900)
-    group("system.slice/job_7", memory__max=1000, memory__current=900, memory__stat=stat)
-    group("system.slice", memory__max=5000, memory__current=1000)
-    assert machine.cgroup_room(membership, root) == 700
-    # Version 1; the path of the host is not mounted in a container
-    membership.write_text("7:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n")
-    stat = "cache 300\ntotal_inactive_file 250"
-    group("memory", memory__limit_in_bytes=2000, memory__usage_in_bytes=1500, memory__stat=stat)
-    assert machine.cgroup_room(membership, root) == 750
-    membership.write_text("0::/nowhere\n")
-    assert machine.cgroup_room(membership, root) == math.inf
-    assert machine.cgroup_room(tmp_path / "none", root) == math.inf
 
 
 def test_disk_of_weights_alone_and_of_the_largest_strategy(workplace: Path) -> None:

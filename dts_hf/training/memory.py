@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dts_hf.doctor.shapes import ModelShape
+from dts_hf.models.shape import ModelShape
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]
@@ -293,7 +293,7 @@ def _activations(student: ModelShape, workload: Workload, types: Types) -> tuple
 
 
 def kept_by_block(shape: ModelShape, workload: Workload, types: Types | None = None) -> float:
-    """Bytes that autograd keeps of one token in one block; ``tests/doctor/test_estimate.py`` counts them."""
+    """Bytes that autograd keeps of one token in one block; ``tests/training/test_memory.py`` counts them."""
     types = types or Types.of(workload, Plan())
     hidden, inner, query = shape.hidden, shape.intermediate, shape.query_width
     lora = workload.lora_parameters is not None

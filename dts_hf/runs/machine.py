@@ -1,4 +1,4 @@
-"""What the machine has, and its figures for people."""
+"""What memory this machine has to give, and the most that a part of a run took of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 
 from dts_hf.runs.environment import peak_resident_bytes, reset_peak_resident
 
-GB = 1e9
 #: By version of control groups: their folder, the names of limit and use, and of the page cache in ``memory.stat``.
 CGROUP_FILES = {
     1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -97,15 +96,3 @@ class PeakMemory:
 def resident_bytes() -> int:
     """Memory of this process now."""
     return int(psutil.Process().memory_info().rss)
-
-
-def gb(value: float) -> str:
-    """Bytes for people: ``850 MB``, ``12.3 GB``."""
-    return f"{value / 1e6:,.0f} MB" if value < 0.95 * GB else f"{value / GB:,.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, as exactly as an estimate is: ``0.8 s``, ``45 s``, ``6 min``, ``3.5 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
