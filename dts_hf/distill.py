@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dts_hf.classification.task import Classification
@@ -54,8 +54,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     started = time.monotonic()
     task = task_of(recipe)
 
-    # 1. What can be refused without loading anything, and where the run starts: from nothing, from a checkpoint of an
-    #    earlier attempt, or nowhere, because it is done.
+    # 1. What can be refused without loading anything; and where the run starts: this may be its second attempt, or done.
     args = task.training_arguments(recipe.output.dir)
     start = begin(recipe, args, resume)
     if start.finished:
@@ -68,22 +67,17 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     tokenizer, teacher_tokenizer = load_tokenizers(recipe)
     data = task.encode(rows, tokenizer)
 
-    # 3. Teacher, then student, which may be cut out of it: so it stays whole and where it is until the student is there.
-    teacher = task.load_teacher()
-    if teacher is not None:
-        task.check_head(teacher, "teacher")
-    student = task.load_student(teacher, args.seed)
-    if recipe.teacher is not None and teacher is not None:
-        place_teacher(teacher, recipe.teacher.placement, args.device)
-    task.check_context_length([model for model in (teacher, student) if model is not None], tokenizer, rows)
+    # 3. Teacher and student. What generation would refuse later is refused now.
+    models = load_models(recipe, task, args, tokenizer, teacher_tokenizer)
+    teacher, student = models.teacher, models.student
+    task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
     if teacher is not None and recipe.data.responses == "teacher":
         rows = task.answer(teacher, tokenizer, rows)
         data = task.encode(rows, tokenizer)
 
-    # 5. The trainer, where teacher, student and loss meet. It checks that they fit together.
-    models = Models(student, teacher, tokenizer, teacher_tokenizer)
+    # 5. The trainer, where teacher, student, temperature and loss meet. It checks that they fit together.
     trainer = task.make_trainer(args, models, data)
 
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
@@ -95,32 +89,59 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         for note in task.notes(rows, data):
             say(note)
 
-    # 7. Scores of teacher and student, training, scores of the finished student. The student is scored in the wrapper
-    #    that trains it, which is there only once training has begun.
+    # 7. Scores, training, scores. The student before training is scored in the wrapper that trains it, which is there
+    #    only once training has begun: hence the callback. A resumed run has its scores from before.
     scorer = task.make_scorer(run, trainer, models, rows, data, start.scores)
     for callback in scorer.callbacks():
         trainer.add_callback(callback)
     if start.checkpoint is None:
         if teacher is not None:
             scorer.score("teacher", teacher)
-        score_before = partial(scorer.score, "student_before", student)
-        trainer.add_callback(BeforeTrainingCallback(trainer, score_before))
+        trainer.add_callback(BeforeTrainingCallback(trainer, partial(scorer.score, "student_before", student)))
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
-    # 8. The student as from_pretrained reads it, then metrics.json, which marks the run as finished; report and upload.
+    # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
     merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
     save_student(student, tokenizer, run.final_path, merge_lora=merge)
     if trainer.is_world_process_zero():
         scorer.finish(training_facts(trainer, started))
         run.clean_up()
         report(recipe, run)
-    if args.push_to_hub:
-        push(trainer, run)
+    push(trainer, run)
     return run
 
 
 # ------------------------------------------------------------------------------------------------------- its pieces
+
+
+def load_models(
+    recipe: Recipe,
+    task: Task[Any],
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> Models:
+    """The teacher, checked and where the recipe wants it, and the student.
+
+    Args:
+        recipe: says how the teacher is placed.
+        task: loads both.
+        args: the device, and the seed of weights that are drawn anew.
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's.
+
+    Raises:
+        UserError: one of them cannot be loaded, or the loss cannot represent its outputs.
+    """
+    teacher = task.load_teacher()
+    if teacher is not None:
+        task.check_head(teacher, "teacher")
+    student = task.load_student(teacher, args.seed)
+    # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
+    if teacher is not None and recipe.teacher is not None:
+        place_teacher(teacher, recipe.teacher.placement, args.device)
+    return Models(student, teacher, tokenizer, teacher_tokenizer)
 
 
 def check_start(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_from: Mapping[str, Any]) -> None:
@@ -169,7 +190,9 @@ def report(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def push(trainer: DistillationTrainer, run: RunDirectory) -> None:
-    """Upload ``final/`` with the card of the run; all processes call it."""
+    """Upload ``final/`` with the card of the run, where ``training.push_to_hub`` asks for it; all processes call it."""
+    if not trainer.args.push_to_hub:
+        return
     from dts_hf.reporting.model_card import render_model_card
 
     trainer.model_card = lambda: render_model_card(run)

@@ -65,6 +65,11 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def loaded(self) -> list[nn.Module]:
+        """Teacher and student; where there is no teacher, the student alone."""
+        return [model for model in (self.teacher, self.student) if model is not None]
+
 
 class Scorer(Protocol):
     """Scores models on the held-out rows and collects what goes into ``metrics.json``; all processes call it alike."""

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.evaluation.evaluate import evaluate_command
@@ -20,6 +21,8 @@ from dts_hf.files import file_sha256
 from dts_hf.language_modeling.scorer import weights_as
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.task import Data, Rows, Task
+from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
@@ -389,3 +392,64 @@ def test_a_resume_goes_on_when_the_replayed_run_is_gone(recorded, workplace):
     assert [[line[name] for name in names] for line in again] == [[line[name] for name in names] for line in whole]
     with pytest.raises(UserError, match=r"temperature.run: runs/dts: no such folder"):
         distill(wanted.model_copy(update={"output": wanted.output.model_copy(update={"dir": "new"})}))
+
+
+# ------------------------------------------------------------------------------------------ a kind of task of one's own
+
+
+class CountingScorer:
+    """Notes what it is asked to score."""
+
+    def __init__(self, run):
+        self.run, self.asked = run, []
+
+    def callbacks(self):
+        return []
+
+    def score(self, name, model):
+        self.asked.append((name, sum(weight.sum().item() for weight in model.parameters())))
+
+    def finish(self, training):
+        self.run.write_metrics({"format": 1, "models": dict(self.asked), "training": training})
+
+
+class Counting(Task[DistillationTrainer]):
+    """Rows are numbers, to be counted up from; no file holds them, and nothing is generated."""
+
+    def load_rows(self):
+        return Rows(train=range(3, 11))
+
+    def encode(self, rows, tokenizer):
+        return Data(EncodedDataset([str(n) for n in rows.train], [[n, n + 1, n + 2] for n in rows.train], [1] * 8))
+
+    def load_teacher(self):
+        return tiny_llama(seed=0)
+
+    def load_student(self, teacher, seed):
+        return tiny_llama(seed=seed, layers=1)
+
+    def make_trainer(self, args, models, data):
+        tokenizer = models.tokenizer
+        return DistillationTrainer(models.student, models.teacher, 2.0, args=args, train_dataset=data.train,
+                                   processing_class=tokenizer)  # fmt: skip
+
+    def manifest(self, rows, data):
+        return {"splits": {"train": {"rows": len(rows.train)}}}
+
+    def notes(self, rows, data):
+        return [f"{len(data.train)} numbers"]
+
+    def make_scorer(self, run, trainer, models, rows, data, kept):
+        return CountingScorer(run)
+
+
+def test_another_kind_of_task_takes_the_same_line(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("dts_hf.distill.task_of", Counting)
+    run = distill(recipe(output={"report": False}))
+    assert "8 numbers" in capsys.readouterr().err
+    assert run.read_data_manifest() == {"splits": {"train": {"rows": 8}}}
+    metrics = run.read_metrics()
+    assert list(metrics["models"]) == ["teacher", "student_before", "student"] and metrics["training"]["steps"] == 4
+    assert metrics["models"]["student"] != metrics["models"]["student_before"]
+    assert AutoModelForCausalLM.from_pretrained(run.final_path).config.num_hidden_layers == 1
+    assert [line["step"] for line in run.read_log()] == [2, 4]

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainingArguments
 
 from dts_hf.console import say
 from dts_hf.distributed.launch import check_launch
@@ -26,10 +28,6 @@ from dts_hf.runs.environment import environment
 from dts_hf.runs.lock import lock
 from dts_hf.runs.saved_scores import BEFORE, kept_scores
 from dts_hf.temperature import build_temperature
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
 #: two about the size of a batch are compared together with the number of processes, by the trainer's ``check_resumable``.
@@ -70,7 +68,7 @@ class Start:
 def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """Look into ``output.dir``, say what is found, and decide; nothing is changed. One process does it for all.
 
-    A folder that is there is locked (``run_lock``): what is found stays so until ``make_directory``.
+    A folder that is there is locked: what is found stays so until ``make_directory``.
 
     Args:
         recipe: what is asked for.
@@ -117,8 +115,8 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         say(f"{run.path}: there is no run to resume, so this one starts from the beginning")
         return Start(keep=True)
     say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
-    made = kept_scores(run)
-    return Start(None, keep=True, scores=made.get("models", {}), log_bytes=made.get("log_bytes", 0))
+    kept = kept_scores(run)
+    return Start(None, keep=True, scores=kept.get("models", {}), log_bytes=kept.get("log_bytes", 0))
 
 
 def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
@@ -179,8 +177,8 @@ def make_directory(recipe: Recipe, start: Start) -> RunDirectory:
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     scores = kept_scores(run).get("models", {})
-    wanted = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
-    lost = [name for name in BEFORE if name in wanted and name not in scores]
+    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
+    lost = [name for name in BEFORE if name in scored and name not in scores]
     if lost and recipe.data.validation is not None:
         say(f"{run.path}: no scores of {' and '.join(lost)} were kept, so they are left out")
     log_bytes = None
@@ -211,10 +209,10 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
     free = list(MAY_CHANGE)
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
-    wrong = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
-    if wrong:
-        lines = [f"  {key}: was {_shown(before, key)}, now {_shown(after, key)}" for key in wrong]
-        if {*wrong} & {*SCHEDULES}:
+    refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
+    if refused:
+        lines = [f"  {key}: was {_as_text(before, key)}, now {_as_text(after, key)}" for key in refused]
+        if {*refused} & {*SCHEDULES}:
             lines.append(
                 "  (learning rate and temperature are scheduled over the whole run: a longer one is another run)"
             )
@@ -225,7 +223,7 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
         )
     for key in changed:
         if not key.startswith("output."):
-            say(f"resumed with {key}: {_shown(after, key)} (was {_shown(before, key)})")
+            say(f"resumed with {key}: {_as_text(after, key)} (was {_as_text(before, key)})")
 
 
 def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
@@ -251,12 +249,13 @@ def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
         inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {}
-        found |= inner or {f"{prefix}{key}": value}
-    return found
+        leaves |= inner or {f"{prefix}{key}": value}
+    return leaves
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
+def _as_text(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key]) if key in values else "not set"

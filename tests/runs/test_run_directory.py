@@ -19,7 +19,7 @@ from dts_hf.files import write_json_atomic, write_text_atomic
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
-from dts_hf.runs.environment import environment
+from dts_hf.runs.environment import environment, peak_memory_gb, peak_resident_bytes, reset_peak_resident
 
 VALUES = {
     "student": {"model": "small"},
@@ -308,3 +308,25 @@ def test_overwriting_that_is_cut_short_leaves_nothing_to_resume(run: RunDirector
     order = [path.relative_to(run.path).as_posix() for path in run._our_files()]
     assert order[:3] == ["metrics.json", "checkpoint-5/complete.json", "interrupted/checkpoint-6/complete.json"]
     assert order[-1] == "recipe.yaml" and {"final", "checkpoint-5", "interrupted"} <= {*order}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the mark cannot be set back")
+def test_the_high_water_mark_of_memory_rises_and_can_be_set_back() -> None:
+    reset_peak_resident()
+    before = peak_resident_bytes() or 0
+    block = b"x" * 80_000_000
+    high = peak_resident_bytes() or 0
+    assert high - before > 60_000_000 and peak_memory_gb() >= high / 1e9
+    del block
+    reset_peak_resident()
+    assert (peak_resident_bytes() or 0) < high - 60_000_000
+
+
+def test_a_finished_run_keeps_nothing_of_an_unfinished_one(run: RunDirectory) -> None:
+    run.write_scores({"models": {}})
+    for name in ("interrupted/checkpoint-6/complete.json", "broken_step-3.rank0.json", "checkpoint-5/complete.json"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("{}")
+    run.clean_up()
+    assert tree(run.path) == ["checkpoint-5", "checkpoint-5/complete.json", "recipe.yaml"]
+    run.clean_up()  # nothing is there to remove

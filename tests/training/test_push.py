@@ -106,6 +106,16 @@ def test_the_trainer_pushes_the_student_alone(tmp_path: Path, hub: Hub) -> None:
     assert "# words" in hub.commits[0][1]["README.md"].decode()
 
 
+def test_a_finished_folder_is_pushed_in_place_of_the_model(tmp_path: Path, hub: Hub) -> None:
+    trainer = trainer_for(tmp_path / "words")
+    tiny_llama(seed=5).save_pretrained(tmp_path / "final")
+    trainer.push_to_hub(folder=tmp_path / "final")
+    saved = (tmp_path / "final" / "model.safetensors").read_bytes()
+    assert hub.commits[0][1]["model.safetensors"] == saved and "tokenizer.json" not in files(hub)
+    trainer.push_to_hub()  # only that once
+    assert hub.commits[1][1]["model.safetensors"] != saved
+
+
 def test_nobodys_token_is_written(tmp_path: Path, hub: Hub) -> None:
     trainer = trainer_for(tmp_path)
     trainer.train()
