@@ -223,7 +223,8 @@ def measure(variant: Variant, sizes: Sizes) -> dict[str, Any]:
 
 def estimate(variant: Variant, sizes: Sizes) -> Any:
     from dts_hf.models.shape import ModelShape
-    from dts_hf.training.memory import Plan, Workload, estimate_memory
+    from dts_hf.training.memory import estimate_memory
+    from dts_hf.training.workload import Plan, Workload
 
     student, teacher = (
         ModelShape.from_config(make_config(variant.family, sizes, layers))

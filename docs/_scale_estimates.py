@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from dts_hf.models.shape import ModelShape
-from dts_hf.training.memory import BYTES, Plan, Types, Workload, trained_weights
+from dts_hf.training.memory import BYTES, Types, trained_weights
+from dts_hf.training.workload import Plan, Workload
 
 
 def estimate_host(

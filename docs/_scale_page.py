@@ -11,7 +11,8 @@ from typing import Any
 from _scale_estimates import estimate_communication, estimate_host, floor_seconds
 
 from dts_hf.models.shape import ModelShape
-from dts_hf.training.memory import Plan, Workload, disk_needed, estimate_memory
+from dts_hf.training.memory import disk_needed, estimate_memory
+from dts_hf.training.workload import Plan, Workload
 
 DOCS = Path(__file__).resolve().parent
 MEASURED = DOCS / "estimate_check.json"

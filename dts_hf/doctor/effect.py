@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,14 +99,11 @@ def gradient(loss: DistillationLoss, sample: Sample) -> Tensor:
 
 
 def with_policy(loss: DistillationLoss, policy: TemperaturePolicy, kd_ratio: float | None = None) -> DistillationLoss:
-    """``loss`` with another policy (and ``kd_ratio``); the two share nothing that changes."""
-    return DistillationLoss(
-        loss.divergence,
-        temperature=policy,
-        kd_ratio=loss.kd_ratio if kd_ratio is None else kd_ratio,
-        temperature_scaling=loss.temperature_scaling,
-        logits_budget_mb=loss.logits_budget_mb,
-    )
+    """A copy of ``loss`` with another policy, and ``kd_ratio``."""
+    other = copy.deepcopy(loss)
+    other.temperature = policy
+    other.kd_ratio = loss.kd_ratio if kd_ratio is None else kd_ratio
+    return other
 
 
 def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_is_for: str | None = None) -> None:
@@ -163,14 +159,13 @@ def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_i
             f"'{loss.divergence.name}' and temperature_scaling '{loss.temperature_scaling}' the temperature does nothing",
             "Choose another loss.divergence, or a temperature nearer to 1",
         )
-    for part, said, code, advice, silent in (
-        (share, "the teacher has", "kd-hardly-counts", "temperature_scaling: squared, or a higher loss.kd_ratio",
-         found["kd_ratio"] < 0.1),
-        (1 - share, "the labels have", "labels-hardly-count", "A lower loss.kd_ratio, or a lower temperature",
-         found["kd_ratio"] > 0.9),
-    ):  # fmt: skip
-        if part < SMALL_SHARE and not silent:
-            check.warn(code, f"{said} {part:.2%} of the gradient, although kd_ratio is {found['kd_ratio']:g}", advice)
+    ratio = found["kd_ratio"]
+    if share < SMALL_SHARE and ratio >= 0.1:
+        text = f"the teacher has {share:.2%} of the gradient, although kd_ratio is {ratio:g}"
+        check.warn("kd-hardly-counts", text, "temperature_scaling: squared, or a higher loss.kd_ratio")
+    if 1 - share < SMALL_SHARE and ratio <= 0.9:
+        text = f"the labels have {1 - share:.2%} of the gradient, although kd_ratio is {ratio:g}"
+        check.warn("labels-hardly-count", text, "A lower loss.kd_ratio, or a lower temperature")
 
 
 def _parts(loss: DistillationLoss, sample: Sample, place: float) -> dict[str, float]:
@@ -196,17 +191,6 @@ def _parts(loss: DistillationLoss, sample: Sample, place: float) -> dict[str, fl
     }
 
 
-class Seen(NamedTuple):
-    """Temperature over rows at one place of the run, the mean soft loss there, the teacher's T and effective support."""
-
-    mean: float
-    low: float
-    high: float
-    kd: float
-    teacher: float
-    support: float
-
-
 def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: int, classes: str = "tokens") -> None:
     """Follow the temperature through a whole run whose gap stays what it is on the sample.
 
@@ -229,19 +213,21 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     loss = copy.deepcopy(loss)
     loss.temperature.begin_run(steps)
     followed, ends = _follow(loss, sample, steps, gap=1.0)
-    curve = [seen.mean for seen in followed]
+    curve = [now["temperature"] for now in followed]
     check.values = {"policy": name, "places": list(PLACES), "temperature": curve}
-    low, high = min(seen.low for seen in followed), max(seen.high for seen in followed)
+    low, high = min(now["temperature_min"] for now in followed), max(now["temperature_max"] for now in followed)
     path = " → ".join(f"{value:.2f}" for value in curve)
     check.summary = f"constant: T {curve[0]:.2f}" if name == "constant" else f"{name}: T {path} through the run"
-    if name == "constant" and followed[0].teacher != curve[0]:
-        check.summary += f" (student), {followed[0].teacher:.2f} (teacher)"
-    if any(seen.high - seen.low > 1e-6 for seen in followed):
+    if name == "constant" and followed[0]["teacher_temperature"] != curve[0]:
+        check.summary += f" (student), {followed[0]['teacher_temperature']:.2f} (teacher)"
+    if any(now["temperature_max"] - now["temperature_min"] > 1e-6 for now in followed):
         check.summary += f"; between {low:.2f} and {high:.2f} by row"
     if not all(math.isfinite(value) and value > 0 for value in (low, high)):
         check.error("temperature-not-finite", f"policy '{name}' gives T {path}", "")
         return
-    offered = _on_offer(loss, sample, ends) if len(ends) > 1 else {s.teacher: s.support for s in followed[::4]}
+    offered = {now["teacher_temperature"]: _support(now) for now in followed[::4]}
+    if len(ends) > 1:
+        offered = {t: _support(sample.means(with_policy(loss, Constant(t)))) for t in ends}
     vocabulary = sample.student_head.vocab_size
     check.values["support"] = [{"temperature": t, "support": n, "of": vocabulary} for t, n in offered.items()]
     check.summary += "; the teacher offers " + ", ".join(
@@ -249,7 +235,7 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
         for t, support in offered.items()
     )
     # Policies that leave the student at T = 1 move the teacher, which shows in the soft loss
-    soft = [seen.kd for seen in followed]
+    soft = [now["kd"] for now in followed]
     if name != "constant" and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
         check.warn(
             "temperature-never-moves",
@@ -260,7 +246,8 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     # The gap of a row is no matter of the schedule, and that of another run none of this one
     policy: Any = loss.temperature
     if name == "dts" and (policy.gap_source, policy.granularity) == ("measured", "batch"):
-        _check_gap(check, curve, [seen.mean for seen in _follow(loss, sample, steps, gap=0.0)[0]], policy.rule)
+        plain = [now["temperature"] for now in _follow(loss, sample, steps, gap=0.0)[0]]
+        _check_gap(check, curve, plain, policy.rule)
 
 
 def _check_gap(check: Check, curve: list[float], plain: list[float], rule: str) -> None:
@@ -275,8 +262,10 @@ def _check_gap(check: Check, curve: list[float], plain: list[float], rule: str) 
         )
 
 
-def _follow(loss: DistillationLoss, sample: Sample, steps: int, gap: float) -> tuple[list[Seen], tuple[float, ...]]:
-    """What is seen at ``PLACES``, and the ends of the policy's range; ``gap`` 0 makes the teacher as bad as the student."""
+def _follow(
+    loss: DistillationLoss, sample: Sample, steps: int, gap: float
+) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+    """Means at ``PLACES``, and the ends of the policy's range; ``gap`` 0 makes the teacher as bad as the student."""
     loss = copy.deepcopy(loss)
     policy = loss.temperature
     steps = min(max(steps, 2), SIMULATED_STEPS)
@@ -296,18 +285,13 @@ def _follow(loss: DistillationLoss, sample: Sample, steps: int, gap: float) -> t
             policy.end_step(stats)
             done += 1
         policy.begin_step(done / steps)
-        now = sample.means(loss)
-        names = ("temperature", "temperature_min", "temperature_max", "kd", "teacher_temperature")
-        followed.append(Seen(*(now[name] for name in names), math.exp(now["teacher_entropy_at_t"])))
+        followed.append(sample.means(loss))
     return followed, policy.ends
 
 
-def _on_offer(loss: DistillationLoss, sample: Sample, temperatures: Sequence[float]) -> dict[float, float]:
-    """The teacher's effective support, exp(mean entropy), at each of the temperatures."""
-    return {
-        temperature: math.exp(sample.means(with_policy(loss, Constant(temperature)))["teacher_entropy_at_t"])
-        for temperature in temperatures
-    }
+def _support(means: dict[str, Any]) -> float:
+    """The teacher's effective support, exp(mean entropy)."""
+    return math.exp(means["teacher_entropy_at_t"])
 
 
 def _rounded(count: float) -> str:

@@ -12,7 +12,7 @@ from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, Skipped, need
 from dts_hf.doctor.models import check_chat_form, check_teacher, check_vocabulary, take_sample
-from dts_hf.doctor.resources import check_memory, workload_of
+from dts_hf.doctor.resources import check_memory
 from dts_hf.doctor.tokens import (
     check_labels,
     check_limits,
@@ -28,7 +28,7 @@ from dts_hf.models.shape import ModelShape, shapes_from_configs
 from dts_hf.runs.machine import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
-from dts_hf.training.memory import Workload
+from dts_hf.training.workload import Workload, workload_of
 
 #: Rows of the sample on which teacher and student are compared (fewer where the teacher has to write them first, and then
 #: so many tokens of each answer at most).

@@ -7,17 +7,16 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.console import gb
-from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, Diagnosis
 from dts_hf.errors import UserError
 from dts_hf.models.shape import ModelShape, Shapes
-from dts_hf.recipe.schema import Recipe, Student
+from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.training.memory import Memory, Plan, Strategy, TeacherPlacement, Workload, disk_needed, estimate_memory
+from dts_hf.training.memory import Memory, disk_needed, estimate_memory
+from dts_hf.training.workload import Plan, Workload, launched_plan, plans
 
 #: Up to this share of the device's memory an estimate counts as fitting without a word: it is good to 20 %.
 COMFORTABLE = 0.85
@@ -25,85 +24,7 @@ COMFORTABLE = 0.85
 FLEET = 8
 
 
-def workload_of(
-    recipe: Recipe,
-    args: TrainingArguments,
-    shape: ModelShape,
-    data: EncodedDataset,
-    student: nn.Module | None = None,
-    beside: float = 0.0,
-) -> Workload:
-    """The heaviest micro-batch that the training rows can make: the longest rows together.
-
-    Args:
-        recipe: says how the models are loaded and trained.
-        args: of its training.
-        shape: of the student.
-        data: tokenised training rows.
-        student: counts its own adapters, where it is loaded.
-        beside: bytes of ordinary memory that rows and tokenizers take.
-    """
-    batch = min(args.per_device_train_batch_size, len(data))
-    responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
-    lengths = list(data.lengths)
-    if recipe.data.responses == "teacher":  # its answers may be longer than those of the data
-        longest = recipe.data.teacher_max_new_tokens
-        responses = [longest] * len(data)
-        lengths = [min(prompt + longest, recipe.data.max_length) for prompt in data.prompt_lengths]
-    order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
-    packed = recipe.data.packing
-    return Workload(
-        rows=1 if packed else batch,
-        tokens=sum(lengths[index] for index in order) if packed else lengths[order[0]],
-        labelled=sum(responses[index] for index in order),
-        accumulation=args.gradient_accumulation_steps,
-        student_dtype=recipe.student.dtype,
-        teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
-        optimizer=str(getattr(args.optim, "value", args.optim)),
-        gradient_checkpointing=bool(args.gradient_checkpointing),
-        lora_parameters=_lora_parameters(recipe.student, shape, student),
-        logits_budget_mb=recipe.loss.logits_budget_mb,
-        autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-        attention="packed" if packed else "sdpa",
-        device="cuda" if args.device.type == "cuda" else "cpu",
-        beside=beside if args.device.type == "cpu" else 0.0,
-    )
-
-
-def _lora_parameters(student: Student, shape: ModelShape, model: nn.Module | None) -> int | None:
-    if student.lora is None:
-        return None
-    if model is not None:
-        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    attention = 4 * shape.hidden + 2 * (shape.hidden + shape.kv_width)
-    mlp = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
-    return student.lora.r * shape.layers * (attention + mlp)
-
-
 # ------------------------------------------------------------------------------------------------------------- memory
-
-
-def launched_plan(recipe: Recipe, devices: int) -> Plan:
-    """What ``dts-hf train`` on this machine would be: one process, or one for each device."""
-    teacher: TeacherPlacement = "none"
-    if recipe.teacher is not None:
-        quantization = recipe.teacher.quantization
-        teacher = recipe.teacher.placement if quantization == "none" else quantization
-    if devices == 1:
-        return Plan("single", 1, "replicated" if teacher == "sharded" else teacher)
-    return Plan("ddp", devices, teacher)
-
-
-def plans(devices: int, launched: Plan) -> list[Plan]:
-    """``launched`` first, then the other strategies on ``devices`` devices; a teacher that can be divided both ways."""
-    if devices == 1:
-        return [launched]
-    home: TeacherPlacement = "replicated" if launched.teacher == "sharded" else launched.teacher
-    names: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "fsdp2")
-    fleet = [Plan(name, devices, home) for name in names]
-    if home == "replicated":
-        fleet += [Plan("zero3", devices, "sharded"), Plan("fsdp2", devices, "sharded")]
-    return [launched, *(plan for plan in fleet if plan != launched)]
 
 
 @dataclass(frozen=True)

@@ -59,24 +59,17 @@ def check_rows(check: Check, rows: Rows) -> None:
     check.summary = f"{len(rows.train):,} to train on, {len(rows.validation):,} held out"
     check.values = {"train": len(rows.train), "validation": len(rows.validation)}
     seen = {_question(row) for row in rows.train}
-    check_leak(check, rows.validation, [row.id for row in rows.validation if _question(row) in seen], "prompts")
+    leaked = [row.id for row in rows.validation if _question(row) in seen]
+    check_leak(check, leaked, len(rows.validation), "prompts")
 
 
-def check_leak(check: Check, held_out: Sequence[Any], leaked: Sequence[str], what: str, share: float = 0.0) -> None:
-    """Report held-out rows that are trained on, where they are more than ``share`` of all.
-
-    Args:
-        check: takes what is found.
-        held_out: rows.
-        leaked: ids of those that are also trained on.
-        what: is repeated.
-        share: that is none of the recipe's making.
-    """
-    if len(leaked) > share * len(held_out):
+def check_leak(check: Check, leaked: Sequence[str], held_out: int, what: str) -> None:
+    """Report the ids of ``leaked`` rows, of so many ``held_out`` ones."""
+    if leaked:
         check.warn(
             "leak",
-            f"{len(leaked):,} of {len(held_out):,} held-out {what} are also in the training rows (such as '{leaked[0]}'): "
-            "scores on them show what was learned by heart",
+            f"{len(leaked):,} of {held_out:,} held-out {what} are also in the training rows (such as '{leaked[0]}'): scores "
+            "on them show what was learned by heart",
             "Take them out of data.validation",
         )
 
@@ -154,37 +147,32 @@ def check_special_tokens(
     padding = "which also pads, told apart by length" if pad == end else f"padding is {student.pad_token!r}"
     check.summary = f"answers end with {student.eos_token!r} (id {end}), {padding}"
     check.values = {"eos": end, "bos": student.bos_token_id, "pad": pad}
-    if teacher is not student and teacher.eos_token_id != end:
-        swapped = end == teacher.bos_token_id
-        text = (
-            f"the student's tokenizer ends with {student.eos_token!r} (id {end}), the teacher's with "
-            f"{teacher.eos_token!r} (id {teacher.eos_token_id})"
-            + (", and the student's end token is the teacher's first token" if swapped else "")
-            + ": labels and teacher disagree about the end of every answer"
-        )
-        _end_token_problem(check, swapped, "end-tokens-differ", text, "the student's tokenizer_config.json")
+    # (code, whose tokenizer is compared with what, where that stops and begins, what to correct)
+    others: list[tuple[str, str, str, set[int], set[int], str]] = []
+    if teacher is not student:
+        theirs = ({teacher.eos_token_id}, {teacher.bos_token_id})
+        others += [
+            ("end-tokens-differ", "student", "the teacher's tokenizer ends", *theirs, "its tokenizer_config.json")
+        ]
     for who, model in models.items():
-        stops, first = (_ids_of(model, name) for name in ("eos_token_id", "bos_token_id"))
+        theirs = (_ids_of(model, "eos_token_id"), _ids_of(model, "bos_token_id"))
+        where = "its tokenizer_config.json, or eos_token_id in its generation_config.json"
+        others += [("end-token-unknown", who, "its model stops", *theirs, where)]
+    for code, who, other, stops, first, where in others:
         tokenizer = tokenizers[who]
         if not stops or tokenizer.eos_token_id in stops or check.problems:  # one cause, said once
             continue
         swapped = tokenizer.eos_token_id in first
-        text = (
-            f"the {who}'s tokenizer ends with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but its model stops at "
+        (check.error if swapped else check.warn)(
+            "special-tokens-swapped" if swapped else code,
+            f"the {who}'s tokenizer ends with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but {other} at "
             + ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops))
             + (" and begins with the former: the two are swapped" if swapped else "")
+            + ": labels and models disagree about the end of every answer",
+            f"Correct eos_token in {where}",
         )
-        where = "its tokenizer_config.json, or eos_token_id in its generation_config.json"
-        _end_token_problem(check, swapped, "end-token-unknown", text, where)
     if data is not None:
         _check_special_tokens_of_rows(check, student, data)
-
-
-def _end_token_problem(check: Check, swapped: bool, code: str, text: str, where: str) -> None:
-    if swapped:
-        check.error("special-tokens-swapped", text, f"Correct eos_token in {where}")
-    else:
-        check.warn(code, text, f"Correct eos_token in {where}")
 
 
 def _ids_of(model: Any, name: str) -> set[int]:

@@ -28,8 +28,8 @@ from dts_hf.models.shape import Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.machine import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
-from dts_hf.training.memory import Workload
 from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.training.workload import Workload
 
 #: So many rows are tokenised at most; they are spread over the whole file.
 LOOKED_AT = 5000

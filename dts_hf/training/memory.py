@@ -9,12 +9,10 @@ divided by the number of devices, Megatron (Korthikanti et al. 2022, section 4) 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dts_hf.models.shape import ModelShape
-
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]
+from dts_hf.training.workload import Plan, Workload
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Sharded in the plan's devices: parameters, gradients, optimizer state.
@@ -27,69 +25,6 @@ KEPT_BY_ACTIVATION = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "gelu_new": 
 BLOCK_BUFFERS = 12
 #: nf4 of bitsandbytes: half a byte, and a scale of 4 bytes per 64 weights.
 FOUR_BITS = 0.5 + 4 / 64
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one device works on.
-
-    Attributes:
-        rows: of a micro-batch; 1 when packed.
-        tokens: of a row with its padding, or of the packed row.
-        labelled: labels of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        student_dtype, teacher_dtype: of the weights, ``float32``, ``bfloat16`` or ``float16``.
-        optimizer: as in ``TrainingArguments.optim``.
-        gradient_checkpointing: only the inputs of the blocks are kept for the backward pass.
-        lora_parameters: weights of the adapters; None when all weights are trained.
-        logits_budget_mb: MiB for one chunk of logits.
-        autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
-        attention: ``sdpa``, or ``packed`` (rows end to end).
-        device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
-        beside: bytes that rows and tokenizers take where the device's memory is theirs too, on a CPU: they are not
-            estimated, ``dts-hf doctor`` has loaded them already.
-    """
-
-    rows: int
-    tokens: int
-    labelled: int
-    accumulation: int = 1
-    student_dtype: str = "float32"
-    teacher_dtype: str = "bfloat16"
-    optimizer: str = "adamw_torch_fused"
-    gradient_checkpointing: bool = False
-    lora_parameters: int | None = None
-    logits_budget_mb: float = 256
-    autocast: str | None = None
-    attention: str = "sdpa"
-    device: str = "cuda"
-    beside: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is spread.
-
-    Attributes:
-        strategy: what is divided by the number of devices.
-        devices: all of them, of all nodes.
-        teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit`` and ``4bit`` are whole and quantised,
-            ``cached`` keeps its head alone and reads its states from disk.
-        bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distributed.launch`` sets it.
-        live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``distributed.launch`` sets it.
-    """
-
-    strategy: Strategy = "single"
-    devices: int = 1
-    teacher: TeacherPlacement = "replicated"
-    bucket: int | None = None
-    live: int | None = None
-
-    def describe(self) -> str:
-        if self.strategy == "single":
-            return "one process"
-        teacher = " with teacher.placement: sharded" if self.teacher == "sharded" else ""
-        return f"{self.strategy} on {self.devices} devices{teacher}"
 
 
 @dataclass(frozen=True)

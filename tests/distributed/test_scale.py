@@ -106,7 +106,8 @@ def test_the_prose_says_what_the_tables_say() -> None:
         from _scale_page import CARD_GB, CASES, USABLE
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    from dts_hf.training.memory import Plan, estimate_memory
+    from dts_hf.training.memory import estimate_memory
+    from dts_hf.training.workload import Plan
 
     def peak(name: str, plan: Plan) -> float:
         case = CASES[name]

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from dts_hf.models.shape import ModelShape
-from dts_hf.training.memory import Plan, Workload
+from dts_hf.training.workload import Plan, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = LlamaConfig(

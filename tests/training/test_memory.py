@@ -22,7 +22,8 @@ from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.shape import ModelShape
 from dts_hf.recipe.schema import Lora
 from dts_hf.temperature import build_temperature
-from dts_hf.training.memory import BLOCK_BUFFERS, Plan, Workload, disk_needed, estimate_memory, kept_by_block
+from dts_hf.training.memory import BLOCK_BUFFERS, disk_needed, estimate_memory, kept_by_block
+from dts_hf.training.workload import Plan, Workload
 from tests.support.launching import launch
 
 ROOT = Path(__file__).resolve().parents[2]
