@@ -78,8 +78,7 @@ class ClassifierWalk(Walk):
             check, trainer.eval_loss, self.sample, self.task.glue.outputs, self.recipe.student.init is not None
         )
         if self.sample.teacher_states is not None:
-            answers, labels = self.sample.teacher_states.argmax(-1).tolist(), self.sample.targets.tolist()
-            check_label_order(check, answers, labels, self.task.glue.outputs)
+            check_label_order(check, self.sample)
 
     def small_sample(self) -> Sample:
         if self.task.glue.regression:
@@ -137,20 +136,15 @@ def compare_scores(check: Check, sample: Sample) -> None:
         check.warn("teacher-worse", "the teacher is worse than always saying the mean", "Fine-tune it first")
 
 
-def check_label_order(check: Check, answers: Sequence[int], labels: Sequence[int], outputs: int) -> None:
-    """Whether the teacher would be right far more often with the names of its labels in another order.
-
-    Args:
-        check: takes what is found.
-        answers: of the teacher, by row.
-        labels: of the data, by row.
-        outputs: of the task.
-    """
+def check_label_order(check: Check, sample: Sample) -> None:
+    """Whether the teacher would be right far more often with the names of its labels in another order."""
+    assert sample.teacher_states is not None
+    answers, labels = sample.teacher_states.argmax(-1).tolist(), sample.targets.tolist()
     pairs, rows = Counter(zip(answers, labels, strict=True)), len(labels)
     right, commonest = sum(pairs[k, k] for k in set(labels)) / rows, max(Counter(labels).values()) / rows
     check.values |= {"teacher_accuracy": right, "commonest": commonest}
     check.summary += f"; teacher right in {right:.0%}, always the commonest label {commonest:.0%}"
-    orders = permutations(range(outputs))
+    orders = permutations(range(sample.student_head.vocab_size))
     best = max(sum(pairs[answer, label] for answer, label in enumerate(order)) for order in orders) / rows
     by_luck = 1 / math.sqrt(rows)  # two standard errors of a share of a half, the widest
     if right < commonest and best > commonest + by_luck:

@@ -11,7 +11,7 @@ from dts_hf.console import duration
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, Skipped, need
-from dts_hf.doctor.models import check_chat_form, check_teacher, check_vocabulary, take_sample
+from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
 from dts_hf.doctor.tokens import (
     check_labels,
@@ -28,6 +28,7 @@ from dts_hf.models.shape import ModelShape, shapes_from_configs
 from dts_hf.runs.machine import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.training.trainer import DistillationTrainer
 from dts_hf.training.workload import Workload, workload_of
 
 #: Rows of the sample on which teacher and student are compared (fewer where the teacher has to write them first, and then
@@ -35,6 +36,8 @@ from dts_hf.training.workload import Workload, workload_of
 SAMPLE_ROWS = 16
 ANSWERED_ROWS = 4
 ANSWER_TOKENS = 32
+#: Nats per label by which the teacher must like its own chat template better for a warning.
+BETTER_BY = 0.2
 
 
 class LanguageModelWalk(Walk):
@@ -63,10 +66,10 @@ class LanguageModelWalk(Walk):
         with self.diagnosis.check("special-tokens") as check:
             check_special_tokens(check, need(self.tokenizers, "a tokenizer"), models, self.data)
         with self.diagnosis.check("vocabulary") as check:
-            tokenizers = need(self.tokenizers, "a tokenizer")
-            comparable = self.diagnosis["tokenizers"].status != "error"
-            alignment = "strict" if self.recipe.teacher is None else self.recipe.teacher.vocab_alignment
-            check_vocabulary(check, need(models or None, "a model"), tokenizers, alignment, comparable)
+            # An id that means two things tells nothing of the other head
+            comparable = self.recipe.teacher and self.diagnosis["tokenizers"].status != "error"
+            alignment = self.recipe.required_teacher.vocab_alignment if comparable else None
+            check_vocabulary(check, need(models or None, "a model"), need(self.tokenizers, "a tokenizer"), alignment)
         with self.diagnosis.check("positions") as check:
             loaded = list(need(models or None, "a model").values())
             held_out = need(self.rows, "rows")
@@ -83,7 +86,7 @@ class LanguageModelWalk(Walk):
                 student = ModelShape.from_model(need(self.student, "the student"))
                 self.shapes = (student, None if self.teacher is None else ModelShape.from_model(self.teacher))
             work = need(self.workload(), "tokenised rows")
-            self.fits = check_memory(check, self.diagnosis, self.recipe, self.shapes, work, self.devices)
+            self.loads, self.trains = check_memory(check, self.diagnosis, self.recipe, self.shapes, work, self.devices)
 
     def look_at_loss(self) -> None:
         written = self.recipe.data.responses == "teacher"
@@ -94,9 +97,7 @@ class LanguageModelWalk(Walk):
                 self.answer(check)
         with self.diagnosis.check("labels") as check:
             data, tokenizer = need(self.data, "tokenised rows"), need(self.tokenizers, "a tokenizer")["student"]
-            if self.fits.loads and "error" not in (
-                self.diagnosis[name].status for name in ("tokenizers", "vocabulary")
-            ):
+            if self.loads and "error" not in (self.diagnosis[name].status for name in ("tokenizers", "vocabulary")):
                 with contextlib.suppress(Skipped):  # the collator can be looked at without models
                     self.make_trainer()
             padded = PaddedCollator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]
@@ -145,12 +146,26 @@ class LanguageModelWalk(Walk):
         trainer, cut = need(self.trainer, "a trainer"), self.recipe.student.init is not None
         self.sample = take_sample(trainer, need(self.data, "tokenised rows"), self.sample_rows)
         check_teacher(check, trainer.eval_loss, self.sample, trainer.vocab_size, cut)
-        chat = need(self.tokenizers, "a tokenizer")["teacher"]
-        if chat.chat_template and self.recipe.data.prompt_template != "chat" and "teacher_ce" in check.values:
-            data = self.recipe.data.model_copy(update={"prompt_template": "chat"})
-            rows = Rows([self.kept[index] for index in self.sample_rows])
-            encoded = LanguageModeling(self.recipe.model_copy(update={"data": data})).encode(rows, chat).train
-            check_chat_form(check, trainer, encoded, self.recipe.data.prompt_template)
+        if self.recipe.data.prompt_template != "chat" and "teacher_ce" in check.values:
+            self.try_chat_template(check, trainer)
+
+    def try_chat_template(self, check: Check, trainer: DistillationTrainer) -> None:
+        """Whether the teacher knows the rows of the sample better in its own chat form than in the recipe's template."""
+        tokenizer = need(self.tokenizers, "a tokenizer")["teacher"]
+        if not tokenizer.chat_template:
+            return
+        given, name = check.values["teacher_ce"], self.recipe.data.prompt_template
+        data = self.recipe.data.model_copy(update={"prompt_template": "chat"})
+        rows = Rows([self.kept[index] for index in self.sample_rows])
+        encoded = LanguageModeling(self.recipe.model_copy(update={"data": data})).encode(rows, tokenizer).train
+        in_chat = take_sample(trainer, encoded, range(len(encoded))).means(trainer.eval_loss)["teacher_ce"]
+        check.values["teacher_ce_chat"] = in_chat
+        if in_chat < given - BETTER_BY:
+            check.warn(
+                "chat-template-unused",
+                f"in its own chat template the teacher needs {in_chat:.2f} nats per label, in '{name}' {given:.2f}",
+                "data.prompt_template: chat",
+            )
 
     def workload(self) -> Workload | None:
         if self.shapes is None or self.args is None or self.data is None:

@@ -24,8 +24,6 @@ from dts_hf.training.trainer import DistillationTrainer
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
 UNTRAINED = 0.95
-#: Nats per label by which the teacher must like its own chat template better for a warning.
-BETTER_BY = 0.2
 
 
 def check_weights(check: Check, role: str, model: nn.Module) -> bool:
@@ -68,11 +66,7 @@ def dtype_name(model: nn.Module) -> str:
 
 
 def check_vocabulary(
-    check: Check,
-    models: Mapping[str, Any],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
-    alignment: str,
-    comparable: bool,
+    check: Check, models: Mapping[str, Any], tokenizers: Mapping[str, PreTrainedTokenizerBase], alignment: str | None
 ) -> None:
     """Widths of both heads beside the tokenizer's entries, and what the loss will see of them.
 
@@ -80,8 +74,7 @@ def check_vocabulary(
         check: takes what is found.
         models: ``student`` and ``teacher``, as far as they are there.
         tokenizers: of both.
-        alignment: the recipe's ``teacher.vocab_alignment``.
-        comparable: the two tokenizers mean the same by every id; else the heads cannot be compared.
+        alignment: the recipe's ``teacher.vocab_alignment``; None where the heads cannot be compared.
     """
     entries = len(tokenizers["student"])
     widths = {who: head_of(model).vocab_size for who, model in models.items()}
@@ -97,7 +90,7 @@ def check_vocabulary(
                 "added and the model was not resized",
                 "Use the model's own tokenizer, or model.resize_token_embeddings before training it",
             )
-    if len(models) < 2 or not comparable:
+    if len(models) < 2 or alignment is None:
         return
     plan = align_vocabularies(
         models["student"], models["teacher"], tokenizers["student"], tokenizers["teacher"], alignment
@@ -219,24 +212,4 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
             "teacher-worse",
             f"the teacher is worse than the student on these rows, by {teacher_ce - ce:.2f} nats per label",
             "Fine-tune the teacher on this data first, or look at the prompt template",
-        )
-
-
-def check_chat_form(check: Check, trainer: DistillationTrainer, data: EncodedDataset, template: str) -> None:
-    """Whether the teacher knows the rows of the sample better in its own chat form than in the recipe's template.
-
-    Args:
-        check: has the teacher's cross-entropy in the recipe's template.
-        trainer: built, not yet trained.
-        data: the same rows in the chat form.
-        template: the recipe's.
-    """
-    given = check.values["teacher_ce"]
-    in_chat = take_sample(trainer, data, range(len(data))).means(trainer.eval_loss)["teacher_ce"]
-    check.values["teacher_ce_chat"] = in_chat
-    if in_chat < given - BETTER_BY:
-        check.warn(
-            "chat-template-unused",
-            f"in its own chat template the teacher needs {in_chat:.2f} nats per label, in '{template}' {given:.2f}",
-            "data.prompt_template: chat",
         )

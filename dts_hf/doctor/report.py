@@ -15,11 +15,8 @@ from dts_hf.console import duration, gb
 from dts_hf.doctor.diagnosis import Check, Diagnosis, PicturedRow
 
 MARKS = {
-    "ok": ("ok", "green"),
-    "skipped": ("-", "dim"),
-    "warning": ("warn", "bold yellow"),
-    "error": ("ERROR", "bold red"),
-}
+    "ok": ("ok", "green"), "skipped": ("-", "dim"), "warning": ("warn", "bold yellow"), "error": ("ERROR", "bold red"),
+}  # fmt: skip
 #: Style of each kind of token, and the characters of a segment that are shown: from its beginning, and up to its end.
 KINDS = {
     "masked": ("dim", 16, 110),
@@ -30,12 +27,9 @@ KINDS = {
 WIDEST = 120
 #: Columns of the memory table, so few that they fit into 80, and the parts that each sums up; ``--json`` has all.
 COLUMNS = {
-    "student": ("student",),
-    "optim.": ("gradients", "optimizer"),
-    "teacher": ("teacher",),
-    "work": ("activations", "loss", "buffers"),
-    "peak": ("total",),
-}
+    "student": ("student",), "optim.": ("gradients", "optimizer"), "teacher": ("teacher",),
+    "work": ("activations", "loss", "buffers"), "peak": ("total",),
+}  # fmt: skip
 
 
 def screen(diagnosis: Diagnosis) -> Group:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -16,7 +15,14 @@ from dts_hf.models.shape import ModelShape, Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.training.memory import Memory, disk_needed, estimate_memory
-from dts_hf.training.workload import Plan, Workload, launched_plan, plans
+from dts_hf.training.workload import (
+    Plan,
+    Workload,
+    checkpoints_beside_each_other,
+    launch_line,
+    launched_plan,
+    plans,
+)
 
 #: Up to this share of the device's memory an estimate counts as fitting without a word: it is good to 20 %.
 COMFORTABLE = 0.85
@@ -24,25 +30,9 @@ COMFORTABLE = 0.85
 FLEET = 8
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True)
-class Fits:
-    """What this machine has the memory for.
-
-    Attributes:
-        loads: both models on one device, and a few rows through them.
-        trains: the doctor's own three steps, which one process makes.
-    """
-
-    loads: bool = True
-    trains: bool = True
-
-
 def check_memory(
     check: Check, diagnosis: Diagnosis, recipe: Recipe, shapes: Shapes, workload: Workload, devices: int | None
-) -> Fits:
+) -> tuple[bool, bool]:
     """Estimate every strategy and compare with the device.
 
     A launch that does not fit is an error, and a warning where another strategy does on devices that are there: those
@@ -55,6 +45,10 @@ def check_memory(
         shapes: of its models.
         workload: of one device.
         devices: that the user named.
+
+    Returns:
+        whether both models and a few rows fit on one device, and whether the doctor's own three steps do, which one
+        process makes.
     """
     device = diagnosis.device
     room, there = device["memory"], devices or device["count"]
@@ -69,7 +63,7 @@ def check_memory(
     alone = estimate_memory(*shapes, workload, launched_plan(recipe, 1))
     loaded = alone.student + alone.teacher + alone.loss + alone.beside
     weights = alone.student + alone.teacher  # they pass through ordinary memory on their way to a GPU
-    fits = Fits(loaded <= room and weights <= device.get("host", room), alone.total <= room)
+    fits = (loaded <= room and weights <= device.get("host", room), alone.total <= room)
     memory = estimates.pop(launched)
     needed = memory.total
     check.values = {
@@ -88,7 +82,7 @@ def check_memory(
         f"{gb(memory.student)}, optimizer {gb(memory.optimizer)}), and {gb(room)} are free"
     )
     smaller = next((plan for plan, other in estimates.items() if other.total <= COMFORTABLE * room), None)
-    advice = "; ".join(_savings(recipe, workload, memory, device["type"]))
+    advice = _savings(recipe, workload, memory, device["type"])
     if smaller is None:
         advice += "; or more devices (see --devices)"
     else:
@@ -103,39 +97,25 @@ def check_memory(
     return fits
 
 
-def launch_line(recipe: Recipe, plan: Plan, path: str) -> str:
-    """The command that trains in this way."""
-    placement = "replicated" if recipe.teacher is None else recipe.teacher.placement
-    moved = plan.teacher in ("replicated", "sharded") and plan.teacher != placement
-    return (
-        f"accelerate launch --config_file recipes/accelerate/{plan.strategy}.yaml --num_processes {plan.devices} "
-        f"-m dts_hf train {path}" + (f" teacher.placement={plan.teacher}" if moved else "")
-    )
-
-
-def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: str) -> list[str]:
+def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: str) -> str:
     """What makes the largest part smaller, in the words of the recipe; never empty."""
     training = memory.student + memory.gradients + memory.optimizer
     largest = max(training, memory.teacher, memory.activations + memory.loss)
     if largest == memory.teacher and recipe.teacher is not None:
         halved = ["teacher.dtype: bfloat16"] if recipe.teacher.dtype == "float32" else []
         packs = device_type == "cuda" and recipe.teacher.quantization == "none"
-        return [*halved, *(["teacher.quantization: 4bit"] if packs else []), "a smaller teacher"]
+        return "; ".join([*halved, *(["teacher.quantization: 4bit"] if packs else []), "a smaller teacher"])
     if largest == training:
-        return [*(["student.lora"] if recipe.student.lora is None else []), "a smaller student"]
-    recompute = [] if workload.gradient_checkpointing else ["training.gradient_checkpointing: true"]
-    return [*recompute, "a smaller training.per_device_train_batch_size (and more gradient_accumulation_steps)"]
-
-
-# --------------------------------------------------------------------------------------------------------------- disk
+        return "student.lora; a smaller student" if recipe.student.lora is None else "a smaller student"
+    recompute = "" if workload.gradient_checkpointing else "training.gradient_checkpointing: true; "
+    return f"{recompute}a smaller training.per_device_train_batch_size (and more gradient_accumulation_steps)"
 
 
 def check_output(
     check: Check,
     recipe: Recipe,
     args: TrainingArguments,
-    shape: ModelShape | None,
-    workload: Workload | None,
+    work: tuple[ModelShape, Workload] | None,
     steps: int,
     devices: int,
 ) -> None:
@@ -145,8 +125,7 @@ def check_output(
         check: takes what is found.
         recipe: names the directory.
         args: say how often a checkpoint is written, and how many are kept.
-        shape: of the student; None where nothing is known.
-        workload: of one device; None where nothing is known.
+        work: shape of the student, and what one device works on; None where nothing is known.
         steps: of the run.
         devices: of the run.
     """
@@ -165,19 +144,19 @@ def check_output(
     existing = next(place for place in [folder, *folder.absolute().parents] if place.exists())
     free = shutil.disk_usage(existing).free
     check.values, check.summary = {"free": free}, f"{folder}: {gb(free)} free"
-    count = _checkpoints(args, steps)
-    if shape is not None and workload is not None:
+    count = checkpoints_beside_each_other(args, steps)
+    if work is not None:
         launched = launched_plan(recipe, devices)
-        needs = {plan: _disk_of(args, shape, workload, plan, count) for plan in plans(devices, launched)}
+        needs = {plan: _disk_of(args, *work, plan, count) for plan in plans(devices, launched)}
         most = max(needs, key=needs.__getitem__)
-        mean, largest = needs[launched], needs[most]
-        check.values |= {"needed": round(mean), "needed_at_most": round(largest), "at_most_with": most.strategy}
-        under = f", {gb(largest)} under {most.strategy}" if largest > 1.01 * mean else ""
-        check.summary = f"{folder}: about {gb(mean)} needed of {gb(free)} free ({launched.describe()}){under}"
+        needed, largest = needs[launched], needs[most]
+        check.values |= {"needed": round(needed), "needed_at_most": round(largest), "at_most_with": most.strategy}
+        under = f", {gb(largest)} under {most.strategy}" if largest > 1.01 * needed else ""
+        check.summary = f"{folder}: about {gb(needed)} needed of {gb(free)} free ({launched.describe()}){under}"
         if largest > free:
-            (check.error if mean > free else check.warn)(
+            (check.error if needed > free else check.warn)(
                 "disk-full",
-                f"the checkpoints and the student need about {gb(mean)} ({launched.describe()}){under}, and {gb(free)} "
+                f"the checkpoints and the student need about {gb(needed)} ({launched.describe()}){under}, and {gb(free)} "
                 f"are free at {existing}",
                 "Another output.dir, training.save_strategy: no, or a smaller training.save_total_limit",
             )
@@ -190,13 +169,3 @@ def _disk_of(args: TrainingArguments, shape: ModelShape, workload: Workload, pla
     if args.save_only_model:  # no optimizer state, and nothing of DeepSpeed's own
         plan, workload = Plan(teacher="none"), replace(workload, optimizer="sgd")
     return disk_needed(shape, workload, plan, checkpoints)
-
-
-def _checkpoints(args: TrainingArguments, steps: int) -> int:
-    """How many checkpoints stand beside each other at most."""
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    if strategy == "no":
-        return 0
-    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    written = math.ceil(args.num_train_epochs) if strategy == "epoch" else max(1, int(steps // max(every, 1)))
-    return min(written, args.save_total_limit or written)

@@ -6,16 +6,13 @@ temporary folder.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dts_hf.console import quiet
 from dts_hf.doctor.classification import ClassifierWalk
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.language_modeling import LanguageModelWalk
@@ -78,16 +75,3 @@ def describe_recipe(recipe: Recipe) -> str:
         return f"{task}{student}, from labels alone"
     loss = f"{recipe.loss.divergence.name}, kd_ratio {recipe.loss.kd_ratio:g}, temperature {recipe.temperature.name}"
     return f"{task}{short(recipe.teacher.model)} → {student}; {loss}"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The libraries keep their progress bars, warnings and log to themselves: what matters is a line of the result."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.console import duration, gb
-from dts_hf.doctor.diagnosis import Check
+from dts_hf.doctor.diagnosis import Check, need
 from dts_hf.errors import RunError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.machine import PeakMemory
@@ -58,18 +58,13 @@ def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device
 
 
 class Laps(TrainerCallback):
-    """Takes the time and the tokens of each step, and ends training after ``steps`` of them."""
+    """Takes the time and the tokens of each step, and ends training after ``steps`` of them. The first begins with it."""
 
     def __init__(self, steps: int, tokens_seen: Callable[[], float]) -> None:
         self.steps, self.tokens_seen = steps, tokens_seen
         self.began = self.last = time.monotonic()
         self.seconds: list[float] = []
         self.tokens: list[float] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.began = self.last = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,7 +104,7 @@ def check_steps(
         estimate: of the memory that the steps take.
         room: free bytes of the device.
     """
-    args, student = trainer.args, trainer.model
+    args, student = trainer.args, need(trainer.model, "a student")
     laps = Laps(min(STEPS, steps), lambda: trainer.tokens_seen)
     trainer.add_callback(laps)
     weights, memory = _watch(student), PeakMemory(args.device, before)
@@ -127,20 +122,11 @@ def check_steps(
     per_token = laps.seconds[-1] / max(laps.tokens[done - 1], 1.0)
     per_step = per_token * tokens_per_row * args.per_device_train_batch_size * args.gradient_accumulation_steps
     check.values = {
-        "steps": done,
-        "seconds": laps.seconds,
-        "tokens": laps.tokens,
-        "seconds_per_step": per_step,
-        "seconds_per_step_from": f"step {done} of {done}, per token, one device",
-        "steps_of_run": steps,
-        "devices": devices,
-        "seconds_of_training": per_step * steps,
-        "losses": losses,
-        "grad_norms": norms,
-        "tensors_moved": moved,
-        "tensors_trained": len(weights),
-        "peak_bytes": peak,
-    }
+        "steps": done, "seconds": laps.seconds, "tokens": laps.tokens, "seconds_per_step": per_step,
+        "seconds_per_step_from": f"step {done} of {done}, per token, one device", "steps_of_run": steps,
+        "devices": devices, "seconds_of_training": per_step * steps, "losses": losses, "grad_norms": norms,
+        "tensors_moved": moved, "tensors_trained": len(weights), "peak_bytes": peak,
+    }  # fmt: skip
     spread = f" on {devices} devices, as on one and without their communication," if devices > 1 else ""
     check.summary = (
         f"{duration(per_step)} per step ({1 / max(per_token, 1e-9):,.0f} tokens/s, by the last of {done}), "
@@ -148,8 +134,16 @@ def check_steps(
         + ("" if peak is None else f"; peak memory {gb(peak)}")
     )
     _judge_steps(check, losses, norms, args.learning_rate)
-    if peak is not None:
-        _judge_peak(check, peak, estimate, room)
+    if peak is not None and estimate is not None:
+        check.values["estimated_bytes"] = estimate
+        if peak > ABOVE_ESTIMATE * estimate + LOADED_LATE:
+            check.warn(
+                "memory-above-estimate",
+                f"the steps took {gb(peak)}, {peak / estimate:.1f} times the estimate ({gb(estimate)})",
+                "Count on what was measured: the estimates of the other strategies are too low by about as much",
+            )
+    if peak is not None and peak > room:
+        check.error("too-little-memory", f"the steps took {gb(peak)}, and {gb(room)} were free", "")
 
 
 def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], learning_rate: float) -> None:
@@ -175,20 +169,6 @@ def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], 
             f"the loss grows in the first steps: {shown} (gradient norms {shown_norms})",
             f"A lower training.learning_rate than {learning_rate:g}, or training.warmup_steps",
         )
-
-
-def _judge_peak(check: Check, peak: float, estimate: float | None, room: float) -> None:
-    """The measured ``peak`` beside the estimate and the device."""
-    if estimate is not None:
-        check.values["estimated_bytes"] = estimate
-        if peak > ABOVE_ESTIMATE * estimate + LOADED_LATE:
-            check.warn(
-                "memory-above-estimate",
-                f"the steps took {gb(peak)}, {peak / estimate:.1f} times the estimate ({gb(estimate)})",
-                "Count on what was measured: the estimates of the other strategies are too low by about as much",
-            )
-    if peak > room:
-        check.error("too-little-memory", f"the steps took {gb(peak)}, and {gb(room)} were free", "")
 
 
 def _watch(model: nn.Module) -> list[Tensor]:

@@ -19,7 +19,7 @@ from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
 from dts_hf.doctor.models import check_step_size, check_weights
-from dts_hf.doctor.resources import Fits, check_output
+from dts_hf.doctor.resources import check_output
 from dts_hf.doctor.steps import check_steps, check_training
 from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
@@ -37,15 +37,9 @@ LOOKED_AT = 5000
 EFFECT_LABELS = 128
 #: What three steps in a temporary folder need, whatever the recipe says.
 TRIAL = {
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-    "push_to_hub": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-}
+    "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False,
+    "report_to": "none", "disable_tqdm": True, "logging_strategy": "steps", "logging_steps": 1,
+}  # fmt: skip
 #: What a machine without the right device refuses.
 PRECISION = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "optim", "torch_compile")
 #: The doctor is one process: how the real run is spread does not concern its steps.
@@ -65,7 +59,7 @@ class Walk:
     def __init__(self, diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | None) -> None:
         self.diagnosis, self.recipe, self.folder, self.devices = diagnosis, recipe, folder, devices
         self.before = resident_bytes()
-        self.fits = Fits()
+        self.loads = self.trains = True  # whether this machine has the memory for the models, and for three steps
         self.task: Task[Any] = self.trial()
         self.args: TrainingArguments | None = None
         self.rows: Rows | None = None
@@ -144,7 +138,7 @@ class Walk:
         set_seed(seed)
         if self.recipe.teacher is not None:
             with self.diagnosis.check("teacher") as check:
-                self.need_room()
+                need(self.loads or None, "enough memory for the models")
                 teacher = need(self.task.load_teacher(), "a teacher")
                 if self.args is not None:
                     place_teacher(teacher, "replicated", self.args.device)
@@ -155,7 +149,7 @@ class Walk:
                     except UserError as error:
                         check.error("head", str(error))
         with self.diagnosis.check("student") as check:
-            self.need_room()
+            need(self.loads or None, "enough memory for the models")
             if self.recipe.student.init is not None:
                 need(self.teacher, "the teacher that it is cut from")
             student = self.task.load_student(self.teacher, seed)
@@ -178,7 +172,7 @@ class Walk:
     def look_at_training(self) -> None:
         """Three steps, and the directory that they would be written to."""
         with self.diagnosis.check("steps") as check:
-            if not self.fits.trains:
+            if not self.trains:
                 raise Skipped("three steps on one device do not fit into its memory")
             trainer, steps = need(self.trainer, "a trainer"), need(self.steps, "rows")
             lengths = need(self.data, "tokenised rows").lengths
@@ -189,8 +183,9 @@ class Walk:
             )  # fmt: skip
         with self.diagnosis.check("output") as check:
             args = need(self.args, "training arguments")
-            shape = None if self.shapes is None else self.shapes[0]
-            check_output(check, self.recipe, args, shape, self.workload(), self.steps or 1, self.world)
+            workload = self.workload()
+            work = None if self.shapes is None or workload is None else (self.shapes[0], workload)
+            check_output(check, self.recipe, args, work, self.steps or 1, self.world)
 
     # ------------------------------------------------------------------------------------------------ for the stages
 
@@ -198,10 +193,6 @@ class Walk:
     def world(self) -> int:
         """How many devices the run is for: those that were named, or those of this machine."""
         return self.devices or int(self.diagnosis.device.get("count", 1))
-
-    def need_room(self) -> None:
-        if not self.fits.loads:
-            raise Skipped("not loaded: too little memory")
 
     def make_trainer(self) -> DistillationTrainer:
         """The trainer of ``distill``; learning rate and temperature begin as they will."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,3 +156,23 @@ def plans(devices: int, launched: Plan) -> list[Plan]:
     if home == "replicated":
         fleet += [Plan("zero3", devices, "sharded"), Plan("fsdp2", devices, "sharded")]
     return [launched, *(plan for plan in fleet if plan != launched)]
+
+
+def launch_line(recipe: Recipe, plan: Plan, path: str) -> str:
+    """The command that trains in this way."""
+    placement = "replicated" if recipe.teacher is None else recipe.teacher.placement
+    moved = plan.teacher in ("replicated", "sharded") and plan.teacher != placement
+    return (
+        f"accelerate launch --config_file recipes/accelerate/{plan.strategy}.yaml --num_processes {plan.devices} "
+        f"-m dts_hf train {path}" + (f" teacher.placement={plan.teacher}" if moved else "")
+    )
+
+
+def checkpoints_beside_each_other(args: TrainingArguments, steps: int) -> int:
+    """How many checkpoints stand beside each other at most."""
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "no":
+        return 0
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    written = math.ceil(args.num_train_epochs) if strategy == "epoch" else max(1, int(steps // max(every, 1)))
+    return min(written, args.save_total_limit or written)
