@@ -62,9 +62,8 @@ class ClassifierWalk(Walk):
             check.warn(
                 "many-rows-cut", f"{share:.1%} of the texts are cut at task.max_length", "Raise task.max_length"
             )
-        tokenizer = need(self.tokenizers, "a tokenizer")["student"]
         self.diagnosis.picture = [
-            _pictured(self.task.glue, data, index, tokenizer) for index in spaced(range(len(data)), 2)
+            _pictured(self.task.glue, data, index, self.tokenizer) for index in spaced(range(len(data)), 2)
         ]
 
     def compare(self, check: Check) -> None:
@@ -102,7 +101,8 @@ def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset
     student.eval()
     students, teachers, targets = [], [], []
     for start in range(0, len(rows), BATCH):
-        batch = trainer.data_collator([data[index] for index in rows[start : start + BATCH]])
+        examples: list[Any] = [data[index] for index in rows[start : start + BATCH]]
+        batch = trainer.data_collator(examples)
         batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "row_id"}
         targets.append(batch.pop("labels"))
         students.append(student(**for_model(student, batch)).logits.float())

@@ -145,18 +145,12 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no word for NaN and infinity: they are null."""
         levels = [problem.level for problem in self.problems]
+        checks = [{"name": check.name, "status": check.status, **asdict(check)} for check in self.checks]
         whole = {
-            "format": FORMAT,
-            "recipe": self.recipe,
-            "status": self.status,
-            "errors": levels.count("error"),
-            "warnings": levels.count("warning"),
-            "checks": [{"name": check.name, "status": check.status, **asdict(check)} for check in self.checks],
-            "picture": self.picture,
-            "device": self.device,
-            "memory": self.memory,
-            "seconds": round(self.seconds, 1),
-        }
+            "format": FORMAT, "recipe": self.recipe, "status": self.status, "errors": levels.count("error"),
+            "warnings": levels.count("warning"), "checks": checks, "picture": self.picture, "device": self.device,
+            "memory": self.memory, "seconds": round(self.seconds, 1),
+        }  # fmt: skip
         return cast("dict[str, Any]", to_jsonable_python(whole, inf_nan_mode="null"))
 
 

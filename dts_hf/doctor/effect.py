@@ -180,15 +180,10 @@ def _parts(loss: DistillationLoss, sample: Sample, place: float) -> dict[str, fl
     nudged = gradient(with_policy(loss, Nudged(policy)), sample)
     pull, kd_norm = float(labels.norm()), float(kd.norm())
     return {
-        "kd_ratio": kd_ratio,
-        "ce_norm": (1 - kd_ratio) * pull,
-        "kd_norm": kd_norm,
-        "pull": pull,
-        "cosine": float((labels * kd).sum()) / max(pull * kd_norm, 1e-30),
-        "temperature": means["temperature"],
-        "change": float((nudged - whole).norm()) / max(kd_norm, 1e-30),
-        "kl": means["kl"],
-    }
+        "kd_ratio": kd_ratio, "ce_norm": (1 - kd_ratio) * pull, "kd_norm": kd_norm, "pull": pull,
+        "cosine": float((labels * kd).sum()) / max(pull * kd_norm, 1e-30), "temperature": means["temperature"],
+        "change": float((nudged - whole).norm()) / max(kd_norm, 1e-30), "kl": means["kl"],
+    }  # fmt: skip
 
 
 def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: int, classes: str = "tokens") -> None:

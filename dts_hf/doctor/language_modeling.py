@@ -10,18 +10,10 @@ from typing import Any
 from dts_hf.console import duration
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.doctor import tokens
 from dts_hf.doctor.diagnosis import Check, Skipped, need
 from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
-from dts_hf.doctor.tokens import (
-    check_labels,
-    check_limits,
-    check_rows,
-    check_special_tokens,
-    check_template,
-    picture,
-    spaced,
-)
 from dts_hf.doctor.walk import Walk
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.shape import ModelShape, shapes_from_configs
@@ -33,9 +25,7 @@ from dts_hf.training.workload import Workload, workload_of
 
 #: Rows of the sample on which teacher and student are compared (fewer where the teacher has to write them first, and then
 #: so many tokens of each answer at most).
-SAMPLE_ROWS = 16
-ANSWERED_ROWS = 4
-ANSWER_TOKENS = 32
+SAMPLE_ROWS, ANSWERED_ROWS, ANSWER_TOKENS = 16, 4, 32
 #: Nats per label by which the teacher must like its own chat template better for a warning.
 BETTER_BY = 0.2
 
@@ -53,7 +43,8 @@ class LanguageModelWalk(Walk):
         self.beside = max(0, resident_bytes() - self.before)  # rows, tokenizers: a vocabulary of 262,144 takes 0.3 GB
         with self.diagnosis.check("template") as check:
             tokenizers = need(self.tokenizers, "a tokenizer")
-            check_template(check, self.task.template, **tokenizers, rows=spaced(self.kept, SAMPLE_ROWS))
+            rows = tokens.spaced(self.kept, SAMPLE_ROWS)
+            tokens.check_template(check, self.task.template, **tokenizers, rows=rows)
 
     def look_at_models(self) -> None:
         with contextlib.suppress(Exception):  # loading the model says it better
@@ -61,10 +52,10 @@ class LanguageModelWalk(Walk):
         if self.shapes is not None and self.args is not None and self.data is not None:
             self.look_at_memory()
         super().look_at_models()
-        models = {"student": self.student, "teacher": self.teacher}
-        models = {who: model for who, model in models.items() if model is not None}
+        both = {"student": self.student, "teacher": self.teacher}
+        models: dict[str, Any] = {who: model for who, model in both.items() if model is not None}
         with self.diagnosis.check("special-tokens") as check:
-            check_special_tokens(check, need(self.tokenizers, "a tokenizer"), models, self.data)
+            tokens.check_special_tokens(check, need(self.tokenizers, "a tokenizer"), models, self.data)
         with self.diagnosis.check("vocabulary") as check:
             # An id that means two things tells nothing of the other head
             comparable = self.recipe.teacher and self.diagnosis["tokenizers"].status != "error"
@@ -73,10 +64,10 @@ class LanguageModelWalk(Walk):
         with self.diagnosis.check("positions") as check:
             loaded = list(need(models or None, "a model").values())
             held_out = need(self.rows, "rows")
-            self.task.check_context_length(loaded, need(self.tokenizers, "a tokenizer")["student"], held_out)
+            self.task.check_context_length(loaded, self.tokenizer, held_out)
             longest = max(need(self.data, "tokenised rows").lengths)
-            tokens = self.recipe.evaluation.max_new_tokens
-            check.summary = f"{longest} tokens of the longest row and {tokens} of an answer fit"
+            answer = self.recipe.evaluation.max_new_tokens
+            check.summary = f"{longest} tokens of the longest row and {answer} of an answer fit"
         if self.shapes is None and self.student is not None:  # no plain configuration, as of GGUF
             self.look_at_memory()
 
@@ -91,25 +82,25 @@ class LanguageModelWalk(Walk):
     def look_at_loss(self) -> None:
         written = self.recipe.data.responses == "teacher"
         count = ANSWERED_ROWS if written else SAMPLE_ROWS
-        self.sample_rows = [] if self.data is None else spaced(range(len(self.data)), count)
+        self.sample_rows = [] if self.data is None else tokens.spaced(range(len(self.data)), count)
         if written:
             with self.diagnosis.check("answers") as check:
                 self.answer(check)
         with self.diagnosis.check("labels") as check:
-            data, tokenizer = need(self.data, "tokenised rows"), need(self.tokenizers, "a tokenizer")["student"]
+            data, tokenizer = need(self.data, "tokenised rows"), self.tokenizer
             if self.loads and "error" not in (self.diagnosis[name].status for name in ("tokenizers", "vocabulary")):
                 with contextlib.suppress(Skipped):  # the collator can be looked at without models
                     self.make_trainer()
             padded = PaddedCollator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]
             collator: Any = padded if self.trainer is None else self.trainer.data_collator
-            check_labels(check, data, collator, int(tokenizer.eos_token_id))  # type: ignore[arg-type]
-            self.diagnosis.picture = picture(data, collator, tokenizer)
+            tokens.check_labels(check, data, collator, int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+            self.diagnosis.picture = tokens.picture(data, collator, tokenizer)
         super().look_at_loss()
 
     def answer(self, check: Check) -> None:
         """Sequence-level KD: the teacher answers some rows itself, which take the place of the data's."""
         asked = [need(self.kept or None, "tokenised rows")[index] for index in self.sample_rows]
-        tokenizer = need(self.tokenizers, "a tokenizer")["student"]
+        tokenizer = self.tokenizer
         limit = min(self.recipe.data.teacher_max_new_tokens, ANSWER_TOKENS)
         data = self.task.recipe.data.model_copy(update={"teacher_max_new_tokens": limit})
         recipe = self.task.recipe.model_copy(update={"data": data})
@@ -137,10 +128,10 @@ class LanguageModelWalk(Walk):
     # ------------------------------------------------------------------------------------------- what differs in a task
 
     def check_rows(self, check: Check, rows: Rows) -> None:
-        check_rows(check, rows)
+        tokens.check_rows(check, rows)
 
     def check_data(self, check: Check, data: EncodedDataset, rows: int) -> None:
-        check_limits(check, data, rows)
+        tokens.check_limits(check, data, rows)
 
     def compare(self, check: Check) -> None:
         trainer, cut = need(self.trainer, "a trainer"), self.recipe.student.init is not None

@@ -66,16 +66,11 @@ def _checks(diagnosis: Diagnosis) -> Table:
 
 
 def _found(check: Check) -> Text:
-    lines = []
-    if check.skipped is not None:
-        lines.append(Text(check.skipped, style="dim"))
-    if check.summary:
-        lines.append(Text(check.summary))
+    lines = [Text(check.skipped or "", style="dim"), Text(check.summary)]
     for problem in check.problems:
         lines.append(Text(problem.text, style="red" if problem.level == "error" else "yellow"))
-        if problem.advice:
-            lines.append(Text(f"→ {problem.advice}"))
-    return Text("\n").join(lines)
+        lines.append(Text(f"→ {problem.advice}" if problem.advice else ""))
+    return Text("\n").join(line for line in lines if line.plain)
 
 
 def _pictured(row: PicturedRow) -> Padding:

@@ -15,14 +15,7 @@ from dts_hf.models.shape import ModelShape, Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.training.memory import Memory, disk_needed, estimate_memory
-from dts_hf.training.workload import (
-    Plan,
-    Workload,
-    checkpoints_beside_each_other,
-    launch_line,
-    launched_plan,
-    plans,
-)
+from dts_hf.training.workload import Plan, Workload, checkpoints_kept, launch_line, launched_plan, plans
 
 #: Up to this share of the device's memory an estimate counts as fitting without a word: it is good to 20 %.
 COMFORTABLE = 0.85
@@ -144,10 +137,15 @@ def check_output(
     existing = next(place for place in [folder, *folder.absolute().parents] if place.exists())
     free = shutil.disk_usage(existing).free
     check.values, check.summary = {"free": free}, f"{folder}: {gb(free)} free"
-    count = checkpoints_beside_each_other(args, steps)
+    count = checkpoints_kept(args, steps)
     if work is not None:
         launched = launched_plan(recipe, devices)
-        needs = {plan: _disk_of(args, *work, plan, count) for plan in plans(devices, launched)}
+        shape, workload = work
+        alone = (
+            Plan(teacher="none") if args.save_only_model else None
+        )  # without optimizer state and DeepSpeed's own form
+        workload = replace(workload, optimizer="sgd") if alone else workload
+        needs = {plan: disk_needed(shape, workload, alone or plan, count) for plan in plans(devices, launched)}
         most = max(needs, key=needs.__getitem__)
         needed, largest = needs[launched], needs[most]
         check.values |= {"needed": round(needed), "needed_at_most": round(largest), "at_most_with": most.strategy}
@@ -162,10 +160,3 @@ def check_output(
             )
     if count and args.save_only_model:
         check.summary += "; checkpoints of weights alone (training.save_only_model): --resume cannot go on from them"
-
-
-def _disk_of(args: TrainingArguments, shape: ModelShape, workload: Workload, plan: Plan, checkpoints: int) -> float:
-    """Bytes of the run directory under ``plan``."""
-    if args.save_only_model:  # no optimizer state, and nothing of DeepSpeed's own
-        plan, workload = Plan(teacher="none"), replace(workload, optimizer="sgd")
-    return disk_needed(shape, workload, plan, checkpoints)

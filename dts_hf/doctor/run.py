@@ -61,15 +61,13 @@ def diagnose(
 def describe_recipe(recipe: Recipe) -> str:
     """Teacher, student and loss in one line."""
 
-    def short(name: str) -> str:
-        """The end of a long path."""
-        name = name.removeprefix("package:")
+    def short(name: str | None) -> str:  # the end of a long path
+        name = str(name).removeprefix("package:")
         return name if len(name) <= 45 else f"…{name[-44:]}"
 
-    student = short(recipe.student.model or "")
-    if recipe.student.init is not None:
-        layers = recipe.student.init.layers
-        student = f"{layers if isinstance(layers, int) else len(layers)} of its layers"
+    student, init = short(recipe.student.model), recipe.student.init
+    if init is not None:
+        student = f"{init.layers if isinstance(init.layers, int) else len(init.layers)} of its layers"
     task = "" if recipe.task is None else f"{recipe.task.name}/{recipe.task.subset}: "
     if recipe.teacher is None:
         return f"{task}{student}, from labels alone"

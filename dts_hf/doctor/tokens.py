@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -11,7 +11,6 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.prompt_templates import Template, chat_messages, leading_special_ids
 from dts_hf.data.rows import Row
@@ -22,6 +21,7 @@ from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.task import Rows
 
 T = TypeVar("T")
+Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 #: Share of rows above which a warning is given.
 MANY_ROWS = 0.05
 #: What too many rows suffer under a limit: code, text and advice by the name of their count in ``EncodingReport``.
@@ -31,11 +31,7 @@ LIMITS = {
         "lose the end of their answer at data.max_length",
         "Raise data.max_length, or use data.long_rows: drop",
     ),
-    "dropped": (
-        "many-rows-dropped",
-        "are too long and left out",
-        "Raise data.max_length and data.max_prompt_length",
-    ),
+    "dropped": ("many-rows-dropped", "are too long and left out", "Raise data.max_length and data.max_prompt_length"),
     "prompts_cut": (
         "many-inputs-cut",
         "have their input shortened to data.max_prompt_length",
@@ -185,15 +181,10 @@ def _ids_of(model: Any, name: str) -> set[int]:
 
 
 def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBase, data: EncodedDataset) -> None:
-    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
-    special = set(tokenizer.all_special_ids)
-    inside: list[str] = []
-    doubled: list[str] = []
-    for index, name in enumerate(data.row_ids):
-        ids, prompt = data[index]["input_ids"], data.prompt_lengths[index]
-        response = ids[prompt:-1] if ids[-1] == end else ids[prompt:]
-        inside += [name] if special.intersection(response) else []
-        doubled += [name] if begin is not None and ids[:2] == [begin, begin] else []
+    end, begin, special = tokenizer.eos_token_id, tokenizer.bos_token_id, set(tokenizer.all_special_ids)
+    rows = [(name, data[index]["input_ids"], data.prompt_lengths[index]) for index, name in enumerate(data.row_ids)]
+    inside = [name for name, ids, prompt in rows if special & set(ids[prompt : -1 if ids[-1] == end else None])]
+    doubled = [name for name, ids, _ in rows if begin is not None and ids[:2] == [begin, begin]]
     if inside:
         check.warn(
             "special-token-in-answer",
@@ -282,7 +273,7 @@ def _from_difference(text: str, other: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the label mask
 
 
-def check_labels(check: Check, data: EncodedDataset, collator: Collator, end: int) -> None:
+def check_labels(check: Check, data: EncodedDataset, collator: Collate, end: int) -> None:
     """Build real batches and look: the answer is learned, the prompt is not, and the end token is.
 
     Args:
@@ -328,7 +319,7 @@ def _split(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Ten
     return [(ids[0, a:b], labels[0, a:b], real[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def picture(data: EncodedDataset, collator: Collator, tokenizer: PreTrainedTokenizerBase) -> list[PicturedRow]:
+def picture(data: EncodedDataset, collator: Collate, tokenizer: PreTrainedTokenizerBase) -> list[PicturedRow]:
     """Two rows of one batch as the loss sees them, a short and a long one."""
     by_length = sorted(range(len(data)), key=data.lengths.__getitem__)
     chosen = [by_length[len(data) // 4], by_length[3 * len(data) // 4]][: len(data)]

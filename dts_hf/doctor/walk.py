@@ -126,7 +126,7 @@ class Walk:
         with self.diagnosis.check("data") as check:
             rows = need(self.rows, "rows").train
             self.looked_at = spaced(rows, LOOKED_AT)
-            self.data = self.task.encode(Rows(self.looked_at), need(self.tokenizers, "a tokenizer")["student"]).train
+            self.data = self.task.encode(Rows(self.looked_at), self.tokenizer).train
             self.check_data(check, self.data, len(rows))
             if self.args is not None:
                 trained_on = round(len(rows) * len(self.data) / len(self.looked_at))
@@ -193,6 +193,11 @@ class Walk:
     def world(self) -> int:
         """How many devices the run is for: those that were named, or those of this machine."""
         return self.devices or int(self.diagnosis.device.get("count", 1))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's; it ends a check where there is none."""
+        return need(self.tokenizers, "a tokenizer")["student"]
 
     def make_trainer(self) -> DistillationTrainer:
         """The trainer of ``distill``; learning rate and temperature begin as they will."""

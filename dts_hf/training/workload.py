@@ -168,7 +168,7 @@ def launch_line(recipe: Recipe, plan: Plan, path: str) -> str:
     )
 
 
-def checkpoints_beside_each_other(args: TrainingArguments, steps: int) -> int:
+def checkpoints_kept(args: TrainingArguments, steps: int) -> int:
     """How many checkpoints stand beside each other at most."""
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":
