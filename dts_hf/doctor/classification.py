@@ -41,9 +41,8 @@ class ClassifierWalk(Walk):
         check.summary = f"{len(rows.train):,} to train on ({shares or 'scores'}), {len(rows.validation):,} held out"
         missing = [name for number, name in enumerate(glue.labels) if not counts[number]]
         if missing:
-            check.warn(
-                "class-missing", f"no training row has the label {', '.join(missing)}", "Are the labels in order?"
-            )
+            text = f"no training row has the label {', '.join(missing)}"
+            check.warn("class-missing", text, "Are the labels in order?")
         seen = {row.texts for row in rows.train}
         leaked = [row.id for row in rows.validation if row.texts in seen]
         if len(leaked) > MANY_ROWS * len(rows.validation):  # GLUE itself repeats a few
@@ -59,12 +58,10 @@ class ClassifierWalk(Walk):
         if cut == len(data):
             check.error("every-row-cut", "every text is cut at task.max_length", "Raise task.max_length")
         elif share > MANY_ROWS:
-            check.warn(
-                "many-rows-cut", f"{share:.1%} of the texts are cut at task.max_length", "Raise task.max_length"
-            )
-        self.diagnosis.picture = [
-            _pictured(self.task.glue, data, index, self.tokenizer) for index in spaced(range(len(data)), 2)
-        ]
+            text = f"{share:.1%} of the texts are cut at task.max_length"
+            check.warn("many-rows-cut", text, "Raise task.max_length")
+        two = spaced(range(len(data)), 2)
+        self.diagnosis.picture = [_pictured(self.task.glue, data, index, self.tokenizer) for index in two]
 
     def compare(self, check: Check) -> None:
         trainer: Any = self.make_trainer()
@@ -73,9 +70,8 @@ class ClassifierWalk(Walk):
         if self.task.glue.regression:
             compare_scores(check, self.sample)
             return
-        check_teacher(
-            check, trainer.eval_loss, self.sample, self.task.glue.outputs, self.recipe.student.init is not None
-        )
+        cut = self.recipe.student.init is not None
+        check_teacher(check, trainer.eval_loss, self.sample, self.task.glue.outputs, cut)
         if self.sample.teacher_states is not None:
             check_label_order(check, self.sample)
 
@@ -109,15 +105,10 @@ def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset
         teachers.append(trainer.classifier.logits(batch))
     student.train(was_training)
     identity = Head(torch.eye(trainer.task.outputs, device=trainer.args.device))
+    numbers = torch.arange(len(rows), device=trainer.args.device)
     known = [logits for logits in teachers if logits is not None]
-    return Sample(
-        torch.cat(students),
-        identity,
-        torch.cat(known) if known else None,
-        identity if known else None,
-        torch.cat(targets),
-        torch.arange(len(rows), device=trainer.args.device),
-    )
+    taught: tuple[Any, Any] = (torch.cat(known), identity) if known else (None, None)
+    return Sample(torch.cat(students), identity, *taught, torch.cat(targets), numbers)
 
 
 def compare_scores(check: Check, sample: Sample) -> None:

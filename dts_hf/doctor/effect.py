@@ -55,14 +55,15 @@ class Sample:
         return loss(student, self.student_head, *teacher, targets, max(len(targets), 1), self.sequences)
 
     def means(self, loss: DistillationLoss) -> dict[str, Any]:
-        """What ``loss`` sums up, as means over the rows; the extremes of the temperature as they are."""
+        """What ``loss`` sums up, as means over the rows; the extremes of the temperature as they are.
+
+        ``teacher_support`` is the teacher's effective support, exp(mean entropy), at its temperature.
+        """
         with torch.no_grad():
             sums = self.through(loss).sums
-        rows = max(float(sums["rows"]), 1.0)
-        return {
-            name: (value if name in ("temperature_min", "temperature_max", "rows") else value / rows).tolist()
-            for name, value in sums.items()
-        }
+        rows, whole = max(float(sums["rows"]), 1.0), ("temperature_min", "temperature_max", "rows")
+        means = {name: (value if name in whole else value / rows).tolist() for name, value in sums.items()}
+        return {**means, "teacher_support": math.exp(means["teacher_entropy_at_t"])}
 
 
 class Nudged(TemperaturePolicy):
@@ -220,9 +221,9 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     if not all(math.isfinite(value) and value > 0 for value in (low, high)):
         check.error("temperature-not-finite", f"policy '{name}' gives T {path}", "")
         return
-    offered = {now["teacher_temperature"]: _support(now) for now in followed[::4]}
+    offered = {now["teacher_temperature"]: now["teacher_support"] for now in followed[::4]}
     if len(ends) > 1:
-        offered = {t: _support(sample.means(with_policy(loss, Constant(t)))) for t in ends}
+        offered = {t: sample.means(with_policy(loss, Constant(t)))["teacher_support"] for t in ends}
     vocabulary = sample.student_head.vocab_size
     check.values["support"] = [{"temperature": t, "support": n, "of": vocabulary} for t, n in offered.items()]
     check.summary += "; the teacher offers " + ", ".join(
@@ -242,19 +243,14 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     policy: Any = loss.temperature
     if name == "dts" and (policy.gap_source, policy.granularity) == ("measured", "batch"):
         plain = [now["temperature"] for now in _follow(loss, sample, steps, gap=0.0)[0]]
-        _check_gap(check, curve, plain, policy.rule)
-
-
-def _check_gap(check: Check, curve: list[float], plain: list[float], rule: str) -> None:
-    """``curve`` of the temperature under the gap of the sample, and ``plain`` without any gap."""
-    check.values["temperature_without_gap"] = plain
-    check.summary += f"; T ends at {plain[-1]:.2f} if the gap closes"
-    if max(abs(a - b) for a, b in zip(curve, plain, strict=True)) < 1e-3:
-        check.warn(
-            "gap-without-effect",
-            f"the gap does not move the temperature: rule '{rule}' gives the plain cosine here",
-            "rule: gap follows the gap while the student is the worse one; rule: paper acts only below a gap of -1",
-        )
+        check.values["temperature_without_gap"] = plain
+        check.summary += f"; T ends at {plain[-1]:.2f} if the gap closes"
+        if max(abs(a - b) for a, b in zip(curve, plain, strict=True)) < 1e-3:
+            check.warn(
+                "gap-without-effect",
+                f"the gap does not move the temperature: rule '{policy.rule}' gives the plain cosine here",
+                "rule: gap follows the gap while the student is the worse one; rule: paper acts only below a gap of -1",
+            )
 
 
 def _follow(
@@ -282,11 +278,6 @@ def _follow(
         policy.begin_step(done / steps)
         followed.append(sample.means(loss))
     return followed, policy.ends
-
-
-def _support(means: dict[str, Any]) -> float:
-    """The teacher's effective support, exp(mean entropy)."""
-    return math.exp(means["teacher_entropy_at_t"])
 
 
 def _rounded(count: float) -> str:

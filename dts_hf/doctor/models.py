@@ -17,7 +17,7 @@ from dts_hf.doctor.diagnosis import Check
 from dts_hf.doctor.effect import Sample
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.selection import select_response, sequence_numbers
-from dts_hf.models.head import Head, head_of, loss_in_head
+from dts_hf.models.head import head_of, loss_in_head
 from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
 from dts_hf.training.trainer import DistillationTrainer
@@ -92,9 +92,8 @@ def check_vocabulary(
             )
     if len(models) < 2 or alignment is None:
         return
-    plan = align_vocabularies(
-        models["student"], models["teacher"], tokenizers["student"], tokenizers["teacher"], alignment
-    )
+    pair = tokenizers["student"], tokenizers["teacher"]
+    plan = align_vocabularies(models["student"], models["teacher"], *pair, alignment)
     check.values["compared"] = plan.size
     if plan.note:
         check.summary += f"; {plan.note}"
@@ -128,21 +127,14 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
     finally:
         student.train(was_training)
     students, teachers, all_targets, sequences = zip(*parts, strict=True)
-    teacher_head = trainer.teacher.head
-    return Sample(
-        torch.cat(students),
-        _in_fp32(head_of(student).cut(trainer.vocab_size)),
-        None if teacher_head is None else torch.cat(teachers),
-        None if teacher_head is None else teacher_head.cut(trainer.vocab_size),
-        torch.cat(all_targets),
-        torch.cat(sequences),
-    )
-
-
-def _in_fp32(head: Head) -> Head:
-    """The head without its graph, so exact that gradients can be subtracted from each other."""
+    head, teacher_head = head_of(student).cut(trainer.vocab_size), trainer.teacher.head
+    # Without its graph, and so exact that gradients can be subtracted from each other
     bias = None if head.bias is None else head.bias.detach().float()
-    return replace(head, weight=head.weight.detach().float(), bias=bias)
+    head = replace(head, weight=head.weight.detach().float(), bias=bias)
+    taught: tuple[Any, Any] = (None, None)
+    if teacher_head is not None:
+        taught = (torch.cat(teachers), teacher_head.cut(trainer.vocab_size))
+    return Sample(torch.cat(students), head, *taught, torch.cat(all_targets), torch.cat(sequences))
 
 
 def _batches(

@@ -145,14 +145,13 @@ def check_special_tokens(
     check.values = {"eos": end, "bos": student.bos_token_id, "pad": pad}
     # (code, whose tokenizer is compared with what, where that stops and begins, what to correct)
     others: list[tuple[str, str, str, set[int], set[int], str]] = []
+    where = "its tokenizer_config.json"
     if teacher is not student:
         theirs = ({teacher.eos_token_id}, {teacher.bos_token_id})
-        others += [
-            ("end-tokens-differ", "student", "the teacher's tokenizer ends", *theirs, "its tokenizer_config.json")
-        ]
+        others += [("end-tokens-differ", "student", "the teacher's tokenizer ends", *theirs, where)]
+    where += ", or eos_token_id in its generation_config.json"
     for who, model in models.items():
         theirs = (_ids_of(model, "eos_token_id"), _ids_of(model, "bos_token_id"))
-        where = "its tokenizer_config.json, or eos_token_id in its generation_config.json"
         others += [("end-token-unknown", who, "its model stops", *theirs, where)]
     for code, who, other, stops, first, where in others:
         tokenizer = tokenizers[who]
