@@ -29,8 +29,8 @@ from dts_hf.runs.lock import unlocks
 from dts_hf.runs.start import Start, begin, check_same_rows, open_run
 from dts_hf.task import Models, Task
 from dts_hf.training.callbacks import BeforeTrainingCallback, RunLogCallback
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.signals import stops_on_signal
-from dts_hf.training.trainer import DistillationTrainer
 
 
 def task_of(recipe: Recipe) -> Task[Any]:
@@ -89,15 +89,15 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         for note in task.notes(rows, data):
             say(note)
 
-    # 7. Scores, training, scores. The student before training is scored in the wrapper that trains it, which is there
-    #    only once training has begun: hence the callback. A resumed run has its scores from before.
+    # 7. Scores, training, scores. Before training the student has no wrapper yet, which scoring needs: hence the callback.
     scorer = task.make_scorer(run, trainer, models, rows, data, start.scores)
     for callback in scorer.callbacks():
         trainer.add_callback(callback)
     if start.checkpoint is None:
         if teacher is not None:
             scorer.score("teacher", teacher)
-        trainer.add_callback(BeforeTrainingCallback(trainer, partial(scorer.score, "student_before", student)))
+        score_before = partial(scorer.score, "student_before", student)
+        trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
@@ -144,7 +144,7 @@ def load_models(
     return Models(student, teacher, tokenizer, teacher_tokenizer)
 
 
-def check_start(recipe: Recipe, start: Start, trainer: DistillationTrainer, made_from: Mapping[str, Any]) -> None:
+def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_from: Mapping[str, Any]) -> None:
     """The last checks: they need rows, launch and length of the run. All processes call it.
 
     Args:
@@ -165,7 +165,7 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationTrainer, made
         trainer.prepare_temperature(trainer.planned_steps())
 
 
-def training_facts(trainer: DistillationTrainer, started: float) -> dict[str, Any]:
+def training_facts(trainer: DistillationBase, started: float) -> dict[str, Any]:
     """What ``metrics.json`` says of the training itself.
 
     Args:
@@ -189,14 +189,14 @@ def report(recipe: Recipe, run: RunDirectory) -> None:
         write_report(run)
 
 
-def push(trainer: DistillationTrainer, run: RunDirectory) -> None:
+def push(trainer: DistillationBase, run: RunDirectory) -> None:
     """Upload ``final/`` with the card of the run, where ``training.push_to_hub`` asks for it; all processes call it."""
     if not trainer.args.push_to_hub:
         return
     from dts_hf.reporting.model_card import render_model_card
 
     trainer.model_card = lambda: render_model_card(run)
-    trainer.push_to_hub(folder=run.final_path)
+    trainer.push_to_hub(finished=run.final_path)
 
 
 def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:

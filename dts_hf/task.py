@@ -19,9 +19,9 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.training.distillation_base import DistillationBase
 
-TrainerT = TypeVar("TrainerT", bound=DistillationTrainer)
+TrainerT = TypeVar("TrainerT", bound=DistillationBase)
 
 
 @dataclass(frozen=True)

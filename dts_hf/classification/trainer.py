@@ -6,13 +6,14 @@ are its logits, and the head is the identity. Only what a batch is and how model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
 from dts_hf.classification.models import (
@@ -25,26 +26,32 @@ from dts_hf.classification.models import (
 )
 from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_labelled
 from dts_hf.data.encoding import EncodingReport
-from dts_hf.data.samplers import DUMMY_ROW, dummy_row
+from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
+from dts_hf.distributed.launch import check_launch, prepare_deepspeed
+from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
 from dts_hf.loss.chunk_walk import SUM_NAMES
+from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import IGNORE_INDEX
-from dts_hf.models.checks import check_positions
+from dts_hf.models.checks import check_apart, check_positions
 from dts_hf.models.head import Head
-from dts_hf.models.loading import load_tokenizer
+from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.temperature.constant import Constant
-from dts_hf.training.trainer import WITHOUT_TEACHER, DistillationTrainer, count_tokens
+from dts_hf.training.arguments import check_arguments
+from dts_hf.training.datasets import RowReader
+from dts_hf.training.distillation_base import DistillationBase, student_alone
+from dts_hf.training.pair import check_whole
+from dts_hf.training.step_sums import count_tokens
 
-# What ``meters.means`` makes of the sums, by the kind of run: name there -> name in the log.
+#: Squared errors have other names than losses of classes: name there -> name in the log.
 REGRESSION = {"ce_loss": "label_mse", "teacher_ce": "teacher_mse", "kd_loss": "kd_loss"}
 
 
-class ClassificationDistillationTrainer(DistillationTrainer):
+class ClassificationDistillationTrainer(DistillationBase):
     """Distil ``teacher``, a sequence classifier, into ``model``.
 
     loss = (1 - kd_ratio) CE + kd_ratio T_s T_t D(p_T, q_T) over the examples of an optimizer step, on any number of
@@ -60,7 +67,14 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         eval_dataset: the same kinds; ``evaluate`` adds the task's metrics, as ``eval_accuracy``, and the teacher's.
         processing_class: the tokenizer; by default the student's own.
         max_length: for rows, tokens.
-        kwargs: everything else that ``DistillationTrainer`` takes.
+        temperature_scaling, logits_budget_mb, teacher_tokenizer, teacher_placement, model_card: as in
+            ``DistillationTrainer``.
+        kwargs: everything else that ``Trainer`` takes.
+
+    Attributes:
+        task: what is learned.
+        classifier: the teacher.
+        predicted: logits of the last evaluation by row: ``{"student": {row: [C]}, "teacher": ...}``.
 
     Raises:
         UserError: anything that does not fit together, before the first step.
@@ -80,79 +94,62 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         max_length: int = 128,
+        temperature_scaling: str = "squared",
+        logits_budget_mb: float = 256,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_placement: str = "replicated",
+        model_card: Callable[[], str] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.task = get_task(task) if isinstance(task, str) else task
-        if teacher is None and kd_ratio > 0:
-            raise UserError(f"teacher: got None, but kd_ratio is {kd_ratio}; without a teacher it must be 0")
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model, key="model")
-            model = load_classifier(model, self.task, key="model")
-        if isinstance(teacher, str):
-            kwargs.setdefault("teacher_tokenizer", load_tokenizer(teacher, key="teacher"))
-            dtype = str(next(model.parameters()).dtype).split(".")[-1]
-            teacher = load_classifier(teacher, self.task, key="teacher", dtype=dtype, fresh_head=False)
-        if processing_class is None:
-            raise UserError("processing_class: got None, expected the student's tokenizer")
-        if processing_class.pad_token_id is None:
-            raise UserError(
-                "processing_class: has no padding token, which classifiers end at; set pad_token = eos_token"
-            )
-        self._text_options: dict[str, Any] = {
-            "tokenizer": processing_class,
+        # 1. Arguments that cannot be honoured, before anything is loaded.
+        args = args or TrainingArguments(output_dir="runs/distillation")
+        check_launch(args)
+        check_arguments(args, kwargs)
+        check_has_teacher(teacher is not None, kd_ratio)
+        self.task = task = get_task(task) if isinstance(task, str) else task
+        # 2. Two classifiers of the same task that read the same tokens.
+        model, teacher, tokenizer = set_up_classifiers(model, teacher, task, processing_class, teacher_tokenizer)
+        prepare_deepspeed(args, model)
+        self.classifier = ClassifierTeacher(teacher)
+        # 3. Rows, loss and temperature. Squared errors know none, and without a teacher there is nothing to soften.
+        softened = teacher is not None and not task.regression
+        models = [(model, "the student"), *([] if teacher is None else [(teacher, "the teacher")])]
+        encode_options = {
+            "tokenizer": tokenizer,
             "max_length": max_length,
             "type_ids": takes_type_ids(model) or takes_type_ids(teacher),
         }
-        self.metric = GlueMetric(self.task.subset)
-        #: Logits of the last evaluation by row: ``{"student": {row: [C]}, "teacher": ...}``.
+        self.metric = GlueMetric(task.subset)
         self.predicted: dict[str, dict[int, list[float]]] = {}
         self._seen: list[tuple[Tensor, ...]] = []
         super().__init__(
             model,
-            teacher,  # type: ignore[arg-type]  # _setup_teacher knows a classifier and None
-            # Squared errors know no temperature, and without a teacher there is nothing to soften.
-            Constant(1.0) if self.task.regression else temperature,
-            divergence,
-            kd_ratio,
             args,
+            LabelledCollator(int(tokenizer.pad_token_id), task.regression),
             train_dataset,
             eval_dataset,
-            processing_class,
-            router_aux_loss="none",  # a classifier of transformers adds none either
-            data_collator=LabelledCollator(int(processing_class.pad_token_id), self.task.regression),
+            tokenizer,
+            temperature=temperature if softened else 1.0,
+            divergence=divergence,
+            classes=task.outputs,
+            loss_options={
+                "kd_ratio": kd_ratio,
+                "temperature_scaling": temperature_scaling,
+                "logits_budget_mb": logits_budget_mb,
+            },
+            rename=partial(rename_means, taught=teacher is not None, regression=task.regression),
+            rows=LabelledRows(task, encode_options, models),
+            dummy_labels=float("nan") if task.regression else IGNORE_INDEX,
+            callbacks=callbacks,
+            model_card=model_card,
             **kwargs,
         )
+        if teacher_placement == "sharded" and teacher is not None:
+            shard_teacher(teacher, self.args.device)
+        self.classifier.to(self.args.device)
 
-    def _setup_teacher(  # type: ignore[override]
-        self,
-        model: nn.Module,
-        teacher: nn.Module | None,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher_tokenizer: PreTrainedTokenizerBase | None,
-        vocab_alignment: str,
-    ) -> None:
-        for classifier, name in ((model, "the student"), (teacher, "the teacher")):
-            if classifier is None:
-                continue
-            fit_to_tokenizer(classifier, tokenizer, name)
-            names = {int(number): str(label) for number, label in classifier.config.id2label.items()}  # type: ignore[union-attr, operator]
-            if label_order(names, self.task, name, is_trained=classifier is model) is not None:
-                raise UserError(
-                    f"{name}: its classes are {', '.join(names.values())}, in the task's order {self.task.describe_labels}; "
-                    "load it with dts_hf.classification.models.load_classifier, which reorders them"
-                )
-        other = teacher_tokenizer or tokenizer
-        shared = shared_prefix(tokenizer, other)
-        if teacher is not None and shared < max(len(tokenizer), len(other)):
-            raise UserError(
-                f"teacher and student have different tokenizers (from id {shared} on), but read the same batches: choose "
-                "a student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
-            )
-        self.vocab_size, self.vocab_note = self.task.outputs, ""
-        self.classifier = ClassifierTeacher(teacher)
-        self.teacher = self.classifier  # type: ignore[assignment]  # only its to() is called from outside
-
-    # ------------------------------------------------------------------------------------------------- the batch
+    # ------------------------------------------------------------------------------------------------------- the batch
 
     def compute_loss(
         self,
@@ -163,11 +160,9 @@ class ClassificationDistillationTrainer(DistillationTrainer):
     ) -> Any:
         """Teacher and student on the same batch; returns example_sum / num_items_in_batch * num_processes."""
         labels = inputs["labels"]
-        if model.training and "row_id" in inputs:
-            self.rows_of_step.append(inputs["row_id"])
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id")}
         kept = labelled(labels)
-        normalizer = self._normalizer(labels, num_items_in_batch)
+        normalizer = self.normalizer(labels, num_items_in_batch)
         logits = model(**for_model(self.accelerator.unwrap_model(model), batch)).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         answers = self.classifier.logits(batch)
@@ -175,7 +170,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             teacher = logits.detach() if answers is None else answers.to(logits.dtype)
             loss_of = self._squared_errors if self.task.regression else self._class_loss
             loss, sums = loss_of(logits[kept], teacher[kept], labels[kept], normalizer, model.training)
-        meter = self.step_meter if model.training else self.eval_meter
+        _, meter = self.loss_and_meter(model.training)
         meter.add({**sums, "tokens": count_tokens(inputs)})
         outputs = {"loss": loss, "logits": logits.detach(), "teacher_logits": teacher}
         return (loss, outputs) if return_outputs else loss
@@ -185,7 +180,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
     ) -> tuple[Tensor, dict[str, Any]]:
         identity = Head(torch.eye(self.task.outputs, dtype=student.dtype, device=student.device))
         rows = torch.arange(len(labels), device=labels.device)  # each example is a sequence of its own
-        loss_fn = self.loss if training else self.eval_loss
+        loss_fn, _ = self.loss_and_meter(training)
         output = loss_fn(student, identity, teacher, identity, labels, normalizer, rows)
         return output.loss, output.sums
 
@@ -208,25 +203,16 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         }
         return total / normalizer.to(total), {**sums, **found}
 
-    def _count(self, labels: Tensor) -> Tensor:
+    def count_items(self, labels: Tensor) -> Tensor:
+        """How many examples of ``labels`` ``[B]`` have a label, as a 0-d tensor."""
         return labelled(labels).sum()
 
-    # ------------------------------------------------------------------------------------------------- evaluation
+    # -------------------------------------------------------------------------------------------------- held-out rows
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds the batch's sums to the meter and keeps the logits of all ranks for the metrics."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+    def keep_outputs(self, inputs: dict[str, Any], outputs: Any) -> None:
+        """Keep the logits of all ranks for the metrics."""
         columns = (inputs["row_id"], inputs["labels"], outputs["logits"], outputs["teacher_logits"])
         self._seen.append(tuple(column.cpu() for column in self.accelerator.gather(columns)))
-        return loss.detach(), None, None
 
     def evaluation_loop(
         self,
@@ -259,18 +245,28 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             self.predicted[name] = dict(zip(rows[real].tolist(), logits[real].tolist(), strict=True))
         return scores
 
-    def _named(self, values: dict[str, float]) -> dict[str, float]:
-        """The means that mean something in this run, under their right names."""
-        if self.classifier.model is None:
-            values = {name: values[name] for name in WITHOUT_TEACHER if name in values}
-        if self.task.regression:
-            values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
-        return values
 
-    def _without_label(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return dummy_row(row, float("nan") if self.task.regression else IGNORE_INDEX)
+class LabelledRows(RowReader):
+    """Rows of a task: texts that are to be encoded, or a ``LabelledDataset``.
 
-    def _read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
+    Args:
+        task: what the labels must be of.
+        encode_options: what ``encode_labelled`` takes besides the rows.
+        models: that read the rows, with what errors call them; no row may have more tokens than they have positions.
+    """
+
+    def __init__(
+        self, task: GlueTask, encode_options: Mapping[str, Any], models: Sequence[tuple[nn.Module, str]]
+    ) -> None:
+        super().__init__()
+        self.task, self.encode_options, self.models = task, encode_options, models
+
+    def read(self, dataset: Any, name: str) -> tuple[LabelledDataset, EncodingReport]:
+        """Texts are encoded; labels and lengths are checked.
+
+        Raises:
+            UserError: there is no row, or one is wrong.
+        """
         if not isinstance(dataset, LabelledDataset):
             rows = [
                 row
@@ -280,9 +276,83 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             ]
             if not rows:
                 raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")
-            dataset, _ = encode_labelled(rows, **self._text_options)
+            dataset, _ = encode_labelled(rows, **self.encode_options)
         check_task_labels(dataset.labels, self.task, name)
-        for model, role in ((self.model, "the student"), (self.classifier.model, "the teacher")):
-            if model is not None:
-                check_positions(model, role, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
+        for model, role in self.models:
+            check_positions(model, role, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
         return dataset, dataset.report or EncodingReport(rows=len(dataset), kept=len(dataset))
+
+
+def set_up_classifiers(
+    student: nn.Module | str | None,
+    teacher: nn.Module | str | None,
+    task: GlueTask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    """Load what is a name, undo what an earlier trainer has done to a model, and check that both read the same batches.
+
+    Args:
+        student, teacher: as ``ClassificationDistillationTrainer`` takes them.
+        task: whose classes they must have, in its order.
+        tokenizer: the student's; by default the one that its name brings.
+        teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.
+
+    Returns:
+        Student, teacher and the tokenizer of both.
+
+    Raises:
+        UserError: something is missing, or the two do not fit each other or the task.
+    """
+    # 1. Names become models.
+    if student is None:
+        raise UserError("model: got None, expected the student, its name or its folder")
+    if isinstance(student, str):
+        tokenizer = tokenizer or load_tokenizer(student, key="model")
+        student = load_classifier(student, task, key="model")
+    if isinstance(teacher, str):
+        teacher_tokenizer = teacher_tokenizer or load_tokenizer(teacher, key="teacher")
+        dtype = str(next(student.parameters()).dtype).split(".")[-1]
+        teacher = load_classifier(teacher, task, key="teacher", dtype=dtype, fresh_head=False)
+    if tokenizer is None:
+        raise UserError("processing_class: got None, expected the student's tokenizer")
+    if tokenizer.pad_token_id is None:
+        raise UserError("processing_class: has no padding token, which classifiers end at; set pad_token = eos_token")
+    check_whole(student)
+    # 2. Without what an earlier trainer has put around them; the teacher may be the student of one.
+    student, teacher = unwrapped(student), None if teacher is None else unwrapped(teacher)
+    if teacher is not None:
+        check_apart(student, teacher)
+    # 3. The same classes in the same order, over the same tokens.
+    for classifier, name in ((student, "the student"), (teacher, "the teacher")):
+        if classifier is None:
+            continue
+        fit_to_tokenizer(classifier, tokenizer, name)
+        names = {int(number): str(label) for number, label in classifier.config.id2label.items()}  # type: ignore[union-attr, operator]
+        if label_order(names, task, name, is_trained=classifier is student) is not None:
+            raise UserError(
+                f"{name}: its classes are {', '.join(names.values())}, in the task's order {task.describe_labels}; "
+                "load it with dts_hf.classification.models.load_classifier, which reorders them"
+            )
+    other = teacher_tokenizer or tokenizer
+    shared = shared_prefix(tokenizer, other)
+    if teacher is not None and shared < max(len(tokenizer), len(other)):
+        raise UserError(
+            f"teacher and student have different tokenizers (from id {shared} on), but read the same batches: choose "
+            "a student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
+        )
+    return student, teacher, tokenizer
+
+
+def rename_means(values: dict[str, float], *, taught: bool, regression: bool) -> dict[str, float]:
+    """The means that mean something in this kind of run, under their right names.
+
+    Args:
+        values: see ``logged_sums.means``.
+        taught: there is a teacher.
+        regression: they are squared errors.
+    """
+    values = values if taught else student_alone(values)
+    if regression:
+        values = {REGRESSION[name]: value for name, value in values.items() if name in REGRESSION}
+    return values

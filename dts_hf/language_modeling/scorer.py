@@ -116,7 +116,7 @@ class GenerationScorer:
     def during(self) -> dict[str, Any]:
         """Scores of the student as it is now, on the validation rows."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        with self.trainer.clock_stopped(), weights_as(model, self.recipe.evaluation.dtype):
+        with self.trainer.exclude_from_timing(), weights_as(model, self.recipe.evaluation.dtype):
             return self._answer(model, self.rows, VALIDATION, None).scores
 
     def record(self, step: int, epoch: float, scores: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dts_hf.divergences import Divergence, build_divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.chunk_walk import _ChunkWalk
+from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import TemperaturePolicy
 
@@ -101,8 +102,7 @@ class DistillationLoss(nn.Module):
         """
         if teacher_states is None or teacher_head is None:
             ratio = self.kd_ratio if self.temperature.kd_ratio is None else self.temperature.kd_ratio
-            if ratio > 0:
-                raise ValueError(f"kd_ratio is {ratio:g}, but there is no teacher; without one it must be 0")
+            check_has_teacher(False, ratio)
             teacher_states, teacher_head = None, student_head
         parts = {"student": student_states, "teacher": teacher_states, "targets": targets}
         counts = {name: len(rows) for name, rows in parts.items() if rows is not None}

@@ -1,142 +1,49 @@
-"""What happens around an optimizer step: the temperature moves, the run directory is written, people see progress."""
+"""What happens beside the optimizer steps: an interruption, work before the first one, the run directory, progress."""
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dts_hf.errors import UserError
-from dts_hf.loss.logged_sums import OF_POLICY, SumMeter
-from dts_hf.temperature.base import StepStats
-from dts_hf.training.signals import asked_to_stop, at_once, stopped_at
-
-if TYPE_CHECKING:
-    from dts_hf.runs.directory import RunDirectory
-    from dts_hf.training.trainer import DistillationTrainer
-
-
-logger = logging.getLogger(__name__)
-#: In the reduction of a step: how many processes were asked to stop.
-STOP_ASKED = "stop_asked"
-#: A run ends after so many steps in a row whose loss is non-finite.
-BROKEN_STEPS = 3
-
-
-class TemperatureCallback(TrainerCallback):
-    """``begin_step`` before every optimizer step, one reduction over ranks and ``end_step`` after it.
-
-    The statistics are those of all micro-batches of all ranks, so every rank computes the same temperature and the
-    schedule does not depend on how a step was split.
-    """
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-        self.broken_steps = 0  # in a row, their loss was non-finite
-        self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.broken_steps = self.labelled_steps = self.unlabelled_steps = 0
-        if state.global_step == 0:  # a second train(), or a retry with a smaller batch, is a new run
-            self.trainer.reset_statistics()
-        self.trainer.prepare_temperature(state.max_steps)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.rows_of_step.clear()
-        self.trainer.step_meter = SumMeter()  # a step that an exception broke off has left its sums
-        self.trainer.temperature.begin_step(state.global_step / max(state.max_steps, 1))
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # One signalled process stops all, at this step: what each of them knows travels with the sums of the loss.
-        asked = torch.full((), float(asked_to_stop() is not None), device=args.device)
-        self.trainer.step_meter.add({STOP_ASKED: asked})
-        totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
-        self.trainer.stop_agreed = totals.pop(STOP_ASKED) > 0
-        if not totals or not totals["rows"]:  # no label in the whole step: nothing was learned, nor about the gap
-            self.unlabelled_steps += 1
-            if self.unlabelled_steps == 1 and state.is_world_process_zero:
-                logger.warning("step %d: none of its rows has a label, so it teaches nothing", state.global_step)
-            return
-        self.labelled_steps += 1
-        rows, policy = totals["rows"], self.trainer.temperature
-        in_force = {"temperature_cosine": policy.cosine, **policy.log_values()}  # of the step that ends here
-        totals.update({f"{OF_POLICY}{name}": value * rows for name, value in in_force.items() if value is not None})
-        self.trainer.mean_log.add(totals)
-        stats = StepStats(
-            totals["ce"] / rows,
-            totals["teacher_ce"] / rows,
-            totals["kd"] / rows,
-            rows,
-            temperature_grad=totals.get("temperature_grad", 0.0) / rows,
-            observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
-        )
-        policy.end_step(stats)
-        if math.isfinite(totals["ce"]) and math.isfinite(totals["kd"]):
-            self.broken_steps = 0
-            return
-        self.broken_steps += 1
-        control.should_save = False  # the weights may be broken: the last good checkpoint stays the newest
-        if self.broken_steps == BROKEN_STEPS:
-            self.trainer.stop_broken_run(state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.unlabelled_steps and not self.labelled_steps:  # an iterable data set is not seen whole before
-            raise UserError(
-                f"train_dataset: none of the rows of {self.unlabelled_steps:,} steps has a label, so nothing was trained; "
-                "expected labels other than -100",
-                everywhere=True,
-            )
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.broken_steps:
-            control.should_save = False  # save_strategy epoch asks again, after on_step_end
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.training.signals import at_once, stopped_at
 
 
 class InterruptionCallback(TrainerCallback):
     """Leaves training with a complete checkpoint once all processes know that one was asked to stop.
 
-    It stands directly after ``TemperatureCallback``: the state is that of the finished step, and what else the step
+    It stands directly after what looks at the finished step: the state is that of this step, and what else the step
     would do (a held-out evaluation may take longer than the cluster waits) is made up for on resume.
+
+    Args:
+        save_now: saves a complete checkpoint of the step that has just ended; see ``ResumableTrainer``.
     """
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, save_now: Callable[[], Path | None]) -> None:
+        self.save_now = save_now
+        self.stop_agreed = False  # all ranks know, since the same step, that one of them was asked to stop
+
+    def agree(self, stop: bool) -> None:
+        """Take whether any rank was asked to stop; the same on all of them, before ``on_step_end``."""
+        self.stop_agreed = stop
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop_agreed = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.stop_agreed:
-            raise stopped_at(state.global_step, self.trainer.save_checkpoint_now())
-
-
-class OrderCallback(TrainerCallback):
-    """Tells our sampler the epoch. Accelerate's own ``set_epoch`` does not reach it on a resume with several processes."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.train_sampler is not None:
-            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+        if self.stop_agreed:
+            raise stopped_at(state.global_step, self.save_now())
 
 
 class BeforeTrainingCallback(TrainerCallback):
@@ -144,11 +51,17 @@ class BeforeTrainingCallback(TrainerCallback):
 
     For what needs the student in the wrapper that trains it: before ``train`` there is none, and an evaluation would
     make a DeepSpeed engine of its own, which ZeRO-1 and 2 refuse and training could not use.
+
+    Args:
+        work: what is to be done.
+        exclude_from_timing: makes the context in which it happens, for it is no training; see ``ResumableTrainer``.
     """
 
-    def __init__(self, trainer: DistillationTrainer, work: Callable[[], None]) -> None:
-        self.trainer = trainer
+    def __init__(
+        self, work: Callable[[], None], exclude_from_timing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self.work: Callable[[], None] | None = work
+        self.exclude_from_timing = exclude_from_timing
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,10 +69,8 @@ class BeforeTrainingCallback(TrainerCallback):
         work, self.work = self.work, None  # a retry with a smaller batch begins again
         if work is None or state.global_step > 0:
             return
-        began = time.monotonic()
-        with at_once():
+        with self.exclude_from_timing(), at_once():
             work()
-        self.trainer.no_training_since(began)
 
 
 class RunLogCallback(TrainerCallback):

@@ -74,7 +74,7 @@ def test_what_became_of_the_rows_is_kept_and_said(tmp_path, caplog):
     assert set(reports) == {"train_dataset", "eval_dataset['whole']", "eval_dataset['cut']"}
     train = reports["train_dataset"]
     assert (train.rows, train.kept, train.dropped) == (8, 1, 7) and train.dropped_ids == ["l0", "l1", "l2", "l3", "l4"]
-    said = [record.getMessage() for record in caplog.records if record.name == "dts_hf.training.trainer"]
+    said = [record.getMessage() for record in caplog.records if record.name == "dts_hf.training.datasets"]
     assert len(said) == 2  # nothing of the set that is whole
     assert said[0].startswith("train_dataset: 1 of 8 rows kept; dropped as too long: 7 (l0, l1, l2, l3, l4, ...)")
     assert said[1].startswith("eval_dataset['cut']: 1 of 3 rows kept")
@@ -83,7 +83,7 @@ def test_what_became_of_the_rows_is_kept_and_said(tmp_path, caplog):
     trainer.predict(ROWS[:2])
     assert reports["evaluate"].dropped == 1 and reports["predict"].kept == 2
     trainer.evaluate()
-    assert [r.getMessage()[:9] for r in caplog.records if r.name == "dts_hf.training.trainer"] == ["evaluate:"]
+    assert [r.getMessage()[:9] for r in caplog.records if r.name == "dts_hf.training.datasets"] == ["evaluate:"]
 
 
 def test_rows_encoded_before_bring_their_report(tmp_path, caplog):
@@ -577,12 +577,12 @@ def test_input_tokens_seen(tmp_path, kind, packing):
 
 
 def test_input_tokens_seen_leave_fillers_out(tmp_path):
-    from dts_hf.training.trainer import count_cells, count_tokens
+    from dts_hf.training.step_sums import count_cells, count_tokens
 
     data = encoded(ROWS[:3])
     for packing in (False, True):
         trainer = trainer_for(tmp_path, packing=packing)
-        filled = PadToMultiple(data, 5, trainer._without_label)
+        filled = PadToMultiple(data, 5, trainer.without_label)
         batch = trainer.data_collator([filled[index] for index in range(5)])
         alone = trainer.data_collator([data[index] for index in range(3)])
         assert count_tokens(batch) == count_tokens(alone) == sum(data.lengths)

@@ -294,7 +294,7 @@ def test_neither_padding_nor_dummy_rows_nor_packing_move_the_routers_loss(tmp_pa
     teacher = FAMILIES["Mixtral"].build(1, torch.float64)
     trainer = trainer_for(tmp_path, student, teacher)
     examples = [trainer.train_dataset[index] for index in range(len(LENGTHS))]
-    dummy = trainer._without_label(examples[0])
+    dummy = trainer.without_label(examples[0])
     packer = trainer_for(tmp_path, student, teacher, packing=True).data_collator
     padder = trainer.data_collator
     batches = {

@@ -20,7 +20,8 @@ from dts_hf.errors import UserError
 from dts_hf.models.adapters import add_lora
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Lora
-from dts_hf.training.trainer import UPLOAD, DistillationTrainer
+from dts_hf.training.hub_upload import UPLOAD
+from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 TOKEN = "hf_" + "OfMyOwnAndOfNobodyElse0"
@@ -109,7 +110,7 @@ def test_the_trainer_pushes_the_student_alone(tmp_path: Path, hub: Hub) -> None:
 def test_a_finished_folder_is_pushed_in_place_of_the_model(tmp_path: Path, hub: Hub) -> None:
     trainer = trainer_for(tmp_path / "words")
     tiny_llama(seed=5).save_pretrained(tmp_path / "final")
-    trainer.push_to_hub(folder=tmp_path / "final")
+    trainer.push_to_hub(finished=tmp_path / "final")
     saved = (tmp_path / "final" / "model.safetensors").read_bytes()
     assert hub.commits[0][1]["model.safetensors"] == saved and "tokenizer.json" not in files(hub)
     trainer.push_to_hub()  # only that once

@@ -20,7 +20,6 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import checkpoints, mark_complete, newest_complete, read_complete, rotate, why_incomplete
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import LOCK, lock, unlock
-from dts_hf.training.exact_resume import check_layout, layout
 from tests.workers.resume_worker import HAS_DEEPSPEED, Life, prepare, recipe
 
 pytestmark = pytest.mark.slow
@@ -352,11 +351,11 @@ def test_mixed_precision_of_the_launcher_is_compared(tmp_path):
     from tests.training.test_trainer import trainer_for
 
     trainer = trainer_for(tmp_path, options={"max_steps": 1})
-    make_checkpoint(tmp_path, "checkpoint-1", **layout(trainer))
-    check_layout(trainer, tmp_path / "checkpoint-1")
-    make_checkpoint(tmp_path, "checkpoint-2", **{**layout(trainer), "mixed_precision": "bf16"})
+    make_checkpoint(tmp_path, "checkpoint-1", **trainer.layout())
+    trainer.check_resumable(tmp_path / "checkpoint-1")
+    make_checkpoint(tmp_path, "checkpoint-2", **{**trainer.layout(), "mixed_precision": "bf16"})
     with pytest.raises(UserError, match="mixed precision was 'bf16' and would be 'no'"):
-        check_layout(trainer, tmp_path / "checkpoint-2")
+        trainer.check_resumable(tmp_path / "checkpoint-2")
 
 
 def test_a_finished_run_says_how_to_upload_and_cleans_up(tmp_path, capsys):
@@ -472,15 +471,15 @@ def test_a_halved_budget_and_a_sum_that_is_no_number_survive(tmp_path):
     trainer = trainer_for(tmp_path, options={"max_steps": 1})
     trainer.train()
     trainer.loss.logits_budget_mb /= 2  # memory ran out
-    trainer.mean_log.totals, trainer._tr_loss = {"ce": math.nan, "rows": 2.0}, trainer._tr_loss * math.nan
-    trainer.exact_resume.save(tmp_path / "checkpoint-1")
-    mark_complete(tmp_path / "checkpoint-1", step=1, resumable=True, **layout(trainer))
+    trainer.sums.mean_log.totals, trainer._tr_loss = {"ce": math.nan, "rows": 2.0}, trainer._tr_loss * math.nan
+    trainer.save_progress(tmp_path / "checkpoint-1")
+    mark_complete(tmp_path / "checkpoint-1", step=1, resumable=True, **trainer.layout())
     other = trainer_for(tmp_path, options={"max_steps": 1})
-    other.exact_resume.load(tmp_path / "checkpoint-1")
-    assert other.loss.logits_budget_mb == trainer.loss.logits_budget_mb < trainer.exact_resume.logits_budget_mb
-    assert math.isnan(other.mean_log.totals["ce"]) and other.mean_log.totals["rows"] == 2.0
+    other.load_progress(tmp_path / "checkpoint-1")
+    assert other.loss.logits_budget_mb == trainer.loss.logits_budget_mb == 128
+    assert math.isnan(other.sums.mean_log.totals["ce"]) and other.sums.mean_log.totals["rows"] == 2.0
     third = trainer_for(tmp_path, options={"max_steps": 1}, logits_budget_mb=8)
-    third.exact_resume.load(tmp_path / "checkpoint-1")
+    third.load_progress(tmp_path / "checkpoint-1")
     assert third.loss.logits_budget_mb == 8  # asked for since
 
 

@@ -451,7 +451,7 @@ def test_fillers_are_single_tokens_that_count_for_nothing(tmp_path, packing):
         lengths = sorted((len(row["input_ids"]) for row in dataset), reverse=True)
         trainer.model.eval()
         trainer.compute_loss(trainer.model, batch)
-        assert trainer.eval_meter.reduce(trainer.accelerator)["tokens"] == sum(lengths)
+        assert trainer.sums.eval_meter.reduce(trainer.accelerator)["tokens"] == sum(lengths)
         fed = batch["input_ids"].numel() if packing else batch["attention_mask"].sum()
         assert fed == sum(lengths) + 2
         values = trainer.evaluate()

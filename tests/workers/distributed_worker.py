@@ -30,7 +30,8 @@ from dts_hf.models.head import Head, loss_in_head
 from dts_hf.recipe.schema import Lora
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import build_temperature
-from dts_hf.training.trainer import DistillationTrainer, local_shard
+from dts_hf.training.non_finite import local_shard
+from dts_hf.training.trainer import DistillationTrainer
 from tests.support.launching import leave, training_arguments
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 

@@ -29,7 +29,7 @@ import torch
 from dts_hf.distill import distill
 from dts_hf.errors import Interrupted, UserError
 from dts_hf.recipe.schema import Recipe
-from dts_hf.training.callbacks import TemperatureCallback
+from dts_hf.training.temperature_callback import TemperatureCallback
 from tests.support.launching import strategy_arguments
 from tests.support.tiny import tiny_gpt2, tiny_tokenizer
 

@@ -1,0 +1,216 @@
+"""Data sets of rows of any kind, as a trainer takes them: read once, checked before the first step, and reported on.
+
+A ``RowReader`` is what a trainer knows of its rows' form; each kind of task has its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.sources import rows_from_dataset
+from dts_hf.data.tokenised import (
+    EXPECTED_LABELS,
+    TABLES,
+    RowForm,
+    TokenisedDataset,
+    TokenisedStream,
+    check_encoded,
+    has_arrow_rows,
+    rows_of,
+)
+from dts_hf.distributed.processes import process
+from dts_hf.errors import UserError
+from dts_hf.models.checks import check_positions
+
+logger = logging.getLogger(__name__)
+
+
+class RowReader:
+    """Makes data sets ready for the data loaders.
+
+    Attributes:
+        reports: what became of the rows, by the name of the data set.
+    """
+
+    def __init__(self) -> None:
+        self.reports: dict[str, EncodingReport] = {}
+
+    def prepare(self, dataset: Any, name: str) -> Any:
+        """``dataset`` as the data loaders take it, checked; what became of its rows is kept, and said if any was lost.
+
+        Args:
+            dataset: rows, or a dictionary of several data sets; None stays None.
+            name: what errors and ``reports`` call it.
+
+        Raises:
+            UserError: a row is wrong, or none has a label.
+        """
+        if isinstance(dataset, dict):
+            return {key: self.prepare(value, f"{name}['{key}']") for key, value in dataset.items()}
+        if dataset is None or isinstance(dataset, (TokenisedDataset, TokenisedStream)):
+            return dataset
+        ready, report = self.read(dataset, name)
+        if report is not None:
+            self.reports[name] = report
+            known = isinstance(dataset, EncodedDataset) and dataset.report is not None  # to whoever encoded it
+            if not known and not report.is_whole and process()[0] == 0:
+                logger.warning("%s: %s", name, report.summary())
+        return ready
+
+    def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
+        """Rows as tokens, and what became of them; each row is read once at most.
+
+        Raises:
+            UserError: a row is wrong, or none has a label.
+        """
+        raise NotImplementedError
+
+
+class LanguageRows(RowReader):
+    """Rows of language models: text that is to be encoded, or tokens from elsewhere.
+
+    Args:
+        encode_options: for text, what ``encode_rows`` takes besides the rows and their name.
+        vocab_size: ids that teacher and student share.
+        models: that read the rows, with what errors call them; no row may have more tokens than they have positions.
+        as_they_are: tokenised rows go to a collator of the user's, which gets every column.
+        processes: that share out the rows.
+    """
+
+    def __init__(
+        self,
+        encode_options: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        models: Sequence[tuple[nn.Module, str]],
+        as_they_are: bool,
+        processes: int,
+    ) -> None:
+        super().__init__()
+        self.encode_options, self.vocab_size, self.models = encode_options, vocab_size, models
+        self.as_they_are, self.processes = as_they_are, processes
+
+    def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
+        """Text is encoded; tokens are checked, at once or, of a stream, as they come.
+
+        Raises:
+            UserError: a row is wrong, none has a label, or the data set cannot be read as training reads it.
+        """
+        form = RowForm(name, self.vocab_size, self.as_they_are)
+        # 1. Rows that ``encode_rows`` has made need no more than a look.
+        if isinstance(dataset, EncodedDataset):
+            report = self._check_encoded(dataset, form)
+            return dataset, dataset.report or report
+        streamed = isinstance(dataset, IterableDataset)
+        self._check_kind(dataset, name)
+        if has_arrow_rows(dataset) and dataset.format["type"] in TABLES:
+            dataset = dataset.with_format(None)
+        # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
+        rows = rows_of(dataset)
+        first = next(rows, None)
+        if not isinstance(first, Mapping) or "input_ids" not in first:
+            if streamed:
+                columns = ", ".join(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
+                raise UserError(
+                    f"{name}: an iterable data set must give tokenised rows (input_ids, labels), found {columns}; expected "
+                    "list(dataset), a datasets.Dataset, or rows that are tokenised as they come"
+                )
+            raw = rows_from_dataset(rows if first is None else chain([first], rows), name)
+            encoded, report = encode_rows(raw, name=name, **self.encode_options)
+            self._check_encoded(encoded, form)
+            return encoded, report
+        # 3. Tokens. A collator of the user's may make the labels.
+        if self.as_they_are and first.get("labels") is None:
+            form = dataclasses.replace(form, labelled=False)
+        if streamed:
+            form.check(form.columns([first], 0), 0)
+            return TokenisedStream(dataset, form), None
+        if not hasattr(dataset, "__getitem__"):
+            raise UserError(
+                f"{name}: got {type(dataset).__name__}, expected a list or a data set that is read by number"
+            )
+        tokenised = TokenisedDataset(dataset, form, chain([first], rows))
+        self._check_positions(max(tokenised.lengths), "Shorten the rows")
+        return tokenised, tokenised.report
+
+    def _check_kind(self, dataset: Any, name: str) -> None:
+        """Refuse what cannot be read as often, or shared out as evenly, as training does."""
+        if not isinstance(dataset, IterableDataset):
+            if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
+                raise UserError(
+                    f"{name}: got {type(dataset).__name__}, which has no length; expected a list, or __len__"
+                )
+            return
+        if name != "train_dataset":
+            raise UserError(
+                f"{name}: got an iterable data set, but held-out rows are counted, sorted by length and read again at every "
+                "evaluation; expected a list of its rows, as list(dataset.take(1000))"
+            )
+        if self.processes > 1:
+            raise UserError(
+                f"{name}: got an iterable data set on {self.processes} processes, which could not share out its rows "
+                "evenly; expected one process, or a data set with a length"
+            )
+        if iter(dataset) is iter(dataset):
+            raise UserError(
+                f"{name}: got an iterable data set that can be read once, and this check would take its first row; "
+                "expected one that begins anew each time (__iter__ as a generator function)"
+            )
+
+    def _check_encoded(self, dataset: EncodedDataset, form: RowForm) -> EncodingReport:
+        report = check_encoded(dataset, form)
+        self._check_positions(max(dataset.lengths), "Lower data.max_length")
+        return report
+
+    def _check_positions(self, longest: int, advice: str) -> None:
+        for model, role in self.models:
+            check_positions(model, role, longest, advice)  # type: ignore[arg-type]
+
+
+def try_collator(
+    data_collator: Any, collate: Callable[[list[Any]], Mapping[str, Any]], dataset: Any, batch_size: int
+) -> bool:
+    """A collator of the user's must make labels of the first row, and one batch of rows of different lengths.
+
+    Args:
+        data_collator: as the user gave it.
+        collate: the same as the data loaders call it.
+        dataset: rows that a ``RowReader`` has prepared.
+        batch_size: the smallest batch that a process takes.
+
+    Returns:
+        Whether it lays rows end to end.
+
+    Raises:
+        UserError: it cannot make a batch, or none that a causal language model learns from.
+    """
+    name = type(data_collator).__name__
+    try:
+        batch = collate([dataset[0]] * 2)
+    except Exception as error:  # whatever it raises
+        raise UserError(f"data_collator: {name} cannot make a batch of the first row: {error}") from error
+    if getattr(data_collator, "mlm", False):
+        raise UserError(
+            "data_collator: got mlm true, but a causal language model learns the next token; expected mlm=False"
+        )
+    if batch.get("labels") is None:
+        raise UserError(f"data_collator: {name} makes no labels, and the rows have none; expected {EXPECTED_LABELS}")
+    lengths = dataset.lengths
+    ends = [dataset[lengths.index(end)] for end in sorted({min(lengths), max(lengths)})]
+    if len(ends) <= batch_size:
+        try:
+            collate(ends)
+        except Exception as error:
+            raise UserError(
+                f"data_collator: {name} cannot make a batch of the shortest and the longest row ({min(lengths):,} and "
+                f"{max(lengths):,} tokens): {error}"
+            ) from error
+    return len(batch["input_ids"]) == 1

@@ -1,0 +1,269 @@
+"""``DistillationBase``: what every distillation has, whatever a batch is and however its models answer it.
+
+A temperature policy that moves once a step, a loss for training and one for held-out rows, sums that become means over
+labels, and the state of all that in the checkpoints. ``trainer.DistillationTrainer`` (language models) and
+``classification.trainer.ClassificationDistillationTrainer`` add a teacher, rows, and ``compute_loss``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.divergences import Divergence
+from dts_hf.errors import UserError
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.loss.logged_sums import SumMeter, Totals, means
+from dts_hf.temperature import TemperaturePolicy, build_temperature
+from dts_hf.temperature.constant import Constant
+from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
+from dts_hf.training.resumable_trainer import ResumableTrainer
+from dts_hf.training.step_sums import StepSums
+from dts_hf.training.temperature_callback import TemperatureCallback
+
+TEMPERATURE_STATE = "temperature.json"
+#: What is logged when there is no teacher.
+WITHOUT_TEACHER = ("ce_loss", "student_entropy", "aux_loss")
+
+
+def student_alone(values: dict[str, float]) -> dict[str, float]:
+    """The means that mean something without a teacher."""
+    return {name: values[name] for name in WITHOUT_TEACHER if name in values}
+
+
+class DistillationBase(ResumableTrainer):
+    """A ``ResumableTrainer`` whose loss has a temperature.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
+        temperature: see ``build_policy``.
+        divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
+        classes: of the logits that both models give.
+        loss_options: what ``DistillationLoss`` takes besides.
+        rename: what becomes of the means over labels before they are logged; see ``StepSums``.
+        kwargs: everything else that ``ResumableTrainer`` takes.
+
+    Attributes:
+        temperature: the policy.
+        loss: of training.
+        eval_loss: of held-out rows, at T = 1.
+        sums: of the step and of the evaluation that run, and since the last log line.
+
+    Raises:
+        UserError: anything that does not fit together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        temperature: TemperaturePolicy | Mapping[str, Any] | str | float,
+        divergence: Divergence | Mapping[str, Any] | str,
+        classes: int,
+        loss_options: Mapping[str, Any],
+        rename: Callable[[dict[str, float]], dict[str, float]],
+        **kwargs: Any,
+    ) -> None:
+        self.temperature = build_policy(temperature)
+        self.loss = DistillationLoss(divergence, temperature=self.temperature, **loss_options)
+        # Held-out losses are taken at T = 1: they must not move because the schedule did.
+        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **loss_options)
+        self.temperature.check_classes(classes)
+        self.sums = StepSums(rename)
+        self._fresh_state = copy.deepcopy(self.temperature.state())
+        self._budget_asked_for = self.loss.logits_budget_mb  # memory may run out, and the loss then lowers its own
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self.loss.to(self.args.device)
+
+    # ------------------------------------------------------------------------------------------------ one batch's sums
+
+    @property
+    def step_meter(self) -> SumMeter:
+        """Sums of the optimizer step that runs, this rank's."""
+        return self.sums.step_meter
+
+    @property
+    def tokens_seen(self) -> float:
+        """Real tokens (no padding) of all ranks, up to the last log line."""
+        return self.sums.tokens_seen
+
+    def loss_and_meter(self, training: bool) -> tuple[DistillationLoss, SumMeter]:
+        """The loss for a batch, and what takes its sums."""
+        return (self.loss, self.sums.step_meter) if training else (self.eval_loss, self.sums.eval_meter)
+
+    def normalizer(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """num_items_in_batch / num_processes ``[]``; without a count the loss is the mean over the labels of this batch.
+
+        Args:
+            labels: ``[B, T]``, or ``[B]`` of classifiers.
+            num_items_in_batch: labels of the whole optimizer step, all ranks together.
+        """
+        if num_items_in_batch is None:
+            num_items_in_batch = self.count_items(labels).clamp(min=1) * self.accelerator.num_processes
+        precise = torch.float32 if labels.device.type == "mps" else torch.float64
+        return torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
+
+    # -------------------------------------------------------------------------------------------------- held-out rows
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's loop, with its mean of batch means replaced by means over labels of all ranks, at T = 1.
+
+        ``eval_loss`` weighs its parts by the trainer's own ``kd_ratio``, also where the policy has another: it must not
+        move because a schedule did. ``eval_rows`` and ``eval_labels`` are how many of them it is the mean of.
+        """
+        self.sums.begin_evaluation()
+        # A data loader draws its seed from the global generator: dropout in training must not change because of it.
+        with torch.random.fork_rng(devices=[]):
+            output: Any = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        rows = self.num_examples(dataloader)  # the Trainer counts what fills the last batches, too
+        output = output._replace(num_samples=rows)
+        totals = self.sums.eval_meter.reduce(self.accelerator)
+        if totals:
+            values = means(totals)
+            ratio = self.loss.kd_ratio
+            counted = {
+                "loss": (1 - ratio) * values["ce_loss"] + ratio * values["kd_loss"],
+                "labels": int(totals["rows"]),
+                "rows": rows,
+            }
+            for name in [name for name in values if "temperature" in name or name.endswith(("_at_t", "_support"))]:
+                values.pop(name)  # at T = 1 they say nothing new
+            values = {**self.sums.rename(values), **counted}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
+    # -------------------------------------------------------------------------------------------- the step and its log
+
+    def step_callbacks(self) -> list[TrainerCallback]:
+        return [
+            TemperatureCallback(
+                self.temperature,
+                self.sums,
+                totals_of_step=self._totals_of_step,
+                prepare_run=self._prepare_run,
+                agree_to_stop=self.interruption.agree,
+                observe_loss=self.non_finite.observe,
+            )
+        ]
+
+    def _totals_of_step(self) -> Totals:
+        return self.sums.step_meter.reduce(self.accelerator)
+
+    def _prepare_run(self, step: int, steps: int) -> None:
+        if step == 0:  # a second train(), or a retry with a smaller batch, is a new run
+            self.temperature.load_state(copy.deepcopy(self._fresh_state))
+            self.sums.reset()
+            self.clock.new_lap()
+        self.prepare_temperature(steps)
+
+    def prepare_temperature(self, steps: int | None) -> None:
+        """Let the policy read what it needs besides this run; every process calls it and gets what the first one read.
+
+        Args:
+            steps: optimizer steps of the whole run; None where they are not known yet.
+
+        Raises:
+            UserError: it cannot be read, or does not fit a run of this length.
+        """
+
+        def read() -> dict[str, Any]:
+            self.temperature.begin_run(steps)
+            return self.temperature.state()
+
+        state = on_first_process(read, self.args.process_index, self.args.world_size)
+        self.temperature.load_state(state)
+        if self.state.global_step == 0:  # a retry needs nothing read again: the other run may be gone by then
+            self._fresh_state = state
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over labels since the last log line to the Trainer's own numbers."""
+        if "loss" in logs:
+            tokens = self.sums.mean_log.totals.get("tokens", 0.0)
+            values = self.sums.mean_log.pop()
+            if values:
+                values["tokens_per_second"] = tokens / max(self.clock.new_lap(), 1e-9)
+                self.sums.tokens_seen += tokens
+                logs.update({**values, **{k: n for k, n in self.temperature.counters().items() if n}})
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run's own card where there is one, else the Trainer's with our tags."""
+        tags = kwargs.get("tags") or []
+        ours = ["dts_hf", "knowledge-distillation", self.temperature.name]
+        kwargs["tags"] = [*ours, *([tags] if isinstance(tags, str) else tags)]
+        super().create_model_card(*args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def extra_state(self) -> ExtraState:
+        budget = {"logits_budget_mb": self.loss.logits_budget_mb, "logits_budget_mb_asked_for": self._budget_asked_for}
+        policy = {"name": self.temperature.name, "state": self.temperature.state()}
+        return ExtraState(
+            shared={"tokens_seen": self.sums.tokens_seen, "unlogged": self.sums.mean_log.totals},
+            process=budget,
+            files={TEMPERATURE_STATE: policy},
+        )
+
+    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+        """Restore policy, sums and, where the same budget is asked for, how much of it memory has left.
+
+        Raises:
+            UserError: the checkpoint was written by another temperature policy.
+        """
+        record = json.loads((folder / TEMPERATURE_STATE).read_text(encoding="utf-8"))
+        if record.get("name") != self.temperature.name or "state" not in record:
+            raise UserError(
+                f"{folder / TEMPERATURE_STATE}: written by another temperature policy, expected '{self.temperature.name}'"
+            )
+        self.temperature.load_state(record["state"])
+        self.sums.tokens_seen = progress.shared["tokens_seen"]
+        unlogged = progress.shared["unlogged"]
+        self.sums.mean_log.totals = {name: number_or_nan(value) for name, value in unlogged.items()}
+        before = progress.process
+        if before is not None and before["logits_budget_mb_asked_for"] == self._budget_asked_for:
+            self.loss.logits_budget_mb = before["logits_budget_mb"]
+
+    def scheduled_over_run(self) -> list[str]:
+        return [] if isinstance(self.temperature, Constant) else [f"temperature ({self.temperature.name})"]
+
+
+def build_policy(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:
+    """A policy from itself, ``{"name": "dts", "rule": "gap"}``, its name, or a number (constant).
+
+    Raises:
+        UserError: a mapping without a name, or see ``build_temperature``.
+    """
+    if isinstance(spec, TemperaturePolicy):
+        return spec
+    if isinstance(spec, str):
+        return build_temperature(spec)
+    if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise UserError(
+                f"temperature: got {dict(spec)!r}, expected a mapping with a name, as in {{'name': 'dts'}}"
+            )
+        return build_temperature(**spec)
+    return build_temperature("constant", value=spec)

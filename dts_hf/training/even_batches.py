@@ -1,0 +1,239 @@
+"""``EvenBatchesTrainer``: rows in an order of our own, in batches that several processes share out evenly.
+
+The order of the rows is a function of seed and epoch alone, an epoch is filled up with dummy rows instead of rows taken
+twice, and every count (labels of a step, rows of an evaluation, tokens seen) is one of real rows. The private names of the
+Trainer that this needs are in ``resumable_trainer.PRIVATE_NAMES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from dts_hf.data.collators import Collator, PackedCollator
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.samplers import DummyRowsLast, LengthGroupedSampler, PadToMultiple, dummy_row, total_steps
+from dts_hf.data.tokenised import NumberedCollator, TokenisedDataset
+from dts_hf.errors import UserError
+from dts_hf.loss.selection import count_targets
+from dts_hf.runs.failures import one_sentence
+from dts_hf.training.datasets import RowReader
+from dts_hf.training.signals import ignore_signals_in_worker
+from dts_hf.training.step_sums import count_cells, count_tokens
+
+
+class EvenBatchesTrainer(Trainer):
+    """Hugging Face's Trainer, with batches that do not depend on how many processes share them.
+
+    Args:
+        model: what is trained.
+        args: ``transformers.TrainingArguments``.
+        data_collator: a ``Collator`` of ours, or one of the user's, which sees no dummy row.
+        train_dataset: rows of any kind that ``rows`` reads.
+        eval_dataset: the same, or a dictionary of several.
+        processing_class: the tokenizer.
+        rows: makes data sets ready for the data loaders, now and whenever they are set or given.
+        dummy_labels: labels of a row that only fills a batch, of which no loss takes any.
+        kwargs: everything else that ``Trainer`` takes.
+
+    Attributes:
+        encoding_reports: what became of the rows; see ``RowReader``.
+        train_sampler: the order of the training rows, where it is ours.
+
+    Raises:
+        UserError: a row is wrong, or the Trainer refuses its arguments.
+    """
+
+    # Our loss is divided by the labels of the whole optimizer step, so the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        rows: RowReader,
+        dummy_labels: Any,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(train_dataset, dict):
+            raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
+        self.rows, self.encoding_reports, self.dummy_labels = rows, rows.reports, dummy_labels
+        self.train_sampler: LengthGroupedSampler | None = None
+        self._prepared_train_dataset = rows.prepare(train_dataset, "train_dataset")
+        held_out = rows.prepare(eval_dataset, "eval_dataset")
+        try:
+            self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # a missing package shows now
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=self._prepared_train_dataset,
+                eval_dataset=held_out,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        except (ValueError, ImportError, OSError, RuntimeError) as error:  # its checks raise these, as they come
+            if one_sentence(error):  # out of memory, a full disk: nothing is wrong with the input
+                raise
+            raise UserError(f"training: transformers.Trainer refuses this: {error}") from error
+
+    # ------------------------------------------------------------------------------------- what a kind of trainer adds
+
+    def count_items(self, labels: Tensor) -> Tensor:
+        """How many of ``labels`` ``[B, T]`` the loss is taken over, as a 0-d tensor."""
+        return count_targets(labels)
+
+    def keep_outputs(self, inputs: dict[str, Any], outputs: Any) -> None:
+        """Take what the model made of a held-out batch; what ``compute_loss`` adds up needs no keeping."""
+
+    # ----------------------------------------------------------------------------------------- the training rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, with epochs that several processes can share out evenly: filled up with label-free rows.
+
+        Accelerate would take rows twice instead, and the last step of an epoch would depend on the number of processes.
+        """
+        if self.train_dataset is not self._prepared_train_dataset:  # set from outside since
+            self._prepared_train_dataset = self.train_dataset = self.rows.prepare(self.train_dataset, "train_dataset")
+        dataset: Any = self.train_dataset
+        world = self.accelerator.num_processes
+        if world == 1 or self.args.dataloader_drop_last or self.length_bucket_size(dataset) is None:
+            return super().get_train_dataloader()
+        size = self._train_batch_size
+        filled = PadToMultiple(dataset, size * world, self.without_label)
+        return self._get_dataloader(filled, "Training", size, sampler_fn=self._get_train_sampler, is_training=True)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Our own sampler wherever it can be: its order depends on seed and epoch alone, so ranks and resumes agree."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        real_rows: Any = dataset.dataset if isinstance(dataset, PadToMultiple) else dataset
+        together = self.length_bucket_size(real_rows)
+        if together is None or self.args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self.train_sampler = LengthGroupedSampler(real_rows.lengths, together, seed=seed)
+        return self.train_sampler if real_rows is dataset else DummyRowsLast(self.train_sampler, len(dataset))
+
+    def length_bucket_size(self, dataset: Any) -> int | None:
+        """On what the order of the rows depends besides seed and epoch: how many of similar length stand together.
+
+        1 is a plain shuffle or no shuffle at all; None is an order that is not ours.
+        """
+        strategy = self.args.train_sampling_strategy
+        if strategy in ("sequential", "random") and hasattr(dataset, "__len__"):
+            return 1
+        if not hasattr(dataset, "lengths") or strategy != "group_by_length":
+            return None
+        packed = isinstance(self.data_collator, PackedCollator)
+        return 1 if packed else self.args.train_batch_size * self.accelerator.num_processes
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps that ``train`` will take; None where only the Trainer finds out (rows without a number)."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return self.args.max_steps if self.args.max_steps > 0 else None
+        devices = self.args.world_size * max(1, self.args.n_gpu)
+        return total_steps(self.args, len(self.train_dataset), devices)  # type: ignore[arg-type]
+
+    # ----------------------------------------------------------------------------------------- the held-out rows
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Longest rows first (less padding), filled up with label-free rows so that no rank evaluates a row twice."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if dataset not in named:
+                known = ", ".join(map(repr, named)) or "none with a name"
+                raise UserError(f"evaluate: got '{dataset}', expected rows, or one of the eval_dataset: {known}")
+            dataset = named[dataset]
+        if dataset is None:
+            raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
+        ours = dataset is self.eval_dataset or isinstance(eval_dataset, str)
+        if not ours or not isinstance(dataset, (EncodedDataset, TokenisedDataset)):
+            dataset = self.rows.prepare(dataset, "eval_dataset" if ours else "evaluate")
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        return self._held_out_loader(dataset, key if ours else None)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As for evaluation: ``predict`` is one that leaves no line in the log; its ``predictions`` are None."""
+        if test_dataset is None:
+            raise UserError("predict: got None, expected rows")
+        return self._held_out_loader(self.rows.prepare(test_dataset, "predict"), None)
+
+    def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader:
+        kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}
+        if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
+            return cast(DataLoader, kept[key])
+        size = self.args.eval_batch_size
+        filled = PadToMultiple(dataset, size * self.accelerator.num_processes, self.without_label, longest_first=True)
+        return self._get_dataloader(filled, "Evaluation", size, sampler_fn=self._get_eval_sampler, dataloader_key=key)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        return SequentialSampler(eval_dataset)  # PadToMultiple has sorted the rows already
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rows of the data set behind a loader, without what only fills its batches."""
+        dataset = getattr(dataloader, "dataset", None)
+        return len(dataset.order) if isinstance(dataset, PadToMultiple) else super().num_examples(dataloader)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss alone: ``compute_loss`` adds up what is to be known of the batch, and no logits are gathered."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self.keep_outputs(inputs, outputs)
+        return loss.detach(), None, None
+
+    # ----------------------------------------------------------------------------------------------- of both kinds
+
+    @property
+    def without_label(self) -> Callable[[Any], dict[str, Any]]:
+        """Makes of a row its first token, which only fills a batch."""
+        return partial(dummy_row, labels=self.dummy_labels)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader: DataLoader = super()._get_dataloader(*args, **kwargs)
+        context = loader.multiprocessing_context or torch.multiprocessing
+        if loader.num_workers and context.get_start_method() == "fork":
+            initialise = partial(ignore_signals_in_worker, loader.worker_init_fn)
+            for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate iterates over the latter
+                part.worker_init_fn = initialise
+        return loader
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, Collator):
+            return data_collator
+        return NumberedCollator(super()._get_collator_with_removed_columns(data_collator, description))
+
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
+        """A batch as the data loaders make it."""
+        return cast("dict[str, Any]", self._get_collator_with_removed_columns(self.data_collator)(examples))
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Labels of the whole optimizer step: all micro-batches of all ranks, counted after the shift."""
+        local = sum((self.count_items(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
+        return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The Trainer's count without dummy rows; ``non_padding`` by length, for a padding token may be a real one, too."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        count = count_tokens if self.args.include_num_input_tokens_seen == "non_padding" else count_cells
+        seen = self.accelerator.gather(count(inputs).to(self.args.device).reshape(1))
+        self.state.num_input_tokens_seen += int(seen.sum())

@@ -1,0 +1,148 @@
+"""Student and teacher of a language model's distillation, made ready and compared before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from dts_hf.data.collators import Collator, PackedCollator, PaddedCollator
+from dts_hf.distributed.launch import prepare_deepspeed
+from dts_hf.distributed.sharding import is_sharded
+from dts_hf.errors import UserError
+from dts_hf.models.checks import check_apart
+from dts_hf.models.head import check_head, head_of
+from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
+from dts_hf.models.packed_attention import check_packing
+from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
+from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.none import NoTeacher
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models that can be compared.
+
+    Attributes:
+        student: without any wrapper.
+        teacher: as the loss asks it.
+        tokenizer: the student's.
+        vocabulary: the ids that both share.
+    """
+
+    student: nn.Module
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: VocabularyPlan
+
+    def models(self) -> list[tuple[nn.Module, str]]:
+        """The models that read the rows, with what errors call them."""
+        live = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
+        return [(self.student, "the student"), *live]
+
+    def collator(self, packing: bool, device: torch.device) -> Collator:
+        """Our own batches: packed, or padded with a token that nobody sees.
+
+        Raises:
+            UserError: see ``check_packing``.
+        """
+        if packing:
+            return PackedCollator(self.check_packing(device))
+        pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
+        return PaddedCollator(next(pad for pad in pads if pad is not None))
+
+    def check_packing(self, device: torch.device, own_mask: bool = True) -> bool:
+        """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
+
+        Args:
+            device: where the models will run.
+            own_mask: False where a collator of the user's lays the rows end to end.
+
+        Raises:
+            UserError: student or teacher mixes packed rows.
+        """
+        live = isinstance(self.teacher, LiveTeacher)
+        # A mixture of experts reads the mask as one of tokens, for its router's loss.
+        cu_seqlens = own_mask and not collects_router_logits(self.student)
+        cu_seqlens = cu_seqlens and (live or getattr(self.teacher, "takes_cu_seqlens", False))
+        cu_seqlens = check_packing(self.student, "the student", device, cu_seqlens)
+        if isinstance(self.teacher, LiveTeacher):
+            both = check_packing(self.teacher.model, "the teacher", device, cu_seqlens)
+            if cu_seqlens and not both:
+                check_packing(self.student, "the student", device, own_mask=False)
+            cu_seqlens = both
+        return cu_seqlens
+
+
+def set_up_models(
+    student: nn.Module | str | None,
+    teacher: nn.Module | Teacher | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    vocab_alignment: str,
+    args: TrainingArguments,
+) -> Pair:
+    """Load what is a name, undo what an earlier trainer has done to a model, and check that the two can be compared.
+
+    Args:
+        student, teacher: as ``DistillationTrainer`` takes them.
+        tokenizer: the student's; by default the one that its name brings.
+        teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.
+        vocab_alignment: see ``align_vocabularies``.
+        args: of the trainer.
+
+    Raises:
+        UserError: a model or the tokenizer is missing or in pieces, they share weights, one does something to its logits
+            that ``Head`` cannot represent, or the tokenizers differ.
+    """
+    # 1. Names become models.
+    if student is None:
+        raise UserError("model: got None, expected the student, its name or its folder")
+    if isinstance(student, str):
+        tokenizer = tokenizer or load_tokenizer(student, key="model")
+        student = load_model(student, key="model")
+    if isinstance(teacher, str):
+        teacher_tokenizer = teacher_tokenizer or load_tokenizer(teacher, key="teacher")
+        teacher = load_model(teacher, key="teacher", dtype=str(next(student.parameters()).dtype).split(".")[-1])
+    if tokenizer is None:
+        raise UserError("processing_class: got None, expected the student's tokenizer")
+    check_whole(student)
+    # 2. Without what an earlier trainer has put around them; the teacher may be the student of one.
+    student = unwrapped(student)
+    teacher = unwrapped(teacher) if isinstance(teacher, nn.Module) else teacher
+    held = teacher.model if isinstance(teacher, LiveTeacher) else teacher
+    if isinstance(held, nn.Module):
+        check_apart(student, held)
+    prepare_deepspeed(args, student)
+    # 3. The loss must see both models' own logits, over ids that mean the same.
+    check_head(student, role="student")
+    if not isinstance(teacher, nn.Module):  # anything may stand behind the interface: its head is all that is known
+        answers = NoTeacher() if teacher is None else teacher
+        heads = [head for head in (head_of(student), answers.head) if head is not None]
+        return Pair(student, answers, tokenizer, VocabularyPlan(min(head.vocab_size for head in heads)))
+    if not is_sharded(teacher):  # otherwise it was checked when it was whole
+        check_head(teacher, role="teacher")
+    plan = align_vocabularies(student, teacher, tokenizer, teacher_tokenizer or tokenizer, vocab_alignment)
+    return Pair(student, LiveTeacher(teacher), tokenizer, plan)
+
+
+def check_whole(student: nn.Module) -> None:
+    """Refuse a student that is in pieces before anybody could check it.
+
+    Raises:
+        UserError: its weights are sharded over processes.
+    """
+    if is_sharded(student):
+        raise UserError(
+            "model: its weights are sharded over processes already, as from_pretrained makes them while "
+            "TrainingArguments with ZeRO-3 exist; expected a whole model: load it within "
+            "dts_hf.distributed.sharding.unsharded_init(), or give its name"
+        )
+
+
+def collects_router_logits(model: nn.Module) -> bool:
+    """Whether the model's own loss has an auxiliary one for its routers."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))  # type: ignore[operator, union-attr]

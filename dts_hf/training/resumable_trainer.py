@@ -1,0 +1,523 @@
+"""``ResumableTrainer``: what Hugging Face's Trainer lacks, and nothing that is distillation.
+
+An order of the rows that is a function of seed and epoch, batches that several processes share out evenly, checkpoints that
+are complete or no checkpoints, a resume that ends as if there had been no break, an end on a signal or on a loss that is
+non-finite, clocks that leave out what is no training, and an upload of the finished student alone.
+
+Everything that leans on a private name of the Trainer stands here or in ``even_batches``, and in ``PRIVATE_NAMES``; the
+modules beside them need none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.utils import PushInProgress
+
+from dts_hf.distributed.launch import strategy_of
+from dts_hf.errors import UserError
+from dts_hf.files import write_text_atomic
+from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.failures import writing
+from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
+from dts_hf.training.clock import TrainingClock
+from dts_hf.training.even_batches import EvenBatchesTrainer
+from dts_hf.training.exact_resume import (
+    ExtraState,
+    LoopState,
+    Progress,
+    ResumeCallback,
+    check_layout,
+    check_length,
+    checkpoint_to_resume,
+    due_now,
+    put_in_place,
+    read_progress,
+    state_then,
+    what_is_due,
+    write_progress,
+)
+from dts_hf.training.hub_upload import check_can_stage, drop_private_files, staged
+from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
+from dts_hf.training.signals import at_step_end
+from dts_hf.training.unused_parameters import may_leave_unused
+
+#: Every private name of ``transformers.Trainer`` that this package overrides or reads: a method with its signature, or an
+#: attribute of the instance (None). tests/training/test_trainer_contract.py compares them with the transformers that is
+#: installed, and says what has changed.
+PRIVATE_NAMES: dict[str, str | None] = {
+    # Batches (even_batches.py)
+    "_get_dataloader": (
+        "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None)"
+    ),
+    "_get_collator_with_removed_columns": "(self, data_collator, description=None)",
+    "_get_train_sampler": "(self, train_dataset=None)",
+    "_get_eval_sampler": "(self, eval_dataset)",
+    "_get_num_items_in_batch": "(self, batch_samples, device)",
+    "_track_num_input_tokens": "(self, inputs)",
+    "_prepare_inputs": "(self, inputs)",
+    "_train_batch_size": None,
+    "_eval_dataloaders": None,
+    # The loop
+    "_build_accelerator_args": "(self, **kwargs)",
+    "_run_epoch": (
+        "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+        "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
+    ),
+    "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_get_learning_rate": "(self)",
+    "_maybe_log_save_evaluate": (
+        "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)"
+    ),
+    "_tr_loss": None,
+    "_total_loss_scalar": None,
+    "_globalstep_last_logged": None,
+    "_created_lr_scheduler": None,
+    # Checkpoints
+    "_get_output_dir": "(self, trial)",
+    "_save_checkpoint": "(self, model, trial)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    # The Hub
+    "_save": "(self, output_dir=None, state_dict=None)",
+    "_push_from_checkpoint": "(self, checkpoint_folder)",
+    "_finish_current_push": "(self)",
+}
+
+
+class ResumableTrainer(EvenBatchesTrainer):
+    """Hugging Face's Trainer, with runs that can be stopped anywhere and go on exactly.
+
+    Args:
+        model: what is trained.
+        args: ``transformers.TrainingArguments``.
+        data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
+        callbacks: of the user; they stand after ours.
+        model_card: returns the text of the model card that ``push_to_hub`` uploads.
+        kwargs: everything else that ``EvenBatchesTrainer`` takes.
+
+    Attributes:
+        clock: how long training took.
+
+    Raises:
+        UserError: the Trainer refuses its arguments, or a row is wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        model_card: Callable[[], str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Everything of ours is there before the Trainer's own __init__, which calls methods of ours.
+        self.model_card = model_card
+        self.clock = TrainingClock()
+        self.non_finite = NonFiniteCallback(self._stop_non_finite_run)
+        self.interruption = InterruptionCallback(self.save_checkpoint_now)
+        self._resume = ResumeCallback(self._finish_step, self.clock)
+        self.resumed_from: Path | None = None
+        self._progress: Progress | None = None  # of the checkpoint that is resumed from, until its step is finished
+        self._interrupting = False  # the checkpoint being written is one that a signal asked for
+        self._grad_norm: Any = None  # of the last step, for its log line
+        self._learning_rate: float | None = None
+        self._finished: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            callbacks=[*ours, *(callbacks or []), self._resume],
+            **kwargs,
+        )
+        self.remove_callback(TqdmCallback)
+        self.remove_callback(PrinterCallback)
+
+    # ------------------------------------------------------------------------------------- what a kind of trainer adds
+
+    def step_callbacks(self) -> list[TrainerCallback]:
+        """Callbacks that look at the finished step before any other does; they tell ``non_finite`` and ``interruption``."""
+        return []
+
+    def extra_state(self) -> ExtraState:
+        """What a checkpoint keeps besides the Trainer's state and the loop's."""
+        return ExtraState()
+
+    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+        """Restore what ``extra_state`` gave when the checkpoint in ``folder`` was written."""
+
+    def scheduled_over_run(self) -> list[str]:
+        """What besides the learning rate has values that depend on how many steps the run has."""
+        return []
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """The Trainer's, but DDP looks for weights without a gradient only where there may be some.
+
+        The Trainer asks for the search whenever activations are not recomputed; it costs a walk through the graph of every
+        step, and DDP warns where it was for nothing.
+        """
+        args = super()._build_accelerator_args(**kwargs)
+        if self.args.ddp_find_unused_parameters is None and self.args.world_size > 1:
+            for handler in args["kwargs_handlers"]:
+                if getattr(handler, "find_unused_parameters", False):
+                    handler.find_unused_parameters = may_leave_unused(cast(nn.Module, self.model))
+        return args
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed where training had come to its end: the Trainer would take one more step.
+        if self.control.should_training_stop:
+            return
+        if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
+            self.train_sampler.set_epoch(int(self.state.epoch or 0))
+        super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; which rows it is made of is remembered until the step has ended well."""
+        if "row_id" in inputs:
+            self.non_finite.rows_of_step.append(inputs["row_id"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own, tried out at its last step: some divide by the steps that the warm-up leaves."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        try:
+            for factor in getattr(scheduler, "lr_lambdas", ()):
+                factor(num_training_steps)
+        except ZeroDivisionError:
+            raise UserError(
+                f"training.warmup_steps: {self.args.warmup_steps:g} leaves none of {num_training_steps} steps to the "
+                f"schedule {self.args.lr_scheduler_type}; expected a shorter warm-up, or more steps"
+            ) from None
+        return scheduler
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from nothing or from a checkpoint (True: the newest complete one of ``args.output_dir``).
+
+        A run that is resumed with another ``max_steps`` or ``num_train_epochs`` goes on where that is exact: with a learning
+        rate and a temperature that do not depend on how long the run is (``lr_scheduler_type="constant"``, a constant
+        temperature). Otherwise it is refused: both are scheduled over the whole run, so a longer one is another run.
+
+        Raises:
+            UserError: the checkpoint is not complete, holds the weights alone, was not written by dts_hf, or this launch
+                cannot go on from it exactly.
+            RunError: training cannot go on (see ``stop_non_finite_run``), the last step broke the weights, or the disk takes
+                no checkpoint.
+        """
+        self.resumed_from = folder = checkpoint_to_resume(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        self._progress = None
+        self.clock.start()
+        if folder is not None:
+            self.check_resumable(folder)
+        try:
+            with at_step_end():
+                output = super().train(str(folder) if folder else None, *args, **kwargs)
+                self._check_weights()  # of the last steps: no checkpoint has to follow them
+                return output
+        finally:
+            if self._use_cache is not None:  # off for training; what is saved now is for generation
+                self.model.config.use_cache = self._use_cache  # type: ignore[union-attr]
+            for callback in self._callbacks_of(ProgressCallback):
+                callback.close()
+
+    def _callbacks_of(self, kind: type[Any]) -> Iterator[Any]:
+        return (callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
+
+    @property
+    def training_seconds(self) -> float:
+        """How long ``train`` took, with the attempts before a resume."""
+        return self.clock.seconds
+
+    def exclude_from_timing(self) -> AbstractContextManager[None]:
+        """What happens inside does not count for ``tokens_per_second``, and before the first step for no clock at all."""
+        return self.clock.exclude(from_total=self.state.global_step == 0)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; it counts for no clock of training."""
+        with self.exclude_from_timing():
+            return super().evaluate(*args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._grad_norm
+
+    def _get_learning_rate(self) -> float:
+        self._learning_rate = super()._get_learning_rate()
+        return self._learning_rate
+
+    def _check_weights(self) -> None:
+        check_weights(cast(nn.Module, self.model), self.accelerator, self.state.global_step)
+
+    def _stop_non_finite_run(self, step: int, rows: list[int]) -> None:
+        names = getattr(self.train_dataset, "row_ids", None)
+        stop_non_finite_run(Path(str(self.args.output_dir)), step, self.args.process_index, rows, names)
+
+    # ---------------------------------------------------------------------------------------------- checkpoints, saved
+
+    def save_checkpoint_now(self) -> Path | None:
+        """Save a complete checkpoint of the optimizer step that has just ended, whatever the recipe saves, and return it.
+
+        What this step still has to do (its log line, a held-out evaluation) is noted in it and made up for on resume.
+        Every rank calls it at the same step, from an ``on_step_end`` after ours; then training must end. It is whole, on
+        the disk, when it returns.
+
+        Returns:
+            The folder, ``interrupted/checkpoint-STEP``; None, and nothing is written, where the loss was non-finite.
+        """
+        if self.non_finite.broken_steps:
+            return None
+        only_model, self.args.save_only_model = self.args.save_only_model, False
+        self._interrupting = True
+        try:
+            self._save_checkpoint(self.model_wrapped, None)
+            return self._checkpoint_folder(None)
+        finally:
+            self._interrupting, self.args.save_only_model = False, only_model
+
+    def _checkpoint_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        # A place of its own: the Trainer must not take it for the checkpoint of an evaluation, or count it.
+        return os.path.join(folder, INTERRUPTED) if self._interrupting else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's, in an order in which a kill at any moment leaves a complete checkpoint, if there ever was one."""
+        self._check_weights()
+        folder = self._checkpoint_folder(trial)
+        if self.resumed_from is not None and folder.resolve() == self.resumed_from.resolve():
+            return  # made up for on resume: it is complete already, and still read from
+        with self.exclude_from_timing(), writing(folder.parent):
+            # 1. What a killed run left of it goes.
+            if self.args.should_save and folder.exists():
+                remove(folder)
+            self.accelerator.wait_for_everyone()
+            # 2. Our files and the Trainer's; older checkpoints are needed until the end, so it must not rotate.
+            self.save_progress(folder)
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            # 3. All have written: it is complete, and what it makes useless may go.
+            if self.args.should_save:
+                step, resumable = self.state.global_step, not self.args.save_only_model
+                mark_complete(folder, step=step, resumable=resumable, **self.layout())
+                run = folder.parent.parent if self._interrupting else folder.parent
+                rotate(run, step, None if self._interrupting else limit, keep=[self.state.best_model_checkpoint])
+            self.accelerator.wait_for_everyone()
+
+    def save_progress(self, folder: Path) -> None:
+        """Write what the Trainer's checkpoint leaves out into ``folder``; every process calls it."""
+        norm = None if self._grad_norm is None else float(self._grad_norm)
+        loop = LoopState(float(self._tr_loss), self._globalstep_last_logged, norm, self._learning_rate)
+        generate = any(callback.is_due(self.state) for callback in self._callbacks_of(GenerationEvalCallback))
+        due = what_is_due(
+            self.control,
+            self.state,
+            interrupted=self._interrupting,
+            epoch_ended=self._resume.epoch_ended,
+            generate=generate,
+        )
+        write_progress(
+            folder,
+            loop,
+            self.extra_state(),
+            due=due,
+            seconds=self.clock.seconds,
+            log_bytes=RunDirectory(str(self.args.output_dir)).log_size(),
+            rank=self.args.process_index,
+            shared_too=self.args.should_save,
+        )
+
+    def layout(self) -> dict[str, Any]:
+        """How the rows of an optimizer step are shared out and what they are computed in, for ``complete.json``."""
+        rows: Any = self.train_dataset
+        return {
+            "processes": self.args.world_size,
+            "strategy": strategy_of(self.accelerator),
+            "rows_per_device": self._train_batch_size,
+            "accumulation": self.args.gradient_accumulation_steps,
+            "rows": len(rows) if hasattr(rows, "__len__") else None,
+            "length_bucket_size": self.length_bucket_size(rows),
+            "mixed_precision": self.accelerator.mixed_precision,  # a launcher may have chosen it
+        }
+
+    # -------------------------------------------------------------------------------------------- checkpoints, resumed
+
+    def check_resumable(self, folder: Path) -> None:
+        """Refuse to go on from the checkpoint ``folder`` where the numbers could not be those of the run that wrote it.
+
+        Raises:
+            UserError: it cannot be exact; says why, and what to launch instead.
+        """
+        check_layout(folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        # The first place that knows how many steps the run has; nothing is loaded or written yet.
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self.resumed_from is not None:
+            own_scheduler = self.lr_scheduler is not None and not self._created_lr_scheduler
+            scheduled = self.scheduled_over_run()
+            check_length(self.resumed_from, values[-1], self.args, own_scheduler=own_scheduler, scheduled=scheduled)
+        return values
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Not in _load_from_checkpoint, which the Trainer does not call under DeepSpeed.
+        if checkpoint is not None:
+            self.load_progress(Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def load_progress(self, folder: Path) -> None:
+        """Restore what ``save_progress`` wrote; the step is finished when training begins.
+
+        Raises:
+            UserError: the checkpoint was written by another kind of run.
+        """
+        progress = read_progress(folder, self.args.process_index, self.args.world_size)
+        self.load_extra_state(folder, progress)
+        self.clock.seconds_before = progress.seconds
+        self._progress = progress
+
+    def _finish_step(self) -> None:
+        """Make up for what the checkpoint's step still had to do, in the order of the Trainer's loop."""
+        progress, self._progress = self._progress, None
+        if progress is None or self.resumed_from is None:
+            return
+        args, state, loop = self.args, self.state, progress.loop
+        # 1. The state is that of the checkpoint, but the run may be of another length, and in another place.
+        then = state_then(self.resumed_from)
+        due = due_now(progress.due, then, state.max_steps, float(state.epoch or 0))
+        state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
+        put_in_place(self.resumed_from, then, state, args)
+        # 2. The loop stands where it stood.
+        self._tr_loss = torch.tensor(loop.unlogged_loss, device=args.device)
+        self._total_loss_scalar -= loop.unlogged_loss  # train() returns the mean over its own steps
+        self._globalstep_last_logged = loop.last_logged_step
+        self._grad_norm, self._learning_rate = loop.grad_norm, loop.learning_rate
+        args.eval_on_start = False  # it was done when the run started
+        # 3. Answers are scored in on_step_end; then come the log line, the evaluation and the checkpoint, ...
+        for callback in self._callbacks_of(GenerationEvalCallback):
+            if due["generate"]:
+                callback.on_step_end(args, state, self.control)
+            callback.scored_step = state.global_step
+        control = self.control
+        control.should_log, control.should_evaluate, control.should_save = due["log"], due["evaluate"], due["save"]
+        self._log_evaluate_save()
+        # 4. ... and once more where the epoch ends.
+        if due["end_epoch"]:
+            self.control = self.callback_handler.on_epoch_end(args, state, self.control)
+            self._log_evaluate_save()
+        self.control.should_training_stop |= due["stop"]
+
+    def _log_evaluate_save(self) -> None:
+        position = (self._tr_loss, self._grad_norm, self.model_wrapped, None, float(self.state.epoch or 0))
+        self._maybe_log_save_evaluate(*position, None, time.time(), learning_rate=self._learning_rate)
+
+    # -------------------------------------------------------------------------------------------------------- the Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False."""
+        given = self.args.hub_private_repo if private is None else private
+        super().init_hf_repo(token, True if given is None else given)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        finished: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the student, its tokenizer and its card, from a folder made for it that holds nothing else.
+
+        Never ``args.output_dir`` itself: logs, checkpoints and answers to held-out rows lie there. All processes call it.
+
+        Args:
+            commit_message, blocking, token, revision: as for ``Trainer.push_to_hub``.
+            private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
+            finished: folder with the finished student and its tokenizer, uploaded in place of the model as it is in memory
+                (an adapter is merged in one and not in the other); None: the model is saved.
+            kwargs: as for ``Trainer.push_to_hub``, with ``tags`` a list or one tag.
+
+        Returns:
+            As ``Trainer.push_to_hub``.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)  # its name may be that of the folder
+        if isinstance(kwargs.get("tags"), str):
+            kwargs["tags"] = [kwargs["tags"]]
+        folder = Path(str(self.args.output_dir))
+        name = kwargs.pop("model_name", None) or Path(self.args.hub_model_id or folder.absolute()).name
+        self._finish_current_push()
+        self._finished = finished
+        try:
+            with staged(self.args, self.is_world_process_zero(), self.accelerator.wait_for_everyone) as upload:
+                done = super().push_to_hub(
+                    commit_message, blocking, token, revision, private, model_name=name, **kwargs
+                )
+                upload.goes_on = None if blocking else done
+        finally:
+            self._finished = None
+        if upload.goes_on is not None:
+            self.push_in_progress = PushInProgress([done])  # type: ignore[assignment, arg-type]
+        return done
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; while ``push_to_hub`` uploads a finished student, a copy of its folder."""
+        if self._finished is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.is_world_process_zero():
+            shutil.copytree(self._finished, output_dir or str(self.args.output_dir), dirs_exist_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer's would upload ``args.output_dir`` as it is. Only the finished student leaves."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The Trainer's, but ``training_args.bin`` holds nobody's token and is not uploaded.
+
+        Raises:
+            UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        check_can_stage(folder, in_pieces=state_dict == {})
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        drop_private_files(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run's own card where there is one, else the Trainer's."""
+        if self.model_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.model_card())

@@ -1,0 +1,105 @@
+"""The temperature moves: once before and once after every optimizer step, on all ranks alike."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dts_hf.errors import UserError
+from dts_hf.loss.logged_sums import OF_POLICY, Totals
+from dts_hf.temperature.base import StepStats, TemperaturePolicy
+from dts_hf.training.signals import asked_to_stop
+from dts_hf.training.step_sums import StepSums
+
+logger = logging.getLogger(__name__)
+#: In the reduction of a step: how many processes were asked to stop.
+STOP_ASKED = "stop_asked"
+
+
+class TemperatureCallback(TrainerCallback):
+    """``begin_step`` before every optimizer step, one reduction over ranks and ``end_step`` after it.
+
+    The statistics are those of all micro-batches of all ranks, so every rank computes the same temperature and the
+    schedule does not depend on how a step was split.
+
+    Args:
+        policy: the temperature.
+        sums: takes the totals of each step.
+        totals_of_step: reduces the sums of the step over all ranks; every rank calls it.
+        prepare_run: takes the step at which training starts and the steps of the whole run, before the first of them.
+        agree_to_stop: takes whether any rank was asked to stop, at the end of each step.
+        observe_loss: takes whether the loss of a step with labels is finite, at its end.
+    """
+
+    def __init__(
+        self,
+        policy: TemperaturePolicy,
+        sums: StepSums,
+        *,
+        totals_of_step: Callable[[], Totals],
+        prepare_run: Callable[[int, int], None],
+        agree_to_stop: Callable[[bool], None],
+        observe_loss: Callable[[bool], None],
+    ) -> None:
+        self.policy, self.sums = policy, sums
+        self.totals_of_step, self.prepare_run = totals_of_step, prepare_run
+        self.agree_to_stop, self.observe_loss = agree_to_stop, observe_loss
+        self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.labelled_steps = self.unlabelled_steps = 0
+        self.prepare_run(state.global_step, state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sums.begin_step()
+        self.policy.begin_step(state.global_step / max(state.max_steps, 1))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # 1. One reduction. One signalled process stops all, at this step: what each knows travels with the sums.
+        asked = torch.full((), float(asked_to_stop() is not None), device=args.device)
+        self.sums.step_meter.add({STOP_ASKED: asked})
+        totals = self.totals_of_step()
+        self.agree_to_stop(totals.pop(STOP_ASKED) > 0)
+        if not totals or not totals["rows"]:  # no label in the whole step: nothing was learned, nor about the gap
+            self.unlabelled_steps += 1
+            if self.unlabelled_steps == 1 and state.is_world_process_zero:
+                logger.warning("step %d: none of its rows has a label, so it teaches nothing", state.global_step)
+            return
+        self.labelled_steps += 1
+        # 2. What was in force in the step that ends here goes into the log, before the policy moves on.
+        rows = totals["rows"]
+        in_force = {"temperature_cosine": self.policy.cosine, **self.policy.log_values()}
+        totals.update({f"{OF_POLICY}{name}": value * rows for name, value in in_force.items() if value is not None})
+        self.sums.mean_log.add(totals)
+        # 3. The policy sees the means of the whole step.
+        stats = StepStats(
+            totals["ce"] / rows,
+            totals["teacher_ce"] / rows,
+            totals["kd"] / rows,
+            rows,
+            temperature_grad=totals.get("temperature_grad", 0.0) / rows,
+            observed=tuple(value / rows for value in totals.vectors.get("observed", ())),
+        )
+        self.policy.end_step(stats)
+        self.observe_loss(math.isfinite(totals["ce"]) and math.isfinite(totals["kd"]))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.unlabelled_steps and not self.labelled_steps:  # an iterable data set is not seen whole before
+            raise UserError(
+                f"train_dataset: none of the rows of {self.unlabelled_steps:,} steps has a label, so nothing was trained; "
+                "expected labels other than -100",
+                everywhere=True,
+            )
