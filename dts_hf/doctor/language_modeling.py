@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 from dts_hf.console import duration
 from dts_hf.data.collators import PaddedCollator
@@ -134,7 +134,7 @@ class LanguageModelWalk(Walk):
         tokens.check_limits(check, data, rows)
 
     def compare(self, check: Check) -> None:
-        trainer, cut = need(self.trainer, "a trainer"), self.recipe.student.init is not None
+        trainer, cut = cast(DistillationTrainer, need(self.trainer, "a trainer")), self.recipe.student.init is not None
         self.sample = take_sample(trainer, need(self.data, "tokenised rows"), self.sample_rows)
         check_teacher(check, trainer.eval_loss, self.sample, trainer.vocab_size, cut)
         if self.recipe.data.prompt_template != "chat" and "teacher_ce" in check.values:

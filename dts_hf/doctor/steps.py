@@ -16,7 +16,7 @@ from dts_hf.doctor.diagnosis import Check, need
 from dts_hf.errors import RunError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.machine import PeakMemory
-from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.training.distillation_base import DistillationBase
 
 STEPS = 3
 #: No further step is begun after so many seconds.
@@ -83,7 +83,7 @@ class Laps(TrainerCallback):
 
 def check_steps(
     check: Check,
-    trainer: DistillationTrainer,
+    trainer: DistillationBase,
     steps: int,
     tokens_per_row: float,
     devices: int,

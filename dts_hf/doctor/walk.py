@@ -28,7 +28,8 @@ from dts_hf.models.shape import Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.machine import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
-from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.training.arguments import check_arguments
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.workload import Workload
 
 #: So many rows are tokenised at most; they are spread over the whole file.
@@ -70,7 +71,7 @@ class Walk:
         self.shapes: Shapes | None = None
         self.teacher: PreTrainedModel | None = None
         self.student: nn.Module | None = None
-        self.trainer: DistillationTrainer | None = None
+        self.trainer: DistillationBase | None = None
         self.sample: Sample | None = None
 
     def walk(self) -> None:
@@ -113,6 +114,7 @@ class Walk:
                 self.args = arguments_of(self.task)
             self.diagnosis.device = device_of(self.args)
             check_training(check, self.recipe, self.args, self.diagnosis.device["name"])
+            check_arguments(self.args, {})  # the trainer below is given others, that upload nothing
 
     def look_at_rows(self) -> None:
         """Rows, tokenizers, and rows as tokens."""
@@ -199,7 +201,7 @@ class Walk:
         """The student's; it ends a check where there is none."""
         return need(self.tokenizers, "a tokenizer")["student"]
 
-    def make_trainer(self) -> DistillationTrainer:
+    def make_trainer(self) -> DistillationBase:
         """The trainer of ``distill``; learning rate and temperature begin as they will."""
         steps, tokenizers = need(self.steps, "training arguments and rows"), need(self.tokenizers, "a tokenizer")
         student, data = need(self.student, "the student"), need(self.data, "tokenised rows")
