@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dts_hf.doctor.estimate import (
-    Plan,
-    Workload,
-    disk_needed,
-    estimate_communication,
-    estimate_host,
-    estimate_memory,
-    floor_seconds,
-)
-from dts_hf.doctor.shapes import ModelShape
+from _scale_estimates import estimate_communication, estimate_host, floor_seconds
+
+from dts_hf.models.shape import ModelShape
+from dts_hf.training.memory import disk_needed, estimate_memory
+from dts_hf.training.workload import Plan, Workload
 
 DOCS = Path(__file__).resolve().parent
 MEASURED = DOCS / "estimate_check.json"

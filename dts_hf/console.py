@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 # Their values are masked wherever they appear, whatever they look like.
@@ -95,3 +99,28 @@ def _secrets_of_the_environment() -> set[str]:
 def say(text: str) -> None:
     """Print to stderr: stdout belongs to what a command returns. Names of the user's files may be in ``text``."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def gb(value: float) -> str:
+    """Bytes for people: ``850 MB``, ``12.3 GB``."""
+    return f"{value / 1e6:,.0f} MB" if value < 0.95e9 else f"{value / 1e9:,.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, as exactly as an estimate is: ``0.8 s``, ``45 s``, ``6 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it libraries keep progress bars, warnings and log to themselves: what matters is said at the end."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -66,12 +66,16 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
             "data.prompt_template: got 'chat', but this tokenizer has no chat template. "
             "Expected 'alpaca' or 'plain', or the tokenizer of an instruction-tuned model."
         )
-    content = "\n\n".join(text for text in (row.instruction, row.input) if text)
-    messages = list(row.messages) if row.messages is not None else [{"role": "user", "content": content}]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(chat_messages(row), tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         raise UserError(f"row '{row.id}': the tokenizer's chat template refuses this conversation: {error}") from error
+
+
+def chat_messages(row: Row) -> list[dict[str, str]]:
+    """The prompt of ``row`` as messages: its own, or instruction and input as one of the user's."""
+    content = "\n\n".join(text for text in (row.instruction, row.input) if text)
+    return [*row.messages] if row.messages is not None else [{"role": "user", "content": content}]
 
 
 TEMPLATES: dict[str, Template] = {

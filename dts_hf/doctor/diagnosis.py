@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar, cast
+
+from pydantic_core import to_jsonable_python
 
 from dts_hf.errors import RunError, UserError
 
@@ -60,18 +61,12 @@ class Check:
 
     @property
     def status(self) -> Status:
-        levels = {problem.level for problem in self.problems}
-        if levels:
-            return "error" if "error" in levels else "warning"
-        return "skipped" if self.skipped is not None else "ok"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "status": self.status, **asdict(self)}
+        return worst(self.problems) or ("skipped" if self.skipped is not None else "ok")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring tokens of a row that are treated alike: ``masked``, ``learned``, ``end`` or ``padding``."""
+    """Neighbouring tokens of a row that are treated alike."""
 
     kind: Literal["masked", "learned", "end", "padding"]
     tokens: int
@@ -121,14 +116,18 @@ class Diagnosis:
         except Skipped as skipped:
             check.skipped = str(skipped)
         except (UserError, RunError) as error:
-            check.error("refused", str(error))
-        except MemoryError as error:
-            check.error("out-of-memory", f"memory ran out ({error})")
+            said = next(
+                (other.name for other in self.checks for problem in other.problems if problem.text == str(error)), ""
+            )
+            if said:  # a stage refuses again what an earlier one has refused
+                check.skipped = f"not checked: see '{said}'"
+            else:
+                check.error("refused", str(error))
         except Exception as error:  # a fault of one part must not hide the others
             reason = " ".join(str(error).split())[:400]
-            out_of_memory = "out of memory" in reason or "can't allocate memory" in reason
-            text = f"memory ran out: {reason}" if out_of_memory else f"{type(error).__name__}: {reason}"
-            check.error("out-of-memory" if out_of_memory else "failed", text)
+            memory = isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason
+            text = f"memory ran out: {reason}" if memory else f"{type(error).__name__}: {reason}"
+            check.error("out-of-memory" if memory else "failed", text)
         finally:
             check.seconds = round(time.monotonic() - began, 2)
 
@@ -141,32 +140,22 @@ class Diagnosis:
 
     @property
     def status(self) -> Status:
-        levels = {problem.level for problem in self.problems}
-        return "error" if "error" in levels else "warning" if levels else "ok"
+        return worst(self.problems) or "ok"
 
     def as_dict(self) -> dict[str, Any]:
-        found = {
-            "format": FORMAT,
-            "recipe": self.recipe,
-            "status": self.status,
-            "errors": sum(problem.level == "error" for problem in self.problems),
-            "warnings": sum(problem.level == "warning" for problem in self.problems),
-            "checks": [check.as_dict() for check in self.checks],
-            "picture": [asdict(row) for row in self.picture],
-            "device": self.device,
-            "memory": self.memory,
-            "seconds": round(self.seconds, 1),
-        }
-        return cast("dict[str, Any]", _json_ready(found))
+        """For JSON, which has no word for NaN and infinity: they are null."""
+        levels = [problem.level for problem in self.problems]
+        checks = [{"name": check.name, "status": check.status, **asdict(check)} for check in self.checks]
+        whole = {
+            "format": FORMAT, "recipe": self.recipe, "status": self.status, "errors": levels.count("error"),
+            "warnings": levels.count("warning"), "checks": checks, "picture": self.picture, "device": self.device,
+            "memory": self.memory, "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+        return cast("dict[str, Any]", to_jsonable_python(whole, inf_nan_mode="null"))
 
 
-def _json_ready(value: Any) -> Any:
-    """JSON has no word for NaN and infinity: null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    return [_json_ready(item) for item in value] if isinstance(value, (list, tuple)) else value
+def worst(problems: list[Problem]) -> Literal["warning", "error"] | None:
+    return max((problem.level for problem in problems), key=("warning", "error").index, default=None)
 
 
 def need(value: T | None, what: str) -> T:

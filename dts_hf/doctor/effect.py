@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,35 +45,43 @@ class Sample:
     def first(self, rows: int) -> Sample:
         """The first ``rows`` rows, so that a test on a large vocabulary stays cheap."""
         teacher = None if self.teacher_states is None else self.teacher_states[:rows]
-        return replace(
-            self,
-            student_states=self.student_states[:rows],
-            teacher_states=teacher,
-            targets=self.targets[:rows],
-            sequences=self.sequences[:rows],
-        )
+        student, targets, sequences = (part[:rows] for part in (self.student_states, self.targets, self.sequences))
+        return replace(self, student_states=student, teacher_states=teacher, targets=targets, sequences=sequences)
+
+    def through(self, loss: DistillationLoss, states: Tensor | None = None) -> Any:
+        """``loss`` over all rows; ``states`` ``[N, H]`` take the place of the student's where a gradient is wanted."""
+        student = self.student_states if states is None else states
+        teacher, targets = (self.teacher_states, self.teacher_head), self.targets
+        return loss(student, self.student_head, *teacher, targets, max(len(targets), 1), self.sequences)
+
+    def means(self, loss: DistillationLoss) -> dict[str, Any]:
+        """What ``loss`` sums up, as means over the rows; the extremes of the temperature as they are.
+
+        ``teacher_support`` is the teacher's effective support, exp(mean entropy), at its temperature.
+        """
+        with torch.no_grad():
+            sums = self.through(loss).sums
+        rows, whole = max(float(sums["rows"]), 1.0), ("temperature_min", "temperature_max", "rows")
+        means = {name: (value if name in whole else value / rows).tolist() for name, value in sums.items()}
+        return {**means, "teacher_support": math.exp(means["teacher_entropy_at_t"])}
 
 
 class Nudged(TemperaturePolicy):
-    """``policy`` with its temperature multiplied by ``factor`` and its ``kd_ratio`` replaced."""
+    """``policy`` with every temperature multiplied by ``NUDGE``."""
 
     name = "nudged"
 
-    def __init__(self, policy: TemperaturePolicy, kd_ratio: float, factor: float = 1.0) -> None:
+    def __init__(self, policy: TemperaturePolicy) -> None:
         super().__init__()
-        self.policy, self.ratio, self.factor = policy, kd_ratio, factor
-
-    @property
-    def temperature(self) -> float:
-        return self.policy.temperature * self.factor
+        self.policy = policy
 
     @property
     def kd_ratio(self) -> float | None:
-        return self.ratio
+        return self.policy.kd_ratio
 
     @property
     def companions(self) -> tuple[tuple[float, float], ...]:
-        return tuple((temperature * self.factor, weight) for temperature, weight in self.policy.companions)
+        return tuple((temperature * NUDGE, weight) for temperature, weight in self.policy.companions)
 
     @property
     def needs_sequence_gap(self) -> bool:
@@ -82,44 +89,35 @@ class Nudged(TemperaturePolicy):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         found = self.policy(student_logits, teacher_logits, rows)
-        scale = None if found.scale is None else found.scale * self.factor**2
-        return found._replace(student=found.student * self.factor, teacher=found.teacher * self.factor, scale=scale)
+        scale = None if found.scale is None else found.scale * NUDGE**2
+        return found._replace(student=found.student * NUDGE, teacher=found.teacher * NUDGE, scale=scale)
 
 
-def gradient(loss: DistillationLoss, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient of the mean loss with respect to the student's states ``[N, H]``, and the sums of the pass."""
+def gradient(loss: DistillationLoss, sample: Sample) -> Tensor:
+    """Gradient ``[N, H]`` of the mean loss with respect to the student's states ``[N, H]``."""
     states = sample.student_states.detach().clone().requires_grad_()
-    output = loss(
-        states,
-        sample.student_head,
-        sample.teacher_states,
-        sample.teacher_head,
-        sample.targets,
-        max(len(states), 1),
-        sample.sequences,
-    )
-    (found,) = torch.autograd.grad(output.loss, states)
-    return found, output.sums
+    return torch.autograd.grad(sample.through(loss, states).loss, states)[0]
 
 
-def with_policy(loss: DistillationLoss, policy: TemperaturePolicy) -> DistillationLoss:
-    """``loss`` with another policy; the two share nothing that changes."""
-    return DistillationLoss(
-        loss.divergence,
-        temperature=policy,
-        kd_ratio=loss.kd_ratio,
-        temperature_scaling=loss.temperature_scaling,
-        logits_budget_mb=loss.logits_budget_mb,
-    )
+def with_policy(loss: DistillationLoss, policy: TemperaturePolicy, kd_ratio: float | None = None) -> DistillationLoss:
+    """A copy of ``loss`` with another policy, and ``kd_ratio``."""
+    other = copy.deepcopy(loss)
+    other.temperature = policy
+    other.kd_ratio = loss.kd_ratio if kd_ratio is None else kd_ratio
+    return other
 
 
 def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_is_for: str | None = None) -> None:
     """Nudge the temperature and compare gradients, split the gradient into its parts.
 
     Args:
+        check: takes what is found.
         loss: the trainer's own.
         sample: a real batch.
         teacher_is_for: what the recipe needs its teacher for beside the loss, a sentence; None: for nothing else.
+
+    Raises:
+        Skipped: there is no teacher, or it has other work than the loss.
     """
     if sample.teacher_states is None:
         raise Skipped("there is no teacher: labels alone")
@@ -154,25 +152,21 @@ def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_i
             "Is the student the teacher itself? Or choose another loss.divergence",
         )
         return
-    if found["change"] < NOTHING:
+    # The change is seen beside the labels' part, whose rounding is in both gradients
+    if found["change"] < NOTHING * max(1.0, ce / kd):
         check.error(
             "temperature-without-effect",
             f"the gradient is the same at T {found['temperature']:.3g} and at {NUDGE} times that: with loss.divergence "
             f"'{loss.divergence.name}' and temperature_scaling '{loss.temperature_scaling}' the temperature does nothing",
             "Choose another loss.divergence, or a temperature nearer to 1",
         )
-    if share < SMALL_SHARE and found["kd_ratio"] >= 0.1:
-        check.warn(
-            "kd-hardly-counts",
-            f"the teacher has {share:.2%} of the gradient, although kd_ratio is {found['kd_ratio']:g}",
-            "temperature_scaling: squared, or a higher loss.kd_ratio",
-        )
-    if 1 - share < SMALL_SHARE and found["kd_ratio"] <= 0.9:
-        check.warn(
-            "labels-hardly-count",
-            f"the labels have {1 - share:.2%} of the gradient, although kd_ratio is {found['kd_ratio']:g}",
-            "A lower loss.kd_ratio, or a lower temperature",
-        )
+    ratio = found["kd_ratio"]
+    if share < SMALL_SHARE and ratio >= 0.1:
+        text = f"the teacher has {share:.2%} of the gradient, although kd_ratio is {ratio:g}"
+        check.warn("kd-hardly-counts", text, "temperature_scaling: squared, or a higher loss.kd_ratio")
+    if 1 - share < SMALL_SHARE and ratio <= 0.9:
+        text = f"the labels have {1 - share:.2%} of the gradient, although kd_ratio is {ratio:g}"
+        check.warn("labels-hardly-count", text, "A lower loss.kd_ratio, or a lower temperature")
 
 
 def _parts(loss: DistillationLoss, sample: Sample, place: float) -> dict[str, float]:
@@ -180,34 +174,31 @@ def _parts(loss: DistillationLoss, sample: Sample, place: float) -> dict[str, fl
     policy = loss.temperature
     policy.begin_step(place)
     kd_ratio = loss.kd_ratio if policy.kd_ratio is None else policy.kd_ratio
-    whole, sums = gradient(loss, sample)  # the very loss that is trained with
-    labels, _ = gradient(with_policy(loss, Nudged(policy, 0.0)), sample)
-    ce = (1 - kd_ratio) * labels
-    kd = whole - ce
-    pull, _ = gradient(with_policy(loss, Nudged(policy, 1.0)), sample)
-    nudged, _ = gradient(with_policy(loss, Nudged(policy, 1.0, NUDGE)), sample)
-    rows = max(float(sums["rows"]), 1.0)
-    ce_norm, kd_norm, pull_norm = (float(part.norm()) for part in (ce, kd, pull))
+    means = sample.means(loss)
+    whole = gradient(loss, sample)  # the very loss that is trained with
+    labels = gradient(with_policy(loss, Constant(1.0), kd_ratio=0.0), sample)
+    kd = whole - (1 - kd_ratio) * labels
+    nudged = gradient(with_policy(loss, Nudged(policy)), sample)
+    pull, kd_norm = float(labels.norm()), float(kd.norm())
     return {
-        "kd_ratio": kd_ratio,
-        "ce_norm": ce_norm,
-        "kd_norm": kd_norm,
-        "pull": float(labels.norm()),
-        "cosine": float((labels * pull).sum()) / max(float(labels.norm()) * pull_norm, 1e-30),
-        "temperature": float(sums["temperature"]) / rows,
-        "change": float((nudged - pull).norm()) / max(pull_norm, 1e-30),
-        "kl": float(sums["kl"]) / rows,
-    }
+        "kd_ratio": kd_ratio, "ce_norm": (1 - kd_ratio) * pull, "kd_norm": kd_norm, "pull": pull,
+        "cosine": float((labels * kd).sum()) / max(pull * kd_norm, 1e-30), "temperature": means["temperature"],
+        "change": float((nudged - whole).norm()) / max(kd_norm, 1e-30), "kl": means["kl"],
+    }  # fmt: skip
 
 
 def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: int, classes: str = "tokens") -> None:
     """Follow the temperature through a whole run whose gap stays what it is on the sample.
 
     Args:
+        check: takes what is found.
+        loss: the trainer's own.
+        sample: a real batch.
         steps: optimizer steps of the run.
         classes: what the loss chooses among, in words.
 
     Raises:
+        Skipped: no temperature acts on anything.
         UserError: the policy cannot do on this sample, or in so many steps, what its options ask for.
     """
     if sample.teacher_states is None:
@@ -218,22 +209,21 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     loss = copy.deepcopy(loss)
     loss.temperature.begin_run(steps)
     followed, ends = _follow(loss, sample, steps, gap=1.0)
-    curve = [seen.mean for seen in followed]
+    curve = [now["temperature"] for now in followed]
     check.values = {"policy": name, "places": list(PLACES), "temperature": curve}
-    low, high = min(seen.low for seen in followed), max(seen.high for seen in followed)
-    words = " → ".join(f"{value:.2f}" for value in curve)
-    by_row = any(seen.high - seen.low > 1e-6 for seen in followed)
-    check.summary = f"constant: T {curve[0]:.2f}" if name == "constant" else f"{name}: T {words} through the run"
-    if name == "constant" and followed[0].teacher != curve[0]:
-        check.summary += f" (student), {followed[0].teacher:.2f} (teacher)"
-    if by_row:
+    low, high = min(now["temperature_min"] for now in followed), max(now["temperature_max"] for now in followed)
+    path = " → ".join(f"{value:.2f}" for value in curve)
+    check.summary = f"constant: T {curve[0]:.2f}" if name == "constant" else f"{name}: T {path} through the run"
+    if name == "constant" and followed[0]["teacher_temperature"] != curve[0]:
+        check.summary += f" (student), {followed[0]['teacher_temperature']:.2f} (teacher)"
+    if any(now["temperature_max"] - now["temperature_min"] > 1e-6 for now in followed):
         check.summary += f"; between {low:.2f} and {high:.2f} by row"
-    if any(not math.isfinite(value) or value <= 0 for value in (low, high)):
-        check.error("temperature-not-finite", f"policy '{name}' gives T {words}", "")
+    if not all(math.isfinite(value) and value > 0 for value in (low, high)):
+        check.error("temperature-not-finite", f"policy '{name}' gives T {path}", "")
         return
-    offered = (
-        _on_offer(loss, sample, ends) if len(ends) > 1 else {seen.teacher: seen.support for seen in followed[::4]}
-    )
+    offered = {now["teacher_temperature"]: now["teacher_support"] for now in followed[::4]}
+    if len(ends) > 1:
+        offered = {t: sample.means(with_policy(loss, Constant(t)))["teacher_support"] for t in ends}
     vocabulary = sample.student_head.vocab_size
     check.values["support"] = [{"temperature": t, "support": n, "of": vocabulary} for t, n in offered.items()]
     check.summary += "; the teacher offers " + ", ".join(
@@ -241,8 +231,8 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
         for t, support in offered.items()
     )
     # Policies that leave the student at T = 1 move the teacher, which shows in the soft loss
-    moves = high - low > 1e-6 * high or max(seen.kd for seen in followed) - min(seen.kd for seen in followed) > 1e-6
-    if name != "constant" and not moves:
+    soft = [now["kd"] for now in followed]
+    if name != "constant" and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
         check.warn(
             "temperature-never-moves",
             f"policy '{name}' gives T {curve[0]:.3g} from the first step to the last, for every row",
@@ -252,90 +242,44 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     # The gap of a row is no matter of the schedule, and that of another run none of this one
     measured = loss.temperature.describe().get("gap_source") == "measured"
     if name == "dts" and measured and getattr(loss.temperature, "granularity", "") == "batch":
-        plain = [seen.mean for seen in _follow(loss, sample, steps, gap=0.0)[0]]
+        plain = [now["temperature"] for now in _follow(loss, sample, steps, gap=0.0)[0]]
         check.values["temperature_without_gap"] = plain
         check.summary += f"; T ends at {plain[-1]:.2f} if the gap closes"
         if max(abs(a - b) for a, b in zip(curve, plain, strict=True)) < 1e-3:
-            rule = getattr(loss.temperature, "rule", "")
             check.warn(
                 "gap-without-effect",
-                f"the gap does not move the temperature: rule '{rule}' gives the plain cosine here",
+                f"the gap does not move the temperature: rule '{policy.rule}' gives the plain cosine here",
                 "rule: gap follows the gap while the student is the worse one; rule: paper acts only below a gap of -1",
             )
 
 
-class Seen(NamedTuple):
-    """Temperature over rows at one place of the run, the mean soft loss there, the teacher's T and effective support."""
-
-    mean: float
-    low: float
-    high: float
-    kd: float
-    teacher: float
-    support: float
-
-
-def _follow(loss: DistillationLoss, sample: Sample, steps: int, gap: float) -> tuple[list[Seen], tuple[float, ...]]:
-    """What is seen at ``PLACES``, and the ends of the policy's range; ``gap`` 0 makes the teacher as bad as the student."""
+def _follow(
+    loss: DistillationLoss, sample: Sample, steps: int, gap: float
+) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+    """Means at ``PLACES``, and the ends of the policy's range; ``gap`` 0 makes the teacher as bad as the student."""
     loss = copy.deepcopy(loss)
     policy = loss.temperature
     steps = min(max(steps, 2), SIMULATED_STEPS)
-    stats = _statistics(loss, sample, gap)
-    found, done = [], 0
+    mean = sample.means(loss)
+    stats = StepStats(
+        student_ce=mean["ce"],
+        teacher_ce=mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"]),
+        kd=mean["kd"],
+        num_items=mean["rows"],
+        temperature_grad=mean.get("temperature_grad", 0.0),
+        observed=tuple(mean.get("observed", ())),
+    )
+    followed, done = [], 0
     for place in PLACES:
         while done < round(place * (steps - 1)):
             policy.begin_step(done / steps)
             policy.end_step(stats)
             done += 1
         policy.begin_step(done / steps)
-        with torch.no_grad():
-            sums = _sums(loss, sample)
-        rows = max(float(sums["rows"]), 1.0)
-        values = (
-            sums["temperature"] / rows,
-            sums["temperature_min"],
-            sums["temperature_max"],
-            sums["kd"] / rows,
-            sums["teacher_temperature"] / rows,
-            (sums["teacher_entropy_at_t"] / rows).exp(),
-        )
-        found.append(Seen(*map(float, values)))
-    return found, policy.ends
-
-
-def _on_offer(loss: DistillationLoss, sample: Sample, temperatures: Sequence[float]) -> dict[float, float]:
-    """The teacher's effective support, exp(mean entropy), at each of the temperatures."""
-    found = {}
-    for temperature in temperatures:
-        sums = _sums(with_policy(loss, Constant(temperature)), sample)
-        found[temperature] = math.exp(float(sums["teacher_entropy_at_t"]) / max(float(sums["rows"]), 1.0))
-    return found
+        followed.append(sample.means(loss))
+    return followed, policy.ends
 
 
 def _rounded(count: float) -> str:
     """Two digits: a sample knows no more."""
     return f"{count:.2g}" if count < 100 else f"{float(f'{count:.2g}'):,.0f}"
-
-
-def _statistics(loss: DistillationLoss, sample: Sample, gap: float) -> StepStats:
-    sums = _sums(loss, sample)
-    rows = max(float(sums["rows"]), 1.0)
-    mean = {name: float(value) / rows for name, value in sums.items() if value.dim() == 0}
-    observed: Sequence[Any] = (sums["observed"] / rows).tolist() if "observed" in sums else ()
-    teacher_ce = mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"])
-    grad = mean.get("temperature_grad", 0.0)
-    return StepStats(mean["ce"], teacher_ce, mean["kd"], rows, temperature_grad=grad, observed=tuple(observed))
-
-
-def _sums(loss: DistillationLoss, sample: Sample) -> dict[str, Tensor]:
-    with torch.no_grad():
-        output = loss(
-            sample.student_states,
-            sample.student_head,
-            sample.teacher_states,
-            sample.teacher_head,
-            sample.targets,
-            max(len(sample.targets), 1),
-            sample.sequences,
-        )
-    return output.sums

@@ -1,21 +1,22 @@
-"""Three real optimizer steps with the real trainer: do they run, do weights move, how long and how large are they?"""
+"""The training that would begin: its arguments, and three real optimizer steps with the real trainer."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dts_hf.doctor.diagnosis import Check, Diagnosis
-from dts_hf.doctor.resources import PeakMemory, duration, gb
+from dts_hf.console import duration, gb
+from dts_hf.doctor.diagnosis import Check, need
 from dts_hf.errors import RunError
-
-if TYPE_CHECKING:
-    from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.machine import PeakMemory
+from dts_hf.training.distillation_base import DistillationBase
 
 STEPS = 3
 #: No further step is begun after so many seconds.
@@ -28,19 +29,42 @@ ABOVE_ESTIMATE, LOADED_LATE = 1.2, 0.25e9
 WATCHED = 64
 
 
-class Laps(TrainerCallback):
-    """Takes the time and the tokens of each step, and ends training after ``steps`` of them."""
+def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device: str) -> None:
+    """Precision, batch and learning rate in words; a rate that is too high, a warm-up that never ends."""
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else f"{recipe.student.dtype} weights"
+    accumulated = f" x {args.gradient_accumulation_steps}" if args.gradient_accumulation_steps > 1 else ""
+    optimizer, schedule = (str(getattr(kind, "value", kind)) for kind in (args.optim, args.lr_scheduler_type))
+    check.summary = (
+        f"on {device}, {precision}, {args.per_device_train_batch_size}{accumulated} rows a step, learning rate "
+        f"{args.learning_rate:g} ({schedule})"
+    )
+    # Adam and its kin divide by the gradient's size, so the rate is what every weight moves by in a step, and weights are
+    # about 0.02 to 0.1 large. SGD's step is as large as the (clipped) gradient makes it.
+    highest, usual = (1.0, "0.01 to 0.1") if optimizer.startswith("sgd") else (1e-2, "1e-5 to 1e-3")
+    if args.learning_rate > highest:
+        check.warn(
+            "learning-rate-too-high",
+            f"training.learning_rate is {args.learning_rate:g}; with {optimizer} rates above {highest:g} destroy what the "
+            "student knows",
+            f"training.learning_rate: {usual}, the smaller the larger the model",
+        )
+    if args.max_steps > 0 and args.warmup_steps >= max(args.max_steps, 2):
+        check.warn(
+            "warmup-too-long",
+            f"training.warmup_steps is {args.warmup_steps:g} of {args.max_steps} steps: the learning rate never gets to "
+            "its value",
+            "Fewer warmup_steps",
+        )
 
-    def __init__(self, trainer: DistillationTrainer, steps: int) -> None:
-        self.trainer, self.steps = trainer, steps
+
+class Laps(TrainerCallback):
+    """Takes the time and the tokens of each step, and ends training after ``steps`` of them. The first begins with it."""
+
+    def __init__(self, steps: int, tokens_seen: Callable[[], float]) -> None:
+        self.steps, self.tokens_seen = steps, tokens_seen
         self.began = self.last = time.monotonic()
         self.seconds: list[float] = []
         self.tokens: list[float] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.began = self.last = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,122 +74,104 @@ class Laps(TrainerCallback):
         now = time.monotonic()
         self.seconds.append(now - self.last)
         self.last = now
-        if len(self.seconds) >= self.steps or now - self.began > ENOUGH_SECONDS:
-            control.should_training_stop = True
+        control.should_training_stop = len(self.seconds) >= self.steps or now - self.began > ENOUGH_SECONDS
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            self.tokens.append(self.trainer.tokens_seen - sum(self.tokens))
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" in (kwargs.get("logs") or {}):
+            self.tokens.append(self.tokens_seen() - sum(self.tokens))
 
 
 def check_steps(
     check: Check,
-    diagnosis: Diagnosis,
-    trainer: DistillationTrainer,
-    peak: PeakMemory,
-    *,
+    trainer: DistillationBase,
     steps: int,
-    tokens_per_step: float,
-    devices: int = 1,
+    tokens_per_row: float,
+    devices: int,
+    *,
+    before: int,
+    estimate: float | None,
+    room: float,
 ) -> None:
     """Train for three steps of the real schedule, and judge them.
 
     Args:
+        check: takes what is found.
         trainer: built with ``logging_steps`` 1; its student is changed.
-        peak: memory meter.
         steps: optimizer steps of the whole run.
-        tokens_per_step: mean real tokens of an optimizer step of the whole run, on each device.
+        tokens_per_row: mean of the whole run.
         devices: of the whole run; the time of a step is that of one of them.
+        before: bytes of this process before any model was loaded.
+        estimate: of the memory that the steps take.
+        room: free bytes of the device.
     """
-    student: Any = trainer.model
-    laps = Laps(trainer, min(STEPS, steps))
+    args, student = trainer.args, need(trainer.model, "a student")
+    laps = Laps(min(STEPS, steps), lambda: trainer.tokens_seen)
     trainer.add_callback(laps)
-    before = _watch(student)
-    peak.start()
+    weights, memory = _watch(student), PeakMemory(args.device, before)
     try:
         trainer.train()
     except RunError as error:  # the loss was non-finite in all of them
         check.error("step-not-finite", str(error))
         return
-    bytes_at_peak = peak.read()
-    moved = sum(bool((old != new).any()) for old, new in zip(before, _watch(student), strict=True))
+    peak = memory.read()
+    moved = sum(bool((old != new).any()) for old, new in zip(weights, _watch(student), strict=True))
     lines = [line for line in trainer.state.log_history if "loss" in line]
+    losses, norms = ([float(line[name]) for line in lines if name in line] for name in ("loss", "grad_norm"))
     # The last step alone: the ones before pay for what is made once (kernels, buffers, optimizer state).
-    per_token = laps.seconds[-1] / max(laps.tokens[len(laps.seconds) - 1], 1.0)
-    per_step = per_token * tokens_per_step
-    losses = [float(line["loss"]) for line in lines]
-    norms = [float(line["grad_norm"]) for line in lines if "grad_norm" in line]
+    done = len(laps.seconds)
+    per_token = laps.seconds[-1] / max(laps.tokens[done - 1], 1.0)
+    per_step = per_token * tokens_per_row * args.per_device_train_batch_size * args.gradient_accumulation_steps
     check.values = {
-        "steps": len(laps.seconds),
-        "seconds": laps.seconds,
-        "tokens": laps.tokens,
-        "seconds_per_step": per_step,
-        "seconds_per_step_from": f"step {len(laps.seconds)} of {len(laps.seconds)}, per token, one device",
-        "steps_of_run": steps,
-        "devices": devices,
-        "seconds_of_training": per_step * steps,
-        "losses": losses,
-        "grad_norms": norms,
-        "tensors_moved": moved,
-        "tensors_trained": len(before),
-        "peak_bytes": bytes_at_peak,
-    }
+        "steps": done, "seconds": laps.seconds, "tokens": laps.tokens, "seconds_per_step": per_step,
+        "seconds_per_step_from": f"step {done} of {done}, per token, one device", "steps_of_run": steps,
+        "devices": devices, "seconds_of_training": per_step * steps, "losses": losses, "grad_norms": norms,
+        "tensors_moved": moved, "tensors_trained": len(weights), "peak_bytes": peak,
+    }  # fmt: skip
     spread = f" on {devices} devices, as on one and without their communication," if devices > 1 else ""
-    measured = "" if bytes_at_peak is None else f"; peak memory {gb(bytes_at_peak)}"
     check.summary = (
-        f"{duration(per_step)} per step ({1 / max(per_token, 1e-9):,.0f} tokens/s, by the last of {len(laps.seconds)}), "
-        f"{steps:,} steps{spread} take {duration(per_step * steps)}{measured}"
+        f"{duration(per_step)} per step ({1 / max(per_token, 1e-9):,.0f} tokens/s, by the last of {done}), "
+        f"{steps:,} steps{spread} take {duration(per_step * steps)}"
+        + ("" if peak is None else f"; peak memory {gb(peak)}")
     )
+    _judge_steps(check, losses, norms, args.learning_rate)
+    if peak is not None and estimate is not None:
+        check.values["estimated_bytes"] = estimate
+        if peak > ABOVE_ESTIMATE * estimate + LOADED_LATE:
+            check.warn(
+                "memory-above-estimate",
+                f"the steps took {gb(peak)}, {peak / estimate:.1f} times the estimate ({gb(estimate)})",
+                "Count on what was measured: the estimates of the other strategies are too low by about as much",
+            )
+    if peak is not None and peak > room:
+        check.error("too-little-memory", f"the steps took {gb(peak)}, and {gb(room)} were free", "")
+
+
+def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], learning_rate: float) -> None:
+    """Whether ``losses`` and ``norms`` (of the gradient) are those of a training that learns."""
+    shown, shown_norms = (", ".join(f"{value:.3g}" for value in values) or "none" for values in (losses, norms))
     if not all(math.isfinite(value) for value in (*losses, *norms)):
         check.error(
             "step-not-finite",
-            f"losses {_shown(losses)}, gradient norms {_shown(norms)} in the first steps",
+            f"losses {shown}, gradient norms {shown_norms} in the first steps",
             "A lower learning rate, bf16 instead of fp16, or look at the weights of the models",
         )
     elif norms and max(norms) == 0:
         check.error("gradient-zero", "the gradient is zero in every step: nothing would be learned", "")
-    elif not moved:
+    elif not check.values["tensors_moved"]:
         check.error(
             "weights-do-not-move",
-            f"{len(laps.seconds)} optimizer steps changed none of the {len(before)} trained tensors",
+            f"{check.values['steps']} optimizer steps changed none of the {check.values['tensors_trained']} trained tensors",
             "A higher training.learning_rate, fewer training.warmup_steps, or student.dtype: float32",
         )
     elif losses and losses[-1] > max(losses[0] + EXPLODES[0], EXPLODES[1] * losses[0]):
         check.warn(
             "loss-explodes",
-            f"the loss grows in the first steps: {_shown(losses)} (gradient norms {_shown(norms)})",
-            f"A lower training.learning_rate than {trainer.args.learning_rate:g}, or training.warmup_steps",
+            f"the loss grows in the first steps: {shown} (gradient norms {shown_norms})",
+            f"A lower training.learning_rate than {learning_rate:g}, or training.warmup_steps",
         )
-    estimate = next((c.values.get("alone") for c in diagnosis.checks if c.name == "memory"), None)
-    if bytes_at_peak is not None and estimate is not None:
-        check.values["estimated_bytes"] = estimate
-        if bytes_at_peak > ABOVE_ESTIMATE * estimate + LOADED_LATE:
-            check.warn(
-                "memory-above-estimate",
-                f"the steps took {gb(bytes_at_peak)}, {bytes_at_peak / estimate:.1f} times the estimate ({gb(estimate)})",
-                "Count on what was measured: the estimates of the other strategies are too low by about as much",
-            )
-    room = diagnosis.device.get("memory")
-    if bytes_at_peak is not None and room is not None and bytes_at_peak > room:
-        check.error("too-little-memory", f"the steps took {gb(bytes_at_peak)}, and {gb(room)} were free", "")
 
 
 def _watch(model: nn.Module) -> list[Tensor]:
     """Some numbers of every trained tensor."""
-    watched = []
-    for weight in model.parameters():
-        if weight.requires_grad:
-            flat = weight.detach().flatten()
-            watched.append(flat[:: max(1, flat.numel() // WATCHED)].clone())
-    return watched
-
-
-def _shown(values: list[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values) or "none"
+    flat = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
+    return [numbers[:: max(1, numbers.numel() // WATCHED)].clone() for numbers in flat]

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
-from dts_hf.data.encoding import EncodedDataset, EncodingReport
-from dts_hf.data.prompt_templates import Template, leading_special_ids
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.prompt_templates import Template, chat_messages, leading_special_ids
 from dts_hf.data.rows import Row
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.models.pruning import evenly_spaced
 from dts_hf.models.vocabulary import shared_prefix
+from dts_hf.task import Rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-#: Shares of rows above which a warning is given.
+T = TypeVar("T")
+Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
+#: Share of rows above which a warning is given.
 MANY_ROWS = 0.05
-SAMPLED_ROWS = 64
+#: What too many rows suffer under a limit: code, text and advice by the name of their count in ``EncodingReport``.
+LIMITS = {
+    "cut": (
+        "many-rows-cut",
+        "lose the end of their answer at data.max_length",
+        "Raise data.max_length, or use data.long_rows: drop",
+    ),
+    "dropped": ("many-rows-dropped", "are too long and left out", "Raise data.max_length and data.max_prompt_length"),
+    "prompts_cut": (
+        "many-inputs-cut",
+        "have their input shortened to data.max_prompt_length",
+        "Raise data.max_prompt_length: a question about a text that is not there teaches to make things up",
+    ),
+}
+#: Rows whose labels are looked at.
+LABELLED_ROWS = 64
 
 
-def spaced_indices(count: int, total: int) -> list[int]:
-    """At most ``count`` of the numbers below ``total``, as far apart as possible."""
-    count = min(count, total)
-    return [index * total // count for index in range(count)]
+def spaced(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of ``items``, as far apart as possible."""
+    return [items[index] for index in evenly_spaced(min(count, len(items)), len(items))]
 
 
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def check_rows(check: Check, train: Sequence[Row], validation: Sequence[Row]) -> None:
+def check_rows(check: Check, rows: Rows) -> None:
     """Rows that are held out must not be trained on."""
-    check.summary = f"{len(train):,} to train on, {len(validation):,} held out"
-    check.values = {"train": len(train), "validation": len(validation)}
-    seen = {_question(row) for row in train}
-    leaked = [row.id for row in validation if _question(row) in seen]
+    check.summary = f"{len(rows.train):,} to train on, {len(rows.validation):,} held out"
+    check.values = {"train": len(rows.train), "validation": len(rows.validation)}
+    seen = {_question(row) for row in rows.train}
+    leaked = [row.id for row in rows.validation if _question(row) in seen]
+    check_leak(check, leaked, len(rows.validation), "prompts")
+
+
+def check_leak(check: Check, leaked: Sequence[str], held_out: int, what: str) -> None:
+    """Report the ids of ``leaked`` rows, of so many ``held_out`` ones."""
     if leaked:
         check.warn(
             "leak",
-            f"{len(leaked):,} of {len(validation):,} held-out prompts are also in the training rows (such as "
-            f"'{leaked[0]}'): scores on them show what was learned by heart",
+            f"{len(leaked):,} of {held_out:,} held-out {what} are also in the training rows (such as '{leaked[0]}'): scores "
+            "on them show what was learned by heart",
             "Take them out of data.validation",
         )
 
@@ -54,8 +75,10 @@ def _question(row: Row) -> tuple[Any, ...]:
     return (row.instruction, row.input, turns)
 
 
-def check_limits(check: Check, report: EncodingReport, data: EncodedDataset, rows: int) -> None:
-    """How many rows the limits leave out or shorten."""
+def check_limits(check: Check, data: EncodedDataset, rows: int) -> None:
+    """How many rows the limits leave out or shorten; ``rows`` are all, ``data`` is a sample of them."""
+    report = data.report
+    assert report is not None  # encode_rows has written it
     looked = "" if report.rows == rows else f" (looked at {report.rows:,})"
     longest = max(data.lengths)
     shares = {name: getattr(report, name) / report.rows for name in ("dropped", "cut", "prompts_cut")}
@@ -71,24 +94,9 @@ def check_limits(check: Check, report: EncodingReport, data: EncodedDataset, row
             "every row is cut at data.max_length, so none keeps its end token: the student would never learn to stop",
             f"Raise data.max_length (longest row: more than {longest} tokens), or use data.long_rows: drop",
         )
-    elif shares["cut"] > MANY_ROWS:
-        check.warn(
-            "many-rows-cut",
-            f"{shares['cut']:.1%} of the rows lose the end of their answer at data.max_length",
-            "Raise data.max_length, or use data.long_rows: drop",
-        )
-    if shares["dropped"] > MANY_ROWS:
-        check.warn(
-            "many-rows-dropped",
-            f"{shares['dropped']:.1%} of the rows are too long and left out",
-            "Raise data.max_length and data.max_prompt_length",
-        )
-    if shares["prompts_cut"] > MANY_ROWS:
-        check.warn(
-            "many-inputs-cut",
-            f"{shares['prompts_cut']:.1%} of the rows have their input shortened to data.max_prompt_length",
-            "Raise data.max_prompt_length: a question about a text that is not there teaches to make things up",
-        )
+    for name, (code, text, advice) in LIMITS.items():
+        if shares[name] > MANY_ROWS and not (name == "cut" and check.problems):
+            check.warn(code, f"{shares[name]:.1%} of the rows {text}", advice)
 
 
 # ----------------------------------------------------------------------------------------------------- the tokenizers
@@ -100,81 +108,82 @@ def check_tokenizers(check: Check, student: PreTrainedTokenizerBase, teacher: Pr
     if student is teacher:
         check.summary = f"one for teacher and student, {len(student):,} entries"
         return
-    shared = shared_prefix(student, teacher)
-    check.values["shared"] = shared
+    shared = check.values["shared"] = shared_prefix(student, teacher)
+    check.summary = f"equal, {len(student):,} entries"
     if shared < max(len(student), len(teacher)):
-        first = " and ".join(
-            f"{tokenizer.convert_ids_to_tokens(shared)!r} for the {who}"
-            if shared < len(tokenizer)
-            else f"nothing for the {who}"
-            for who, tokenizer in (("student", student), ("teacher", teacher))
-        )
+        check.summary = ""
+        tokens = [
+            repr(tokenizer.convert_ids_to_tokens(shared)) if shared < len(tokenizer) else "nothing"
+            for tokenizer in (student, teacher)
+        ]
         check.error(
             "tokenizers-differ",
-            f"{len(student):,} entries for the student and {len(teacher):,} for the teacher; id {shared:,} is {first}",
+            f"{len(student):,} entries for the student and {len(teacher):,} for the teacher; id {shared:,} is {tokens[0]} "
+            f"for the student and {tokens[1]} for the teacher",
             "Choose a student of the teacher's family, or prune one from it (student.init)",
         )
-        return
-    check.summary = f"equal, {len(student):,} entries"
 
 
 def check_special_tokens(
     check: Check,
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    configs: dict[str, Any],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    models: Mapping[str, Any],
     data: EncodedDataset | None,
 ) -> None:
     """The end token that is taught must be the one that the models stop at.
 
     Args:
-        configs: ``model.config`` and ``model.generation_config`` of each model by ``student`` and ``teacher``, as far
-            as they are known.
+        check: takes what is found.
+        tokenizers: of ``student`` and ``teacher``.
+        models: the same, as far as they are there.
         data: tokenised training rows.
     """
+    student, teacher = tokenizers["student"], tokenizers["teacher"]
     end, pad = student.eos_token_id, student.pad_token_id
     padding = "which also pads, told apart by length" if pad == end else f"padding is {student.pad_token!r}"
     check.summary = f"answers end with {student.eos_token!r} (id {end}), {padding}"
     check.values = {"eos": end, "bos": student.bos_token_id, "pad": pad}
-    if teacher is not student and teacher.eos_token_id != end:
-        swapped = end == teacher.bos_token_id
-        (check.error if swapped else check.warn)(
-            "special-tokens-swapped" if swapped else "end-tokens-differ",
-            f"the student's tokenizer ends with {student.eos_token!r} (id {end}), the teacher's with "
-            f"{teacher.eos_token!r} (id {teacher.eos_token_id})"
-            + (", and the student's end token is the teacher's first token" if swapped else "")
-            + ": labels and teacher disagree about the end of every answer",
-            "Correct eos_token in the student's tokenizer_config.json",
-        )
-    for who, (config, generation) in configs.items():
-        tokenizer = student if who == "student" else teacher
-        stops = _ids(config, "eos_token_id") | _ids(generation, "eos_token_id")
-        first = _ids(config, "bos_token_id") | _ids(generation, "bos_token_id")
-        known = any(problem.code.startswith(("special", "end")) for problem in check.problems)
-        if not stops or tokenizer.eos_token_id in stops or known:
+    # (code, whose tokenizer is compared with what, where that stops and begins, what to correct)
+    others: list[tuple[str, str, str, set[int], set[int], str]] = []
+    where = "its tokenizer_config.json"
+    if teacher is not student:
+        theirs = ({teacher.eos_token_id}, {teacher.bos_token_id})
+        others += [("end-tokens-differ", "student", "the teacher's tokenizer ends", *theirs, where)]
+    where += ", or eos_token_id in its generation_config.json"
+    for who, model in models.items():
+        theirs = (_ids_of(model, "eos_token_id"), _ids_of(model, "bos_token_id"))
+        others += [("end-token-unknown", who, "its model stops", *theirs, where)]
+    for code, who, other, stops, first, where in others:
+        tokenizer = tokenizers[who]
+        if not stops or tokenizer.eos_token_id in stops or check.problems:  # one cause, said once
             continue
-        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops))
         swapped = tokenizer.eos_token_id in first
         (check.error if swapped else check.warn)(
-            "special-tokens-swapped" if swapped else "end-token-unknown",
-            f"the {who}'s tokenizer ends with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but its model stops "
-            f"at {names}" + (" and begins with the former: the two are swapped" if swapped else ""),
-            "Correct eos_token in its tokenizer_config.json, or eos_token_id in its generation_config.json",
+            "special-tokens-swapped" if swapped else code,
+            f"the {who}'s tokenizer ends with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but {other} at "
+            + ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops))
+            + (" and begins with the former: the two are swapped" if swapped else "")
+            + ": labels and models disagree about the end of every answer",
+            f"Correct eos_token in {where}",
         )
     if data is not None:
         _check_special_tokens_of_rows(check, student, data)
 
 
+def _ids_of(model: Any, name: str) -> set[int]:
+    """Ids that the configurations of ``model`` give as ``name``: none, one, or a list."""
+    found: set[int] = set()
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        value = getattr(config, name, None)
+        found |= set() if value is None else set(value) if isinstance(value, list) else {int(value)}
+    return found
+
+
 def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBase, data: EncodedDataset) -> None:
-    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
-    special = set(tokenizer.all_special_ids)
-    inside: list[str] = []
-    doubled: list[str] = []
-    for index, name in enumerate(data.row_ids):
-        ids, prompt = data[index]["input_ids"], data.prompt_lengths[index]
-        response = ids[prompt:-1] if ids[-1] == end else ids[prompt:]
-        inside += [name] if special.intersection(response) else []
-        doubled += [name] if begin is not None and ids[:2] == [begin, begin] else []
+    end, begin, special = tokenizer.eos_token_id, tokenizer.bos_token_id, set(tokenizer.all_special_ids)
+    rows = [(name, data[index]["input_ids"], data.prompt_lengths[index]) for index, name in enumerate(data.row_ids)]
+    inside = [name for name, ids, prompt in rows if special & set(ids[prompt : -1 if ids[-1] == end else None])]
+    doubled = [name for name, ids, _ in rows if begin is not None and ids[:2] == [begin, begin]]
     if inside:
         check.warn(
             "special-token-in-answer",
@@ -188,11 +197,6 @@ def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBa
             f"{len(doubled):,} of {len(data):,} rows begin with {tokenizer.bos_token!r} twice (row '{doubled[0]}')",
             "Take it out of the rows or of the chat template",
         )
-
-
-def _ids(config: Any, name: str) -> set[int]:
-    value = getattr(config, name, None)
-    return set() if value is None else set(value) if isinstance(value, list) else {int(value)}
 
 
 # --------------------------------------------------------------------------------------------------- the chat template
@@ -213,52 +217,49 @@ def check_template(
                     "teacher_has_chat": bool(teacher.chat_template)}  # fmt: skip
     if template.name != "chat":
         return
-    for row in rows:
-        prompt = template.render(row, student)
-        if teacher is not student and teacher.chat_template:
-            other = template.render(row, teacher)
-            if other != prompt:
-                check.warn(
-                    "chat-templates-differ",
-                    f"the student's chat template writes {_from_difference(prompt, other)}, the teacher's "
-                    f"{_from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
-                    "Give the student the teacher's chat template (chat_template.jinja in its folder)",
-                )
-                break
-        whole = _whole_conversation(row, student)
-        if whole is None:
-            continue
-        response = row.response.strip()  # many templates strip it, too
-        after_prompt = whole[len(prompt) :].lstrip() if whole.startswith(prompt) else ""
-        if not after_prompt.startswith(response):
-            check.warn(
-                "chat-template-prompt",
-                f"the chat template writes a finished conversation otherwise than prompt and answer: it has "
-                f"{_from_difference(whole, prompt + response)} where training has "
-                f"{_from_difference(prompt + response, whole)} (row '{row.id}')",
-                "Look at what the template does with add_generation_prompt",
-            )
-            break
-        rest = after_prompt[len(response) :].lstrip(" ")
-        after = student(rest, add_special_tokens=False)["input_ids"]
-        if after and after[0] != student.eos_token_id:
-            check.warn(
-                "chat-template-end",
-                f"the chat template ends an answer with {student.decode(after[:1])!r}, but the tokenizer's end token, "
-                f"which is taught, is {student.eos_token!r}",
-                "Set eos_token of the tokenizer to the token that ends a turn",
-            )
-            break
+    problems = (_chat_problem(row, template, student, teacher) for row in rows)
+    if problem := next(filter(None, problems), None):
+        check.warn(*problem)
 
 
-def _whole_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    content = "\n\n".join(text for text in (row.instruction, row.input) if text)
-    messages = list(row.messages) if row.messages is not None else [{"role": "user", "content": content}]
-    messages.append({"role": "assistant", "content": row.response})
+def _chat_problem(
+    row: Row, template: Template, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> tuple[str, str, str] | None:
+    """(code, text, advice) of what is wrong with ``row`` in the chat template."""
+    prompt = template.render(row, student)
+    if teacher is not student and teacher.chat_template:
+        other = template.render(row, teacher)
+        if other != prompt:
+            return (
+                "chat-templates-differ",
+                f"the student's chat template writes {_from_difference(prompt, other)}, the teacher's "
+                f"{_from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
+                "Give the student the teacher's chat template (chat_template.jinja in its folder)",
+            )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        messages = [*chat_messages(row), {"role": "assistant", "content": row.response}]
+        whole = str(student.apply_chat_template(messages, tokenize=False))
     except TemplateError:  # encode_rows refuses the row, with its own words
         return None
+    response = row.response.strip()  # many templates strip it, too
+    after_prompt = whole[len(prompt) :].lstrip() if whole.startswith(prompt) else ""
+    if not after_prompt.startswith(response):
+        return (
+            "chat-template-prompt",
+            f"the chat template writes a finished conversation otherwise than prompt and answer: it has "
+            f"{_from_difference(whole, prompt + response)} where training has "
+            f"{_from_difference(prompt + response, whole)} (row '{row.id}')",
+            "Look at what the template does with add_generation_prompt",
+        )
+    after = student(after_prompt[len(response) :].lstrip(" "), add_special_tokens=False)["input_ids"]
+    if after and after[0] != student.eos_token_id:
+        return (
+            "chat-template-end",
+            f"the chat template ends an answer with {student.decode(after[:1])!r}, but the tokenizer's end token, which is "
+            f"taught, is {student.eos_token!r}",
+            "Set eos_token of the tokenizer to the token that ends a turn",
+        )
+    return None
 
 
 def _from_difference(text: str, other: str) -> str:
@@ -271,33 +272,27 @@ def _from_difference(text: str, other: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the label mask
 
 
-def check_labels(check: Check, data: EncodedDataset, collator: Any, end: int) -> None:
+def check_labels(check: Check, data: EncodedDataset, collator: Collate, end: int) -> None:
     """Build real batches and look: the answer is learned, the prompt is not, and the end token is.
 
     Args:
+        check: takes what is found.
         data: tokenised rows.
         collator: the trainer's own.
         end: id of the end token.
     """
-    rows = spaced_indices(SAMPLED_ROWS, len(data))
+    rows = spaced(range(len(data)), LABELLED_ROWS)
     learned = expected = ends = learned_ends = 0
     for start in range(0, len(rows), 8):
-        examples = [data[index] for index in rows[start : start + 8]]
-        batch = collator(examples)
-        for index, (ids, labels, _) in zip(rows[start : start + 8], split_batch(batch), strict=True):
+        chosen = rows[start : start + 8]
+        for index, (ids, labels, _) in zip(chosen, _split(collator([data[i] for i in chosen])), strict=True):
             learned += int((labels != IGNORE_INDEX).sum())
             expected += data.lengths[index] - data.prompt_lengths[index]
             last = data.lengths[index] - 1
-            if ids[last] == end:
-                ends += 1
-                learned_ends += int(labels[last] == end)
-    check.values = {
-        "rows": len(rows),
-        "learned": learned,
-        "expected": expected,
-        "ends": ends,
-        "learned_ends": learned_ends,
-    }
+            ends += int(ids[last] == end)
+            learned_ends += int(ids[last] == end and labels[last] == end)
+    counts = {"learned": learned, "expected": expected, "ends": ends, "learned_ends": learned_ends}
+    check.values = {"rows": len(rows), **counts}
     mean = learned / max(len(rows), 1)
     check.summary = f"{mean:.0f} tokens a row are learned, the end token in {learned_ends} of {len(rows)} rows"
     if learned_ends < ends:
@@ -312,7 +307,7 @@ def check_labels(check: Check, data: EncodedDataset, collator: Any, end: int) ->
         check.error("prompt-learned", f"{learned - expected} tokens of prompts or padding have a label", "")
 
 
-def split_batch(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _split(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The rows of a padded or packed batch, each as (ids, labels, whether it is a token and no padding)."""
     ids, labels = batch["input_ids"], batch["labels"]
     if "position_ids" not in batch:
@@ -323,17 +318,16 @@ def split_batch(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torc
     return [(ids[0, a:b], labels[0, a:b], real[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def picture(
-    data: EncodedDataset, collator: Any, tokenizer: PreTrainedTokenizerBase, rows: int = 2
-) -> list[PicturedRow]:
-    """Some rows of one batch as the loss sees them, a short and a long one among them."""
+def picture(data: EncodedDataset, collator: Collate, tokenizer: PreTrainedTokenizerBase) -> list[PicturedRow]:
+    """Two rows of one batch as the loss sees them, a short and a long one."""
     by_length = sorted(range(len(data)), key=data.lengths.__getitem__)
-    chosen = [by_length[len(by_length) // 4], by_length[3 * len(by_length) // 4]][: min(rows, len(data))]
-    batch = collator([data[index] for index in chosen])
+    chosen = [by_length[len(data) // 4], by_length[3 * len(data) // 4]][: len(data)]
     pictured = []
-    for index, (ids, labels, real) in zip(chosen, split_batch(batch), strict=True):
-        kinds = ["masked" if label == IGNORE_INDEX else "learned" for label in labels.tolist()]
-        kinds = [kind if is_real else "padding" for kind, is_real in zip(kinds, real.tolist(), strict=True)]
+    for index, (ids, labels, real) in zip(chosen, _split(collator([data[i] for i in chosen])), strict=True):
+        kinds = [
+            "padding" if not is_real else "masked" if label == IGNORE_INDEX else "learned"
+            for label, is_real in zip(labels.tolist(), real.tolist(), strict=True)
+        ]
         last = data.lengths[index] - 1
         if kinds[last] == "learned" and ids[last] == tokenizer.eos_token_id:
             kinds[last] = "end"

@@ -82,7 +82,7 @@ def test_the_models_of_the_tables_are_the_published_ones() -> None:
         sys.path.remove(str(ROOT / "docs"))
     from transformers import GPT2Config, LlamaConfig
 
-    from dts_hf.doctor.shapes import ModelShape
+    from dts_hf.models.shape import ModelShape
 
     def llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> LlamaConfig:
         return LlamaConfig(
@@ -116,10 +116,12 @@ def table_rows(column: str) -> list[dict[str, str]]:
 def test_the_prose_says_what_the_tables_say() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
+        from _scale_estimates import estimate_communication, estimate_host, floor_seconds
         from _scale_page import CARD_GB, CASES, USABLE
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    from dts_hf.doctor.estimate import Plan, estimate_communication, estimate_host, estimate_memory, floor_seconds
+    from dts_hf.training.memory import estimate_memory
+    from dts_hf.training.workload import Plan
 
     def peak(name: str, plan: Plan) -> float:
         case = CASES[name]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dts_hf.distill import distill
-from dts_hf.doctor.resources import shapes_from_configs
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.models.pruning import prune_layers, pruned_config
+from dts_hf.models.shape import shapes_from_configs
 from tests.support.families import FAMILIES, SIZES, Family
 from tests.support.tiny import tiny_llama
 from tests.test_distill import recipe, workplace  # noqa: F401

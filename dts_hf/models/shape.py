@@ -6,10 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError
+from dts_hf.models.loading import ModelSource
+from dts_hf.models.pruning import pruned_config
+from dts_hf.recipe.schema import Recipe, Student, Teacher
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,6 @@ class ModelShape:
         Raises:
             UserError: the model has no attention heads or no embedding, so nothing here describes it.
         """
-        import torch
-        from transformers import AutoModelForCausalLM
-
         with unsharded_init(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return cls._of(config, model)
@@ -135,6 +137,31 @@ class ModelShape:
     @property
     def block_weights(self) -> float:
         return self.backbone / self.layers
+
+
+#: (student, teacher)
+Shapes = tuple[ModelShape, ModelShape | None]
+
+
+def shapes_from_configs(recipe: Recipe) -> Shapes | None:
+    """Shapes without loading a weight; None where the files hold no plain configuration (GGUF)."""
+
+    def config_of(model: Student | Teacher, key: str) -> Any:
+        source = ModelSource.resolve(str(model.model), key)
+        if source.gguf_file is not None:
+            return None
+        remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        return AutoConfig.from_pretrained(source.location, **remote)
+
+    teacher, student = recipe.teacher, recipe.student
+    of_teacher = None if teacher is None else config_of(teacher, "teacher.model")
+    if student.init is None:
+        of_student = config_of(student, "student.model")
+    else:
+        of_student = None if of_teacher is None else pruned_config(of_teacher, student.init.layers)
+    if of_student is None or (teacher is not None and of_teacher is None):
+        return None
+    return ModelShape.from_config(of_student), None if of_teacher is None else ModelShape.from_config(of_teacher)
 
 
 def _weights(module: nn.Module) -> int:

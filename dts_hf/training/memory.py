@@ -1,4 +1,4 @@
-"""Memory, communication, time and disk of a distillation, from the shapes of its models alone.
+"""Memory and disk of a distillation, from the shapes of its models alone.
 
 Bytes are per device. The memory model counts tensors: what autograd keeps for the backward pass of a LLaMA or GPT-2
 block, what ``DistillationLoss`` allocates, what the optimizer and the sharding strategy hold. It is compared with
@@ -9,27 +9,10 @@ divided by the number of devices, Megatron (Korthikanti et al. 2022, section 4) 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from dts_hf.doctor.shapes import ModelShape
-from dts_hf.errors import UserError
-
-__all__ = [
-    "Memory",
-    "ModelShape",
-    "Plan",
-    "Workload",
-    "disk_needed",
-    "estimate_communication",
-    "estimate_host",
-    "estimate_memory",
-    "floor_seconds",
-    "flops",
-    "kept_by_block",
-]
-
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]
+from dts_hf.models.shape import ModelShape
+from dts_hf.training.workload import Plan, Workload
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Sharded in the plan's devices: parameters, gradients, optimizer state.
@@ -42,81 +25,6 @@ KEPT_BY_ACTIVATION = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "gelu_new": 
 BLOCK_BUFFERS = 12
 #: nf4 of bitsandbytes: half a byte, and a scale of 4 bytes per 64 weights.
 FOUR_BITS = 0.5 + 4 / 64
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one device works on.
-
-    Attributes:
-        rows: of a micro-batch; 1 when packed.
-        tokens: of a row with its padding, or of the packed row.
-        labelled: labels of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        student_dtype, teacher_dtype: of the weights, ``float32``, ``bfloat16`` or ``float16``.
-        optimizer: as in ``TrainingArguments.optim``.
-        gradient_checkpointing: only the inputs of the blocks are kept for the backward pass.
-        lora_parameters: weights of the adapters; None when all weights are trained.
-        logits_budget_mb: MiB for one chunk of logits.
-        autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
-        attention: ``sdpa``, ``flash_attention_2``, ``eager``, or ``packed`` (rows end to end).
-        device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
-        beside: bytes that rows and tokenizers take where the device's memory is theirs too, on a CPU: they are not
-            estimated, ``dts-hf doctor`` has loaded them already.
-    """
-
-    rows: int
-    tokens: int
-    labelled: int
-    accumulation: int = 1
-    student_dtype: str = "float32"
-    teacher_dtype: str = "bfloat16"
-    optimizer: str = "adamw_torch_fused"
-    gradient_checkpointing: bool = False
-    lora_parameters: int | None = None
-    logits_budget_mb: float = 256
-    autocast: str | None = None
-    attention: str = "sdpa"
-    device: str = "cuda"
-    beside: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("student_dtype", "teacher_dtype"):
-            if getattr(self, name) not in BYTES:
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(BYTES)}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is spread.
-
-    Attributes:
-        strategy: what is divided by the number of devices.
-        devices: all of them, of all nodes.
-        teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit`` and ``4bit`` are whole and quantised,
-            ``cached`` keeps its head alone and reads its states from disk.
-        bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distributed.launch`` sets it.
-        live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``distributed.launch`` sets it.
-    """
-
-    strategy: Strategy = "single"
-    devices: int = 1
-    teacher: TeacherPlacement = "replicated"
-    bucket: int | None = None
-    live: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("strategy", Strategy), ("teacher", TeacherPlacement)):
-            if getattr(self, name) not in get_args(kinds):
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(kinds))}")
-        if self.devices < 1:
-            raise UserError(f"devices: got {self.devices}, expected at least 1")
-        if self.strategy == "single" and self.devices != 1:
-            raise UserError(f"devices: got {self.devices} with strategy 'single', expected 1")
-        if self.teacher == "sharded" and self.strategy == "single":
-            raise UserError(
-                "teacher: got 'sharded' with strategy 'single', expected several devices to spread it over"
-            )
 
 
 @dataclass(frozen=True)
@@ -154,32 +62,17 @@ class Memory:
         return self.peak
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "total": self.total}
+        """Whole bytes, for JSON."""
+        values = {**asdict(self), "total": self.total}
+        return {name: round(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> Memory:
     """Peak memory of one device in training."""
     if plan.teacher == "none":
         teacher = None
-    devices, trained, types = plan.devices, _trained(student, workload), _Types.of(workload, plan)
-    adapters = workload.lora_parameters or 0
-    weights: float = types.weight * student.parameters + types.trained * adapters
-    gradients: float = types.trained * trained
-    optimizer: float = (_state_bytes(workload, types) + types.master) * trained
-    buffers = 0.0
-    if plan.strategy in SHARDS_OPTIMIZER:
-        optimizer /= devices
-    if plan.strategy in SHARDS_GRADIENTS:
-        gradients /= devices
-    if plan.strategy in SHARDS_PARAMETERS:
-        weights /= devices
-        buffers += types.compute * _gathered(student, plan)
-    if plan.strategy == "ddp":
-        buffers += gradients  # its buckets are a second copy
-    elif types.master:
-        bucket = student.hidden**2 if plan.bucket is None else plan.bucket
-        # Allocated whole, whatever the model; a CPU gives only the pages that are written to.
-        buffers += types.trained * (min(bucket, trained) if workload.device == "cpu" else bucket)
+    trained, types = trained_weights(student, workload), Types.of(workload, plan)
+    weights, gradients, optimizer, buffers = _divided(student, workload, plan, types)
     teacher_weights = _teacher_bytes(teacher, workload, plan)
     held = weights + optimizer + buffers + teacher_weights + workload.beside
 
@@ -194,7 +87,7 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: W
     loss, left = _loss_bytes(student, teacher, workload, types)
     # The embedding's gradient is made whole beside the head's, although the two are one weight.
     second = types.weight * student.embedding if student.tied and workload.lora_parameters is None else 0
-    stepping = types.master * trained / devices  # DeepSpeed: the fp32 gradients of its own share
+    stepping = types.master * trained / plan.devices  # DeepSpeed: the fp32 gradients of its own share
     if workload.device == "cuda" and workload.optimizer == "adamw_torch":
         stepping += types.trained * trained  # torch's foreach: the root of the second moment, of all weights at once
     moments = {
@@ -218,51 +111,11 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: W
     )
 
 
-def estimate_host(
-    student: ModelShape,
-    teacher: ModelShape | None,
-    workload: Workload,
-    plan: Plan,
-    *,
-    per_node: int = 8,
-    stored_dtype: str = "bfloat16",
-    teacher_stored_dtype: str | None = None,
-) -> float:
-    """Bytes of ordinary memory that the processes of one node need while the models are loaded.
-
-    Every process loads both models whole. Weights that keep the type of their file stay in it (mapped: the page cache
-    holds them once for all processes, and may drop them); weights that change type are a copy in every process. Before
-    they divide the student, DeepSpeed casts it to the type of its matmuls, and under autocast accelerate's FSDP2 casts
-    trained weights to fp32: here too, not on the GPU, and in every process. A quantised teacher goes to the GPU
-    tensor by tensor.
-
-    Args:
-        per_node: processes of a node.
-        stored_dtype: of the student's files.
-        teacher_stored_dtype: of the teacher's files; None: as the student's.
-    """
-    processes = min(per_node, plan.devices)
-    loaded = workload.student_dtype
-    mapped = BYTES[loaded] * student.parameters if loaded == stored_dtype else 0
-    copied = 0 if mapped else BYTES[loaded] * student.parameters
-    if plan.strategy.startswith("zero") and workload.autocast not in (None, loaded):
-        copied = max(copied, BYTES[str(workload.autocast)] * student.parameters)
-    elif plan.strategy == "fsdp2" and workload.autocast and loaded != "float32" and workload.lora_parameters is None:
-        copied = 4 * student.parameters
-    if teacher is not None and plan.teacher not in ("none", "cached"):
-        stored = teacher_stored_dtype or stored_dtype
-        if plan.teacher in ("8bit", "4bit") or workload.teacher_dtype == stored:
-            mapped += BYTES[stored] * teacher.parameters
-        else:
-            copied += BYTES[workload.teacher_dtype] * teacher.parameters
-    return float(mapped + processes * copied)
-
-
 # ----------------------------------------------------------------------------------------------- weights and optimizer
 
 
 @dataclass(frozen=True)
-class _Types:
+class Types:
     """Bytes of one number.
 
     Attributes:
@@ -280,7 +133,7 @@ class _Types:
     master: int
 
     @classmethod
-    def of(cls, workload: Workload, plan: Plan) -> _Types:
+    def of(cls, workload: Workload, plan: Plan) -> Types:
         weight = stream = BYTES[workload.student_dtype]
         compute = BYTES[workload.autocast] if workload.autocast else weight
         deepspeed = plan.strategy.startswith("zero")
@@ -298,11 +151,34 @@ class _Types:
         return self.compute != self.stream
 
 
-def _trained(student: ModelShape, workload: Workload) -> int:
+def _divided(student: ModelShape, workload: Workload, plan: Plan, types: Types) -> tuple[float, float, float, float]:
+    """Bytes of (weights, gradients, optimizer, buffers): what the strategy divides, and what that costs."""
+    trained, adapters = trained_weights(student, workload), workload.lora_parameters or 0
+    weights: float = types.weight * student.parameters + types.trained * adapters
+    gradients: float = types.trained * trained
+    optimizer: float = (_state_bytes(workload, types) + types.master) * trained
+    buffers = 0.0
+    if plan.strategy in SHARDS_OPTIMIZER:
+        optimizer /= plan.devices
+    if plan.strategy in SHARDS_GRADIENTS:
+        gradients /= plan.devices
+    if plan.strategy in SHARDS_PARAMETERS:
+        weights /= plan.devices
+        buffers += types.compute * _gathered(student, plan)
+    if plan.strategy == "ddp":
+        buffers += gradients  # its buckets are a second copy
+    elif types.master:
+        bucket = student.hidden**2 if plan.bucket is None else plan.bucket
+        # Allocated whole, whatever the model; a CPU gives only the pages that are written to.
+        buffers += types.trained * (min(bucket, trained) if workload.device == "cpu" else bucket)
+    return weights, gradients, optimizer, buffers
+
+
+def trained_weights(student: ModelShape, workload: Workload) -> int:
     return student.parameters if workload.lora_parameters is None else workload.lora_parameters
 
 
-def _state_bytes(workload: Workload, types: _Types) -> float:
+def _state_bytes(workload: Workload, types: Types) -> float:
     """Optimizer state of one trained weight."""
     name = workload.optimizer
     if name.startswith(("sgd", "adafactor")):  # Adafactor keeps a row and a column of each matrix
@@ -338,7 +214,7 @@ def _teacher_bytes(teacher: ModelShape | None, workload: Workload, plan: Plan) -
 # --------------------------------------------------------------------------------------------------------- activations
 
 
-def _activations(student: ModelShape, workload: Workload, types: _Types) -> tuple[float, float]:
+def _activations(student: ModelShape, workload: Workload, types: Types) -> tuple[float, float]:
     """(kept for the backward pass, what it works with beside them)."""
     tokens = workload.rows * workload.tokens
     block = tokens * kept_by_block(student, workload, types)
@@ -351,10 +227,10 @@ def _activations(student: ModelShape, workload: Workload, types: _Types) -> tupl
     return student.layers * block + ends + copies, working
 
 
-def kept_by_block(shape: ModelShape, workload: Workload, types: _Types | None = None) -> float:
-    """Bytes that autograd keeps of one token in one block; ``tests/doctor/test_estimate.py`` counts them."""
-    types = types or _Types.of(workload, Plan())
-    hidden, inner, query, kv = shape.hidden, shape.intermediate, shape.query_width, shape.kv_width
+def kept_by_block(shape: ModelShape, workload: Workload, types: Types | None = None) -> float:
+    """Bytes that autograd keeps of one token in one block; ``tests/training/test_memory.py`` counts them."""
+    types = types or Types.of(workload, Plan())
+    hidden, inner, query = shape.hidden, shape.intermediate, shape.query_width
     lora = workload.lora_parameters is not None
     # RMSNorm computes in fp32: its input, and the normalised input for the gradient of its weight.
     norm = hidden * (4 + (0 if lora else types.stream)) if shape.rms_norm else hidden * types.stream
@@ -366,15 +242,9 @@ def kept_by_block(shape: ModelShape, workload: Workload, types: _Types | None = 
     else:
         readers, inputs = 2, types.compute
     linear = readers * hidden * inputs
-    if workload.attention != "flash_attention_2":
-        kv = query  # repeated for every head where there is a mask
-    attention = 2 * (query + kv) * types.compute
-    if workload.attention == "sdpa":
-        attention += workload.tokens * types.stream  # the mask
-    elif workload.attention == "eager":
-        attention += 2 * shape.heads * workload.tokens * types.compute
-    elif workload.attention == "packed":
-        attention += query * types.compute  # the rows' outputs are joined
+    attention = 4 * query * types.compute  # keys and values are repeated for every head
+    # The mask, or the outputs of the rows, which are joined
+    attention += query * types.compute if workload.attention == "packed" else workload.tokens * types.stream
     kept = 4 if shape.gated else KEPT_BY_ACTIVATION.get(shape.activation, 2)
     mlp = inner * ((kept - 1) * types.compute + inputs)  # the last is what the next linear layer reads
     return 2 * norm + linear + attention + mlp + (2 * hidden if shape.dropout else 0)
@@ -389,7 +259,7 @@ def _teacher_working(teacher: ModelShape | None, workload: Workload, plan: Plan)
 
 
 def _loss_bytes(
-    student: ModelShape, teacher: ModelShape | None, workload: Workload, types: _Types
+    student: ModelShape, teacher: ModelShape | None, workload: Workload, types: Types
 ) -> tuple[float, float]:
     """(at its peak, what is left of it for the backward pass); see ``dts_hf.losses``."""
     rows, size, head = max(workload.labelled, 1), types.compute, student.head
@@ -417,75 +287,6 @@ def _loss_bytes(
     return models * logits + states + max(at_work, blocks + (4 * head if learns else 0)), states + left
 
 
-# ------------------------------------------------------------------------------------------------- communication, time
-
-
-def estimate_communication(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> float:
-    """Bytes that one device sends in one optimizer step, with ring collectives.
-
-    An all-gather or a reduce-scatter of S bytes costs S (D - 1) / D, an all-reduce twice that. ZeRO-1 and 2 reduce their
-    gradients by all-reduce, as DeepSpeed does unless ``use_multi_rank_bucket_allreduce`` is off, and gather the updated
-    weights. ZeRO-2 and 3 reduce after every micro-batch, ZeRO-3 and FSDP2 gather the weights for its forward and again
-    for its backward pass.
-    """
-    if plan.devices == 1:
-        return 0.0
-    types, trained = _Types.of(workload, plan), _trained(student, workload)
-    share, times = (plan.devices - 1) / plan.devices, workload.accumulation
-    updated = types.trained * trained * share
-    gradients = (
-        types.compute * trained * share if plan.strategy == "fsdp2" else updated
-    )  # it reduces what it computed in
-    gathered = types.compute * student.parameters * share
-    sent = {
-        "single": 0.0,
-        "ddp": 2 * gradients,
-        "zero1": 2 * gradients + updated,
-        "zero2": times * 2 * gradients + updated,
-        "zero3": times * (2 * gathered + gradients),
-        "fsdp2": times * 2 * gathered + gradients,
-    }[plan.strategy]
-    if teacher is not None and plan.teacher == "sharded":
-        sent += times * BYTES[workload.teacher_dtype] * teacher.parameters * share
-    return sent
-
-
-def flops(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> dict[str, float]:
-    """Floating-point operations of one device in one optimizer step, by part.
-
-    2P a token for a forward pass, 6P for forward and backward (4P with frozen weights), 2P more with gradient
-    checkpointing; the heads cost 2HV a labelled row and matmul. Causal attention is counted where rows are not packed
-    (the lengths of packed rows are not known here).
-    """
-    tokens = workload.rows * workload.tokens * workload.accumulation
-    labelled = workload.labelled * workload.accumulation
-    frozen = workload.lora_parameters is not None
-
-    length = 0 if workload.attention == "packed" else workload.tokens
-
-    def forward(shape: ModelShape) -> float:
-        return tokens * (2 * shape.backbone + 2 * shape.layers * shape.query_width * length)
-
-    passes = (2 if frozen else 3) + (1 if workload.gradient_checkpointing else 0)
-    parts = {
-        "student": passes * forward(student),
-        "teacher": 0.0,
-        "head": (2 if frozen else 3) * 2.0 * labelled * student.head,
-    }
-    if teacher is not None and plan.teacher != "none":
-        parts["head"] += 2.0 * labelled * teacher.head
-        if plan.teacher != "cached":
-            parts["teacher"] = forward(teacher)
-    return parts
-
-
-def floor_seconds(
-    student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan, flops_per_second: float
-) -> float:
-    """Seconds of one optimizer step if nothing but the matmuls took time, at ``flops_per_second`` per device."""
-    return sum(flops(student, teacher, workload, plan).values()) / flops_per_second
-
-
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 
@@ -496,7 +297,7 @@ def disk_needed(student: ModelShape, workload: Workload, plan: Plan, checkpoints
         checkpoints: ``save_total_limit``, or how many are written without one. One more is counted, because an old one
             is deleted only after the new one is complete.
     """
-    types, trained = _Types.of(workload, plan), _trained(student, workload)
+    types, trained = Types.of(workload, plan), trained_weights(student, workload)
     weights = types.weight * student.parameters
     saved = weights if workload.lora_parameters is None else types.trained * trained
     one = saved + (_state_bytes(workload, types) + types.master) * trained

@@ -13,28 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, OPTConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
 
 from dts_hf.distributed.launch import zero_options
-from dts_hf.doctor.estimate import (
-    BLOCK_BUFFERS,
-    ModelShape,
-    Plan,
-    Workload,
-    disk_needed,
-    estimate_communication,
-    estimate_host,
-    estimate_memory,
-    floor_seconds,
-    flops,
-    kept_by_block,
-)
-from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import Head, loss_in_head
+from dts_hf.models.shape import ModelShape
 from dts_hf.recipe.schema import Lora
 from dts_hf.temperature import build_temperature
+from dts_hf.training.memory import BLOCK_BUFFERS, disk_needed, estimate_memory, kept_by_block
+from dts_hf.training.workload import Plan, Workload
 from tests.support.launching import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,49 +52,12 @@ def check() -> ModuleType:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
-
-
-@pytest.mark.parametrize(
-    "config",
-    [LLAMA, LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": False}), GPT2, OPT],
-    ids=["llama", "untied", "gpt2", "opt"],
-)
-def test_the_shape_of_a_config_is_that_of_its_model(config: Any) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    shape = ModelShape.from_config(config)
-    assert shape == ModelShape.from_model(model)
-    assert shape.parameters == model.num_parameters() == sum(weight.numel() for weight in model.parameters())
-    assert shape.embedding == 512 * 64 and shape.vocab == 512 and shape.layers == 2
-    assert shape.tied == config.tie_word_embeddings
-    assert shape.gated == (config.model_type == "llama")
-    assert 0 < shape.backbone < shape.parameters - shape.embedding
-
-
-def test_heads_wider_than_their_share_of_the_states() -> None:
-    config = Qwen3Config(**{**LLAMA.to_dict(), "model_type": "qwen3", "head_dim": 32})
-    shape = ModelShape.from_config(config)
-    assert (shape.query_width, shape.kv_width, shape.gated) == (128, 64, True)
-    assert kept_by_block(shape, WORK) > kept_by_block(STUDENT, WORK)
-
-
-def test_a_model_without_attention_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="MambaForCausalLM: its configuration has no num_attention_heads"):
-        ModelShape.from_config(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
-
-
-def test_adapters_and_partitions_do_not_change_the_shape() -> None:
-    model = add_lora(AutoModelForCausalLM.from_config(LLAMA), Lora(r=4))
-    assert ModelShape.from_model(model) == STUDENT
-    split = AutoModelForCausalLM.from_config(LLAMA)
-    for weight in split.parameters():  # as ZeRO-3 leaves them
-        weight.ds_numel = weight.numel()
-        weight.data = torch.empty(0)
-    split.config = LLAMA
-    assert ModelShape.from_model(split).parameters == STUDENT.parameters
-
-
 # --------------------------------------------------------------------------------------------------- counted tensors
+
+
+def test_wider_heads_keep_more() -> None:
+    config = Qwen3Config(**{**LLAMA.to_dict(), "model_type": "qwen3", "head_dim": 32})
+    assert kept_by_block(ModelShape.from_config(config), WORK) > kept_by_block(STUDENT, WORK)
 
 
 def kept_bytes(config: Any, layers: int, dtype: torch.dtype, autocast: bool, lora: bool) -> int:
@@ -333,66 +285,6 @@ def test_a_step_of_several_micro_batches() -> None:
         assert (total(plan, twice) == total(plan)) == same
     fsdp = [estimate_memory(STUDENT, TEACHER, work, Plan("fsdp2", 2)).gradients for work in (WORK, twice)]
     assert fsdp[1] == 2 * fsdp[0]  # whole until the last of them
-    plain, sharded = Plan("zero2", 8), Plan("zero3", 8, "sharded")
-    for plan in (plain, sharded):
-        once, both = (estimate_communication(STUDENT, TEACHER, work, plan) for work in (WORK, twice))
-        assert once < both <= 2 * once
-    ddp = [estimate_communication(STUDENT, TEACHER, work, Plan("ddp", 8)) for work in (WORK, twice)]
-    assert ddp[0] == ddp[1] == 2 * 4 * STUDENT.parameters * 7 / 8
-
-
-@pytest.mark.parametrize(("stage", "reductions"), [(1, 1), (2, 3)])
-def test_deepspeed_reduces_gradients_by_all_reduce(stage: int, reductions: int) -> None:
-    """All-reduce and an all-gather of the updated weights: half as much again as DDP, for each micro-batch in stage 2."""
-    config = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
-    assert config(stage=stage).use_multi_rank_bucket_allreduce
-    work, plan = replace(WORK, accumulation=3), Plan(f"zero{stage}", 8)  # type: ignore[arg-type]
-    one_way = 4 * STUDENT.parameters * 7 / 8
-    assert estimate_communication(STUDENT, TEACHER, work, plan) == (2 * reductions + 1) * one_way
-
-
-def test_floor_is_that_of_the_benchmarks(check: ModuleType) -> None:
-    """Attention apart, the same matmuls as benchmarks/train_step.py counts."""
-    sizes = sys.modules["train_step"].Sizes(
-        hidden=64, intermediate=176, heads=4, kv_heads=2, vocab=512, teacher_layers=8, student_layers=2
-    )
-    work = Workload(rows=1, tokens=sizes.tokens, labelled=sizes.labelled)
-    found, counted = flops(STUDENT, TEACHER, work, Plan()), sizes.gflop()
-    attention = 2 * 64 * sizes.tokens**2
-    norms = 2 * 64 * sizes.tokens
-    assert found["student"] == pytest.approx(counted["student"] * 1e9 + 3 * 2 * (attention + 2 * norms))
-    assert found["teacher"] == pytest.approx(counted["teacher"] * 1e9 + 8 * (attention + 2 * norms))
-    assert found["head"] == pytest.approx(counted["head"] * 1e9)
-    assert floor_seconds(STUDENT, TEACHER, work, Plan(), 1e9) == pytest.approx(sum(found.values()) / 1e9)
-    assert flops(STUDENT, TEACHER, work, Plan(teacher="cached"))["teacher"] == 0
-
-
-def test_host_memory_counts_copies_and_not_mapped_files() -> None:
-    work = replace(WORK, student_dtype="bfloat16")
-    mapped = 2 * (STUDENT.parameters + TEACHER.parameters)
-    assert estimate_host(STUDENT, TEACHER, work, Plan("ddp", 16)) == mapped
-    changed = estimate_host(STUDENT, TEACHER, WORK, Plan("ddp", 16), per_node=8)
-    assert changed == 8 * 4 * STUDENT.parameters + 2 * TEACHER.parameters
-    halves = {"stored_dtype": "float32", "teacher_stored_dtype": "float16"}
-    both = estimate_host(STUDENT, TEACHER, WORK, Plan("ddp", 4), **halves)  # type: ignore[arg-type]
-    assert both == 4 * STUDENT.parameters + 4 * 2 * TEACHER.parameters
-    packed = estimate_host(STUDENT, TEACHER, WORK, Plan("ddp", 4, "4bit"), **halves)  # type: ignore[arg-type]
-    assert packed == 4 * STUDENT.parameters + 2 * TEACHER.parameters
-
-
-def test_host_memory_counts_what_is_cast_before_it_is_divided() -> None:
-    """accelerate casts a student to fp32 for FSDP2, DeepSpeed one to bf16, whole and in every process."""
-    half = replace(WORK, student_dtype="bfloat16", autocast="bfloat16")
-    assert estimate_host(STUDENT, None, half, Plan("fsdp2", 8)) == (2 + 8 * 4) * STUDENT.parameters
-    assert estimate_host(STUDENT, None, half, Plan("zero3", 8)) == 2 * STUDENT.parameters
-    adapters = replace(half, lora_parameters=100)  # peft makes them fp32, and the rest is not trained
-    assert estimate_host(STUDENT, None, adapters, Plan("fsdp2", 8)) == 2 * STUDENT.parameters
-    whole = replace(WORK, autocast="bfloat16")
-    for strategy, copied in (("ddp", 0), ("fsdp2", 0), ("zero2", 2)):
-        found = estimate_host(STUDENT, None, whole, Plan(strategy, 8), stored_dtype="float32")  # type: ignore[arg-type]
-        assert found == (4 + 8 * copied) * STUDENT.parameters
-    changed = estimate_host(STUDENT, None, whole, Plan("zero2", 8), stored_dtype="bfloat16")
-    assert changed == 8 * 4 * STUDENT.parameters  # cast twice: one copy takes the place of the other
 
 
 def test_disk_is_that_of_a_real_run(tmp_path: Path) -> None:
@@ -407,19 +299,3 @@ def test_disk_is_that_of_a_real_run(tmp_path: Path) -> None:
     final = os.path.getsize(tmp_path / "model" / "model.safetensors")
     assert disk_needed(STUDENT, WORK, Plan(), checkpoints=2) == pytest.approx(3 * one + final, rel=0.05)
     assert disk_needed(STUDENT, WORK, Plan(), checkpoints=0) == pytest.approx(final, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: Plan("zero4", 2), "strategy: got 'zero4'"),  # type: ignore[arg-type]
-        (lambda: Plan(teacher="nowhere"), "teacher: got 'nowhere'"),  # type: ignore[arg-type]
-        (lambda: Plan("single", 2), "devices: got 2"),
-        (lambda: Plan("ddp", 0), "devices: got 0"),
-        (lambda: Plan(teacher="sharded"), "several devices"),
-        (lambda: replace(WORK, student_dtype="int4"), "student_dtype: got 'int4'"),
-    ],
-)
-def test_wrong_input_is_named(build: Any, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        build()

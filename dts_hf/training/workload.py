@@ -1,0 +1,178 @@
+"""What one device works on, and how the work of a recipe is spread: the two things that memory depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import TrainingArguments
+
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.models.shape import ModelShape
+from dts_hf.recipe.schema import Recipe, Student
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one device works on.
+
+    Attributes:
+        rows: of a micro-batch; 1 when packed.
+        tokens: of a row with its padding, or of the packed row.
+        labelled: labels of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        student_dtype, teacher_dtype: of the weights, ``float32``, ``bfloat16`` or ``float16``.
+        optimizer: as in ``TrainingArguments.optim``.
+        gradient_checkpointing: only the inputs of the blocks are kept for the backward pass.
+        lora_parameters: weights of the adapters; None when all weights are trained.
+        logits_budget_mb: MiB for one chunk of logits.
+        autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
+        attention: ``sdpa``, or ``packed`` (rows end to end).
+        device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
+        beside: bytes that rows and tokenizers take where the device's memory is theirs too, on a CPU: they are not
+            estimated, ``dts-hf doctor`` has loaded them already.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+    accumulation: int = 1
+    student_dtype: str = "float32"
+    teacher_dtype: str = "bfloat16"
+    optimizer: str = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    lora_parameters: int | None = None
+    logits_budget_mb: float = 256
+    autocast: str | None = None
+    attention: str = "sdpa"
+    device: str = "cuda"
+    beside: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is spread.
+
+    Attributes:
+        strategy: what is divided by the number of devices.
+        devices: all of them, of all nodes.
+        teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit`` and ``4bit`` are whole and quantised,
+            ``cached`` keeps its head alone and reads its states from disk.
+        bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distributed.launch`` sets it.
+        live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``distributed.launch`` sets it.
+    """
+
+    strategy: Strategy = "single"
+    devices: int = 1
+    teacher: TeacherPlacement = "replicated"
+    bucket: int | None = None
+    live: int | None = None
+
+    def describe(self) -> str:
+        if self.strategy == "single":
+            return "one process"
+        teacher = " with teacher.placement: sharded" if self.teacher == "sharded" else ""
+        return f"{self.strategy} on {self.devices} devices{teacher}"
+
+
+def workload_of(
+    recipe: Recipe,
+    args: TrainingArguments,
+    shape: ModelShape,
+    data: EncodedDataset,
+    student: nn.Module | None = None,
+    beside: float = 0.0,
+) -> Workload:
+    """The heaviest micro-batch that the training rows can make: the longest rows together.
+
+    Args:
+        recipe: says how the models are loaded and trained.
+        args: of its training.
+        shape: of the student.
+        data: tokenised training rows.
+        student: counts its own adapters, where it is loaded.
+        beside: bytes of ordinary memory that rows and tokenizers take.
+    """
+    batch = min(args.per_device_train_batch_size, len(data))
+    responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
+    lengths = list(data.lengths)
+    if recipe.data.responses == "teacher":  # its answers may be longer than those of the data
+        longest = recipe.data.teacher_max_new_tokens
+        responses = [longest] * len(data)
+        lengths = [min(prompt + longest, recipe.data.max_length) for prompt in data.prompt_lengths]
+    order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
+    packed = recipe.data.packing
+    return Workload(
+        rows=1 if packed else batch,
+        tokens=sum(lengths[index] for index in order) if packed else lengths[order[0]],
+        labelled=sum(responses[index] for index in order),
+        accumulation=args.gradient_accumulation_steps,
+        student_dtype=recipe.student.dtype,
+        teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        lora_parameters=_lora_parameters(recipe.student, shape, student),
+        logits_budget_mb=recipe.loss.logits_budget_mb,
+        autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+        attention="packed" if packed else "sdpa",
+        device="cuda" if args.device.type == "cuda" else "cpu",
+        beside=beside if args.device.type == "cpu" else 0.0,
+    )
+
+
+def _lora_parameters(student: Student, shape: ModelShape, model: nn.Module | None) -> int | None:
+    if student.lora is None:
+        return None
+    if model is not None:
+        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    attention = 4 * shape.hidden + 2 * (shape.hidden + shape.kv_width)
+    mlp = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
+    return student.lora.r * shape.layers * (attention + mlp)
+
+
+def launched_plan(recipe: Recipe, devices: int) -> Plan:
+    """What ``dts-hf train`` on this machine would be: one process, or one for each device."""
+    teacher: TeacherPlacement = "none"
+    if recipe.teacher is not None:
+        quantization = recipe.teacher.quantization
+        teacher = recipe.teacher.placement if quantization == "none" else quantization
+    if devices == 1:
+        return Plan("single", 1, "replicated" if teacher == "sharded" else teacher)
+    return Plan("ddp", devices, teacher)
+
+
+def plans(devices: int, launched: Plan) -> list[Plan]:
+    """``launched`` first, then the other strategies on ``devices`` devices; a teacher that can be divided both ways."""
+    if devices == 1:
+        return [launched]
+    home: TeacherPlacement = "replicated" if launched.teacher == "sharded" else launched.teacher
+    names: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "fsdp2")
+    fleet = [Plan(name, devices, home) for name in names]
+    if home == "replicated":
+        fleet += [Plan("zero3", devices, "sharded"), Plan("fsdp2", devices, "sharded")]
+    return [launched, *(plan for plan in fleet if plan != launched)]
+
+
+def launch_line(recipe: Recipe, plan: Plan, path: str) -> str:
+    """The command that trains in this way."""
+    placement = "replicated" if recipe.teacher is None else recipe.teacher.placement
+    moved = plan.teacher in ("replicated", "sharded") and plan.teacher != placement
+    return (
+        f"accelerate launch --config_file recipes/accelerate/{plan.strategy}.yaml --num_processes {plan.devices} "
+        f"-m dts_hf train {path}" + (f" teacher.placement={plan.teacher}" if moved else "")
+    )
+
+
+def checkpoints_kept(args: TrainingArguments, steps: int) -> int:
+    """How many checkpoints stand beside each other at most."""
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "no":
+        return 0
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    written = math.ceil(args.num_train_epochs) if strategy == "epoch" else max(1, int(steps // max(every, 1)))
+    return min(written, args.save_total_limit or written)
