@@ -248,7 +248,7 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
         if max(abs(a - b) for a, b in zip(curve, plain, strict=True)) < 1e-3:
             check.warn(
                 "gap-without-effect",
-                f"the gap does not move the temperature: rule '{policy.rule}' gives the plain cosine here",
+                f"the gap does not move the temperature: rule '{loss.temperature.describe().get('rule')}' gives the plain cosine here",
                 "rule: gap follows the gap while the student is the worse one; rule: paper acts only below a gap of -1",
             )
 

@@ -29,7 +29,7 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.machine import device_of
 from dts_hf.runs.memory import resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
-from dts_hf.training.arguments import check_arguments
+from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.workload import Workload
 
@@ -115,7 +115,7 @@ class Walk:
                 self.args = arguments_of(self.task)
             self.diagnosis.device = device_of(self.args)
             check_training(check, self.recipe, self.args, self.diagnosis.device["name"])
-            check_arguments(self.args, {})  # the trainer below is given others, that upload nothing
+            checked_arguments(self.args, {})  # the trainer below is given others, that upload nothing
 
     def look_at_rows(self) -> None:
         """Rows, tokenizers, and rows as tokens."""
