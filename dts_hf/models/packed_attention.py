@@ -3,8 +3,8 @@
 Transformers answers packed rows with a mask of (sum of T)^2 entries, most of which say no. Flash Attention knows
 better, but needs a GPU. Here the boundaries themselves travel where the mask would: ``cu_seqlens_mask`` is a four-
 dimensional tensor of whole numbers, which every model hands to its attention layers untouched. An attention function that
-does not know it fails on its type, so rows can never be joined in silence; and because it is an ordinary argument of the layer,
-gradient checkpointing sees the same boundaries when it runs the layer again.
+does not know it fails on its type, so rows can never be joined in silence; and because it is an ordinary argument of the
+layer, gradient checkpointing sees the same boundaries when it runs the layer again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dts_hf.errors import UserError
+from dts_hf.models.head import without_adapters
 
 NAME = "dts_hf_packed"
 ROW = 12  # tokens of each of the two rows that ``check_packing`` looks at
@@ -115,7 +116,7 @@ def check_packing(
     Raises:
         UserError: the model mixes packed rows.
     """
-    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    owner = without_adapters(model)
     was_training, before = owner.training, owner.config._attn_implementation
     owner.eval()
     try:

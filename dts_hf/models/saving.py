@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
+from dts_hf.models.head import without_adapters
 
 if TYPE_CHECKING:
     pass
@@ -63,7 +64,7 @@ def _unsharded_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Mo
 
     Its buffers that are no weights (rotary frequencies) are not there.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = without_adapters(model)
     # FSDP2 makes a class of its own out of the model's
     kind: Any = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
     with unsharded_init(), torch.device("meta"):
