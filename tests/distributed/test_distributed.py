@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.cases import CASES, MULTI, ROUNDING, Case
 from tests.support.launching import ROOT, WORKERS, environment, launch
-from tests.workers.distributed_worker import CASES, MULTI, ROUNDING, Case
 
 # Six strategies in one launch, because a process needs longer to start than to train: about 100 seconds on 2 quiet cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -102,7 +102,7 @@ def test_the_models_of_the_tables_are_the_published_ones() -> None:
 def test_the_prose_says_what_the_tables_say() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from _scale_page import CARD_GB, CASES, USABLE
+        from _scale_page import CARD_GB, CASES, USABLE, cells
     finally:
         sys.path.remove(str(ROOT / "docs"))
     from dts_hf.doctor.estimate import Plan, estimate_communication, estimate_host, estimate_memory, floor_seconds
@@ -137,10 +137,10 @@ def test_the_prose_says_what_the_tables_say() -> None:
     host = [estimate_host(case.student, case.teacher, case.workload, Plan(name, 8)) for name in ("zero3", "fsdp2")]
     assert host[1] - host[0] == 8 * 4 * case.student.parameters
     student, teacher = CASES["7b"].student.parameters, CASES["7b"].teacher.parameters
-    row = next(line for line in PAGE.splitlines() if line.startswith("| ddp | 8 | replicated | 4.4 |"))
-    assert (
-        row.split(" | ")[11] == f"{(4 * student + 8 * 2 * teacher) / 1e9:.0f}"
-    )  # a teacher of fp16 files, held in bf16
+    row = cells(CASES["7b"], Plan("ddp", 8))
+    assert f"| {' | '.join(row.values())} |" in PAGE
+    in_bf16 = 8 * 2 * teacher  # of fp16 files; each process holds one
+    assert row["host GB a node"] == f"{(4 * student + in_bf16) / 1e9:.0f}"
 
 
 # -------------------------------------------------------------------------------------------------------- launch lines
