@@ -312,7 +312,7 @@ def run(sizes: Sizes, names: list[str], fresh: bool) -> dict[str, Any]:
 def work(names: list[str], out: Path, sizes: Sizes) -> None:
     """What a launched process does."""
     found = {name: measure(VARIANTS[name], sizes) for name in names}
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         out.write_text(json.dumps(found))
 
 

@@ -10,16 +10,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dts_hf.data.formats import ROW_FORMAT, parse_row
 from dts_hf.data.row_files import read_objects
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
-
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder

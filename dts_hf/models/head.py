@@ -39,6 +39,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
+        """V, the rows of ``weight``."""
         return self.weight.shape[0]
 
     def cut(self, vocab_size: int) -> Head:
@@ -54,7 +55,7 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def activate_backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Turn, in place, a gradient with respect to ``logits`` into one with respect to the raw logits."""
+        """Turn, in place, a gradient ``[C, V]`` with respect to ``logits`` into one with respect to the raw logits."""
         if self.softcap is not None:
             grad.mul_(1.0 - (logits / self.softcap).square())
         return grad if self.logit_scale == 1.0 else grad.mul_(self.logit_scale)
@@ -84,7 +85,7 @@ def output_module(model: nn.Module) -> nn.Module:
             f"{name}: an adapter sits on the output layer, which the fused loss would skip. "
             "Leave lm_head out of student.lora.target_modules ('all-linear' does so by itself)"
         )
-    return module
+    return cast(nn.Module, module)
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -130,7 +131,7 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iter
             vars(config)[key] = neutral[key]
         if logit_scale is not None:
             owner.logit_scale = 1.0
-        module.forward = forward  # type: ignore[assignment]
+        module.forward = forward
         yield
     finally:
         vars(module).pop("forward", None)  # the instance attribute: the class's own forward shows again
@@ -213,7 +214,8 @@ def _probe(model: nn.Module, ids: Tensor, name: str) -> _Probe:
         model.train(was_training)
     if not seen or returned.numel() != 1:
         raise UserError(f"{name} does not return what its output layer gives")
-    return _Probe(logits, returned, *seen[:2], backbone_states)
+    states, expected = seen[:2]
+    return _Probe(logits, returned, states, expected, backbone_states)
 
 
 def _check_kind(model: nn.Module, name: str) -> None:

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
 from dts_hf.models.head import without_adapters
 
-if TYPE_CHECKING:
-    pass
-
 
 def save_student(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge_lora: bool = True
@@ -29,6 +26,12 @@ def save_student(
     Every process calls it, because the weights may be sharded over all of them; the first one writes. ``folder`` is there
     as a whole or not at all, at every moment: one that is there already is renamed, not emptied, once everything is
     written. A kill between two renames leaves it as ``.NAME.old.unfinished``. Of a link, the folder behind it is written.
+
+    Args:
+        model: the student, as it was trained.
+        tokenizer: saved beside it.
+        folder: where to.
+        merge_lora: merge adapters into the weights; otherwise they are saved alone.
 
     Returns:
         the model as it was saved, on the first process; merging, and making it whole, makes it another one.

@@ -207,7 +207,7 @@ def flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else ".nan" if value != value else f"{'-' * (value < 0)}.inf"
+        return repr(value) if math.isfinite(value) else ".nan" if math.isnan(value) else f"{'-' * (value < 0)}.inf"
     if not isinstance(value, str):
         return json.dumps(value)
     escaped = json.dumps(value, ensure_ascii=False)

@@ -232,7 +232,7 @@ def steps_by_hand(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tenso
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore")
     gc.freeze()  # the Trainer collects garbage twice a run: let it not walk through every module each time
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     for strategy in MULTI if world > 1 else ("single",):
         for case in CASES:
             if strategy in case.strategies:
