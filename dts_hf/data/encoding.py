@@ -129,7 +129,7 @@ def encode_rows(
         rows: the rows; ``row.response`` is the one trained on.
         tokenizer: the student's tokenizer; its ``eos_token`` ends every response and is a target, also when it is the
             padding token as well.
-        template: from :func:`dts_hf.data.prompt_templates.get_template`.
+        template: from ``get_template``.
         max_length: limit of a row in tokens.
         max_prompt_length: limit of its prompt in tokens; below ``max_length``. Longer prompts have their *input*
             shortened; a row whose prompt does not fit even then is dropped.

@@ -122,14 +122,14 @@ def encode_prompts(
     Args:
         rows: the rows; their responses are not looked at.
         tokenizer: the tokenizer of the model that reads the prompts.
-        template: from :func:`get_template`.
+        template: from ``get_template``.
         max_prompt_length: the limit in tokens, special tokens included.
 
     Returns:
         One entry a row, in order; ``None`` where the prompt is too long even with an empty input.
 
     Raises:
-        UserError: the template cannot hold a row (see :class:`Template`).
+        UserError: the template cannot hold a row (see ``Template``).
     """
     if not rows:
         return []
@@ -161,12 +161,12 @@ def encode_prompts(
 def encode_prompt(
     row: Row, tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_length: int
 ) -> EncodedPrompt | None:
-    """Encode one prompt; see :func:`encode_prompts`.
+    """Encode one prompt; see ``encode_prompts``.
 
     Args:
         row: the row; its responses are not looked at.
         tokenizer: the tokenizer of the model that reads the prompt.
-        template: from :func:`get_template`.
+        template: from ``get_template``.
         max_prompt_length: the limit in tokens, special tokens included.
     """
     return encode_prompts([row], tokenizer, template, max_prompt_length)[0]
