@@ -22,7 +22,7 @@ from typing import Any
 
 from _download import Source
 
-from dts_hf.data import read_objects
+from dts_hf.data.row_files import read_objects
 from dts_hf.data.formats import parse_row
 from dts_hf.data.prompt_templates import get_template
 from dts_hf.errors import UserError

@@ -109,7 +109,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
         self._seen: list[tuple[Tensor, ...]] = []
         super().__init__(
             model,
-            teacher,  # type: ignore[arg-type]  # _join knows a classifier and None
+            teacher,  # type: ignore[arg-type]  # _setup_teacher knows a classifier and None
             # Squared errors know no temperature, and without a teacher there is nothing to soften.
             Constant(1.0) if self.task.regression else temperature,
             divergence,
@@ -123,7 +123,7 @@ class ClassificationDistillationTrainer(DistillationTrainer):
             **kwargs,
         )
 
-    def _join(  # type: ignore[override]
+    def _setup_teacher(  # type: ignore[override]
         self,
         model: nn.Module,
         teacher: nn.Module | None,

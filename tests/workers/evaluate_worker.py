@@ -16,7 +16,7 @@ import torch
 
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation import answers
+from dts_hf.generation import answer_file as answers
 from dts_hf.evaluation.evaluate import evaluate_command
 from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.protocol import get_protocol
