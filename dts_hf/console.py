@@ -6,11 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 # Their values are masked wherever they appear, whatever they look like.
 SECRET_VARIABLES = (

@@ -1,4 +1,4 @@
-"""The exceptions whose message is all that a person needs, and the nearest right word to put into it."""
+"""Exceptions whose message is all that a person needs, what tells them apart, and the nearest right word for them."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the memory of a device or of the machine does not suffice.
+
+    By name and text: this module must not load torch, whose allocator for CPUs raises a plain RuntimeError.
+    """
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+#: How much later than another process the first one may find the same wrong input, seconds.
+SAME_INPUT_SECONDS = 5.0
 
 
 class CommandGroup(TyperGroup):
@@ -78,10 +81,13 @@ def _is_said_elsewhere(error: Exception) -> bool:
     everywhere = getattr(error, "everywhere", False)
     if IS_MAIN_PROCESS or everywhere is not None:
         return not IS_MAIN_PROCESS and bool(everywhere)
-    # Before the processes are joined, those of a machine read the same files: the first one there speaks for them.
     torch = sys.modules.get("torch")
-    joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not joined and os.environ.get("LOCAL_RANK", "0") != "0"
+    if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        # Before the processes are joined, those of a machine read the same files: the first one there speaks for them.
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+    # Most wrong input is found by all: the launcher ends this process here as soon as the first one has said it.
+    time.sleep(SAME_INPUT_SECONDS)
+    return False
 
 
 def _is_one_of_several() -> bool:

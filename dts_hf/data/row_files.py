@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ LONGEST_LINE = 64 << 20  # bytes; a row is a prompt and its answers
 # Text shrinks to a tenth, zeros to a thousandth. Small files may unpack to FREE_BYTES whatever they are.
 MOST_EXPANSION, FREE_BYTES = 200, 256 << 20
 PARQUET_BATCH = 100  # rows that are unpacked before anyone looks at their size
+
+
+def row_file_stem(file: Path) -> str:
+    """The name of a row file without its ending: ``test`` of ``test.jsonl.gz``."""
+    return re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", file.name)
 
 
 def read_objects(file: Path) -> Iterator[tuple[int, str, Any]]:

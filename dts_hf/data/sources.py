@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dts_hf.data.formats import ROW_FORMAT, parse_row
-from dts_hf.data.row_files import read_objects
+from dts_hf.data.row_files import read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
+from dts_hf.files import file_sha256
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder
@@ -162,16 +163,12 @@ def _split_of(file: Path) -> str | None:
     return word[0] if word and word[0] in SPLIT_NAMES else None
 
 
-def _stem(file: Path) -> str:
-    return re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", file.name)
-
-
 def _file_records(files: Iterable[Path]) -> Iterator[tuple[Row, str]]:
     for file in files:
         empty = True
         for number, where, obj in read_objects(file):
             empty = False
-            yield parse_row(obj, where, f"{_stem(file)}-{number}"), where
+            yield parse_row(obj, where, f"{row_file_stem(file)}-{number}"), where
         if empty:
             raise UserError(f"{file}: the file holds no rows; expected rows {ROW_FORMAT}")
 
@@ -241,21 +238,13 @@ def manifest(
             content = json.dumps([[r.id, r.instruction, r.input, r.references, r.messages] for r in rows])
             digests.append((hashlib.sha256(content.encode()).hexdigest(), str(source)))
         else:
-            digests += [(_sha256(file), file.name) for file in files]
+            digests += [(file_sha256(file), file.name) for file in files]
     lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
     return {
         "source": _public_name(listed[0]) if len(listed) == 1 else [_public_name(source) for source in listed],
         "sha256": digests[0][0] if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest(),
         "rows": len(rows),
     }
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _public_name(source: str | Path) -> str:

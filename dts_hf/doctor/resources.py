@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -23,6 +21,7 @@ from dts_hf.errors import UserError
 from dts_hf.models.loading import ModelSource
 from dts_hf.models.pruning import pruned_config
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.memory import available_bytes, total_bytes
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -38,8 +37,7 @@ FLEET = 8
 
 def device_of(args: TrainingArguments) -> dict[str, Any]:
     """Name of the device that the run will use, and the memory in bytes that is free there now."""
-    memory = psutil.virtual_memory()
-    host = min(memory.available, _cgroup_room())
+    host = min(available_bytes(), _cgroup_room())
     if args.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(args.device)
         name, count = torch.cuda.get_device_name(args.device), torch.cuda.device_count()
@@ -48,7 +46,7 @@ def device_of(args: TrainingArguments) -> dict[str, Any]:
         "type": args.device.type,
         "name": args.device.type.upper(),
         "memory": host,
-        "total": memory.total,
+        "total": total_bytes(),
         "count": 1,
     }
 
@@ -420,11 +418,6 @@ class PeakMemory:
             return None
         mark = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
         return None if mark is None else max(0, int(mark.split()[1]) * 1024 - self.before)
-
-
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def gb(value: float) -> str:

@@ -42,7 +42,6 @@ from dts_hf.doctor.resources import (
     check_output,
     device_of,
     duration,
-    resident_bytes,
     shapes_from_configs,
     tokens_per_row,
     workload_of,
@@ -67,6 +66,7 @@ from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
+from dts_hf.runs.memory import resident_bytes
 from dts_hf.teachers.answers import answer_rows
 from dts_hf.temperature import build_temperature
 

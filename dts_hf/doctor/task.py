@@ -20,7 +20,7 @@ from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, load_la
 from dts_hf.doctor.diagnosis import Check, Diagnosis, PicturedRow, Segment, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
 from dts_hf.doctor.models import check_step_size, check_teacher, check_weights
-from dts_hf.doctor.resources import check_output, device_of, resident_bytes
+from dts_hf.doctor.resources import check_output, device_of
 from dts_hf.doctor.run import (
     LOOKED_AT,
     arguments,
@@ -34,6 +34,7 @@ from dts_hf.doctor.run import (
 from dts_hf.doctor.tokens import MANY_ROWS, check_tokenizers, spaced_indices
 from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizers
+from dts_hf.runs.memory import resident_bytes
 
 if TYPE_CHECKING:
     from dts_hf.classification.trainer import ClassificationDistillationTrainer

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dts_hf.data.row_files import count_rows
+from dts_hf.data.row_files import count_rows, row_file_stem
 from dts_hf.errors import UserError, nearest
 from dts_hf.files import file_sha256
 
@@ -260,12 +260,6 @@ def _row_file(text: str, key: str) -> PreparedSet:
         beside = [file.name for file in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise UserError(f"{key}: {text}: no such file.{nearest(path.name, beside)}")
     rows = count_rows(path)
-    return PreparedSet(_stem(path), path, rows, {"source": path.name, "sha256": file_sha256(path), "rows": rows})
-
-
-def _stem(path: Path) -> str:
-    return next(path.name[: -len(suffix)] for suffix in (".jsonl.gz", ".jsonl", ".parquet") if _ends(path, suffix))
-
-
-def _ends(path: Path, suffix: str) -> bool:
-    return path.name.endswith(suffix)
+    return PreparedSet(
+        row_file_stem(path), path, rows, {"source": path.name, "sha256": file_sha256(path), "rows": rows}
+    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,7 +41,7 @@ class ModelSource:
         A package is found without being imported, so it may lack its dependencies.
 
         Raises:
-            UserError: the package or the file is missing; ``key`` names the recipe's key.
+            UserError: the package or the file is missing, or what reads GGUF files; ``key`` names the recipe's key.
         """
         if name.startswith(PACKAGE_PREFIX):
             package, _, file = name[len(PACKAGE_PREFIX) :].partition("/")
@@ -63,6 +62,10 @@ class ModelSource:
             beside = [other.name for other in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
             found = f", the folder holds {', '.join(beside)}" if beside else ""
             raise UserError(f"{key}: no file {path.name!r} for {name!r}{found}.{nearest(path.name, beside)}")
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(
+                f"{key}: {name!r} is a GGUF file, which needs the package gguf: pip install 'dts-hf[gguf]'"
+            )
         return cls(str(path.parent), path.name)
 
     @property
@@ -206,8 +209,14 @@ def load_weights(
             loaded: Any = auto_class.from_pretrained(
                 source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(key, name, error) from error
+    except Exception as error:
+        # By name: safetensors, whose errors are of a kind of their own, belongs to transformers and not to us
+        if (
+            isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+            or type(error).__name__ == "SafetensorError"
+        ):
+            raise _not_loadable(key, name, error) from error
+        raise
     model, found = loaded
     if source.gguf_file is not None:
         _clear_quantised_mark(model)
@@ -229,7 +238,7 @@ def _not_loadable(key: str, name: str, error: Exception) -> UserError:
 def _bitsandbytes_config(quantization: str, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"teacher.quantization: '{quantization}' needs the package bitsandbytes: pip install 'dts_hf[quantization]'"
+            f"teacher.quantization: '{quantization}' needs the package bitsandbytes: pip install 'dts-hf[quantization]'"
         )
     from transformers import BitsAndBytesConfig
 

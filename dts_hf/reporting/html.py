@@ -72,7 +72,6 @@ def render_html(run: RunDirectory) -> str:
         lstrip_blocks=True,
         autoescape=True,
     )
-    environment.filters["code"] = _code
     samples, answered = choose_samples(facts)
     return environment.get_template("report.html.jinja").render(
         facts=facts,
@@ -199,16 +198,6 @@ def _format_interval(facts: Facts) -> str:
         if halves:
             parts.append(", ".join(f"{label} ± {half:.1f}" for label, half in halves) + f" ({set_name})")
     return "; ".join(parts)
-
-
-def _code(text: str) -> Any:
-    """Markdown's backticks as ``<code>``, the rest escaped."""
-    from markupsafe import Markup, escape
-
-    parts = str(text).split("`")
-    if len(parts) % 2 == 0:  # an odd backtick: leave the text as it is
-        return escape(text)
-    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def _data_uri(png: bytes) -> str:

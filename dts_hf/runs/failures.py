@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dts_hf.errors import RunError
+from dts_hf.errors import RunError, is_out_of_memory
 
 #: What a collective says when the process at the other end is gone.
 _LOST_PEER = (
@@ -52,7 +52,7 @@ def one_sentence(error: BaseException) -> str | None:
             name = getattr(link, "filename", None)
             return f"{f'{name}: ' if name else ''}{reason}{_hint(link)}"
     for link in chain:
-        if _is_out_of_memory(link):
+        if is_out_of_memory(link):
             return (
                 f"out of memory: {_first_line(link)}. Lower training.per_device_train_batch_size (and raise "
                 "gradient_accumulation_steps by the same factor: the numbers stay), or set "
@@ -108,12 +108,6 @@ def _disk_reason(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITER):
         return "torch could not write all of a file, as on a full disk"
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name: this module must not load torch.
-    name, text = type(error).__name__, str(error)
-    return name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in text
 
 
 def _hint(error: BaseException) -> str:

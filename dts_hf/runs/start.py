@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from dts_hf.console import say
 from dts_hf.distributed.launch import check_launch
-from dts_hf.distributed.peers import watch_peers
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
@@ -136,7 +135,6 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         UserError: the launch is not what it claims, the teacher cannot be sharded over it, or see ``find_start``.
     """
     check_launch(args)
-    watch_peers()
     if recipe.teacher is not None and recipe.teacher.placement == "sharded":
         check_can_shard(recipe.teacher.quantization != "none")
     return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)

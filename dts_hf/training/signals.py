@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from dts_hf.distributed.peers import say_goodbye
 from dts_hf.errors import ExitCode, Interrupted
 from dts_hf.runs.failures import is_lost_peer
 
@@ -53,7 +52,9 @@ class _Request:
 
 
 _request = _Request()
-#: 1 when ``work`` has ended: forked workers read it too, and obey their parent again (else its exit waits for them).
+# One byte that forked data-loader workers share with this process: 1 when ``work`` has ended and they obey it again.
+# They outlive a signal to their group, but the end of Python sends each SIGTERM and waits for it, for ever if need be; a
+# handler is not told who sent the signal.
 _leaving = mmap.mmap(-1, 1)
 _GO_ON = "Go on with the same command and --resume"
 
@@ -64,9 +65,11 @@ def asked_to_stop() -> str | None:
 
 
 def stops_on_signal(work: Work) -> Work:
-    """While ``work`` runs, SIGTERM and SIGUSR1 raise ``Interrupted``: during ``at_step_end`` as soon as the training
-    loop asks, otherwise at once. A second signal ends the process. Both act as soon as Python runs again: a call into a
-    library (a collective, a kernel, a long write) comes to its end first.
+    """Let SIGTERM and SIGUSR1 raise ``Interrupted`` while ``work`` runs.
+
+    During ``at_step_end`` it is raised as soon as the training loop asks, otherwise at once. A second signal ends the
+    process. Both act as soon as Python runs again: a call into a library (a collective, a kernel, a long write) comes to
+    its end first.
 
     Signals belong to the main thread; anywhere else ``work`` runs as if nothing was.
     """
@@ -77,27 +80,18 @@ def stops_on_signal(work: Work) -> Work:
             return work(*args, **kwargs)
         before = {number: signal.signal(number, _request.handle) for number in SIGNALS}
         _request.caught, _request.signal, _leaving[0] = True, None, 0
-        error: BaseException | None = None
         try:
             return work(*args, **kwargs)
-        except Exception as found:
-            error = found
-            # torchrun signals all; one that left first makes the collectives of the others fail.
-            if _request.signal is None or not is_lost_peer(found):
+        except Exception as error:
+            # A launcher signals all; one that left first makes the collectives of the others fail.
+            if _request.signal is None or not is_lost_peer(error):
                 raise
-            error = Interrupted(f"{_request.signal}, and another process has left. {_GO_ON}")
-            raise error from found
-        except BaseException as found:
-            error = found
-            raise
+            raise Interrupted(f"{_request.signal}, and another process has left. {_GO_ON}") from error
         finally:
             _leaving[0] = 1
-            try:
-                say_goodbye(error)
-            finally:  # it may take seconds, and a signal may end it
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-                _request.caught, _request.signal = False, None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _request.caught, _request.signal = False, None
 
     return watched  # type: ignore[return-value]
 

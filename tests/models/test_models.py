@@ -560,6 +560,13 @@ def test_a_file_of_a_package_is_found_without_importing_it(tmp_path: Path, monke
         ModelSource.resolve("package:llm_of_ours/n.gguf", "k")
 
 
+def test_a_gguf_file_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").touch()
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"^teacher.model: '.*m.gguf' .* package gguf: pip install 'dts-hf\[gguf\]'$"):
+        ModelSource.resolve(str(tmp_path / "m.gguf"), "teacher.model")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

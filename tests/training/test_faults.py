@@ -9,11 +9,11 @@ import contextlib
 import json
 import multiprocessing
 import os
-import queue
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +25,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dts_hf.distributed import peers
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
 from dts_hf.runs import failures
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
 from dts_hf.training import signals as interruption
-from tests.support.launching import ROOT, WORKERS, command, environment
+from tests.support.launching import ROOT, WORKERS, environment
 from tests.support.tiny import tiny_llama, tiny_tokenizer
-from tests.workers.fault_worker import life, starved
+from tests.workers.fault_worker import agent, life, starved
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +93,7 @@ class Lives:
         self.root = root
         self.context = multiprocessing.get_context("forkserver")
         self.started: list[Life] = []
+        self.launched: list[Launched] = []
         self.count = 0
 
     def folder(self, recipe: dict[str, Any] | None = None, folder: Path | None = None, **training: Any) -> Path:
@@ -123,6 +123,13 @@ class Lives:
             lives.append(Life(process, folder, rank))
         self.started += lives
         return lives
+
+    def launch(self, folder: Path, **faults: Any) -> Launched:
+        """``dts-hf train recipe.yaml`` on two processes under torch's agent."""
+        process = self.context.Process(target=agent, args=(str(folder), 2, ["train", "recipe.yaml"], faults))
+        process.start()
+        self.launched.append(Launched(process, lambda: process.exitcode, folder))
+        return self.launched[-1]
 
     def one(self, folder: Path, *argv: str, **faults: Any) -> Life:
         return self.start(folder, *argv, **faults)[0]
@@ -159,6 +166,8 @@ def lives(root: Path) -> Iterator[Lives]:
     for one in made.started:
         if one.process.exitcode is None:
             one.process.kill()
+    for run in made.launched:
+        run.kill()
 
 
 @pytest.fixture(scope="module")
@@ -216,18 +225,6 @@ def test_one_signalled_process_stops_both_at_the_same_step(lives: Lives, straigh
     assert "another process was asked to stop: stopped after step 4" in first.err
     saved = newest_complete(folder / "run")
     assert saved is not None and saved.name == "checkpoint-4"
-    goes_on(lives, folder, straight_two, world=2)
-
-
-def test_a_signal_before_training_ends_it_quickly(lives: Lives, straight_two: Path) -> None:
-    """Nothing has been trained, so nothing is saved; the process that got no signal leaves, too, with the same status."""
-    folder = lives.folder(per_device_train_batch_size=2)
-    both = lives.start(folder, world=2, scoring=1)
-    for one in both:
-        one.until_reached()
-    both[1].kill()
-    assert [one.wait(10) for one in both] == [ExitCode.INTERRUPTED] * 2, both[0].err
-    assert newest_complete(folder / "run") is None
     goes_on(lives, folder, straight_two, world=2)
 
 
@@ -299,91 +296,168 @@ def test_a_killed_process_ends_the_other(lives: Lives, straight_two: Path, victi
     goes_on(lives, folder, straight_two, world=2)
 
 
-def test_a_process_that_hangs_in_a_library_ends_as_well(lives: Lives) -> None:
-    """As in a collective of NCCL, which does not notice that the other end is gone: no Python runs in the main thread."""
+# Under a launcher: torchrun, and accelerate launch, which is the same agent. It looks after the processes of its machine.
+# Where nobody needs to be killed the agent runs here over processes that are forked from the warm one.
+
+#: From a fault of one process until all are gone, seconds; the agent looks ten times a second.
+SOON = 20.0
+
+
+def test_a_bug_on_one_process_ends_all(lives: Lives) -> None:
     folder = lives.folder(per_device_train_batch_size=2)
-    both = lives.start(folder, world=2, deaf_step=1, grace=2.0)
-    for one in both:
-        one.until_reached()
-    both[1].kill(signal.SIGKILL)
-    assert both[0].wait(30) == ExitCode.FAILED
-    assert "process 1 of this run was killed or lost, so process 0 stops" in both[0].err
+    run = lives.launch(folder, bug=3, only="1").until_reached("1")
+    (folder / "go").touch()
+    run.ends(SOON)
+    assert run.status(1) == ExitCode.FAILED and "ZeroDivisionError: a bug" in run.err(1)
+    assert "Traceback" not in run.err(0)
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+
+
+def test_a_signal_to_one_process_before_training_ends_all(lives: Lives, straight_two: Path) -> None:
+    """Nothing has been trained, so nothing is saved."""
+    folder = lives.folder(per_device_train_batch_size=2)
+    run = lives.launch(folder, scoring=1).until_reached()
+    os.kill(run.pid(1), signal.SIGTERM)
+    run.ends(SOON)
+    assert run.status(1) == ExitCode.INTERRUPTED and newest_complete(folder / "run") is None
+    goes_on(lives, folder, straight_two, world=2)
 
 
 def test_wrong_input_that_one_process_finds(lives: Lives) -> None:
     """A file that is missing on the second machine, say: somebody must say so, and it is not the first process."""
-    both = lives.start(lives.folder(), world=2, only="1", wrong={"1": 0.0}, grace=2.0)
-    assert [one.wait(30) for one in both] == [ExitCode.FAILED, ExitCode.WRONG_INPUT], both[0].err
-    assert "Error (process 1): teacher.model: not here" in both[1].err
-    assert "process 1 of this run ended with an error" in both[0].err or "another process of this run" in both[0].err
+    run = lives.launch(lives.folder(), only="1", wrong={"1": 0.0})
+    run.ends(60)
+    assert run.status(1) == ExitCode.WRONG_INPUT and "Error (process 1): teacher.model: not here" in run.err(1)
+    assert "not here" not in run.err(0)
 
 
 @pytest.mark.parametrize("seconds", [{"0": 0.0, "1": 1.0}, {"0": 1.0, "1": 0.0}])
 def test_wrong_input_that_all_find_is_said_once(lives: Lives, seconds: dict[str, float]) -> None:
-    both = lives.start(lives.folder(), world=2, wrong=seconds)
-    assert [one.wait(30) for one in both] == [ExitCode.WRONG_INPUT] * 2, both[0].err
-    assert both[0].err.count("Error: teacher.model: not here") == 1 and "Error" not in both[1].err
+    run = lives.launch(lives.folder(), wrong=seconds)
+    run.ends(60)
+    assert run.status(0) == ExitCode.WRONG_INPUT
+    assert run.err(0).count("Error: teacher.model: not here") == 1 and "Error" not in run.err(1)
 
 
 class Launched:
-    """The same run under torchrun; killed at the end whatever happens."""
+    """A run of two processes under a launcher; ``Lives`` kills what is left of it at the end."""
 
-    def __init__(self, folder: Path, **faults: Any) -> None:
-        self.folder = folder
-        arguments = [str(folder), json.dumps(["train", "recipe.yaml"]), json.dumps(faults)]
-        self.process = subprocess.Popen(
-            command(WORKERS / "fault_worker.py", 2, arguments, "ddp"), env=environment("ddp"), start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+    def __init__(self, process: Any, exit_code: Callable[[], int | None], folder: Path) -> None:
+        self.process, self.folder = process, folder
+        self.exit_code = exit_code  # of the launcher; None while it runs
 
-    def __enter__(self) -> Launched:
-        return self
+    def pid(self, rank: int) -> int:
+        return int((self.folder / f"pid.{rank}").read_text())
 
-    def __exit__(self, *exc: object) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+    def status(self, rank: int) -> int | None:
+        """With which ``rank`` left by itself; None where a signal ended it."""
+        path = self.folder / f"status.{rank}"
+        return int(path.read_text()) if path.exists() else None
 
-    def pids(self) -> list[int]:
-        return [int(path.read_text()) for path in sorted(self.folder.glob("pid.*"))]
+    def err(self, rank: int) -> str:
+        return (self.folder / f"err.{rank}").read_text(errors="replace")
 
-    def until_reached(self, timeout: float = 120) -> Launched:
+    def until_reached(self, ranks: str = "01", timeout: float = 120) -> Launched:
+        """Wait until each of ``ranks`` stands at its gate."""
         end = time.monotonic() + timeout
-        while len(list(self.folder.glob("reached.*"))) < 2:
-            assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()[0]
-            time.sleep(0.05)
+        while not all((self.folder / f"reached.{rank}").exists() for rank in ranks):
+            assert self.exit_code() is None and time.monotonic() < end, self.said()
+            time.sleep(0.02)
         return self
+
+    def ends(self, timeout: float) -> float:
+        """Assert that the launcher returns 1 within ``timeout`` seconds and that no process is left; the seconds."""
+        began = time.monotonic()
+        while self.exit_code() is None:
+            assert time.monotonic() - began < timeout, self.said()
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        assert self.exit_code() == 1, self.said()
+        assert not [rank for rank in (0, 1) if _is_running(self.pid(rank))]
+        return seconds
+
+    def said(self) -> str:
+        """What launcher and processes have printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("err.*")))
+
+    def kill(self) -> None:
+        for path in self.folder.glob("pid.*"):
+            if _is_running(int(path.read_text())):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+        if self.exit_code() is None:
+            self.process.kill()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
+                   "--mixed_precision", "no", "--dynamo_backend", "no"],
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def launched_by(launcher: str, folder: Path, grace: int = 30, **faults: Any) -> Iterator[Launched]:
+    """The same by the real command line, in fresh processes; asked to stop, they have ``grace`` seconds."""
+    arguments = [str(folder), json.dumps(["train", "recipe.yaml"]), json.dumps(faults)]
+    variables = environment("ddp", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)})
+    with (folder / "err.agent").open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, *LAUNCHERS[launcher], str(WORKERS / "fault_worker.py"), *arguments],
+            env=variables, start_new_session=True, stdout=err, stderr=err,
+        )  # fmt: skip
+    run = Launched(process, process.poll, folder)
+    try:
+        yield run
+    finally:
+        run.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_ends_the_others_of_a_killed_process(lives: Lives, straight_two: Path, launcher: str) -> None:
+    folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
+    with launched_by(launcher, folder, step=3) as run:
+        run.until_reached()
+        os.kill(run.pid(1), signal.SIGKILL)
+        (folder / "go").touch()
+        run.ends(SOON)
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+    goes_on(lives, folder, straight_two, world=2)
+
+
+def test_torchrun_kills_what_does_not_answer(lives: Lives) -> None:
+    """As in a collective of NCCL that never ends: no Python runs, so a handler of ours would wait for ever."""
+    folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
+    with launched_by("torchrun", folder, grace=3, deaf_step=3) as run:
+        run.until_reached()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.ends(SOON) > 2
+        assert [run.status(rank) for rank in (0, 1)] == [None, None]  # neither has left by itself
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
 
 
 def test_torchrun_hands_a_signal_on(lives: Lives) -> None:
     """Its own status is 1 whatever its processes return: a SLURM script must look for the checkpoint, not at 75."""
     folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
-    with Launched(folder, step=3) as run:
+    with launched_by("torchrun", folder, step=3) as run:
         run.until_reached()
         run.process.send_signal(signal.SIGTERM)
         time.sleep(1.0)
         (folder / "go").touch()
-        text = run.process.communicate(timeout=60)[0]
-        assert run.process.returncode == 1, text
-        assert [(folder / f"status.{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
-        saved = newest_complete(folder / "run")
-        assert saved is not None and saved.name == "checkpoint-4"
-
-
-def test_torchrun_with_a_killed_process(lives: Lives) -> None:
-    folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
-    with Launched(folder, step=3) as run:
-        run.until_reached()
-        os.kill(run.pids()[1], signal.SIGKILL)
-        (folder / "go").touch()
-        began = time.monotonic()
-        run.process.communicate(timeout=60)
-        assert run.process.returncode == 1 and time.monotonic() - began < 60
-        saved = newest_complete(folder / "run")
-        assert saved is not None and saved.name == "checkpoint-2"
+        run.ends(60)
+        assert [run.status(rank) for rank in (0, 1)] == [ExitCode.INTERRUPTED] * 2
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-4"
 
 
 # --------------------------------------------------------------------------------------------- disks and directories
@@ -616,33 +690,6 @@ def test_a_bug_is_no_disk_error(tmp_path: Path) -> None:
                 bug()
 
         assert not isinstance(_raised(within), RunError), bug
-
-
-def test_the_first_process_is_reached_where_its_own_name_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Debian (127.0.1.1 in /etc/hosts): the others know it by MASTER_ADDR, whatever it takes that for itself."""
-    told: queue.Queue[Any] = queue.Queue()
-    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
-    monkeypatch.setattr(peers, "CONNECT_SECONDS", 3.0)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.put)
-    found: dict[int, socket.socket] = {}
-    first = threading.Thread(target=lambda: found.update(peers._as_first(2)))
-    first.start()
-    held = told.get(timeout=5)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.2")  # the name as the other machine knows it
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda to: to.__setitem__(0, held[0]))
-    connect = socket.create_connection
-
-    def route(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
-        if address[0] != "127.0.0.2":
-            raise ConnectionRefusedError(111, "this is the other machine's own loopback")
-        return connect(address, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "create_connection", route)
-    mine = peers._to_first(1)
-    first.join(10)
-    assert set(mine) == {0} and set(found) == {1}
-    for connection in (*mine.values(), *found.values()):
-        connection.close()
 
 
 @pytest.mark.parametrize("error", [UserError("no room"), RunError("no room")])

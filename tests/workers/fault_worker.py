@@ -20,7 +20,6 @@ import torch
 
 import dts_hf.distill
 import dts_hf.reporting.report
-from dts_hf.distributed import peers
 from dts_hf.errors import UserError
 from dts_hf.evaluation import scorer
 from dts_hf.loss.distillation_loss import DistillationLoss
@@ -39,8 +38,9 @@ def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[s
     """
     if os.getsid(0) != os.getpid():
         os.setpgid(0, 0)  # a signal to the group of this run must not reach the tests
-    # A shell that starts the tests in the background hands SIGINT down as ignored.
+    # A shell that starts the tests in the background hands SIGINT down as ignored, and torchrun's agent its own handlers.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)  # for data loaders: that of the tests would stay in force
     os.chdir(folder)
     os.environ.update(variables)
@@ -57,7 +57,6 @@ def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[s
 def _provoke(faults: dict[str, Any], rank: str) -> None:
     """Plant what ``faults`` asks for: name -> value, for this rank."""
     interruption.SAME_REQUEST_SECONDS = faults.get("same_request", interruption.SAME_REQUEST_SECONDS)
-    peers.GRACE_SECONDS = faults.get("grace", peers.GRACE_SECONDS)
     if "only" in faults and faults["only"] != rank:
         return
     if "wrong" in faults:  # input that cannot be used, found so many seconds after the processes are joined
@@ -67,6 +66,8 @@ def _provoke(faults: dict[str, Any], rank: str) -> None:
     if "scoring" in faults:  # a gate before the answers of `scoring`, counted from 1
         calls: list[None] = []
         _before(scorer, "evaluate_instruct", lambda *_: calls.append(None) or len(calls) == faults["scoring"], _gate)
+    if "bug" in faults:  # a bug that only this process meets, in the step after so many
+        _before(DistillationTrainer, "training_step", lambda self: self.state.global_step == faults["bug"], _fail)
     if "deaf_step" in faults:  # blocked in C, as in a collective on a GPU: no Python runs in the main thread
         _before(
             DistillationTrainer, "training_step", lambda self: self.state.global_step == faults["deaf_step"], _block
@@ -95,6 +96,11 @@ def _before(owner: Any, name: str, when: Callable[..., bool], action: Callable[.
 def _refuse(seconds: dict[str, float]) -> None:
     time.sleep(seconds[os.environ["RANK"]])
     raise UserError("teacher.model: not here")
+
+
+def _fail(*_: Any) -> None:
+    _gate()
+    raise ZeroDivisionError("a bug")
 
 
 def _gate(*_: Any) -> None:
@@ -146,8 +152,24 @@ def starved(folder: str) -> None:
     Path("starved.json").write_text(json.dumps(found))
 
 
+def agent(folder: str, world: int, argv: list[str], faults: dict[str, Any]) -> None:
+    """What torchrun and ``accelerate launch`` are: torch's agent, here over processes forked from this warm one.
+
+    It starts ``world`` of them, looks after them, and ends them all when one fails. What it says goes to ``err.agent``.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.setpgid(0, 0)
+    os.dup2(os.open(f"{folder}/err.agent", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=Path(folder).name, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, launched)(folder, json.dumps(argv), json.dumps(faults))
+
+
 def launched(folder: str, argv: str, faults: str) -> None:
-    """The same under a launcher: it also writes ``pid.RANK`` and, at the end, ``status.RANK``."""
+    """One process of several under a launcher: it also writes ``pid.RANK`` and, at the end, ``status.RANK``."""
     rank = os.environ["RANK"]
     Path(folder, f"pid.{rank}").write_text(str(os.getpid()))
     leave = os._exit
