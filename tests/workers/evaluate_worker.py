@@ -16,10 +16,10 @@ import torch
 
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.generation import answer_file as answers
 from dts_hf.evaluation.evaluate import evaluate_command
 from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.protocol import get_protocol
+from dts_hf.generation import answer_file as answers
 from tests.support.launching import leave
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
