@@ -160,7 +160,7 @@ def workload_of(
         student_dtype=recipe.student.dtype,
         teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        gradient_checkpointing=bool(args.gradient_checkpointing),
+        gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=_lora_parameters(recipe.student, shape, student),
         logits_budget_mb=recipe.loss.logits_budget_mb,
         autocast=autocast,
@@ -306,7 +306,7 @@ def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: st
     if largest == training:
         adapters = ["student.lora"] if recipe.student.lora is None else []
         return [*adapters, "a smaller student"]
-    recompute = [] if workload.gradient_checkpointing else ["training.gradient_checkpointing: true"]
+    recompute = [] if workload.gradient_checkpointing else ["training.activation_checkpointing: true"]
     return [*recompute, "a smaller training.per_device_train_batch_size (and more gradient_accumulation_steps)"]
 
 

@@ -388,7 +388,7 @@ class DistillationTrainer(Trainer):
         if not aux_loss.requires_grad and torch.is_grad_enabled():
             raise UserError(
                 "router_aux_loss: nothing is left of the graph of the router's logits, as under gradient checkpointing with "
-                "use_reentrant: true; expected use_reentrant: false (training.gradient_checkpointing_kwargs), or "
+                "use_reentrant: true; expected use_reentrant: false (training.activation_checkpointing_kwargs), or "
                 "router_aux_loss 'none'"
             )
         return aux_loss

@@ -656,7 +656,7 @@ def test_added_tokens_are_no_padding(tmp_path):
 def test_what_is_saved_after_training_may_generate(tmp_path):
     student = tiny_llama(seed=0)
     assert student.config.use_cache
-    trainer = trainer_for(tmp_path, student, options={"gradient_checkpointing": True})
+    trainer = trainer_for(tmp_path, student, options={"activation_checkpointing": True})
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     assert tiny_llama().config.from_pretrained(tmp_path / "final").use_cache

@@ -56,7 +56,7 @@ class Case:
 
 
 PADDED, PACKED = False, True
-RECOMPUTED = {"gradient_checkpointing": True}
+RECOMPUTED = {"activation_checkpointing": True}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
 RANDOM, GROUPED = {"train_sampling_strategy": "random"}, {"train_sampling_strategy": "group_by_length"}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.0}

@@ -80,7 +80,7 @@ def test_the_launch_was_what_it_claims(runs):
         if case.lora and strategy in ("single", "fsdp2"):
             expected = expected.replace("LlamaForCausalLM", "PeftModelForCausalLM")
         assert (record["strategy"], record["wrapper"]) == (strategy, expected), (strategy, case.name)
-        assert record["recomputed"] == case.arguments.get("gradient_checkpointing", False), (strategy, case.name)
+        assert record["recomputed"] == case.arguments.get("activation_checkpointing", False), (strategy, case.name)
 
 
 def test_the_table_covers_every_policy_accumulation_and_layout():

@@ -525,7 +525,7 @@ CHOICES: dict[str, list[Any]] = {
     "training.seed": [0, 2**32 - 1, 2**32, 2**62],
     "training.eval_strategy": ["no", "steps"],
     "training.save_strategy": ["no", "steps", "best"],
-    "training.gradient_checkpointing": [True],
+    "training.activation_checkpointing": [True],
     "training.bf16": [True],
     "training.neftune_noise_alpha": [5.0],
     "training.load_best_model_at_end": [True],

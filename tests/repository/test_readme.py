@@ -58,7 +58,7 @@ def test_python_example_is_ten_statements_at_most() -> None:
     assert len(lines) <= 12, "ten lines and the two imports"
 
 
-@pytest.mark.parametrize("block", labelled("yaml"))
+@pytest.mark.parametrize("block", list(labelled("yaml")))
 def test_recipe_example_loads(block: str, tmp_path: Path) -> None:
     from dts_hf.recipe.loading import load_recipe
 

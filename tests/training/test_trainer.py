@@ -169,7 +169,7 @@ def test_lora_student_trains_and_its_base_stays(tmp_path):
 
     student = get_peft_model(tiny_llama(seed=0), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = {name: p.clone() for name, p in student.named_parameters()}
-    trainer = trainer_for(tmp_path, student, options={"max_steps": 2, "gradient_checkpointing": True})
+    trainer = trainer_for(tmp_path, student, options={"max_steps": 2, "activation_checkpointing": True})
     trainer.train()
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora" in name for name in moved)

@@ -63,7 +63,7 @@ class Midway(TrainerCallback):
 def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
     tie, placement, lora, checkpointing, packing = SHARDED_TEACHERS[name]
     single = process()[1] == 1
-    args = arguments(strategy, out, gradient_checkpointing=checkpointing)
+    args = arguments(strategy, out, activation_checkpointing=checkpointing)
     student: Any = tiny_llama(seed=0, tie=tie)
     if lora:
         torch.manual_seed(0)
