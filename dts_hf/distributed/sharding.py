@@ -127,7 +127,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _gathered(tensor: Any) -> Iterator[Any]:
+def gathered_weight(tensor: Any) -> Iterator[Any]:
     """``tensor`` whole: a share of ZeRO-3 or FSDP2, an ordinary tensor, or None."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
@@ -151,7 +151,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = names.setdefault(id(tensor), name)
         if first == name:
-            with _gathered(tensor) as whole:
+            with gathered_weight(tensor) as whole:
                 if rank == 0:  # a copy also on a CPU: what was gathered is freed or used again
                     found[name] = whole.detach().to("cpu", copy=True)
         elif rank == 0:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dts_hf.distributed.sharding import _gathered
+from dts_hf.distributed.sharding import gathered_weight
 from dts_hf.errors import UserError
 
 #: What ``check_head`` returns in the place of logits: exact in every number format.
@@ -256,5 +256,5 @@ def gather_head(head: Head | None) -> Iterator[Head | None]:
     if head is None:
         yield None
         return
-    with _gathered(head.weight) as weight, _gathered(head.bias) as bias:
+    with gathered_weight(head.weight) as weight, gathered_weight(head.bias) as bias:
         yield replace(head, weight=weight, bias=bias)
