@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test fuzz lint bench clean
+.PHONY: help quickstart test soak fuzz coverage lint docs bench clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -27,14 +27,26 @@ quickstart: $(VENV)/.installed ## distil a real language model on this machine (
 	@echo "installed; distilling (the finished report will be runs/quickstart/report.html)"
 	$(BIN)/dts-hf train recipes/quickstart.yaml
 
-lint: $(VENV)/.installed-dev ## ruff, mypy and deptry
+lint: $(VENV)/.installed-dev ## ruff, mypy, deptry and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/deptry dts_hf
+	$(BIN)/codespell
 
-test: lint ## lint, types and all tests (at most 15 minutes on 2 cores)
+test: lint ## lint, types and all tests, the site among them (at most 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+coverage: $(VENV)/.installed-dev ## all tests again, with the lines and branches that they do not reach
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing --cov-report=html
+
+soak: fuzz ## what is too long for every day: tests marked soak, and the fuzz
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n $(WORKERS) --dist loadfile || test $$? -eq 5 # 5: none is marked
+
+docs: $(VENV)/.installed-dev ## the documentation as a site in site/
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 fuzz: $(VENV)/.installed-dev ## new random recipes and row files, 10,000 of them (about 4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/recipe/test_fuzz.py -n $(WORKERS) --hypothesis-profile fuzz
@@ -44,4 +56,4 @@ bench: $(VENV)/.installed-dev ## time and memory of loss and training step again
 	$(BIN)/python benchmarks/run.py
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs site htmlcov .coverage* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -186,7 +186,7 @@ def train(variant: Variant, sizes: Sizes, dataset: Any, tokenizer: Any) -> Any:
         args = make_arguments(
             variant, output_dir=folder, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=STEPS,
             per_device_train_batch_size=sizes.rows, gradient_accumulation_steps=variant.accumulation, bf16=variant.autocast,
-            gradient_checkpointing=variant.checkpointing, logging_steps=1000,
+            activation_checkpointing=variant.checkpointing, logging_steps=1000,
         )  # fmt: skip
         device = args.device  # also joins the processes
         with unsharded_init():
@@ -314,7 +314,7 @@ def run(sizes: Sizes, names: list[str], fresh: bool) -> dict[str, Any]:
 def work(names: list[str], out: Path, sizes: Sizes) -> None:
     """What a launched process does."""
     found = {name: measure(VARIANTS[name], sizes) for name in names}
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         out.write_text(json.dumps(found))
 
 

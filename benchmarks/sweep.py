@@ -64,7 +64,7 @@ def rows_only(sizes: Sizes) -> Inputs:
 
 
 def build(name: str, points: dict[str, Point]) -> Task:
-    variant, point = name.split()[0], points[name]
+    variant, point = name.split(maxsplit=1)[0], points[name]
     if point.axis == "time":
         return loss_head.build(variant, point.sizes)
     sizes, inputs = point.sizes, rows_only(point.sizes)

@@ -313,10 +313,10 @@ class CachedTeacher:
         self.rows = live.states(inputs, batch["labels"]).clone()
         self.head = replace(live.head, weight=live.head.weight.detach().clone())
 
-    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:  # noqa: ARG002
         return self.rows
 
-    def to(self, device: Any) -> CachedTeacher:
+    def to(self, device: Any) -> CachedTeacher:  # noqa: ARG002
         return self
 
 

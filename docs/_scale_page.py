@@ -134,12 +134,9 @@ def assumed() -> str:
 
 def table(case: Case) -> str:
     """One row per plan, for one workload per device."""
-    heads = (
-        *("strategy", "GPUs", "teacher", "student", "gradients", "optimizer", "teacher GB", "activations", "loss"),
-        *("buffers", f"peak GB of {CARD_GB}", "host GB a node", "sent GB a step", "compute s", "network s", "disk GB"),
-    )
-    lines = [_row(heads), _row(["---"] + ["---:" if place != 2 else "---" for place in range(1, len(heads))])]
-    lines += [_row(cells(case, plan)) for plan in case.plans]
+    rows = [cells(case, plan) for plan in case.plans]
+    lines = [_row(rows[0]), _row("---" if head in ("strategy", "teacher") else "---:" for head in rows[0])]
+    lines += [_row(row.values()) for row in rows]
     work = case.workload
     about = (
         f"Student {_count(case.student)}, teacher {_count(case.teacher)}; each GPU has {work.rows} rows of {work.tokens:,} "
@@ -149,7 +146,8 @@ def table(case: Case) -> str:
     return "\n".join([about, "", *lines])
 
 
-def cells(case: Case, plan: Plan) -> list[str]:
+def cells(case: Case, plan: Plan) -> dict[str, str]:
+    """A row of the table, by the heads of its columns."""
     work = case.workload
     memory = estimate_memory(case.student, case.teacher, work, plan)
     sent = estimate_communication(case.student, case.teacher, work, plan)
@@ -159,13 +157,26 @@ def cells(case: Case, plan: Plan) -> list[str]:
     )  # fmt: skip
     compute = floor_seconds(case.student, case.teacher, work, plan, FLOPS)
     network = sent / (INSIDE if plan.devices <= PER_NODE else BETWEEN)
-    parts = (memory.student, memory.gradients, memory.optimizer, memory.teacher, memory.activations, memory.loss)
     total = memory.total / 1e9
     peak = f"**{total:.1f}**" if total <= USABLE * CARD_GB else f"{total:.1f} (too much)"
-    return [
-        plan.strategy, str(plan.devices), plan.teacher, *(_gb(part) for part in (*parts, memory.buffers)), peak, _gb(host),
-        _gb(sent), f"{compute:.2f}", f"{network:.2f}", _gb(disk_needed(case.student, work, plan, checkpoints=2)),
-    ]  # fmt: skip
+    return {
+        "strategy": plan.strategy,
+        "GPUs": str(plan.devices),
+        "teacher": plan.teacher,
+        "student": _gb(memory.student),
+        "gradients": _gb(memory.gradients),
+        "optimizer": _gb(memory.optimizer),
+        "teacher GB": _gb(memory.teacher),
+        "activations": _gb(memory.activations),
+        "loss": _gb(memory.loss),
+        "buffers": _gb(memory.buffers),
+        f"peak GB of {CARD_GB}": peak,
+        "host GB a node": _gb(host),
+        "sent GB a step": _gb(sent),
+        "compute s": f"{compute:.2f}",
+        "network s": f"{network:.2f}",
+        "disk GB": _gb(disk_needed(case.student, work, plan, checkpoints=2)),
+    }
 
 
 def measured() -> str:

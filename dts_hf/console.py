@@ -47,7 +47,7 @@ def masked(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """``masked(text)`` with control characters written out (``\\x1b``), and cut where nobody would read on."""
+    r"""``masked(text)`` with control characters written out (``\x1b``), and cut where nobody would read on."""
     text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), masked(text))
     lines = [_shortened(line) for line in text.split("\n")]
     if len(lines) > MOST_LINES:

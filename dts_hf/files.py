@@ -28,27 +28,33 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 def write_json_atomic(path: str | Path, values: Any) -> None:
     """Write ``values`` as indented JSON; tensors and numpy scalars become numbers, paths text, NaN and inf null."""
-    write_text_atomic(path, json.dumps(_jsonable(values), indent=2, ensure_ascii=False) + "\n")
+    write_text_atomic(path, json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line; values as in ``write_json_atomic``."""
-    write_text_atomic(path, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text_atomic(path, "".join(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON can hold it: a number that is not finite becomes null, numbers of numpy and torch plain ones."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return _jsonable(value.item()) if hasattr(value, "item") else str(value)
+    return jsonable(value.item()) if hasattr(value, "item") else str(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no file.
+
+    Raises:
+        UserError: it is broken.
+    """
     if not path.is_file():
         return {}
     try:
@@ -58,7 +64,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects in a file of lines, none where there is no file.
+
+    Args:
+        path: the file.
+        may_end_early: a broken last line, as a killed process leaves it, is left out.
+
+    Raises:
+        UserError: a line is broken.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
@@ -70,7 +85,7 @@ def _read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, A
             raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
 
 
-def _drop_half_line(path: Path, size: int) -> None:
+def drop_half_line(path: Path, size: int) -> None:
     """Remove what a killed process left after the last newline, so that the next record starts its own line."""
     with path.open("rb+") as file:
         file.seek(max(size - 1, 0))

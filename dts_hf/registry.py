@@ -39,6 +39,9 @@ def build(
     """``kinds[name](**options)``.
 
     Args:
+        kinds: the classes by name.
+        name: which of them.
+        options: what its ``__init__`` takes.
         name_key: the recipe key that holds the name, for messages (``temperature.name``).
         key: the recipe key that holds the options (``temperature``).
         noun: what a kind is called (``policy``); may be empty.

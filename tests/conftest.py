@@ -25,6 +25,21 @@ def shared_data_dir() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder for this test, with the teacher and the rows that ``tests.support.recipes.recipe`` names."""
+    from tests.support.recipes import write_rows
+    from tests.support.tiny import tiny_llama, tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DTS_HF_CACHE", str(tmp_path / "cache"))
+    tiny_llama(seed=0, layers=4).save_pretrained("teacher")
+    tiny_tokenizer().save_pretrained("teacher")
+    write_rows(tmp_path / "train.jsonl", 0, 12)
+    write_rows(tmp_path / "valid.jsonl", 50, 5)
+    return tmp_path
+
+
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Bytes are named by their argument: pytest would spell them out, and a gzip header holds the clock.
 

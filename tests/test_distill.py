@@ -20,50 +20,11 @@ from dts_hf.evaluation.evaluate import evaluate
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.files import file_sha256
 from dts_hf.language_modeling.scorer import weights_as
-from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Rows, Task
 from dts_hf.training.trainer import DistillationTrainer
+from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
-
-INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
-
-
-def write_rows(path, start, count):
-    answer = {"input": "", "output": "apples and pears"}
-    rows = [
-        {"id": f"row-{i}", "instruction": f"{INSTRUCTIONS[i % 6]} {i}", **answer} for i in range(start, start + count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture()
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DTS_HF_CACHE", str(tmp_path / "cache"))
-    tiny_llama(seed=0, layers=4).save_pretrained("teacher")
-    tiny_tokenizer().save_pretrained("teacher")
-    write_rows(tmp_path / "train.jsonl", 0, 12)
-    write_rows(tmp_path / "valid.jsonl", 50, 5)
-    return tmp_path
-
-
-def recipe(**sections):
-    values = {
-        "student": {"init": {"from": "teacher", "layers": 2}},
-        "teacher": {"model": "teacher", "dtype": "float32"},
-        "data": {"train": "train.jsonl", "validation": "valid.jsonl", "prompt_template": "chat", "max_length": 96,
-                 "max_prompt_length": 64},
-        "temperature": {"name": "dts", "rule": "gap"},
-        "training": {"use_cpu": True, "max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4,
-                     "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True},
-        "evaluation": {"rows": 5, "max_new_tokens": 8, "every_steps": 2},
-        "output": {"dir": "run"},
-    }  # fmt: skip
-    for name, section in sections.items():
-        whole = name in ("student", "teacher", "temperature")
-        values[name] = section if whole else {**values.get(name, {}), **section}
-    return Recipe.from_dict(values)
 
 
 def test_the_run_directory_holds_exactly_this(workplace):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,6 @@ from torch import Tensor
 from dts_hf.data.encoding import Example
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.packed_attention import cu_seqlens_mask
-
-if TYPE_CHECKING:
-    pass
-
 
 #: The ``row_id`` of a tokenised row that brings none.
 NO_ROW = -1

@@ -129,7 +129,7 @@ def encode_rows(
         rows: the rows; ``row.response`` is the one trained on.
         tokenizer: the student's tokenizer; its ``eos_token`` ends every response and is a target, also when it is the
             padding token as well.
-        template: from :func:`dts_hf.data.prompt_templates.get_template`.
+        template: from ``get_template``.
         max_length: limit of a row in tokens.
         max_prompt_length: limit of its prompt in tokens; below ``max_length``. Longer prompts have their *input*
             shortened; a row whose prompt does not fit even then is dropped.
@@ -140,18 +140,7 @@ def encode_rows(
     Raises:
         UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, no row left.
     """
-    if long_rows not in ("drop", "cut"):
-        raise UserError(f"data.long_rows: got {long_rows!r}, expected 'drop' or 'cut'")
-    if not 0 < max_prompt_length < max_length:
-        raise UserError(
-            f"data.max_prompt_length: got {max_prompt_length}, expected at least 1 and less than "
-            f"data.max_length ({max_length}), or no response fits"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end-of-sequence token (eos_token): the student could never learn to stop"
-        )
-    end = int(tokenizer.eos_token_id)
+    end = _checked_end(tokenizer, max_length, max_prompt_length, long_rows)
     report = EncodingReport(rows=len(rows))
     row_ids: list[str] = []
     encoded: list[list[int]] = []
@@ -162,6 +151,7 @@ def encode_rows(
         responses = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for row, prompt, response in zip(block, prompts, responses, strict=True):
             ids = [] if prompt is None else [*prompt.ids, *response, end]
+            # A prompt that does not fit is dropped under both rules: cut, it would ask for something else.
             if prompt is None or (long_rows == "drop" and len(ids) > max_length):
                 report.dropped += 1
                 report.dropped_ids += [row.id] if len(report.dropped_ids) < 5 else []
@@ -182,6 +172,22 @@ def encode_rows(
             f"data.max_length = {max_length} (in tokens). Raise the limits, or use data.long_rows: cut."
         )
     return dataset, report
+
+
+def _checked_end(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, long_rows: str) -> int:
+    """The id that ends every response, once limits and tokenizer are known to fit together."""
+    if long_rows not in ("drop", "cut"):
+        raise UserError(f"data.long_rows: got {long_rows!r}, expected 'drop' or 'cut'")
+    if not 0 < max_prompt_length < max_length:
+        raise UserError(
+            f"data.max_prompt_length: got {max_prompt_length}, expected at least 1 and less than "
+            f"data.max_length ({max_length}), or no response fits"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-sequence token (eos_token): the student could never learn to stop"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def _blocks(rows: Sequence[Row], progress: str | None, size: int = 1000) -> Iterator[list[Row]]:

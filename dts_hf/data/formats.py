@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
-
 
 ROW_FORMAT = "{id, instruction, input, output} or {id, messages}"
 ROLES = ("system", "user", "assistant", "tool")

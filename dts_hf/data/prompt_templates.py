@@ -47,13 +47,13 @@ def _single_turn(row: Row, template: str) -> None:
         )
 
 
-def _render_alpaca(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_alpaca(row: Row, _tokenizer: PreTrainedTokenizerBase) -> str:
     _single_turn(row, "alpaca")
     context, block = (_ALPACA_CONTEXT, f"### Input:\n{row.input}\n\n") if row.input else ("", "")
     return f"{_ALPACA_OPENING}{context}{_ALPACA_REQUEST}### Instruction:\n{row.instruction}\n\n{block}### Response:\n"
 
 
-def _render_plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_plain(row: Row, _tokenizer: PreTrainedTokenizerBase) -> str:
     _single_turn(row, "plain")
     return "".join(f"{text}\n\n" for text in (row.instruction, row.input) if text)
 
@@ -126,14 +126,14 @@ def encode_prompts(
     Args:
         rows: the rows; their responses are not looked at.
         tokenizer: the tokenizer of the model that reads the prompts.
-        template: from :func:`get_template`.
+        template: from ``get_template``.
         max_prompt_length: the limit in tokens, special tokens included.
 
     Returns:
         One entry a row, in order; ``None`` where the prompt is too long even with an empty input.
 
     Raises:
-        UserError: the template cannot hold a row (see :class:`Template`).
+        UserError: the template cannot hold a row (see ``Template``).
     """
     if not rows:
         return []
@@ -165,7 +165,14 @@ def encode_prompts(
 def encode_prompt(
     row: Row, tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_length: int
 ) -> EncodedPrompt | None:
-    """Encode one prompt; see :func:`encode_prompts`."""
+    """Encode one prompt; see ``encode_prompts``.
+
+    Args:
+        row: the row; its responses are not looked at.
+        tokenizer: the tokenizer of the model that reads the prompt.
+        template: from ``get_template``.
+        max_prompt_length: the limit in tokens, special tokens included.
+    """
     return encode_prompts([row], tokenizer, template, max_prompt_length)[0]
 
 

@@ -1,7 +1,7 @@
 """The bytes of row files: lines of JSONL and JSONL.gz, rows of Parquet. What the objects mean is checked elsewhere.
 
 A row file is data of a stranger. It may be cut off, be no text, or be a few bytes that unpack to more than the memory
-holds: all of that is a :class:`UserError` that names the file and the place.
+holds: all of that is a ``UserError`` that names the file and the place.
 """
 
 from __future__ import annotations

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,4 +25,5 @@ class Row:
 
     @property
     def response(self) -> str:
+        """The reference that is trained on."""
         return self.references[0]

@@ -10,17 +10,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dts_hf.data.formats import ROW_FORMAT, parse_row
 from dts_hf.data.row_files import read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
 from dts_hf.files import file_sha256
-
-if TYPE_CHECKING:
-    pass
-
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder
@@ -53,15 +49,15 @@ def load_rows(source: str | Path, *, split: str = "train", limit: int | None = N
 def load_many(
     sources: str | Path | Sequence[str | Path], *, split: str = "train", limit: int | None = None
 ) -> list[Row]:
-    """Load several sources one after the other as one data set; see :func:`load_rows`.
+    """Load several sources one after the other as one data set; see ``load_rows``.
 
     Args:
         sources: one source, or a list of them.
-        split: as in :func:`load_rows`, for every source.
+        split: as in ``load_rows``, for every source.
         limit: at most this many rows altogether.
 
     Raises:
-        UserError: as :func:`load_rows`, or an id that two sources use.
+        UserError: as ``load_rows``, or an id that two sources use.
     """
     listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not listed:
@@ -75,7 +71,7 @@ def load_many(
 
 
 def rows_from_dataset(dataset: Iterable[Any], name: str = "dataset") -> list[Row]:
-    """Check the rows of a ``datasets.Dataset``, a list of dicts, or a list of :class:`Row`.
+    """Check the rows of a ``datasets.Dataset``, a list of dicts, or a list of ``Row``.
 
     Args:
         dataset: the rows; the row format is that of files.
@@ -225,9 +221,9 @@ def manifest(
     """Describe where rows come from, for ``data_manifest.json``.
 
     Args:
-        sources: what was given to :func:`load_many`.
+        sources: what was given to ``load_many``.
         rows: the rows that it returned.
-        split: as given to :func:`load_many`.
+        split: as given to ``load_many``.
 
     Returns:
         ``source`` (a string, or a list for several; of a path outside the current folder the file name alone),

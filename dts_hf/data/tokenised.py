@@ -141,6 +141,7 @@ class RowForm:
         """Look at all rows of ``columns`` at once.
 
         Args:
+            columns: as ``columns`` or ``arrow_columns`` gives them.
             first: the number of the first row, for errors.
 
         Returns:
@@ -321,6 +322,12 @@ def report_of(
     lengths: NDArray[np.int64], targets: NDArray[np.int64], name: str, row_ids: Sequence[str] | None = None
 ) -> EncodingReport:
     """Count rows, their tokens, and the rows without a label.
+
+    Args:
+        lengths: tokens of each row, ``[rows]``.
+        targets: labels that count of each row, ``[rows]``.
+        name: of the data set, in errors.
+        row_ids: the ids of the rows, where they have some.
 
     Raises:
         UserError: no row is there, or none of them has a label.

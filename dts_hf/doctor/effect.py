@@ -246,9 +246,10 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
         check.values["temperature_without_gap"] = plain
         check.summary += f"; T ends at {plain[-1]:.2f} if the gap closes"
         if max(abs(a - b) for a, b in zip(curve, plain, strict=True)) < 1e-3:
+            rule = loss.temperature.describe().get("rule")
             check.warn(
                 "gap-without-effect",
-                f"the gap does not move the temperature: rule '{loss.temperature.describe().get('rule')}' gives the plain cosine here",
+                f"the gap does not move the temperature: rule '{rule}' gives the plain cosine here",
                 "rule: gap follows the gap while the student is the worse one; rule: paper acts only below a gap of -1",
             )
 

@@ -146,7 +146,7 @@ def resolve_set(
     Args:
         name_or_path: a known set (``dolly``, ``s_ni``, ``glue/sst2``), or a row file
             (``.jsonl``, ``.jsonl.gz``, ``.parquet``).
-        data_dir: folder with the prepared sets; see :func:`data_folder`.
+        data_dir: folder with the prepared sets; see ``data_folder``.
         split: ``train``, ``valid``, ``test`` ...; default: the one that scores are reported on. Not used for a file.
         key: what the user calls this choice, for messages.
 

@@ -17,6 +17,9 @@ def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.M
     """Freeze ``model`` and put LoRA adapters on it (arXiv 2106.09685), through ``peft``.
 
     With the task type ``SEQ_CLS`` the classification head is trained as a whole and saved with the adapter.
+
+    Raises:
+        UserError: no layer has such a name, or the adapter would sit on the output layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -25,7 +28,7 @@ def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.M
         task_type=task_type, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
     )
     try:
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
     except ValueError as error:  # no module has such a name
         inside = backbone_of(model).named_modules()
         linear = sorted({name.rsplit(".", 1)[-1] for name, module in inside if isinstance(module, nn.Linear)})

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:

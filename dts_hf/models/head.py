@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
+        """V, the rows of ``weight``."""
         return self.weight.shape[0]
 
     def cut(self, vocab_size: int) -> Head:
@@ -54,7 +55,7 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def activate_backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Turn, in place, a gradient with respect to ``logits`` into one with respect to the raw logits."""
+        """Turn, in place, a gradient ``[C, V]`` with respect to ``logits`` into one with respect to the raw logits."""
         if self.softcap is not None:
             grad.mul_(1.0 - (logits / self.softcap).square())
         return grad if self.logit_scale == 1.0 else grad.mul_(self.logit_scale)
@@ -62,6 +63,11 @@ class Head:
     def __call__(self, states: Tensor) -> Tensor:
         """Dense logits ``[..., V]``: for probes and tests, never for training."""
         return self.activate(torch.nn.functional.linear(states, self.weight, self.bias))
+
+
+def without_adapters(model: nn.Module) -> Any:
+    """The model that peft has put its adapters on, or ``model`` itself where there are none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def output_module(model: nn.Module) -> nn.Module:
@@ -79,7 +85,7 @@ def output_module(model: nn.Module) -> nn.Module:
             f"{name}: an adapter sits on the output layer, which the fused loss would skip. "
             "Leave lm_head out of student.lora.target_modules ('all-linear' does so by itself)"
         )
-    return module
+    return cast(nn.Module, module)
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -117,7 +123,7 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iter
 
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1.0}
     saved = {key: vars(config)[key] for key in neutral if vars(config).get(key) is not None}
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    owner = without_adapters(model)
     logit_scale = getattr(owner, "logit_scale", None)
     own_forward = vars(module).get("forward")  # a hook of accelerate's is one
     try:
@@ -125,7 +131,7 @@ def loss_in_head(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iter
             vars(config)[key] = neutral[key]
         if logit_scale is not None:
             owner.logit_scale = 1.0
-        module.forward = forward  # type: ignore[assignment]
+        module.forward = forward
         yield
     finally:
         vars(module).pop("forward", None)  # the instance attribute: the class's own forward shows again
@@ -154,33 +160,11 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
     weight = cast(Tensor, module.weight)
     # Two rows that differ in their last token alone
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=weight.device) % weight.shape[0]
-    seen: list[Tensor] = []
-
-    def loss(states: Tensor, head: Head) -> Tensor:
-        seen.extend((states, head(states.to(head.weight.dtype)).float()))
-        return torch.tensor(PROBE_LOSS, device=states.device)
-
-    was_training = model.training
-    model.eval()
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-        try:
-            with loss_in_head(model, loss):
-                returned = model(input_ids=ids, use_cache=False).logits
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{role}: {name} cannot compute a loss in the place of its output layer: {reason}"
-            ) from error
-        backbone_states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        model.train(was_training)
-    if not seen or returned.numel() != 1:
-        raise UserError(f"{role}: {name} does not return what its output layer gives")
-    states, expected = seen[:2]
+    probe = _probe(model, ids, f"{role}: {name}")
+    logits, states, expected = probe.logits, probe.states, probe.expected
     low_precision = {logits.dtype, weight.dtype} & {torch.bfloat16, torch.float16}
     tolerance = (5e-2 if low_precision else 1e-4) * float(logits.float().abs().max().clamp(min=1.0))
-    moved, apart = abs(float(returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
+    moved, apart = abs(float(probe.returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
     if moved or not apart <= tolerance:
         raise UserError(
             f"{role}: {name} changes its logits in a way that dts_hf does not know (largest difference "
@@ -190,8 +174,48 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
         raise UserError(
             f"{role}: {name} is not causal: its answer for one token depends on the tokens behind it, which are the labels"
         )
-    if not torch.allclose(backbone_states.float(), states.float(), rtol=0.0, atol=tolerance):
+    if not torch.allclose(probe.backbone_states.float(), states.float(), rtol=0.0, atol=tolerance):
         raise UserError(f"{role}: the backbone of {name} does not end in the states its head reads")
+
+
+class _Probe(NamedTuple):
+    """What ``check_head`` compares: ``returned`` and ``states`` ``[B, T, H]`` are of a forward with the loss in the head."""
+
+    logits: Tensor
+    returned: Tensor
+    states: Tensor
+    expected: Tensor
+    backbone_states: Tensor
+
+
+def _probe(model: nn.Module, ids: Tensor, name: str) -> _Probe:
+    """Run ``model`` on ``ids [B, T]`` three times: as it is, with a loss in its head, and without its head."""
+    seen: list[Tensor] = []
+
+    def loss(states: Tensor, head: Head) -> Tensor:
+        seen.extend((states, head(states.to(head.weight.dtype)).float()))
+        return torch.tensor(PROBE_LOSS, device=states.device)
+
+    failing = "cannot answer a few tokens"  # PhiMoE with LoRA on its router, which returns a tuple
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        failing = "cannot compute a loss in the place of its output layer"
+        with loss_in_head(model, loss):
+            returned = model(input_ids=ids, use_cache=False).logits
+        failing = "has a backbone that cannot be called by itself"
+        backbone_states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{name} {failing}: {' '.join(str(error).split())}") from error
+    finally:
+        model.train(was_training)
+    if not seen or returned.numel() != 1:
+        raise UserError(f"{name} does not return what its output layer gives")
+    states, expected = seen[:2]
+    return _Probe(logits, returned, states, expected, backbone_states)
 
 
 def _check_kind(model: nn.Module, name: str) -> None:
@@ -214,7 +238,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     Raises:
         UserError: it is not where transformers keeps it.
     """
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    owner = without_adapters(model)
     # Llama4ForCausalLM names a prefix that it does not have
     for name in (getattr(owner, "base_model_prefix", ""), "model"):
         if name and isinstance(backbone := getattr(owner, name, None), nn.Module):

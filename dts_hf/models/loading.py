@@ -70,6 +70,7 @@ class ModelSource:
 
     @property
     def options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` has to be told beside the location."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
@@ -77,6 +78,12 @@ def load_tokenizer(
     name: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer and give it a pad token where it has none (its own end-of-sequence token; nothing is resized).
+
+    Args:
+        name: as ``ModelSource.resolve`` understands it.
+        key: the recipe's key, for errors.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         UserError: the name is unknown, or the tokenizer has no end-of-sequence token.
@@ -132,6 +139,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from the Hub, a folder or a GGUF file (dequantised).
 
+    Args:
+        name: as ``ModelSource.resolve`` understands it.
+        key: the recipe's key, for errors.
+        dtype: torch's name of the type of the weights.
+        revision: branch, tag or commit on the Hub.
+        quantization: ``none``, ``8bit`` or ``4bit`` (bitsandbytes).
+        trust_remote_code: run Python code that comes with the model.
+
     Raises:
         UserError: the name is unknown, the format is not safe (safetensors only), or bitsandbytes is missing.
     """
@@ -166,6 +181,13 @@ def load_weights(
     """Load a model of ``auto_class`` (such as ``AutoModelForCausalLM``) and name the weights its files do not have.
 
     Args:
+        auto_class: reads the model.
+        name: as ``ModelSource.resolve`` understands it.
+        key: the recipe's key, for errors.
+        dtype: torch's name of the type of the weights.
+        revision: branch, tag or commit on the Hub.
+        quantization: ``none``, ``8bit`` or ``4bit`` (bitsandbytes).
+        trust_remote_code: run Python code that comes with the model.
         config: changes to the model's configuration.
 
     Raises:

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dts_hf.errors import UserError
+from dts_hf.models.head import without_adapters
 
 NAME = "dts_hf_packed"
 ROW = 12  # tokens of each of the two rows that ``check_packing`` looks at
@@ -49,11 +50,20 @@ def packed_attention(
     """Causal attention of packed rows, one after the other; anything else goes to transformers' ``sdpa``.
 
     Args:
-        query: ``[1, heads, sum of T, width]``; ``key`` and ``value`` may have fewer heads.
+        module: the attention layer.
+        query: ``[1, heads, sum of T, width]``.
+        key: ``[1, key heads, sum of T, width]``, of as many heads or a fraction of them.
+        value: as ``key``.
         attention_mask: ``cu_seqlens_mask``, or a mask for ``sdpa``.
+        dropout: of attention weights.
+        scaling: of scores; None: one over the root of the width.
+        **kwargs: what else a layer tells its attention, such as ``sliding_window``.
 
     Returns:
         ``[1, sum of T, heads, width]`` and None, as transformers expects.
+
+    Raises:
+        ValueError: the layer limits or caps its scores in a way that this function does not know.
     """
     if not is_cu_seqlens(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -115,7 +125,7 @@ def check_packing(
     Raises:
         UserError: the model mixes packed rows.
     """
-    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    owner = without_adapters(model)
     was_training, before = owner.training, owner.config._attn_implementation
     owner.eval()
     try:

@@ -89,7 +89,8 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         student.generation_config = copy.deepcopy(teacher.generation_config)
     student.config.name_or_path = ""
     student.train(teacher.training)  # a model built from its configuration would drop out
-    return student.to(next(teacher.parameters()).device)  # type: ignore[arg-type]
+    student.to(next(teacher.parameters()).device)  # type: ignore[arg-type]
+    return student
 
 
 def _describe_shape(shape: torch.Size | None) -> str:
@@ -124,7 +125,7 @@ def _state_for(
 
 
 def _path(model: nn.Module, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
+    return next(str(name) for name, module in model.named_modules() if module is part)
 
 
 def _depth(text_config: Any) -> int:
@@ -181,6 +182,7 @@ def pruned_config(config: Any, layers: int | Sequence[int], build: Build = AutoM
     Of a configuration that wraps a language model's, the language model's alone.
 
     Args:
+        config: of a language model, or of a model that wraps one.
         layers: how many, or which.
         build: makes a model from a configuration; it is called without memory (meta device).
 
@@ -285,7 +287,7 @@ def _kinds(build: Build, config: Any) -> list[Kind]:
     modules = dict(model.named_modules())
     kinds: list[Kind] = [{} for _ in range(depth)] if (stacks := _stacks(model, depth)) else []
     for stack in stacks:
-        for kind, layer in zip(kinds, modules[stack], strict=True):  # type: ignore[arg-type]
+        for kind, layer in zip(kinds, modules[stack], strict=True):
             for name, module in layer.named_modules():
                 weights = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
                 plain = {

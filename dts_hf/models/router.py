@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dts_hf.errors import UserError
+from dts_hf.models.head import without_adapters
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,21 @@ class Router:
         return experts * (chosen / total * (mass / total)).sum()
 
 
+def collects_router_logits(model: nn.Module) -> bool:
+    """Whether the configuration of ``model`` asks for the logits of its routers, and so for their loss beside its own."""
+    return bool(getattr(without_adapters(model).config.get_text_config(), "output_router_logits", False))
+
+
 def router_of(model: nn.Module) -> Router | None:
     """How ``model`` would add its router's loss to its own; None where it adds none.
 
     Raises:
         UserError: it does so in a way that ``Router`` does not know.
     """
-    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    config = owner.config.get_text_config()
-    if not getattr(config, "output_router_logits", False):
+    if not collects_router_logits(model):
         return None
+    owner = without_adapters(model)
+    config = owner.config.get_text_config()
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=owner.device)
     output = _probe(owner, mask)
     theirs, logits = getattr(output, "aux_loss", None), getattr(output, "router_logits", None)

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
-
-if TYPE_CHECKING:
-    pass
+from dts_hf.models.head import without_adapters
 
 
 def save_student(
@@ -28,6 +26,12 @@ def save_student(
     Every process calls it, because the weights may be sharded over all of them; the first one writes. ``folder`` is there
     as a whole or not at all, at every moment: one that is there already is renamed, not emptied, once everything is
     written. A kill between two renames leaves it as ``.NAME.old.unfinished``. Of a link, the folder behind it is written.
+
+    Args:
+        model: the student, as it was trained.
+        tokenizer: saved beside it.
+        folder: where to.
+        merge_lora: merge adapters into the weights; otherwise they are saved alone.
 
     Returns:
         the model as it was saved, on the first process; merging, and making it whole, makes it another one.
@@ -63,7 +67,7 @@ def _unsharded_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Mo
 
     Its buffers that are no weights (rotary frequencies) are not there.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = without_adapters(model)
     # FSDP2 makes a class of its own out of the model's
     kind: Any = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
     with unsharded_init(), torch.device("meta"):

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.errors import UserError
 from dts_hf.models.head import head_of
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +32,10 @@ def align_vocabularies(
     """Find the ids on which teacher and student can be compared.
 
     Args:
+        student: the model that learns.
+        teacher: the model that is imitated.
+        student_tokenizer: of the student.
+        teacher_tokenizer: of the teacher.
         mode: ``strict`` wants equal widths; ``truncate_to_tokenizer`` cuts both heads to the tokenizer's length (padded
             embeddings, such as Qwen's 151,936 and 152,064); ``intersect`` keeps the leading ids that both share.
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dts_hf.recipe.schema import Recipe, _validate
+from dts_hf.recipe.schema import Recipe, validated
 from dts_hf.recipe.yaml_files import read_values
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             dotted = dotted.rpartition(".")[0]
         return origins.get(dotted, str(path))
 
-    return _validate(values, source, deep=True)
+    return validated(values, source, deep=True)
 
 
 def find_recipes(folder: str | Path) -> dict[Path, str]:

@@ -55,10 +55,13 @@ class NamedOptions(Section):
 
     @property
     def options(self) -> dict[str, Any]:
+        """Everything beside the name."""
         return dict(self.model_extra or {})
 
 
 class Init(Section):
+    """A student that is cut out of the teacher."""
+
     from_: Literal["teacher"] = Field(alias="from", description="Where the weights come from.")
     layers: Count | Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
         description="How many of the teacher's layers to keep, evenly spaced, or their indices (the first is 0)."
@@ -66,6 +69,8 @@ class Init(Section):
 
 
 class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685)."""
+
     r: Count = Field(default=16, description="Rank of the adapters.")
     alpha: Count = Field(default=32, description="Scale: the update is multiplied by alpha / r.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, a probability.")
@@ -78,6 +83,8 @@ class Lora(Section):
 
 
 class Student(Section):
+    """The model that learns."""
+
     model: str | None = Field(default=None, description="Hub name or folder. Give either model or init.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     init: Init | None = Field(
@@ -98,6 +105,8 @@ class Student(Section):
 
 
 class Teacher(Section):
+    """The model that is imitated."""
+
     model: str = Field(
         description="Hub name, folder, a .gguf file, or package:NAME/FILE.gguf (a file of an installed package)."
     )
@@ -129,6 +138,8 @@ class Teacher(Section):
 
 
 class Data(Section):
+    """The rows, and how they become tokens."""
+
     train: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="JSONL, JSONL.gz or Parquet (file, folder or pattern), or the name of a Hub data set; or several."
     )
@@ -168,6 +179,8 @@ class Data(Section):
 
 
 class Loss(Section):
+    """The loss that the student minimises."""
+
     divergence: NamedOptions = Field(
         default=NamedOptions(name="forward_kl"),
         description="Distance from the teacher: a name, or name and options.",
@@ -186,6 +199,8 @@ class Loss(Section):
 
 
 class Task(Section):
+    """Classification or regression in the place of answers to instructions."""
+
     name: Literal["glue"] = Field(description="Family of tasks; the rows are those of data_prep/glue.py.")
     subset: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = Field(
         description="Which task: it fixes the fields of a row, the labels and the metrics."
@@ -203,6 +218,8 @@ class Task(Section):
 
 
 class Evaluation(Section):
+    """How answers are generated and scored."""
+
     # Without "chat": the template is data.prompt_template, and minillm with the chat template is that protocol
     protocol: Literal["minillm", "no_ngram", "greedy", "quick"] | None = Field(
         default=None,
@@ -242,6 +259,8 @@ class Evaluation(Section):
 
 
 class Output(Section):
+    """The run directory."""
+
     dir: str = Field(description="The run directory: it must not exist yet, or be empty.", min_length=1)
     overwrite: bool = Field(default=False, description="Replace the files of an earlier run in that folder.")
     report: bool = Field(default=True, description="Write figures, report.html and the model card at the end.")
@@ -299,7 +318,11 @@ class Recipe(Section):
 
     @property
     def required_teacher(self) -> Teacher:
-        """The teacher's section where there always is one: everywhere but with ``kd_ratio: 0``."""
+        """The teacher's section where there always is one: everywhere but with ``kd_ratio: 0``.
+
+        Raises:
+            UserError: there is none.
+        """
         if self.teacher is None:
             raise UserError("teacher: is missing, expected a mapping with model")
         return self.teacher
@@ -317,15 +340,24 @@ class Recipe(Section):
         Raises:
             UserError: one message with a line per problem.
         """
-        return _validate(expand(values, ""), lambda dotted: source, deep)
+        return validated(expand(values, ""), lambda dotted: source, deep)
 
     def to_yaml(self) -> str:
         """Every key, defaults included, as YAML that loads again to an equal recipe."""
         return dump_values(self.model_dump(mode="json"))
 
 
-def _validate(values: Mapping[str, Any], source: Callable[[str], str], deep: bool) -> Recipe:
-    """Build the recipe, or raise one error with every problem; ``source`` says which file a dotted key came from."""
+def validated(values: Mapping[str, Any], source: Callable[[str], str], deep: bool) -> Recipe:
+    """Build the recipe, or tell every problem at once.
+
+    Args:
+        values: as ``read_values`` or ``expand`` leaves them.
+        source: says which file a dotted key came from.
+        deep: also check what other modules define; imports torch.
+
+    Raises:
+        UserError: one message with a line per problem.
+    """
     problems: dict[str, str] = {}
     recipe = None
     try:

@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) not in (None, "!"):
             problem = f"tag {event.tag!r}: a recipe is plain values, tags are not used"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
@@ -153,7 +153,7 @@ def _values_below(node: yaml.Node, depth: int, counts: dict[yaml.Node, int], abo
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else, so that any reader gets the string."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True
 
 
@@ -175,6 +175,15 @@ for _tag, _pattern in {
 
 
 def parse_yaml(text: str, source: str) -> Any:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        source: what errors call it.
+
+    Raises:
+        UserError: it is broken, or none that a recipe could be; with line and column.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

@@ -77,7 +77,7 @@ def render_model_card(run: RunDirectory) -> str:
         protocol=facts.metrics.get("protocol") or {},
         limits=limits(facts),
     )
-    return ModelCard(text).content
+    return str(ModelCard(text).content)
 
 
 def card_data(facts: Facts) -> Any:

@@ -296,7 +296,7 @@ def markdown_table(run: RunDirectory) -> str:
 
 
 def markdown_scores(facts: Facts) -> str:
-    """The table of :func:`markdown_table` from facts already read."""
+    """The table of ``markdown_table`` from facts already read."""
     lines = score_lines(facts)
     if not lines:
         return "This run was not evaluated: it has no scores."

@@ -19,10 +19,10 @@ from typing import Any
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.files import (
-    _drop_half_line,
-    _jsonable,
-    _read_json,
-    _read_jsonl,
+    drop_half_line,
+    jsonable,
+    read_json,
+    read_jsonl,
     write_json_atomic,
     write_jsonl_atomic,
     write_text_atomic,
@@ -193,7 +193,7 @@ class RunDirectory:
 
     def read_environment(self) -> dict[str, Any]:
         """Return ``environment.json``."""
-        return _read_json(self.environment_path)
+        return read_json(self.environment_path)
 
     def write_data_manifest(self, values: Mapping[str, Any]) -> None:
         """Write ``data_manifest.json``: what was read, its hash, what was dropped."""
@@ -201,7 +201,7 @@ class RunDirectory:
 
     def read_data_manifest(self) -> dict[str, Any]:
         """Return ``data_manifest.json``."""
-        return _read_json(self.data_manifest_path)
+        return read_json(self.data_manifest_path)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint."""
@@ -209,7 +209,7 @@ class RunDirectory:
 
     def read_metrics(self) -> dict[str, Any]:
         """Return ``metrics.json``."""
-        return _read_json(self.metrics_path)
+        return read_json(self.metrics_path)
 
     def write_scores(self, values: Mapping[str, Any]) -> None:
         """Write ``scores.json``: scores of the models before training, for a later attempt at this run."""
@@ -217,7 +217,7 @@ class RunDirectory:
 
     def read_scores(self) -> dict[str, Any]:
         """Return ``scores.json``."""
-        return _read_json(self.scores_path)
+        return read_json(self.scores_path)
 
     def log_size(self) -> int:
         """Bytes of ``log.jsonl``."""
@@ -236,12 +236,12 @@ class RunDirectory:
             record: ``{"kind": "train" | "eval" | "generation", "step": optimizer step, "epoch": float, ...}``.
         """
         with self.log_path.open("ab+") as file:
-            _drop_half_line(self.log_path, file.tell())
-            file.write((json.dumps(_jsonable(record), ensure_ascii=False) + "\n").encode())
+            drop_half_line(self.log_path, file.tell())
+            file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the records of ``log.jsonl``; a last line that a killed process left half-written is left out."""
-        return list(_read_jsonl(self.log_path, may_end_early=True))
+        return list(read_jsonl(self.log_path, may_end_early=True))
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write ``predictions/{name}.jsonl``.
@@ -255,7 +255,7 @@ class RunDirectory:
 
     def read_predictions(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``predictions/{name}.jsonl``."""
-        return list(_read_jsonl(self.predictions_path / f"{name}.jsonl"))
+        return list(read_jsonl(self.predictions_path / f"{name}.jsonl"))
 
     def has_predictions(self, name: str) -> bool:
         """Whether ``predictions/{name}.jsonl`` is there."""

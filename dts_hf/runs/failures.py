@@ -56,7 +56,7 @@ def one_sentence(error: BaseException) -> str | None:
             return (
                 f"out of memory: {_first_line(link)}. Lower training.per_device_train_batch_size (and raise "
                 "gradient_accumulation_steps by the same factor: the numbers stay), or set "
-                "training.gradient_checkpointing: true"
+                "training.activation_checkpointing: true"
             )
     return None
 

@@ -17,7 +17,7 @@ from dts_hf.models.checks import check_apart
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packed_attention import check_packing
-from dts_hf.models.router import Router, router_of
+from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
@@ -168,8 +168,3 @@ def check_whole(student: nn.Module) -> None:
             "TrainingArguments with ZeRO-3 exist; expected a whole model: load it within "
             "dts_hf.distributed.sharding.unsharded_init(), or give its name"
         )
-
-
-def collects_router_logits(model: nn.Module) -> bool:
-    """Whether the model's own loss has an auxiliary one for its routers."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))  # type: ignore[operator, union-attr]

@@ -31,7 +31,7 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
-from dts_hf.training.pair import Pair, collects_router_logits, set_up_models
+from dts_hf.training.pair import Pair, set_up_models
 from dts_hf.training.step_sums import count_tokens
 
 
@@ -222,7 +222,7 @@ class DistillationTrainer(DistillationBase):
         if not aux_loss.requires_grad and torch.is_grad_enabled():
             raise UserError(
                 "router_aux_loss: nothing is left of the graph of the router's logits, as under gradient checkpointing with "
-                "use_reentrant: true; expected use_reentrant: false (training.gradient_checkpointing_kwargs), or "
+                "use_reentrant: true; expected use_reentrant: false (training.activation_checkpointing_kwargs), or "
                 "router_aux_loss 'none'"
             )
         return aux_loss

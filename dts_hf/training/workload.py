@@ -115,7 +115,7 @@ def workload_of(
         student_dtype=recipe.student.dtype,
         teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        gradient_checkpointing=bool(args.gradient_checkpointing),
+        gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=_lora_parameters(recipe.student, shape, student),
         logits_budget_mb=recipe.loss.logits_budget_mb,
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,

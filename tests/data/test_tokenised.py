@@ -26,15 +26,10 @@ from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.training.test_trainer import ROWS, arguments, encoded, temperatures, trainer_for
+from tests.support.trainers import ROWS, arguments, encoded, losses, plain, temperatures, trainer_for
 
 LONG = [{"id": f"l{i}", "instruction": "Say it", "input": "", "output": "yes " * 600} for i in range(7)]
 NAMES = ("eval_loss", "eval_kl", "eval_ce_loss", "eval_teacher_ce", "eval_rows", "eval_labels")
-
-
-def plain(rows=ROWS):
-    data = encoded(rows)
-    return [{key: data[i][key] for key in ("input_ids", "labels")} for i in range(len(data))]
 
 
 def padded(rows, side, width=96, pad=7):
@@ -50,10 +45,6 @@ def padded(rows, side, width=96, pad=7):
 
 def numbers(values):
     return {name: values[name] for name in NAMES}
-
-
-def losses(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "kl" in log]
 
 
 def gpt2_trainer(tmp_path, rows, **more):
@@ -665,7 +656,7 @@ def test_added_tokens_are_no_padding(tmp_path):
 def test_what_is_saved_after_training_may_generate(tmp_path):
     student = tiny_llama(seed=0)
     assert student.config.use_cache
-    trainer = trainer_for(tmp_path, student, options={"gradient_checkpointing": True})
+    trainer = trainer_for(tmp_path, student, options={"activation_checkpointing": True})
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     assert tiny_llama().config.from_pretrained(tmp_path / "final").use_cache

@@ -781,9 +781,9 @@ def test_the_five_sets_from_real_rows(
     manifest = read_manifest(out / name)
     assert {split: entry["rows"] for split, entry in manifest["files"].items()} == counts
     assert manifest["counts_as_expected"] is published
-    for split in counts:
+    for split, count in counts.items():
         prepared = resolve_set(name, out, split=split)
-        assert len(load_rows(prepared.path)) == counts[split]
+        assert len(load_rows(prepared.path)) == count
     if name == "s_ni":
         assert any(isinstance(r["output"], list) and len(r["output"]) > 1 for r in rows_of(resolve_set(name, out)))
 

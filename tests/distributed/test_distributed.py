@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.cases import CASES, MULTI, ROUNDING, Case
 from tests.support.launching import ROOT, WORKERS, environment, launch
-from tests.workers.distributed_worker import CASES, MULTI, ROUNDING, Case
 
 # Six strategies in one launch, because a process needs longer to start than to train: about 100 seconds on 2 quiet cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -80,7 +80,7 @@ def test_the_launch_was_what_it_claims(runs):
         if case.lora and strategy in ("single", "fsdp2"):
             expected = expected.replace("LlamaForCausalLM", "PeftModelForCausalLM")
         assert (record["strategy"], record["wrapper"]) == (strategy, expected), (strategy, case.name)
-        assert record["recomputed"] == case.arguments.get("gradient_checkpointing", False), (strategy, case.name)
+        assert record["recomputed"] == case.arguments.get("activation_checkpointing", False), (strategy, case.name)
 
 
 def test_the_table_covers_every_policy_accumulation_and_layout():

@@ -99,25 +99,11 @@ def test_the_models_of_the_tables_are_the_published_ones() -> None:
     assert counts["70b"] == (8_030_261_248, 70_553_706_496)  # Llama 3
 
 
-def table_rows(column: str) -> list[dict[str, str]]:
-    """Column -> cell of each row of the page's tables that have ``column``."""
-    rows, header = [], []
-    for line in PAGE.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if column in cells:
-            header = cells
-        elif not cells:
-            header = []
-        elif header and not cells[0].startswith("---"):
-            rows.append(dict(zip(header, cells, strict=True)))
-    return rows
-
-
 def test_the_prose_says_what_the_tables_say() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         from _scale_estimates import estimate_communication, estimate_host, floor_seconds
-        from _scale_page import CARD_GB, CASES, USABLE
+        from _scale_page import CARD_GB, CASES, USABLE, cells
     finally:
         sys.path.remove(str(ROOT / "docs"))
     from dts_hf.training.memory import estimate_memory
@@ -153,9 +139,10 @@ def test_the_prose_says_what_the_tables_say() -> None:
     host = [estimate_host(case.student, case.teacher, case.workload, Plan(name, 8)) for name in ("zero3", "fsdp2")]
     assert host[1] - host[0] == 8 * 4 * case.student.parameters
     student, teacher = CASES["7b"].student.parameters, CASES["7b"].teacher.parameters
-    ddp = {"strategy": "ddp", "GPUs": "8", "teacher": "replicated", "student": f"{4 * student / 1e9:.1f}"}
-    (row,) = (row for row in table_rows("host GB a node") if ddp.items() <= row.items())
-    assert row["host GB a node"] == f"{(4 * student + 8 * 2 * teacher) / 1e9:.0f}"  # fp16 files, held in bf16
+    row = cells(CASES["7b"], Plan("ddp", 8))
+    assert f"| {' | '.join(row.values())} |" in PAGE
+    in_bf16 = 8 * 2 * teacher  # of fp16 files; each process holds one
+    assert row["host GB a node"] == f"{(4 * student + in_bf16) / 1e9:.0f}"
 
 
 # -------------------------------------------------------------------------------------------------------- launch lines

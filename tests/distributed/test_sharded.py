@@ -17,10 +17,10 @@ from dts_hf.distill import distill
 from dts_hf.distributed.sharding import check_can_shard, is_sharded, place_teacher, shard_teacher, unsharded_init
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
+from tests.distributed.cases import SHARDED_TRAININGS
 from tests.support.launching import WORKERS, deepspeed_config, launch
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.workers import sharded_worker
-from tests.workers.sharded_worker import TRAINED
 
 #: What trains the student.
 WRAPPERS = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2": "FSDPLlamaForCausalLM"}
@@ -28,7 +28,7 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2
 MEMORY_BAR = 0.65
 
 trained = pytest.mark.parametrize(
-    ("strategy", "case"), [(strategy, case) for strategy in WRAPPERS for case in TRAINED[strategy]]
+    ("strategy", "case"), [(strategy, case) for strategy in WRAPPERS for case in SHARDED_TRAININGS[strategy]]
 )
 
 

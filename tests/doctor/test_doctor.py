@@ -155,7 +155,7 @@ CLEAN: dict[str, dict[str, Any]] = {
     "packed": {"data": {"packing": True}},
     "lora": {"student": {"model": "poor", "lora": {"r": 2}}},
     "labels alone": {"student": {"model": "teacher"}, "teacher": None, "loss": {"kd_ratio": 0.0}},
-    "accumulated": {"training": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
+    "accumulated": {"training": {"gradient_accumulation_steps": 2, "activation_checkpointing": True}},
     "epochs": {"training": {"max_steps": -1, "num_train_epochs": 2}},
     "seqkd": {"data": {"responses": "teacher", "teacher_max_new_tokens": 8}},
     "seqkd alone": {

@@ -271,7 +271,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("fails", [False, True])
 def test_modes_flags_and_config_come_back(fails: bool) -> None:
     model = tiny_llama()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.config.use_cache = False
     model.train()
     model.model.layers[0].eval()  # a frozen part keeps its own mode

@@ -24,6 +24,8 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -446,6 +448,15 @@ def test_wrong_lora_layers(base: Path) -> None:
     assert "lm_head" not in str(caught.value)
     with pytest.raises(UserError, match="adapter sits on the output layer"):
         adapted_student(base, target_modules=["q_proj", "lm_head"])
+
+
+def test_adapted_model_that_cannot_run_is_named() -> None:
+    """PhiMoE's router is a linear layer that returns a tuple, which an adapter on it cannot read."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = PhimoeConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, pad_token_id=0, **sizes)
+    adapted = add_lora(PhimoeForCausalLM(config), Lora(r=2, alpha=4))
+    with pytest.raises(UserError, match=r"student: PeftModelForCausalLM cannot answer a few tokens: .*tuple"):
+        check_head(adapted, role="student")
 
 
 @every_family

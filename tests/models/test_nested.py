@@ -18,8 +18,8 @@ from dts_hf.models.pruning import prune_layers
 from dts_hf.models.shape import shapes_from_configs
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.families import SIZES
+from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_tokenizer
-from tests.test_distill import recipe, write_rows
 
 VISION = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 28,
           "patch_size": 14}  # fmt: skip

@@ -92,7 +92,7 @@ def test_packed_rows_are_each_row_alone(make, checkpointing):
     expected, expected_grad = states_and_gradient(model, alone)
     assert check_packing(model) is True and model.config._attn_implementation == NAME
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     together, grad = states_and_gradient(model, [inputs])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)

@@ -16,8 +16,8 @@ from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.models.pruning import prune_layers, pruned_config
 from dts_hf.models.shape import shapes_from_configs
 from tests.support.families import FAMILIES, SIZES, Family
+from tests.support.recipes import recipe
 from tests.support.tiny import tiny_llama
-from tests.test_distill import recipe, workplace  # noqa: F401
 
 IDS = torch.tensor([[5, 60, 300, 17, 9, 41, 8, 100]])
 JAMBA = {**FAMILIES["Jamba"].options, "attn_layer_period": 4, "attn_layer_offset": 1}
@@ -170,7 +170,7 @@ def test_the_advice_can_be_followed(count: int) -> None:
         assert pruned_config(config, choice).num_hidden_layers == count
 
 
-def test_a_refused_choice_ends_the_run_before_it_begins(workplace: Any) -> None:  # noqa: F811
+def test_a_refused_choice_ends_the_run_before_it_begins(workplace: Any) -> None:
     """The doctor's estimate and the run agree, from the configuration alone and from the model."""
     Family("JambaConfig", JAMBA).build().save_pretrained("teacher")
     wanted = recipe(student={"init": {"from": "teacher", "layers": [0, 1, 3]}})

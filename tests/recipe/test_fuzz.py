@@ -207,7 +207,7 @@ def flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else ".nan" if value != value else f"{'-' * (value < 0)}.inf"
+        return repr(value) if math.isfinite(value) else ".nan" if math.isnan(value) else f"{'-' * (value < 0)}.inf"
     if not isinstance(value, str):
         return json.dumps(value)
     escaped = json.dumps(value, ensure_ascii=False)
@@ -525,7 +525,7 @@ CHOICES: dict[str, list[Any]] = {
     "training.seed": [0, 2**32 - 1, 2**32, 2**62],
     "training.eval_strategy": ["no", "steps"],
     "training.save_strategy": ["no", "steps", "best"],
-    "training.gradient_checkpointing": [True],
+    "training.activation_checkpointing": [True],
     "training.bf16": [True],
     "training.neftune_noise_alpha": [5.0],
     "training.load_best_model_at_end": [True],

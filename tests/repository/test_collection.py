@@ -73,3 +73,10 @@ def test_names_do_not_depend_on_time_folder_or_hashes(tmp_path: Path) -> None:
     of_this_machine = [name for name in here if any(place in name for place in places)]
     addresses = [name for name in here if re.search(r"\b0x[0-9a-f]{6,}|<[\w.]+ (object )?at ", name)]
     assert not of_this_machine and not addresses
+
+
+def test_no_test_module_is_imported() -> None:
+    """What several tests share stands in tests/support, and the cases of a worker beside its test, in a module of cases."""
+    pattern = re.compile(r"^\s*(from tests\.(\w+\.)*test_\w+ import|import tests\.(\w+\.)*test_)", re.MULTILINE)
+    importing = [path.name for path in (ROOT / "tests").rglob("*.py") if pattern.search(path.read_text("utf-8"))]
+    assert not importing

@@ -79,6 +79,19 @@ def test_no_circle() -> None:
 
 
 @every_module
+def test_private_names_stay_in_their_module(module: str) -> None:
+    """A private module is its room's; a private name is its module's."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.ImportFrom) and ours(node.module or ""):
+            same_room = room(node.module or "") == room(module)
+            private = [
+                alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"
+            ]
+            modules = [name for name in private if same_room and f"{node.module}.{name}" in FILES]
+            assert private == modules, f"line {node.lineno}: {private}"
+
+
+@every_module
 def test_the_mathematics_imports_torch_alone(module: str) -> None:
     if not stands_in(module, MATHEMATICS):
         return

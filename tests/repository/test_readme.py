@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *(ROOT / folder / "README.md" for folder in ("benchmarks", "data_prep", "recipes")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -58,7 +58,7 @@ def test_python_example_is_ten_statements_at_most() -> None:
     assert len(lines) <= 12, "ten lines and the two imports"
 
 
-@pytest.mark.parametrize("block", labelled("yaml"))
+@pytest.mark.parametrize("block", list(labelled("yaml")))
 def test_recipe_example_loads(block: str, tmp_path: Path) -> None:
     from dts_hf.recipe.loading import load_recipe
 

@@ -79,7 +79,7 @@ def imports_of(module: str) -> tuple[Import, ...]:
 
 
 def ours(module: str) -> bool:
-    return module.split(".")[0] == "dts_hf"
+    return module.partition(".")[0] == "dts_hf"
 
 
 def inside(module: str) -> str:

@@ -13,16 +13,14 @@ from statistics import fmean, pstdev
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, build_temperature
-from dts_hf.training.trainer import DistillationTrainer
+from tests.support.controls import CONTROLS, trainer_for
 from tests.support.launching import WORKERS, launch
 from tests.support.recorded import a_run, record
-from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 STEPS = 400
 
@@ -450,25 +448,6 @@ def test_rule_paper_per_token_fires_where_the_student_beats_the_teacher():
 # ------------------------------------------------------------------------------------------------ through the Trainer
 
 
-def trainer_for(folder, temperature, **arguments):
-    defaults = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-3, "disable_tqdm": True, "seed": 7,
-    }  # fmt: skip
-    rows = [
-        {"id": f"r{i}", "instruction": "Say it", "input": "", "output": "yes " * (1 + 3 * (i % 5)) + "no"}
-        for i in range(16)
-    ]
-    return DistillationTrainer(
-        tiny_llama(seed=arguments.pop("student", 0)),
-        tiny_llama(seed=1),
-        args=TrainingArguments(**{**defaults, **arguments}),
-        temperature=temperature,
-        train_dataset=rows,
-        processing_class=tiny_tokenizer(),
-    )
-
-
 def logged(trainer, name="temperature"):
     return [line[name] for line in trainer.state.log_history if name in line]
 
@@ -500,13 +479,6 @@ def test_the_recorded_gaps_of_another_student_give_its_schedule_to_the_bit(sourc
     again.train()
     assert again.temperature.state()["value"] == trainer.temperature.state()["value"]
     assert logged(again, "gap") != logged(trainer, "gap")
-
-
-CONTROLS = {
-    "replay": lambda run: {"name": "replay", "run": run},
-    "permuted": lambda run: {"name": "dts", "gap_source": {"replay": run, "order": "permuted"}, "seed": 4},
-    "match": lambda run: {"name": "cosine", "match_mean_of": run},
-}
 
 
 @pytest.mark.parametrize("control", CONTROLS)

@@ -329,11 +329,11 @@ def test_micro_batches_share_the_routers_loss_by_their_labels(tmp_path: Any) -> 
 
 def test_a_routers_loss_without_a_graph_is_refused(tmp_path: Any) -> None:
     student = FAMILIES["Mixtral"].build(**AUX)
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     student.enable_input_require_grads()
     with pytest.raises(UserError, match="router_aux_loss: nothing is left of the graph"):
         step(trainer_for(tmp_path, student, FAMILIES["Mixtral"].build(1)))
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     step(trainer_for(tmp_path, student, FAMILIES["Mixtral"].build(1)))
 
 

@@ -37,7 +37,7 @@ from dts_hf.training.trainer import DistillationTrainer
 from tests.support import reference
 from tests.support.recorded import policy_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
-from tests.training.test_trainer import arguments
+from tests.support.trainers import arguments
 
 V, SHAPE = 12, (2, 5)
 STEP = 3e-5  # of the central differences, along directions of length 1: far inside the distance from a kink

@@ -12,7 +12,7 @@ from dts_hf.temperature import temperature_policies
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.recorded import options_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
-from tests.training.test_trainer import arguments
+from tests.support.trainers import arguments
 
 ROWS = [
     {"id": f"r{i}", "instruction": "Say it" + " again" * (i % 3), "input": "", "output": "yes " * (1 + i % 5) + "no"}

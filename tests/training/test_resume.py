@@ -348,7 +348,7 @@ def test_a_run_that_another_process_works_on_is_left_alone(workplace, straight):
 
 
 def test_mixed_precision_of_the_launcher_is_compared(tmp_path):
-    from tests.training.test_trainer import trainer_for
+    from tests.support.trainers import trainer_for
 
     trainer = trainer_for(tmp_path, options={"max_steps": 1})
     make_checkpoint(tmp_path, "checkpoint-1", **trainer.layout())
@@ -466,7 +466,7 @@ def test_a_classifier_goes_on_too_with_its_best_epoch(workplace):
 
 
 def test_a_halved_budget_and_a_sum_that_is_no_number_survive(tmp_path):
-    from tests.training.test_trainer import trainer_for
+    from tests.support.trainers import trainer_for
 
     trainer = trainer_for(tmp_path, options={"max_steps": 1})
     trainer.train()

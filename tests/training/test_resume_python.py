@@ -8,9 +8,8 @@ import torch
 from transformers import Trainer
 
 from dts_hf.errors import UserError
-from tests.data.test_tokenised import losses, plain
 from tests.support.tiny import tiny_gpt2, tiny_llama
-from tests.training.test_trainer import ROWS, arguments, trainer_for
+from tests.support.trainers import ROWS, arguments, losses, plain, trainer_for
 
 CONSTANT = {
     "lr_scheduler_type": "constant",

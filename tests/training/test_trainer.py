@@ -12,9 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dts_hf.data.collators import PackedCollator, PaddedCollator
-from dts_hf.data.encoding import EncodedDataset, encode_rows
-from dts_hf.data.prompt_templates import get_template
-from dts_hf.data.sources import rows_from_dataset
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.errors import RunError, UserError
 from dts_hf.loss.logged_sums import SumMeter
 from dts_hf.loss.selection import IGNORE_INDEX, count_targets, select_response
@@ -22,36 +20,10 @@ from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.trainer import DistillationTrainer, DTSDistillationTrainer
 from tests.support import reference
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.support.trainers import ROWS, arguments, encoded, temperatures, trainer_for
 
-ROWS = [
-    {
-        "id": f"r{i}",
-        "instruction": "Say it" + " again" * (i % 4),
-        "input": "",
-        "output": "yes " * (1 + 3 * (i % 5)) + "no",
-    }
-    for i in range(16)
-]
 MODELS = {"llama_tied": lambda s: tiny_llama(seed=s, tie=True), "llama_untied": lambda s: tiny_llama(seed=s, tie=False),
           "gpt2": lambda s: tiny_gpt2(seed=s)}  # fmt: skip
-
-
-def arguments(folder, **options):
-    defaults = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True, "seed": 7,
-    }  # fmt: skip
-    return TrainingArguments(**{**defaults, **options})
-
-
-def trainer_for(folder, model=None, teacher=None, rows=ROWS, options=None, **more):
-    defaults = {"temperature": {"name": "dts"}, "train_dataset": rows, "processing_class": tiny_tokenizer()}
-    return DistillationTrainer(
-        tiny_llama(seed=0) if model is None else model,
-        tiny_llama(seed=1, layers=3) if teacher is None else teacher,
-        args=arguments(folder, **(options or {})),
-        **{**defaults, **more},
-    )
 
 
 def step_gradients(trainer, batches):
@@ -68,11 +40,6 @@ def step_gradients(trainer, batches):
 def largest_difference(one, other):
     assert one.keys() == other.keys()
     return max(((one[k] - other[k]).norm() / other[k].norm().clamp(min=1e-12)).item() for k in one)
-
-
-def encoded(rows=ROWS):
-    limits = {"max_length": 128, "max_prompt_length": 64}
-    return encode_rows(rows_from_dataset(rows), tiny_tokenizer(), get_template("chat"), **limits)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- the shift
@@ -186,11 +153,6 @@ def test_training_does_not_depend_on_the_split(tmp_path, policy):
             assert trainer.temperature.state()[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
 
 
-def temperatures(trainer):
-    names = ("temperature", "temperature_min", "temperature_max")
-    return [[log[name] for name in names] for log in trainer.state.log_history if "kl" in log]
-
-
 def test_packing_through_the_trainer_equals_padding(tmp_path):
     losses = {}
     for packing in (False, True):
@@ -207,7 +169,7 @@ def test_lora_student_trains_and_its_base_stays(tmp_path):
 
     student = get_peft_model(tiny_llama(seed=0), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = {name: p.clone() for name, p in student.named_parameters()}
-    trainer = trainer_for(tmp_path, student, options={"max_steps": 2, "gradient_checkpointing": True})
+    trainer = trainer_for(tmp_path, student, options={"max_steps": 2, "activation_checkpointing": True})
     trainer.train()
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora" in name for name in moved)
@@ -381,8 +343,6 @@ def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
 
 def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
     from dataclasses import dataclass
-
-    from transformers import TrainingArguments
 
     @dataclass
     class GKDConfig(TrainingArguments):

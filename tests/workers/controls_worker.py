@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from dts_hf.errors import UserError
+from tests.support.controls import CONTROLS, trainer_for
 from tests.support.launching import leave
-from tests.temperature.test_controls import CONTROLS, trainer_for
 
 
 def main(run: str, folder: str) -> None:

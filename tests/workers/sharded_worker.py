@@ -29,27 +29,13 @@ from dts_hf.models.saving import save_student
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Lora
 from dts_hf.training.trainer import DistillationTrainer
+from tests.distributed.cases import ROWS, SHARDED_TEACHERS, SHARDED_TRAININGS
 from tests.support.launching import ROOT, leave, strategy_arguments, training_arguments
 from tests.support.tiny import tiny_llama, tiny_tokenizer
-from tests.workers.distributed_worker import ROWS
 
 ASKED = [Row(f"r{i}", "Name a fruit" + " and a word" * (i % 5), "", ("a pear",)) for i in range(5)]
 SENTENCES = [{"sentence": "good " * (1 + i % 4) + "film", "label": i % 2} for i in range(24)]
 SENTENCES += [{"sentence": "a film " * (1 + i % 3) + "that is bad", "label": (i // 2) % 2} for i in range(8)]
-#: name: (tied head, how the teacher is placed, LoRA, gradient checkpointing, packed)
-CASES: dict[str, tuple[bool, str, bool, bool, bool]] = {
-    "tied": (True, "replicated", False, False, False),
-    "tied-sharded": (True, "sharded", False, True, False),
-    "untied-sharded": (False, "sharded", False, False, True),
-    "lora-sharded": (True, "sharded", True, True, False),
-}
-#: What is trained under which strategy.
-TRAINED = {
-    "single": tuple(CASES),
-    "ddp": ("tied", "tied-sharded"),
-    "fsdp2": ("untied-sharded", "lora-sharded"),
-    "zero3": ("tied-sharded", "untied-sharded", "lora-sharded"),
-}
 MEASURED = ("ddp", "zero3")
 
 
@@ -75,9 +61,9 @@ class Midway(TrainerCallback):
 
 
 def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
-    tie, placement, lora, checkpointing, packing = CASES[name]
+    tie, placement, lora, checkpointing, packing = SHARDED_TEACHERS[name]
     single = process()[1] == 1
-    args = arguments(strategy, out, gradient_checkpointing=checkpointing)
+    args = arguments(strategy, out, activation_checkpointing=checkpointing)
     student: Any = tiny_llama(seed=0, tie=tie)
     if lora:
         torch.manual_seed(0)
@@ -203,7 +189,7 @@ def main(strategies: list[str], out: Path) -> None:
     measured = {strategy: memory(strategy) for strategy in MEASURED if strategy in strategies}
     for strategy in strategies:
         (out / strategy).mkdir(exist_ok=True)
-        found: dict[str, Any] = {name: train(strategy, name, out / strategy) for name in TRAINED[strategy]}
+        found: dict[str, Any] = {name: train(strategy, name, out / strategy) for name in SHARDED_TRAININGS[strategy]}
         if strategy in ("single", "zero3"):
             found["classify"] = classify(strategy, out / strategy)
         found |= {"memory": measured.get(strategy), "failures": failures() if world > 1 else None}

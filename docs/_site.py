@@ -1,0 +1,32 @@
+"""What mkdocs does to a page beside rendering it: links out of docs/ become links to the repository.
+
+On GitHub ``[head.py](../dts_hf/models/head.py)`` leads to the file; a site holds the pages alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("mkdocs.plugins.dts_hf")  # below this name a warning fails a strict build
+ROOT = Path(__file__).resolve().parents[1]
+LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]*)((?:#[^)]*)?\))")
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Called by mkdocs for every page."""
+    folder = (ROOT / "docs" / page.file.src_uri).parent
+
+    def to_repository(link: re.Match[str]) -> str:
+        target = (folder / link[2]).resolve()
+        if target.is_relative_to(ROOT / "docs"):  # from one folder of the pages to another
+            return link[0]
+        if not target.exists() or not target.is_relative_to(ROOT):
+            logger.warning("%s: %s leads nowhere", page.file.src_uri, link[2])
+            return link[0]
+        kind = "tree" if target.is_dir() else "blob"
+        return f"{link[1]}{config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}{link[3]}"
+
+    return LINK.sub(to_repository, markdown)
