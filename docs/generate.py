@@ -1,5 +1,5 @@
-"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md, and the tables
-of docs/scale.md.
+"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md,
+docs/log_columns.md, and the tables of docs/scale.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    write nothing; exit 1 and name the files that are not up to date
@@ -17,6 +17,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 from _divergences_page import divergences_page  # noqa: E402
+from _log_columns_page import log_columns_page  # noqa: E402
 from _models_page import models_page  # noqa: E402
 from _scale_page import scale_page  # noqa: E402
 from _temperature_page import temperature_figures, temperature_page  # noqa: E402
@@ -29,6 +30,7 @@ def generated() -> dict[Path, str]:
         "temperature.md": temperature_page(),
         "divergences.md": divergences_page(),
         "models.md": models_page(),
+        "log_columns.md": log_columns_page(),
         "scale.md": scale_page(),
     }
     return {**{DOCS / name: text for name, text in pages.items()}, **figures}
