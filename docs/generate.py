@@ -1,5 +1,5 @@
-"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md, the tables of
-docs/scale.md, and the layers of docs/architecture.md.
+"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md,
+docs/log_columns.md, the tables of docs/scale.md, and the layers of docs/architecture.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    write nothing; exit 1 and name the files that are not up to date
@@ -18,6 +18,7 @@ sys.path.insert(0, str(DOCS))
 
 from _architecture_page import architecture_page  # noqa: E402
 from _divergences_page import divergences_page  # noqa: E402
+from _log_columns_page import log_columns_page  # noqa: E402
 from _models_page import models_page  # noqa: E402
 from _scale_page import scale_page  # noqa: E402
 from _temperature_page import temperature_figures, temperature_page  # noqa: E402
@@ -30,6 +31,7 @@ def generated() -> dict[Path, str]:
         "temperature.md": temperature_page(),
         "divergences.md": divergences_page(),
         "models.md": models_page(),
+        "log_columns.md": log_columns_page(),
         "scale.md": scale_page(),
         "architecture.md": architecture_page(),
     }

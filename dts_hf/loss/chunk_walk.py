@@ -14,28 +14,8 @@ import torch
 from torch import Tensor
 
 from dts_hf.divergences import Distribution, Distributions, Divergence, dot
+from dts_hf.loss import statistics as stats
 from dts_hf.loss.sequence_gap import row_gaps, sequence_means, whole_sequences
-from dts_hf.loss.statistics import (
-    CE,
-    KD,
-    KL,
-    OBSERVED,
-    ROWS,
-    START,
-    STUDENT_ENTROPY,
-    STUDENT_ENTROPY_AT_T,
-    SUMS_OF_LOSS,
-    TEACHER_CE,
-    TEACHER_ENTROPY,
-    TEACHER_ENTROPY_AT_T,
-    TEACHER_TEMPERATURE,
-    TEMPERATURE,
-    TEMPERATURE_GRAD,
-    TEMPERATURE_MAX,
-    TEMPERATURE_MIN,
-    TOP1_AGREEMENT,
-    Statistic,
-)
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
 
@@ -106,9 +86,9 @@ class ChunkWalk:
     ``logits_budget_mb``. g takes the place of the student's raw logits, so it needs no third buffer.
 
     **Precision.** Matmuls run in the student's dtype (that of autocast, where it is on; the teacher's in that of its head),
-    everything between them in fp32, in fp64 where the student is fp64. The gradients are those of the *summed* loss: over
-    thousands of labels the gradient of a mean would underflow in fp16 before the matmuls, so ``_FusedLoss`` divides them
-    afterwards. The sum of dW over chunks is fp32.
+    everything between them in fp32, the sum of dW over chunks too; all of it in fp64 where the student is fp64. The
+    gradients are those of the *summed* loss: over thousands of labels the gradient of a mean would underflow in fp16 before
+    the matmuls, so ``_FusedLoss`` divides them afterwards.
 
     **Sharded heads and wrappers.** The walk sees plain tensors: it runs inside the model's forward (``loss_in_head``),
     where DDP, ZeRO-3 and FSDP2 have gathered the student's head, and ``gather_head`` has gathered the teacher's; once for
@@ -156,21 +136,23 @@ class ChunkWalk:
         self.block = self.chunk
         if device.type == "cpu":
             self.block = max(1, min(self.chunk, _CPU_BLOCK_BYTES // (self.math_dtype.itemsize * vocab)))
+        # All chunks write into these: taken anew for each chunk, the last and the next one would be there together
         models = 1 if teacher_states is None else 2
         self.buffers = [states.new_empty(self.chunk, vocab, dtype=self.math_dtype) for _ in range(models)]  # [C, V]
 
-        # Gradients of the summed loss. dW has the matmul's dtype after one chunk, and fp32 from the second one on.
+        # Gradients of the summed loss. The first chunk makes dW; without a chunk it is zeros, and not None, so that every
+        # rank has a gradient to reduce.
         self.d_states = torch.empty(rows, width, dtype=states.dtype, device=device) if self.need_states else None
         self.d_weight = torch.zeros_like(head.weight) if self.need_weight and not rows else None
         self.d_bias = torch.zeros(vocab, dtype=self.math_dtype, device=device) if self.need_bias else None
         self.inverse = 1.0 / torch.as_tensor(normalizer, dtype=self.math_dtype) if rows else 0.0
 
         #: 0-d tensors of ``math_dtype``, but for ``observed`` ``[K]``, which is there when the policy observes.
-        self.sums: dict[str, Tensor] = {ROWS: torch.full((), float(rows), dtype=self.math_dtype, device=device)}
-        for name, reduction in SUMS_OF_LOSS.items():
-            self.sums[name] = torch.full((), START[reduction], dtype=self.math_dtype, device=device)
+        self.sums: dict[str, Tensor] = {stats.ROWS: torch.full((), float(rows), dtype=self.math_dtype, device=device)}
+        for name, reduction in stats.SUMS_OF_LOSS.items():
+            self.sums[name] = torch.full((), stats.START[reduction], dtype=self.math_dtype, device=device)
         if settings.temperature.learns:
-            self.sums[TEMPERATURE_GRAD] = torch.zeros((), dtype=self.math_dtype, device=device)
+            self.sums[stats.TEMPERATURE_GRAD] = torch.zeros((), dtype=self.math_dtype, device=device)
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -193,7 +175,7 @@ class ChunkWalk:
                 for span in parts:
                     self._process(span, whole_gap)
         r = self.settings.kd_ratio
-        total = (1.0 - r) * self.sums[CE.sum] + r * self.sums[KD.sum]
+        total = (1.0 - r) * self.sums[stats.CE.sum] + r * self.sums[stats.KD.sum]
         # Without a row the normaliser may be 0 too. The zero still hangs in the graph: a rank without labels must take
         # part in the backward pass, or the others wait for its gradients for ever.
         return total * self.inverse if len(self.states) else total
@@ -293,13 +275,13 @@ class ChunkWalk:
         teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)  # [C]
         student_entropy, teacher_entropy = at_one.q.entropy(), at_one.p.entropy()  # [C]
 
-        self._add(CE, student_ce)
-        self._add(TEACHER_CE, teacher_ce)
-        self._add(KL, at_one.forward_kl())
+        self._add(stats.CE, student_ce)
+        self._add(stats.TEACHER_CE, teacher_ce)
+        self._add(stats.KL, at_one.forward_kl())
         # They agree where the teacher's logit at the student's first choice is the teacher's largest: no second argmax
-        self._add(TOP1_AGREEMENT, (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
-        self._add(STUDENT_ENTROPY, student_entropy)
-        self._add(TEACHER_ENTROPY, teacher_entropy)
+        self._add(stats.TOP1_AGREEMENT, (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
+        self._add(stats.STUDENT_ENTROPY, student_entropy)
+        self._add(stats.TEACHER_ENTROPY, teacher_entropy)
         rows = RowStats(student_ce, teacher_ce, lse_s, lse_t, sequence_gap)
         return _Block(z_s, z_t, at_one, rows, student_entropy, teacher_entropy)
 
@@ -326,13 +308,13 @@ class ChunkWalk:
 
         # An entropy costs a pass over [C, V]: where T = 1 left the logits as they are, it is the one of step 3
         same_q, same_p = at_t.q.logits is block.at_one.q.logits, at_t.p.logits is block.at_one.p.logits
-        self._add(STUDENT_ENTROPY_AT_T, block.student_entropy if same_q else at_t.q.entropy())
-        self._add(TEACHER_ENTROPY_AT_T, block.teacher_entropy if same_p else at_t.p.entropy())
+        self._add(stats.STUDENT_ENTROPY_AT_T, block.student_entropy if same_q else at_t.q.entropy())
+        self._add(stats.TEACHER_ENTROPY_AT_T, block.teacher_entropy if same_p else at_t.p.entropy())
         of_rows = block.rows.student_ce.shape
         mean_t = torch.broadcast_to(_rows(t_s), of_rows)  # [C]
-        self._add(TEMPERATURE, mean_t)
-        self._add(TEACHER_TEMPERATURE, mean_t if t_t is t_s else torch.broadcast_to(_rows(t_t), of_rows))
-        low, high = TEMPERATURE_MIN.sum, TEMPERATURE_MAX.sum
+        self._add(stats.TEMPERATURE, mean_t)
+        self._add(stats.TEACHER_TEMPERATURE, mean_t if t_t is t_s else torch.broadcast_to(_rows(t_t), of_rows))
+        low, high = stats.TEMPERATURE_MIN.sum, stats.TEMPERATURE_MAX.sum
         self.sums[low] = torch.minimum(self.sums[low], mean_t.min())
         self.sums[high] = torch.maximum(self.sums[high], mean_t.max())
         if temperatures.observed is not None:
@@ -358,7 +340,7 @@ class ChunkWalk:
     def _observe(self, features: Tensor) -> None:
         """Add up the policy's features ``[C, K]`` of the rows."""
         summed = features.to(self.math_dtype).sum(0)
-        self.sums[OBSERVED] = self.sums[OBSERVED] + summed if OBSERVED in self.sums else summed
+        self.sums[stats.OBSERVED] = self.sums[stats.OBSERVED] + summed if stats.OBSERVED in self.sums else summed
 
     def _observe_nothing(self) -> None:
         """Without a row, zeros as wide as the policy's features: every rank must reduce sums of equal shape."""
@@ -383,16 +365,16 @@ class ChunkWalk:
         companions = self._companions(block.at_one)  # [C, V]
         factor = t_s * t_t if temperatures.scale is None else temperatures.scale  # [] or [C, 1]
         scale = factor if self.settings.scaled else torch.ones_like(factor)
-        if (
-            policy.learns
-        ):  # [C]: d D / d log T by way of p, and of what D holds constant; d u / d log T = -u on both sides
+        if policy.learns:
+            # d D / d log T [C] by way of p, and of what D holds constant: d u / d log T = -u on both sides
             slope = divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits)
-        value, grad = divergence.value_and_grad(at_t)  # [C], [C, V]
-        self._add(KD, value * _rows(scale))
-        if policy.learns:  # ... and by way of q; then the product rule for scale D, where scale = T^2
+        value, grad = divergence.value_and_grad(at_t)  # [C], [C, V]; q.prob is used up from here on
+        self._add(stats.KD, value * _rows(scale))
+        if policy.learns:
+            # ... and by way of q; then the product rule for scale D, with scale = T^2
             slope = (slope - dot(grad, at_t.q.logits)) / t_s
-            by_temperature = slope * scale + (2.0 * t_s * value if self.settings.scaled else 0.0)
-            self.sums[TEMPERATURE_GRAD] += by_temperature.sum()
+            by_temperature = slope * scale + (2.0 * t_s * value if self.settings.scaled else 0.0)  # [C]
+            self.sums[stats.TEMPERATURE_GRAD] += by_temperature.sum()
         return _SoftLoss(grad, scale, companions)
 
     def _companions(self, at_one: Distributions) -> Tensor | None:
@@ -408,7 +390,7 @@ class ChunkWalk:
             )
             value, grad = self.settings.divergence.value_and_grad(at_t)
             factor = weight * (temperature**2 if self.settings.scaled else 1.0)
-            self._add(KD, value * factor)
+            self._add(stats.KD, value * factor)
             grad.mul_(factor / temperature)  # by u = z_s / T -> by z_s
             total = grad if total is None else total.add_(grad)
         return total
@@ -439,10 +421,8 @@ class ChunkWalk:
         if self.d_states is not None:
             self.d_states[span] = grad @ self.weight
         if self.need_weight:
-            if self.d_weight is None:
-                self.d_weight = (
-                    grad.t() @ hidden
-                )  # of a single chunk nothing is added up: it stays in the matmul's dtype
+            if self.d_weight is None:  # of a single chunk nothing is added up: it stays in the matmul's dtype
+                self.d_weight = grad.t() @ hidden
             elif self.matmul_dtype == self.math_dtype:
                 self.d_weight.addmm_(grad.t(), hidden)
             else:  # a low-precision matmul, but the sum over chunks in fp32
@@ -450,7 +430,7 @@ class ChunkWalk:
         if self.d_bias is not None:
             self.d_bias += grad_logits.sum(0)
 
-    def _add(self, statistic: Statistic, values: Tensor) -> None:
+    def _add(self, statistic: stats.Statistic, values: Tensor) -> None:
         """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""
         self.sums[statistic.sum] += values.sum()
 

@@ -27,7 +27,8 @@ def select_response(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     width = states.shape[-1]
     keep = _kept(labels)
-    # Positions in the flattened [B, T] grid: the shifted grid has T - 1 columns, so add one per finished row.
+    # Positions in the flattened [B, T] grid: the shifted grid has T - 1 columns, so add one per finished row. (T = 1 has no
+    # target; the maximum spares the division by zero.) Indices and not a mask: a mask would be counted on the host again.
     index = keep + torch.div(keep, max(labels.shape[1] - 1, 1), rounding_mode="floor")
     rows = states.reshape(-1, width).index_select(0, index.to(states.device))
     return rows, labels[:, 1:].reshape(-1).index_select(0, keep)

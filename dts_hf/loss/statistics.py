@@ -102,7 +102,9 @@ GAP = Statistic(
     "`ce_loss` - `teacher_ce`; positive while the student is the worse one",
     of=operator.sub,
 )
-KL = Statistic("kl", ("kl",), "nats per label", "KL(teacher || student) at T = 1, whatever divergence is trained with")
+KL = Statistic(
+    "kl", ("kl",), "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with"
+)
 STUDENT_ENTROPY = Statistic(
     "student_entropy", ("student_entropy",), "nats", "entropy of the student at T = 1", needs_teacher=False
 )
@@ -121,7 +123,7 @@ EFFECTIVE_SUPPORT = Statistic(
     "effective_support",
     TEACHER_ENTROPY_AT_T.sums,
     "tokens",
-    "exp of `teacher_entropy_at_t`: among how many tokens the teacher hesitates",
+    "exp of `teacher_entropy_at_t`: how many tokens the teacher really offers",
     of=math.exp,
     held_out=False,
 )

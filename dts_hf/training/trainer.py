@@ -25,6 +25,7 @@ from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
+from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import TemperaturePolicy

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from dts_hf import divergences
 from dts_hf.errors import UserError
+from dts_hf.loss.chunk_walk import ChunkWalk, LossSettings
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.statistics import SUMS_OF_LOSS
 from dts_hf.models.head import Head
@@ -324,7 +327,7 @@ def test_bad_options(options, words):
 
 def test_mismatched_shapes_are_refused():
     loss, data = DistillationLoss(temperature=build_temperature("constant")), problem(5, torch.float32)
-    with pytest.raises(ValueError, match="rows differ"):
+    with pytest.raises(ValueError, match=r"^rows differ: student 5, teacher 3, targets 5$"):
         loss(
             data["states"],
             Head(data["weight"]),
@@ -333,6 +336,9 @@ def test_mismatched_shapes_are_refused():
             data["targets"],
             5,
         )
+    labels_alone = DistillationLoss(temperature=build_temperature("constant"), kd_ratio=0.0)
+    with pytest.raises(ValueError, match=r"^rows differ: student 5, targets 2$"):
+        labels_alone(data["states"], Head(data["weight"]), None, None, data["targets"][:2], 5)
     with pytest.raises(ValueError, match="vocabularies differ"):
         loss(
             data["states"],
@@ -417,6 +423,55 @@ def test_out_of_memory_halves_the_chunk_and_changes_nothing(monkeypatch, caplog,
     assert loss_fn.chunk_rows(V, 8) <= 3 and "going on with logits_budget_mb" in caplog.text
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_walk_that_failed_is_gone_before_the_next_one_takes_room(monkeypatch):
+    """Its buffers would be in the way of the smaller ones."""
+    import dts_hf.loss.chunk_walk as module
+
+    alive, budgets = weakref.WeakSet(), []
+    build, plain = ChunkWalk.__init__, module._raw_logits
+
+    def counted(walk, settings, **given):
+        assert not alive
+        alive.add(walk)
+        budgets.append(settings.logits_budget_mb)
+        build(walk, settings, **given)
+
+    def limited(hidden, *args):
+        if len(hidden) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return plain(hidden, *args)
+
+    monkeypatch.setattr(ChunkWalk, "__init__", counted)
+    monkeypatch.setattr(module, "_raw_logits", limited)
+    data = problem(13, torch.float64)
+    loss_fn = DistillationLoss(temperature=build_temperature("constant"), logits_budget_mb=budget(13, 8))
+    teacher = (data["teacher_states"], Head(data["teacher_weight"]), data["targets"], 13)
+    loss = loss_fn(data["states"], Head(data["weight"]), *teacher).loss
+    assert len(budgets) == 3 and budgets[-1] == budgets[0] / 4
+    assert not alive, "the graph of the loss keeps the gradients and not the walk"
+    loss.backward()
+
+
+def test_a_walk_has_all_its_state_from_the_start():
+    data = problem(13, torch.float64)
+    policy = build_temperature("dts", granularity="sequence")
+    walk = ChunkWalk(
+        LossSettings(divergences.build_divergence("forward_kl"), policy, 0.5, True, budget(4, 8)),
+        states=data["states"],
+        head=Head(data["weight"]),
+        teacher_states=data["teacher_states"],
+        teacher_head=Head(data["teacher_weight"]),
+        targets=data["targets"],
+        sequences=torch.arange(13) // 6,
+        normalizer=13,
+        needs=(True, True, False),
+    )
+    before = set(vars(walk))
+    with torch.no_grad():
+        walk.run()
+    assert set(vars(walk)) == before and [grad is not None for grad in walk.gradients] == [True, True, False]
 
 
 def test_another_error_is_not_taken_for_memory(monkeypatch):

@@ -1,0 +1,44 @@
+"""docs/log_columns.md, from the table in dts_hf/loss/statistics.py; ``python docs/generate.py`` writes it."""
+
+from __future__ import annotations
+
+from dts_hf.loss.statistics import STATISTICS, Statistic
+
+HEAD = """# Columns of the log
+
+<!-- Written by docs/generate.py from the table in dts_hf/loss/statistics.py; edit that. -->
+
+`log.jsonl` of a run has one JSON object a line. What the loss adds to the lines of training and of held-out rows is here:
+sums over labelled rows, over all micro-batches and ranks, divided once by the number of rows. So each number is a mean over
+the labels since the last line, and not a mean of means. T_s and T_t are the temperatures of student and teacher; everything
+else is at T = 1, so that runs with different temperatures can be compared by it.
+"""
+
+TAIL = """
+- **Held-out lines** put `eval_` before the names, at T = 1 throughout. They also have `eval_loss` (its parts weighed by
+  the recipe's `kd_ratio`), `eval_rows` and `eval_labels`.
+- **Without a teacher** the log has the rows marked "student" alone.
+- **A regression** (STS-B) has squared errors in the place of cross-entropies, under the names of the last column, and none
+  of the others.
+- **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets
+  that too, and what its section in [temperature.md](temperature.md) says.
+- Training lines also have what the Trainer logs (`loss`, `grad_norm`, `learning_rate`, `epoch`) and `tokens_per_second`.
+"""
+
+
+def log_columns_page() -> str:
+    """The whole page."""
+    head = "| column | unit | what it is | needs | held-out | regression |\n|---|---|---|---|---|---|"
+    return f"{HEAD}\n{head}\n" + "\n".join(map(_line, STATISTICS)) + "\n" + TAIL
+
+
+def _line(statistic: Statistic) -> str:
+    cells = (
+        f"`{statistic.log}`",
+        statistic.unit,
+        statistic.meaning,
+        "teacher" if statistic.needs_teacher else "student",
+        "yes" if statistic.held_out and statistic.of_loss else "",
+        f"`{statistic.regression}`" if statistic.regression else "",
+    )
+    return f"| {' | '.join(cells)} |"
