@@ -83,6 +83,7 @@ class Scorer(Protocol):
 
         Args:
             name: ``teacher``, ``student_before`` (training) or ``student``.
+            model: in the wrapper that trains it, if there is one.
         """
         ...
 

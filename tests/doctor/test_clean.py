@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import dts_hf.doctor.walk as doctor_walk
-import dts_hf.runs.machine as machine
 from dts_hf.doctor.run import diagnose
 from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.runs import machine
 from tests.support.examined import (
     limited,
     problems,

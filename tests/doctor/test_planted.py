@@ -16,12 +16,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import dts_hf.doctor.resources as resources
 import dts_hf.doctor.walk as doctor_walk
-import dts_hf.runs.machine as machine
 from dts_hf.data.collators import PaddedCollator
+from dts_hf.doctor import resources
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
+from dts_hf.runs import machine
 from tests.support.examined import (
     own_student,
     problems,

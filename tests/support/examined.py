@@ -18,13 +18,13 @@ from transformers import (
 )
 
 import dts_hf.doctor.walk as doctor_walk
-import dts_hf.runs.machine as machine
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import encode_rows
 from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.report import screen
+from dts_hf.runs import machine
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
