@@ -21,5 +21,5 @@ def kept_scores(run: RunDirectory) -> dict[str, Any]:
 
     That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
     """
-    made = run.read_scores()
-    return made if all(run.has_predictions(name) for name in made.get("models", {})) else {}
+    scores = run.read_scores()
+    return scores if all(run.has_predictions(name) for name in scores.get("models", {})) else {}

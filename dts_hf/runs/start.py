@@ -68,7 +68,7 @@ class Start:
 def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """Look into ``output.dir``, say what is found, and decide; nothing is changed. One process does it for all.
 
-    A folder that is there is locked: what is found stays so until ``make_directory``.
+    A folder that is there is locked: what is found stays so until ``open_run``.
 
     Args:
         recipe: what is asked for.
@@ -149,11 +149,13 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
         world: how many processes there are.
 
     Raises:
-        UserError: see ``make_directory``.
+        UserError: see ``RunDirectory.create``; or another process has been quicker.
     """
+    run = RunDirectory(recipe.output.dir)
 
     def write() -> None:
-        run = make_directory(recipe, start)
+        RunDirectory.create(run.path, recipe.output.overwrite, resume=start.keep)
+        lock(run.path)
         run.save_recipe(recipe)
         run.write_environment(environment())
         run.write_data_manifest(made_from)
@@ -161,17 +163,6 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
             run.cut_log(start.log_bytes)
 
     on_first_process(write, rank, world)
-    return RunDirectory(recipe.output.dir)
-
-
-def make_directory(recipe: Recipe, start: Start) -> RunDirectory:
-    """Make ``output.dir`` ready for this run, and lock it. One process does it for all.
-
-    Raises:
-        UserError: see ``RunDirectory.create``; or another process has been quicker.
-    """
-    run = RunDirectory.create(recipe.output.dir, recipe.output.overwrite, resume=start.keep)
-    lock(run.path)
     return run
 
 
