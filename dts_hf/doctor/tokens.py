@@ -163,7 +163,7 @@ def check_special_tokens(
             f"the {who}'s tokenizer ends with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but {other} at "
             + ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops))
             + (" and begins with the former: the two are swapped" if swapped else "")
-            + ": labels and models disagree about the end of every answer",
+            + "; labels and models disagree about the end of every answer",
             f"Correct eos_token in {where}",
         )
     if data is not None:

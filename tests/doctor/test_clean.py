@@ -37,7 +37,9 @@ def test_a_clean_recipe_is_clean(workplace: Path) -> None:
     steps = diagnosis["steps"].values
     assert steps["steps"] == 3 and steps["steps_of_run"] == 40 and steps["tensors_moved"] > 0
     assert len(steps["seconds"]) == len(steps["tokens"]) == 3
-    assert steps["peak_bytes"] is not None  # of models so small it may be 0: tests/training/test_memory.py has a large one
+    assert (
+        steps["peak_bytes"] is not None
+    )  # of models so small it may be 0: tests/training/test_memory.py has a large one
 
 
 CLEAN: dict[str, dict[str, Any]] = {
