@@ -7,12 +7,17 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from _line_chart import Line, chart
 from _simulated_run import Curves, simulate
 from torch import Tensor
 
 from dts_hf.temperature import TemperaturePolicy, build_temperature, temperature_policies
+from dts_hf.temperature.parts import auto_range, decoupled, dts_rules, gap_source, granularity
+
+#: The modules beside a policy's own whose docstrings belong to its section.
+PARTS = {"dts": (dts_rules, granularity, decoupled, auto_range, gap_source)}
 
 HEAD = """\
 # Temperature policies
@@ -70,6 +75,14 @@ The recorded run must have as many optimizer steps as the one that replays it (`
 is refused before training, because neither the gaps nor the trace would be the same any more. What is replayed is read
 once, by the first process, and kept in every checkpoint: a resume goes on exactly when RUN has changed or is gone.
 
+## The options of dts
+
+`granularity: token` keeps the tokens warm on which the student is behind (`adakd` argues for the opposite), by one sampled
+label each; `sequence` does so by example, with less noise. `decoupled: true` where student and teacher differ in confidence
+(other families, very different sizes) and you do not need the student's own at T = 1: see
+[below](#what-decoupled-costs). `range: auto` where nothing is known of the teacher's logits: it asks for
+[tokens on offer](#tokens-on-offer) instead of temperatures.
+
 ## Tokens on offer
 
 The effective support, exp of the teacher's mean entropy at T, is how many tokens its targets spread over. On SmolLM2-135M-
@@ -125,18 +138,23 @@ def _section(name: str, kind: type[TemperaturePolicy]) -> str:
         f"![T over a run under {name}](figures/{figure_name(name)})\n",
         f"`{kind.formula}`\n",
         about + "\n",
-        *_background(kind),
+        *_background(inspect.getmodule(kind)),
         f"**When to use it.** {kind.use}\n",
         *([f"**Held constant.** {kind.held}\n"] if kind.held else []),
         f"**Cost.** {kind.cost[0].upper()}{kind.cost[1:]}.\n",
         f"**Paper.** {_paper_link(kind.paper)}\n",
     ]
-    return "\n".join(parts) + _options(kind, options)
+    return "\n".join(parts) + _options(kind, options) + "".join(_part(module) for module in PARTS.get(name, ()))
 
 
-def _background(kind: type[TemperaturePolicy]) -> list[str]:
-    """What the file says beyond its first sentence, where it says more; tables as they stand there."""
-    module = inspect.getmodule(kind)
+def _part(module: ModuleType) -> str:
+    """What a module says that a policy is built of, under its first words."""
+    title = re.split(r"[:,.]", inspect.getdoc(module) or "")[0]
+    return "\n".join([f"\n### {title.replace('``', '`')}\n", *_background(module)]).rstrip() + "\n"
+
+
+def _background(module: ModuleType | None) -> list[str]:
+    """What a file says beyond its first sentence, where it says more; tables as they stand there."""
     rest = (inspect.getdoc(module) or "").partition("\n\n")[2].strip() if module else ""
     blocks = [
         f"```text\n{block}\n```" if block.startswith("===") else block.replace("``", "`")

@@ -1,6 +1,6 @@
-"""Found by name: the classes that lie in the files of one folder, and one of them built from a recipe's words.
+"""Sibling discovery: the classes that lie in the files of one folder, by name, and one of them built from a recipe.
 
-A new policy or divergence is a new file in its folder; no list is edited.
+A new policy or divergence is a new file in its folder; no list is edited. A file without a class of that kind is no harm.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ Kind = TypeVar("Kind")
 
 
 def classes_beside(package: str, path: Iterable[str], base: type[Kind]) -> dict[str, type[Kind]]:
-    """Every subclass of ``base`` with a ``name`` of its own in the modules of ``package`` (folder ``path``), by name."""
-    found: dict[str, type[Kind]] = {}
-    for module_info in sorted(pkgutil.iter_modules(path), key=lambda info: info.name):
-        module = importlib.import_module(f"{package}.{module_info.name}")
+    """Every subclass of ``base`` with a ``name`` of its own in the modules of a folder, by name, in the order of the files.
+
+    Folders within it are not searched: what they hold is for the modules here to import.
+
+    Args:
+        package: the package whose folder it is.
+        path: the package's ``__path__``.
+        base: what a class has to derive from; one without a ``name`` is a base itself.
+    """
+    classes: dict[str, type[Kind]] = {}
+    modules = sorted(info.name for info in pkgutil.iter_modules(path) if not info.ispkg)
+    for module in (importlib.import_module(f"{package}.{name}") for name in modules):
         for value in vars(module).values():
-            wanted = inspect.isclass(value) and issubclass(value, base) and "name" in vars(value)
-            if wanted and value.__module__ == module.__name__:
-                found[value.name] = value
-    return found
+            # A module also has the classes that it imports: they count where they are defined.
+            named = inspect.isclass(value) and issubclass(value, base) and "name" in vars(value)
+            if named and value.__module__ == module.__name__:
+                classes[value.name] = value
+    return classes
 
 
 def options_of(kind: type) -> list[str]:
@@ -36,12 +45,17 @@ def options_of(kind: type) -> list[str]:
 def build(
     kinds: Mapping[str, type[Kind]], name: Any, options: Mapping[str, Any], *, name_key: str, key: str, noun: str = ""
 ) -> Kind:
-    """``kinds[name](**options)``.
+    """Build ``kinds[name](**options)``.
 
     Args:
         kinds: the classes by name.
+    <<<<<<< HEAD
         name: which of them.
         options: what its ``__init__`` takes.
+    =======
+        name: the one that the recipe asks for.
+        options: its options in the recipe.
+    >>>>>>> wip-temperature
         name_key: the recipe key that holds the name, for messages (``temperature.name``).
         key: the recipe key that holds the options (``temperature``).
         noun: what a kind is called (``policy``); may be empty.

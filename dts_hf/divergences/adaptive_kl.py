@@ -23,6 +23,9 @@ class AdaptiveKL(Divergence):
 
     The head is a threshold on p, not a sorted order, so its mask fits the unsorted gaps (TAID's code puts the mask of the
     sorted tokens on the unsorted ones).
+
+    Args:
+        mu: the teacher's probability that the head holds at least, between 0 and 1, ends excluded.
     """
 
     name = "adaptive_kl"
@@ -44,6 +47,7 @@ class AdaptiveKL(Divergence):
         return mixed_kl(d.log_ratio(), d, 1.0 - self.forward_weight(d))
 
     def teacher_grad(self, d: Distributions) -> Tensor:
+        # By the teacher's logits: forward KL gives p (log(p / q) - KL(p || q)), reverse KL p - q.
         weight = self.forward_weight(d)
         forward = forward_teacher_grad(d.log_ratio(), d).mul_(weight)
         return forward.addcmul_(d.p.prob - d.q.prob, 1.0 - weight)
@@ -53,6 +57,7 @@ class AdaptiveKL(Divergence):
         difference = p - q
         total = difference.abs().sum(-1).clamp_min_(torch.finfo(p.dtype).tiny)
         head = torch.ge(p, head_threshold(p, self.mu), out=torch.empty_like(p))
+        # d value / d w = KL(p || q) - KL(q || p), and w is a fraction: d w = (d head part - w d total) / total.
         # The head is constant between two orders of p, and T does not change their order.
         moved = (p * d.p.log_prob_slope()).sub_(q * d.q.log_prob_slope()).mul_(difference.sign())
         weight = dot(head, difference.abs()) / total
@@ -61,7 +66,7 @@ class AdaptiveKL(Divergence):
         return weight_slope * (dot(p, log_ratio) + dot(q, log_ratio))
 
     def forward_weight(self, d: Distributions) -> Tensor:
-        """w, ``[C, 1]``: the head's share of the gap between p and q."""
+        """The weight w, ``[C, 1]``: the head's share of sum |p - q|."""
         p = d.p.prob
         gap = (p - d.q.prob).abs_()
         total = gap.sum(-1, keepdim=True).clamp_min_(torch.finfo(gap.dtype).tiny)
@@ -70,7 +75,7 @@ class AdaptiveKL(Divergence):
 
 
 def head_threshold(p: Tensor, mu: float) -> Tensor:
-    """``[C, 1]``: the smallest probability in the head of each row of ``p`` ``[C, V]``.
+    """The smallest probability in the head of each row of ``p``, ``[C, V] -> [C, 1]``.
 
     No row is sorted whole: a search by halves (of the logarithm) narrows the threshold to [low, high), and only the tokens
     between are sorted. The ones below (1 - mu) / V hold less than 1 - mu together, so the threshold is above that.

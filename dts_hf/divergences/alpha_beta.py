@@ -22,6 +22,10 @@ class AlphaBeta(Divergence):
     Gradient e_j - q_j sum_k e_k with e = (q^(a + b) - p^a q^b) / a, and e = q^b log(q / p) at a = 0. alpha = beta = 0.5 is
     four times the squared Hellinger distance. Negative exponents are refused: they blow up the tail of a vocabulary. For an
     exponent near 0 take 0: what is left after the cancellation of the three sums is divided by a b.
+
+    Args:
+        alpha: the exponent a, from 0.
+        beta: the exponent b, from 0.
     """
 
     name = "alpha_beta"
@@ -43,6 +47,7 @@ class AlphaBeta(Divergence):
         elif b == 0.0:
             value, e = _at_beta_zero(d, a)
         else:
+            # d / d log q_j of the formula, with d q^x / d log q = x q^x: -1 / (a b) (b p^a q^b - b q^(a + b)), which is e.
             student = power(d.q, a + b)
             cross = _cross_power(d, a, b)
             student_sum, cross_sum = student.sum(-1), cross.sum(-1)
@@ -56,18 +61,20 @@ class AlphaBeta(Divergence):
 
 
 def power(x: Distribution, exponent: float) -> Tensor:
-    """prob^exponent, ``[C, V]``, from the logits: a small power of an underflowed probability need not be small."""
+    """Return prob^exponent, ``[C, V]``, from the logits: a small power of an underflowed probability need not be small."""
     if exponent == 1.0:
         return x.prob.clone()
     return (x.logits * exponent).exp_().mul_((x.log_norm * -exponent).exp_())
 
 
 def _cross_power(d: Distributions, a: float, b: float) -> Tensor:
+    """Return p^a q^b, ``[C, V]``, as one exponential of the sum of the logarithms."""
     logs = (d.p.logits * a).add_(d.q.logits, alpha=b)
     return logs.exp_().mul_((d.p.log_norm * -a).sub_(d.q.log_norm, alpha=b).exp_())
 
 
 def _at_alpha_zero(d: Distributions, b: float) -> tuple[Tensor, Tensor]:
+    """Return value ``[C]`` and e ``[C, V]``: d / d log q of b q^b log(q / p) - q^b is b^2 q^b log(q / p)."""
     log_ratio = d.log_ratio().neg_()
     if b == 0.0:
         return log_ratio.square().sum(-1).mul_(0.5), log_ratio
@@ -77,6 +84,7 @@ def _at_alpha_zero(d: Distributions, b: float) -> tuple[Tensor, Tensor]:
 
 
 def _at_beta_zero(d: Distributions, a: float) -> tuple[Tensor, Tensor]:
+    """Return value ``[C]`` and e ``[C, V]``: d / d log q of a p^a log(p / q) + q^a is a (q^a - p^a)."""
     teacher, student = power(d.p, a), power(d.q, a)
     value = (dot(teacher, d.log_ratio()) * a - teacher.sum(-1) + student.sum(-1)).div_(a * a)
     return value, student.sub_(teacher).div_(a)

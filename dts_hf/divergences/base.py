@@ -42,10 +42,14 @@ class Distribution(NamedTuple):
 
     @property
     def log_prob(self) -> Tensor:
+        """Logarithm of ``prob``, ``[C, V]``, exact where that underflows."""
         return self.logits - self.log_norm
 
     def log_prob_slope(self) -> Tensor:
-        """d log prob / d log T = -(u - sum p u), ``[C, V]``, in a fresh buffer."""
+        """Return d log prob / d log T, ``[C, V]``, in a fresh buffer.
+
+        With z = T u: d u / d log T = -u and d log norm / d log T = -sum p u, so it is sum p u - u.
+        """
         return dot(self.prob, self.logits).unsqueeze(-1) - self.logits
 
     def entropy(self) -> Tensor:
@@ -61,7 +65,7 @@ class Distributions(NamedTuple):
     targets: Tensor | None = None
 
     def log_ratio(self) -> Tensor:
-        """log p - log q, ``[C, V]``, in a fresh buffer."""
+        """Return log p - log q, ``[C, V]``, in a fresh buffer."""
         return (self.p.logits - self.q.logits).add_(self.q.log_norm - self.p.log_norm)
 
     def mixture(self, teacher_share: float) -> Tensor:
@@ -88,7 +92,10 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def centred_(e: Tensor, prob: Tensor) -> Tensor:
-    """e - q sum_k e_k, in place: from the derivative by log q_j, ``[C, V]``, to the gradient by the logits."""
+    """Return e - q sum_k e_k, ``[C, V]``, in place of ``e``: from the derivative by log q_j to the gradient by the logits.
+
+    The chain rule through log q_k = u_k - log sum exp u, whose derivative by u_j is [j = k] - q_j.
+    """
     return e.addcmul_(prob, e.sum(-1, keepdim=True), value=-1.0)
 
 
@@ -112,6 +119,9 @@ class Divergence:
         """The divergence ``[C]`` (nats, where it is one) and its gradient ``[C, V]`` with respect to u.
 
         ``d.q.prob`` may be overwritten, and may come back as the gradient; everything else of ``d`` stays as it is.
+
+        Args:
+            d: both distributions over V tokens for C rows, each of its own temperature.
         """
         raise NotImplementedError
 
@@ -136,19 +146,29 @@ class Divergence:
 def check_option(
     divergence: str, option: str, value: object, low: float, high: float, *, ends: str = "both", hint: str = ""
 ) -> float:
-    """``value`` as a float between ``low`` and ``high``; ``ends`` that belong to the range: both, low or none.
+    """Return ``value`` as a float between ``low`` and ``high``.
+
+    Args:
+        divergence: its name, for the message.
+        option: the option's name, for the message.
+        value: what the recipe has.
+        low: the lower end.
+        high: the upper end, may be infinite.
+        ends: which of them belong to the range: both, low or none.
+        hint: the end of the message.
 
     Raises:
-        UserError: no number, or out of range; ``hint`` goes to the end of the message.
+        UserError: not a finite number, or out of range.
     """
     excluded = {"both": (), "low": (high,), "none": (low, high)}[ends]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and low <= value <= high and value not in excluded:  # type: ignore[operator]
         return float(value)  # type: ignore[arg-type]
-    words = f"a number from {low:g} on" if math.isinf(high) else f"a number between {low:g} and {high:g}"
-    words += (
-        {"both": "", "low": f", {high:g} excluded", "none": ", ends excluded"}[ends] if math.isfinite(high) else ""
-    )
+    if math.isinf(high):
+        expected = f"a number from {low:g} on"
+    else:
+        without = {"both": "", "low": f", {high:g} excluded", "none": ", ends excluded"}[ends]
+        expected = f"a number between {low:g} and {high:g}{without}"
     raise UserError(
-        f"loss.divergence.{option}: got {value!r} for '{divergence}', expected {words}{f' ({hint})' if hint else ''}"
+        f"loss.divergence.{option}: got {value!r} for '{divergence}', expected {expected}{f' ({hint})' if hint else ''}"
     )

@@ -20,8 +20,15 @@ class DKD(Divergence):
 
     The paper's beta of 8 belongs to image classes at T = 4. For a language model 0.5 is the value of the one port we know
     (TAID's code), and of the order of the mean of 1 - p_y over a text, so that NCKD has about the weight it has in forward
-    KL, spread over all tokens. Needs the targets. The paper's T^2 is applied by the loss; its
+    KL, over all tokens. Needs the targets. The paper's T^2 is applied by the loss; its
     warm-up of the weight over 20 epochs is not part of this.
+
+    Args:
+        alpha: weight of TCKD, from 0.
+        beta: weight of NCKD, from 0.
+
+    Raises:
+        UserError: an option is out of range, or both are 0.
     """
 
     name = "dkd"
@@ -42,11 +49,15 @@ class DKD(Divergence):
         p, q = _Split.of(d.p, targets), _Split.of(d.q, targets)
         others = Distributions(p.others, q.others)
         value = self.alpha * _binary_kl(p, q) + self.beta * others.forward_kl().unsqueeze(-1)
+        # TCKD depends on q_y alone: d TCKD / d log q_y = (q_y - p_y) / (1 - q_y), and d log q_y / d u_j = [j = y] - q_j. The
+        # product is q_y - p_y at y, and -q^_j (q_y - p_y) elsewhere. NCKD is a forward KL without y: q^_j - p^_j.
         rise = _rise(p, q)
         grad = q.others.prob.mul_(self.beta - self.alpha * rise).sub_(p.others.prob, alpha=self.beta)
         return value.squeeze(-1), grad.scatter_(-1, targets, self.alpha * rise)
 
     def teacher_grad(self, d: Distributions) -> Tensor:
+        # Both terms are forward KLs, of two and of V - 1 entries: p (log(p / q) - KL), see forward_teacher_grad. The rest's
+        # share of TCKD goes to each other token by p^_j = p_j / (1 - p_y).
         targets = _targets(d)
         p, q = _Split.of(d.p, targets), _Split.of(d.q, targets)
         binary = _binary_kl(p, q)
@@ -66,6 +77,7 @@ class _Split(NamedTuple):
 
     @classmethod
     def of(cls, x: Distribution, targets: Tensor) -> _Split:
+        """Split ``x`` at the tokens ``targets``, ``[C, 1]`` int64."""
         # Its own softmax: 1 - p_y and p_j / (1 - p_y) are lost to rounding where p_y is almost 1.
         log_target = x.logits.gather(-1, targets) - x.log_norm
         masked = x.logits.scatter(-1, targets, -math.inf)
@@ -77,6 +89,7 @@ class _Split(NamedTuple):
 
 
 def _targets(d: Distributions) -> Tensor:
+    """The targets as ``[C, 1]``, for ``gather``."""
     if d.targets is None:
         raise ValueError(
             "the divergence 'dkd' needs the target tokens: Distributions(p, q, targets), targets [C] int64"
@@ -89,6 +102,7 @@ def _targets(d: Distributions) -> Tensor:
 
 
 def _binary_kl(p: _Split, q: _Split) -> Tensor:
+    """TCKD, ``[C, 1]``: the KL of (p_y, 1 - p_y) and (q_y, 1 - q_y)."""
     target = p.log_target.exp() * (p.log_target - q.log_target)
     return target + p.log_rest.exp() * (p.log_rest - q.log_rest)
 

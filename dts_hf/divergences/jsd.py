@@ -14,6 +14,9 @@ class JSD(Divergence):
 
     Gradient (1 - beta) q_j (log(q_j / m_j) - KL(q || m)). It tends to 0 at both ends of beta, so the ends are refused
     rather than redefined as a KL: ask for ``forward_kl`` or ``reverse_kl`` by name. beta = 0.5 is the symmetric JSD.
+
+    Args:
+        beta: the teacher's weight, between 0 and 1, ends excluded.
     """
 
     name = "jsd"
@@ -30,12 +33,15 @@ class JSD(Divergence):
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         log_m = d.mixture(self.beta).log_()
         teacher_kl = dot(d.p.prob, d.p.logits - log_m) - d.p.log_norm.squeeze(-1)
-        # Row constants leave the gradient, so the student's log norm is needed in the value alone.
+        # d / d log q_j, m included: (1 - beta) q_j (log(q_j / m_j) + 1) - (beta p_j + (1 - beta) q_j) / m_j (1 - beta) q_j.
+        # The second fraction is 1, so the last terms cancel: (1 - beta) q_j log(q_j / m_j) is left, to be centred. Row
+        # constants leave with that, so the student's log norm is needed in the value alone.
         weighted = log_m.neg_().add_(d.q.logits).mul_(d.q.prob)
         student_kl = weighted.sum(-1) - d.q.log_norm.squeeze(-1)
         value = self.beta * teacher_kl + (1.0 - self.beta) * student_kl
         return value, centred_(weighted, d.q.prob).mul_(1.0 - self.beta)
 
     def teacher_grad(self, d: Distributions) -> Tensor:
+        # The same with p and q, beta and 1 - beta exchanged: m stays what it is.
         weighted = d.mixture(self.beta).log_().neg_().add_(d.p.logits).mul_(d.p.prob)
         return centred_(weighted, d.p.prob).mul_(self.beta)

@@ -9,7 +9,10 @@ from dts_hf.divergences.base import Distributions, Divergence, check_option, dot
 
 
 class ForwardKL(Divergence):
-    """KL(p || q) = sum p (log p - log q); gradient q - p (Hinton et al. 2015, arXiv 1503.02531)."""
+    """KL(p || q) = sum p (log p - log q); gradient q - p (Hinton et al. 2015, arXiv 1503.02531).
+
+    d / d log q_j is -p_j, which adds up to -1: centred it is -p_j + q_j.
+    """
 
     name = "forward_kl"
     title = "Forward KL"
@@ -26,7 +29,10 @@ class ForwardKL(Divergence):
 
 
 class ReverseKL(Divergence):
-    """KL(q || p) = sum q (log q - log p); gradient q_j (log q_j - log p_j - KL) (as used by MiniLLM, arXiv 2306.08543)."""
+    """KL(q || p) = sum q (log q - log p); gradient q_j (log q_j - log p_j - KL) (as used by MiniLLM, arXiv 2306.08543).
+
+    d / d log q_j is q_j (log(q_j / p_j) + 1); centred, the 1 leaves and the sum is KL(q || p).
+    """
 
     name = "reverse_kl"
     title = "Reverse KL"
@@ -49,6 +55,9 @@ class SymmetricKL(Divergence):
 
     As in DistiLLM's code (arXiv 2402.03898), which sets weight = 0.9. The gradient is the same mixture of the two KLs'
     gradients.
+
+    Args:
+        weight: that of reverse KL, from 0 to 1.
     """
 
     name = "symmetric_kl"
@@ -70,20 +79,31 @@ class SymmetricKL(Divergence):
 
 
 def mixed_kl(log_ratio: Tensor, d: Distributions, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Value ``[C]`` and gradient of (1 - w) KL(p || q) + w KL(q || p); w is ``[]`` or ``[C, 1]`` and held constant.
+    """Return value ``[C]`` and gradient ``[C, V]`` of (1 - w) KL(p || q) + w KL(q || p), w held constant.
 
-    Overwrites ``log_ratio`` = log p - log q and ``d.q.prob``.
+    Args:
+        log_ratio: log p - log q, ``[C, V]``; overwritten.
+        d: the two distributions; ``d.q.prob`` is overwritten.
+        weight: w, ``[]`` or ``[C, 1]``.
     """
     p, q = d.p.prob, d.q.prob
     forward = dot(p, log_ratio).unsqueeze(-1)
     weighted = log_ratio.mul_(q)
     reverse = weighted.sum(-1, keepdim=True).neg_()
     value = torch.lerp(forward, reverse, weight).squeeze(-1)
+    # (1 - w) (q - p) + w q (log(q / p) - KL(q || p)), put in order of what is in the buffers:
     # q (1 - w - w KL(q || p)) - w q log(p / q) - (1 - w) p
     grad = q.mul_(1.0 - weight - weight * reverse).addcmul_(weighted, -weight)
     return value, grad.addcmul_(p, weight - 1.0)
 
 
 def forward_teacher_grad(log_ratio: Tensor, d: Distributions) -> Tensor:
-    """p (log(p / q) - KL(p || q)), the gradient of forward KL by the teacher's logits; overwrites ``log_ratio``."""
+    """Return p (log(p / q) - KL(p || q)), the gradient of forward KL by the teacher's logits, in place of ``log_ratio``.
+
+    d / d log p_j of sum p log(p / q) is p_j (log(p_j / q_j) + 1); centred, the 1 leaves and the sum is KL(p || q).
+
+    Args:
+        log_ratio: log p - log q, ``[C, V]``.
+        d: the two distributions.
+    """
     return log_ratio.sub_(dot(d.p.prob, log_ratio).unsqueeze(-1)).mul_(d.p.prob)

@@ -28,6 +28,7 @@ class LogitMSE(Divergence):
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         difference = d.q.logits - d.p.logits
         difference.sub_(difference.mean(-1, keepdim=True))
+        # The mean leaves the gradient as it is: c is a projection, and c u - c u_t has a mean of 0 already.
         return difference.square().mean(-1), difference.mul_(2.0 / difference.shape[-1])
 
     def teacher_grad(self, d: Distributions) -> Tensor:

@@ -32,11 +32,14 @@ class ToDi(Divergence):
         log_ratio = d.log_ratio()
         difference = q - p
         value = (difference * log_ratio).sum(-1).neg_()
-        # q / (p + q) first, as q^2 underflows; where both are 0 the ratio does not matter.
+        # d / d log q_j, w held: -w p + (1 - w) q (log(q / p) + 1). With w = p / (p + q), (1 - w) q - w p is q - p,
+        # which adds up to 0, and (1 - w) q log(q / p) = -h, to be centred.
+        # q / (p + q) first, as q^2 underflows; where both are 0 the ratio does not matter. ``mixture`` is half of p + q.
         h = log_ratio.mul_(q / d.mixture(0.5)).mul_(q).mul_(0.5)
         return value, difference.sub_(h).addcmul_(q, h.sum(-1, keepdim=True))
 
     def teacher_grad(self, d: Distributions) -> Tensor:
+        # Exchanging p and q exchanges w and 1 - w: the formula stays what it is.
         return self.value_and_grad(d.mirrored())[1]
 
     def held_slope(self, d: Distributions) -> Tensor:

@@ -23,6 +23,7 @@ class TVD(Divergence):
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         difference = d.q.prob - d.p.prob
         value = difference.abs().sum(-1).mul_(0.5)
+        # d / d log q_j = 1/2 s_j q_j, to be centred; sign(0) = 0 is the middle of the kink.
         return value, centred_(difference.sign_().mul_(d.q.prob), d.q.prob).mul_(0.5)
 
     def teacher_grad(self, d: Distributions) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,10 +32,10 @@ class AdaKD(TemperaturePolicy):
         c: half the log-range of T; 0.5 in the paper. 0 is a constant temperature, below 0 the paper's inverse control.
     """
 
-    name: ClassVar[str] = "adakd"
-    paper: ClassVar[str | None] = "arXiv 2510.11615"
-    formula: ClassVar[str] = "T_i = t_base exp(-c tanh(log(s_i / median s))), s = Hellinger(p, q) at T = 1, per token"
-    use: ClassVar[str] = (
+    name = "adakd"
+    paper = "arXiv 2510.11615"
+    formula = "T_i = t_base exp(-c tanh(log(s_i / median s))), s = Hellinger(p, q) at T = 1, per token"
+    use = (
         "Tokens differ much in difficulty; published with reverse KL. Compare with `constant` at t_base and at "
         "t_base e^-c (in the paper's Table 5 a fixed T = 0.61 has 1.1 of the 1.9 ROUGE-L points), and with -c."
     )
@@ -44,8 +43,8 @@ class AdaKD(TemperaturePolicy):
         "T_i, through s_i. Dropped is the force that would move a token's difficulty for the sake of its T_i: for c above 0 "
         "a harder token has the smaller factor T_i^2, so a student would be paid for being wrong. As in its paper."
     )
-    cost: ClassVar[str] = "one exponential and 3 plain passes over both logits"
-    state_fields: ClassVar[tuple[str, ...]] = ("log_median",)
+    cost = "one exponential and 3 plain passes over both logits"
+    state_fields = ("log_median",)
 
     def __init__(self, t_base: float = 1.0, c: float = 0.5) -> None:
         super().__init__()
@@ -59,10 +58,22 @@ class AdaKD(TemperaturePolicy):
         return self.t_base
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        """Give each row its T_i, from its difficulty s_i and the median of the last step.
+
+        Args:
+            student_logits: ``[C, V]``.
+            teacher_logits: ``[C, V]``.
+            rows: the log-sum-exps of the same rows, ``[C]``.
+
+        Returns:
+            One T_i for both models, ``[C, 1]`` (``[]`` in the first step); ``observed`` has the row's bin of the histogram
+            of log s, one-hot, ``[C, 128]``, so that its mean over the step is that histogram.
+        """
         # Bhattacharyya coefficient: sum sqrt(p q) = sum exp((z_s - lse_s + z_t - lse_t) / 2), one exponential in all.
         mean_norm = (rows.student_lse + rows.teacher_lse).detach().mul_(-0.5).unsqueeze(-1)
         overlap = torch.add(mean_norm, student_logits.detach() + teacher_logits.detach(), alpha=0.5).exp_().sum(-1)
-        # s = sqrt(1 - overlap); equal distributions (and rounding just above 1) fall into the lowest bin.
+        # s = sqrt(1 - overlap), so log s = log(1 - overlap) / 2; equal distributions (and rounding that makes the overlap
+        # larger than 1) fall into the lowest bin.
         log_s = (1.0 - overlap).clamp_(min=math.exp(2 * _LOG_LOW)).log_().mul_(0.5)
         bins = ((log_s - _LOG_LOW) * _BINS_PER_NAT).long().clamp_(0, _BINS - 1)
         observed = log_s.new_zeros(len(log_s), _BINS).scatter_(-1, bins.unsqueeze(-1), 1.0)
@@ -73,6 +84,7 @@ class AdaKD(TemperaturePolicy):
         return Temperatures(t, t, observed=observed)
 
     def end_step(self, stats: StepStats) -> None:
+        """Take the median of log s from the histogram of the step; one without finite numbers keeps the last."""
         median = _log_median(stats.observed)
         if median is not None:
             self.log_median = median

@@ -285,7 +285,11 @@ def check_temperature(policy: str, option: str, value: object) -> float:
 def check_range(policy: str, t_init: object, t_min: object, t_max: object) -> tuple[float, float, float]:
     """Return (t_init, t_min, t_max) with 0 < t_min <= t_init <= t_max.
 
-    T_min = 0 would divide the logits by zero.
+    Args:
+        policy: its name, for the message.
+        t_init: temperature of the first step.
+        t_min: floor; 0 would divide the logits by zero.
+        t_max: ceiling.
 
     Raises:
         UserError: one of them is not a finite number, or out of order.
@@ -298,8 +302,14 @@ def check_range(policy: str, t_init: object, t_min: object, t_max: object) -> tu
 def check_whole(option: str, value: object, low: int, expected: str) -> int | None:
     """Return ``value`` where it is a whole number from ``low``, or None.
 
+    Args:
+        option: the option's name, for the message.
+        value: what the recipe has.
+        low: the lower bound.
+        expected: the end of the message.
+
     Raises:
-        UserError: it is neither; the message ends with ``expected``.
+        UserError: it is neither.
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= low):
         return value
@@ -307,14 +317,22 @@ def check_whole(option: str, value: object, low: int, expected: str) -> int | No
 
 
 def check_flag(option: str, value: object) -> bool:
-    """Return ``value`` where it is true or false; else a ``UserError`` names the option."""
+    """Return ``value`` where it is true or false.
+
+    Raises:
+        UserError: it is neither; the option is named.
+    """
     if not isinstance(value, bool):
         raise UserError(f"temperature.{option}: got {value!r}, expected true or false")
     return value
 
 
 def check_choice(option: str, value: object, choices: Sequence[str]) -> str:
-    """Return ``value`` where it is one of ``choices``; else a ``UserError`` names the option and the nearest one."""
+    """Return ``value`` where it is one of ``choices``.
+
+    Raises:
+        UserError: it is not; the option and the nearest choice are named.
+    """
     if value not in choices:
         raise UserError(
             f"temperature.{option}: got {value!r}, expected one of {', '.join(choices)}.{nearest(str(value), choices)}"

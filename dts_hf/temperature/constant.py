@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 
 
 class Constant(TemperaturePolicy):
@@ -23,23 +20,21 @@ class Constant(TemperaturePolicy):
         teacher_value: the teacher's temperature, above 0; ``value`` when left out.
     """
 
-    name: ClassVar[str] = "constant"
-    paper: ClassVar[str | None] = "arXiv 1503.02531"
-    formula: ClassVar[str] = "T_s = value, T_t = teacher_value (or value)"
-    use: ClassVar[str] = (
+    name = "constant"
+    paper = "arXiv 1503.02531"
+    formula = "T_s = value, T_t = teacher_value (or value)"
+    use = (
         "Always: the baseline. Sweep 1, 2 and 4 before you believe in any other policy; with `teacher_value` before you "
         "believe in one that gives student and teacher different temperatures (`dtkd`, `dts` with `decoupled`)."
     )
-    cost: ClassVar[str] = "none"
+    cost = "none"
 
     def __init__(self, value: float = 2.0, teacher_value: float | None = None) -> None:
         super().__init__()
-        self.value = check_number(self.name, "value", value, low=0.0, high=math.inf, low_open=True)
+        self.value = check_temperature(self.name, "value", value)
         self.teacher_value = teacher_value
         if teacher_value is not None:
-            self.teacher_value = check_number(
-                self.name, "teacher_value", teacher_value, low=0.0, high=math.inf, low_open=True
-            )
+            self.teacher_value = check_temperature(self.name, "teacher_value", teacher_value)
 
     @property
     def temperature(self) -> float:
@@ -47,6 +42,16 @@ class Constant(TemperaturePolicy):
         return self.value
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        """Give ``value`` and ``teacher_value``, whatever the logits are.
+
+        Args:
+            student_logits: ``[C, V]``, for dtype and device alone.
+            teacher_logits: ``[C, V]``, not read.
+            rows: not read.
+
+        Returns:
+            T_s and T_t for all rows, each ``[]``.
+        """
         shared = super().forward(student_logits, teacher_logits, rows)
         if self.teacher_value is None:
             return shared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,16 +35,19 @@ class Cosine(TemperaturePolicy):
         t_init: temperature of the first step, 3 when left out; not with ``match_mean_of``.
         t_min: floor, above 0.
         match_mean_of: the run directory of a finished run whose mean T this one is to have.
+
+    Raises:
+        UserError: an option is out of range, or t_init is given beside ``match_mean_of``.
     """
 
-    name: ClassVar[str] = "cosine"
-    paper: ClassVar[str | None] = "arXiv 2511.13767"
-    formula: ClassVar[str] = "T = max(t_init (1 + cos(pi progress)) / 2, t_min)"
-    use: ClassVar[str] = (
+    name = "cosine"
+    paper = "arXiv 2511.13767"
+    formula = "T = max(t_init (1 + cos(pi progress)) / 2, t_min)"
+    use = (
         "The control for `dts`: the same curve, deaf to the gap. It is also colder than `dts`, which never goes below it; "
         "`match_mean_of` takes that difference away."
     )
-    cost: ClassVar[str] = "none"
+    cost = "none"
 
     def __init__(self, t_init: float | None = None, t_min: float = 1.0, match_mean_of: str | None = None) -> None:
         super().__init__()

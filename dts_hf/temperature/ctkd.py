@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_number, half_cosine, sigmoid
+from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_number, check_temperature, half_cosine, sigmoid
 
 
 class CTKD(TemperaturePolicy):
@@ -30,18 +29,21 @@ class CTKD(TemperaturePolicy):
         learning_rate: size of Adam's step in theta.
         betas: Adam's decay rates.
         ramp: share of the run in which lambda grows from 0 to 1; 0.04 in the paper.
+
+    Raises:
+        UserError: an option is out of range.
     """
 
-    name: ClassVar[str] = "ctkd"
-    paper: ClassVar[str | None] = "arXiv 2211.16231"
-    formula: ClassVar[str] = "T = t_start + t_end sigmoid(theta), theta += lambda(p) Adam(d kd / d theta) (ascent)"
-    use: ClassVar[str] = (
+    name = "ctkd"
+    paper = "arXiv 2211.16231"
+    formula = "T = t_start + t_end sigmoid(theta), theta += lambda(p) Adam(d kd / d theta) (ascent)"
+    use = (
         "You want T found during the run instead of by a sweep. Watch T: at an end of its range it tells you that the "
         "loss only knows one direction. Compare with `constant` at the T where it stays."
     )
-    cost: ClassVar[str] = "the teacher-side gradient of the divergence: a few elementwise passes"
-    learns: ClassVar[bool] = True
-    state_fields: ClassVar[tuple[str, ...]] = ("theta", "first_moment", "second_moment", "steps", "ignored_gradients")
+    cost = "the teacher-side gradient of the divergence: a few elementwise passes"
+    learns = True
+    state_fields = ("theta", "first_moment", "second_moment", "steps", "ignored_gradients")
 
     def __init__(
         self,
@@ -53,8 +55,8 @@ class CTKD(TemperaturePolicy):
         ramp: float = 0.1,
     ) -> None:
         super().__init__()
-        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=math.inf, low_open=True)
-        self.t_end = check_number(self.name, "t_end", t_end, low=0.0, high=math.inf, low_open=True)
+        self.t_start = check_temperature(self.name, "t_start", t_start)
+        self.t_end = check_temperature(self.name, "t_end", t_end)
         self.theta = check_number(self.name, "theta", theta, low=-20.0, high=20.0)
         self.learning_rate = check_number(self.name, "learning_rate", learning_rate, low=0.0, high=1.0)
         self.betas = _check_betas(self.name, betas)
@@ -64,20 +66,24 @@ class CTKD(TemperaturePolicy):
 
     @property
     def temperature(self) -> float:
+        """T of the present theta, between t_start and t_start + t_end."""
         return self.t_start + self.t_end * sigmoid(self.theta)
 
     @property
     def adversary(self) -> float:
-        """lambda(p) in [0, 1]: 0 at the start of the run, 1 from ``ramp`` on."""
+        """The factor lambda(p) in [0, 1]: 0 at the start of the run, 1 from ``ramp`` on."""
         return 1.0 - half_cosine(self.progress / self.ramp) if self.progress < self.ramp else 1.0
 
     def log_values(self) -> dict[str, float]:
+        """``theta``, beside the temperature that it stands for."""
         return {"theta": self.theta}
 
     def counters(self) -> dict[str, int]:
+        """How many slopes were non-finite, and so moved nothing."""
         return {"ignored_gradients": self.ignored_gradients}
 
     def end_step(self, stats: StepStats) -> None:
+        """Move theta up the loss: Adam's step (Kingma and Ba 2015, Algorithm 1), times lambda(p), with a plus."""
         slope = sigmoid(self.theta)
         gradient = stats.temperature_grad * self.t_end * slope * (1.0 - slope)  # d kd / d theta
         if not math.isfinite(gradient):
@@ -87,12 +93,14 @@ class CTKD(TemperaturePolicy):
         self.steps += 1
         self.first_moment = first * self.first_moment + (1.0 - first) * gradient
         self.second_moment = second * self.second_moment + (1.0 - second) * gradient * gradient
+        # Both moments start at 0; dividing by 1 - beta^k takes that out of the first steps.
         mean = self.first_moment / (1.0 - first**self.steps)
         size = math.sqrt(self.second_moment / (1.0 - second**self.steps))
         self.theta += self.adversary * self.learning_rate * mean / (size + 1e-8)  # plus: ascent
 
 
 def _check_betas(policy: str, betas: object) -> tuple[float, float]:
+    """Two decay rates from 0 to below 1; at 1 the correction of the start would divide by 0."""
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise UserError(f"temperature.betas: got {betas!r} for policy '{policy}', expected two numbers from 0 to 1")
     first, second = (check_number(policy, "betas", beta, low=0.0, high=1.0 - 1e-9) for beta in betas)

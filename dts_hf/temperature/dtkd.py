@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number, check_temperature
 from dts_hf.temperature.parts.logit_statistics import sharpness
 
 
@@ -38,12 +37,10 @@ class DTKD(TemperaturePolicy):
             its code has alpha 3 and beta 1, so w_kd = 1/3. It costs another softmax of both models.
     """
 
-    name: ClassVar[str] = "dtkd"
-    paper: ClassVar[str | None] = "arXiv 2404.12711"
-    formula: ClassVar[str] = (
-        "T_t = 2 tau k_t / (k_t + k_s), T_s = 2 tau k_s / (k_t + k_s), k = max z - mean z, per token"
-    )
-    use: ClassVar[str] = (
+    name = "dtkd"
+    paper = "arXiv 2404.12711"
+    formula = "T_t = 2 tau k_t / (k_t + k_s), T_s = 2 tau k_s / (k_t + k_s), k = max z - mean z, per token"
+    use = (
         "Teacher and student differ in confidence, token by token, and you do not want one temperature for both. "
         "Compare with `constant` at T = tau."
     )
@@ -53,11 +50,11 @@ class DTKD(TemperaturePolicy):
         "lower the loss without coming nearer to its teacher, by shrinking its logits: the factor gets smaller and both "
         "distributions flatter, until the clamp stops it."
     )
-    cost: ClassVar[str] = "2 reading passes per model (maximum, mean); with w_kd > 0 a second softmax of both models"
+    cost = "2 reading passes per model (maximum, mean); with w_kd > 0 a second softmax of both models"
 
     def __init__(self, tau: float = 2.0, clamp: float = 3.0, w_kd: float = 0.0) -> None:
         super().__init__()
-        self.tau = check_number(self.name, "tau", tau, low=0.0, high=math.inf, low_open=True)
+        self.tau = check_temperature(self.name, "tau", tau)
         self.clamp = check_number(self.name, "clamp", clamp, low=1.0, high=math.inf)
         self.w_kd = check_number(self.name, "w_kd", w_kd, low=0.0, high=math.inf)
 
@@ -68,15 +65,27 @@ class DTKD(TemperaturePolicy):
 
     @property
     def companions(self) -> tuple[tuple[float, float], ...]:
+        """The paper's second term, ``w_kd`` tau^2 D at the fixed temperature tau."""
         return ((self.tau, self.w_kd),) if self.w_kd > 0 else ()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        """Give each row its two temperatures, by the ratio k_t / k_s of its sharpnesses.
+
+        Args:
+            student_logits: ``[C, V]``.
+            teacher_logits: ``[C, V]``.
+            rows: not read.
+
+        Returns:
+            T_s and T_t, each ``[C, 1]``.
+        """
+        # T_s = 2 tau k_s / (k_t + k_s) = 2 tau / (1 + ratio), and T_t is ratio times that.
         ratio = (_sharpness(teacher_logits) / _sharpness(student_logits)).clamp_(1.0 / self.clamp, self.clamp)
         student = 2.0 * self.tau / (1.0 + ratio)
         return Temperatures(student, student * ratio)
 
 
 def _sharpness(logits: Tensor) -> Tensor:
-    """k = max - mean, ``[C, 1]``, above 0 also for constant logits (two constant rows then have the ratio 1)."""
+    """The k = max - mean of each row, ``[C, V] -> [C, 1]``, above 0 also for constant logits: 0 / 0 would be NaN."""
     logits = logits.detach()
     return sharpness(logits).clamp_(min=torch.finfo(logits.dtype).tiny)

@@ -53,8 +53,7 @@ class DTS(TemperaturePolicy):
         "sharpness for the sake of r. Both would change the loss by its temperature alone."
     )
     cost = (
-        "none (batch, token); sequence: one more log-sum-exp of both models, and the logits of a sequence longer than a "
-        "chunk twice; decoupled: 2 reading passes per model; range auto: 19 softmaxes of the teacher, in the first step"
+        "none; `sequence`: one log-sum-exp more per model; `decoupled`: 2 passes per model; `auto`: 19 softmaxes once"
     )
     state_fields = ("value", "cosine_value", "schedule", "started")
 
@@ -116,7 +115,8 @@ class DTS(TemperaturePolicy):
         """Give T, or each row its own by its own gap (Eq. 5 to 7); with ``decoupled`` two of them.
 
         Args:
-            student_logits, teacher_logits: ``[C, V]``.
+            student_logits: ``[C, V]``.
+            teacher_logits: ``[C, V]``.
             rows: cross-entropies of the same rows, ``[C]``.
 
         Returns:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 from dts_hf.temperature.parts.logit_statistics import deviation_of
 
 
@@ -29,21 +26,21 @@ class LogitStd(TemperaturePolicy):
         value: temperature of the standardised logits; 2 in the paper, which weights the soft loss 9 to 0.1.
     """
 
-    name: ClassVar[str] = "logit_std"
-    paper: ClassVar[str | None] = "arXiv 2403.01427"
-    formula: ClassVar[str] = "T_s = value std(z_s), T_t = value std(z_t), factor value^2, per token"
-    use: ClassVar[str] = (
+    name = "logit_std"
+    paper = "arXiv 2403.01427"
+    formula = "T_s = value std(z_s), T_t = value std(z_t), factor value^2, per token"
+    use = (
         "The student is much smaller than the teacher and should learn the order of the words, not the scale of the "
         "logits. On language models it was reported harmful with reverse KL; run `constant` beside it."
     )
-    cost: ClassVar[str] = (
+    cost = (
         "4 passes per model (mean, centring, square, sum), and 7 for the gradient through the student's deviation; on a CPU "
         "4 and 2 % of the loss"
     )
 
     def __init__(self, value: float = 2.0) -> None:
         super().__init__()
-        self.value = check_number(self.name, "value", value, low=0.0, high=math.inf, low_open=True)
+        self.value = check_temperature(self.name, "value", value)
 
     @property
     def temperature(self) -> float:
@@ -51,7 +48,18 @@ class LogitStd(TemperaturePolicy):
         return self.value
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        student, spread = deviation_of(student_logits)
+        """Give each row its two temperatures, ``value`` times the deviations of its logits.
+
+        Args:
+            student_logits: ``[C, V]``.
+            teacher_logits: ``[C, V]``.
+            rows: not read.
+
+        Returns:
+            T_s and T_t, each ``[C, 1]``; ``scale``, value^2 ``[]``; ``scale_free`` ``[C, 1]``, the rows whose student
+            has a deviation: there the loss takes the derivative through std(z_s) along.
+        """
+        student, has_deviation = deviation_of(student_logits)
         teacher, _ = deviation_of(teacher_logits)
         scale = torch.full((), self.value**2, dtype=student.dtype, device=student.device)
-        return Temperatures(student * self.value, teacher * self.value, scale=scale, scale_free=spread)
+        return Temperatures(student * self.value, teacher * self.value, scale=scale, scale_free=has_deviation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,20 +25,18 @@ class MaxLogit(TemperaturePolicy):
     of 0.001 or less has none, and counts as one with deviation 1.
     """
 
-    name: ClassVar[str] = "max_logit"
-    paper: ClassVar[str | None] = "arXiv 2503.09030"
-    formula: ClassVar[str] = (
-        "T_i = max_k (z_t - mean z_t) / std(z_t); T_t = T_i std(z_t), T_s = T_i std(z_s), factor T_i^2"
-    )
-    use: ClassVar[str] = (
+    name = "max_logit"
+    paper = "arXiv 2503.09030"
+    formula = "T_i = max_k (z_t - mean z_t) / std(z_t); T_t = T_i std(z_t), T_s = T_i std(z_s), factor T_i^2"
+    use = (
         "To compare: our reading of a method made for image classes. Expect very high temperatures over a large "
         "vocabulary."
     )
-    cost: ClassVar[str] = (
+    cost = (
         "4 passes per model (mean, centring, square, sum), 2 more over the teacher's logits, and 7 for the gradient "
         "through the student's deviation; on a CPU 5 and 3 % of the loss"
     )
-    state_fields: ClassVar[tuple[str, ...]] = ("mean",)
+    state_fields = ("mean",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +48,27 @@ class MaxLogit(TemperaturePolicy):
         return self.mean
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        student, spread = deviation_of(student_logits)
+        """Give each row its two temperatures, T_i times the deviations of its logits.
+
+        Args:
+            student_logits: ``[C, V]``.
+            teacher_logits: ``[C, V]``.
+            rows: not read.
+
+        Returns:
+            T_s and T_t, each ``[C, 1]``; ``scale``, T_i^2 ``[C, 1]``; ``scale_free`` ``[C, 1]``, the rows whose student
+            has a deviation: there the loss takes the derivative through std(z_s) along; ``observed``, T_i
+            ``[C, 1]``.
+        """
+        student, has_deviation = deviation_of(student_logits)
         teacher, _ = deviation_of(teacher_logits)
         # A maximum is at least 1 / sqrt(V) deviations above the mean: the bound acts on flat rows alone.
         shared = (sharpness(teacher_logits.detach()) / teacher).clamp_(min=teacher_logits.shape[-1] ** -0.5)
         return Temperatures(
-            student * shared, teacher * shared, scale=shared.square(), observed=shared, scale_free=spread
+            student * shared, teacher * shared, scale=shared.square(), observed=shared, scale_free=has_deviation
         )
 
     def end_step(self, stats: StepStats) -> None:
+        """Keep the mean T_i, for the log alone."""
         if stats.observed and math.isfinite(stats.observed[0]) and stats.observed[0] > 0.0:
             self.mean = stats.observed[0]

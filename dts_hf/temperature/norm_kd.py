@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
-
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 from dts_hf.temperature.parts.logit_statistics import deviation_of
 
 
@@ -24,21 +21,21 @@ class NormKD(TemperaturePolicy):
         t_norm: the common factor; 1.5 in the language-model port that comes with BiLD (arXiv 2406.13555), 2 for DKD.
     """
 
-    name: ClassVar[str] = "norm_kd"
-    paper: ClassVar[str | None] = "arXiv 2308.00520"
-    formula: ClassVar[str] = "T_s = t_norm std(z_s), T_t = t_norm std(z_t), factor T_t^2, per token"
-    use: ClassVar[str] = (
+    name = "norm_kd"
+    paper = "arXiv 2308.00520"
+    formula = "T_s = t_norm std(z_s), T_t = t_norm std(z_t), factor T_t^2, per token"
+    use = (
         "As `logit_std`, with wide-spread tokens weighted up. T_t^2 makes kd_loss large: look at its size beside "
         "ce_loss before you choose kd_ratio."
     )
-    cost: ClassVar[str] = (
+    cost = (
         "4 passes per model (mean, centring, square, sum), and 7 for the gradient through the student's deviation; on a CPU "
         "4 and 2 % of the loss"
     )
 
     def __init__(self, t_norm: float = 1.5) -> None:
         super().__init__()
-        self.t_norm = check_number(self.name, "t_norm", t_norm, low=0.0, high=math.inf, low_open=True)
+        self.t_norm = check_temperature(self.name, "t_norm", t_norm)
 
     @property
     def temperature(self) -> float:
@@ -46,6 +43,17 @@ class NormKD(TemperaturePolicy):
         return self.t_norm
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        student, spread = deviation_of(student_logits)
+        """Give each row its two temperatures, ``t_norm`` times the deviations of its logits.
+
+        Args:
+            student_logits: ``[C, V]``.
+            teacher_logits: ``[C, V]``.
+            rows: not read.
+
+        Returns:
+            T_s and T_t, each ``[C, 1]``; ``scale``, T_t^2 ``[C, 1]``; ``scale_free`` ``[C, 1]``, the rows whose student
+            has a deviation: there the loss takes the derivative through std(z_s) along.
+        """
+        student, has_deviation = deviation_of(student_logits)
         teacher = deviation_of(teacher_logits)[0] * self.t_norm
-        return Temperatures(student * self.t_norm, teacher, scale=teacher.square(), scale_free=spread)
+        return Temperatures(student * self.t_norm, teacher, scale=teacher.square(), scale_free=has_deviation)

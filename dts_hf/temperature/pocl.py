@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import TemperaturePolicy, check_number
+from dts_hf.temperature.base import TemperaturePolicy, check_flag, check_number, check_temperature
 
 
 class POCL(TemperaturePolicy):
@@ -17,21 +16,26 @@ class POCL(TemperaturePolicy):
     there for all or for none (``temperature_scaling``).
 
     Args:
-        t_start, t_end: temperature of the first and the last stage.
+        t_start: temperature of the first stage.
+        t_end: temperature of the last stage.
         stages: number of stages, from 1; with 1 the run stays at ``t_start``.
         schedule_kd_ratio: whether the weight of the soft loss follows the stages too; it then replaces ``loss.kd_ratio``
             in training (``eval_loss`` keeps the recipe's).
-        kd_start, kd_end: that weight in the first and the last stage.
+        kd_start: that weight in the first stage.
+        kd_end: that weight in the last stage.
+
+    Raises:
+        UserError: an option is out of range.
     """
 
-    name: ClassVar[str] = "pocl"
-    paper: ClassVar[str | None] = "arXiv 2506.05695"
-    formula: ClassVar[str] = "T = t_start + (t_end - t_start) k / (stages - 1) in stage k = 0 ... stages - 1"
-    use: ClassVar[str] = (
+    name = "pocl"
+    paper = "arXiv 2506.05695"
+    formula = "T = t_start + (t_end - t_start) k / (stages - 1) in stage k = 0 ... stages - 1"
+    use = (
         "You order your data from easy to hard, or want the counterpart of a falling schedule. kd_ratio moves with T: "
         "set schedule_kd_ratio to false to see the temperature alone, and compare with `linear`."
     )
-    cost: ClassVar[str] = "none"
+    cost = "none"
 
     def __init__(
         self,
@@ -43,26 +47,27 @@ class POCL(TemperaturePolicy):
         kd_end: float = 1.0,
     ) -> None:
         super().__init__()
-        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=math.inf, low_open=True)
-        self.t_end = check_number(self.name, "t_end", t_end, low=0.0, high=math.inf, low_open=True)
+        self.t_start = check_temperature(self.name, "t_start", t_start)
+        self.t_end = check_temperature(self.name, "t_end", t_end)
         if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
             raise UserError(f"temperature.stages: got {stages!r} for policy 'pocl', expected a whole number from 1")
-        if not isinstance(schedule_kd_ratio, bool):
-            raise UserError(f"temperature.schedule_kd_ratio: got {schedule_kd_ratio!r}, expected true or false")
-        self.stages, self.schedule_kd_ratio = stages, schedule_kd_ratio
+        self.stages, self.schedule_kd_ratio = stages, check_flag("schedule_kd_ratio", schedule_kd_ratio)
         self.kd_start = check_number(self.name, "kd_start", kd_start, low=0.0, high=1.0)
         self.kd_end = check_number(self.name, "kd_end", kd_end, low=0.0, high=1.0)
 
     @property
     def temperature(self) -> float:
+        """That of the present stage."""
         return self.t_start + (self.t_end - self.t_start) * self._height
 
     @property
     def kd_ratio(self) -> float | None:
+        """That of the present stage; None where the recipe's stays."""
         return self.kd_start + (self.kd_end - self.kd_start) * self._height if self.schedule_kd_ratio else None
 
     @property
     def _height(self) -> float:
         """How far up the stairs, 0 to 1."""
+        # Progress is step / steps in floating point: the first step of a stage may come out an ulp below its border.
         stage = min(math.floor(self.progress * self.stages + 1e-9), self.stages - 1)
         return stage / max(self.stages - 1, 1)

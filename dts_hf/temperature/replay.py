@@ -6,8 +6,6 @@ gone, its schedule stays. A policy whose gain comes from reacting must beat its 
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -30,13 +28,13 @@ class Replay(TemperaturePolicy):
         run: the run directory of a finished run.
     """
 
-    name: ClassVar[str] = "replay"
-    formula: ClassVar[str] = "T_s, T_t = those of step k of the run"
-    use: ClassVar[str] = (
+    name = "replay"
+    formula = "T_s, T_t = those of step k of the run"
+    use = (
         "As the yoked control of a policy that reacts to training (`dts`, `dtkd`, `adakd`, `ctkd`): the same temperatures "
         "at the same steps, but not because of this run."
     )
-    cost: ClassVar[str] = "none"
+    cost = "none"
 
     def __init__(self, run: str | None = None) -> None:
         super().__init__()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number, sigmoid
+from dts_hf.temperature.base import (
+    RowStats,
+    StepStats,
+    TemperaturePolicy,
+    Temperatures,
+    check_number,
+    check_temperature,
+    sigmoid,
+)
 
 #: The lowest relative change of the loss that counts: one tenfold of the last step's.
 _LARGEST_RISE = -10.0
@@ -38,13 +45,13 @@ class TAID(TemperaturePolicy):
         value: the temperature of teacher and student; 1 in the paper.
     """
 
-    name: ClassVar[str] = "taid"
-    paper: ClassVar[str | None] = "arXiv 2501.16937"
-    formula: ClassVar[str] = (
+    name = "taid"
+    paper = "arXiv 2501.16937"
+    formula = (
         "target softmax((1 - t) z_s + t z_t), "
         "t <- max(t_start + (1 - t_start) progress, t + alpha sigmoid(m) (1 - t)); T = value"
     )
-    use: ClassVar[str] = (
+    use = (
         "The teacher is far stronger than the student. Compare with `constant` at the same value; whether the adaptive "
         "part acts at all shows a run with alpha 0 (the straight line)."
     )
@@ -52,35 +59,49 @@ class TAID(TemperaturePolicy):
         "z_s in the target. Dropped is the force that would move the target to the student: it is there to be followed. As "
         "in its paper."
     )
-    cost: ClassVar[str] = "the mix of the logits: 2 passes"
-    state_fields: ClassVar[tuple[str, ...]] = ("share", "momentum", "last_loss")
+    cost = "the mix of the logits: 2 passes"
+    state_fields = ("share", "momentum", "last_loss")
 
     def __init__(self, t_start: float = 0.4, alpha: float = 5e-4, beta: float = 0.99, value: float = 1.0) -> None:
         super().__init__()
         self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=1.0, low_open=True)
         self.alpha = check_number(self.name, "alpha", alpha, low=0.0, high=1.0)
         self.beta = check_number(self.name, "beta", beta, low=0.0, high=1.0)
-        self.value = check_number(self.name, "value", value, low=0.0, high=math.inf, low_open=True)
+        self.value = check_temperature(self.name, "value", value)
         self.share = self.t_start
         self.momentum = 0.0
         self.last_loss: float | None = None
 
     @property
     def temperature(self) -> float:
+        """``value``: what moves is the target, not the temperature."""
         return self.value
 
     def begin_step(self, progress: float) -> None:
+        """Lift t to its straight line where it is below."""
         super().begin_step(progress)
         self.share = min(1.0, max(self.share, self.t_start + (1.0 - self.t_start) * self.progress))
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
+        """Give ``value`` and the teacher's share of the target, whatever the logits are.
+
+        Args:
+            student_logits: ``[C, V]``, for dtype and device alone.
+            teacher_logits: ``[C, V]``, not read.
+            rows: not read.
+
+        Returns:
+            One temperature for all rows and both models, and ``teacher_share``, each ``[]``.
+        """
         value = torch.full((), self.value, dtype=student_logits.dtype, device=student_logits.device)
         return Temperatures(value, value, teacher_share=torch.full_like(value, self.share))
 
     def log_values(self) -> dict[str, float]:
+        """The share t of the teacher, as ``teacher_share``: the temperature says nothing here."""
         return {"teacher_share": self.share}
 
     def end_step(self, stats: StepStats) -> None:
+        """Move t by the relative change of the loss, smoothed; the first step has nothing to compare with."""
         loss, last = stats.kd, self.last_loss
         if not math.isfinite(loss):  # says nothing: t follows its straight line
             return

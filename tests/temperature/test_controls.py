@@ -100,11 +100,9 @@ def test_permuted_gaps_have_lost_their_timing_and_blocks_keep_their_neighbours(m
     for order in ("permuted", "blocks"):
         policy = replaying(run, order, seed=3)
         policy.begin_run()
-        halves = [fmean(part) for part in (policy.gaps.recorded[: STEPS // 2], policy.gaps.recorded[STEPS // 2 :])]
-        kept = (
-            sum(pair in set(itertools.pairwise(gaps)) for pair in zip(policy.gaps.recorded, policy.gaps.recorded[1:]))
-            / STEPS
-        )
+        played = policy.gaps.recorded
+        halves = [fmean(part) for part in (played[: STEPS // 2], played[STEPS // 2 :])]
+        kept = sum(pair in set(itertools.pairwise(gaps)) for pair in itertools.pairwise(played)) / STEPS
         seen[order] = (halves[0] / halves[1], kept)
     first, second = fmean(gaps[: STEPS // 2]), fmean(gaps[STEPS // 2 :])
     assert first / second > 4  # as it was
@@ -119,11 +117,8 @@ def test_blocks_have_the_length_that_was_asked_for(measured, block, expected):
     policy = build_temperature("dts", gap_source={"replay": run, "order": "blocks", **options}, seed=5)
     policy.begin_run()
     place = {gap: k for k, gap in enumerate(gaps)}
-    starts = [
-        0,
-        *(k for k in range(1, 399) if place[policy.gaps.recorded[k]] != place[policy.gaps.recorded[k - 1]] + 1),
-        399,
-    ]
+    played = [place[gap] for gap in policy.gaps.recorded]
+    starts = [0, *(k for k in range(1, 399) if played[k] != played[k - 1] + 1), 399]
     lengths = [end - start for start, end in itertools.pairwise(starts)]
     # Two blocks that were neighbours may be so again, and the last one is what is left
     assert all(length % expected == 0 or length % expected == 399 % expected for length in lengths)
@@ -218,9 +213,8 @@ def test_a_line_of_several_steps_stands_for_each_of_them_and_says_so(tmp_path, c
     run = record(tmp_path / "run", {"gap": gaps, "temperature": gaps, "teacher_temperature": gaps}, every=5)
     policy = build_temperature("replay", run=run)
     policy.begin_run(13)
-    assert [student for student, _ in policy.trace.recorded] == [3.0] * 5 + [
-        8.0
-    ] * 8  # the last three take the last line's
+    student = [pair[0] for pair in policy.trace.recorded]
+    assert student == [3.0] * 5 + [8.0] * 8  # the last three take the last line's
     assert "2 lines for 13 steps" in caplog.text and "logging_steps: 1" in caplog.text
 
 

@@ -1,9 +1,10 @@
 """The range [t_min, t_max] of a schedule, as given, or solved from how many tokens the teacher is to offer.
 
 ``range: auto`` asks for two effective supports, exp of the teacher's mean entropy, in place of two temperatures. The first
-step runs at T = 1 and measures the teacher's entropy at 19 temperatures from 1/4 to 16; then t_init = t_max and t_min are
-those at which the support is ``support_max`` and ``support_min``. A support that the teacher does not reach ends the run
-there; two classes and supports beyond the vocabulary are refused before it.
+step runs at T = 1 and measures the teacher's entropy at 19 temperatures from 1/4 to 16, at the price of as many softmaxes of
+the teacher in that step alone. Then t_init = t_max and t_min are those at which the support is ``support_max`` and
+``support_min``. A support that the teacher does not reach ends the run there; two classes and supports beyond the vocabulary
+are refused before it.
 """
 
 from __future__ import annotations
@@ -193,10 +194,10 @@ def temperature_for(support: float, entropies: Sequence[float]) -> float:
         x = 0.5 * (first + last)
         cubic = low + x * (left + x * (3 * (high - low) - 2 * left - right + x * (left + right - 2 * (high - low))))
         first, last = (x, last) if cubic < entropy else (first, x)
-    return SUPPORT_GRID[upper - 1] * (SUPPORT_GRID[upper] / SUPPORT_GRID[upper - 1]) ** last
+    return float(SUPPORT_GRID[upper - 1] * (SUPPORT_GRID[upper] / SUPPORT_GRID[upper - 1]) ** last)
 
 
 def _slope(rises: Sequence[float], point: int) -> float:
-    """dH per grid step at a point; at the ends that of the one neighbour."""
+    """Slope dH per grid step at a point; at the ends that of the one neighbour."""
     before, after = rises[max(point - 1, 0)], rises[min(point, len(rises) - 1)]
     return 2.0 * before * after / (before + after) if before > 0.0 and after > 0.0 else 0.0

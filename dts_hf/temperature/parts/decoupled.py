@@ -1,14 +1,14 @@
 """One temperature made two: T_s and T_t around T, so that student and teacher are equally sharp after division.
 
 T_s = T sqrt(r) and T_t = T / sqrt(r) with r = k_s / k_t, so k_s / T_s = k_t / T_t and T_s T_t = T^2. k(z) = max z - mean z
-is the statistic of DTKD (arXiv 2404.12711). r is kept within [1/4, 4], so T_s and T_t may leave the range of T by a factor
-of 2.
+is the statistic of DTKD (arXiv 2404.12711), two reading passes per model. r is kept within [1/4, 4], so T_s and T_t may
+leave the range of T by a factor of 2. With granularity ``batch`` r is the geometric mean over the last step (1 in the
+first), per row it is the row's own.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Decoupled(Mechanism):
             1 in the first.
     """
 
-    state_fields: ClassVar[tuple[str, ...]] = ("log_ratio",)
+    state_fields = ("log_ratio",)
 
     def __init__(self, decoupled: object, per_row: bool) -> None:
         self.decoupled, self.per_row = check_flag("decoupled", decoupled), per_row
@@ -58,7 +58,7 @@ class Decoupled(Mechanism):
 
 
 def log_sharpness_ratio(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """log r of each row, two ``[C, V] -> [C, 1]``, detached.
+    """Log r of each row, two ``[C, V] -> [C, 1]``, detached.
 
     DTKD uses max z in its code; on the logits of language models that has any sign, so it is centred here.
     """

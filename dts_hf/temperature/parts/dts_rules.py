@@ -16,6 +16,9 @@ an ordinary run ``batch`` is the plain cosine. Per token it is not: the tokens o
 more than a nat fire (2 to 6 % of them in toy runs) and jump to t_max near -1, so the extra T goes where the student needs
 it least; mean T is 1.53 to 1.57 where the cosine has 1.50. The code's rule fires for gap > 1, most just above gap = 2. Only
 ``gap`` rises smoothly with the gap: it equals the cosine at gap <= 0 and never passes T_init.
+
+``epochs`` makes p a staircase, as published: ``paper`` and ``gap`` count epochs from 0, ``code`` from 1, so that its last
+epoch has S = 0.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ _CODE_CAP, _CODE_CAPPED_ALPHA = 2.0, 1.35
 
 
 def check_rule(rule: object) -> str:
-    """Return ``rule`` where it is one of ``RULES``; else a ``UserError`` names the nearest."""
+    """Return ``rule`` where it is one of ``RULES``; else a ``UserError`` names the nearest one."""
     return check_choice("rule", rule, RULES)
 
 
@@ -46,7 +49,11 @@ def check_epochs(epochs: object) -> int | None:
 
 
 def check_momentum(momentum: object) -> float:
-    """Return ``momentum`` as a float in [0, 1); else a ``UserError`` says why not."""
+    """Return ``momentum`` as a float in [0, 1).
+
+    Raises:
+        UserError: it is not one.
+    """
     checked = check_number("dts", "momentum", momentum, low=0.0, high=1.0)
     if checked == 1.0:
         raise UserError("temperature.momentum: got 1, expected a number from 0 to below 1; at 1 T would never move")
@@ -80,7 +87,7 @@ def target(rule: str, t_init: float, schedule: float, gap: Tensor) -> Tensor:
 
 
 def moving_average(momentum: float, old: float, new: float) -> float:
-    """momentum old + (1 - momentum) new (Eq. 8)."""
+    """Return momentum old + (1 - momentum) new (Eq. 8)."""
     mixed = momentum * old + (1.0 - momentum) * new
     # A mean lies between its ends; rounding may put it one ulp outside (0.9 * 3 + 0.1 * 3 > 3).
     return min(max(mixed, min(old, new)), max(old, new))
@@ -89,7 +96,7 @@ def moving_average(momentum: float, old: float, new: float) -> float:
 def staircase(progress: float, epochs: int | None, rule: str) -> float:
     """Progress in whole epochs, as published; None for ``epochs`` lets it move with every step.
 
-    The paper counts epochs from 0. The released code counts them from 1, so that its last epoch has S = 0.
+    The released code counts epochs from 1, so that its last one has S = 0; the other rules count from 0.
     """
     if epochs is None:
         return progress

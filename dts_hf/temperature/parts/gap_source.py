@@ -1,7 +1,9 @@
 """Which gap drives a policy: the one that it measures, or those of a finished run, as a control.
 
 ``gap_source: {replay: RUN, order: ORDER}`` plays the gaps of RUN: ``recorded`` as they came, ``permuted`` one by one, or in
-permuted ``blocks`` of ``block`` steps. Whatever this run measures is then without effect on its temperature.
+permuted ``blocks`` of ``block`` steps (a twentieth of the run when left out), by a generator of its own with ``seed``.
+Whatever this run measures is then without effect on its temperature. RUN must be as long as the run that replays it, and
+the policy one that takes the mean gap of a step: a log has one gap for each.
 """
 
 from __future__ import annotations
@@ -115,7 +117,9 @@ class ReplayedGaps(RecordedRun, MeasuredGaps):
         return len(self.recorded) + 1
 
     def _at(self, progress: float) -> float | None:
-        return self.recorded[max(step_at(progress, len(self.recorded) + 1), 1) - 1]
+        step = max(step_at(progress, len(self.recorded) + 1), 1)  # the first step has none, and never asks
+        gap: float | None = self.recorded[step - 1]
+        return gap
 
 
 def gap_source_of(value: object, seed: object, granularity: str = "batch") -> MeasuredGaps:

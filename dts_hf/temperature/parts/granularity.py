@@ -11,7 +11,8 @@ granularity   gap                                    temperature
 With ``batch``, the gap that drives step k is that of step k - 1, and the first step runs at t_init. A row has no temperature
 of the step before, so per row the schedule carries the momentum m and the gap acts at once: there m only delays the cosine,
 by m / (1 - m) steps (9 at 0.9); a row whose gap is non-finite gets the cosine. In ``batch`` m delays T as well, by at most
-0.037 over 1000 steps of [3, 1], and smooths a noisy gap: at 20 % noise T scatters by 0.016 instead of 0.062.
+0.037 over 1000 steps of [3, 1], and smooths a noisy gap: at 20 % noise T scatters by 0.016 instead of 0.062. ``sequence``
+costs one more log-sum-exp of both models, and for a sequence longer than a chunk its logits a second time.
 
 With m = 0 and one gap for all rows the three granularities are the same function of (S, gap). Gaps that differ give other
 levels, too: alpha bends at 0, below which a gap counts as 0, and is concave above. In a toy run with a mean gap of 0.39

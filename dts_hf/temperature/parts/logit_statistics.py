@@ -33,5 +33,5 @@ def deviation_of(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sharpness(logits: Tensor) -> Tensor:
-    """k = max z - mean z of each row, ``[C, V] -> [C, 1]``: the statistic of DTKD (arXiv 2404.12711), blind to a shift."""
+    """The k = max z - mean z of each row, ``[C, V] -> [C, 1]``: the statistic of DTKD (arXiv 2404.12711)."""
     return logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)
