@@ -49,9 +49,9 @@ def build(
 
     Args:
         kinds: the classes by name.
-            name: the one that the recipe asks for.
+        name: the one that the recipe asks for.
         options: its options in the recipe.
-            name_key: the recipe key that holds the name, for messages (``temperature.name``).
+        name_key: the recipe key that holds the name, for messages (``temperature.name``).
         key: the recipe key that holds the options (``temperature``).
         noun: what a kind is called (``policy``); may be empty.
 
