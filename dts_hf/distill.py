@@ -24,8 +24,8 @@ from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.environment import peak_memory_gb
 from dts_hf.runs.lock import unlocks
+from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, check_same_rows, open_run
 from dts_hf.task import Models, Task
 from dts_hf.training.callbacks import BeforeTrainingCallback, RunLogCallback

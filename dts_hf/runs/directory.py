@@ -63,7 +63,9 @@ LEFTOVERS = (
     ".final.*unfinished",
     ".dts_hf-*",
 )
-PREDICTION_ORDER = ("teacher", "student_before", "student")
+#: Models that are scored before training starts; their scores are in scores.json.
+BEFORE = ("teacher", "student_before")
+PREDICTION_ORDER = (*BEFORE, "student")
 
 
 class RunDirectory:
@@ -211,13 +213,22 @@ class RunDirectory:
         """Return ``metrics.json``."""
         return read_json(self.metrics_path)
 
-    def write_scores(self, values: Mapping[str, Any]) -> None:
-        """Write ``scores.json``: scores of the models before training, for a later attempt at this run."""
-        write_json_atomic(self.scores_path, values)
+    def write_scores(self, models: Mapping[str, Any]) -> None:
+        """Write ``scores.json``, so that a run that is killed does not spend an hour on the same scores again.
+
+        Args:
+            models: the entries of ``metrics.json`` that were made before training; their predictions and log lines are
+                there already.
+        """
+        write_json_atomic(self.scores_path, {"log_bytes": self.log_size(), "models": models})
 
     def read_scores(self) -> dict[str, Any]:
-        """Return ``scores.json``."""
-        return read_json(self.scores_path)
+        """Return ``scores.json``; empty where a prediction behind it is lost.
+
+        That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
+        """
+        scores = read_json(self.scores_path)
+        return scores if all(self.has_predictions(name) for name in scores.get("models", {})) else {}
 
     def log_size(self) -> int:
         """Bytes of ``log.jsonl``."""
