@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dts_hf.divergences import Divergence, build_divergence
 from dts_hf.errors import UserError, is_out_of_memory
 from dts_hf.loss.chunk_walk import ChunkWalk, LossSettings, rows_in_budget
-from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import TemperaturePolicy
 
@@ -110,7 +109,8 @@ class DistillationLoss(nn.Module):
             the loss ``[]``, whose backward pass can be run once, and detached sums.
 
         Raises:
-            ValueError: rows or vocabularies do not match, there is no teacher to distil, or the policy needs ``sequences``.
+            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
+            UserError: there is no teacher to distil.
         """
         ratio = self.temperature.kd_ratio
         kd_ratio = self.kd_ratio if ratio is None else ratio
@@ -186,6 +186,16 @@ class DistillationLoss(nn.Module):
             f"divergence={self.divergence.describe()}, kd_ratio={self.kd_ratio}, "
             f"temperature_scaling={self.temperature_scaling}, logits_budget_mb={self.logits_budget_mb}"
         )
+
+
+def check_has_teacher(has_teacher: bool, kd_ratio: float) -> None:
+    """Refuse a soft loss that has nobody to learn from.
+
+    Raises:
+        UserError: there is no teacher, and ``kd_ratio`` is above 0.
+    """
+    if not has_teacher and kd_ratio > 0:
+        raise UserError(f"teacher: got None with kd_ratio {kd_ratio:g}; labels alone need kd_ratio 0")
 
 
 class _FusedLoss(torch.autograd.Function):

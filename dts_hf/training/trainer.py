@@ -20,8 +20,8 @@ from dts_hf.data.tokenised import TokenisedDataset
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
-from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
