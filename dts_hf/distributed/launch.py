@@ -110,10 +110,10 @@ def prepare_deepspeed(args: TrainingArguments, model: nn.Module) -> None:
     if args.device.type == "cpu":
         collectives.build_shm_op = lambda: None  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    if getattr(args, "deepspeed_plugin", None) is not None:
-        config = args.deepspeed_plugin.hf_ds_config.config
-        given = config.get("zero_optimization", {})
-        config["zero_optimization"] = zero_options(model, args.deepspeed_plugin.zero_stage) | given
+    plugin: Any = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        config = plugin.hf_ds_config.config
+        config["zero_optimization"] = zero_options(model, plugin.zero_stage) | config.get("zero_optimization", {})
 
 
 def zero_options(model: nn.Module, stage: int) -> dict[str, Any]:

@@ -142,7 +142,8 @@ class DistillationLoss(nn.Module):
                 normalizer=normalizer,
                 needs=(need_states, need_weight, need_bias),
             )
-            return LossOutput(_FusedLoss.apply(*leaves, walk), walk.sums)
+            loss: Tensor = _FusedLoss.apply(*leaves, walk)  # type: ignore[no-untyped-call]
+            return LossOutput(loss, walk.sums)
 
         while True:
             try:
@@ -205,7 +206,7 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:
         loss = walk.run()
         # Not the walk itself: it holds the logits' buffers, and the teacher's states
         ctx.grads, ctx.inverse = walk.gradients, walk.inverse
@@ -213,7 +214,7 @@ class _FusedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("DistillationLoss: backward was called twice; its gradients are handed over once")
         # Normalised here and not before the matmuls: divided by thousands of labels, gradients of the logits would
@@ -228,6 +229,6 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in ``dtype``, multiplied in the widest of the types; may reuse the buffer of ``grad``."""
+    """Return grad * factor in ``dtype``, multiplied in the widest of the types; may reuse the buffer of ``grad``."""
     wide = torch.promote_types(torch.promote_types(grad.dtype, dtype), factor.dtype)
     return grad.to(wide).mul_(factor.to(wide)).to(dtype)

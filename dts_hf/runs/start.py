@@ -121,6 +121,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """Refuse what can be refused before rows and models are loaded, and find where the run starts; all processes call it.
 
     Args:
+        recipe: what is asked for.
         args: of ``recipe``.
         resume: go on with the run in ``output.dir`` if there is one.
 

@@ -97,7 +97,7 @@ class EvenBatchesTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------- the training rows
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's, with epochs that several processes can share out evenly: filled up with label-free rows.
 
         Accelerate would take rows twice instead, and the last step of an epoch would depend on the number of processes.
@@ -168,10 +168,10 @@ class EvenBatchesTrainer(Trainer):
             raise UserError("predict: got None, expected rows")
         return self._held_out_loader(self.rows.prepare(test_dataset, "predict"), None)
 
-    def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader:
+    def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader[Any]:
         kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}
         if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
-            return cast(DataLoader, kept[key])
+            return cast("DataLoader[Any]", kept[key])
         size = self.args.eval_batch_size
         filled = PadToMultiple(dataset, size * self.accelerator.num_processes, self.without_label, longest_first=True)
         return self._get_dataloader(filled, "Evaluation", size, sampler_fn=self._get_eval_sampler, dataloader_key=key)
@@ -179,7 +179,7 @@ class EvenBatchesTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset)  # PadToMultiple has sorted the rows already
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Rows of the data set behind a loader, without what only fills its batches."""
         dataset = getattr(dataloader, "dataset", None)
         return len(dataset.order) if isinstance(dataset, PadToMultiple) else super().num_examples(dataloader)
@@ -205,8 +205,8 @@ class EvenBatchesTrainer(Trainer):
         """Makes of a row its first token, which only fills a batch."""
         return partial(dummy_row, labels=self.rows.dummy_labels)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader: DataLoader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super()._get_dataloader(*args, **kwargs)
         context = loader.multiprocessing_context or torch.multiprocessing
         if loader.num_workers and context.get_start_method() == "fork":
             initialise = partial(ignore_signals_in_worker, loader.worker_init_fn)
@@ -226,7 +226,7 @@ class EvenBatchesTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels of the whole optimizer step: all micro-batches of all ranks, counted after the shift."""
         local = sum((self.count_items(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
-        return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
+        return cast(Tensor, self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The Trainer's count without dummy rows; ``non_padding`` by length, for a padding token may be a real one, too."""

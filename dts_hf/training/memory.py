@@ -175,6 +175,7 @@ def _divided(student: ModelShape, workload: Workload, plan: Plan, types: Types) 
 
 
 def trained_weights(student: ModelShape, workload: Workload) -> int:
+    """How many weights the optimizer moves: all, or those of the adapters."""
     return student.parameters if workload.lora_parameters is None else workload.lora_parameters
 
 
@@ -294,6 +295,9 @@ def disk_needed(student: ModelShape, workload: Workload, plan: Plan, checkpoints
     """Bytes of the run directory: its checkpoints and the final student.
 
     Args:
+        student: what is saved.
+        workload: says in which types.
+        plan: a strategy may keep weights twice.
         checkpoints: ``save_total_limit``, or how many are written without one. One more is counted, because an old one
             is deleted only after the new one is complete.
     """

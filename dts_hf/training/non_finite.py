@@ -113,4 +113,4 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
         rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
         # Parts are of one size; what the last one has too much was never written to.
         return part[: max(0, parameter.ds_numel - rank * part.numel())]  # type: ignore[attr-defined]
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return, operator]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.utils import PushInProgress
@@ -36,7 +36,6 @@ from dts_hf.training.clock import TrainingClock
 from dts_hf.training.even_batches import EvenBatchesTrainer
 from dts_hf.training.exact_resume import (
     ExtraState,
-    LoopState,
     Progress,
     ResumeCallback,
     check_layout,
@@ -101,8 +100,7 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     Args:
         model: what is trained.
-        args: ``transformers.TrainingArguments``.
-        data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
+        positional: what else ``EvenBatchesTrainer`` takes by its place.
         callbacks: of the user; they stand after ours.
         model_card: returns the text of the model card that ``push_to_hub`` uploads.
         kwargs: everything else that ``EvenBatchesTrainer`` takes.
@@ -117,12 +115,7 @@ class ResumableTrainer(EvenBatchesTrainer):
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
-        data_collator: Any,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: PreTrainedTokenizerBase,
-        *,
+        *positional: Any,
         callbacks: list[TrainerCallback] | None = None,
         model_card: Callable[[], str] | None = None,
         **kwargs: Any,
@@ -141,16 +134,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._finished: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            callbacks=[*ours, *(callbacks or []), self._resume],
-            **kwargs,
-        )
+        super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
 
@@ -192,7 +176,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             return
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; which rows it is made of is remembered until the step has ended well."""
@@ -260,7 +244,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._grad_norm
 
     def _get_learning_rate(self) -> float:
@@ -333,26 +317,22 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def save_progress(self, folder: Path) -> None:
         """Write what the Trainer's checkpoint leaves out into ``folder``; every process calls it."""
-        norm = None if self._grad_norm is None else float(self._grad_norm)
-        loop = LoopState(float(self._tr_loss), self._globalstep_last_logged, norm, self._learning_rate)
-        generate = any(callback.is_due(self.state) for callback in self._callbacks_of(GenerationEvalCallback))
+        extra = self.extra_state()
         due = what_is_due(
-            self.control,
-            self.state,
-            interrupted=self._interrupting,
-            epoch_ended=self._resume.epoch_ended,
-            generate=generate,
+            self.control, self.state, interrupted=self._interrupting, epoch_ended=self._resume.epoch_ended
         )
-        write_progress(
-            folder,
-            loop,
-            self.extra_state(),
-            due=due,
-            seconds=self.clock.seconds,
-            log_bytes=RunDirectory(str(self.args.output_dir)).log_size(),
-            rank=self.args.process_index,
-            shared_too=self.args.should_save,
-        )
+        generate = any(callback.is_due(self.state) for callback in self._callbacks_of(GenerationEvalCallback))
+        extra.process = {"unlogged_loss": float(self._tr_loss), **extra.process}
+        extra.shared |= {
+            "last_logged_step": self._globalstep_last_logged,
+            "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
+            "learning_rate": self._learning_rate,
+            "due": {"generate": generate, **due},
+            "seconds": self.clock.seconds,
+            # What is written behind it is cut off on a resume
+            "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
+        }
+        write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
 
     def layout(self) -> dict[str, Any]:
         """How the rows of an optimizer step are shared out and what they are computed in, for ``complete.json``."""
@@ -400,7 +380,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         """
         progress = read_progress(folder, self.args.process_index, self.args.world_size)
         self.load_extra_state(folder, progress)
-        self.clock.seconds_before = progress.seconds
+        self.clock.seconds_before = progress.shared["seconds"]
         self._progress = progress
 
     def _finish_step(self) -> None:
@@ -408,17 +388,17 @@ class ResumableTrainer(EvenBatchesTrainer):
         progress, self._progress = self._progress, None
         if progress is None or self.resumed_from is None:
             return
-        args, state, loop = self.args, self.state, progress.loop
+        args, state, loop = self.args, self.state, progress.shared
         # 1. The state is that of the checkpoint, but the run may be of another length, and in another place.
         then = state_then(self.resumed_from)
-        due = due_now(progress.due, then, state.max_steps, float(state.epoch or 0))
+        due = due_now(loop["due"], then, state.max_steps, float(state.epoch or 0))
         state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
         put_in_place(self.resumed_from, then, state, args)
         # 2. The loop stands where it stood.
-        self._tr_loss = torch.tensor(loop.unlogged_loss, device=args.device)
-        self._total_loss_scalar -= loop.unlogged_loss  # train() returns the mean over its own steps
-        self._globalstep_last_logged = loop.last_logged_step
-        self._grad_norm, self._learning_rate = loop.grad_norm, loop.learning_rate
+        self._tr_loss = torch.tensor(progress.unlogged_loss, device=args.device)
+        self._total_loss_scalar -= progress.unlogged_loss  # train() returns the mean over its own steps
+        self._globalstep_last_logged = loop["last_logged_step"]
+        self._grad_norm, self._learning_rate = loop["grad_norm"], loop["learning_rate"]
         args.eval_on_start = False  # it was done when the run started
         # 3. Answers are scored in on_step_end; then come the log line, the evaluation and the checkpoint, ...
         for callback in self._callbacks_of(GenerationEvalCallback):

@@ -140,7 +140,7 @@ def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: i
         initialise(worker)
 
 
-def _end_with_parent(number: int, frame: FrameType | None) -> None:
+def _end_with_parent(*_: Any) -> None:
     if _leaving[0]:
         os._exit(0)
 

@@ -32,14 +32,6 @@ class StepSums:
         self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self.columns)
         self.tokens_seen = 0.0
 
-    def begin_step(self) -> None:
-        """A step that an exception broke off has left its sums."""
-        self.step_meter = SumMeter()
-
-    def begin_evaluation(self) -> None:
-        """An evaluation that an exception broke off has left its sums."""
-        self.eval_meter = SumMeter()
-
 
 def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
     """Real tokens of a batch, as a 0-d tensor: neither padding nor dummy rows."""

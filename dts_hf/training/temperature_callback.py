@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.loss.logged_sums import Totals
+from dts_hf.loss.logged_sums import SumMeter, Totals
 from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.temperature.base import TemperaturePolicy
 from dts_hf.training.signals import asked_to_stop
@@ -57,7 +57,7 @@ class TemperatureCallback(TrainerCallback):
         self.prepare_run(state.global_step, state.max_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        self.sums.begin_step()
+        self.sums.step_meter = SumMeter()  # a step that an exception broke off has left its sums
         self.policy.begin_step(state.global_step / max(state.max_steps, 1))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
