@@ -44,8 +44,8 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import check_whole
-from dts_hf.training.step_sums import count_tokens
 
 
 class ClassificationDistillationTrainer(DistillationBase):

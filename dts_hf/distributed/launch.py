@@ -17,8 +17,6 @@ from dts_hf.errors import UserError
 
 #: Every way in which a run can be distributed over processes.
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-#: Strategies that shard the weights themselves over processes.
-SHARDED = ("zero3", "fsdp2")
 # Who says how many processes belong together, the best informed first: torchrun, Open MPI, MPICH, MVAPICH, srun.
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _LAUNCH = "torchrun --nproc_per_node {processes} -m dts_hf train RECIPE.yaml"

@@ -131,6 +131,29 @@ class MeanLog:
         return self.columns.means(totals) if totals else {}
 
 
+class StepSums:
+    """The meters that ``compute_loss`` fills and the callbacks read.
+
+    Args:
+        columns: the statistics that mean something in this kind of run, and what the log calls them.
+
+    Attributes:
+        step_meter: sums of the optimizer step that runs, this rank's.
+        eval_meter: sums of the evaluation that runs, this rank's.
+        mean_log: totals of all ranks since the last log line.
+        tokens_seen: real tokens (no padding) of all ranks, up to the last log line.
+    """
+
+    def __init__(self, columns: LogColumns) -> None:
+        self.columns = columns
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a run from nothing."""
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self.columns)
+        self.tokens_seen = 0.0
+
+
 def _reduced(name: str, values: Sequence[float]) -> float:
     """One number of those of several ranks or steps."""
     reduction = stats.reduction_of(name)

@@ -16,21 +16,9 @@ import torch
 from dts_hf.console import masked
 
 PACKAGES = (
-    "dts-hf",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "peft",
-    "bitsandbytes",
-    "deepspeed",
-    "evaluate",
-    "gguf",
-    "huggingface_hub",
-    "numpy",
-    "pydantic",
-)
+    "dts-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes", "deepspeed",
+    "evaluate", "gguf", "huggingface_hub", "numpy", "pydantic",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -39,7 +27,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
-        "gpus": _gpu_names(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "git_commit": _git_commit(),
         "argv": [_public(argument) for argument in sys.argv],
@@ -51,10 +39,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _gpu_names() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _git_commit() -> str | None:

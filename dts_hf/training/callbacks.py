@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -103,9 +102,9 @@ class GenerationEvalCallback(TrainerCallback):
 
     def is_due(self, state: TrainerState) -> bool:
         """Whether the step that has ended is one to score, and was not scored yet."""
+        step = state.global_step
         # The last step is left out: the finished student is scored anyway.
-        wanted = state.global_step % self.every_steps == 0 and state.global_step < state.max_steps
-        return wanted and self.scored_step != state.global_step
+        return step % self.every_steps == 0 and step < state.max_steps and step != self.scored_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.is_due(state):
@@ -121,7 +120,6 @@ class ProgressCallback(TrainerCallback):
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.task: Any = None
-        self.started = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or args.disable_tqdm:

@@ -22,13 +22,12 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
-from dts_hf.loss.logged_sums import LogColumns, SumMeter
+from dts_hf.loss.logged_sums import LogColumns, StepSums, SumMeter
 from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
 from dts_hf.training.resumable_trainer import ResumableTrainer
-from dts_hf.training.step_sums import StepSums
 from dts_hf.training.temperature_callback import TemperatureCallback
 
 TEMPERATURE_STATE = "temperature.json"

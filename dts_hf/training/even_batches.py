@@ -7,7 +7,7 @@ Trainer that this needs are in ``resumable_trainer.PRIVATE_NAMES``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -18,14 +18,20 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dts_hf.data.collators import Collator, PackedCollator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.samplers import DummyRowsLast, LengthGroupedSampler, PadToMultiple, dummy_row, total_steps
+from dts_hf.data.samplers import (
+    DummyRowsLast,
+    LengthGroupedSampler,
+    PadToMultiple,
+    dummy_row,
+    real_tokens,
+    total_steps,
+)
 from dts_hf.data.tokenised import NumberedCollator, TokenisedDataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import count_targets
 from dts_hf.runs.failures import one_sentence
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.signals import ignore_signals_in_worker
-from dts_hf.training.step_sums import count_cells, count_tokens
 
 
 class EvenBatchesTrainer(Trainer):
@@ -235,3 +241,13 @@ class EvenBatchesTrainer(Trainer):
         count = count_tokens if self.args.include_num_input_tokens_seen == "non_padding" else count_cells
         seen = self.accelerator.gather(count(inputs).to(self.args.device).reshape(1))
         self.state.num_input_tokens_seen += int(seen.sum())
+
+
+def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Real tokens of a batch, as a 0-d tensor: neither padding nor dummy rows."""
+    return real_tokens(inputs).sum()
+
+
+def count_cells(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Tokens of a batch with its padding, but without dummy rows, as a 0-d tensor."""
+    return count_tokens({name: value for name, value in inputs.items() if name != "attention_mask"})

@@ -14,12 +14,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dts_hf.errors import UserError
-
 #: Folder of ``args.output_dir`` that holds what is uploaded, while it is.
 UPLOAD = ".hub_upload"
-#: As the Trainer calls it.
-TRAINING_ARGS_NAME = "training_args.bin"
 
 
 @dataclass
@@ -64,22 +60,3 @@ def remove_all_of(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-def check_can_stage(folder: Path, in_pieces: bool) -> None:
-    """Refuse to stage weights that DeepSpeed has not gathered: the Trainer would put a checkpoint there instead.
-
-    Raises:
-        UserError: the weights to upload are split over processes.
-    """
-    if folder.name == UPLOAD and in_pieces:
-        raise UserError(
-            "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces and "
-            "cannot be uploaded"
-        )
-
-
-def drop_private_files(folder: Path) -> None:
-    """Of what the Trainer saves, what is nobody's business but the trainer's; not where it is not uploaded."""
-    if folder.name == UPLOAD:
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)

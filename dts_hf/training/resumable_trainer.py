@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.utils import PushInProgress
@@ -48,7 +49,7 @@ from dts_hf.training.exact_resume import (
     what_is_due,
     write_progress,
 )
-from dts_hf.training.hub_upload import check_can_stage, drop_private_files, staged
+from dts_hf.training.hub_upload import UPLOAD, staged
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
 from dts_hf.training.signals import at_step_end
 from dts_hf.training.unused_parameters import may_leave_unused
@@ -228,11 +229,6 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def _callbacks_of(self, kind: type[Any]) -> Iterator[Any]:
         return (callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
-
-    @property
-    def training_seconds(self) -> float:
-        """How long ``train`` took, with the attempts before a resume."""
-        return self.clock.seconds
 
     def exclude_from_timing(self) -> AbstractContextManager[None]:
         """What happens inside does not count for ``tokens_per_second``, and before the first step for no clock at all."""
@@ -490,13 +486,19 @@ class ResumableTrainer(EvenBatchesTrainer):
             UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
         """
         folder = Path(output_dir or str(self.args.output_dir))
-        check_can_stage(folder, in_pieces=state_dict == {})
+        uploaded = folder.name == UPLOAD
+        if uploaded and state_dict == {}:  # in its place the Trainer would put a checkpoint there
+            raise UserError(
+                "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces "
+                "and cannot be uploaded"
+            )
         token, self.args.hub_token = self.args.hub_token, None
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-        drop_private_files(folder)
+        if uploaded:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own card where there is one, else the Trainer's."""

@@ -11,11 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.loss.logged_sums import SumMeter, Totals
+from dts_hf.loss.logged_sums import StepSums, SumMeter, Totals
 from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.temperature.base import TemperaturePolicy
 from dts_hf.training.signals import asked_to_stop
-from dts_hf.training.step_sums import StepSums
 
 logger = logging.getLogger(__name__)
 #: In the reduction of a step: how many processes were asked to stop.

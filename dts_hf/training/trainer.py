@@ -32,8 +32,8 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import Pair, set_up_models
-from dts_hf.training.step_sums import count_tokens
 
 
 class DistillationTrainer(DistillationBase):
