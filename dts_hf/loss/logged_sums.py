@@ -28,7 +28,7 @@ class SumMeter:
         self._values: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add one micro-batch: tensors of any shape, the same one in every call. Nothing leaves the device."""
+        """Add one micro-batch: tensors ``[...]`` of any shape, the same one in every call. Nothing leaves the device."""
         for name, value in sums.items():
             new, old = value.detach(), self._values.get(name)
             self._values[name] = new if old is None else _TENSORS[stats.reduction_of(name)](old, new)

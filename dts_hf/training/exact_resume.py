@@ -164,10 +164,10 @@ def what_is_due(
     }
 
 
-def due_now(due: Mapping[str, bool], then: TrainerState, steps: int, epoch: float) -> dict[str, bool]:
-    """``due`` of a checkpoint for a run of ``steps`` steps that is at ``epoch``; the run may have been made longer."""
-    if then.global_step >= then.max_steps < steps:  # it had come to its end, and is to go on
-        return {**due, "stop": False, "end_epoch": due["end_epoch"] and epoch.is_integer()}
+def due_now(due: Mapping[str, bool], then: TrainerState, state: TrainerState) -> dict[str, bool]:
+    """``due`` of a checkpoint whose state was ``then``, for the run that goes on; it may have been made longer."""
+    if then.global_step >= then.max_steps < state.max_steps:  # it had come to its end, and is to go on
+        return {**due, "stop": False, "end_epoch": due["end_epoch"] and float(state.epoch or 0).is_integer()}
     return dict(due)
 
 

@@ -387,7 +387,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         args, state, loop = self.args, self.state, progress.shared
         # 1. The state is that of the checkpoint, but the run may be of another length, and in another place.
         then = state_then(self.resumed_from)
-        due = due_now(loop["due"], then, state.max_steps, float(state.epoch or 0))
+        due = due_now(loop["due"], then, state)
         state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
         put_in_place(self.resumed_from, then, state, args)
         # 2. The loop stands where it stood.
