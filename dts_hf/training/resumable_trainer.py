@@ -32,23 +32,10 @@ from dts_hf.files import write_text_atomic
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
+from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.clock import TrainingClock
 from dts_hf.training.even_batches import EvenBatchesTrainer
-from dts_hf.training.exact_resume import (
-    ExtraState,
-    Progress,
-    ResumeCallback,
-    check_layout,
-    check_length,
-    checkpoint_to_resume,
-    due_now,
-    put_in_place,
-    read_progress,
-    state_then,
-    what_is_due,
-    write_progress,
-)
 from dts_hf.training.hub_upload import UPLOAD, staged
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
 from dts_hf.training.signals import at_step_end
@@ -126,9 +113,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         self.clock = TrainingClock()
         self.non_finite = NonFiniteCallback(self._stop_non_finite_run)
         self.interruption = InterruptionCallback(self.save_checkpoint_now)
-        self._resume = ResumeCallback(self._finish_step, self.clock)
+        self._resume = exact_resume.ResumeCallback(self._finish_step, self.clock)
         self.resumed_from: Path | None = None
-        self._progress: Progress | None = None  # of the checkpoint that is resumed from, until its step is finished
+        self._progress: exact_resume.Progress | None = (
+            None  # of the checkpoint that is resumed from, until its step is finished
+        )
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
         self._grad_norm: Any = None  # of the last step, for its log line
         self._learning_rate: float | None = None
@@ -145,11 +134,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         """Callbacks that look at the finished step before any other does; they tell ``non_finite`` and ``interruption``."""
         return []
 
-    def extra_state(self) -> ExtraState:
+    def extra_state(self) -> exact_resume.ExtraState:
         """What a checkpoint keeps besides the Trainer's state and the loop's."""
-        return ExtraState()
+        return exact_resume.ExtraState()
 
-    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+    def load_extra_state(self, folder: Path, progress: exact_resume.Progress) -> None:
         """Restore what ``extra_state`` gave when the checkpoint in ``folder`` was written."""
 
     def scheduled_over_run(self) -> list[str]:
@@ -211,7 +200,9 @@ class ResumableTrainer(EvenBatchesTrainer):
             RunError: training cannot go on (see ``stop_non_finite_run``), the last step broke the weights, or the disk takes
                 no checkpoint.
         """
-        self.resumed_from = folder = checkpoint_to_resume(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        self.resumed_from = folder = exact_resume.checkpoint_to_resume(
+            resume_from_checkpoint, Path(str(self.args.output_dir))
+        )
         self._progress = None
         self.clock.start()
         if folder is not None:
@@ -314,7 +305,7 @@ class ResumableTrainer(EvenBatchesTrainer):
     def save_progress(self, folder: Path) -> None:
         """Write what the Trainer's checkpoint leaves out into ``folder``; every process calls it."""
         extra = self.extra_state()
-        due = what_is_due(
+        due = exact_resume.what_is_due(
             self.control, self.state, interrupted=self._interrupting, epoch_ended=self._resume.epoch_ended
         )
         generate = any(callback.is_due(self.state) for callback in self._callbacks_of(GenerationEvalCallback))
@@ -328,7 +319,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             # What is written behind it is cut off on a resume
             "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
         }
-        write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
+        exact_resume.write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
 
     def layout(self) -> dict[str, Any]:
         """How the rows of an optimizer step are shared out and what they are computed in, for ``complete.json``."""
@@ -351,15 +342,17 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: it cannot be exact; says why, and what to launch instead.
         """
-        check_layout(folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha)
+        exact_resume.check_layout(
+            folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha
+        )
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         # The first place that knows how many steps the run has; nothing is loaded or written yet.
         values = super().set_initial_training_values(*args, **kwargs)
         if self.resumed_from is not None:
-            own_scheduler = self.lr_scheduler is not None and not self._created_lr_scheduler
+            own = self.lr_scheduler is not None and not self._created_lr_scheduler
             scheduled = self.scheduled_over_run()
-            check_length(self.resumed_from, values[-1], self.args, own_scheduler=own_scheduler, scheduled=scheduled)
+            exact_resume.check_length(self.resumed_from, values[-1], self.args, own_scheduler=own, scheduled=scheduled)
         return values
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -374,7 +367,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: the checkpoint was written by another kind of run.
         """
-        progress = read_progress(folder, self.args.process_index, self.args.world_size)
+        progress = exact_resume.read_progress(folder, self.args.process_index, self.args.world_size)
         self.load_extra_state(folder, progress)
         self.clock.seconds_before = progress.shared["seconds"]
         self._progress = progress
@@ -386,10 +379,10 @@ class ResumableTrainer(EvenBatchesTrainer):
             return
         args, state, loop = self.args, self.state, progress.shared
         # 1. The state is that of the checkpoint, but the run may be of another length, and in another place.
-        then = state_then(self.resumed_from)
-        due = due_now(loop["due"], then, state)
+        then = exact_resume.state_then(self.resumed_from)
+        due = exact_resume.due_now(loop["due"], then, state)
         state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
-        put_in_place(self.resumed_from, then, state, args)
+        exact_resume.put_in_place(self.resumed_from, then, state, args)
         # 2. The loop stands where it stood.
         self._tr_loss = torch.tensor(progress.unlogged_loss, device=args.device)
         self._total_loss_scalar -= progress.unlogged_loss  # train() returns the mean over its own steps
@@ -458,15 +451,16 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._finish_current_push()
         self._finished = finished
         try:
-            with staged(self.args, self.is_world_process_zero(), self.accelerator.wait_for_everyone) as upload:
+            with staged(self.args, self.is_world_process_zero(), self.accelerator.wait_for_everyone) as futures:
                 done = super().push_to_hub(
                     commit_message, blocking, token, revision, private, model_name=name, **kwargs
                 )
-                upload.goes_on = None if blocking else done
+                if done is not None and not blocking:
+                    futures.append(done)
         finally:
             self._finished = None
-        if upload.goes_on is not None:
-            self.push_in_progress = PushInProgress([done])  # type: ignore[assignment, arg-type]
+        if futures:
+            self.push_in_progress = PushInProgress(futures)  # type: ignore[assignment, arg-type]
         return done
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
