@@ -361,7 +361,7 @@ def ours_task(sizes: Sizes, packing: bool, cached: bool) -> Task:
 
     def step() -> dict[str, float]:
         trainer.training_step(model, dict(batch), num_items_in_batch=labels)
-        sums = trainer.step_meter.reduce(trainer.accelerator)  # once a step, as the callback does it
+        sums = trainer.sums.step_meter.reduce(trainer.accelerator)  # once a step, as the callback does it
         return {"kl": sums["kd"] / sums["rows"] / t**2}
 
     return Task(step, model.zero_grad)

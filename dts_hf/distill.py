@@ -24,8 +24,8 @@ from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.environment import peak_memory_gb
-from dts_hf.runs.lock import unlocks
+from dts_hf.runs.lock import unlocking
+from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, check_same_rows, open_run
 from dts_hf.task import Models, Task
 from dts_hf.training.callbacks import BeforeTrainingCallback, RunLogCallback
@@ -39,7 +39,7 @@ def task_of(recipe: Recipe) -> Task[Any]:
 
 
 @stops_on_signal
-@unlocks
+@unlocking()
 def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     """Run ``recipe`` from start to finish and return its run directory.
 
@@ -174,7 +174,7 @@ def training_facts(trainer: DistillationBase, started: float) -> dict[str, Any]:
     """
     return {
         "steps": trainer.state.global_step,
-        "seconds": round(trainer.training_seconds, 1),
+        "seconds": round(trainer.clock.seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         "tokens": int(trainer.tokens_seen),
         "peak_memory_gb": round(peak_memory_gb(), 2),

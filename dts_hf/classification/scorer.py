@@ -28,8 +28,7 @@ from dts_hf.evaluation.instruct import rows_digest
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings
-from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.saved_scores import BEFORE, keep_scores
+from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.task import Data, Models, Rows
 
 
@@ -89,7 +88,7 @@ class ClassificationScorer:
             if self.sets and self.trainer.is_world_process_zero():
                 self.run.write_predictions(label, predictions[role])
         if self.trainer.is_world_process_zero() and name in BEFORE:
-            keep_scores(self.run, self.entries)
+            self.run.write_scores(self.entries)
 
     def finish(self, training: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; it says which weights were scored, the last ones or those of the best evaluation."""

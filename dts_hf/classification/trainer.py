@@ -32,8 +32,8 @@ from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
+from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
-from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE
 from dts_hf.models.checks import check_apart, check_positions
@@ -44,8 +44,8 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import check_whole
-from dts_hf.training.step_sums import count_tokens
 
 
 class ClassificationDistillationTrainer(DistillationBase):

@@ -17,8 +17,6 @@ from dts_hf.errors import UserError
 
 #: Every way in which a run can be distributed over processes.
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-#: Strategies that shard the weights themselves over processes.
-SHARDED = ("zero3", "fsdp2")
 # Who says how many processes belong together, the best informed first: torchrun, Open MPI, MPICH, MVAPICH, srun.
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _LAUNCH = "torchrun --nproc_per_node {processes} -m dts_hf train RECIPE.yaml"
@@ -110,10 +108,10 @@ def prepare_deepspeed(args: TrainingArguments, model: nn.Module) -> None:
     if args.device.type == "cpu":
         collectives.build_shm_op = lambda: None  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    if getattr(args, "deepspeed_plugin", None) is not None:
-        config = args.deepspeed_plugin.hf_ds_config.config
-        given = config.get("zero_optimization", {})
-        config["zero_optimization"] = zero_options(model, args.deepspeed_plugin.zero_stage) | given
+    plugin: Any = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        config = plugin.hf_ds_config.config
+        config["zero_optimization"] = zero_options(model, plugin.zero_stage) | config.get("zero_optimization", {})
 
 
 def zero_options(model: nn.Module, stage: int) -> dict[str, Any]:

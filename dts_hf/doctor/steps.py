@@ -15,7 +15,7 @@ from dts_hf.console import duration, gb
 from dts_hf.doctor.diagnosis import Check, need
 from dts_hf.errors import RunError
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.machine import PeakMemory
+from dts_hf.runs.memory import PeakMemory
 from dts_hf.training.distillation_base import DistillationBase
 
 STEPS = 3

@@ -26,8 +26,7 @@ from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.shape import Shapes
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.machine import device_of
-from dts_hf.runs.memory import resident_bytes
+from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.distillation_base import DistillationBase

@@ -18,8 +18,7 @@ from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, prot
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.saved_scores import BEFORE, keep_scores
+from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
 
@@ -106,7 +105,7 @@ class GenerationScorer:
             scores = results[VALIDATION].scores
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
         if name in BEFORE:
-            keep_scores(self.run, self.entries)
+            self.run.write_scores(self.entries)
         for set_name, result in results.items():
             mean = means(result.scores)
             where = "" if set_name == VALIDATION else f" on {set_name}"

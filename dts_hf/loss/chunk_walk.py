@@ -322,7 +322,7 @@ class ChunkWalk:
         return temperatures, at_t
 
     def _tempered(self, temperatures: Temperatures, at_one: Distributions) -> Distributions:
-        """p and q ``[C, V]`` at their temperature; shares what T = 1 leaves as it is."""
+        """Bring p and q ``[C, V]`` to their temperature; shares what T = 1 leaves as it is."""
         t_s, t_t, share = temperatures.student, temperatures.teacher, temperatures.teacher_share
         if _is_one(t_s):
             # No second softmax. But a divergence may overwrite q.prob, and the gradient of the cross-entropy still needs it
@@ -441,7 +441,7 @@ def rows_in_budget(logits_budget_mb: float, vocab_size: int, itemsize: int) -> i
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """hidden ``[C, H]`` x weight ``[V, H]`` into the first C rows of ``buffer`` (fp32 or fp64), bias added there."""
+    """Write hidden ``[C, H]`` x weight ``[V, H]`` into the first C rows of ``buffer`` (fp32 or fp64), bias added there."""
     logits = buffer[: hidden.shape[0]]
     if hidden.dtype == logits.dtype:
         torch.mm(hidden, weight.t(), out=logits)

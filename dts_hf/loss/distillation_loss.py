@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dts_hf.divergences import Divergence, build_divergence
 from dts_hf.errors import UserError, is_out_of_memory
 from dts_hf.loss.chunk_walk import ChunkWalk, LossSettings, rows_in_budget
-from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import TemperaturePolicy
 
@@ -110,7 +109,8 @@ class DistillationLoss(nn.Module):
             the loss ``[]``, whose backward pass can be run once, and detached sums.
 
         Raises:
-            ValueError: rows or vocabularies do not match, there is no teacher to distil, or the policy needs ``sequences``.
+            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
+            UserError: there is no teacher to distil.
         """
         ratio = self.temperature.kd_ratio
         kd_ratio = self.kd_ratio if ratio is None else ratio
@@ -142,7 +142,8 @@ class DistillationLoss(nn.Module):
                 normalizer=normalizer,
                 needs=(need_states, need_weight, need_bias),
             )
-            return LossOutput(_FusedLoss.apply(*leaves, walk), walk.sums)
+            loss: Tensor = _FusedLoss.apply(*leaves, walk)  # type: ignore[no-untyped-call]
+            return LossOutput(loss, walk.sums)
 
         while True:
             try:
@@ -188,6 +189,16 @@ class DistillationLoss(nn.Module):
         )
 
 
+def check_has_teacher(has_teacher: bool, kd_ratio: float) -> None:
+    """Refuse a soft loss that has nobody to learn from.
+
+    Raises:
+        UserError: there is no teacher, and ``kd_ratio`` is above 0.
+    """
+    if not has_teacher and kd_ratio > 0:
+        raise UserError(f"teacher: got None with kd_ratio {kd_ratio:g}; labels alone need kd_ratio 0")
+
+
 class _FusedLoss(torch.autograd.Function):
     """Hands the gradients that a ``ChunkWalk`` forms in the forward pass to autograd.
 
@@ -195,7 +206,7 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:
         loss = walk.run()
         # Not the walk itself: it holds the logits' buffers, and the teacher's states
         ctx.grads, ctx.inverse = walk.gradients, walk.inverse
@@ -203,7 +214,7 @@ class _FusedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("DistillationLoss: backward was called twice; its gradients are handed over once")
         # Normalised here and not before the matmuls: divided by thousands of labels, gradients of the logits would
@@ -218,6 +229,6 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in ``dtype``, multiplied in the widest of the types; may reuse the buffer of ``grad``."""
+    """Return grad * factor in ``dtype``, multiplied in the widest of the types; may reuse the buffer of ``grad``."""
     wide = torch.promote_types(torch.promote_types(grad.dtype, dtype), factor.dtype)
     return grad.to(wide).mul_(factor.to(wide)).to(dtype)

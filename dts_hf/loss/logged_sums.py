@@ -6,7 +6,6 @@ Which sums there are, and what the log calls them: ``loss/statistics.py``.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,26 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dts_hf.loss.statistics import (
-    CE,
-    KD,
-    OBSERVED,
-    OF_POLICY,
-    ROWS,
-    STATISTICS,
-    TEACHER_CE,
-    TEMPERATURE_GRAD,
-    Reduction,
-    reduction_of,
-)
+from dts_hf.loss import statistics as stats
 from dts_hf.temperature.base import StepStats
 
-_TENSORS: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add,
-    "min": torch.minimum,
-    "max": torch.maximum,
-}
-_NUMBERS: dict[Reduction, Callable[[float, float], float]] = {"sum": operator.add, "min": min, "max": max}
+_TENSORS: dict[stats.Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add, "min": torch.minimum, "max": torch.maximum,
+}  # fmt: skip
 
 
 class SumMeter:
@@ -43,10 +28,10 @@ class SumMeter:
         self._values: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add one micro-batch: tensors of any shape, the same one in every call. Nothing leaves the device."""
+        """Add one micro-batch: tensors ``[...]`` of any shape, the same one in every call. Nothing leaves the device."""
         for name, value in sums.items():
             new, old = value.detach(), self._values.get(name)
-            self._values[name] = new if old is None else _TENSORS[reduction_of(name)](old, new)
+            self._values[name] = new if old is None else _TENSORS[stats.reduction_of(name)](old, new)
 
     def reduce(self, accelerator: Any) -> Totals:
         """Totals over all ranks, with one gather, and start again from nothing. Every rank must call it."""
@@ -62,7 +47,7 @@ class SumMeter:
         totals = Totals()
         columns = zip(*ranks, strict=True)
         for name, shape in zip(names, shapes, strict=True):
-            values = [_over_ranks(name, next(columns)) for _ in range(shape.numel())]
+            values = [_reduced(name, next(columns)) for _ in range(shape.numel())]
             if shape:
                 totals.vectors[name] = tuple(values)
             else:
@@ -77,33 +62,22 @@ class Totals(dict[str, float]):
         super().__init__()
         self.vectors: dict[str, tuple[float, ...]] = {}
 
-    @classmethod
-    def of(cls, sums: Mapping[str, Tensor]) -> Totals:
-        """The sums of one ``LossOutput``, as numbers."""
-        totals = cls()
-        for name, value in sums.items():
-            if value.dim():
-                totals.vectors[name] = tuple(value.tolist())
-            else:
-                totals[name] = value.item()
-        return totals
-
     def step_stats(self) -> StepStats:
         """What the policy is told of the optimizer step; there must have been a row."""
-        rows = self[ROWS]
+        rows = self[stats.ROWS]
         return StepStats(
-            student_ce=self[CE.sum] / rows,
-            teacher_ce=self[TEACHER_CE.sum] / rows,
-            kd=self[KD.sum] / rows,
+            student_ce=self[stats.CE.sum] / rows,
+            teacher_ce=self[stats.TEACHER_CE.sum] / rows,
+            kd=self[stats.KD.sum] / rows,
             num_items=rows,
-            temperature_grad=self.get(TEMPERATURE_GRAD, 0.0) / rows,
-            observed=tuple(value / rows for value in self.vectors.get(OBSERVED, ())),
+            temperature_grad=self.get(stats.TEMPERATURE_GRAD, 0.0) / rows,
+            observed=tuple(value / rows for value in self.vectors.get(stats.OBSERVED, ())),
         )
 
     def add_policy_values(self, values: Mapping[str, float | None]) -> None:
         """Put what the policy wants logged beside the sums, weighted with the rows like them; None is left out."""
-        rows = self[ROWS]
-        self.update({f"{OF_POLICY}{name}": value * rows for name, value in values.items() if value is not None})
+        rows = self[stats.ROWS]
+        self.update({f"{stats.OF_POLICY}{name}": value * rows for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -126,15 +100,15 @@ class LogColumns:
             held_out: the line is about held-out rows, at T = 1 (the names are then without their ``eval_``).
         """
         means: dict[str, float] = {}
-        for statistic in STATISTICS:
+        for statistic in stats.STATISTICS:
             name = statistic.regression if self.regression else statistic.log
             hidden = (statistic.needs_teacher and not self.teacher) or (held_out and not statistic.held_out)
             if name and not hidden and all(part in totals for part in statistic.sums):
                 means[name] = statistic.number(totals)
         if self.teacher and not self.regression:
-            rows = totals[ROWS] or math.nan
-            of_policy = {name: value for name, value in totals.items() if name.startswith(OF_POLICY)}
-            means.update({name.removeprefix(OF_POLICY): value / rows for name, value in of_policy.items()})
+            rows = totals[stats.ROWS] or math.nan
+            of_policy = {name: value for name, value in totals.items() if name.startswith(stats.OF_POLICY)}
+            means.update({name.removeprefix(stats.OF_POLICY): value / rows for name, value in of_policy.items()})
         return means
 
 
@@ -149,7 +123,7 @@ class MeanLog:
         """Add one optimizer step."""
         for name, value in totals.items():
             old = self.totals.get(name)
-            self.totals[name] = value if old is None else _NUMBERS[reduction_of(name)](value, old)
+            self.totals[name] = value if old is None else _reduced(name, (value, old))
 
     def pop(self) -> dict[str, float]:
         """The means since the last call; empty when nothing was added."""
@@ -157,11 +131,35 @@ class MeanLog:
         return self.columns.means(totals) if totals else {}
 
 
-def _over_ranks(name: str, ranks: Sequence[float]) -> float:
-    reduction = reduction_of(name)
+class StepSums:
+    """The meters that ``compute_loss`` fills and the callbacks read.
+
+    Args:
+        columns: the statistics that mean something in this kind of run, and what the log calls them.
+
+    Attributes:
+        step_meter: sums of the optimizer step that runs, this rank's.
+        eval_meter: sums of the evaluation that runs, this rank's.
+        mean_log: totals of all ranks since the last log line.
+        tokens_seen: real tokens (no padding) of all ranks, up to the last log line.
+    """
+
+    def __init__(self, columns: LogColumns) -> None:
+        self.columns = columns
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a run from nothing."""
+        self.step_meter, self.eval_meter, self.mean_log = SumMeter(), SumMeter(), MeanLog(self.columns)
+        self.tokens_seen = 0.0
+
+
+def _reduced(name: str, values: Sequence[float]) -> float:
+    """One number of those of several ranks or steps."""
+    reduction = stats.reduction_of(name)
     if reduction != "sum":
-        return min(ranks) if reduction == "min" else max(ranks)
+        return min(values) if reduction == "min" else max(values)
     try:
-        return math.fsum(ranks)  # exact: the order of ranks cannot show
+        return math.fsum(values)  # exact: the order of ranks cannot show
     except (OverflowError, ValueError):  # inf - inf
-        return sum(ranks)
+        return sum(values)

@@ -33,9 +33,10 @@ class Statistic:
 
     Attributes:
         log: its name in ``log.jsonl``.
-        sums: what it is made of: names in ``LossOutput.sums``. One, except for a number derived from several.
         unit: nats (natural logarithms), a share, ...
         meaning: a few words, for the page of the log.
+        sums: what it is made of: names in ``LossOutput.sums``. One, except for a number derived from several; where it is
+            called as in the log, it need not be given.
         reduction: of its sums.
         of: makes the logged number of the reduced ones (means over rows, or extremes).
         needs_teacher: without a teacher it says nothing, and is not logged.
@@ -45,15 +46,18 @@ class Statistic:
     """
 
     log: str
-    sums: tuple[str, ...]
     unit: str
     meaning: str
+    sums: tuple[str, ...] = ()
     reduction: Reduction = "sum"
     of: Callable[..., float] = float
     needs_teacher: bool = True
     held_out: bool = True
     regression: str = ""
     of_loss: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sums", self.sums or (self.log,))  # frozen
 
     @property
     def sum(self) -> str:
@@ -74,100 +78,48 @@ class Statistic:
 
 
 CE = Statistic(
-    "ce_loss",
-    ("ce",),
-    "nats per label",
-    "the student's cross-entropy of the labels",
-    needs_teacher=False,
-    regression="label_mse",
-)
+    "ce_loss", "nats per label", "the student's cross-entropy of the labels",
+    sums=("ce",), needs_teacher=False, regression="label_mse",
+)  # fmt: skip
 KD = Statistic(
-    "kd_loss",
-    ("kd",),
-    "nats per label",
+    "kd_loss", "nats per label",
     "the soft loss: the divergence at the temperatures in force, its factor (T_s T_t) included",
-    regression="kd_loss",
-)
+    sums=("kd",), regression="kd_loss",
+)  # fmt: skip
 TEACHER_CE = Statistic(
-    "teacher_ce",
-    ("teacher_ce",),
-    "nats per label",
-    "the teacher's cross-entropy of the labels",
-    regression="teacher_mse",
+    "teacher_ce", "nats per label", "the teacher's cross-entropy of the labels", regression="teacher_mse"
 )
 GAP = Statistic(
-    "gap",
-    (*CE.sums, *TEACHER_CE.sums),
-    "nats per label",
-    "`ce_loss` - `teacher_ce`; positive while the student is the worse one",
-    of=operator.sub,
-)
-KL = Statistic(
-    "kl", ("kl",), "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with"
-)
-STUDENT_ENTROPY = Statistic(
-    "student_entropy", ("student_entropy",), "nats", "entropy of the student at T = 1", needs_teacher=False
-)
-TEACHER_ENTROPY = Statistic("teacher_entropy", ("teacher_entropy",), "nats", "entropy of the teacher at T = 1")
-STUDENT_ENTROPY_AT_T = Statistic(
-    "student_entropy_at_t", ("student_entropy_at_t",), "nats", "entropy of the student at T_s", held_out=False
-)
+    "gap", "nats per label", "`ce_loss` - `teacher_ce`; positive while the student is the worse one",
+    sums=(*CE.sums, *TEACHER_CE.sums), of=operator.sub,
+)  # fmt: skip
+KL = Statistic("kl", "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with")
+STUDENT_ENTROPY = Statistic("student_entropy", "nats", "entropy of the student at T = 1", needs_teacher=False)
+TEACHER_ENTROPY = Statistic("teacher_entropy", "nats", "entropy of the teacher at T = 1")
+STUDENT_ENTROPY_AT_T = Statistic("student_entropy_at_t", "nats", "entropy of the student at T_s", held_out=False)
 TEACHER_ENTROPY_AT_T = Statistic(
-    "teacher_entropy_at_t",
-    ("teacher_entropy_at_t",),
-    "nats",
-    "entropy at T_t of the teacher, or of the mixed target where the policy has one",
+    "teacher_entropy_at_t", "nats", "entropy at T_t of the teacher, or of the mixed target where the policy has one",
     held_out=False,
-)
+)  # fmt: skip
 EFFECTIVE_SUPPORT = Statistic(
-    "effective_support",
-    TEACHER_ENTROPY_AT_T.sums,
-    "tokens",
-    "exp of `teacher_entropy_at_t`: how many tokens the teacher really offers",
-    of=math.exp,
-    held_out=False,
-)
-TOP1_AGREEMENT = Statistic(
-    "top1_agreement", ("top1_agreement",), "share of labels", "the student's first choice is the teacher's"
-)
-TEMPERATURE = Statistic("temperature", ("temperature",), "T", "mean of T_s over rows", held_out=False)
-TEACHER_TEMPERATURE = Statistic(
-    "teacher_temperature", ("teacher_temperature",), "T", "mean of T_t over rows", held_out=False
-)
-TEMPERATURE_MIN = Statistic(
-    "temperature_min", ("temperature_min",), "T", "the smallest T_s of a row", reduction="min", held_out=False
-)
-TEMPERATURE_MAX = Statistic(
-    "temperature_max", ("temperature_max",), "T", "the largest T_s of a row", reduction="max", held_out=False
-)
+    "effective_support", "tokens", "exp of `teacher_entropy_at_t`: how many tokens the teacher really offers",
+    sums=TEACHER_ENTROPY_AT_T.sums, of=math.exp, held_out=False,
+)  # fmt: skip
+TOP1_AGREEMENT = Statistic("top1_agreement", "share of labels", "the student's first choice is the teacher's")
+TEMPERATURE = Statistic("temperature", "T", "mean of T_s over rows", held_out=False)
+TEACHER_TEMPERATURE = Statistic("teacher_temperature", "T", "mean of T_t over rows", held_out=False)
+TEMPERATURE_MIN = Statistic("temperature_min", "T", "the smallest T_s of a row", reduction="min", held_out=False)
+TEMPERATURE_MAX = Statistic("temperature_max", "T", "the largest T_s of a row", reduction="max", held_out=False)
 AUX = Statistic(
-    "aux_loss",
-    ("aux",),
-    "per label",
-    "auxiliary loss of a mixture of experts' routers, without its coefficient",
-    needs_teacher=False,
-    of_loss=False,
-)
+    "aux_loss", "per label", "auxiliary loss of a mixture of experts' routers, without its coefficient",
+    sums=("aux",), needs_teacher=False, of_loss=False,
+)  # fmt: skip
 
 #: In the order of a log line.
 STATISTICS = (
-    CE,
-    KD,
-    TEACHER_CE,
-    GAP,
-    KL,
-    STUDENT_ENTROPY,
-    TEACHER_ENTROPY,
-    STUDENT_ENTROPY_AT_T,
-    TEACHER_ENTROPY_AT_T,
-    EFFECTIVE_SUPPORT,
-    TOP1_AGREEMENT,
-    TEMPERATURE,
-    TEACHER_TEMPERATURE,
-    TEMPERATURE_MIN,
-    TEMPERATURE_MAX,
-    AUX,
-)
+    CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
+    EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
+)  # fmt: skip
 #: The sums that every call of the loss fills, beside ``ROWS``.
 SUMS_OF_LOSS: dict[str, Reduction] = {
     name: statistic.reduction for statistic in STATISTICS if statistic.of_loss for name in statistic.sums

@@ -78,13 +78,10 @@ def why_incomplete(folder: str | Path) -> str | None:
 
 def why_not_resumable(folder: str | Path) -> str | None:
     """Why no training can go on from ``folder``, as the end of a sentence; None where it can."""
-    weights_alone = "it holds the weights alone (training.save_only_model)"
-    return why_incomplete(folder) or (None if is_resumable(folder) else weights_alone)
-
-
-def is_resumable(folder: str | Path) -> bool:
-    """Whether a complete checkpoint holds more than the weights (``training.save_only_model``)."""
-    return bool(read_complete(folder).get("resumable"))
+    why = why_incomplete(folder)
+    if why is None and not read_complete(folder).get("resumable"):
+        return "it holds the weights alone (training.save_only_model)"
+    return why
 
 
 def step_of(folder: str | Path) -> int:
@@ -100,8 +97,7 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 def newest_complete(run: str | Path) -> Path | None:
     """The checkpoint to go on from; None where no complete one is there. Nothing is changed."""
-    complete = (folder for folder in reversed(checkpoints(run)) if why_incomplete(folder) is None)
-    return next(filter(is_resumable, complete), None)
+    return next((folder for folder in reversed(checkpoints(run)) if why_not_resumable(folder) is None), None)
 
 
 def remove(folder: str | Path) -> None:

@@ -17,16 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dts_hf import files
 from dts_hf.errors import UserError, nearest
-from dts_hf.files import (
-    drop_half_line,
-    jsonable,
-    read_json,
-    read_jsonl,
-    write_json_atomic,
-    write_jsonl_atomic,
-    write_text_atomic,
-)
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
 from dts_hf.runs.lock import LOCK
@@ -63,7 +55,9 @@ LEFTOVERS = (
     ".final.*unfinished",
     ".dts_hf-*",
 )
-PREDICTION_ORDER = ("teacher", "student_before", "student")
+#: Models that are scored before training starts; their scores are in scores.json.
+BEFORE = ("teacher", "student_before")
+PREDICTION_ORDER = (*BEFORE, "student")
 
 
 class RunDirectory:
@@ -180,7 +174,7 @@ class RunDirectory:
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Write the effective recipe; ``read_recipe`` and ``load_recipe`` give back an equal one."""
-        write_text_atomic(self.recipe_path, RECIPE_HEADER + recipe.to_yaml())
+        files.write_text_atomic(self.recipe_path, RECIPE_HEADER + recipe.to_yaml())
 
     def read_recipe(self) -> Recipe:
         """Return the recipe that made this run, without loading torch."""
@@ -189,35 +183,44 @@ class RunDirectory:
 
     def write_environment(self, values: Mapping[str, Any]) -> None:
         """Write ``environment.json``; see the function ``environment``."""
-        write_json_atomic(self.environment_path, values)
+        files.write_json_atomic(self.environment_path, values)
 
     def read_environment(self) -> dict[str, Any]:
         """Return ``environment.json``."""
-        return read_json(self.environment_path)
+        return files.read_json(self.environment_path)
 
     def write_data_manifest(self, values: Mapping[str, Any]) -> None:
         """Write ``data_manifest.json``: what was read, its hash, what was dropped."""
-        write_json_atomic(self.data_manifest_path, values)
+        files.write_json_atomic(self.data_manifest_path, values)
 
     def read_data_manifest(self) -> dict[str, Any]:
         """Return ``data_manifest.json``."""
-        return read_json(self.data_manifest_path)
+        return files.read_json(self.data_manifest_path)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint."""
-        write_json_atomic(self.metrics_path, values)
+        files.write_json_atomic(self.metrics_path, values)
 
     def read_metrics(self) -> dict[str, Any]:
         """Return ``metrics.json``."""
-        return read_json(self.metrics_path)
+        return files.read_json(self.metrics_path)
 
-    def write_scores(self, values: Mapping[str, Any]) -> None:
-        """Write ``scores.json``: scores of the models before training, for a later attempt at this run."""
-        write_json_atomic(self.scores_path, values)
+    def write_scores(self, models: Mapping[str, Any]) -> None:
+        """Write ``scores.json``, so that a run that is killed does not spend an hour on the same scores again.
+
+        Args:
+            models: the entries of ``metrics.json`` that were made before training; their predictions and log lines are
+                there already.
+        """
+        files.write_json_atomic(self.scores_path, {"log_bytes": self.log_size(), "models": models})
 
     def read_scores(self) -> dict[str, Any]:
-        """Return ``scores.json``."""
-        return read_json(self.scores_path)
+        """Return ``scores.json``; empty where a prediction behind it is lost.
+
+        That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
+        """
+        scores = files.read_json(self.scores_path)
+        return scores if all(self.has_predictions(name) for name in scores.get("models", {})) else {}
 
     def log_size(self) -> int:
         """Bytes of ``log.jsonl``."""
@@ -236,12 +239,12 @@ class RunDirectory:
             record: ``{"kind": "train" | "eval" | "generation", "step": optimizer step, "epoch": float, ...}``.
         """
         with self.log_path.open("ab+") as file:
-            drop_half_line(self.log_path, file.tell())
-            file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
+            files.drop_half_line(self.log_path, file.tell())
+            file.write((json.dumps(files.jsonable(record), ensure_ascii=False) + "\n").encode())
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the records of ``log.jsonl``; a last line that a killed process left half-written is left out."""
-        return list(read_jsonl(self.log_path, may_end_early=True))
+        return list(files.read_jsonl(self.log_path, may_end_early=True))
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write ``predictions/{name}.jsonl``.
@@ -251,11 +254,11 @@ class RunDirectory:
             rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
         """
         self.predictions_path.mkdir(exist_ok=True)
-        write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
+        files.write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
 
     def read_predictions(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``predictions/{name}.jsonl``."""
-        return list(read_jsonl(self.predictions_path / f"{name}.jsonl"))
+        return list(files.read_jsonl(self.predictions_path / f"{name}.jsonl"))
 
     def has_predictions(self, name: str) -> bool:
         """Whether ``predictions/{name}.jsonl`` is there."""

@@ -1,12 +1,10 @@
-"""What a run was made with: versions, machine, commit, command, memory."""
+"""What a run was made with: versions, machine, commit, command."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -18,21 +16,9 @@ import torch
 from dts_hf.console import masked
 
 PACKAGES = (
-    "dts-hf",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "peft",
-    "bitsandbytes",
-    "deepspeed",
-    "evaluate",
-    "gguf",
-    "huggingface_hub",
-    "numpy",
-    "pydantic",
-)
+    "dts-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes", "deepspeed",
+    "evaluate", "gguf", "huggingface_hub", "numpy", "pydantic",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -41,7 +27,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
-        "gpus": _gpu_names(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "git_commit": _git_commit(),
         "argv": [_public(argument) for argument in sys.argv],
@@ -55,10 +41,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpu_names() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
 def _git_commit() -> str | None:
     """The commit of the current folder, with ``-dirty`` when tracked files differ; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -70,29 +52,3 @@ def _git_commit() -> str | None:
 
 def _public(argument: str) -> str:
     return re.sub(rf"(^|=){re.escape(str(Path.home()))}(?=/)", r"\1~", masked(argument))
-
-
-def reset_peak_resident() -> None:
-    """Forget the high-water mark of this process's resident memory, where the system (Linux) lets one."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident_bytes() -> int | None:
-    """High-water mark of this process's resident memory, since ``reset_peak_resident``; None outside Linux."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    mark = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-    return None if mark is None else int(mark[1]) * 1024
-
-
-def peak_memory_gb() -> float:
-    """High-water mark of this process: resident memory, plus the GPU's where there is one, in GB (1e9 bytes)."""
-    resident = peak_resident_bytes()
-    if resident is None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return (resident + on_gpu) / 1e9

@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 from dts_hf.errors import UserError
 
 LOCK = ".lock"
-Work = TypeVar("Work", bound=Callable[..., Any])
 _held: dict[Path, int] = {}  # closing any descriptor of the file would drop its lock, so it is opened once
 
 
@@ -66,17 +63,13 @@ def unlock() -> None:
         os.close(descriptor)
 
 
-def unlocks(work: Work) -> Work:
-    """``work``, with ``unlock`` at its end."""
-
-    @functools.wraps(work)
-    def unlocked(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return work(*args, **kwargs)
-        finally:
-            unlock()
-
-    return unlocked  # type: ignore[return-value]
+@contextlib.contextmanager
+def unlocking() -> Iterator[None]:
+    """``unlock`` at its end."""
+    try:
+        yield
+    finally:
+        unlock()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

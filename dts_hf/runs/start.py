@@ -22,10 +22,9 @@ from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
-from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment
 from dts_hf.runs.lock import lock
-from dts_hf.runs.saved_scores import BEFORE, kept_scores
 from dts_hf.temperature import build_temperature
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
@@ -114,7 +113,7 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         say(f"{run.path}: there is no run to resume, so this one starts from the beginning")
         return Start(keep=True)
     say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
-    kept = kept_scores(run)
+    kept = run.read_scores()
     return Start(None, keep=True, scores=kept.get("models", {}), log_bytes=kept.get("log_bytes", 0))
 
 
@@ -122,6 +121,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """Refuse what can be refused before rows and models are loaded, and find where the run starts; all processes call it.
 
     Args:
+        recipe: what is asked for.
         args: of ``recipe``.
         resume: go on with the run in ``output.dir`` if there is one.
 
@@ -165,7 +165,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
 
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
-    scores = kept_scores(run).get("models", {})
+    scores = run.read_scores().get("models", {})
     scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
     lost = [name for name in BEFORE if name in scored and name not in scores]
     if lost and recipe.data.validation is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.training.signals import at_once, stopped_at
@@ -34,14 +33,10 @@ class InterruptionCallback(TrainerCallback):
         """Take whether any rank was asked to stop; the same on all of them, before ``on_step_end``."""
         self.stop_agreed = stop
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self.stop_agreed = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.stop_agreed:
             raise stopped_at(state.global_step, self.save_now())
 
@@ -63,9 +58,7 @@ class BeforeTrainingCallback(TrainerCallback):
         self.work: Callable[[], None] | None = work
         self.exclude_from_timing = exclude_from_timing
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         work, self.work = self.work, None  # a retry with a smaller batch begins again
         if work is None or state.global_step > 0:
             return
@@ -80,12 +73,7 @@ class RunLogCallback(TrainerCallback):
         self.run = run
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
@@ -114,13 +102,11 @@ class GenerationEvalCallback(TrainerCallback):
 
     def is_due(self, state: TrainerState) -> bool:
         """Whether the step that has ended is one to score, and was not scored yet."""
+        step = state.global_step
         # The last step is left out: the finished student is scored anyway.
-        wanted = state.global_step % self.every_steps == 0 and state.global_step < state.max_steps
-        return wanted and self.scored_step != state.global_step
+        return step % self.every_steps == 0 and step < state.max_steps and step != self.scored_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.is_due(state):
             scores = self.score()
             self.scored_step = state.global_step
@@ -134,11 +120,8 @@ class ProgressCallback(TrainerCallback):
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.task: Any = None
-        self.started = time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or args.disable_tqdm:
             return
         columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -148,19 +131,12 @@ class ProgressCallback(TrainerCallback):
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if self.progress is None or not logs:
             return
@@ -178,9 +154,7 @@ class ProgressCallback(TrainerCallback):
                 text += f"  kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"
             self.progress.console.print(text)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -14,19 +14,10 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from dts_hf.data import tokenised
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
-from dts_hf.data.tokenised import (
-    EXPECTED_LABELS,
-    TABLES,
-    RowForm,
-    TokenisedDataset,
-    TokenisedStream,
-    check_encoded,
-    has_arrow_rows,
-    rows_of,
-)
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
@@ -60,7 +51,7 @@ class RowReader:
         """
         if isinstance(dataset, dict):
             return {key: self.prepare(value, f"{name}['{key}']") for key, value in dataset.items()}
-        if dataset is None or isinstance(dataset, (TokenisedDataset, TokenisedStream)):
+        if dataset is None or isinstance(dataset, (tokenised.TokenisedDataset, tokenised.TokenisedStream)):
             return dataset
         ready, report = self.read(dataset, name)
         if report is not None:
@@ -111,17 +102,17 @@ class LanguageRows(RowReader):
         Raises:
             UserError: a row is wrong, none has a label, or the data set cannot be read as training reads it.
         """
-        form = RowForm(name, self.vocab_size, self.as_they_are)
+        form = tokenised.RowForm(name, self.vocab_size, self.as_they_are)
         # 1. Rows that ``encode_rows`` has made need no more than a look.
         if isinstance(dataset, EncodedDataset):
             report = self._check_encoded(dataset, form)
             return dataset, dataset.report or report
         streamed = isinstance(dataset, IterableDataset)
         self._check_kind(dataset, name)
-        if has_arrow_rows(dataset) and dataset.format["type"] in TABLES:
+        if tokenised.has_arrow_rows(dataset) and dataset.format["type"] in tokenised.TABLES:
             dataset = dataset.with_format(None)
         # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
-        rows = rows_of(dataset)
+        rows = tokenised.rows_of(dataset)
         first = next(rows, None)
         if not isinstance(first, Mapping) or "input_ids" not in first:
             if streamed:
@@ -139,14 +130,14 @@ class LanguageRows(RowReader):
             form = dataclasses.replace(form, labelled=False)
         if streamed:
             form.check(form.columns([first], 0), 0)
-            return TokenisedStream(dataset, form), None
+            return tokenised.TokenisedStream(dataset, form), None
         if not hasattr(dataset, "__getitem__"):
             raise UserError(
                 f"{name}: got {type(dataset).__name__}, expected a list or a data set that is read by number"
             )
-        tokenised = TokenisedDataset(dataset, form, chain([first], rows))
-        self._check_positions(max(tokenised.lengths), "Shorten the rows")
-        return tokenised, tokenised.report
+        ready = tokenised.TokenisedDataset(dataset, form, chain([first], rows))
+        self._check_positions(max(ready.lengths), "Shorten the rows")
+        return ready, ready.report
 
     def _check_kind(self, dataset: Any, name: str) -> None:
         """Refuse what cannot be read as often, or shared out as evenly, as training does."""
@@ -172,8 +163,8 @@ class LanguageRows(RowReader):
                 "expected one that begins anew each time (__iter__ as a generator function)"
             )
 
-    def _check_encoded(self, dataset: EncodedDataset, form: RowForm) -> EncodingReport:
-        report = check_encoded(dataset, form)
+    def _check_encoded(self, dataset: EncodedDataset, form: tokenised.RowForm) -> EncodingReport:
+        report = tokenised.check_encoded(dataset, form)
         self._check_positions(max(dataset.lengths), "Lower data.max_length")
         return report
 
@@ -209,7 +200,9 @@ def try_collator(
             "data_collator: got mlm true, but a causal language model learns the next token; expected mlm=False"
         )
     if batch.get("labels") is None:
-        raise UserError(f"data_collator: {name} makes no labels, and the rows have none; expected {EXPECTED_LABELS}")
+        raise UserError(
+            f"data_collator: {name} makes no labels, and the rows have none; expected {tokenised.EXPECTED_LABELS}"
+        )
     lengths = dataset.lengths
     ends = [dataset[lengths.index(end)] for end in sorted({min(lengths), max(lengths)})]
     if len(ends) <= batch_size:

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
-from dts_hf.loss.logged_sums import LogColumns, SumMeter, Totals
+from dts_hf.loss.logged_sums import LogColumns, StepSums, SumMeter
 from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.temperature import TemperaturePolicy, build_temperature
 from dts_hf.temperature.constant import Constant
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
 from dts_hf.training.resumable_trainer import ResumableTrainer
-from dts_hf.training.step_sums import StepSums
 from dts_hf.training.temperature_callback import TemperatureCallback
 
 TEMPERATURE_STATE = "temperature.json"
@@ -38,7 +37,7 @@ class DistillationBase(ResumableTrainer):
     """A ``ResumableTrainer`` whose loss has a temperature.
 
     Args:
-        model, args, data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
+        positional: what ``EvenBatchesTrainer`` takes by its place.
         temperature: see ``build_policy``.
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
@@ -59,13 +58,7 @@ class DistillationBase(ResumableTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TrainingArguments,
-        data_collator: Any,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: PreTrainedTokenizerBase,
-        *,
+        *positional: Any,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float,
         divergence: Divergence | Mapping[str, Any] | str,
         kd_ratio: float,
@@ -83,15 +76,10 @@ class DistillationBase(ResumableTrainer):
         self.sums = StepSums(columns)
         self._fresh_state = copy.deepcopy(self.temperature.state())
         self._budget_asked_for = self.loss.logits_budget_mb  # memory may run out, and the loss then lowers its own
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        super().__init__(*positional, **kwargs)
         self.loss.to(self.args.device)
 
     # ------------------------------------------------------------------------------------------------ one batch's sums
-
-    @property
-    def step_meter(self) -> SumMeter:
-        """Sums of the optimizer step that runs, this rank's."""
-        return self.sums.step_meter
 
     @property
     def tokens_seen(self) -> float:
@@ -112,13 +100,14 @@ class DistillationBase(ResumableTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = self.count_items(labels).clamp(min=1) * self.accelerator.num_processes
         precise = torch.float32 if labels.device.type == "mps" else torch.float64
-        return torch.as_tensor(num_items_in_batch, dtype=precise) / self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        return torch.as_tensor(num_items_in_batch, dtype=precise) / processes
 
     # -------------------------------------------------------------------------------------------------- held-out rows
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -129,7 +118,7 @@ class DistillationBase(ResumableTrainer):
         ``eval_loss`` weighs its parts by the trainer's own ``kd_ratio``, also where the policy has another: it must not
         move because a schedule did. ``eval_rows`` and ``eval_labels`` are how many of them it is the mean of.
         """
-        self.sums.begin_evaluation()
+        self.sums.eval_meter = SumMeter()  # an evaluation that an exception broke off has left its sums
         # A data loader draws its seed from the global generator: dropout in training must not change because of it.
         with torch.random.fork_rng(devices=[]):
             output: Any = super().evaluation_loop(
@@ -152,15 +141,12 @@ class DistillationBase(ResumableTrainer):
             TemperatureCallback(
                 self.temperature,
                 self.sums,
-                totals_of_step=self._totals_of_step,
+                totals_of_step=lambda: self.sums.step_meter.reduce(self.accelerator),
                 prepare_run=self._prepare_run,
                 agree_to_stop=self.interruption.agree,
                 observe_loss=self.non_finite.observe,
             )
         ]
-
-    def _totals_of_step(self) -> Totals:
-        return self.sums.step_meter.reduce(self.accelerator)
 
     def _prepare_run(self, step: int, steps: int) -> None:
         if step == 0:  # a second train(), or a retry with a smaller batch, is a new run

@@ -7,7 +7,7 @@ Trainer that this needs are in ``resumable_trainer.PRIVATE_NAMES``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -18,14 +18,20 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dts_hf.data.collators import Collator, PackedCollator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.samplers import DummyRowsLast, LengthGroupedSampler, PadToMultiple, dummy_row, total_steps
+from dts_hf.data.samplers import (
+    DummyRowsLast,
+    LengthGroupedSampler,
+    PadToMultiple,
+    dummy_row,
+    real_tokens,
+    total_steps,
+)
 from dts_hf.data.tokenised import NumberedCollator, TokenisedDataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import count_targets
 from dts_hf.runs.failures import one_sentence
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.signals import ignore_signals_in_worker
-from dts_hf.training.step_sums import count_cells, count_tokens
 
 
 class EvenBatchesTrainer(Trainer):
@@ -97,7 +103,7 @@ class EvenBatchesTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------- the training rows
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's, with epochs that several processes can share out evenly: filled up with label-free rows.
 
         Accelerate would take rows twice instead, and the last step of an epoch would depend on the number of processes.
@@ -168,10 +174,10 @@ class EvenBatchesTrainer(Trainer):
             raise UserError("predict: got None, expected rows")
         return self._held_out_loader(self.rows.prepare(test_dataset, "predict"), None)
 
-    def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader:
+    def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader[Any]:
         kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}
         if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
-            return cast(DataLoader, kept[key])
+            return cast("DataLoader[Any]", kept[key])
         size = self.args.eval_batch_size
         filled = PadToMultiple(dataset, size * self.accelerator.num_processes, self.without_label, longest_first=True)
         return self._get_dataloader(filled, "Evaluation", size, sampler_fn=self._get_eval_sampler, dataloader_key=key)
@@ -179,7 +185,7 @@ class EvenBatchesTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset)  # PadToMultiple has sorted the rows already
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Rows of the data set behind a loader, without what only fills its batches."""
         dataset = getattr(dataloader, "dataset", None)
         return len(dataset.order) if isinstance(dataset, PadToMultiple) else super().num_examples(dataloader)
@@ -205,8 +211,8 @@ class EvenBatchesTrainer(Trainer):
         """Makes of a row its first token, which only fills a batch."""
         return partial(dummy_row, labels=self.rows.dummy_labels)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader: DataLoader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super()._get_dataloader(*args, **kwargs)
         context = loader.multiprocessing_context or torch.multiprocessing
         if loader.num_workers and context.get_start_method() == "fork":
             initialise = partial(ignore_signals_in_worker, loader.worker_init_fn)
@@ -226,7 +232,7 @@ class EvenBatchesTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels of the whole optimizer step: all micro-batches of all ranks, counted after the shift."""
         local = sum((self.count_items(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
-        return self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1)
+        return cast(Tensor, self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The Trainer's count without dummy rows; ``non_padding`` by length, for a padding token may be a real one, too."""
@@ -235,3 +241,13 @@ class EvenBatchesTrainer(Trainer):
         count = count_tokens if self.args.include_num_input_tokens_seen == "non_padding" else count_cells
         seen = self.accelerator.gather(count(inputs).to(self.args.device).reshape(1))
         self.state.num_input_tokens_seen += int(seen.sum())
+
+
+def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Real tokens of a batch, as a 0-d tensor: neither padding nor dummy rows."""
+    return real_tokens(inputs).sum()
+
+
+def count_cells(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Tokens of a batch with its padding, but without dummy rows, as a 0-d tensor."""
+    return count_tokens({name: value for name, value in inputs.items() if name != "attention_mask"})

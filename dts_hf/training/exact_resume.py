@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,22 +47,6 @@ SAME_FILES = ("single", "ddp")
 
 
 @dataclass
-class LoopState:
-    """Where the Trainer's loop stands, in numbers that its own checkpoint leaves out.
-
-    Attributes:
-        unlogged_loss: this process's sum of losses since the last log line.
-        last_logged_step: the optimizer step of that line.
-        grad_norm, learning_rate: of the last step, for its log line.
-    """
-
-    unlogged_loss: float
-    last_logged_step: int
-    grad_norm: float | None
-    learning_rate: float | None
-
-
-@dataclass
 class ExtraState:
     """What a kind of trainer keeps in its checkpoints besides.
 
@@ -82,59 +66,31 @@ class Progress:
     """What was read back.
 
     Attributes:
-        loop: of this process; where another number of processes wrote it, the mean of theirs, which is what is logged.
-        due: what the checkpoint's step still had to do (see ``what_is_due``).
-        seconds: of training, up to the checkpoint.
-        shared: see ``ExtraState``, with everything else that is in ``progress.json``.
+        shared: all of ``progress.json``: what ``ResumableTrainer.save_progress`` and ``ExtraState.shared`` put there.
         process: see ``ExtraState``; None where another number of processes wrote the checkpoint.
+        unlogged_loss: this process's sum of losses since the last log line; where another number of processes wrote it, the
+            mean of theirs, which is what is logged.
     """
 
-    loop: LoopState
-    due: dict[str, bool]
-    seconds: float
     shared: dict[str, Any]
     process: dict[str, Any] | None
+    unlogged_loss: float
 
 
-def write_progress(
-    folder: Path,
-    loop: LoopState,
-    extra: ExtraState,
-    *,
-    due: Mapping[str, bool],
-    seconds: float,
-    log_bytes: int,
-    rank: int,
-    shared_too: bool,
-) -> None:
+def write_progress(folder: Path, extra: ExtraState, *, rank: int, shared_too: bool) -> None:
     """Write the files into ``folder``; every process calls it.
 
     Args:
         folder: the checkpoint; made where it is not there.
-        loop: where the loop stands.
-        extra: what the trainer adds.
-        due: what the step still has to do.
-        seconds: of training so far.
-        log_bytes: size of ``log.jsonl``; what is written behind it is cut off on a resume.
+        extra: what goes into them.
         rank: of this process.
         shared_too: this process writes what is equal on all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / f"rank_{rank}.json", {"unlogged_loss": loop.unlogged_loss, **extra.process})
-    if not shared_too:
-        return
-    for name, content in extra.files.items():
-        write_json_atomic(folder / name, content)
-    progress = {
-        **extra.shared,
-        "last_logged_step": loop.last_logged_step,
-        "grad_norm": loop.grad_norm,
-        "learning_rate": loop.learning_rate,
-        "due": dict(due),
-        "seconds": seconds,
-        "log_bytes": log_bytes,
-    }
-    write_json_atomic(folder / PROGRESS, progress)
+    write_json_atomic(folder / f"rank_{rank}.json", extra.process)
+    if shared_too:
+        for name, content in {**extra.files, PROGRESS: extra.shared}.items():
+            write_json_atomic(folder / name, content)
 
 
 def read_progress(folder: Path, rank: int, world: int) -> Progress:
@@ -145,13 +101,8 @@ def read_progress(folder: Path, rank: int, world: int) -> Progress:
         json.loads((folder / f"rank_{number}.json").read_text(encoding="utf-8"))
         for number in ([rank] if writers == world else range(writers))
     ]
-    loop = LoopState(
-        statistics.fmean(number_or_nan(of_rank["unlogged_loss"]) for of_rank in ranks),
-        shared["last_logged_step"],
-        shared["grad_norm"],
-        shared["learning_rate"],
-    )
-    return Progress(loop, shared["due"], shared["seconds"], shared, ranks[0] if writers == world else None)
+    unlogged_loss = statistics.fmean(number_or_nan(of_rank["unlogged_loss"]) for of_rank in ranks)
+    return Progress(shared, ranks[0] if writers == world else None, unlogged_loss)
 
 
 def number_or_nan(value: float | None) -> float:
@@ -161,7 +112,7 @@ def number_or_nan(value: float | None) -> float:
 
 def state_then(checkpoint: Path) -> TrainerState:
     """The Trainer's state as it was when ``checkpoint`` was written."""
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return cast(TrainerState, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
 
 
 def checkpoint_to_resume(given: str | Path | bool | None, run: Path) -> Path | None:
@@ -189,17 +140,11 @@ def checkpoint_to_resume(given: str | Path | bool | None, run: Path) -> Path | N
     return Path(given)
 
 
-def run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in."""
-    parent = checkpoint.parent
-    return parent.parent if parent.name == INTERRUPTED else parent
-
-
 # ------------------------------------------------------------------------------------------------ the step cut short
 
 
 def what_is_due(
-    control: TrainerControl, state: TrainerState, *, interrupted: bool, epoch_ended: bool, generate: bool
+    control: TrainerControl, state: TrainerState, *, interrupted: bool, epoch_ended: bool
 ) -> dict[str, bool]:
     """What the optimizer step of a checkpoint still has to do once the checkpoint is written.
 
@@ -208,11 +153,9 @@ def what_is_due(
         state: of the Trainer.
         interrupted: a signal asked for the checkpoint, and not the recipe.
         epoch_ended: ``on_epoch_end`` was called since the last epoch began.
-        generate: answers are to be scored after this step, and were not.
     """
     epoch_is_over = float(state.epoch or 0).is_integer() or control.should_training_stop
     return {
-        "generate": generate,
         "log": control.should_log,
         "evaluate": control.should_evaluate,
         "save": control.should_save and interrupted,  # else this is that save
@@ -221,10 +164,10 @@ def what_is_due(
     }
 
 
-def due_now(due: Mapping[str, bool], then: TrainerState, steps: int, epoch: float) -> dict[str, bool]:
-    """``due`` of a checkpoint for a run of ``steps`` steps that is at ``epoch``; the run may have been made longer."""
-    if then.global_step >= then.max_steps < steps:  # it had come to its end, and is to go on
-        return {**due, "stop": False, "end_epoch": due["end_epoch"] and epoch.is_integer()}
+def due_now(due: Mapping[str, bool], then: TrainerState, state: TrainerState) -> dict[str, bool]:
+    """``due`` of a checkpoint whose state was ``then``, for the run that goes on; it may have been made longer."""
+    if then.global_step >= then.max_steps < state.max_steps:  # it had come to its end, and is to go on
+        return {**due, "stop": False, "end_epoch": due["end_epoch"] and float(state.epoch or 0).is_integer()}
     return dict(due)
 
 
@@ -237,7 +180,7 @@ def put_in_place(checkpoint: Path, then: TrainerState, state: TrainerState, args
         state: of the run that goes on; changed.
         args: of that run.
     """
-    run = run_of(checkpoint)
+    run = checkpoint.parent.parent if checkpoint.parent.name == INTERRUPTED else checkpoint.parent
     best = run / Path(then.best_model_checkpoint).name if then.best_model_checkpoint else None
     if best is not None and best.is_dir():  # the Trainer forgets it when the folder has been moved
         state.best_model_checkpoint = str(best)
@@ -261,24 +204,16 @@ class ResumeCallback(TrainerCallback):
         self.finish_step, self.clock = finish_step, clock
         self.epoch_ended = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self.finish_step()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self.clock.stop()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *_: Any, **kwargs: Any) -> None:
         self.epoch_ended = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
         self.epoch_ended = True
 
 

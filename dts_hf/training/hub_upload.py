@@ -8,54 +8,42 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from dts_hf.errors import UserError
-
 #: Folder of ``args.output_dir`` that holds what is uploaded, while it is.
 UPLOAD = ".hub_upload"
-#: As the Trainer calls it.
-TRAINING_ARGS_NAME = "training_args.bin"
-
-
-@dataclass
-class Upload:
-    """An upload from the staging folder.
-
-    Attributes:
-        goes_on: the future of an upload that still reads the folder when its context ends; None: it is over.
-    """
-
-    goes_on: Any = None
 
 
 @contextmanager
-def staged(args: TrainingArguments, main: bool, wait_for_everyone: Callable[[], None]) -> Iterator[Upload]:
+def staged(args: TrainingArguments, main: bool, wait_for_everyone: Callable[[], None]) -> Iterator[list[Any]]:
     """Within it ``args.output_dir`` is an empty folder inside the real one; it is gone as soon as it is uploaded.
 
     Args:
         args: of the trainer.
         main: this is the first process, which makes and removes the folder.
         wait_for_everyone: every process calls it.
+
+    Yields:
+        a list for the future of an upload that still reads the folder when the context ends.
     """
-    real, upload = str(args.output_dir), Upload()
+    real = str(args.output_dir)
+    futures: list[Any] = []
     folder = Path(real) / UPLOAD
     if main:
         remove_all_of(folder)  # of a killed process
     wait_for_everyone()
     args.output_dir = str(folder)
     try:
-        yield upload
+        yield futures
     finally:
         args.output_dir = real
-        if main and upload.goes_on is None:
+        if main and not futures:
             shutil.rmtree(folder, ignore_errors=True)
         elif main:
-            upload.goes_on.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+            futures[0].add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
 
 
 def remove_all_of(folder: Path) -> None:
@@ -64,22 +52,3 @@ def remove_all_of(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-def check_can_stage(folder: Path, in_pieces: bool) -> None:
-    """Refuse to stage weights that DeepSpeed has not gathered: the Trainer would put a checkpoint there instead.
-
-    Raises:
-        UserError: the weights to upload are split over processes.
-    """
-    if folder.name == UPLOAD and in_pieces:
-        raise UserError(
-            "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces and "
-            "cannot be uploaded"
-        )
-
-
-def drop_private_files(folder: Path) -> None:
-    """Of what the Trainer saves, what is nobody's business but the trainer's; not where it is not uploaded."""
-    if folder.name == UPLOAD:
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)

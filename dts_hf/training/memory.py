@@ -68,7 +68,14 @@ class Memory:
 
 
 def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: Workload, plan: Plan) -> Memory:
-    """Peak memory of one device in training."""
+    """Peak memory of one device in training.
+
+    Args:
+        student: what is trained.
+        teacher: None: there is none, as where ``plan`` says so.
+        workload: what the device works on.
+        plan: how the work is spread.
+    """
     if plan.teacher == "none":
         teacher = None
     trained, types = trained_weights(student, workload), Types.of(workload, plan)
@@ -134,6 +141,7 @@ class Types:
 
     @classmethod
     def of(cls, workload: Workload, plan: Plan) -> Types:
+        """What ``plan`` makes of the types that ``workload`` asks for."""
         weight = stream = BYTES[workload.student_dtype]
         compute = BYTES[workload.autocast] if workload.autocast else weight
         deepspeed = plan.strategy.startswith("zero")
@@ -175,6 +183,7 @@ def _divided(student: ModelShape, workload: Workload, plan: Plan, types: Types) 
 
 
 def trained_weights(student: ModelShape, workload: Workload) -> int:
+    """How many weights the optimizer moves: all, or those of the adapters."""
     return student.parameters if workload.lora_parameters is None else workload.lora_parameters
 
 
@@ -261,7 +270,7 @@ def _teacher_working(teacher: ModelShape | None, workload: Workload, plan: Plan)
 def _loss_bytes(
     student: ModelShape, teacher: ModelShape | None, workload: Workload, types: Types
 ) -> tuple[float, float]:
-    """(at its peak, what is left of it for the backward pass); see ``dts_hf.losses``."""
+    """(at its peak, what is left of it for the backward pass); see ``dts_hf.loss.chunk_walk``."""
     rows, size, head = max(workload.labelled, 1), types.compute, student.head
     chunk = min(max(1, int(workload.logits_budget_mb * 2**20) // (8 * student.vocab)), rows)
     logits = 4 * chunk * student.vocab  # of one model
@@ -294,6 +303,9 @@ def disk_needed(student: ModelShape, workload: Workload, plan: Plan, checkpoints
     """Bytes of the run directory: its checkpoints and the final student.
 
     Args:
+        student: what is saved.
+        workload: says in which types.
+        plan: a strategy may keep weights twice.
         checkpoints: ``save_total_limit``, or how many are written without one. One more is counted, because an old one
             is deleted only after the new one is complete.
     """

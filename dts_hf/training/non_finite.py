@@ -39,14 +39,10 @@ class NonFiniteCallback(TrainerCallback):
         """Take whether the loss of the step that ends is finite, on all ranks; before ``on_step_end``."""
         self.broken_steps = 0 if finite else self.broken_steps + 1
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self.broken_steps = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self.rows_of_step.clear()
 
     def on_step_end(
@@ -117,4 +113,4 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
         rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
         # Parts are of one size; what the last one has too much was never written to.
         return part[: max(0, parameter.ds_numel - rank * part.numel())]  # type: ignore[attr-defined]
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return, operator]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

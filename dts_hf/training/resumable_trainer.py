@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.utils import PushInProgress
@@ -31,25 +32,11 @@ from dts_hf.files import write_text_atomic
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
+from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.clock import TrainingClock
 from dts_hf.training.even_batches import EvenBatchesTrainer
-from dts_hf.training.exact_resume import (
-    ExtraState,
-    LoopState,
-    Progress,
-    ResumeCallback,
-    check_layout,
-    check_length,
-    checkpoint_to_resume,
-    due_now,
-    put_in_place,
-    read_progress,
-    state_then,
-    what_is_due,
-    write_progress,
-)
-from dts_hf.training.hub_upload import check_can_stage, drop_private_files, staged
+from dts_hf.training.hub_upload import UPLOAD, staged
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
 from dts_hf.training.signals import at_step_end
 from dts_hf.training.unused_parameters import may_leave_unused
@@ -101,8 +88,7 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     Args:
         model: what is trained.
-        args: ``transformers.TrainingArguments``.
-        data_collator, train_dataset, eval_dataset, processing_class: see ``EvenBatchesTrainer``.
+        positional: what else ``EvenBatchesTrainer`` takes by its place.
         callbacks: of the user; they stand after ours.
         model_card: returns the text of the model card that ``push_to_hub`` uploads.
         kwargs: everything else that ``EvenBatchesTrainer`` takes.
@@ -117,12 +103,7 @@ class ResumableTrainer(EvenBatchesTrainer):
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
-        data_collator: Any,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: PreTrainedTokenizerBase,
-        *,
+        *positional: Any,
         callbacks: list[TrainerCallback] | None = None,
         model_card: Callable[[], str] | None = None,
         **kwargs: Any,
@@ -132,25 +113,18 @@ class ResumableTrainer(EvenBatchesTrainer):
         self.clock = TrainingClock()
         self.non_finite = NonFiniteCallback(self._stop_non_finite_run)
         self.interruption = InterruptionCallback(self.save_checkpoint_now)
-        self._resume = ResumeCallback(self._finish_step, self.clock)
+        self._resume = exact_resume.ResumeCallback(self._finish_step, self.clock)
         self.resumed_from: Path | None = None
-        self._progress: Progress | None = None  # of the checkpoint that is resumed from, until its step is finished
+        self._progress: exact_resume.Progress | None = (
+            None  # of the checkpoint that is resumed from, until its step is finished
+        )
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
         self._grad_norm: Any = None  # of the last step, for its log line
         self._learning_rate: float | None = None
         self._finished: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            callbacks=[*ours, *(callbacks or []), self._resume],
-            **kwargs,
-        )
+        super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
 
@@ -160,11 +134,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         """Callbacks that look at the finished step before any other does; they tell ``non_finite`` and ``interruption``."""
         return []
 
-    def extra_state(self) -> ExtraState:
+    def extra_state(self) -> exact_resume.ExtraState:
         """What a checkpoint keeps besides the Trainer's state and the loop's."""
-        return ExtraState()
+        return exact_resume.ExtraState()
 
-    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+    def load_extra_state(self, folder: Path, progress: exact_resume.Progress) -> None:
         """Restore what ``extra_state`` gave when the checkpoint in ``folder`` was written."""
 
     def scheduled_over_run(self) -> list[str]:
@@ -192,7 +166,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             return
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; which rows it is made of is remembered until the step has ended well."""
@@ -226,7 +200,9 @@ class ResumableTrainer(EvenBatchesTrainer):
             RunError: training cannot go on (see ``stop_non_finite_run``), the last step broke the weights, or the disk takes
                 no checkpoint.
         """
-        self.resumed_from = folder = checkpoint_to_resume(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        self.resumed_from = folder = exact_resume.checkpoint_to_resume(
+            resume_from_checkpoint, Path(str(self.args.output_dir))
+        )
         self._progress = None
         self.clock.start()
         if folder is not None:
@@ -245,11 +221,6 @@ class ResumableTrainer(EvenBatchesTrainer):
     def _callbacks_of(self, kind: type[Any]) -> Iterator[Any]:
         return (callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
 
-    @property
-    def training_seconds(self) -> float:
-        """How long ``train`` took, with the attempts before a resume."""
-        return self.clock.seconds
-
     def exclude_from_timing(self) -> AbstractContextManager[None]:
         """What happens inside does not count for ``tokens_per_second``, and before the first step for no clock at all."""
         return self.clock.exclude(from_total=self.state.global_step == 0)
@@ -260,7 +231,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._grad_norm
 
     def _get_learning_rate(self) -> float:
@@ -333,26 +304,22 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def save_progress(self, folder: Path) -> None:
         """Write what the Trainer's checkpoint leaves out into ``folder``; every process calls it."""
-        norm = None if self._grad_norm is None else float(self._grad_norm)
-        loop = LoopState(float(self._tr_loss), self._globalstep_last_logged, norm, self._learning_rate)
+        extra = self.extra_state()
+        due = exact_resume.what_is_due(
+            self.control, self.state, interrupted=self._interrupting, epoch_ended=self._resume.epoch_ended
+        )
         generate = any(callback.is_due(self.state) for callback in self._callbacks_of(GenerationEvalCallback))
-        due = what_is_due(
-            self.control,
-            self.state,
-            interrupted=self._interrupting,
-            epoch_ended=self._resume.epoch_ended,
-            generate=generate,
-        )
-        write_progress(
-            folder,
-            loop,
-            self.extra_state(),
-            due=due,
-            seconds=self.clock.seconds,
-            log_bytes=RunDirectory(str(self.args.output_dir)).log_size(),
-            rank=self.args.process_index,
-            shared_too=self.args.should_save,
-        )
+        extra.process = {"unlogged_loss": float(self._tr_loss), **extra.process}
+        extra.shared |= {
+            "last_logged_step": self._globalstep_last_logged,
+            "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
+            "learning_rate": self._learning_rate,
+            "due": {"generate": generate, **due},
+            "seconds": self.clock.seconds,
+            # What is written behind it is cut off on a resume
+            "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
+        }
+        exact_resume.write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
 
     def layout(self) -> dict[str, Any]:
         """How the rows of an optimizer step are shared out and what they are computed in, for ``complete.json``."""
@@ -375,15 +342,17 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: it cannot be exact; says why, and what to launch instead.
         """
-        check_layout(folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha)
+        exact_resume.check_layout(
+            folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha
+        )
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         # The first place that knows how many steps the run has; nothing is loaded or written yet.
         values = super().set_initial_training_values(*args, **kwargs)
         if self.resumed_from is not None:
-            own_scheduler = self.lr_scheduler is not None and not self._created_lr_scheduler
+            own = self.lr_scheduler is not None and not self._created_lr_scheduler
             scheduled = self.scheduled_over_run()
-            check_length(self.resumed_from, values[-1], self.args, own_scheduler=own_scheduler, scheduled=scheduled)
+            exact_resume.check_length(self.resumed_from, values[-1], self.args, own_scheduler=own, scheduled=scheduled)
         return values
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -398,9 +367,9 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: the checkpoint was written by another kind of run.
         """
-        progress = read_progress(folder, self.args.process_index, self.args.world_size)
+        progress = exact_resume.read_progress(folder, self.args.process_index, self.args.world_size)
         self.load_extra_state(folder, progress)
-        self.clock.seconds_before = progress.seconds
+        self.clock.seconds_before = progress.shared["seconds"]
         self._progress = progress
 
     def _finish_step(self) -> None:
@@ -408,17 +377,17 @@ class ResumableTrainer(EvenBatchesTrainer):
         progress, self._progress = self._progress, None
         if progress is None or self.resumed_from is None:
             return
-        args, state, loop = self.args, self.state, progress.loop
+        args, state, loop = self.args, self.state, progress.shared
         # 1. The state is that of the checkpoint, but the run may be of another length, and in another place.
-        then = state_then(self.resumed_from)
-        due = due_now(progress.due, then, state.max_steps, float(state.epoch or 0))
+        then = exact_resume.state_then(self.resumed_from)
+        due = exact_resume.due_now(loop["due"], then, state)
         state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
-        put_in_place(self.resumed_from, then, state, args)
+        exact_resume.put_in_place(self.resumed_from, then, state, args)
         # 2. The loop stands where it stood.
-        self._tr_loss = torch.tensor(loop.unlogged_loss, device=args.device)
-        self._total_loss_scalar -= loop.unlogged_loss  # train() returns the mean over its own steps
-        self._globalstep_last_logged = loop.last_logged_step
-        self._grad_norm, self._learning_rate = loop.grad_norm, loop.learning_rate
+        self._tr_loss = torch.tensor(progress.unlogged_loss, device=args.device)
+        self._total_loss_scalar -= progress.unlogged_loss  # train() returns the mean over its own steps
+        self._globalstep_last_logged = loop["last_logged_step"]
+        self._grad_norm, self._learning_rate = loop["grad_norm"], loop["learning_rate"]
         args.eval_on_start = False  # it was done when the run started
         # 3. Answers are scored in on_step_end; then come the log line, the evaluation and the checkpoint, ...
         for callback in self._callbacks_of(GenerationEvalCallback):
@@ -482,15 +451,16 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._finish_current_push()
         self._finished = finished
         try:
-            with staged(self.args, self.is_world_process_zero(), self.accelerator.wait_for_everyone) as upload:
+            with staged(self.args, self.is_world_process_zero(), self.accelerator.wait_for_everyone) as futures:
                 done = super().push_to_hub(
                     commit_message, blocking, token, revision, private, model_name=name, **kwargs
                 )
-                upload.goes_on = None if blocking else done
+                if done is not None and not blocking:
+                    futures.append(done)
         finally:
             self._finished = None
-        if upload.goes_on is not None:
-            self.push_in_progress = PushInProgress([done])  # type: ignore[assignment, arg-type]
+        if futures:
+            self.push_in_progress = PushInProgress(futures)  # type: ignore[assignment, arg-type]
         return done
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -510,13 +480,19 @@ class ResumableTrainer(EvenBatchesTrainer):
             UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
         """
         folder = Path(output_dir or str(self.args.output_dir))
-        check_can_stage(folder, in_pieces=state_dict == {})
+        uploaded = folder.name == UPLOAD
+        if uploaded and state_dict == {}:  # in its place the Trainer would put a checkpoint there
+            raise UserError(
+                "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces "
+                "and cannot be uploaded"
+            )
         token, self.args.hub_token = self.args.hub_token, None
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-        drop_private_files(folder)
+        if uploaded:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own card where there is one, else the Trainer's."""

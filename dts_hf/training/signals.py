@@ -98,7 +98,11 @@ def stops_on_signal(work: Work) -> Work:
 
 @contextmanager
 def at_step_end() -> Iterator[None]:
-    """Within it a signal is only noted (``asked_to_stop``); one that nobody has acted on is raised at the end."""
+    """Within it a signal is only noted (``asked_to_stop``); one that nobody has acted on is raised at the end.
+
+    Raises:
+        Interrupted: at the end.
+    """
     _request.waits = _request.caught
     try:
         yield
@@ -110,7 +114,11 @@ def at_step_end() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within it, inside ``at_step_end``, a signal is raised at once again: for work that no checkpoint could keep."""
+    """Within it, inside ``at_step_end``, a signal is raised at once again: for work that no checkpoint could keep.
+
+    Raises:
+        Interrupted: one had come before.
+    """
     waits, _request.waits = _request.waits, False
     try:
         if _request.caught and _request.signal is not None:
@@ -140,7 +148,7 @@ def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: i
         initialise(worker)
 
 
-def _end_with_parent(number: int, frame: FrameType | None) -> None:
+def _end_with_parent(*_: Any) -> None:
     if _leaving[0]:
         os._exit(0)
 

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from dts_hf.errors import UserError
-from dts_hf.loss.logged_sums import Totals
+from dts_hf.loss.logged_sums import StepSums, SumMeter, Totals
 from dts_hf.loss.statistics import CE, KD, ROWS
 from dts_hf.temperature.base import TemperaturePolicy
 from dts_hf.training.signals import asked_to_stop
-from dts_hf.training.step_sums import StepSums
 
 logger = logging.getLogger(__name__)
 #: In the reduction of a step: how many processes were asked to stop.
@@ -52,21 +51,15 @@ class TemperatureCallback(TrainerCallback):
         self.agree_to_stop, self.observe_loss = agree_to_stop, observe_loss
         self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.labelled_steps = self.unlabelled_steps = 0
         self.prepare_run(state.global_step, state.max_steps)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.sums.begin_step()
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.sums.step_meter = SumMeter()  # a step that an exception broke off has left its sums
         self.policy.begin_step(state.global_step / max(state.max_steps, 1))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         # 1. One reduction. One signalled process stops all, at this step: what each knows travels with the sums.
         asked = torch.full((), float(asked_to_stop() is not None), device=args.device)
         self.sums.step_meter.add({STOP_ASKED: asked})
@@ -85,9 +78,7 @@ class TemperatureCallback(TrainerCallback):
         self.policy.end_step(totals.step_stats())
         self.observe_loss(math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self.unlabelled_steps and not self.labelled_steps:  # an iterable data set is not seen whole before
             raise UserError(
                 f"train_dataset: none of the rows of {self.unlabelled_steps:,} steps has a label, so nothing was trained; "

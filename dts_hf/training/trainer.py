@@ -20,8 +20,8 @@ from dts_hf.data.tokenised import TokenisedDataset
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
-from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
@@ -32,8 +32,8 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import Pair, set_up_models
-from dts_hf.training.step_sums import count_tokens
 
 
 class DistillationTrainer(DistillationBase):
@@ -191,7 +191,7 @@ class DistillationTrainer(DistillationBase):
         def loss_of_states(states: Tensor, head: Head) -> Tensor:
             rows, targets = select_response(states, labels)
             cut_teacher = None if teacher_head is None else teacher_head.cut(self.vocab_size)
-            output = loss_fn(
+            output: LossOutput = loss_fn(
                 rows, head.cut(self.vocab_size), teacher_states, cut_teacher, targets, normalizer, sequences
             )
             sums.update(output.sums, loss=output.loss.detach())

@@ -74,6 +74,7 @@ class Plan:
     live: int | None = None
 
     def describe(self) -> str:
+        """It in a few words, for a line of the doctor."""
         if self.strategy == "single":
             return "one process"
         teacher = " with teacher.placement: sharded" if self.teacher == "sharded" else ""

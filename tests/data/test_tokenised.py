@@ -568,7 +568,7 @@ def test_input_tokens_seen(tmp_path, kind, packing):
 
 
 def test_input_tokens_seen_leave_fillers_out(tmp_path):
-    from dts_hf.training.step_sums import count_cells, count_tokens
+    from dts_hf.training.even_batches import count_cells, count_tokens
 
     data = encoded(ROWS[:3])
     for packing in (False, True):

@@ -12,7 +12,7 @@ import torch
 import dts_hf.doctor.walk as doctor_walk
 from dts_hf.doctor.run import diagnose
 from dts_hf.loss.distillation_loss import DistillationLoss
-from dts_hf.runs import machine
+from dts_hf.runs import memory
 from tests.support.examined import (
     limited,
     problems,
@@ -133,7 +133,7 @@ def test_a_recipe_for_a_gpu_is_examined_on_a_cpu(workplace: Path) -> None:
 def test_memory_that_is_tight_is_a_warning(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
     needed = diagnose(path)["memory"].values["needed"]
-    real = machine.device_of
+    real = memory.device_of
     monkeypatch.setattr(doctor_walk, "device_of", lambda args: {**real(args), "memory": needed / 0.95})
     diagnosis = diagnose(path)
     assert [problem.code for problem in diagnosis["memory"].problems] == ["memory-tight"]

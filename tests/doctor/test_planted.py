@@ -21,7 +21,7 @@ from dts_hf.data.collators import PaddedCollator
 from dts_hf.doctor import resources
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
-from dts_hf.runs import machine
+from dts_hf.runs import memory
 from tests.support.examined import (
     own_student,
     problems,
@@ -232,8 +232,8 @@ def unknown_head(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def estimate_far_too_low(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    read = machine.PeakMemory.read
-    monkeypatch.setattr(machine.PeakMemory, "read", lambda self: (read(self) or 0) + 300_000_000)
+    read = memory.PeakMemory.read
+    monkeypatch.setattr(memory.PeakMemory, "read", lambda self: (read(self) or 0) + 300_000_000)
     return {}
 
 
@@ -244,7 +244,7 @@ def too_little_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     )  # fmt: skip
     Path("teacher/model.safetensors").unlink()  # nobody may try to load it
     config.save_pretrained("teacher")
-    real = machine.device_of
+    real = memory.device_of
     monkeypatch.setattr(doctor_walk, "device_of", lambda args: {**real(args), "memory": 24e9})
     return {}
 

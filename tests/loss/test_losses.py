@@ -391,7 +391,7 @@ def test_without_a_teacher_there_is_nothing_to_distil():
 def test_without_a_teacher_a_policy_with_its_own_kd_ratio_is_refused():
     data = problem(3, torch.float64)
     loss_fn = DistillationLoss(temperature=build_temperature("pocl"), kd_ratio=0.0)
-    with pytest.raises(ValueError, match="there is no teacher"):
+    with pytest.raises(ValueError, match="labels alone need kd_ratio 0"):
         loss_fn(data["states"], Head(data["weight"]), None, None, data["targets"], 3)
 
 

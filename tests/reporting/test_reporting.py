@@ -665,9 +665,10 @@ def test_memory_is_in_the_unit_that_it_is_printed_in(monkeypatch: pytest.MonkeyP
     import sys
     from types import SimpleNamespace
 
-    from dts_hf.runs import environment
+    from dts_hf.runs import memory
 
-    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory, "peak_resident_bytes", lambda: None)  # as outside Linux
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
     kilobytes = 3_000_000 if sys.platform != "darwin" else 3_072_000_000
-    monkeypatch.setattr(environment.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=kilobytes))
-    assert environment.peak_memory_gb() == pytest.approx(3.072)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=kilobytes))
+    assert memory.peak_memory_gb() == pytest.approx(3.072)

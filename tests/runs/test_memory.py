@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dts_hf.runs.memory import available_bytes, resident_bytes, total_bytes
+from dts_hf.runs.memory import available_bytes, cgroup_room, resident_bytes, total_bytes
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the others do not tell as much")
@@ -26,3 +28,29 @@ def test_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dts_hf.runs.memory.Path.read_text", refuse)
     assert available_bytes() == total_bytes() > 0
     assert resident_bytes() > 0.9 * now  # the most that it ever held
+
+
+def test_room_of_control_groups(tmp_path: Path) -> None:
+    root, membership = tmp_path / "cgroup", tmp_path / "membership"
+
+    def group(name: str, **files: object) -> None:
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, value in files.items():
+            (folder / file.replace("__", ".")).write_text(f"{value}\n")
+
+    # Version 2, as SLURM makes it: the limit is above the task, and most of what is used is page cache
+    membership.write_text("0::/system.slice/job_7/step_0/task_0\n")
+    stat = "anon 100\ninactive_file 600\nactive_file 5"
+    group("system.slice/job_7/step_0/task_0", memory__max="max", memory__current=900)
+    group("system.slice/job_7", memory__max=1000, memory__current=900, memory__stat=stat)
+    group("system.slice", memory__max=5000, memory__current=1000)
+    assert cgroup_room(membership, root) == 700
+    # Version 1; the path of the host is not mounted in a container
+    membership.write_text("7:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n")
+    stat = "cache 300\ntotal_inactive_file 250"
+    group("memory", memory__limit_in_bytes=2000, memory__usage_in_bytes=1500, memory__stat=stat)
+    assert cgroup_room(membership, root) == 750
+    membership.write_text("0::/nowhere\n")
+    assert cgroup_room(membership, root) == math.inf
+    assert cgroup_room(tmp_path / "none", root) == math.inf

@@ -19,7 +19,8 @@ from dts_hf.files import write_json_atomic, write_text_atomic
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
-from dts_hf.runs.environment import environment, peak_memory_gb, peak_resident_bytes, reset_peak_resident
+from dts_hf.runs.environment import environment
+from dts_hf.runs.memory import peak_memory_gb, peak_resident_bytes, reset_peak_resident
 
 VALUES = {
     "student": {"model": "small"},
@@ -323,7 +324,7 @@ def test_the_high_water_mark_of_memory_rises_and_can_be_set_back() -> None:
 
 
 def test_a_finished_run_keeps_nothing_of_an_unfinished_one(run: RunDirectory) -> None:
-    run.write_scores({"models": {}})
+    run.write_scores({})
     for name in ("interrupted/checkpoint-6/complete.json", "broken_step-3.rank0.json", "checkpoint-5/complete.json"):
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).write_text("{}")

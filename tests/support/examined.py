@@ -24,7 +24,7 @@ from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.report import screen
-from dts_hf.runs import machine
+from dts_hf.runs.memory import device_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
@@ -108,8 +108,7 @@ def texts(diagnosis: Diagnosis) -> str:
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, memory: float) -> None:
-    real = machine.device_of
-    monkeypatch.setattr(doctor_walk, "device_of", lambda args: {**real(args), "memory": memory})
+    monkeypatch.setattr(doctor_walk, "device_of", lambda args: {**device_of(args), "memory": memory})
 
 
 def classifier(folder: str, *, swapped: bool = False) -> None:

@@ -268,7 +268,7 @@ def test_the_routers_loss_is_added_as_the_model_does(tmp_path: Any, name: str) -
         max(float((gradients[key] - wanted[key]).norm() / wanted[key].norm().clamp(min=1e-6)) for key in wanted) < 1e-4
     )
 
-    sums = trainer.step_meter.reduce(trainer.accelerator)
+    sums = trainer.sums.step_meter.reduce(trainer.accelerator)
     assert sums["aux"] / sums["rows"] == pytest.approx(output.aux_loss.item(), rel=1e-5)
     without, _ = step(trainer_for(tmp_path, student, FAMILIES[name].build(1), kd_ratio=0.0, router_aux_loss="none"))
     assert loss.item() - without.item() == pytest.approx(0.5 * output.aux_loss.item(), rel=1e-4)

@@ -129,7 +129,7 @@ class Setup:
         policy.begin_step(0.08 * steps)
 
     def statistics(self) -> StepStats:
-        totals = self.trainer.step_meter.reduce(self.trainer.accelerator)
+        totals = self.trainer.sums.step_meter.reduce(self.trainer.accelerator)
         mean = {key: value / totals["rows"] for key, value in totals.items()}
         observed = tuple(value / totals["rows"] for value in totals.vectors.get("observed", ()))
         slope = mean.get("temperature_grad", 0.0)
@@ -273,7 +273,7 @@ def prepare(setup: Setup, divergence: str, scaling: str, ratio: float) -> None:
     loss = setup.trainer.loss
     loss.divergence, loss.temperature_scaling, loss.kd_ratio = build_divergence(divergence), scaling, ratio
     draw_away_from_kinks(setup, loss.divergence)
-    setup.trainer.step_meter.reduce(setup.trainer.accelerator)
+    setup.trainer.sums.step_meter.reduce(setup.trainer.accelerator)
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
@@ -293,7 +293,7 @@ def test_the_gradient_is_the_derivative_of_the_reported_loss(case, setup):
         prepare(setup, divergence, scaling, ratio)
         where = f"{case}, {divergence}, {scaling}, kd_ratio {ratio}"
         reported, gradient = setup.gradient()
-        totals = setup.trainer.step_meter.reduce(setup.trainer.accelerator)
+        totals = setup.trainer.sums.step_meter.reduce(setup.trainer.accelerator)
         used = ratio if policy.kd_ratio is None else policy.kd_ratio
         logged = LogColumns().means(totals)
         parts = (1 - used) * logged["ce_loss"] + used * logged["kd_loss"]
