@@ -25,15 +25,7 @@ from dts_hf.runs.failures import GO_ON, one_sentence
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
-COMMANDS = {
-    "train": train,
-    "doctor": doctor,
-    "evaluate": evaluate,
-    "score": score,
-    "report": report,
-    "list": list_,
-    "schema": schema,
-}
+COMMANDS = (train, doctor, evaluate, score, report, list_, schema)
 
 
 class CommandGroup(TyperGroup):
@@ -122,5 +114,5 @@ def main(
     """Hold the options that stand before a command."""
 
 
-for name, module in COMMANDS.items():
-    app.command(name, epilog=module.EPILOG)(module.command)
+for module in COMMANDS:
+    app.command(module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.command)
