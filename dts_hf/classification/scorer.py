@@ -8,13 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.classification.data import separates
 from dts_hf.classification.tasks import GlueTask, LabelledRow
@@ -30,7 +24,7 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.saved_scores import BEFORE, keep_scores
-from dts_hf.task import Data, Models, Rows
+from dts_hf.task import Data, Entries, Models, Rows
 
 
 class ClassificationScorer:
@@ -38,7 +32,6 @@ class ClassificationScorer:
 
     Args:
         recipe: what is scored.
-        glue: its task.
         run: takes predictions and ``metrics.json``.
         trainer: runs the models and computes the metrics.
         models: student, teacher and tokenizer.
@@ -50,20 +43,19 @@ class ClassificationScorer:
     def __init__(
         self,
         recipe: Recipe,
-        glue: GlueTask,
         run: RunDirectory,
         trainer: ClassificationDistillationTrainer,
         models: Models,
         rows: Rows,
         data: Data,
-        kept: Mapping[str, dict[str, Any]],
+        kept: Entries,
     ) -> None:
-        self.recipe, self.glue, self.run, self.trainer = recipe, glue, run, trainer
+        self.recipe, self.glue, self.run, self.trainer = recipe, trainer.task, run, trainer
         self.teacher, self.tokenizer = models.teacher, models.tokenizer
         self.sets: dict[str, EncodedDataset] = {} if data.validation is None else {"validation": data.validation}
         self.sets |= data.sets
         self.rows: dict[str, Sequence[LabelledRow]] = {"validation": rows.validation, **rows.sets}
-        self.entries: dict[str, dict[str, Any]] = dict(kept)
+        self.entries = dict(kept)
 
     def callbacks(self) -> list[TrainerCallback]:
         """The metrics as a line for people whenever the held-out rows were scored."""
@@ -102,26 +94,19 @@ class ClassificationScorer:
             epochs = [line["epoch"] for line in self.trainer.state.log_history if line["step"] == best]
             facts |= {"best_epoch": round(epochs[0], 2)} if epochs else {}
         checkpoint = describe_checkpoint(self.trainer, best)
-        metrics = {
-            "format": 1,
-            "task": {
-                "name": settings.name,
-                "subset": self.glue.subset,
-                "labels": list(self.glue.labels),
-                "metrics": list(TASK_METRICS[self.glue.subset]),
-                "headline": headline(self.glue.subset),
-            },
-            "protocol": protocol_fingerprint(settings, self.glue, self.tokenizer, args, checkpoint),
-            "models": self.entries,
-            "training": facts,
-        }
-        self.run.write_metrics(metrics)
+        task = {
+            "name": settings.name, "subset": self.glue.subset, "labels": list(self.glue.labels),
+            "metrics": list(TASK_METRICS[self.glue.subset]), "headline": headline(self.glue.subset),
+        }  # fmt: skip
+        protocol = protocol_fingerprint(settings, self.glue, self.tokenizer, args, checkpoint)
+        metrics = {"task": task, "protocol": protocol, "models": self.entries, "training": facts}
+        self.run.write_metrics({"format": 1, **metrics})
 
     def _evaluate(self, name: str, set_name: str, dataset: EncodedDataset) -> dict[str, float]:
         # The log has one set over the steps of training; the best epoch's weights, put back, are not of the last step.
         if set_name == "validation" and best_step(self.trainer) is None:
-            return self.trainer.evaluate(dataset)
-        values = self.trainer.predict(dataset, metric_key_prefix="eval").metrics or {}
+            return dict(self.trainer.evaluate(dataset))
+        values: dict[str, float] = self.trainer.predict(dataset, metric_key_prefix="eval").metrics or {}
         scores = format_scores(self.glue, values)
         if self.trainer.is_world_process_zero():
             say(f"{name.replace('_', ' ')} on {set_name}: {scores} (x 100)")
@@ -146,16 +131,9 @@ class ClassificationScorer:
         for index, row in enumerate(self.rows[set_name]):
             logits = list(by_row[index])
             chosen: Any = logits[0] if self.glue.regression else max(range(len(logits)), key=logits.__getitem__)
-            predictions.append(
-                {
-                    "id": row.id,
-                    "set": set_name,
-                    **dict(zip(self.glue.fields, row.texts, strict=True)),
-                    "label": row.label,
-                    "predicted": chosen,
-                    "logits": [round(value, 5) for value in logits],
-                }
-            )
+            texts, rounded = dict(zip(self.glue.fields, row.texts, strict=True)), [round(value, 5) for value in logits]
+            answer = {"label": row.label, "predicted": chosen, "logits": rounded}
+            predictions.append({"id": row.id, "set": set_name, **texts, **answer})
         return predictions
 
 
@@ -198,6 +176,7 @@ def describe_checkpoint(trainer: ClassificationDistillationTrainer, step: int | 
     """Which weights were scored. Readers go by the first word.
 
     Args:
+        trainer: has trained.
         step: from ``best_step``.
     """
     if step is None:

@@ -93,6 +93,7 @@ def load_labelled(
     ``data_prep/glue.py`` writes and what the Hub's ``nyu-mll/glue`` holds.
 
     Args:
+        sources: one or several.
         task: its fields and labels are demanded; other fields are ignored.
         split: of a folder or a Hub data set.
         limit: the first so many rows.

@@ -260,7 +260,7 @@ class LabelledRows(RowReader):
             ]
             if not rows:
                 raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")
-            dataset, _ = encode_labelled(rows, **self.encode_options)
+            dataset = encode_labelled(rows, **self.encode_options)
         check_task_labels(dataset.labels, self.task, name)
         for model, role in self.models:
             check_positions(model, role, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]
