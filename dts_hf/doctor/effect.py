@@ -132,11 +132,8 @@ def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_i
     if found["kd_ratio"] == 0:
         if teacher_is_for is not None:
             raise Skipped(f"kd_ratio is 0: {teacher_is_for}")
-        check.warn(
-            "teacher-without-effect",
-            "kd_ratio is 0, so the teacher is run on every batch for nothing",
-            "Raise loss.kd_ratio, or leave the teacher out",
-        )
+        text = "kd_ratio is 0, so the teacher is run on every batch for nothing"
+        check.warn("teacher-without-effect", text, "Raise loss.kd_ratio, or leave the teacher out")
         return
     if not math.isfinite(ce + kd):
         check.error("gradient-not-finite", "the gradient of the loss is not finite on a real batch", "")
@@ -146,11 +143,8 @@ def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_i
         f"{found['cosine']:+.2f}; T {found['temperature']:.2f} x {NUDGE} changes KD's by {found['change']:.0%}"
     )
     if kd <= NOTHING * max(ce, found["pull"]):
-        check.error(
-            "kd-gradient-zero",
-            f"the teacher adds nothing to the gradient (KL between the two: {found['kl']:.2g} nats per label)",
-            "Is the student the teacher itself? Or choose another loss.divergence",
-        )
+        text = f"the teacher adds nothing to the gradient (KL between the two: {found['kl']:.2g} nats per label)"
+        check.error("kd-gradient-zero", text, "Is the student the teacher itself? Or choose another loss.divergence")
         return
     # The change is seen beside the labels' part, whose rounding is in both gradients
     if found["change"] < NOTHING * max(1.0, ce / kd):

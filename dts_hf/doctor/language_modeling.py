@@ -152,11 +152,8 @@ class LanguageModelWalk(Walk):
         in_chat = take_sample(trainer, encoded, range(len(encoded))).means(trainer.eval_loss)["teacher_ce"]
         check.values["teacher_ce_chat"] = in_chat
         if in_chat < given - BETTER_BY:
-            check.warn(
-                "chat-template-unused",
-                f"in its own chat template the teacher needs {in_chat:.2f} nats per label, in '{name}' {given:.2f}",
-                "data.prompt_template: chat",
-            )
+            text = f"in its own chat template the teacher needs {in_chat:.2f} nats per label, in '{name}' {given:.2f}"
+            check.warn("chat-template-unused", text, "data.prompt_template: chat")
 
     def workload(self) -> Workload | None:
         if self.shapes is None or self.args is None or self.data is None:

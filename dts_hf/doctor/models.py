@@ -35,11 +35,8 @@ def check_weights(check: Check, role: str, model: nn.Module) -> bool:
     check.summary = f"{format_count(parameters)} weights{adapters} ({type(model).__name__}, {dtype_name(model)})"
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
-        check.error(
-            "weights-not-finite",
-            f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)",
-            "Its files are broken, or it was saved after a run that diverged",
-        )
+        text = f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)"
+        check.error("weights-not-finite", text, "Its files are broken, or it was saved after a run that diverged")
     return not broken
 
 
@@ -200,8 +197,5 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
             "Are its weights trained, its tokenizer its own, and the prompt template the one it knows?",
         )
     elif teacher_ce > ce:
-        check.warn(
-            "teacher-worse",
-            f"the teacher is worse than the student on these rows, by {teacher_ce - ce:.2f} nats per label",
-            "Fine-tune the teacher on this data first, or look at the prompt template",
-        )
+        text = f"the teacher is worse than the student on these rows, by {teacher_ce - ce:.2f} nats per label"
+        check.warn("teacher-worse", text, "Fine-tune the teacher on this data first, or look at the prompt template")

@@ -124,11 +124,8 @@ def check_output(
     """
     folder = Path(recipe.output.dir)
     if folder.is_dir() and any(folder.iterdir()) and not recipe.output.overwrite:
-        check.warn(
-            "output-not-empty",
-            f"{folder} is not empty, so a new run would be refused",
-            "Another output.dir, output.overwrite=true (--overwrite), or --resume to go on with the run in it",
-        )
+        advice = "Another output.dir, output.overwrite=true (--overwrite), or --resume to go on with the run in it"
+        check.warn("output-not-empty", f"{folder} is not empty, so a new run would be refused", advice)
     else:
         try:
             RunDirectory.check_can_create(folder, recipe.output.overwrite)

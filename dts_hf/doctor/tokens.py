@@ -192,11 +192,8 @@ def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBa
             "Take the special tokens out of the rows; the end token is added by itself",
         )
     if doubled:
-        check.warn(
-            "bos-doubled",
-            f"{len(doubled):,} of {len(data):,} rows begin with {tokenizer.bos_token!r} twice (row '{doubled[0]}')",
-            "Take it out of the rows or of the chat template",
-        )
+        text = f"{len(doubled):,} of {len(data):,} rows begin with {tokenizer.bos_token!r} twice (row '{doubled[0]}')"
+        check.warn("bos-doubled", text, "Take it out of the rows or of the chat template")
 
 
 # --------------------------------------------------------------------------------------------------- the chat template
