@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
@@ -197,19 +196,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         columns = (inputs["row_id"], inputs["labels"], outputs["logits"], outputs["teacher_logits"])
         self._seen.append(tuple(column.cpu() for column in self.accelerator.gather(columns)))
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The losses at T = 1, and the task's metrics of the student and (``teacher_...``) of the teacher."""
         self._seen = []
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._seen:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()})
         return output

@@ -33,7 +33,7 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
-            return super().invoke(ctx)  # type: ignore[arg-type]
+            return super().invoke(ctx)
         except UserError as error:
             _leave(ExitCode.WRONG_INPUT, "" if _is_said_elsewhere(error) else f"Error{_who()}: {error}")
         except Interrupted as error:

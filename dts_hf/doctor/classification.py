@@ -18,7 +18,7 @@ from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment, Skipped, need
 from dts_hf.doctor.effect import Sample
-from dts_hf.doctor.models import check_teacher
+from dts_hf.doctor.models import batches, check_teacher
 from dts_hf.doctor.tokens import MANY_ROWS, check_leak, spaced
 from dts_hf.doctor.walk import Walk
 from dts_hf.models.head import Head
@@ -93,17 +93,11 @@ def _pictured(task: GlueTask, data: LabelledDataset, index: int, tokenizer: Any)
 def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset, rows: Sequence[int]) -> Sample:
     """Student and teacher on some rows: the states of an example are its logits, and the head is the identity."""
     student: Any = trainer.model
-    was_training = student.training
-    student.eval()
     students, teachers, targets = [], [], []
-    for start in range(0, len(rows), BATCH):
-        examples: list[Any] = [data[index] for index in rows[start : start + BATCH]]
-        batch = trainer.data_collator(examples)
-        batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "row_id"}
-        targets.append(batch.pop("labels"))
+    for _, batch, labels in batches(trainer, trainer.data_collator, data, rows, BATCH):
+        targets.append(labels)
         students.append(student(**for_model(student, batch)).logits.float())
         teachers.append(trainer.classifier.logits(batch))
-    student.train(was_training)
     identity = Head(torch.eye(trainer.task.outputs, device=trainer.args.device))
     numbers = torch.arange(len(rows), device=trainer.args.device)
     known = [logits for logits in teachers if logits is not None]

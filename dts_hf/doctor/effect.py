@@ -88,7 +88,7 @@ class Nudged(TemperaturePolicy):
         return self.policy.needs_sequence_gap
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        found = self.policy(student_logits, teacher_logits, rows)
+        found: Temperatures = self.policy(student_logits, teacher_logits, rows)
         scale = None if found.scale is None else found.scale * NUDGE**2
         return found._replace(student=found.student * NUDGE, teacher=found.teacher * NUDGE, scale=scale)
 
@@ -256,14 +256,8 @@ def _follow(
     policy = loss.temperature
     steps = min(max(steps, 2), SIMULATED_STEPS)
     mean = sample.means(loss)
-    stats = StepStats(
-        student_ce=mean["ce"],
-        teacher_ce=mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"]),
-        kd=mean["kd"],
-        num_items=mean["rows"],
-        temperature_grad=mean.get("temperature_grad", 0.0),
-        observed=tuple(mean.get("observed", ())),
-    )
+    teacher_ce, learned = mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"]), mean.get("temperature_grad", 0.0)
+    stats = StepStats(mean["ce"], teacher_ce, mean["kd"], mean["rows"], learned, tuple(mean.get("observed", ())))
     followed, done = [], 0
     for place in PLACES:
         while done < round(place * (steps - 1)):

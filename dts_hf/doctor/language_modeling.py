@@ -91,9 +91,9 @@ class LanguageModelWalk(Walk):
             if self.loads and "error" not in (self.diagnosis[name].status for name in ("tokenizers", "vocabulary")):
                 with contextlib.suppress(Skipped):  # the collator can be looked at without models
                     self.make_trainer()
-            padded = PaddedCollator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+            padded = PaddedCollator(int(tokenizer.pad_token_id))
             collator: Any = padded if self.trainer is None else self.trainer.data_collator
-            tokens.check_labels(check, data, collator, int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+            tokens.check_labels(check, data, collator, int(tokenizer.eos_token_id))
             self.diagnosis.picture = tokens.picture(data, collator, tokenizer)
         super().look_at_loss()
 

@@ -138,9 +138,8 @@ def check_output(
     if work is not None:
         launched = launched_plan(recipe, devices)
         shape, workload = work
-        alone = (
-            Plan(teacher="none") if args.save_only_model else None
-        )  # without optimizer state and DeepSpeed's own form
+        # Without optimizer state and DeepSpeed's own form.
+        alone = Plan(teacher="none") if args.save_only_model else None
         workload = replace(workload, optimizer="sgd") if alone else workload
         needs = {plan: disk_needed(shape, workload, alone or plan, count) for plan in plans(devices, launched)}
         most = max(needs, key=needs.__getitem__)
