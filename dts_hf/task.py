@@ -79,7 +79,6 @@ class Scorer(Protocol):
 
     def callbacks(self) -> Iterable[TrainerCallback]:
         """What scores, or shows scores, while training runs."""
-        ...
 
     def score(self, name: str, model: nn.Module) -> None:
         """Score ``model`` as it is now, where the recipe asks for it.
@@ -88,7 +87,6 @@ class Scorer(Protocol):
             name: ``teacher``, ``student_before`` (training) or ``student``.
             model: in the wrapper that trains it, if there is one.
         """
-        ...
 
     def finish(self, training: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; the first process alone calls it.
@@ -96,7 +94,6 @@ class Scorer(Protocol):
         Args:
             training: steps, seconds, tokens and memory of the training itself.
         """
-        ...
 
 
 class Task(ABC, Generic[TrainerT]):

@@ -182,9 +182,7 @@ def load_task_student(student: Student, teacher: PreTrainedModel | None, task: G
     Raises:
         UserError: see ``load_classifier`` and ``prune_layers``.
     """
-    if student.init is not None:
-        if teacher is None:
-            raise UserError("student.init: from teacher, but there is no teacher; give student.model")
+    if student.init is not None and teacher is not None:
         model = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
     else:
         options = student.model_dump(include=LOADED_WITH)

@@ -37,7 +37,9 @@ def test_a_clean_recipe_is_clean(workplace: Path) -> None:
     steps = diagnosis["steps"].values
     assert steps["steps"] == 3 and steps["steps_of_run"] == 40 and steps["tensors_moved"] > 0
     assert len(steps["seconds"]) == len(steps["tokens"]) == 3
-    assert steps["peak_bytes"] is not None  # of models so small it may be 0: tests/training/test_memory.py has a large one
+    assert (
+        steps["peak_bytes"] is not None
+    )  # of models so small it may be 0: tests/training/test_memory.py has a large one
 
 
 CLEAN: dict[str, dict[str, Any]] = {
@@ -126,6 +128,19 @@ def test_a_recipe_for_a_gpu_is_examined_on_a_cpu(workplace: Path) -> None:
     ]
     assert "bf16" in diagnosis["training"].problems[0].text
     assert diagnosis["steps"].values["steps"] == 3
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+
+
+@pytest.mark.parametrize(
+    "spread", [{"deepspeed": ZERO3}, {"fsdp": True, "fsdp_config": {"version": 1}}], ids=["deepspeed", "fsdp"]
+)
+def test_the_strategy_of_the_real_run_is_not_that_of_the_doctor(workplace: Path, spread: dict[str, Any]) -> None:
+    """Its one process has no launcher, which a run under DeepSpeed or FSDP is refused without."""
+    diagnosis = diagnose(recipe(training=spread))
+    assert diagnosis.status == "ok", texts(diagnosis)
+    assert diagnosis["training"].status == "ok" and diagnosis["steps"].values["steps"] == 3
 
 
 def test_memory_that_is_tight_is_a_warning(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
