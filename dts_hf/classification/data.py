@@ -133,7 +133,7 @@ def check_task_labels(labels: Sequence[float], task: GlueTask, name: str) -> Non
         UserError: the first such row.
     """
     for index, label in enumerate(labels):
-        if not (0 <= label <= 5 if task.regression else label in range(task.outputs)):
+        if not task.has_label(label):
             raise UserError(
                 f"{name}: row {index}: label {label!r}, expected {task.describe_labels} (task {task.subset})"
             )

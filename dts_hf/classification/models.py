@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -172,8 +172,9 @@ def load_task_teacher(teacher: Teacher, task: GlueTask) -> PreTrainedModel:
         UserError: see ``load_classifier``.
     """
     options = teacher.model_dump(include=LOADED_WITH)
-    model: Any = load_classifier(teacher.model, task, key="teacher.model", fresh_head=False, **options)
-    return cast("PreTrainedModel", model.requires_grad_(False).eval())
+    model = load_classifier(teacher.model, task, key="teacher.model", fresh_head=False, **options)
+    model.requires_grad_(False).eval()
+    return model
 
 
 def load_task_student(student: Student, teacher: PreTrainedModel | None, task: GlueTask) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.classification.data import separates
-from dts_hf.classification.tasks import GlueTask, LabelledRow
+from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.console import say
 from dts_hf.data.encoding import EncodedDataset
@@ -98,7 +98,7 @@ class ClassificationScorer:
             "name": settings.name, "subset": self.glue.subset, "labels": list(self.glue.labels),
             "metrics": list(TASK_METRICS[self.glue.subset]), "headline": headline(self.glue.subset),
         }  # fmt: skip
-        protocol = protocol_fingerprint(settings, self.glue, self.tokenizer, args, checkpoint)
+        protocol = protocol_fingerprint(settings, self.tokenizer, args, checkpoint)
         metrics = {"task": task, "protocol": protocol, "models": self.entries, "training": facts}
         self.run.write_metrics({"format": 1, **metrics})
 
@@ -186,21 +186,17 @@ def describe_checkpoint(trainer: ClassificationDistillationTrainer, step: int | 
 
 
 def protocol_fingerprint(
-    settings: TaskSettings,
-    glue: GlueTask,
-    tokenizer: PreTrainedTokenizerBase,
-    args: TrainingArguments,
-    checkpoint: str,
+    settings: TaskSettings, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, checkpoint: str
 ) -> dict[str, Any]:
     """All that a score depends on besides model and rows: scores of equal ``fingerprint`` can be compared.
 
     Args:
         settings: the recipe's ``task:`` section.
-        glue: the task that it names.
         tokenizer: its vocabulary counts, and how it parts the texts of a pair.
         args: say what was computed in lower precision.
         checkpoint: which weights were scored, in words.
     """
+    glue = get_task(settings.subset)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     protocol: dict[str, Any] = {
         "task": f"{settings.name}/{glue.subset}",

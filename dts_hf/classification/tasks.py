@@ -36,6 +36,10 @@ class GlueTask:
         """Logits of a model for this task: one per class, a single score for regression."""
         return len(self.labels) or 1
 
+    def has_label(self, label: float) -> bool:
+        """Whether ``label`` is one of the task's; NaN lies in no range."""
+        return 0 <= label <= 5 if self.regression else label in range(self.outputs)
+
     @property
     def row_format(self) -> str:
         label = "a number from 0 to 5" if self.regression else f"0 to {len(self.labels) - 1}"
@@ -150,8 +154,7 @@ def _label(obj: Mapping[Any, Any], task: GlueTask, where: str) -> float:
     if "label" not in obj:
         raise UserError(f"{where}: field 'label' is missing, expected {task.describe_labels}")
     label = obj["label"]
-    number = isinstance(label, (int, float)) and not isinstance(label, bool)  # NaN lies in no range
-    if number and (0 <= label <= 5 if task.regression else label in range(len(task.labels))):
+    if isinstance(label, (int, float)) and not isinstance(label, bool) and task.has_label(label):
         return float(label) if task.regression else int(label)
     hidden = " The labels of GLUE's test splits are hidden: they can be neither trained on nor scored." * (label == -1)
     raise UserError(

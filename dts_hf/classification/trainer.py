@@ -196,12 +196,13 @@ class ClassificationDistillationTrainer(DistillationBase):
         columns = (inputs["row_id"], inputs["labels"], outputs["logits"], outputs["teacher_logits"])
         self._seen.append(tuple(column.cpu() for column in self.accelerator.gather(columns)))
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The losses at T = 1, and the task's metrics of the student and (``teacher_...``) of the teacher."""
         self._seen = []
-        output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         if self._seen:
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()})
+            prefix = kwargs.get("metric_key_prefix", "eval")  # evaluate and predict give it by name
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self._scores().items()})
         return output
 
     def _scores(self) -> dict[str, float]:

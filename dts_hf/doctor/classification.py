@@ -108,11 +108,8 @@ def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset
 def compare_scores(check: Check, sample: Sample) -> None:
     """Squared errors of teacher and student beside that of always saying the mean."""
     models = {"student": sample.student_states, "teacher": sample.teacher_states}
-    errors = {
-        who: float((states[:, 0] - sample.targets).square().mean())
-        for who, states in models.items()
-        if states is not None
-    }
+    known = {who: states[:, 0] for who, states in models.items() if states is not None}
+    errors = {who: float((scores - sample.targets).square().mean()) for who, scores in known.items()}
     guess = float(sample.targets.float().var(unbiased=False))
     shown = ", ".join(f"{who} {error:.2f}" for who, error in errors.items())
     check.summary = f"squared error: {shown}; always saying the mean costs {guess:.2f}"

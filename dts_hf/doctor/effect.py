@@ -256,8 +256,9 @@ def _follow(
     policy = loss.temperature
     steps = min(max(steps, 2), SIMULATED_STEPS)
     mean = sample.means(loss)
-    teacher_ce, learned = mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"]), mean.get("temperature_grad", 0.0)
-    stats = StepStats(mean["ce"], teacher_ce, mean["kd"], mean["rows"], learned, tuple(mean.get("observed", ())))
+    observed = {"temperature_grad": mean.get("temperature_grad", 0.0), "observed": tuple(mean.get("observed", ()))}
+    teacher_ce = mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"])
+    stats = StepStats(student_ce=mean["ce"], teacher_ce=teacher_ce, kd=mean["kd"], num_items=mean["rows"], **observed)
     followed, done = [], 0
     for place in PLACES:
         while done < round(place * (steps - 1)):

@@ -129,7 +129,9 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
     # Without its graph, and so exact that gradients can be subtracted from each other
     bias = None if head.bias is None else head.bias.detach().float()
     head = replace(head, weight=head.weight.detach().float(), bias=bias)
-    taught = (None, None) if teacher_head is None else (torch.cat(teachers), teacher_head.cut(trainer.vocab_size))
+    taught: tuple[Any, Any] = (None, None)
+    if teacher_head is not None:
+        taught = (torch.cat(teachers), teacher_head.cut(trainer.vocab_size))
     return Sample(torch.cat(students), head, *taught, torch.cat(all_targets), torch.cat(sequences))
 
 

@@ -53,16 +53,8 @@ class LanguageModeling(Task[DistillationTrainer]):
         return Data(train, validation)
 
     def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
-        data = self.recipe.data
-        encoded, _ = encode_rows(
-            rows,
-            tokenizer,
-            self.template,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            long_rows=data.long_rows,
-            name=name,
-        )
+        limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows"})
+        encoded, _ = encode_rows(rows, tokenizer, self.template, name=name, **limits)
         return encoded
 
     def load_teacher(self) -> PreTrainedModel | None:
