@@ -55,10 +55,10 @@ def load_classifier(
     body = f"{model.base_model_prefix}."
     lost = [weight for weight in missing if weight.startswith(body) and "pooler" not in weight]
     if lost or (missing and not fresh_head):
-        wanted = "a fine-tuned sequence classifier" if not fresh_head else "a complete model"
+        expected = "a fine-tuned sequence classifier" if not fresh_head else "a complete model"
         raise UserError(
             f"{key}: the files of {name!r} lack {len(missing)} weights of {type(model).__name__}, among them "
-            f"{(lost or missing)[0]}; expected {wanted}"
+            f"{(lost or missing)[0]}; expected {expected}"
         )
     if missing:
         logger.warning("%s: new weights, to be trained: %s", key, ", ".join(missing))

@@ -65,11 +65,11 @@ class ClassificationScorer:
         """Score the student as it is now; its first pass scores the teacher, too, whose answers come out of it anyway."""
         if name == "teacher":
             return
-        wanted = self.recipe.evaluation.models
+        asked_for = self.recipe.evaluation.models
         models: dict[str, tuple[str, nn.Module]] = {}
-        if name in wanted and name not in self.entries:
+        if name in asked_for and name not in self.entries:
             models["student"] = (name, model)
-        if self.teacher is not None and "teacher" in wanted and "teacher" not in self.entries:
+        if self.teacher is not None and "teacher" in asked_for and "teacher" not in self.entries:
             models["teacher"] = ("teacher", self.teacher)
         predictions: dict[str, list[dict[str, Any]]] = {role: [] for role in models}
         for set_name, dataset in self.sets.items() if models else ():

@@ -106,7 +106,7 @@ def load_labelled(
         UserError: nothing there, or a row that is wrong, with file and line.
     """
     listed = [sources] if isinstance(sources, str) else list(sources)
-    objects = (found for source in listed for found in _objects(source, split))
+    objects = (one for source in listed for one in _objects(source, split))
     rows = [parse_labelled(obj, task, where, default_id) for default_id, where, obj in islice(objects, limit)]
     if not rows:
         raise UserError(f"{', '.join(listed)}: there are no rows in it; expected rows {task.row_format}")
@@ -133,10 +133,10 @@ def parse_labelled(obj: object, task: GlueTask, where: str, default_id: str) -> 
     texts = []
     for name in task.fields:
         if name not in obj:
-            found = ", ".join(f"'{key}'" for key in obj) or "none"
+            present = ", ".join(f"'{key}'" for key in obj) or "none"
             others = [str(key) for key in obj if key not in task.fields]
             raise UserError(
-                f"{where}: field '{name}' is missing; found the fields {found}, expected {task.row_format} of the task "
+                f"{where}: field '{name}' is missing; found the fields {present}, expected {task.row_format} of the task "
                 f"{task.subset}.{nearest(name, others)}"
             )
         if not isinstance(obj[name], str) or not obj[name].strip():

@@ -214,8 +214,8 @@ class ClassificationDistillationTrainer(DistillationBase):
             if name == "teacher" and self.classifier.model is None:
                 continue
             chosen = (logits[:, 0] if self.task.regression else logits.argmax(-1))[real]
-            found = self.metric.compute(predictions=chosen.tolist(), references=labels[real].tolist()) or {}
-            scores |= {key if name == "student" else f"teacher_{key}": value for key, value in found.items()}
+            metrics = self.metric.compute(predictions=chosen.tolist(), references=labels[real].tolist()) or {}
+            scores |= {key if name == "student" else f"teacher_{key}": value for key, value in metrics.items()}
             self.predicted[name] = dict(zip(rows[real].tolist(), logits[real].tolist(), strict=True))
         return scores
 

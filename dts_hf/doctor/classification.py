@@ -111,8 +111,8 @@ def compare_scores(check: Check, sample: Sample) -> None:
     known = {who: states[:, 0] for who, states in models.items() if states is not None}
     errors = {who: float((scores - sample.targets).square().mean()) for who, scores in known.items()}
     guess = float(sample.targets.float().var(unbiased=False))
-    shown = ", ".join(f"{who} {error:.2f}" for who, error in errors.items())
-    check.summary = f"squared error: {shown}; always saying the mean costs {guess:.2f}"
+    listed = ", ".join(f"{who} {error:.2f}" for who, error in errors.items())
+    check.summary = f"squared error: {listed}; always saying the mean costs {guess:.2f}"
     check.values = {**errors, "guess": guess}
     if errors.get("teacher", 0.0) > guess:
         check.warn("teacher-worse", "the teacher is worse than always saying the mean", "Fine-tune it first")

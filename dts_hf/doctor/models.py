@@ -78,8 +78,8 @@ def check_vocabulary(
     entries = len(tokenizers["student"])
     widths = {who: head_of(model).vocab_size for who, model in models.items()}
     check.values = {"tokenizer": entries, **widths}
-    shown = " and ".join(f"{width:,} ({who})" for who, width in widths.items())
-    check.summary = f"heads of {shown} ids for a tokenizer of {entries:,}"
+    listed = " and ".join(f"{width:,} ({who})" for who, width in widths.items())
+    check.summary = f"heads of {listed} ids for a tokenizer of {entries:,}"
     for who, model in models.items():
         rows = min(model.get_input_embeddings().weight.shape[0], widths[who])
         if len(tokenizers[who]) > rows:

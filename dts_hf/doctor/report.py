@@ -75,12 +75,12 @@ def _pictured(row: PicturedRow) -> Padding:
     text = Text.assemble((f"{row.id}: ", "bold"))
     for segment in row.segments:
         style, first, last = KINDS[segment.kind]
-        shown = segment.text.replace("\n", "⏎")
+        visible = segment.text.replace("\n", "⏎")
         if segment.kind == "padding":
-            shown = f" +{segment.tokens} padding"
-        elif len(shown) > first + last + 5:
-            shown = f"{shown[:first]} … {shown[-last:] if last else ''}"
-        text.append(shown, style=style)
+            visible = f" +{segment.tokens} padding"
+        elif len(visible) > first + last + 5:
+            visible = f"{visible[:first]} … {visible[-last:] if last else ''}"
+        text.append(visible, style=style)
     return Padding(text, (0, 0, 0, 2))
 
 

@@ -146,10 +146,10 @@ def check_steps(
 
 def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], learning_rate: float) -> None:
     """Whether ``losses`` and ``norms`` (of the gradient) are those of a training that learns."""
-    shown, shown_norms = (", ".join(f"{value:.3g}" for value in values) or "none" for values in (losses, norms))
+    loss_list, norm_list = (", ".join(f"{value:.3g}" for value in values) or "none" for values in (losses, norms))
     if not all(math.isfinite(value) for value in (*losses, *norms)):
         advice = "A lower learning rate, bf16 instead of fp16, or look at the weights of the models"
-        check.error("step-not-finite", f"losses {shown}, gradient norms {shown_norms} in the first steps", advice)
+        check.error("step-not-finite", f"losses {loss_list}, gradient norms {norm_list} in the first steps", advice)
     elif norms and max(norms) == 0:
         check.error("gradient-zero", "the gradient is zero in every step: nothing would be learned", "")
     elif not check.values["tensors_moved"]:
@@ -159,7 +159,7 @@ def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], 
             "A higher training.learning_rate, fewer training.warmup_steps, or student.dtype: float32",
         )
     elif losses and losses[-1] > max(losses[0] + EXPLODES[0], EXPLODES[1] * losses[0]):
-        text = f"the loss grows in the first steps: {shown} (gradient norms {shown_norms})"
+        text = f"the loss grows in the first steps: {loss_list} (gradient norms {norm_list})"
         advice = f"A lower training.learning_rate than {learning_rate:g}, or training.warmup_steps"
         check.warn("loss-explodes", text, advice)
 

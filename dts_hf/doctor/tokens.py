@@ -172,11 +172,11 @@ def check_special_tokens(
 
 def _ids_of(model: Any, name: str) -> set[int]:
     """Ids that the configurations of ``model`` give as ``name``: none, one, or a list."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         value = getattr(config, name, None)
-        found |= set() if value is None else set(value) if isinstance(value, list) else {int(value)}
-    return found
+        ids |= set() if value is None else set(value) if isinstance(value, list) else {int(value)}
+    return ids
 
 
 def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBase, data: EncodedDataset) -> None:
