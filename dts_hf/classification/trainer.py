@@ -31,6 +31,7 @@ from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
+from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.no_teacher import check_has_teacher
 from dts_hf.loss.selection import IGNORE_INDEX
@@ -106,11 +107,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         # 3. Rows, loss and temperature. Squared errors know none, and without a teacher there is nothing to soften.
         softened = teacher is not None and not task.regression
         models = [(model, "the student"), *([] if teacher is None else [(teacher, "the teacher")])]
-        encode_options = {
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "type_ids": takes_type_ids(model) or takes_type_ids(teacher),
-        }
+        type_ids = takes_type_ids(model) or takes_type_ids(teacher)
+        encode_options = {"tokenizer": tokenizer, "max_length": max_length, "type_ids": type_ids}
         self.metric = GlueMetric(task.subset)
         self.predicted: dict[str, dict[int, list[float]]] = {}
         self._seen: list[tuple[Tensor, ...]] = []
@@ -153,30 +151,28 @@ class ClassificationDistillationTrainer(DistillationBase):
         answers = self.classifier.logits(batch)
         with torch.autocast(labels.device.type, enabled=False):  # the identity must not round the logits
             teacher = logits.detach() if answers is None else answers.to(logits.dtype)
+            loss_fn, meter = self.loss_and_meter(model.training)
             loss_of = self._squared_errors if self.task.regression else self._class_loss
-            loss, sums = loss_of(logits[kept], teacher[kept], labels[kept], normalizer, model.training)
-        _, meter = self.loss_and_meter(model.training)
+            loss, sums = loss_of(logits[kept], teacher[kept], labels[kept], normalizer, loss_fn)
         meter.add({**sums, "tokens": count_tokens(inputs)})
         outputs = {"loss": loss, "logits": logits.detach(), "teacher_logits": teacher}
         return (loss, outputs) if return_outputs else loss
 
     def _class_loss(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, training: bool
+        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, loss_fn: DistillationLoss
     ) -> tuple[Tensor, dict[str, Any]]:
         identity = Head(torch.eye(self.task.outputs, dtype=student.dtype, device=student.device))
         rows = torch.arange(len(labels), device=labels.device)  # each example is a sequence of its own
-        loss_fn, _ = self.loss_and_meter(training)
         output = loss_fn(student, identity, teacher, identity, labels, normalizer, rows)
         return output.loss, output.sums
 
     def _squared_errors(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, training: bool
+        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, loss_fn: DistillationLoss
     ) -> tuple[Tensor, dict[str, Any]]:
         """STS-B: ce and teacher_ce are squared errors to the labels, kd the one to the teacher's score."""
         score, answer = student[:, 0], teacher[:, 0]
         to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - answer).square()
-        kd_ratio = self.loss.kd_ratio
-        total = ((1 - kd_ratio) * to_label + kd_ratio * to_teacher).sum()
+        total = ((1 - loss_fn.kd_ratio) * to_label + loss_fn.kd_ratio * to_teacher).sum()
         sums = {
             ROWS: torch.as_tensor(float(len(labels)), device=score.device),
             CE.sum: to_label.detach().sum(),
@@ -210,9 +206,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         real = rows != DUMMY_ROW
         self.predicted = {}
         scores: dict[str, float] = {}
-        for name, logits in (("student", student), ("teacher", teacher)):
-            if name == "teacher" and self.classifier.model is None:
-                continue
+        known = {"student": student} if self.classifier.model is None else {"student": student, "teacher": teacher}
+        for name, logits in known.items():
             chosen = (logits[:, 0] if self.task.regression else logits.argmax(-1))[real]
             metrics = self.metric.compute(predictions=chosen.tolist(), references=labels[real].tolist()) or {}
             scores |= {key if name == "student" else f"teacher_{key}": value for key, value in metrics.items()}
