@@ -64,12 +64,11 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 2. Rows, and their tokens. They come before the models because they are cheap to check.
     rows = task.load_rows()
-    tokenizers = load_tokenizers(recipe)
-    tokenizer = tokenizers[0]
+    tokenizer, teacher_tokenizer = load_tokenizers(recipe)
     data = task.encode(rows, tokenizer)
 
     # 3. Teacher and student. What generation would refuse later is refused now.
-    models = load_models(task, args, *tokenizers)
+    models = load_models(task, args, tokenizer, teacher_tokenizer)
     teacher, student = models.teacher, models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 

@@ -174,7 +174,8 @@ class Task(ABC, Generic[TrainerT]):
         """Sequence-level KD: the same rows with the teacher's answers, for ``data.responses: teacher``.
 
         Raises:
-            UserError: this kind of task has no answers to learn from, or the teacher gave none.
+            UserError: the teacher gave none.
+            NotImplementedError: this kind of task has no answers to learn from, which the recipe has been refused for.
         """
         raise NotImplementedError(f"{type(self).__name__} has no answers")
 

@@ -228,6 +228,7 @@ class ClassifierTeacher:
         self._known: dict[bytes, Tensor] = {}
 
     def to(self, device: torch.device) -> ClassifierTeacher:
+        """Move the model, unless it is sharded and so in its place. Returns the teacher itself."""
         if self.model is not None and not is_sharded(self.model):
             self.model.to(device)
         return self

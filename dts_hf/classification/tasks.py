@@ -125,6 +125,12 @@ def _objects(source: str, split: str) -> Iterator[tuple[str, str, Any]]:
 def parse_labelled(obj: object, task: GlueTask, where: str, default_id: str) -> LabelledRow:
     """Check one row.
 
+    Args:
+        obj: the row as it was read.
+        task: what it must have.
+        where: file and line, for errors.
+        default_id: of a row that brings none.
+
     Raises:
         UserError: a missing field, an empty text, or a label that the task does not have.
     """

@@ -32,6 +32,7 @@ class CommandGroup(TyperGroup):
     """Turns the ways in which a command ends early into a message and an exit status; a bug keeps its traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Call the command; what it raises becomes one message, said by one process."""
         try:
             return super().invoke(ctx)
         except UserError as error:

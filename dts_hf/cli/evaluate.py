@@ -12,6 +12,7 @@ from dts_hf.cli.printing import AsJson, is_main_process, print_json, print_table
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Dtype
 
+Backend = Literal["dts_hf", "vllm"]
 EPILOG = (
     "Example: [bold]dts-hf evaluate runs/first --sets dolly,self_instruct,vicuna --protocol minillm"
     " --output runs/first/benchmark[/bold]"
@@ -53,9 +54,7 @@ def command(
         Path | None, typer.Option(help="Folder for metrics and predictions; a killed evaluation goes on from there.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in that folder.")] = False,
-    backend: Annotated[
-        Literal["dts_hf", "vllm"], typer.Option(help="What generates; vllm is a protocol of its own.")
-    ] = "dts_hf",
+    backend: Annotated[Backend, typer.Option(help="What generates; vllm is a protocol of its own.")] = "dts_hf",
     as_json: AsJson = False,
 ) -> None:
     """Answer held-out prompts with a model, and score the answers (ROUGE-L, exact match, repetition)."""

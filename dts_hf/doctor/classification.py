@@ -76,6 +76,11 @@ class ClassifierWalk(Walk):
             check_label_order(check, self.sample)
 
     def small_sample(self) -> Sample:
+        """All rows of the sample: there are few classes.
+
+        Raises:
+            Skipped: the task is a regression.
+        """
         if self.task.glue.regression:
             raise Skipped("squared errors know no temperature")
         return need(self.sample, "a sample of rows")

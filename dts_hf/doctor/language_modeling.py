@@ -72,6 +72,7 @@ class LanguageModelWalk(Walk):
             self.look_at_memory()
 
     def look_at_memory(self) -> None:
+        """The estimate beside the device: before the models are loaded, where their configurations tell the shapes."""
         with self.diagnosis.check("memory") as check:
             if self.shapes is None:
                 student = ModelShape.from_model(need(self.student, "the student"))
@@ -128,6 +129,7 @@ class LanguageModelWalk(Walk):
     # ------------------------------------------------------------------------------------------- what differs in a task
 
     def check_rows(self, check: Check, rows: Rows) -> None:
+        """See ``tokens.check_rows``."""
         tokens.check_rows(check, rows)
 
     def check_data(self, check: Check, data: EncodedDataset, rows: int) -> None:

@@ -30,7 +30,14 @@ WATCHED = 64
 
 
 def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device: str) -> None:
-    """Precision, batch and learning rate in words; a rate that is too high, a warm-up that never ends."""
+    """Precision, batch and learning rate in words; a rate that is too high, a warm-up that never ends.
+
+    Args:
+        check: takes what is found.
+        recipe: names the type of the weights.
+        args: those of the run.
+        device: its name.
+    """
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else f"{recipe.student.dtype} weights"
     accumulated = f" x {args.gradient_accumulation_steps}" if args.gradient_accumulation_steps > 1 else ""
     optimizer, schedule = (str(getattr(kind, "value", kind)) for kind in (args.optim, args.lr_scheduler_type))

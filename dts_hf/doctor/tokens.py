@@ -60,7 +60,14 @@ def check_rows(check: Check, rows: Rows) -> None:
 
 
 def check_leak(check: Check, leaked: Sequence[str], held_out: int, what: str) -> None:
-    """Report the ids of ``leaked`` rows, of so many ``held_out`` ones."""
+    """Report rows that are both held out and trained on.
+
+    Args:
+        check: takes what is found.
+        leaked: ids of these rows.
+        held_out: how many are held out.
+        what: they are, in words.
+    """
     if leaked:
         check.warn(
             "leak",
@@ -206,7 +213,15 @@ def check_template(
     teacher: PreTrainedTokenizerBase,
     rows: Sequence[Row],
 ) -> None:
-    """The prompt must be what both models know, and the answer must end as the template ends it."""
+    """The prompt must be what both models know, and the answer must end as the template ends it.
+
+    Args:
+        check: takes what is found.
+        template: of the recipe.
+        student: its tokenizer.
+        teacher: its tokenizer.
+        rows: some training rows.
+    """
     start = [] if template.writes_special_tokens else leading_special_ids(student)
     before = f", {student.decode(start)!r} before it" if start else ""
     check.summary = f"{template.name}: {template.description}{before}"
