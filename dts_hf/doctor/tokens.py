@@ -207,21 +207,17 @@ def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBa
 
 
 def check_template(
-    check: Check,
-    template: Template,
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    check: Check, template: Template, tokenizers: Mapping[str, PreTrainedTokenizerBase], rows: Sequence[Row]
 ) -> None:
     """The prompt must be what both models know, and the answer must end as the template ends it.
 
     Args:
         check: takes what is found.
         template: of the recipe.
-        student: its tokenizer.
-        teacher: its tokenizer.
+        tokenizers: of ``student`` and ``teacher``.
         rows: some training rows.
     """
+    student, teacher = tokenizers["student"], tokenizers["teacher"]
     start = [] if template.writes_special_tokens else leading_special_ids(student)
     before = f", {student.decode(start)!r} before it" if start else ""
     check.summary = f"{template.name}: {template.description}{before}"
