@@ -48,7 +48,7 @@ def masked(text: str) -> str:
 
 def printable(text: str) -> str:
     r"""``masked(text)`` with control characters written out (``\x1b``), and cut where nobody would read on."""
-    text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), masked(text))
+    text = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), masked(text))
     lines = [_shortened(line) for line in text.split("\n")]
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"... and {len(lines) - MOST_LINES} lines more"]
@@ -76,10 +76,10 @@ def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
                 place,
                 "holds a URL with a user name, password or token in it. Recipes are saved and shared: leave it out",
             )
-        elif found := _NO_TEXT.search(value):
+        elif match := _NO_TEXT.search(value):
             yield (
                 place,
-                f"holds the character U+{ord(found[0]):04X}, which belongs to no name (a control character or alike)",
+                f"holds the character U+{ord(match[0]):04X}, which belongs to no name (a control character or alike)",
             )
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -68,7 +68,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     data = task.encode(rows, tokenizer)
 
     # 3. Teacher and student. What generation would refuse later is refused now.
-    models = load_models(recipe, task, args, tokenizer, teacher_tokenizer)
+    models = load_models(task, args, tokenizer, teacher_tokenizer)
     teacher, student = models.teacher, models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
@@ -115,21 +115,13 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 # ------------------------------------------------------------------------------------------------------- its pieces
 
 
-def load_models(
-    recipe: Recipe,
-    task: Task[Any],
-    args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-) -> Models:
+def load_models(task: Task[Any], args: TrainingArguments, *tokenizers: PreTrainedTokenizerBase) -> Models:
     """The teacher, checked and where the recipe wants it, and the student.
 
     Args:
-        recipe: says how the teacher is placed.
         task: loads both.
         args: the device, and the seed of weights that are drawn anew.
-        tokenizer: the student's.
-        teacher_tokenizer: the teacher's.
+        tokenizers: the student's and the teacher's.
 
     Raises:
         UserError: one of them cannot be loaded, or the loss cannot represent its outputs.
@@ -139,9 +131,9 @@ def load_models(
         task.check_head(teacher, "teacher")
     student = task.load_student(teacher, args.seed)
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
-    if teacher is not None and recipe.teacher is not None:
-        place_teacher(teacher, recipe.teacher.placement, args.device)
-    return Models(student, teacher, tokenizer, teacher_tokenizer)
+    if teacher is not None:
+        place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
+    return Models(student, teacher, *tokenizers)
 
 
 def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_from: Mapping[str, Any]) -> None:
@@ -210,7 +202,6 @@ def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:
     if args.push_to_hub:
         repository = args.hub_model_id or run.path.resolve().name
         private = "" if args.hub_private_repo is False else "--private "
-        say(
-            f"training.push_to_hub: unless it was uploaded, do it with: hf upload {private}{repository} {run.final_path}"
-        )
+        upload = f"hf upload {private}{repository} {run.final_path}"
+        say(f"training.push_to_hub: unless it was uploaded, do it with: {upload}")
     return run

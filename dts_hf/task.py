@@ -19,9 +19,12 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.temperature import build_temperature
 from dts_hf.training.distillation_base import DistillationBase
 
 TrainerT = TypeVar("TrainerT", bound=DistillationBase)
+#: What ``metrics.json`` says of each model, by its name.
+Entries = Mapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,6 @@ class Scorer(Protocol):
 
     def callbacks(self) -> Iterable[TrainerCallback]:
         """What scores, or shows scores, while training runs."""
-        ...
 
     def score(self, name: str, model: nn.Module) -> None:
         """Score ``model`` as it is now, where the recipe asks for it.
@@ -85,7 +87,6 @@ class Scorer(Protocol):
             name: ``teacher``, ``student_before`` (training) or ``student``.
             model: in the wrapper that trains it, if there is one.
         """
-        ...
 
     def finish(self, training: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; the first process alone calls it.
@@ -93,7 +94,6 @@ class Scorer(Protocol):
         Args:
             training: steps, seconds, tokens and memory of the training itself.
         """
-        ...
 
 
 class Task(ABC, Generic[TrainerT]):
@@ -174,7 +174,8 @@ class Task(ABC, Generic[TrainerT]):
         """Sequence-level KD: the same rows with the teacher's answers, for ``data.responses: teacher``.
 
         Raises:
-            UserError: this kind of task has no answers to learn from, or the teacher gave none.
+            UserError: the teacher gave none.
+            NotImplementedError: this kind of task has no answers to learn from, which the recipe has been refused for.
         """
         raise NotImplementedError(f"{type(self).__name__} has no answers")
 
@@ -186,6 +187,16 @@ class Task(ABC, Generic[TrainerT]):
             UserError: anything that does not fit together.
         """
 
+    def trainer_options(self, models: Models, data: Data) -> dict[str, Any]:
+        """What the trainers of all kinds of tasks take, by name."""
+        temperature, loss = self.recipe.temperature, self.recipe.loss
+        return {
+            "model": models.student, "teacher": models.teacher, "train_dataset": data.train, "eval_dataset": data.validation,
+            "processing_class": models.tokenizer, "teacher_tokenizer": models.teacher_tokenizer,
+            "temperature": build_temperature(temperature.name, **temperature.options), "kd_ratio": loss.kd_ratio,
+            "divergence": loss.divergence.model_dump(), "temperature_scaling": loss.temperature_scaling,
+        }  # fmt: skip
+
     @abstractmethod
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         """What ``data_manifest.json`` says: sources with their sha256, and what became of the rows."""
@@ -196,13 +207,7 @@ class Task(ABC, Generic[TrainerT]):
 
     @abstractmethod
     def make_scorer(
-        self,
-        run: RunDirectory,
-        trainer: TrainerT,
-        models: Models,
-        rows: Rows,
-        data: Data,
-        kept: Mapping[str, dict[str, Any]],
+        self, run: RunDirectory, trainer: TrainerT, models: Models, rows: Rows, data: Data, kept: Entries
     ) -> Scorer:
         """The scorer of a run.
 

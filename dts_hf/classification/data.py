@@ -34,9 +34,8 @@ class LabelledDataset(EncodedDataset):
     ) -> None:
         super().__init__(row_ids, ids, [len(row) for row in ids])
         self.labels = list(labels)
-        self.type_ids = (
-            None if type_ids is None else [bytes(row) for row in type_ids]
-        )  # a list takes eight times as much
+        # A list takes eight times as much.
+        self.type_ids = None if type_ids is None else [bytes(row) for row in type_ids]
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
@@ -47,12 +46,8 @@ class LabelledDataset(EncodedDataset):
 
 
 def encode_labelled(
-    rows: Sequence[LabelledRow],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    type_ids: bool = False,
-) -> tuple[LabelledDataset, int]:
+    rows: Sequence[LabelledRow], tokenizer: PreTrainedTokenizerBase, *, max_length: int, type_ids: bool = False
+) -> LabelledDataset:
     """Tokenise the texts with the tokenizer's own special tokens; the second text of a pair follows the first.
 
     Tokenizers of encoders put a separator between them; those of GPT-2 and LLaMA put nothing, so a line break is.
@@ -64,7 +59,7 @@ def encode_labelled(
         type_ids: also make ``token_type_ids`` (BERT).
 
     Returns:
-        The data set and how many rows were shortened.
+        The data set; ``report.prompts_cut`` says how many rows were shortened.
 
     Raises:
         UserError: ``max_length`` leaves no room for text.
@@ -83,9 +78,8 @@ def encode_labelled(
     dataset = LabelledDataset(
         [row.id for row in rows], ids, [row.label for row in rows], encoded["token_type_ids"] if type_ids else None
     )
-    count = len(dataset)
-    dataset.report = EncodingReport(rows=count, kept=count, prompts_cut=cut, prompt_tokens=sum(dataset.lengths))
-    return dataset, cut
+    dataset.report = EncodingReport(len(rows), len(rows), prompts_cut=cut, prompt_tokens=sum(dataset.lengths))
+    return dataset
 
 
 def separates(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -139,7 +133,7 @@ def check_task_labels(labels: Sequence[float], task: GlueTask, name: str) -> Non
         UserError: the first such row.
     """
     for index, label in enumerate(labels):
-        if not (0 <= label <= 5 if task.regression else label in range(task.outputs)):
+        if not task.has_label(label):
             raise UserError(
                 f"{name}: row {index}: label {label!r}, expected {task.describe_labels} (task {task.subset})"
             )

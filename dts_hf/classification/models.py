@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,18 +22,12 @@ if TYPE_CHECKING:
     from dts_hf.recipe.schema import Student, Teacher
 
 logger = logging.getLogger(__name__)
+#: Keys of a recipe's teacher or student that say how its files are read.
+LOADED_WITH = {"dtype", "revision", "quantization", "trust_remote_code"}
 
 
 def load_classifier(
-    name: str,
-    task: GlueTask,
-    *,
-    key: str,
-    dtype: str = "float32",
-    revision: str | None = None,
-    quantization: str = "none",
-    trust_remote_code: bool = False,
-    fresh_head: bool = True,
+    name: str, task: GlueTask, *, key: str, dtype: str = "float32", fresh_head: bool = True, **source_options: Any
 ) -> PreTrainedModel:
     """Load a sequence classifier for ``task``, its outputs in the task's order.
 
@@ -40,7 +35,12 @@ def load_classifier(
     it first). A head that knows the same classes in another order is permuted.
 
     Args:
+        name: folder, file or name on the Hub.
+        task: says how many outputs there are, and what each of them means.
+        key: named in errors.
+        dtype: torch's name of the type of the weights.
         fresh_head: whether a new head is allowed; a teacher must bring its own.
+        source_options: ``revision``, ``quantization`` and ``trust_remote_code``, as ``load_weights`` takes them.
 
     Raises:
         UserError: it cannot be loaded, other weights than the head's are missing, or its classes are other ones.
@@ -48,26 +48,17 @@ def load_classifier(
     source = ModelSource.resolve(name, key)
     order: list[int] | None = None
     if source.gguf_file is None:  # GGUF files hold language models
-        order = _order_of_saved_head(source.location, task, key, revision, trust_remote_code, fresh_head)
-    model, missing = load_weights(
-        AutoModelForSequenceClassification,
-        name,
-        key=key,
-        dtype=dtype,
-        revision=revision,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-        **_label_config(task),
-    )
+        order = _order_of_saved_head(source.location, task, key, fresh_head, source_options)
+    options = {**source_options, **_label_config(task)}
+    model, missing = load_weights(AutoModelForSequenceClassification, name, key=key, dtype=dtype, **options)
     # Encoders saved as masked language models also lack the pooler below the head.
-    lost = [
-        weight for weight in missing if weight.startswith(f"{model.base_model_prefix}.") and "pooler" not in weight
-    ]
+    body = f"{model.base_model_prefix}."
+    lost = [weight for weight in missing if weight.startswith(body) and "pooler" not in weight]
     if lost or (missing and not fresh_head):
-        wanted = "a fine-tuned sequence classifier" if not fresh_head else "a complete model"
+        expected = "a fine-tuned sequence classifier" if not fresh_head else "a complete model"
         raise UserError(
             f"{key}: the files of {name!r} lack {len(missing)} weights of {type(model).__name__}, among them "
-            f"{(lost or missing)[0]}; expected {wanted}"
+            f"{(lost or missing)[0]}; expected {expected}"
         )
     if missing:
         logger.warning("%s: new weights, to be trained: %s", key, ", ".join(missing))
@@ -79,20 +70,17 @@ def load_classifier(
 def _label_config(task: GlueTask) -> dict[str, Any]:
     names = dict(enumerate(task.labels or ("LABEL_0",)))
     problem = "regression" if task.regression else "single_label_classification"
-    return {
-        "num_labels": task.outputs,
-        "id2label": names,
-        "label2id": {label: number for number, label in names.items()},
-        "problem_type": problem,
-    }
+    numbers = {label: number for number, label in names.items()}
+    return {"num_labels": task.outputs, "id2label": names, "label2id": numbers, "problem_type": problem}
 
 
 def _order_of_saved_head(
-    location: str, task: GlueTask, key: str, revision: str | None, trust_remote_code: bool, is_trained: bool
+    location: str, task: GlueTask, key: str, is_trained: bool, source_options: Mapping[str, Any]
 ) -> list[int] | None:
     """Where the saved head, if there is one, has each class of the task; None where nothing has to be moved."""
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        known = {name: source_options.get(name) for name in ("revision", "trust_remote_code")}
+        config = AutoConfig.from_pretrained(location, **known)
     except (OSError, ValueError, ImportError):
         return None  # loading the model says it better
     if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -109,6 +97,7 @@ def label_order(id2label: dict[int, str], task: GlueTask, key: str, *, is_traine
             a warning; but not those of an MNLI teacher, since published models have either the data's order or
             contradiction, entailment, neutral. With two classes nothing but the data's order is usual, and a swap
             shows at once: the teacher's accuracy is far below one half.
+        task: whose order is wanted.
         key: named in errors.
         is_trained: the model is the student, so that an order which is not the task's costs it no more than a head
             start.
@@ -172,7 +161,8 @@ def permute_outputs(model: PreTrainedModel, order: list[int], key: str) -> None:
 
 def _probe(model: PreTrainedModel) -> Tensor:
     ids = torch.arange(3, 8, device=model.device).unsqueeze(0)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.float()
 
 
 def load_task_teacher(teacher: Teacher, task: GlueTask) -> PreTrainedModel:
@@ -181,17 +171,10 @@ def load_task_teacher(teacher: Teacher, task: GlueTask) -> PreTrainedModel:
     Raises:
         UserError: see ``load_classifier``.
     """
-    model = load_classifier(
-        teacher.model,
-        task,
-        key="teacher.model",
-        dtype=teacher.dtype,
-        revision=teacher.revision,
-        quantization=teacher.quantization,
-        trust_remote_code=teacher.trust_remote_code,
-        fresh_head=False,
-    )
-    return model.requires_grad_(False).eval()
+    options = teacher.model_dump(include=LOADED_WITH)
+    model = load_classifier(teacher.model, task, key="teacher.model", fresh_head=False, **options)
+    model.requires_grad_(False).eval()
+    return model
 
 
 def load_task_student(student: Student, teacher: PreTrainedModel | None, task: GlueTask) -> nn.Module:
@@ -200,19 +183,11 @@ def load_task_student(student: Student, teacher: PreTrainedModel | None, task: G
     Raises:
         UserError: see ``load_classifier`` and ``prune_layers``.
     """
-    if student.init is not None:
-        if teacher is None:
-            raise UserError("student.init: from teacher, but there is no teacher; give student.model")
+    if student.init is not None and teacher is not None:
         model = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
     else:
-        model = load_classifier(
-            str(student.model),
-            task,
-            key="student.model",
-            dtype=student.dtype,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
-        )
+        options = student.model_dump(include=LOADED_WITH)
+        model = load_classifier(str(student.model), task, key="student.model", **options)
     return model if student.lora is None else add_lora(model, student.lora, task_type="SEQ_CLS")
 
 
@@ -253,6 +228,7 @@ class ClassifierTeacher:
         self._known: dict[bytes, Tensor] = {}
 
     def to(self, device: torch.device) -> ClassifierTeacher:
+        """Move the model, unless it is sharded and so in its place. Returns the teacher itself."""
         if self.model is not None and not is_sharded(self.model):
             self.model.to(device)
         return self

@@ -8,16 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.classification.data import separates
-from dts_hf.classification.tasks import GlueTask, LabelledRow
+from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.console import say
 from dts_hf.data.encoding import EncodedDataset
@@ -28,8 +22,14 @@ from dts_hf.evaluation.instruct import rows_digest
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings
+<<<<<<< HEAD
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.task import Data, Models, Rows
+=======
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.saved_scores import BEFORE, keep_scores
+from dts_hf.task import Data, Entries, Models, Rows
+>>>>>>> wip-s2
 
 
 class ClassificationScorer:
@@ -37,7 +37,6 @@ class ClassificationScorer:
 
     Args:
         recipe: what is scored.
-        glue: its task.
         run: takes predictions and ``metrics.json``.
         trainer: runs the models and computes the metrics.
         models: student, teacher and tokenizer.
@@ -49,20 +48,19 @@ class ClassificationScorer:
     def __init__(
         self,
         recipe: Recipe,
-        glue: GlueTask,
         run: RunDirectory,
         trainer: ClassificationDistillationTrainer,
         models: Models,
         rows: Rows,
         data: Data,
-        kept: Mapping[str, dict[str, Any]],
+        kept: Entries,
     ) -> None:
-        self.recipe, self.glue, self.run, self.trainer = recipe, glue, run, trainer
+        self.recipe, self.glue, self.run, self.trainer = recipe, trainer.task, run, trainer
         self.teacher, self.tokenizer = models.teacher, models.tokenizer
         self.sets: dict[str, EncodedDataset] = {} if data.validation is None else {"validation": data.validation}
         self.sets |= data.sets
         self.rows: dict[str, Sequence[LabelledRow]] = {"validation": rows.validation, **rows.sets}
-        self.entries: dict[str, dict[str, Any]] = dict(kept)
+        self.entries = dict(kept)
 
     def callbacks(self) -> list[TrainerCallback]:
         """The metrics as a line for people whenever the held-out rows were scored."""
@@ -72,11 +70,11 @@ class ClassificationScorer:
         """Score the student as it is now; its first pass scores the teacher, too, whose answers come out of it anyway."""
         if name == "teacher":
             return
-        wanted = self.recipe.evaluation.models
+        asked_for = self.recipe.evaluation.models
         models: dict[str, tuple[str, nn.Module]] = {}
-        if name in wanted and name not in self.entries:
+        if name in asked_for and name not in self.entries:
             models["student"] = (name, model)
-        if self.teacher is not None and "teacher" in wanted and "teacher" not in self.entries:
+        if self.teacher is not None and "teacher" in asked_for and "teacher" not in self.entries:
             models["teacher"] = ("teacher", self.teacher)
         predictions: dict[str, list[dict[str, Any]]] = {role: [] for role in models}
         for set_name, dataset in self.sets.items() if models else ():
@@ -101,26 +99,19 @@ class ClassificationScorer:
             epochs = [line["epoch"] for line in self.trainer.state.log_history if line["step"] == best]
             facts |= {"best_epoch": round(epochs[0], 2)} if epochs else {}
         checkpoint = describe_checkpoint(self.trainer, best)
-        metrics = {
-            "format": 1,
-            "task": {
-                "name": settings.name,
-                "subset": self.glue.subset,
-                "labels": list(self.glue.labels),
-                "metrics": list(TASK_METRICS[self.glue.subset]),
-                "headline": headline(self.glue.subset),
-            },
-            "protocol": protocol_fingerprint(settings, self.glue, self.tokenizer, args, checkpoint),
-            "models": self.entries,
-            "training": facts,
-        }
-        self.run.write_metrics(metrics)
+        task = {
+            "name": settings.name, "subset": self.glue.subset, "labels": list(self.glue.labels),
+            "metrics": list(TASK_METRICS[self.glue.subset]), "headline": headline(self.glue.subset),
+        }  # fmt: skip
+        protocol = protocol_fingerprint(settings, self.tokenizer, args, checkpoint)
+        metrics = {"task": task, "protocol": protocol, "models": self.entries, "training": facts}
+        self.run.write_metrics({"format": 1, **metrics})
 
     def _evaluate(self, name: str, set_name: str, dataset: EncodedDataset) -> dict[str, float]:
         # The log has one set over the steps of training; the best epoch's weights, put back, are not of the last step.
         if set_name == "validation" and best_step(self.trainer) is None:
-            return self.trainer.evaluate(dataset)
-        values = self.trainer.predict(dataset, metric_key_prefix="eval").metrics or {}
+            return dict(self.trainer.evaluate(dataset))
+        values: dict[str, float] = self.trainer.predict(dataset, metric_key_prefix="eval").metrics or {}
         scores = format_scores(self.glue, values)
         if self.trainer.is_world_process_zero():
             say(f"{name.replace('_', ' ')} on {set_name}: {scores} (x 100)")
@@ -145,16 +136,9 @@ class ClassificationScorer:
         for index, row in enumerate(self.rows[set_name]):
             logits = list(by_row[index])
             chosen: Any = logits[0] if self.glue.regression else max(range(len(logits)), key=logits.__getitem__)
-            predictions.append(
-                {
-                    "id": row.id,
-                    "set": set_name,
-                    **dict(zip(self.glue.fields, row.texts, strict=True)),
-                    "label": row.label,
-                    "predicted": chosen,
-                    "logits": [round(value, 5) for value in logits],
-                }
-            )
+            texts, rounded = dict(zip(self.glue.fields, row.texts, strict=True)), [round(value, 5) for value in logits]
+            answer = {"label": row.label, "predicted": chosen, "logits": rounded}
+            predictions.append({"id": row.id, "set": set_name, **texts, **answer})
         return predictions
 
 
@@ -197,6 +181,7 @@ def describe_checkpoint(trainer: ClassificationDistillationTrainer, step: int | 
     """Which weights were scored. Readers go by the first word.
 
     Args:
+        trainer: has trained.
         step: from ``best_step``.
     """
     if step is None:
@@ -206,21 +191,17 @@ def describe_checkpoint(trainer: ClassificationDistillationTrainer, step: int | 
 
 
 def protocol_fingerprint(
-    settings: TaskSettings,
-    glue: GlueTask,
-    tokenizer: PreTrainedTokenizerBase,
-    args: TrainingArguments,
-    checkpoint: str,
+    settings: TaskSettings, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, checkpoint: str
 ) -> dict[str, Any]:
     """All that a score depends on besides model and rows: scores of equal ``fingerprint`` can be compared.
 
     Args:
         settings: the recipe's ``task:`` section.
-        glue: the task that it names.
         tokenizer: its vocabulary counts, and how it parts the texts of a pair.
         args: say what was computed in lower precision.
         checkpoint: which weights were scored, in words.
     """
+    glue = get_task(settings.subset)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     protocol: dict[str, Any] = {
         "task": f"{settings.name}/{glue.subset}",

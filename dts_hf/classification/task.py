@@ -19,8 +19,7 @@ from dts_hf.evaluation.glue import headline
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.task import Data, Models, Rows, Task
-from dts_hf.temperature import build_temperature
+from dts_hf.task import Data, Entries, Models, Rows, Task
 
 #: The second validation set of MNLI.
 MISMATCHED = "validation_mismatched"
@@ -49,13 +48,9 @@ class Classification(Task[ClassificationDistillationTrainer]):
             saved = given.get("save_strategy")
             scored = given.get("eval_strategy", saved if saved in ("epoch", "steps") else "epoch")
             defaults = {
-                "eval_strategy": scored,
-                "save_strategy": scored,
-                "load_best_model_at_end": scored != "no",
-                "metric_for_best_model": headline(self.glue.subset),
-                "greater_is_better": True,
-                "save_total_limit": 1,
-            }
+                "eval_strategy": scored, "save_strategy": scored, "save_total_limit": 1, "greater_is_better": True,
+                "load_best_model_at_end": scored != "no", "metric_for_best_model": headline(self.glue.subset),
+            }  # fmt: skip
             if scored == "steps":
                 steps = (given.get(key) for key in ("eval_steps", "save_steps", "logging_steps"))
                 defaults["eval_steps"] = defaults["save_steps"] = next((n for n in steps if n is not None), 10)
@@ -79,8 +74,7 @@ class Classification(Task[ClassificationDistillationTrainer]):
 
     def _encode(self, rows: Sequence[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> LabelledDataset:
         # Whether the models tell the texts of a pair apart is not known yet: those that do not never see the type ids.
-        encoded, _ = encode_labelled(rows, tokenizer, max_length=self.settings.max_length, type_ids=True)
-        return encoded
+        return encode_labelled(rows, tokenizer, max_length=self.settings.max_length, type_ids=True)
 
     def load_teacher(self) -> PreTrainedModel | None:
         return None if self.recipe.teacher is None else load_task_teacher(self.recipe.teacher, self.glue)
@@ -90,21 +84,7 @@ class Classification(Task[ClassificationDistillationTrainer]):
         return load_task_student(self.recipe.student, teacher, self.glue)
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> ClassificationDistillationTrainer:
-        recipe = self.recipe
-        return ClassificationDistillationTrainer(
-            models.student,
-            models.teacher,
-            self.glue,
-            build_temperature(recipe.temperature.name, **recipe.temperature.options),
-            recipe.loss.divergence.model_dump(),
-            recipe.loss.kd_ratio,
-            args,
-            data.train,
-            data.validation,
-            models.tokenizer,
-            temperature_scaling=recipe.loss.temperature_scaling,
-            teacher_tokenizer=models.teacher_tokenizer,
-        )
+        return ClassificationDistillationTrainer(task=self.glue, args=args, **self.trainer_options(models, data))
 
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
@@ -129,9 +109,9 @@ class Classification(Task[ClassificationDistillationTrainer]):
         models: Models,
         rows: Rows,
         data: Data,
-        kept: Mapping[str, dict[str, Any]],
+        kept: Entries,
     ) -> ClassificationScorer:
-        return ClassificationScorer(self.recipe, self.glue, run, trainer, models, rows, data, kept)
+        return ClassificationScorer(self.recipe, run, trainer, models, rows, data, kept)
 
 
 def _by_name(train: Any, validation: Any, sets: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class GlueTask:
         """Logits of a model for this task: one per class, a single score for regression."""
         return len(self.labels) or 1
 
+    def has_label(self, label: float) -> bool:
+        """Whether ``label`` is one of the task's; NaN lies in no range."""
+        return 0 <= label <= 5 if self.regression else label in range(self.outputs)
+
     @property
     def row_format(self) -> str:
         label = "a number from 0 to 5" if self.regression else f"0 to {len(self.labels) - 1}"
@@ -93,6 +97,7 @@ def load_labelled(
     ``data_prep/glue.py`` writes and what the Hub's ``nyu-mll/glue`` holds.
 
     Args:
+        sources: one or several.
         task: its fields and labels are demanded; other fields are ignored.
         split: of a folder or a Hub data set.
         limit: the first so many rows.
@@ -101,7 +106,7 @@ def load_labelled(
         UserError: nothing there, or a row that is wrong, with file and line.
     """
     listed = [sources] if isinstance(sources, str) else list(sources)
-    objects = (found for source in listed for found in _objects(source, split))
+    objects = (one for source in listed for one in _objects(source, split))
     rows = [parse_labelled(obj, task, where, default_id) for default_id, where, obj in islice(objects, limit)]
     if not rows:
         raise UserError(f"{', '.join(listed)}: there are no rows in it; expected rows {task.row_format}")
@@ -120,6 +125,12 @@ def _objects(source: str, split: str) -> Iterator[tuple[str, str, Any]]:
 def parse_labelled(obj: object, task: GlueTask, where: str, default_id: str) -> LabelledRow:
     """Check one row.
 
+    Args:
+        obj: the row as it was read.
+        task: what it must have.
+        where: file and line, for errors.
+        default_id: of a row that brings none.
+
     Raises:
         UserError: a missing field, an empty text, or a label that the task does not have.
     """
@@ -128,10 +139,10 @@ def parse_labelled(obj: object, task: GlueTask, where: str, default_id: str) -> 
     texts = []
     for name in task.fields:
         if name not in obj:
-            found = ", ".join(f"'{key}'" for key in obj) or "none"
+            present = ", ".join(f"'{key}'" for key in obj) or "none"
             others = [str(key) for key in obj if key not in task.fields]
             raise UserError(
-                f"{where}: field '{name}' is missing; found the fields {found}, expected {task.row_format} of the task "
+                f"{where}: field '{name}' is missing; found the fields {present}, expected {task.row_format} of the task "
                 f"{task.subset}.{nearest(name, others)}"
             )
         if not isinstance(obj[name], str) or not obj[name].strip():
@@ -149,8 +160,7 @@ def _label(obj: Mapping[Any, Any], task: GlueTask, where: str) -> float:
     if "label" not in obj:
         raise UserError(f"{where}: field 'label' is missing, expected {task.describe_labels}")
     label = obj["label"]
-    number = isinstance(label, (int, float)) and not isinstance(label, bool)  # NaN lies in no range
-    if number and (0 <= label <= 5 if task.regression else label in range(len(task.labels))):
+    if isinstance(label, (int, float)) and not isinstance(label, bool) and task.has_label(label):
         return float(label) if task.regression else int(label)
     hidden = " The labels of GLUE's test splits are hidden: they can be neither trained on nor scored." * (label == -1)
     raise UserError(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
@@ -32,7 +31,11 @@ from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
+<<<<<<< HEAD
 from dts_hf.loss.distillation_loss import check_has_teacher
+=======
+from dts_hf.loss.distillation_loss import DistillationLoss
+>>>>>>> wip-s2
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE
@@ -107,11 +110,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         # 3. Rows, loss and temperature. Squared errors know none, and without a teacher there is nothing to soften.
         softened = teacher is not None and not task.regression
         models = [(model, "the student"), *([] if teacher is None else [(teacher, "the teacher")])]
-        encode_options = {
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "type_ids": takes_type_ids(model) or takes_type_ids(teacher),
-        }
+        type_ids = takes_type_ids(model) or takes_type_ids(teacher)
+        encode_options = {"tokenizer": tokenizer, "max_length": max_length, "type_ids": type_ids}
         self.metric = GlueMetric(task.subset)
         self.predicted: dict[str, dict[int, list[float]]] = {}
         self._seen: list[tuple[Tensor, ...]] = []
@@ -154,30 +154,28 @@ class ClassificationDistillationTrainer(DistillationBase):
         answers = self.classifier.logits(batch)
         with torch.autocast(labels.device.type, enabled=False):  # the identity must not round the logits
             teacher = logits.detach() if answers is None else answers.to(logits.dtype)
+            loss_fn, meter = self.loss_and_meter(model.training)
             loss_of = self._squared_errors if self.task.regression else self._class_loss
-            loss, sums = loss_of(logits[kept], teacher[kept], labels[kept], normalizer, model.training)
-        _, meter = self.loss_and_meter(model.training)
+            loss, sums = loss_of(logits[kept], teacher[kept], labels[kept], normalizer, loss_fn)
         meter.add({**sums, "tokens": count_tokens(inputs)})
         outputs = {"loss": loss, "logits": logits.detach(), "teacher_logits": teacher}
         return (loss, outputs) if return_outputs else loss
 
     def _class_loss(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, training: bool
+        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, loss_fn: DistillationLoss
     ) -> tuple[Tensor, dict[str, Any]]:
         identity = Head(torch.eye(self.task.outputs, dtype=student.dtype, device=student.device))
         rows = torch.arange(len(labels), device=labels.device)  # each example is a sequence of its own
-        loss_fn, _ = self.loss_and_meter(training)
         output = loss_fn(student, identity, teacher, identity, labels, normalizer, rows)
         return output.loss, output.sums
 
     def _squared_errors(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, training: bool
+        self, student: Tensor, teacher: Tensor, labels: Tensor, normalizer: Tensor, loss_fn: DistillationLoss
     ) -> tuple[Tensor, dict[str, Any]]:
         """STS-B: ce and teacher_ce are squared errors to the labels, kd the one to the teacher's score."""
         score, answer = student[:, 0], teacher[:, 0]
         to_label, to_teacher = (score - labels.to(score.dtype)).square(), (score - answer).square()
-        kd_ratio = self.loss.kd_ratio
-        total = ((1 - kd_ratio) * to_label + kd_ratio * to_teacher).sum()
+        total = ((1 - loss_fn.kd_ratio) * to_label + loss_fn.kd_ratio * to_teacher).sum()
         sums = {
             ROWS: torch.as_tensor(float(len(labels)), device=score.device),
             CE.sum: to_label.detach().sum(),
@@ -197,21 +195,13 @@ class ClassificationDistillationTrainer(DistillationBase):
         columns = (inputs["row_id"], inputs["labels"], outputs["logits"], outputs["teacher_logits"])
         self._seen.append(tuple(column.cpu() for column in self.accelerator.gather(columns)))
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The losses at T = 1, and the task's metrics of the student and (``teacher_...``) of the teacher."""
         self._seen = []
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output: Any = super().evaluation_loop(*args, **kwargs)
         if self._seen:
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()})
+            prefix = kwargs.get("metric_key_prefix", "eval")  # evaluate and predict give it by name
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self._scores().items()})
         return output
 
     def _scores(self) -> dict[str, float]:
@@ -219,12 +209,11 @@ class ClassificationDistillationTrainer(DistillationBase):
         real = rows != DUMMY_ROW
         self.predicted = {}
         scores: dict[str, float] = {}
-        for name, logits in (("student", student), ("teacher", teacher)):
-            if name == "teacher" and self.classifier.model is None:
-                continue
+        known = {"student": student} if self.classifier.model is None else {"student": student, "teacher": teacher}
+        for name, logits in known.items():
             chosen = (logits[:, 0] if self.task.regression else logits.argmax(-1))[real]
-            found = self.metric.compute(predictions=chosen.tolist(), references=labels[real].tolist()) or {}
-            scores |= {key if name == "student" else f"teacher_{key}": value for key, value in found.items()}
+            metrics = self.metric.compute(predictions=chosen.tolist(), references=labels[real].tolist()) or {}
+            scores |= {key if name == "student" else f"teacher_{key}": value for key, value in metrics.items()}
             self.predicted[name] = dict(zip(rows[real].tolist(), logits[real].tolist(), strict=True))
         return scores
 
@@ -260,7 +249,7 @@ class LabelledRows(RowReader):
             ]
             if not rows:
                 raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")
-            dataset, _ = encode_labelled(rows, **self.encode_options)
+            dataset = encode_labelled(rows, **self.encode_options)
         check_task_labels(dataset.labels, self.task, name)
         for model, role in self.models:
             check_positions(model, role, max(dataset.lengths), "Lower task.max_length")  # type: ignore[arg-type]

@@ -25,23 +25,16 @@ from dts_hf.runs.failures import GO_ON, one_sentence
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
-COMMANDS = {
-    "train": train,
-    "doctor": doctor,
-    "evaluate": evaluate,
-    "score": score,
-    "report": report,
-    "list": list_,
-    "schema": schema,
-}
+COMMANDS = (train, doctor, evaluate, score, report, list_, schema)
 
 
 class CommandGroup(TyperGroup):
     """Turns the ways in which a command ends early into a message and an exit status; a bug keeps its traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Call the command; what it raises becomes one message, said by one process."""
         try:
-            return super().invoke(ctx)  # type: ignore[arg-type]
+            return super().invoke(ctx)
         except UserError as error:
             _leave(ExitCode.WRONG_INPUT, "" if _is_said_elsewhere(error) else f"Error{_who()}: {error}")
         except Interrupted as error:
@@ -122,5 +115,5 @@ def main(
     """Hold the options that stand before a command."""
 
 
-for name, module in COMMANDS.items():
-    app.command(name, epilog=module.EPILOG)(module.command)
+for module in COMMANDS:
+    app.command(module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.command)

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from dts_hf.cli.printing import AsJson, is_main_process, print_json, print_table
 from dts_hf.errors import UserError
+from dts_hf.recipe.schema import Dtype
 
+Backend = Literal["dts_hf", "vllm"]
 EPILOG = (
     "Example: [bold]dts-hf evaluate runs/first --sets dolly,self_instruct,vicuna --protocol minillm"
     " --output runs/first/benchmark[/bold]"
 )
-
-
-class Dtype(str, Enum):
-    """Types of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Backend(str, Enum):
-    """What generates the answers."""
-
-    dts_hf = "dts_hf"
-    vllm = "vllm"
 
 
 def command(
@@ -68,7 +54,7 @@ def command(
         Path | None, typer.Option(help="Folder for metrics and predictions; a killed evaluation goes on from there.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in that folder.")] = False,
-    backend: Annotated[Backend, typer.Option(help="What generates; vllm is a protocol of its own.")] = Backend.dts_hf,
+    backend: Annotated[Backend, typer.Option(help="What generates; vllm is a protocol of its own.")] = "dts_hf",
     as_json: AsJson = False,
 ) -> None:
     """Answer held-out prompts with a model, and score the answers (ROUGE-L, exact match, repetition)."""
@@ -85,10 +71,10 @@ def command(
         no_repeat_ngram_size=no_repeat_ngram_size,
         rows=rows,
         batch_size=batch_size,
-        dtype=dtype.value if dtype else None,
+        dtype=dtype,
         output=output,
         overwrite=overwrite,
-        backend=backend.value,
+        backend=backend,
     )
     metrics = evaluate(model, options)
     if is_main_process():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -14,15 +13,8 @@ from dts_hf.cli.printing import AsJson, print_json, print_table
 EPILOG = "Example: [bold]dts-hf list temperatures[/bold]"
 
 
-class Kind(str, Enum):
-    """What ``list`` can show."""
-
-    temperatures = "temperatures"
-    divergences = "divergences"
-    templates = "templates"
-    recipes = "recipes"
-    sets = "sets"
-    protocols = "protocols"
+#: What ``list`` can show.
+Kind = Literal["temperatures", "divergences", "templates", "recipes", "sets", "protocols"]
 
 
 def command(
@@ -36,7 +28,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Show the names that a recipe can use, with their options."""
-    choices = {kind.value: list_choices(kind) for kind in ([what] if what else Kind)}
+    choices = {kind: list_choices(kind) for kind in ([what] if what else get_args(Kind))}
     if as_json:
         print_json(choices)
     else:
@@ -46,23 +38,23 @@ def command(
 
 def list_choices(kind: Kind) -> list[dict[str, str]]:
     """One row for each name of a kind: ``name``, ``about``, and for classes their ``options``."""
-    if kind is Kind.temperatures:
+    if kind == "temperatures":
         from dts_hf.temperature import temperature_policies
 
         return [_class_row(name, policy) for name, policy in temperature_policies().items()]
-    if kind is Kind.divergences:
+    if kind == "divergences":
         from dts_hf.divergences import DIVERGENCES
 
         return [_class_row(name, divergence) for name, divergence in DIVERGENCES.items()]
-    if kind is Kind.templates:
+    if kind == "templates":
         from dts_hf.data.prompt_templates import TEMPLATES
 
         return [{"name": name, "about": template.description} for name, template in TEMPLATES.items()]
-    if kind is Kind.protocols:
+    if kind == "protocols":
         from dts_hf.evaluation.protocol import PROTOCOLS
 
         return [{"name": name, "about": protocol.about} for name, protocol in PROTOCOLS.items()]
-    if kind is Kind.sets:
+    if kind == "sets":
         from dts_hf.evaluation.benchmark_sets import list_sets
 
         return list_sets()

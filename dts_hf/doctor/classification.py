@@ -18,7 +18,7 @@ from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment, Skipped, need
 from dts_hf.doctor.effect import Sample
-from dts_hf.doctor.models import check_teacher
+from dts_hf.doctor.models import batches, check_teacher
 from dts_hf.doctor.tokens import MANY_ROWS, check_leak, spaced
 from dts_hf.doctor.walk import Walk
 from dts_hf.models.head import Head
@@ -76,6 +76,11 @@ class ClassifierWalk(Walk):
             check_label_order(check, self.sample)
 
     def small_sample(self) -> Sample:
+        """All rows of the sample: there are few classes.
+
+        Raises:
+            Skipped: the task is a regression.
+        """
         if self.task.glue.regression:
             raise Skipped("squared errors know no temperature")
         return need(self.sample, "a sample of rows")
@@ -93,17 +98,11 @@ def _pictured(task: GlueTask, data: LabelledDataset, index: int, tokenizer: Any)
 def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset, rows: Sequence[int]) -> Sample:
     """Student and teacher on some rows: the states of an example are its logits, and the head is the identity."""
     student: Any = trainer.model
-    was_training = student.training
-    student.eval()
     students, teachers, targets = [], [], []
-    for start in range(0, len(rows), BATCH):
-        examples: list[Any] = [data[index] for index in rows[start : start + BATCH]]
-        batch = trainer.data_collator(examples)
-        batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "row_id"}
-        targets.append(batch.pop("labels"))
+    for _, batch, labels in batches(trainer, trainer.data_collator, data, rows, BATCH):
+        targets.append(labels)
         students.append(student(**for_model(student, batch)).logits.float())
         teachers.append(trainer.classifier.logits(batch))
-    student.train(was_training)
     identity = Head(torch.eye(trainer.task.outputs, device=trainer.args.device))
     numbers = torch.arange(len(rows), device=trainer.args.device)
     known = [logits for logits in teachers if logits is not None]
@@ -114,14 +113,11 @@ def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset
 def compare_scores(check: Check, sample: Sample) -> None:
     """Squared errors of teacher and student beside that of always saying the mean."""
     models = {"student": sample.student_states, "teacher": sample.teacher_states}
-    errors = {
-        who: float((states[:, 0] - sample.targets).square().mean())
-        for who, states in models.items()
-        if states is not None
-    }
+    known = {who: states[:, 0] for who, states in models.items() if states is not None}
+    errors = {who: float((scores - sample.targets).square().mean()) for who, scores in known.items()}
     guess = float(sample.targets.float().var(unbiased=False))
-    shown = ", ".join(f"{who} {error:.2f}" for who, error in errors.items())
-    check.summary = f"squared error: {shown}; always saying the mean costs {guess:.2f}"
+    listed = ", ".join(f"{who} {error:.2f}" for who, error in errors.items())
+    check.summary = f"squared error: {listed}; always saying the mean costs {guess:.2f}"
     check.values = {**errors, "guess": guess}
     if errors.get("teacher", 0.0) > guess:
         check.warn("teacher-worse", "the teacher is worse than always saying the mean", "Fine-tune it first")

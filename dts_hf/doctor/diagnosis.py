@@ -116,11 +116,9 @@ class Diagnosis:
         except Skipped as skipped:
             check.skipped = str(skipped)
         except (UserError, RunError) as error:
-            said = next(
-                (other.name for other in self.checks for problem in other.problems if problem.text == str(error)), ""
-            )
+            said = [other.name for other in self.checks for problem in other.problems if problem.text == str(error)]
             if said:  # a stage refuses again what an earlier one has refused
-                check.skipped = f"not checked: see '{said}'"
+                check.skipped = f"not checked: see '{said[0]}'"
             else:
                 check.error("refused", str(error))
         except Exception as error:  # a fault of one part must not hide the others
@@ -155,6 +153,7 @@ class Diagnosis:
 
 
 def worst(problems: list[Problem]) -> Literal["warning", "error"] | None:
+    """The worst level among ``problems``; None where there is none."""
     return max((problem.level for problem in problems), key=("warning", "error").index, default=None)
 
 

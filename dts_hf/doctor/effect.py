@@ -88,9 +88,9 @@ class Nudged(TemperaturePolicy):
         return self.policy.needs_sequence_gap
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
-        found = self.policy(student_logits, teacher_logits, rows)
-        scale = None if found.scale is None else found.scale * NUDGE**2
-        return found._replace(student=found.student * NUDGE, teacher=found.teacher * NUDGE, scale=scale)
+        given: Temperatures = self.policy(student_logits, teacher_logits, rows)
+        scale = None if given.scale is None else given.scale * NUDGE**2
+        return given._replace(student=given.student * NUDGE, teacher=given.teacher * NUDGE, scale=scale)
 
 
 def gradient(loss: DistillationLoss, sample: Sample) -> Tensor:
@@ -123,44 +123,38 @@ def check_effect(check: Check, loss: DistillationLoss, sample: Sample, teacher_i
         raise Skipped("there is no teacher: labels alone")
     loss = copy.deepcopy(loss)
     loss.temperature.begin_run()
-    found = _parts(loss, sample, 0.0)
-    if found["kd_norm"] <= NOTHING * found["pull"]:  # a schedule of kd_ratio may bring the teacher in later
-        found = _parts(loss, sample, 0.5)
-    ce, kd = found["ce_norm"], found["kd_norm"]
+    parts = _parts(loss, sample, 0.0)
+    if parts["kd_norm"] <= NOTHING * parts["pull"]:  # a schedule of kd_ratio may bring the teacher in later
+        parts = _parts(loss, sample, 0.5)
+    ce, kd = parts["ce_norm"], parts["kd_norm"]
     share = kd / max(ce + kd, 1e-30)
-    check.values = {**found, "kd_share": share}
-    if found["kd_ratio"] == 0:
+    check.values = {**parts, "kd_share": share}
+    if parts["kd_ratio"] == 0:
         if teacher_is_for is not None:
             raise Skipped(f"kd_ratio is 0: {teacher_is_for}")
-        check.warn(
-            "teacher-without-effect",
-            "kd_ratio is 0, so the teacher is run on every batch for nothing",
-            "Raise loss.kd_ratio, or leave the teacher out",
-        )
+        text = "kd_ratio is 0, so the teacher is run on every batch for nothing"
+        check.warn("teacher-without-effect", text, "Raise loss.kd_ratio, or leave the teacher out")
         return
     if not math.isfinite(ce + kd):
         check.error("gradient-not-finite", "the gradient of the loss is not finite on a real batch", "")
         return
     check.summary = (
         f"labels (CE) give {1 - share:.0%} of the gradient and the teacher (KD) {share:.0%}, cosine "
-        f"{found['cosine']:+.2f}; T {found['temperature']:.2f} x {NUDGE} changes KD's by {found['change']:.0%}"
+        f"{parts['cosine']:+.2f}; T {parts['temperature']:.2f} x {NUDGE} changes KD's by {parts['change']:.0%}"
     )
-    if kd <= NOTHING * max(ce, found["pull"]):
-        check.error(
-            "kd-gradient-zero",
-            f"the teacher adds nothing to the gradient (KL between the two: {found['kl']:.2g} nats per label)",
-            "Is the student the teacher itself? Or choose another loss.divergence",
-        )
+    if kd <= NOTHING * max(ce, parts["pull"]):
+        text = f"the teacher adds nothing to the gradient (KL between the two: {parts['kl']:.2g} nats per label)"
+        check.error("kd-gradient-zero", text, "Is the student the teacher itself? Or choose another loss.divergence")
         return
     # The change is seen beside the labels' part, whose rounding is in both gradients
-    if found["change"] < NOTHING * max(1.0, ce / kd):
+    if parts["change"] < NOTHING * max(1.0, ce / kd):
         check.error(
             "temperature-without-effect",
-            f"the gradient is the same at T {found['temperature']:.3g} and at {NUDGE} times that: with loss.divergence "
+            f"the gradient is the same at T {parts['temperature']:.3g} and at {NUDGE} times that: with loss.divergence "
             f"'{loss.divergence.name}' and temperature_scaling '{loss.temperature_scaling}' the temperature does nothing",
             "Choose another loss.divergence, or a temperature nearer to 1",
         )
-    ratio = found["kd_ratio"]
+    ratio = parts["kd_ratio"]
     if share < SMALL_SHARE and ratio >= 0.1:
         text = f"the teacher has {share:.2%} of the gradient, although kd_ratio is {ratio:g}"
         check.warn("kd-hardly-counts", text, "temperature_scaling: squared, or a higher loss.kd_ratio")
@@ -262,14 +256,9 @@ def _follow(
     policy = loss.temperature
     steps = min(max(steps, 2), SIMULATED_STEPS)
     mean = sample.means(loss)
-    stats = StepStats(
-        student_ce=mean["ce"],
-        teacher_ce=mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"]),
-        kd=mean["kd"],
-        num_items=mean["rows"],
-        temperature_grad=mean.get("temperature_grad", 0.0),
-        observed=tuple(mean.get("observed", ())),
-    )
+    observed = {"temperature_grad": mean.get("temperature_grad", 0.0), "observed": tuple(mean.get("observed", ()))}
+    teacher_ce = mean["ce"] + gap * (mean["teacher_ce"] - mean["ce"])
+    stats = StepStats(student_ce=mean["ce"], teacher_ce=teacher_ce, kd=mean["kd"], num_items=mean["rows"], **observed)
     followed, done = [], 0
     for place in PLACES:
         while done < round(place * (steps - 1)):

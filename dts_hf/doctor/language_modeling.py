@@ -42,9 +42,8 @@ class LanguageModelWalk(Walk):
         self.kept = [row for row in self.looked_at if row.id in ids]
         self.beside = max(0, resident_bytes() - self.before)  # rows, tokenizers: a vocabulary of 262,144 takes 0.3 GB
         with self.diagnosis.check("template") as check:
-            tokenizers = need(self.tokenizers, "a tokenizer")
-            rows = tokens.spaced(self.kept, SAMPLE_ROWS)
-            tokens.check_template(check, self.task.template, **tokenizers, rows=rows)
+            tokenizers, rows = need(self.tokenizers, "a tokenizer"), tokens.spaced(self.kept, SAMPLE_ROWS)
+            tokens.check_template(check, self.task.template, tokenizers, rows)
 
     def look_at_models(self) -> None:
         with contextlib.suppress(Exception):  # loading the model says it better
@@ -72,6 +71,7 @@ class LanguageModelWalk(Walk):
             self.look_at_memory()
 
     def look_at_memory(self) -> None:
+        """The estimate beside the device: before the models are loaded, where their configurations tell the shapes."""
         with self.diagnosis.check("memory") as check:
             if self.shapes is None:
                 student = ModelShape.from_model(need(self.student, "the student"))
@@ -91,24 +91,23 @@ class LanguageModelWalk(Walk):
             if self.loads and "error" not in (self.diagnosis[name].status for name in ("tokenizers", "vocabulary")):
                 with contextlib.suppress(Skipped):  # the collator can be looked at without models
                     self.make_trainer()
-            padded = PaddedCollator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+            padded = PaddedCollator(int(tokenizer.pad_token_id))
             collator: Any = padded if self.trainer is None else self.trainer.data_collator
-            tokens.check_labels(check, data, collator, int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+            tokens.check_labels(check, data, collator, int(tokenizer.eos_token_id))
             self.diagnosis.picture = tokens.picture(data, collator, tokenizer)
         super().look_at_loss()
 
     def answer(self, check: Check) -> None:
         """Sequence-level KD: the teacher answers some rows itself, which take the place of the data's."""
         asked = [need(self.kept or None, "tokenised rows")[index] for index in self.sample_rows]
-        tokenizer = self.tokenizer
         limit = min(self.recipe.data.teacher_max_new_tokens, ANSWER_TOKENS)
         data = self.task.recipe.data.model_copy(update={"teacher_max_new_tokens": limit})
         recipe = self.task.recipe.model_copy(update={"data": data})
         began = time.monotonic()
-        rows, _ = answer_rows(recipe, need(self.teacher, "the teacher"), tokenizer, self.task.template, asked)
+        rows, _ = answer_rows(recipe, need(self.teacher, "the teacher"), self.tokenizer, self.task.template, asked)
         answered = {row.id: row for row in rows if row is not None}
         seconds = time.monotonic() - began
-        prompts = sum(len(part) for part in (need(self.rows, "rows").train, need(self.rows, "rows").validation))
+        prompts = len(need(self.rows, "rows").train) + len(need(self.rows, "rows").validation)
         # A larger batch takes as long as this one at best, and as much longer as it is larger at worst.
         shortest = seconds * math.ceil(prompts / max(self.recipe.evaluation.batch_size, len(asked)))
         longest = seconds * prompts / len(asked) * self.recipe.data.teacher_max_new_tokens / limit
@@ -121,13 +120,14 @@ class LanguageModelWalk(Walk):
             silent = len(asked) - len(answered)
             check.warn("few-answers", f"the teacher says nothing to {silent} of {len(asked)} prompts")
         self.kept = [answered.get(row.id, row) for row in self.kept]
-        self.data = self.task.encode(Rows(self.kept), tokenizer).train
+        self.data = self.task.encode(Rows(self.kept), self.tokenizer).train
         named = [index for index, name in enumerate(self.data.row_ids) if name in answered]
         self.sample_rows = named or self.sample_rows[:1]
 
     # ------------------------------------------------------------------------------------------- what differs in a task
 
     def check_rows(self, check: Check, rows: Rows) -> None:
+        """See ``tokens.check_rows``."""
         tokens.check_rows(check, rows)
 
     def check_data(self, check: Check, data: EncodedDataset, rows: int) -> None:
@@ -152,11 +152,8 @@ class LanguageModelWalk(Walk):
         in_chat = take_sample(trainer, encoded, range(len(encoded))).means(trainer.eval_loss)["teacher_ce"]
         check.values["teacher_ce_chat"] = in_chat
         if in_chat < given - BETTER_BY:
-            check.warn(
-                "chat-template-unused",
-                f"in its own chat template the teacher needs {in_chat:.2f} nats per label, in '{name}' {given:.2f}",
-                "data.prompt_template: chat",
-            )
+            text = f"in its own chat template the teacher needs {in_chat:.2f} nats per label, in '{name}' {given:.2f}"
+            check.warn("chat-template-unused", text, "data.prompt_template: chat")
 
     def workload(self) -> Workload | None:
         if self.shapes is None or self.args is None or self.data is None:

@@ -20,6 +20,7 @@ from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.models.head import head_of, loss_in_head
 from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
+from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.trainer import DistillationTrainer
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
@@ -35,11 +36,8 @@ def check_weights(check: Check, role: str, model: nn.Module) -> bool:
     check.summary = f"{format_count(parameters)} weights{adapters} ({type(model).__name__}, {dtype_name(model)})"
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
-        check.error(
-            "weights-not-finite",
-            f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)",
-            "Its files are broken, or it was saved after a run that diverged",
-        )
+        text = f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)"
+        check.error("weights-not-finite", text, "Its files are broken, or it was saved after a run that diverged")
     return not broken
 
 
@@ -62,6 +60,7 @@ def check_step_size(check: Check, model: nn.Module, learning_rate: float) -> Non
 
 
 def dtype_name(model: nn.Module) -> str:
+    """As a recipe writes it."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
@@ -79,8 +78,8 @@ def check_vocabulary(
     entries = len(tokenizers["student"])
     widths = {who: head_of(model).vocab_size for who, model in models.items()}
     check.values = {"tokenizer": entries, **widths}
-    shown = " and ".join(f"{width:,} ({who})" for who, width in widths.items())
-    check.summary = f"heads of {shown} ids for a tokenizer of {entries:,}"
+    listed = " and ".join(f"{width:,} ({who})" for who, width in widths.items())
+    check.summary = f"heads of {listed} ids for a tokenizer of {entries:,}"
     for who, model in models.items():
         rows = min(model.get_input_embeddings().weight.shape[0], widths[who])
         if len(tokenizers[who]) > rows:
@@ -114,18 +113,17 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
         rows: places in ``data``.
     """
     student: Any = trainer.model
-    was_training = student.training
-    student.eval()
+    collator = PaddedCollator(int(trainer.processing_class.pad_token_id))  # type: ignore[union-attr]
+    ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
     parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
-    try:
-        for first, batch, labels in _batches(trainer, data, rows):
-            with loss_in_head(student, lambda states, head: states):  # states in the place of logits
-                states = student(**batch, use_cache=False).logits
-            chosen, targets = select_response(states, labels)
-            numbers = sequence_numbers(labels) + first
-            parts.append((chosen.float(), trainer.teacher.states(batch, labels), targets, numbers))
-    finally:
-        student.train(was_training)
+    for first, batch, labels in batches(
+        trainer, collator, data, ordered, min(8, trainer.args.per_device_train_batch_size)
+    ):
+        with loss_in_head(student, lambda states, head: states):  # states in the place of logits
+            states = student(**batch, use_cache=False).logits
+        chosen, targets = select_response(states, labels)
+        numbers = sequence_numbers(labels) + first
+        parts.append((chosen.float(), trainer.teacher.states(batch, labels), targets, numbers))
     students, teachers, all_targets, sequences = zip(*parts, strict=True)
     head, teacher_head = head_of(student).cut(trainer.vocab_size), trainer.teacher.head
     # Without its graph, and so exact that gradients can be subtracted from each other
@@ -137,18 +135,28 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
     return Sample(torch.cat(students), head, *taught, torch.cat(all_targets), torch.cat(sequences))
 
 
-def _batches(
-    trainer: DistillationTrainer, data: EncodedDataset, rows: Sequence[int]
+def batches(
+    trainer: DistillationBase, collator: Any, data: EncodedDataset, rows: Sequence[int], size: int
 ) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
-    """(rows before it, batch, labels), padded: rows of like length together."""
-    collator = PaddedCollator(int(trainer.processing_class.pad_token_id))  # type: ignore[union-attr, arg-type]
-    size = min(8, trainer.args.per_device_train_batch_size)
-    ordered = sorted(rows, key=data.lengths.__getitem__)
-    for start in range(0, len(ordered), size):
-        batch = collator([data[index] for index in ordered[start : start + size]])
-        batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "row_id"}
-        labels = batch.pop("labels")
-        yield start, batch, labels
+    """Yield (rows before it, batch, labels); meanwhile the student is in evaluation mode.
+
+    Args:
+        trainer: says on which device.
+        collator: makes the batches.
+        data: tokenised rows.
+        rows: places in ``data``.
+        size: rows of a batch.
+    """
+    student: Any = trainer.model
+    was_training = student.training
+    student.eval()
+    try:
+        for start in range(0, len(rows), size):
+            batch = collator([data[index] for index in rows[start : start + size]])
+            batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "row_id"}
+            yield start, batch, batch.pop("labels")
+    finally:
+        student.train(was_training)
 
 
 # ----------------------------------------------------------------------------------------------- teacher and student
@@ -200,8 +208,5 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
             "Are its weights trained, its tokenizer its own, and the prompt template the one it knows?",
         )
     elif teacher_ce > ce:
-        check.warn(
-            "teacher-worse",
-            f"the teacher is worse than the student on these rows, by {teacher_ce - ce:.2f} nats per label",
-            "Fine-tune the teacher on this data first, or look at the prompt template",
-        )
+        text = f"the teacher is worse than the student on these rows, by {teacher_ce - ce:.2f} nats per label"
+        check.warn("teacher-worse", text, "Fine-tune the teacher on this data first, or look at the prompt template")

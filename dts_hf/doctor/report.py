@@ -19,11 +19,9 @@ MARKS = {
 }  # fmt: skip
 #: Style of each kind of token, and the characters of a segment that are shown: from its beginning, and up to its end.
 KINDS = {
-    "masked": ("dim", 16, 110),
-    "learned": ("green", 110, 40),
-    "end": ("bold black on green", 40, 0),
-    "padding": ("dim italic", 0, 0),
-}
+    "masked": ("dim", 16, 110), "learned": ("green", 110, 40),
+    "end": ("bold black on green", 40, 0), "padding": ("dim italic", 0, 0),
+}  # fmt: skip
 WIDEST = 120
 #: Columns of the memory table, so few that they fit into 80, and the parts that each sums up; ``--json`` has all.
 COLUMNS = {
@@ -46,8 +44,8 @@ def screen(diagnosis: Diagnosis) -> Group:
 
 
 def print_screen(diagnosis: Diagnosis) -> None:
-    console = Console(width=min(shutil.get_terminal_size((100, 40)).columns, WIDEST))
-    console.print(screen(diagnosis))
+    """``screen``, as wide as the terminal."""
+    Console(width=min(shutil.get_terminal_size((100, 40)).columns, WIDEST)).print(screen(diagnosis))
 
 
 def _rule(title: str) -> Rule:
@@ -77,12 +75,12 @@ def _pictured(row: PicturedRow) -> Padding:
     text = Text.assemble((f"{row.id}: ", "bold"))
     for segment in row.segments:
         style, first, last = KINDS[segment.kind]
-        shown = segment.text.replace("\n", "⏎")
+        visible = segment.text.replace("\n", "⏎")
         if segment.kind == "padding":
-            shown = f" +{segment.tokens} padding"
-        elif len(shown) > first + last + 5:
-            shown = f"{shown[:first]} … {shown[-last:] if last else ''}"
-        text.append(shown, style=style)
+            visible = f" +{segment.tokens} padding"
+        elif len(visible) > first + last + 5:
+            visible = f"{visible[:first]} … {visible[-last:] if last else ''}"
+        text.append(visible, style=style)
     return Padding(text, (0, 0, 0, 2))
 
 

@@ -124,11 +124,8 @@ def check_output(
     """
     folder = Path(recipe.output.dir)
     if folder.is_dir() and any(folder.iterdir()) and not recipe.output.overwrite:
-        check.warn(
-            "output-not-empty",
-            f"{folder} is not empty, so a new run would be refused",
-            "Another output.dir, output.overwrite=true (--overwrite), or --resume to go on with the run in it",
-        )
+        advice = "Another output.dir, output.overwrite=true (--overwrite), or --resume to go on with the run in it"
+        check.warn("output-not-empty", f"{folder} is not empty, so a new run would be refused", advice)
     else:
         try:
             RunDirectory.check_can_create(folder, recipe.output.overwrite)
@@ -141,9 +138,8 @@ def check_output(
     if work is not None:
         launched = launched_plan(recipe, devices)
         shape, workload = work
-        alone = (
-            Plan(teacher="none") if args.save_only_model else None
-        )  # without optimizer state and DeepSpeed's own form
+        # Without optimizer state and DeepSpeed's own form.
+        alone = Plan(teacher="none") if args.save_only_model else None
         workload = replace(workload, optimizer="sgd") if alone else workload
         needs = {plan: disk_needed(shape, workload, alone or plan, count) for plan in plans(devices, launched)}
         most = max(needs, key=needs.__getitem__)

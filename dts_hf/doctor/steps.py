@@ -30,7 +30,14 @@ WATCHED = 64
 
 
 def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device: str) -> None:
-    """Precision, batch and learning rate in words; a rate that is too high, a warm-up that never ends."""
+    """Precision, batch and learning rate in words; a rate that is too high, a warm-up that never ends.
+
+    Args:
+        check: takes what is found.
+        recipe: names the type of the weights.
+        args: those of the run.
+        device: its name.
+    """
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else f"{recipe.student.dtype} weights"
     accumulated = f" x {args.gradient_accumulation_steps}" if args.gradient_accumulation_steps > 1 else ""
     optimizer, schedule = (str(getattr(kind, "value", kind)) for kind in (args.optim, args.lr_scheduler_type))
@@ -137,24 +144,19 @@ def check_steps(
     if peak is not None and estimate is not None:
         check.values["estimated_bytes"] = estimate
         if peak > ABOVE_ESTIMATE * estimate + LOADED_LATE:
-            check.warn(
-                "memory-above-estimate",
-                f"the steps took {gb(peak)}, {peak / estimate:.1f} times the estimate ({gb(estimate)})",
-                "Count on what was measured: the estimates of the other strategies are too low by about as much",
-            )
+            text = f"the steps took {gb(peak)}, {peak / estimate:.1f} times the estimate ({gb(estimate)})"
+            advice = "Count on what was measured: the estimates of the other strategies are too low by about as much"
+            check.warn("memory-above-estimate", text, advice)
     if peak is not None and peak > room:
         check.error("too-little-memory", f"the steps took {gb(peak)}, and {gb(room)} were free", "")
 
 
 def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], learning_rate: float) -> None:
     """Whether ``losses`` and ``norms`` (of the gradient) are those of a training that learns."""
-    shown, shown_norms = (", ".join(f"{value:.3g}" for value in values) or "none" for values in (losses, norms))
+    loss_list, norm_list = (", ".join(f"{value:.3g}" for value in values) or "none" for values in (losses, norms))
     if not all(math.isfinite(value) for value in (*losses, *norms)):
-        check.error(
-            "step-not-finite",
-            f"losses {shown}, gradient norms {shown_norms} in the first steps",
-            "A lower learning rate, bf16 instead of fp16, or look at the weights of the models",
-        )
+        advice = "A lower learning rate, bf16 instead of fp16, or look at the weights of the models"
+        check.error("step-not-finite", f"losses {loss_list}, gradient norms {norm_list} in the first steps", advice)
     elif norms and max(norms) == 0:
         check.error("gradient-zero", "the gradient is zero in every step: nothing would be learned", "")
     elif not check.values["tensors_moved"]:
@@ -164,11 +166,9 @@ def _judge_steps(check: Check, losses: Sequence[float], norms: Sequence[float], 
             "A higher training.learning_rate, fewer training.warmup_steps, or student.dtype: float32",
         )
     elif losses and losses[-1] > max(losses[0] + EXPLODES[0], EXPLODES[1] * losses[0]):
-        check.warn(
-            "loss-explodes",
-            f"the loss grows in the first steps: {shown} (gradient norms {shown_norms})",
-            f"A lower training.learning_rate than {learning_rate:g}, or training.warmup_steps",
-        )
+        text = f"the loss grows in the first steps: {loss_list} (gradient norms {norm_list})"
+        advice = f"A lower training.learning_rate than {learning_rate:g}, or training.warmup_steps"
+        check.warn("loss-explodes", text, advice)
 
 
 def _watch(model: nn.Module) -> list[Tensor]:

@@ -60,7 +60,14 @@ def check_rows(check: Check, rows: Rows) -> None:
 
 
 def check_leak(check: Check, leaked: Sequence[str], held_out: int, what: str) -> None:
-    """Report the ids of ``leaked`` rows, of so many ``held_out`` ones."""
+    """Report rows that are both held out and trained on.
+
+    Args:
+        check: takes what is found.
+        leaked: ids of these rows.
+        held_out: how many are held out.
+        what: they are, in words.
+    """
     if leaked:
         check.warn(
             "leak",
@@ -172,11 +179,11 @@ def check_special_tokens(
 
 def _ids_of(model: Any, name: str) -> set[int]:
     """Ids that the configurations of ``model`` give as ``name``: none, one, or a list."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         value = getattr(config, name, None)
-        found |= set() if value is None else set(value) if isinstance(value, list) else {int(value)}
-    return found
+        ids |= set() if value is None else set(value) if isinstance(value, list) else {int(value)}
+    return ids
 
 
 def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBase, data: EncodedDataset) -> None:
@@ -192,24 +199,25 @@ def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBa
             "Take the special tokens out of the rows; the end token is added by itself",
         )
     if doubled:
-        check.warn(
-            "bos-doubled",
-            f"{len(doubled):,} of {len(data):,} rows begin with {tokenizer.bos_token!r} twice (row '{doubled[0]}')",
-            "Take it out of the rows or of the chat template",
-        )
+        text = f"{len(doubled):,} of {len(data):,} rows begin with {tokenizer.bos_token!r} twice (row '{doubled[0]}')"
+        check.warn("bos-doubled", text, "Take it out of the rows or of the chat template")
 
 
 # --------------------------------------------------------------------------------------------------- the chat template
 
 
 def check_template(
-    check: Check,
-    template: Template,
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    check: Check, template: Template, tokenizers: Mapping[str, PreTrainedTokenizerBase], rows: Sequence[Row]
 ) -> None:
-    """The prompt must be what both models know, and the answer must end as the template ends it."""
+    """The prompt must be what both models know, and the answer must end as the template ends it.
+
+    Args:
+        check: takes what is found.
+        template: of the recipe.
+        tokenizers: of ``student`` and ``teacher``.
+        rows: some training rows.
+    """
+    student, teacher = tokenizers["student"], tokenizers["teacher"]
     start = [] if template.writes_special_tokens else leading_special_ids(student)
     before = f", {student.decode(start)!r} before it" if start else ""
     check.summary = f"{template.name}: {template.description}{before}"

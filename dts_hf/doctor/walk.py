@@ -5,6 +5,7 @@ What differs between kinds of tasks is in ``language_modeling.py`` and ``classif
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ PRECISION = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "optim"
 OF_MANY_PROCESSES = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config")
 
 
-class Walk:
+class Walk(ABC):
     """One examination. What a stage has made is an attribute; None where it failed, and what needs it is skipped.
 
     Args:
@@ -174,15 +175,7 @@ class Walk:
     def look_at_training(self) -> None:
         """Three steps, and the directory that they would be written to."""
         with self.diagnosis.check("steps") as check:
-            if not self.trains:
-                raise Skipped("three steps on one device do not fit into its memory")
-            trainer, steps = need(self.trainer, "a trainer"), need(self.steps, "rows")
-            lengths = need(self.data, "tokenised rows").lengths
-            memory = {check.name: check.values for check in self.diagnosis.checks}.get("memory", {})
-            check_steps(
-                check, trainer, steps, sum(lengths) / len(lengths), self.world,
-                before=self.before, estimate=memory.get("alone"), room=self.diagnosis.device["memory"],
-            )  # fmt: skip
+            self.make_steps(check)
         with self.diagnosis.check("output") as check:
             args = need(self.args, "training arguments")
             workload = self.workload()
@@ -210,7 +203,24 @@ class Walk:
         self.trainer = task.make_trainer(arguments_of(task), models, Data(data))
         return self.trainer
 
+    def make_steps(self, check: Check) -> None:
+        """Three steps of the real training.
+
+        Raises:
+            Skipped: they do not fit, or something that they need is not there.
+        """
+        if not self.trains:
+            raise Skipped("three steps on one device do not fit into its memory")
+        trainer, steps = need(self.trainer, "a trainer"), need(self.steps, "rows")
+        lengths = need(self.data, "tokenised rows").lengths
+        memory = {check.name: check.values for check in self.diagnosis.checks}.get("memory", {})
+        check_steps(
+            check, trainer, steps, sum(lengths) / len(lengths), self.world,
+            before=self.before, estimate=memory.get("alone"), room=self.diagnosis.device["memory"],
+        )  # fmt: skip
+
     def small_sample(self) -> Sample:
+        """So much of the sample as the effect test can afford."""
         return need(self.sample, "a sample of rows").first(EFFECT_LABELS)
 
     def use_of_teacher(self) -> str | None:
@@ -221,21 +231,22 @@ class Walk:
             return "the teacher gives the student its first weights, and no more"
         return None
 
-    # ------------------------------------------------------------------------------------------- what a task has its own
+    # ------------------------------------------------------------------------------------------- what differs in a task
 
     #: What the loss chooses among, in words.
     classes: str
 
+    @abstractmethod
     def check_rows(self, check: Check, rows: Rows) -> None:
-        raise NotImplementedError
+        """Rows that are held out and trained on, and what else is wrong with them as they were read."""
 
+    @abstractmethod
     def check_data(self, check: Check, data: EncodedDataset, rows: int) -> None:
         """``data`` is a sample of ``rows`` rows, tokenised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, check: Check) -> None:
         """Take ``sample``, and compare teacher and student on it."""
-        raise NotImplementedError
 
     def workload(self) -> Workload | None:
         """What one device would work on; None where nothing is known of it."""

@@ -18,7 +18,13 @@ from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, prot
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
+<<<<<<< HEAD
 from dts_hf.runs.directory import BEFORE, RunDirectory
+=======
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.saved_scores import BEFORE, keep_scores
+from dts_hf.task import Entries, Rows
+>>>>>>> wip-s2
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
 
@@ -33,8 +39,7 @@ class GenerationScorer:
         run: takes predictions, log lines and ``metrics.json``.
         trainer: gives the teacher-forced loss and the state of training.
         tokenizer: of student and teacher.
-        rows: the validation rows; the recipe's ``rows`` says how many are answered.
-        sets: further sets for the end of training, from ``load_sets``.
+        rows: the held-out rows; ``evaluation.rows`` says how many of ``validation`` are answered.
         kept: entries that an earlier attempt of the run made, by model; these models are not scored again.
     """
 
@@ -44,14 +49,13 @@ class GenerationScorer:
         run: RunDirectory,
         trainer: DistillationTrainer,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[Row],
-        sets: Mapping[str, Sequence[Row]],
-        kept: Mapping[str, dict[str, Any]],
+        rows: Rows,
+        kept: Entries,
     ) -> None:
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.protocol = protocol_of(recipe)
-        self.rows, self.sets = rows[: recipe.evaluation.rows], dict(sets)
-        self.entries: dict[str, dict[str, Any]] = dict(kept)
+        self.rows, self.sets = rows.validation[: recipe.evaluation.rows], rows.sets
+        self.entries = dict(kept)
 
     def callbacks(self) -> list[TrainerCallback]:
         """What scores the student every so many steps, where the recipe says how many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,9 +23,8 @@ from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_student, load_teacher
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.task import Data, Models, Rows, Task
+from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
-from dts_hf.temperature import build_temperature
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -54,16 +53,8 @@ class LanguageModeling(Task[DistillationTrainer]):
         return Data(train, validation)
 
     def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
-        data = self.recipe.data
-        encoded, _ = encode_rows(
-            rows,
-            tokenizer,
-            self.template,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            long_rows=data.long_rows,
-            name=name,
-        )
+        limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows"})
+        encoded, _ = encode_rows(rows, tokenizer, self.template, name=name, **limits)
         return encoded
 
     def load_teacher(self) -> PreTrainedModel | None:
@@ -102,21 +93,12 @@ class LanguageModeling(Task[DistillationTrainer]):
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
         recipe = self.recipe
         return DistillationTrainer(
-            model=models.student,
-            teacher=models.teacher,
-            temperature=build_temperature(recipe.temperature.name, **recipe.temperature.options),
-            divergence=recipe.loss.divergence.model_dump(),
-            kd_ratio=recipe.loss.kd_ratio,
             args=args,
-            train_dataset=data.train,
-            eval_dataset=data.validation,
-            processing_class=models.tokenizer,
-            temperature_scaling=recipe.loss.temperature_scaling,
             logits_budget_mb=recipe.loss.logits_budget_mb,
             router_aux_loss=recipe.loss.router_aux_loss,
             packing=recipe.data.packing,
             vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
-            teacher_tokenizer=models.teacher_tokenizer,
+            **self.trainer_options(models, data),
         )
 
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
@@ -144,15 +126,9 @@ class LanguageModeling(Task[DistillationTrainer]):
             yield f"validation: {_report(data.validation).summary()}"
 
     def make_scorer(
-        self,
-        run: RunDirectory,
-        trainer: DistillationTrainer,
-        models: Models,
-        rows: Rows,
-        data: Data,
-        kept: Mapping[str, dict[str, Any]],
+        self, run: RunDirectory, trainer: DistillationTrainer, models: Models, rows: Rows, data: Data, kept: Entries
     ) -> GenerationScorer:
-        return GenerationScorer(self.recipe, run, trainer, models.tokenizer, rows.validation, rows.sets, kept)
+        return GenerationScorer(self.recipe, run, trainer, models.tokenizer, rows, kept)
 
 
 def _report(dataset: EncodedDataset) -> EncodingReport:

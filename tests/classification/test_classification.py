@@ -180,8 +180,8 @@ def test_logits_do_not_depend_on_padding(kind: str) -> None:
         tokenizer = tiny_tokenizer(pad=pad)
         tokenizer.padding_side = "left"  # our collator does not ask
         model.config.pad_token_id = tokenizer.pad_token_id
-        dataset, cut = encode_labelled(rows, tokenizer, max_length=64)
-        assert cut == 0 and len(set(dataset.lengths)) > 2
+        dataset = encode_labelled(rows, tokenizer, max_length=64)
+        assert dataset.report.prompts_cut == 0 and len(set(dataset.lengths)) > 2
         collate = LabelledCollator(int(tokenizer.pad_token_id))
         alone = []
         for index in range(len(dataset)):
@@ -195,16 +195,17 @@ def test_logits_do_not_depend_on_padding(kind: str) -> None:
 def test_pairs_are_told_apart_and_cut_at_the_longer_text() -> None:
     rows = [LabelledRow("a", ("one", "two"), 0), LabelledRow("b", ("onetwo", "x " * 40), 1)]
     plain = tiny_tokenizer()
-    dataset, cut = encode_labelled(rows, plain, max_length=20)
+    dataset = encode_labelled(rows, plain, max_length=20)
     assert plain.decode(dataset[0]["input_ids"]) == "one\ntwo"
-    assert cut == 1 and len(dataset[1]["input_ids"]) == 20
+    assert dataset.report.prompts_cut == 1 and len(dataset[1]["input_ids"]) == 20
     assert plain.decode(dataset[1]["input_ids"]).startswith("onetwo\nx x")
     for texts in (("x " * 40, "two"), ("x " * 40, "y " * 40)):
-        dataset, cut = encode_labelled([LabelledRow("a", texts, 0)], plain, max_length=20)
+        dataset = encode_labelled([LabelledRow("a", texts, 0)], plain, max_length=20)
         words = plain.decode(dataset[0]["input_ids"])
-        assert cut == 1 and words.count("\n") == 1 and words.startswith("x x") and words.partition("\n")[2][0] in "ty"
+        assert dataset.report.prompts_cut == 1
+        assert words.count("\n") == 1 and words.startswith("x x") and words.partition("\n")[2][0] in "ty"
     with_start = tiny_tokenizer(bos=True)  # its template puts a token between the texts
-    dataset, _ = encode_labelled(rows, with_start, max_length=20)
+    dataset = encode_labelled(rows, with_start, max_length=20)
     assert with_start.decode(dataset[0]["input_ids"]) == "<|endoftext|>one<|endoftext|>two"
     with pytest.raises(UserError, match=r"task\.max_length: got 2"):
         encode_labelled(rows, with_start, max_length=2)
@@ -212,7 +213,7 @@ def test_pairs_are_told_apart_and_cut_at_the_longer_text() -> None:
 
 def test_no_row_is_evaluated_twice() -> None:
     rows = [parse_labelled(row, SST2, "r", "r") for row in rows_of(SST2, 7)]
-    dataset, _ = encode_labelled(rows, tiny_tokenizer(), max_length=64)
+    dataset = encode_labelled(rows, tiny_tokenizer(), max_length=64)
     found = list(PadToMultiple(dataset, 4, lambda row: dummy_row(row, -100), longest_first=True))
     assert len(found) == 8 and sorted(row["row_id"] for row in found) == [DUMMY_ROW, *range(7)]
     lengths = [len(row["input_ids"]) for row in found]
@@ -223,7 +224,7 @@ def test_metrics_are_those_of_the_model_and_of_the_teacher(tmp_path: Path) -> No
     trainer = trainer_of(tmp_path, MNLI, eval_dataset=rows_of(MNLI, 11), training={"per_device_eval_batch_size": 4})
     values = trainer.evaluate()
     rows = [parse_labelled(row, MNLI, "r", "r") for row in rows_of(MNLI, 11)]
-    dataset, _ = encode_labelled(rows, tiny_tokenizer(), max_length=128)
+    dataset = encode_labelled(rows, tiny_tokenizer(), max_length=128)
     batch = LabelledCollator(2)([dataset[index] for index in range(11)])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     for model, name in ((trainer.model, ""), (trainer.classifier.model, "teacher_")):
@@ -238,7 +239,7 @@ def test_the_teacher_answers_from_memory() -> None:
     model.register_forward_hook(lambda *_: calls.append(1))
     teacher = ClassifierTeacher(model)
     rows = [parse_labelled(row, SST2, "r", "r") for row in rows_of(SST2, 6)]
-    dataset, _ = encode_labelled(rows, tiny_tokenizer(), max_length=64)
+    dataset = encode_labelled(rows, tiny_tokenizer(), max_length=64)
 
     def batch(*indices: int) -> dict[str, torch.Tensor]:
         made = LabelledCollator(2)([dataset[index] for index in indices])

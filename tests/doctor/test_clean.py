@@ -130,6 +130,19 @@ def test_a_recipe_for_a_gpu_is_examined_on_a_cpu(workplace: Path) -> None:
     assert diagnosis["steps"].values["steps"] == 3
 
 
+ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+
+
+@pytest.mark.parametrize(
+    "spread", [{"deepspeed": ZERO3}, {"fsdp": True, "fsdp_config": {"version": 1}}], ids=["deepspeed", "fsdp"]
+)
+def test_the_strategy_of_the_real_run_is_not_that_of_the_doctor(workplace: Path, spread: dict[str, Any]) -> None:
+    """Its one process has no launcher, which a run under DeepSpeed or FSDP is refused without."""
+    diagnosis = diagnose(recipe(training=spread))
+    assert diagnosis.status == "ok", texts(diagnosis)
+    assert diagnosis["training"].status == "ok" and diagnosis["steps"].values["steps"] == 3
+
+
 def test_memory_that_is_tight_is_a_warning(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
     needed = diagnose(path)["memory"].values["needed"]
