@@ -42,12 +42,11 @@ class GrowingLayer(DynamicLayer):
     ``keys`` and ``values`` are the views [B, heads, L, width] of the columns in use.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._length = 0
-        self._buffers: tuple[Tensor, ...] = ()
+    _length = 0
+    _buffers: tuple[Tensor, ...] = ()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    # The signature is that of transformers, which hands other kinds of layers more than the states
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states [B, heads, new, width] behind those in use and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -69,7 +69,7 @@ def answer_share(
                 [prompts[place] for place in todo],
                 settings,
                 eos_token_ids=stop_token_ids(model, tokenizer),
-                pad_token_id=_padding_id(tokenizer),
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,  # never attended to: any id does
                 row_keys=None if row_keys is None else [row_keys[place] for place in todo],
                 progress=None if rank or progress is None else progress + part,
                 on_finished=finished,
@@ -119,10 +119,4 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> 
     ``<n>`` is a line break, as in MiniLLM's code.
     """
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-    return text.split("<|endoftext|>")[0].replace("<n>", "\n").strip()
-
-
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is never attended to: any id of the vocabulary does
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in ids if isinstance(token, int)), 0)
+    return text.split("<|endoftext|>", 1)[0].replace("<n>", "\n").strip()

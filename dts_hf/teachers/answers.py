@@ -42,6 +42,13 @@ def answer_rows(
     Every process calls it; each answers a share of the prompts, as in ``evaluate_instruct``, and the first one keeps the
     cache.
 
+    Args:
+        recipe: names teacher, limits and the folder of the cache.
+        teacher: answers the prompts.
+        tokenizer: of the teacher, which is the student's as well.
+        template: turns a row into a prompt.
+        rows: their own references are not looked at.
+
     Returns:
         the rows in order, None where the prompt does not fit or the teacher said nothing, and
         ``{"fingerprint", "cached", "answered"}`` for the data manifest.
