@@ -208,13 +208,8 @@ def summary_table(run: RunDirectory) -> Table:
     return table
 
 
-def markdown_table(run: RunDirectory) -> str:
-    """The same scores as a markdown table; one sentence instead where the run was not evaluated."""
-    return markdown_scores(gather(run))
-
-
 def markdown_scores(facts: Facts) -> str:
-    """The table of ``markdown_table`` from facts already read."""
+    """The same scores as a markdown table; one sentence instead where the run was not evaluated."""
     lines = score_lines(facts)
     if not lines:
         return "This run was not evaluated: it has no scores."
