@@ -175,23 +175,17 @@ def list_sets(data_dir: str | Path | None = None) -> list[dict[str, str]]:
     rows = []
     for known in KNOWN_SETS.values():
         folder = data_folder(data_dir) / known.name
-        counts: Mapping[str, object] = known.rows
+        manifest: dict[str, Any] = {}
+        state = "not prepared"
         try:
-            manifest = read_manifest(folder)
-            state = _state(folder, manifest) if manifest else "not prepared"
-        except UserError as error:
-            manifest, state = {}, f"broken: {error}"
-        if manifest:
-            counts = {split: entry.get("rows") for split, entry in _entries(manifest).items()}
-        rows.append(
-            {
-                "name": known.name,
-                "about": known.about,
-                "rows": ", ".join(f"{split} {count:,}" for split, count in counts.items() if isinstance(count, int)),
-                "state": state,
-                "where": str(folder) if manifest else known.command,
-            }
-        )
+            if manifest := read_manifest(folder):
+                state = _state(folder, manifest)
+        except UserError as error:  # a broken set does not hide the others from a list
+            state = f"broken: {error}"
+        counts = {split: entry.get("rows") for split, entry in _entries(manifest).items()} if manifest else known.rows
+        listed = ", ".join(f"{split} {count:,}" for split, count in counts.items() if isinstance(count, int))
+        where = str(folder) if manifest else known.command
+        rows.append({"name": known.name, "about": known.about, "rows": listed, "state": state, "where": where})
     return rows
 
 

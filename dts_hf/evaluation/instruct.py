@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
+from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
@@ -142,12 +141,6 @@ def generation_settings(protocol: Protocol, batch_size: int, seed: int | None = 
         seed=protocol.seeds[0] if seed is None else seed,
         no_repeat_ngram_size=protocol.no_repeat_ngram_size,
     )
-
-
-def rows_digest(rows: Sequence[Row]) -> str:
-    """Digest of what is asked and what counts as right, in order."""
-    content = [[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:

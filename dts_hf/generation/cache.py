@@ -14,7 +14,10 @@ CACHE_BLOCK = 32  # columns by which a key-value buffer grows
 def growing_cache(config: Any) -> DynamicCache:
     """An empty cache for a model of this configuration; layers of another kind than full attention stay as they are."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
+        for layer in cache.layers
+    ]
     return cache
 
 

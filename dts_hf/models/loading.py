@@ -243,8 +243,8 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
     """
     options = {**_from_hub(teacher), "quantization": teacher.quantization}
     model = load_model(teacher.model, key="teacher.model", dtype=teacher.dtype, **options)
-    model.requires_grad_(False)
-    return model.eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module:
