@@ -148,6 +148,7 @@ def resolve_set(
     split = split or known.split
     try:
         entry = manifest["files"][split]
+        # The name alone: a manifest is data, and must not point out of its folder
         path, rows, digest = folder / Path(entry["file"]).name, int(entry["rows"]), entry["sha256"]
     except (KeyError, TypeError, ValueError):
         splits = list(_entries(manifest))
@@ -157,6 +158,7 @@ def resolve_set(
         ) from None
     if not path.is_file():
         raise UserError(f"{path}: this file of the prepared set {name} is missing. Prepare it again: {known.command}")
+    # A set is compared with published numbers: one row more or less, and the comparison is worth nothing
     if (actual := file_sha256(path)) != digest:
         raise UserError(
             f"{path}: the file was changed since it was prepared: sha256 {actual}, expected {digest}."

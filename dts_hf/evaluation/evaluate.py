@@ -90,6 +90,7 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     if folder is not None:
         folder.check(identity)
 
+    # In this order: refuse what can be refused, load, compare the model too, and only then touch the folder
     answerer = _load_answerer(source.location, dtype, options.backend, device)
     if folder is not None:
         folder.open({**identity, "model": answerer.digest})

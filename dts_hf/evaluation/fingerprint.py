@@ -44,6 +44,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         template: name of the prompt template. One that writes its special tokens itself is the tokenizer's chat
             template; under another one only the tokens that the tokenizer puts before a text matter.
     """
+    # Not the path, and not the padding: the same tokenizer in another folder, or with another pad token, gives one text
     written = get_template(template).writes_special_tokens
     parts = [
         sorted(tokenizer.get_vocab().items()),
@@ -70,6 +71,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def files_digest(source: str) -> str:
     """Digest of a model by name, and for a folder by the names, sizes and times of its files: it is not loaded here."""
+    # The engine has the weights in a process of its own, and reading gigabytes here to hash them would take minutes
     files = sorted(Path(source).iterdir()) if Path(source).is_dir() else []
     listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
     return digest_of([source, listed])

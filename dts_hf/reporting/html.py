@@ -149,6 +149,7 @@ def headlines(facts: Facts) -> list[Headline]:
 def _first_answers(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
     first: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in rows:
+        # Seeds in the order in which they were answered: the first one stands for all
         first.setdefault((str(row.get("set", "")), str(row.get("id", ""))), row)
     return first
 
@@ -175,5 +176,6 @@ def _format_interval(facts: Facts) -> str:
     return "; ".join(parts)
 
 
+# One file that can be mailed: pictures beside it would be lost, and fetched ones would tell where it is opened
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -98,6 +98,7 @@ def card_data(facts: Facts) -> Any:
     policy, loss = temperature(facts)[0], divergence(facts)[0]
     kind = [f"glue-{facts.task['subset']}"] if facts.task else []
     tags = ["dts_hf", *kind, *(["knowledge-distillation", policy, loss] if facts.learns_from_teacher else [])]
+    # The Hub draws its tree of models from this and refuses a card with a name that is none, such as a local folder's
     base_model = hub_id(_origin(facts))
     results = eval_results(facts)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter(facts) else "finetune"}
@@ -119,6 +120,7 @@ def eval_results(facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     protocol = facts.metrics.get("protocol") or {}
+    # Beside each score, because the Hub puts scores of many cards into one table
     shown = {key: protocol[key] for key in ("fingerprint", "template", "max_new_tokens") if key in protocol}
     results = []
     for set_name in facts.sets:
@@ -278,6 +280,7 @@ def example_prompt(facts: Facts) -> str | None:
     from dts_hf.data.rows import Row
 
     row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)
+    # As a Python literal: quotes and line breaks of the template cannot end the string of the example
     return repr(get_template(name).render(row, cast(Any, None)))  # these templates ask no tokenizer
 
 

@@ -79,6 +79,7 @@ def curve(records: Sequence[Mapping[str, Any]], key: str, kind: str = "train") -
     for record in records:
         if record.get("kind") == kind and "step" in record:
             step, value = float(record["step"]), number(record.get(key))
+            # Another record of the same step may hold other columns: it does not make a hole in this one
             if key in record or step not in found:
                 found[step] = math.nan if value is None else value
     steps = sorted(found)
@@ -94,6 +95,7 @@ def write_figures(run: RunDirectory) -> list[Path]:
             path.unlink(missing_ok=True)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Never half a picture where a card points to one: a report is also written while a run goes on
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_bytes(drawing.png())
         os.replace(temporary, path)
@@ -298,7 +300,7 @@ def moving_mean(values: Sequence[float]) -> list[float]:
 
     It stays symmetric, because a one-sided mean would bend a falling line upwards before every hole.
     """
-    most = max(1, len(values) // 40)
+    most = max(1, len(values) // 40)  # on either side
     means = []
     for index, value in enumerate(values):
         window = [value]

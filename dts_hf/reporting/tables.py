@@ -152,6 +152,7 @@ def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: 
             if all(value is None for value in values):
                 continue
             before, after = values[1:]
+            # A run with one set need not say its name in every line
             label = measure.label + (f", {set_name}" if set_name and len(facts.sets) > 1 else "")
             lines.append(
                 Line(
@@ -220,4 +221,5 @@ def markdown_scores(facts: Facts) -> str:
     for line in lines:
         unit = f" ({line.measure.unit})" if line.measure.unit else ""
         rows.append([line.label + unit, *line.cells, line.change_text, line.measure.better])
+    # A column's name may hold a bar (a set's name is a file's), which would start another cell
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
