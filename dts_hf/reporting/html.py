@@ -74,6 +74,7 @@ def render_html(run: RunDirectory) -> str:
         intervals=_format_interval(facts),
         teacher_is_reference=teacher_is_reference(facts),
         figures=[
+            # Drawn twice, because an image in a page cannot ask for the reader's colour scheme
             (light, _data_uri(light.png()) if light.figure else "", _data_uri(dark.png()) if dark.figure else "")
             for light, dark in zip(draw(facts, LIGHT), draw(facts, DARK), strict=True)
         ],
@@ -95,6 +96,7 @@ def choose_samples(facts: Facts, count: int = SAMPLES) -> tuple[list[Sample], in
     if facts.task:  # a class has nothing to be read side by side
         return [], 0
     by_model = {model: _first_answers(facts.predictions.get(model) or []) for model in MODELS}
+    # The student after training where it has answers, else whoever comes before: sorted by what the page is about
     lead = next((by_model[model] for model in reversed(MODELS) if by_model[model]), {})
     order = sorted(lead, key=lambda key: (-(number(lead[key].get("rougeL")) or 0.0), key))
     spread = [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)] if len(order) > count else order

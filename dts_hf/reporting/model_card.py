@@ -68,6 +68,7 @@ def render_model_card(run: RunDirectory) -> str:
         protocol=facts.metrics.get("protocol") or {},
         limits=limits(facts),
     )
+    # Parsed once more: metadata that the Hub would refuse fail here, and not after an upload
     return str(ModelCard(text).content)
 
 
@@ -241,6 +242,7 @@ def limits(facts: Facts) -> list[str]:
     found = ["One training run with one seed: another seed gives other numbers, and their spread was not measured."]
     counts = [(name, n) for name in facts.sets if (n := facts.rows_in(name))]
     source = "its teacher" if facts.learns_from_teacher else "the model that gave it its first weights"
+    # For people who meet the model without its makers: what a licence or a safety test would need is not known here
     inherits = f"The student inherits the errors and biases of {source} and of its data."
     licence = f"Its licence follows from that of {source} and from that of the data; `dts_hf` does not set one."
     protocol = facts.metrics.get("protocol") or {}

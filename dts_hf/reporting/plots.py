@@ -203,7 +203,7 @@ def draw_rouge(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     final = measure.value(facts, "student", set_name)
     if during.empty and final is None:
         return Drawing("rouge", title, "", None, "No answers were generated, so there is no ROUGE-L to draw.")
-    last = _last_step(facts)
+    last = _last_step(facts)  # the final score stands there, whatever was logged last
     figure, (axis,) = _panels([1], theme)
     shown = list(during.values)
     for model, colour, style in (("teacher", theme.orange, "--"), ("student_before", theme.purple, ":")):
@@ -273,6 +273,7 @@ def _panels(heights: Sequence[int], theme: Theme) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(6.0, 1.2 + 1.95 * len(heights)), layout="constrained", facecolor=theme.background)
+    # One x axis for all panels: a jump of the gap is found above as one of the temperature
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
     for axis in axes:
         axis.set_facecolor(theme.background)
@@ -322,6 +323,7 @@ def _room(axis: Axes, values: Sequence[float], floor: float | None = None, ceili
     """Set the y range: from ``floor`` if all data lie above it, with some air, never hair-thin around a constant."""
     finite = [value for value in values if not math.isnan(value)]
     low, high = min(finite), max(finite)
+    # Without the last two a policy that holds its temperature would be drawn as noise of the last bits
     air = max(0.08 * (high - low), 0.1 * abs(high), 0.05)
     bottom, top = low - air, high + air
     if floor is not None and low >= floor:

@@ -48,6 +48,7 @@ class Measure:
     def spread(self, facts: Facts, model: str, set_name: str) -> float | None:
         """Standard deviation over seeds, where more than one seed was generated."""
         entry = facts.model(model).get("sets", {}).get(set_name, {}) if self.where == "set" else {}
+        # Of one seed there is no spread, which is not the same as a spread of 0
         if len(entry.get("seeds") or ()) < 2:
             return None
         value = number((entry.get(self.key) or {}).get("sd"))
