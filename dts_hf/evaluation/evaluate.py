@@ -7,7 +7,7 @@ stopped (``output_folder.py``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +31,6 @@ from dts_hf.generation.vllm_backend import check_vllm_settings, load_vllm, vllm_
 from dts_hf.models.loading import load_model, load_tokenizer
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-
-
-class _Source(NamedTuple):
-    """What is evaluated: ``name`` as it was given, ``location`` of the weights, and the recipe where it is a run."""
-
-    name: str
-    location: str
-    recipe: Recipe | None
 
 
 class _Answerer(NamedTuple):
@@ -69,13 +61,12 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     """
     options = options or EvaluationOptions()
     # All that can be wrong shows before the model is loaded
-    source = _find(model)
-    protocol = _choose_protocol(source.recipe, options)
-    rows = _load_rows(source, options)
-    recipe = source.recipe
+    location, recipe = _find(model)
+    protocol = _choose_protocol(recipe, options)
+    rows = _load_rows(model, recipe, options)
     dtype = options.dtype or (recipe and (recipe.evaluation.dtype or recipe.student.dtype)) or "float32"
     device = _join_processes()
-    tokenizer = load_tokenizer(source.location, key="model")
+    tokenizer = load_tokenizer(location, key="model")
     # vLLM batches as it likes, so the batch size says nothing about its text
     batch_size = None if protocol.backend == "vllm" else batch_size_that_matters([dtype], options.batch_size)
     described = {**describe_protocol(protocol, tokenizer), "dtype": dtype}
@@ -91,11 +82,13 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
         folder.check(identity)
 
     # In this order: refuse what can be refused, load, compare the model too, and only then touch the folder
-    answerer = _load_answerer(source.location, dtype, options.backend, device)
+    answerer = _load_answerer(location, dtype, options.backend, device)
     if folder is not None:
         folder.open({**identity, "model": answerer.digest})
     if process()[0] == 0:
-        _announce(source, protocol, rows, dtype)
+        say(f"{model}: {', '.join(rows)} under the protocol {protocol.name}, weights in {dtype}")
+        if recipe is not None and VALIDATION in rows and recipe.data.responses == "teacher":
+            say("The run's own scores are against the teacher's answers, these are against the data's")
     scores: dict[str, Any] = {}
     for name, of_set in rows.items():
         answers = None if folder is None else folder.answer_file(name)
@@ -124,10 +117,10 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     return metrics
 
 
-def _find(model: str) -> _Source:
-    """Tell a run directory from a model, and find the run's student."""
+def _find(model: str) -> tuple[str, Recipe | None]:
+    """Where the weights are, and the recipe where ``model`` is a run directory and no model itself."""
     if not (Path(model) / "recipe.yaml").is_file():
-        return _Source(model, model, None)
+        return model, None
     run = RunDirectory.open(model)
     recipe = run.read_recipe()
     if not run.final_path.is_dir():
@@ -136,7 +129,7 @@ def _find(model: str) -> _Source:
         )
     if recipe.task is not None:
         raise UserError(f"{model}: this run classifies ({recipe.task.subset}): its scores are in {run.metrics_path}")
-    return _Source(model, str(run.final_path), recipe)
+    return str(run.final_path), recipe
 
 
 def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Protocol:
@@ -154,10 +147,9 @@ def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Proto
     return protocol
 
 
-def _load_rows(source: _Source, options: EvaluationOptions) -> dict[str, list[Row]]:
+def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) -> dict[str, list[Row]]:
     """The rows of each set, by name."""
     rows = load_sets(options.sets, options.rows, options.data_dir, key="--sets")
-    recipe = source.recipe
     split = recipe.data.validation_split if recipe else "validation"
     if options.data is not None:
         name = _set_name(options.data)
@@ -167,7 +159,7 @@ def _load_rows(source: _Source, options: EvaluationOptions) -> dict[str, list[Ro
     if not rows:
         if recipe is None or recipe.data.validation is None:
             raise UserError(
-                f"evaluate: {source.name!r} is no run directory with validation rows; say which: --sets NAME,NAME or "
+                f"evaluate: {model!r} is no run directory with validation rows; say which: --sets NAME,NAME or "
                 "--data FILE"
             )
         limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
@@ -197,9 +189,3 @@ def _load_answerer(location: str, dtype: str, backend: str, device: torch.device
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = model_digest(model)
     return _Answerer(model.to(device), generate, parameters, digest)  # type: ignore[arg-type]
-
-
-def _announce(source: _Source, protocol: Protocol, rows: Mapping[str, Sequence[Row]], dtype: str) -> None:
-    say(f"{source.name}: {', '.join(rows)} under the protocol {protocol.name}, weights in {dtype}")
-    if source.recipe is not None and VALIDATION in rows and source.recipe.data.responses == "teacher":
-        say("The run's own scores are against the teacher's answers, these are against the data's")
