@@ -17,8 +17,8 @@ from dts_hf.console import say
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import parameter_count
+from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.glue import TASK_METRICS, headline
-from dts_hf.evaluation.instruct import rows_digest
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings

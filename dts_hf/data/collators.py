@@ -56,6 +56,7 @@ class PaddedCollator(Collator):
         }
 
 
+@dataclass
 class PackedCollator(Collator):
     """Lay the rows of a batch one after the other in a single row, without padding.
 
@@ -73,8 +74,7 @@ class PackedCollator(Collator):
         each row is -100: after the shift it would be predicted from the row before.
     """
 
-    def __init__(self, cu_seqlens: bool = False) -> None:
-        self.cu_seqlens = cu_seqlens
+    cu_seqlens: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [i for example in examples for i in example["input_ids"]]

@@ -40,10 +40,7 @@ def load_rows(source: str | Path, *, split: str = "train", limit: int | None = N
     """
     files = source_files(source, split=split)
     records = _hub_records(str(source), split) if files is None else _file_records(files)
-    rows = _unique(islice(records, limit))
-    if not rows:
-        raise UserError(f"{source}: there are no rows in it; expected rows {ROW_FORMAT}")
-    return rows
+    return _unique(islice(records, limit), source)
 
 
 def load_many(
@@ -86,10 +83,7 @@ def rows_from_dataset(dataset: Iterable[Any], name: str = "dataset") -> list[Row
             where = f"{name}: row {k}"
             yield (obj if isinstance(obj, Row) else parse_row(obj, where, f"{name}-{k}")), where
 
-    rows = _unique(records())
-    if not rows:
-        raise UserError(f"{name}: there are no rows in it; expected rows {ROW_FORMAT}")
-    return rows
+    return _unique(records(), name)
 
 
 def source_files(source: str | Path, *, split: str = "train") -> list[Path] | None:
@@ -203,8 +197,8 @@ def hub_objects(name: str, split: str) -> Iterator[tuple[str, str, Any]]:
         yield f"{path.replace('/', '-')}-{number}", where, obj
 
 
-def _unique(records: Iterator[tuple[Row, str]]) -> list[Row]:
-    """Return the rows; two rows with one id are an error that names both places."""
+def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> list[Row]:
+    """The rows; two with one id are an error that names both places, and so are none where ``source`` must have some."""
     places: dict[str, str] = {}
     rows = []
     for row, where in records:
@@ -212,6 +206,8 @@ def _unique(records: Iterator[tuple[Row, str]]) -> list[Row]:
             raise UserError(f"{where}: the id '{row.id}' is already used by {places[row.id]}; ids must be unique")
         places[row.id] = where
         rows.append(row)
+    if source is not None and not rows:
+        raise UserError(f"{source}: there are no rows in it; expected rows {ROW_FORMAT}")
     return rows
 
 

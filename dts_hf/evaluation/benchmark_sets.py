@@ -56,38 +56,19 @@ def _glue(task: str, about: str, train: int, **validation: int) -> KnownSet:
 KNOWN_SETS: dict[str, KnownSet] = {
     known.name: known
     for known in (
-        KnownSet(
-            "dolly",
-            "Dolly (DollyEval)",
-            "dolly.py",
-            {"train": 11_435, "valid": 1_000, "test": 500},
-        ),
+        KnownSet("dolly", "Dolly (DollyEval)", "dolly.py", {"train": 11_435, "valid": 1_000, "test": 500}),
         KnownSet("self_instruct", "Self-Instruct (SelfInst)", "self_instruct.py", {"test": 242}),
         KnownSet("vicuna", "Vicuna questions (VicunaEval)", "vicuna.py", {"test": 80}),
         KnownSet(
-            "s_ni",
-            "Super-NaturalInstructions [11, inf) (S-NI)",
-            "super_natural_instructions.py",
-            {"test": 1_694},
+            "s_ni", "Super-NaturalInstructions [11, inf) (S-NI)", "super_natural_instructions.py", {"test": 1_694}
         ),
-        KnownSet(
-            "unni",
-            "Unnatural Instructions [11, inf) (UnNI)",
-            "unnatural_instructions.py",
-            {"test": 10_000},
-        ),
+        KnownSet("unni", "Unnatural Instructions [11, inf) (UnNI)", "unnatural_instructions.py", {"test": 10_000}),
         _glue("cola", "acceptability: Matthews", 8_551, validation=1_043),
         _glue("sst2", "sentiment: accuracy", 67_349, validation=872),
         _glue("mrpc", "paraphrase: F1, accuracy", 3_668, validation=408),
         _glue("stsb", "similarity: Pearson, Spearman", 5_749, validation=1_500),
         _glue("qqp", "same question: F1, accuracy", 363_846, validation=40_430),
-        _glue(
-            "mnli",
-            "entailment: accuracy",
-            392_702,
-            validation_matched=9_815,
-            validation_mismatched=9_832,
-        ),
+        _glue("mnli", "entailment: accuracy", 392_702, validation_matched=9_815, validation_mismatched=9_832),
         _glue("qnli", "answer in sentence: accuracy", 104_743, validation=5_463),
         _glue("rte", "entailment: accuracy", 2_490, validation=277),
         _glue("wnli", "pronouns: accuracy", 635, validation=71),
@@ -167,6 +148,7 @@ def resolve_set(
     split = split or known.split
     try:
         entry = manifest["files"][split]
+        # The name alone: a manifest is data, and must not point out of its folder
         path, rows, digest = folder / Path(entry["file"]).name, int(entry["rows"]), entry["sha256"]
     except (KeyError, TypeError, ValueError):
         splits = list(_entries(manifest))
@@ -176,6 +158,7 @@ def resolve_set(
         ) from None
     if not path.is_file():
         raise UserError(f"{path}: this file of the prepared set {name} is missing. Prepare it again: {known.command}")
+    # A set is compared with published numbers: one row more or less, and the comparison is worth nothing
     if (actual := file_sha256(path)) != digest:
         raise UserError(
             f"{path}: the file was changed since it was prepared: sha256 {actual}, expected {digest}."
@@ -194,28 +177,22 @@ def list_sets(data_dir: str | Path | None = None) -> list[dict[str, str]]:
     rows = []
     for known in KNOWN_SETS.values():
         folder = data_folder(data_dir) / known.name
-        counts: Mapping[str, object] = known.rows
+        manifest: dict[str, Any] = {}
+        state = "not prepared"
         try:
-            manifest = read_manifest(folder)
-            state = _state(folder, manifest) if manifest else "not prepared"
-        except UserError as error:
-            manifest, state = {}, f"broken: {error}"
-        if manifest:
-            counts = {split: entry.get("rows") for split, entry in _entries(manifest).items()}
-        rows.append(
-            {
-                "name": known.name,
-                "about": known.about,
-                "rows": ", ".join(f"{split} {count:,}" for split, count in counts.items() if isinstance(count, int)),
-                "state": state,
-                "where": str(folder) if manifest else known.command,
-            }
-        )
+            if manifest := read_manifest(folder):
+                state = _state(folder, manifest)
+        except UserError as error:  # a broken set does not hide the others from a list
+            state = f"broken: {error}"
+        counts = {split: entry.get("rows") for split, entry in _entries(manifest).items()} if manifest else known.rows
+        listed = ", ".join(f"{split} {count:,}" for split, count in counts.items() if isinstance(count, int))
+        where = str(folder) if manifest else known.command
+        rows.append({"name": known.name, "about": known.about, "rows": listed, "state": state, "where": where})
     return rows
 
 
 def _entries(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """split -> {file, rows, bytes, sha256}; what is no such entry is left out."""
+    """The entries {file, rows, bytes, sha256} by split; what is no such entry is left out."""
     files = manifest.get("files")
     listed = files.items() if isinstance(files, Mapping) else ()
     return {str(split): entry for split, entry in listed if isinstance(entry, Mapping)}

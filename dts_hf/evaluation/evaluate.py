@@ -7,9 +7,9 @@ stopped (``output_folder.py``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,9 @@ from dts_hf.data.sources import load_rows
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
-from dts_hf.evaluation.fingerprint import describe_protocol, files_digest, model_digest
+from dts_hf.evaluation.fingerprint import describe_protocol, files_digest, model_digest, rows_digest
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load_sets, protocol_of
-from dts_hf.evaluation.instruct import evaluate_instruct, generation_settings, rows_digest
+from dts_hf.evaluation.instruct import evaluate_instruct, generation_settings
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.evaluation.output_folder import OutputFolder
 from dts_hf.evaluation.protocol import Protocol, get_protocol
@@ -31,17 +31,6 @@ from dts_hf.generation.vllm_backend import check_vllm_settings, load_vllm, vllm_
 from dts_hf.models.loading import load_model, load_tokenizer
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-class _Source(NamedTuple):
-    """What is evaluated: ``name`` as it was given, ``location`` of the weights, and the recipe where it is a run."""
-
-    name: str
-    location: str
-    recipe: Recipe | None
 
 
 class _Answerer(NamedTuple):
@@ -72,46 +61,66 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     """
     options = options or EvaluationOptions()
     # All that can be wrong shows before the model is loaded
-    source = _find(model)
-    protocol = _choose_protocol(source.recipe, options)
-    rows = _load_rows(source, options)
-    dtype = options.dtype or _dtype_of(source.recipe)
+    location, recipe = _find(model)
+    protocol = _choose_protocol(recipe, options)
+    rows = _load_rows(model, recipe, options)
+    dtype = options.dtype or (recipe and (recipe.evaluation.dtype or recipe.student.dtype)) or "float32"
     device = _join_processes()
-    tokenizer = load_tokenizer(source.location, key="model")
-    described = _describe(protocol, tokenizer, dtype, options.batch_size)
-    identity = _identity(described, rows)
+    tokenizer = load_tokenizer(location, key="model")
+    # vLLM batches as it likes, so the batch size says nothing about its text
+    batch_size = None if protocol.backend == "vllm" else batch_size_that_matters([dtype], options.batch_size)
+    described = {**describe_protocol(protocol, tokenizer), "dtype": dtype}
+    # What the answers depend on, but for the model, which is not loaded yet. The name is only a name: a protocol spelt
+    # out option by option is the same evaluation
+    identity = {
+        "protocol": {key: value for key, value in described.items() if key != "name"},
+        "batch_size": batch_size,
+        "rows": {name: rows_digest(of_set) for name, of_set in rows.items()},
+    }
     folder = None if options.output is None else OutputFolder(options.output, options.overwrite)
     if folder is not None:
         folder.check(identity)
 
-    answerer = _load_answerer(source.location, dtype, options.backend, device)
+    # In this order: refuse what can be refused, load, compare the model too, and only then touch the folder
+    answerer = _load_answerer(location, dtype, options.backend, device)
     if folder is not None:
         folder.open({**identity, "model": answerer.digest})
     if process()[0] == 0:
-        _announce(source, protocol, rows, dtype)
-    scores = {
-        name: _answer_set(answerer, tokenizer, name, of_set, protocol, options.batch_size, folder)
-        for name, of_set in rows.items()
-    }
-
+        say(f"{model}: {', '.join(rows)} under the protocol {protocol.name}, weights in {dtype}")
+        if recipe is not None and VALIDATION in rows and recipe.data.responses == "teacher":
+            say("The run's own scores are against the teacher's answers, these are against the data's")
+    scores: dict[str, Any] = {}
+    for name, of_set in rows.items():
+        answers = None if folder is None else folder.answer_file(name)
+        result = evaluate_instruct(
+            answerer.model,
+            tokenizer,
+            of_set,
+            protocol,
+            batch_size=options.batch_size,
+            set_name=name,
+            progress=name,
+            answers=answers,
+            all_processes=True,
+            answer=answerer.generate,
+        )
+        if folder is not None and answers is not None:
+            folder.finish_set(answers, result.predictions)
+        scores[name] = result.scores
     if folder is not None:
         scores = {**folder.earlier_scores(), **scores}
-    entry = {"parameters": answerer.parameters, "sets": scores}
-    metrics = {
-        "format": 1,
-        "source": model,
-        "protocol": described,
-        "models": {"model" if source.recipe is None else "student": entry},
-    }
+    models = {"model" if recipe is None else "student": {"parameters": answerer.parameters, "sets": scores}}
+    protocol_entry = {**described, "batch_size": batch_size}
+    metrics = {"format": 1, "source": model, "protocol": protocol_entry, "models": models}
     if folder is not None:
         folder.write_metrics(metrics)
     return metrics
 
 
-def _find(model: str) -> _Source:
-    """Tell a run directory from a model, and find the run's student."""
+def _find(model: str) -> tuple[str, Recipe | None]:
+    """Where the weights are, and the recipe where ``model`` is a run directory and no model itself."""
     if not (Path(model) / "recipe.yaml").is_file():
-        return _Source(model, model, None)
+        return model, None
     run = RunDirectory.open(model)
     recipe = run.read_recipe()
     if not run.final_path.is_dir():
@@ -120,7 +129,7 @@ def _find(model: str) -> _Source:
         )
     if recipe.task is not None:
         raise UserError(f"{model}: this run classifies ({recipe.task.subset}): its scores are in {run.metrics_path}")
-    return _Source(model, str(run.final_path), recipe)
+    return str(run.final_path), recipe
 
 
 def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Protocol:
@@ -138,10 +147,9 @@ def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Proto
     return protocol
 
 
-def _load_rows(source: _Source, options: EvaluationOptions) -> dict[str, list[Row]]:
+def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) -> dict[str, list[Row]]:
     """The rows of each set, by name."""
     rows = load_sets(options.sets, options.rows, options.data_dir, key="--sets")
-    recipe = source.recipe
     split = recipe.data.validation_split if recipe else "validation"
     if options.data is not None:
         name = _set_name(options.data)
@@ -151,7 +159,7 @@ def _load_rows(source: _Source, options: EvaluationOptions) -> dict[str, list[Ro
     if not rows:
         if recipe is None or recipe.data.validation is None:
             raise UserError(
-                f"evaluate: {source.name!r} is no run directory with validation rows; say which: --sets NAME,NAME or "
+                f"evaluate: {model!r} is no run directory with validation rows; say which: --sets NAME,NAME or "
                 "--data FILE"
             )
         limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
@@ -165,10 +173,6 @@ def _set_name(data: str) -> str:
     return next(filter(None, reversed(plain)), "data")
 
 
-def _dtype_of(recipe: Recipe | None) -> str:
-    return "float32" if recipe is None else recipe.evaluation.dtype or recipe.student.dtype or "float32"
-
-
 def _join_processes() -> torch.device:
     """Join the processes of a launcher (``torchrun``, ``accelerate launch``), if there are any, and take a device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -178,22 +182,6 @@ def _join_processes() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _describe(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, dtype: str, batch_size: int) -> dict[str, Any]:
-    """The entry ``protocol`` of ``metrics.json``."""
-    # vLLM batches as it likes, so the batch size says nothing about its text
-    matters = None if protocol.backend == "vllm" else batch_size_that_matters([dtype], batch_size)
-    return {**describe_protocol(protocol, tokenizer), "dtype": dtype, "batch_size": matters}
-
-
-def _identity(described: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """What the answers depend on, but for the model; see ``OutputFolder``."""
-    return {
-        "protocol": {key: value for key, value in described.items() if key not in ("name", "batch_size")},
-        "batch_size": described["batch_size"],
-        "rows": {name: rows_digest(of_set) for name, of_set in rows.items()},
-    }
-
-
 def _load_answerer(location: str, dtype: str, backend: str, device: torch.device) -> _Answerer:
     if backend == "vllm":
         return _Answerer(load_vllm(location, dtype), vllm_generate, None, files_digest(location))
@@ -201,37 +189,3 @@ def _load_answerer(location: str, dtype: str, backend: str, device: torch.device
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = model_digest(model)
     return _Answerer(model.to(device), generate, parameters, digest)  # type: ignore[arg-type]
-
-
-def _announce(source: _Source, protocol: Protocol, rows: Mapping[str, Sequence[Row]], dtype: str) -> None:
-    say(f"{source.name}: {', '.join(rows)} under the protocol {protocol.name}, weights in {dtype}")
-    if source.recipe is not None and VALIDATION in rows and source.recipe.data.responses == "teacher":
-        say("The run's own scores are against the teacher's answers, these are against the data's")
-
-
-def _answer_set(
-    answerer: _Answerer,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    rows: Sequence[Row],
-    protocol: Protocol,
-    batch_size: int,
-    folder: OutputFolder | None,
-) -> dict[str, Any]:
-    """Answer one set and return its scores; the answers go into ``folder`` as they are made."""
-    answers = None if folder is None else folder.answer_file(name)
-    result = evaluate_instruct(
-        answerer.model,
-        tokenizer,
-        rows,
-        protocol,
-        batch_size=batch_size,
-        set_name=name,
-        progress=name,
-        answers=answers,
-        all_processes=True,
-        answer=answerer.generate,
-    )
-    if folder is not None and answers is not None:
-        folder.finish_set(answers, result.predictions)
-    return result.scores

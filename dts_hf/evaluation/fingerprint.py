@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts_hf.data.prompt_templates import get_template, leading_special_ids
+from dts_hf.data.rows import Row
 from dts_hf.evaluation.protocol import Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def digest_of(values: Any) -> str:
+    """Sixteen hexadecimal digits that stand for ``values``, which JSON can hold; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Digest of what is asked and what counts as right, in order."""
+    return digest_of([[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows])
 
 
 def describe_protocol(protocol: Protocol, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -21,8 +33,7 @@ def describe_protocol(protocol: Protocol, tokenizer: PreTrainedTokenizerBase) ->
     (in fp32; see ``generation.engine.generate``).
     """
     described = {"tokenizer": tokenizer_digest(tokenizer, protocol.template), **protocol.values()}
-    text = json.dumps(described, sort_keys=True)
-    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "name": protocol.name, **described}
+    return {"fingerprint": digest_of(described), "name": protocol.name, **described}
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
@@ -33,13 +44,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         template: name of the prompt template. One that writes its special tokens itself is the tokenizer's chat
             template; under another one only the tokens that the tokenizer puts before a text matter.
     """
+    # Not the path, and not the padding: the same tokenizer in another folder, or with another pad token, gives one text
     written = get_template(template).writes_special_tokens
     parts = [
         sorted(tokenizer.get_vocab().items()),
         tokenizer.eos_token_id,
         tokenizer.chat_template if written else leading_special_ids(tokenizer),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(parts)
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -50,6 +62,7 @@ def model_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps([config, stops], sort_keys=True).encode())
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()
+        # A thousand values of each weight: training moves all of them, and the whole of a large model would take minutes
         sample = values[:: max(1, len(values) // 1024)].float().cpu().numpy()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.tobytes())
@@ -58,6 +71,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def files_digest(source: str) -> str:
     """Digest of a model by name, and for a folder by the names, sizes and times of its files: it is not loaded here."""
+    # The engine has the weights in a process of its own, and reading gigabytes here to hash them would take minutes
     files = sorted(Path(source).iterdir()) if Path(source).is_dir() else []
     listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return hashlib.sha256(json.dumps([source, listed]).encode()).hexdigest()[:16]
+    return digest_of([source, listed])

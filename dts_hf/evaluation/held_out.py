@@ -27,11 +27,9 @@ def protocol_of(recipe: Recipe) -> Protocol:
         "no_repeat_ngram_size": evaluation.no_repeat_ngram_size,
         "seeds": evaluation.seeds,
     }
-    return (
-        custom_protocol(**values)
-        if evaluation.protocol is None
-        else get_protocol(evaluation.protocol).changed(**values)
-    )
+    if evaluation.protocol is None:
+        return custom_protocol(**values)
+    return get_protocol(evaluation.protocol).changed(**values)
 
 
 def load_sets(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
+from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
@@ -96,17 +95,20 @@ def evaluate_instruct(
                 "the weights are sharded over processes: call evaluate_instruct on all, with all_processes"
             )
     rank, world = process() if all_processes else (0, 1)
+    # The first process reads what is there, because another one may already see an answer that the first one does not:
+    # they must agree on what is missing, or a sharded model would be called unequally often
     known = on_first_process(lambda: {} if answers is None else answers.load(), rank, world)
     predictions: list[Prediction] = []
     for seed in protocol.runs:
         new: dict[Answer, Prediction] = {}
 
+        # `seed` and `new` as defaults: a closure would see those of the last pass
         def finished(place: int, generated: Generated, seed: int = seed, new: dict[Answer, Prediction] = new) -> None:
             row, prompt = questions[place]
             asked = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
             text = decode_answer(tokenizer, generated.tokens)
             new[Answer(seed, row.id)] = prediction = _prediction(row, asked, text, generated, set_name, seed)
-            if answers is not None:
+            if answers is not None:  # scored already: a score that is read back is the one that was shown
                 answers.append(prediction)
 
         answer_share(
@@ -142,12 +144,6 @@ def generation_settings(protocol: Protocol, batch_size: int, seed: int | None = 
         seed=protocol.seeds[0] if seed is None else seed,
         no_repeat_ngram_size=protocol.no_repeat_ngram_size,
     )
-
-
-def rows_digest(rows: Sequence[Row]) -> str:
-    """Digest of what is asked and what counts as right, in order."""
-    content = [[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answered_in(model: torch.nn.Module, autocast: str = "autocast") -> str:
@@ -206,6 +202,8 @@ def _scores(
         "rows_sha256": rows_digest([question.row for question in questions]),
         "seeds": list(protocol.seeds) if protocol.do_sample else [],
     }
+    # Means of each seed, then over seeds: papers report the mean of five runs and its spread, and the spread over all
+    # answers would be that of easy and hard prompts. Every seed answers the same rows, so the mean itself is the same
     per_seed = [_means(predictions[start : start + count]) for start in range(0, len(predictions), count)]
     return {**scores, **{measure: _spread([means[measure] for means in per_seed]) for measure in MEASURES}}
 

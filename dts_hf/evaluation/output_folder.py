@@ -60,6 +60,7 @@ class OutputFolder:
         answers.close()
         if self.world > 1:
             torch.distributed.barrier()  # the first process removes the files of the others: they must be closed
+        # Sorted and whole, in place of parts in the order in which rows ended; until this rename the parts are the truth
         if self.rank == 0:
             answers.finish(predictions)
 
@@ -81,6 +82,8 @@ class OutputFolder:
             raise UserError(f"--output: {self.path} is not empty and holds no evaluation; choose another folder")
         if self.overwrite or not file.is_file():
             return {}
+        # Answers of another protocol, model or row would be taken for these and scored with them: the text of an answer
+        # does not tell what it was an answer to
         before = json.loads(file.read_text(encoding="utf-8"))
         different = _differences(before, identity)
         if different:
@@ -114,8 +117,10 @@ class OutputFolder:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How the identities of two evaluations differ, in words. Sets that only one of them has are no difference."""
+    # Before the model is loaded only the rest can be compared, which refuses most folders without minutes of loading
     differences = ["another model"] if "model" in now and before["model"] != now["model"] else []
     old, new = before["protocol"], now["protocol"]
+    # The fingerprint says that something differs, the other entries say what
     differences += [
         f"{key} {old.get(key)}, now {new[key]}" for key in new if key != "fingerprint" and old.get(key) != new[key]
     ]

@@ -79,6 +79,7 @@ class Protocol:
         differences = [f"{key}={_text(value)}" for key, value in new.values().items() if value != before[key]]
         return _named(new, ", ".join([self.name, *differences]))
 
+    # What is written here is hashed into the fingerprint: a value that is not used must not make two protocols of one
     def values(self) -> dict[str, Any]:
         """What the scores depend on. Temperature and seeds of greedy text are None and empty: nothing is drawn."""
         return {

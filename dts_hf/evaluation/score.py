@@ -33,6 +33,8 @@ def score_file(path: str | Path) -> dict[str, Any]:
     for row in _read(Path(path)):
         passes.setdefault(row.set_name, {}).setdefault(row.seed, []).append(row)
 
+    # The mean over seeds of means over rows, as `evaluate` has it: with a row missing from one pass, the passes still
+    # count alike
     def scores(by_seed: dict[str, list[_Row]]) -> dict[str, Any]:
         each = [
             {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
@@ -21,8 +21,10 @@ class _StemOnceTokenizer(Tokenizer):
     """
 
     def __init__(self) -> None:
-        self._words = DefaultTokenizer(use_stemmer=False).tokenize
-        self._stem = functools.lru_cache(maxsize=1 << 17)(DefaultTokenizer(use_stemmer=True).tokenize)
+        self._words: Callable[[str], list[str]] = DefaultTokenizer(use_stemmer=False).tokenize
+        self._stem: Callable[[str], list[str]] = functools.lru_cache(maxsize=1 << 17)(
+            DefaultTokenizer(use_stemmer=True).tokenize
+        )
 
     def tokenize(self, text: str) -> list[str]:
         # Of a single word `rouge_score` makes a list of its stem, or an empty one

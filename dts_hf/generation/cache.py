@@ -14,7 +14,10 @@ CACHE_BLOCK = 32  # columns by which a key-value buffer grows
 def growing_cache(config: Any) -> DynamicCache:
     """An empty cache for a model of this configuration; layers of another kind than full attention stay as they are."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
+        for layer in cache.layers
+    ]
     return cache
 
 
@@ -42,12 +45,11 @@ class GrowingLayer(DynamicLayer):
     ``keys`` and ``values`` are the views [B, heads, L, width] of the columns in use.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._length = 0
-        self._buffers: tuple[Tensor, ...] = ()
+    _length = 0
+    _buffers: tuple[Tensor, ...] = ()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    # The signature is that of transformers, which hands other kinds of layers more than the states
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states [B, heads, new, width] behind those in use and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

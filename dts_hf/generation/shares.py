@@ -69,7 +69,7 @@ def answer_share(
                 [prompts[place] for place in todo],
                 settings,
                 eos_token_ids=stop_token_ids(model, tokenizer),
-                pad_token_id=_padding_id(tokenizer),
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,  # never attended to: any id does
                 row_keys=None if row_keys is None else [row_keys[place] for place in todo],
                 progress=None if rank or progress is None else progress + part,
                 on_finished=finished,
@@ -109,7 +109,12 @@ def rows_are_independent(model: Any) -> bool:
         return True  # another backend batches as it likes: there is nothing to keep equal
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
     # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
+<<<<<<< HEAD
     lowered = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu") or hasattr(model, "_original_forward")
+=======
+    autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+    lowered = autocast or hasattr(model, "_original_forward")
+>>>>>>> wip-s3
     return exact and not lowered and torch.get_float32_matmul_precision() == "highest"
 
 
@@ -119,10 +124,4 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> 
     ``<n>`` is a line break, as in MiniLLM's code.
     """
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-    return text.split("<|endoftext|>")[0].replace("<n>", "\n").strip()
-
-
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is never attended to: any id of the vocabulary does
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in ids if isinstance(token, int)), 0)
+    return text.split("<|endoftext|>", 1)[0].replace("<n>", "\n").strip()

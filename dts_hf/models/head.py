@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +160,10 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
     weight = cast(Tensor, module.weight)
     # Two rows that differ in their last token alone
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=weight.device) % weight.shape[0]
-    probe = _probe(model, ids, f"{role}: {name}")
-    logits, states, expected = probe.logits, probe.states, probe.expected
+    logits, returned, states, expected, backbone_states = _probe(model, ids, f"{role}: {name}")
     low_precision = {logits.dtype, weight.dtype} & {torch.bfloat16, torch.float16}
     tolerance = (5e-2 if low_precision else 1e-4) * float(logits.float().abs().max().clamp(min=1.0))
-    moved, apart = abs(float(probe.returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
+    moved, apart = abs(float(returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
     if moved or not apart <= tolerance:
         raise UserError(
             f"{role}: {name} changes its logits in a way that dts_hf does not know (largest difference "
@@ -174,22 +173,17 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
         raise UserError(
             f"{role}: {name} is not causal: its answer for one token depends on the tokens behind it, which are the labels"
         )
-    if not torch.allclose(probe.backbone_states.float(), states.float(), rtol=0.0, atol=tolerance):
+    if not torch.allclose(backbone_states.float(), states.float(), rtol=0.0, atol=tolerance):
         raise UserError(f"{role}: the backbone of {name} does not end in the states its head reads")
 
 
-class _Probe(NamedTuple):
-    """What ``check_head`` compares: ``returned`` and ``states`` ``[B, T, H]`` are of a forward with the loss in the head."""
+def _probe(model: nn.Module, ids: Tensor, name: str) -> tuple[Tensor, ...]:
+    """Run ``model`` on ``ids [B, T]`` three times: as it is, with a loss in its head, and without its head.
 
-    logits: Tensor
-    returned: Tensor
-    states: Tensor
-    expected: Tensor
-    backbone_states: Tensor
-
-
-def _probe(model: nn.Module, ids: Tensor, name: str) -> _Probe:
-    """Run ``model`` on ``ids [B, T]`` three times: as it is, with a loss in its head, and without its head."""
+    Returns:
+        its logits ``[B, T, V]``; what it returned for the loss; the states ``[B, T, H]`` that the loss saw, and the logits
+        that the head makes of them; the backbone's states ``[B, T, H]``.
+    """
     seen: list[Tensor] = []
 
     def loss(states: Tensor, head: Head) -> Tensor:
@@ -214,8 +208,7 @@ def _probe(model: nn.Module, ids: Tensor, name: str) -> _Probe:
         model.train(was_training)
     if not seen or returned.numel() != 1:
         raise UserError(f"{name} does not return what its output layer gives")
-    states, expected = seen[:2]
-    return _Probe(logits, returned, states, expected, backbone_states)
+    return logits, returned, *seen[:2], backbone_states
 
 
 def _check_kind(model: nn.Module, name: str) -> None:

@@ -112,53 +112,32 @@ def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrained
     """
     teacher = student = None
     if recipe.teacher is not None:
-        teacher = load_tokenizer(
-            recipe.teacher.tokenizer or recipe.teacher.model,
-            key="teacher.tokenizer" if recipe.teacher.tokenizer else "teacher.model",
-            revision=recipe.teacher.revision,
-            trust_remote_code=recipe.teacher.trust_remote_code,
-        )
+        name, key = recipe.teacher.model, "teacher.model"
+        if recipe.teacher.tokenizer:
+            name, key = recipe.teacher.tokenizer, "teacher.tokenizer"
+        teacher = load_tokenizer(name, key=key, **_from_hub(recipe.teacher))
     if recipe.student.model is not None:
-        student = load_tokenizer(
-            recipe.student.model,
-            key="student.model",
-            revision=recipe.student.revision,
-            trust_remote_code=recipe.student.trust_remote_code,
-        )
+        student = load_tokenizer(recipe.student.model, key="student.model", **_from_hub(recipe.student))
     return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
 
 
-def load_model(
-    name: str,
-    *,
-    key: str,
-    dtype: str = "float32",
-    revision: str | None = None,
-    quantization: str = "none",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def _from_hub(section: Student | Teacher) -> dict[str, Any]:
+    return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+
+
+def load_model(name: str, *, key: str, dtype: str = "float32", **options: Any) -> PreTrainedModel:
     """Load a causal language model from the Hub, a folder or a GGUF file (dequantised).
 
     Args:
         name: as ``ModelSource.resolve`` understands it.
         key: the recipe's key, for errors.
         dtype: torch's name of the type of the weights.
-        revision: branch, tag or commit on the Hub.
-        quantization: ``none``, ``8bit`` or ``4bit`` (bitsandbytes).
-        trust_remote_code: run Python code that comes with the model.
+        options: ``revision``, ``quantization`` and ``trust_remote_code``, as ``load_weights`` takes them.
 
     Raises:
         UserError: the name is unknown, the format is not safe (safetensors only), or bitsandbytes is missing.
     """
-    model, missing = load_weights(
-        AutoModelForCausalLM,
-        name,
-        key=key,
-        dtype=dtype,
-        revision=revision,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-    )
+    model, missing = load_weights(AutoModelForCausalLM, name, key=key, dtype=dtype, **options)
     if missing:  # transformers only warns, and makes them up at random
         raise UserError(
             f"{key}: the files of {name!r} lack {len(missing)} weights of {type(model).__name__}, among them "
@@ -211,10 +190,8 @@ def load_weights(
             )
     except Exception as error:
         # By name: safetensors, whose errors are of a kind of their own, belongs to transformers and not to us
-        if (
-            isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
-            or type(error).__name__ == "SafetensorError"
-        ):
+        known = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+        if known or type(error).__name__ == "SafetensorError":
             raise _not_loadable(key, name, error) from error
         raise
     model, found = loaded
@@ -251,11 +228,8 @@ def _bitsandbytes_config(quantization: str, dtype: str) -> Any:
 
 def _clear_quantised_mark(model: PreTrainedModel) -> None:
     """The dequantised weights are plain tensors; the leftover mark would make ``save_pretrained`` refuse them."""
-    for holder, name in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
+    marks = ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config"))
+    for holder, name in marks:
         if hasattr(holder, name):
             delattr(holder, name)
     setattr(model, "is_quantized", False)  # noqa: B010  (typed as a tensor or module by nn.Module)
@@ -267,15 +241,10 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
     Raises:
         UserError: it cannot be loaded.
     """
-    model = load_model(
-        teacher.model,
-        key="teacher.model",
-        dtype=teacher.dtype,
-        revision=teacher.revision,
-        quantization=teacher.quantization,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-    return model.requires_grad_(False).eval()
+    options = {**_from_hub(teacher), "quantization": teacher.quantization}
+    model = load_model(teacher.model, key="teacher.model", dtype=teacher.dtype, **options)
+    model.requires_grad_(False).eval()
+    return model
 
 
 def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module:
@@ -287,13 +256,7 @@ def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module
     if student.init is not None and teacher is not None:
         model: nn.Module = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
     else:
-        model = load_model(
-            str(student.model),
-            key="student.model",
-            dtype=student.dtype,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
-        )
+        model = load_model(str(student.model), key="student.model", dtype=student.dtype, **_from_hub(student))
     check_head(model, role="student")
     return model if student.lora is None else add_lora(model, student.lora)
 

@@ -301,9 +301,5 @@ def protocol_values(name: str) -> dict[str, Any]:
     if name not in PROTOCOLS:
         return {}
     protocol = PROTOCOLS[name]
-    return {
-        "max_new_tokens": protocol.max_new_tokens,
-        "do_sample": protocol.do_sample,
-        "no_repeat_ngram_size": protocol.no_repeat_ngram_size,
-        "seeds": list(protocol.seeds),
-    }
+    values = {key: getattr(protocol, key) for key in ("max_new_tokens", "do_sample", "no_repeat_ngram_size")}
+    return {**values, "seeds": list(protocol.seeds)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,10 +19,6 @@ from dts_hf.console import unusable_texts
 from dts_hf.errors import UserError
 from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, schema_problems, training_schema
 from dts_hf.recipe.yaml_files import dump_values, expand
-
-if TYPE_CHECKING:
-    pass
-
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -97,7 +97,7 @@ def is_local(value: str) -> bool:
         value.startswith((".", "/", "~", "\\"))
         or bool(re.match(r"[A-Za-z]:[\\/]", value))
         or value.endswith(_LOCAL_SUFFIXES)
-        or value.count("/") > 1
+        or value.count("/") > 1  # a name on the Hub has one at most
         or Path(value).exists()
     )
 
@@ -121,6 +121,8 @@ def publishable(value: Any) -> Any:
         return [publishable(item) for item in value]
     if not isinstance(value, str):
         return value
+    # What leaves the machine in a card or a page: home folders carry names of people, and projects those of customers.
+    # A path inside of the current folder stays, because who has the run has it too
     if re.match(r"(/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)", value):
         value = short_name(value)
     return masked(value)
@@ -243,6 +245,7 @@ def policy_facts(facts: Facts) -> Policy:
     options = {**options, **policy.describe()}
     document = " ".join((type(policy).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
     rule = DTS_RULES.get(str(options.get("rule")), "") if name == "dts" else document
+    # A policy that sets the weight may move it: its two ends are told. The policy is ours alone and thrown away after
     ratios = []
     for progress in (0.0, 1.0):
         policy.begin_step(progress)
@@ -265,6 +268,7 @@ def paper_link(paper: str | None) -> str | None:
 
 def teacher_is_reference(facts: Facts) -> bool:
     """Whether the teacher's answers are themselves the references (then its ROUGE-L says nothing about quality)."""
+    # Not all of them: below fp32 a near-tie may fall otherwise in another batch
     rows = facts.predictions.get("teacher") or []
     same = sum(
         row.get("prediction", "").strip() in {str(r).strip() for r in row.get("references", ())} for row in rows
@@ -287,6 +291,7 @@ def interval(facts: Facts, model: str, set_name: str) -> float | None:
         score = number(row.get("rougeL"))
         if row.get("set", set_name) == set_name and score is not None:
             by_prompt.setdefault(str(row.get("id")), []).append(points(score))
+    # Prompts are the independent draws, not answers: five samples of one prompt say little more than one about others
     means = [sum(scores) / len(scores) for scores in by_prompt.values()]
     if len(means) < 2:
         return None

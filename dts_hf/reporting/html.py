@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from dts_hf.recipe.yaml_files import dump_values
 from dts_hf.reporting.facts import (
     MODEL_LABELS,
     MODELS,
@@ -20,7 +20,7 @@ from dts_hf.reporting.facts import (
     share_of,
     teacher_is_reference,
 )
-from dts_hf.reporting.model_card import TEMPLATES, limits, settings, summary
+from dts_hf.reporting.model_card import limits, rendered, settings, summary
 from dts_hf.reporting.plots import DARK, LIGHT, draw
 from dts_hf.reporting.tables import MEASURES, format_counts, score_lines
 from dts_hf.runs.directory import RunDirectory
@@ -28,8 +28,7 @@ from dts_hf.runs.directory import RunDirectory
 SAMPLES = 12
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What one model answered to the prompt of a sample."""
 
     label: str
@@ -39,8 +38,7 @@ class Answer:
     finished: bool
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One prompt and the answers of every model that has one."""
 
     key: str
@@ -51,8 +49,7 @@ class Sample:
     answers: Sequence[Answer]
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(NamedTuple):
     """A number at the top of the page."""
 
     label: str
@@ -62,18 +59,12 @@ class Headline:
 
 def render_html(run: RunDirectory) -> str:
     """The whole page. Every text of a model or of the data is escaped; figures are data URIs; nothing is fetched."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     facts = gather(run)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
-    )
     samples, answered = choose_samples(facts)
-    return environment.get_template("report.html.jinja").render(
+    # Escaped as a whole and not where a text seems dangerous: prompts, answers and names are all data of a stranger
+    return rendered(
+        "report.html.jinja",
+        autoescape=True,
         facts=facts,
         summary=summary(facts),
         headlines=headlines(facts),
@@ -83,6 +74,7 @@ def render_html(run: RunDirectory) -> str:
         intervals=_format_interval(facts),
         teacher_is_reference=teacher_is_reference(facts),
         figures=[
+            # Drawn twice, because an image in a page cannot ask for the reader's colour scheme
             (light, _data_uri(light.png()) if light.figure else "", _data_uri(dark.png()) if dark.figure else "")
             for light, dark in zip(draw(facts, LIGHT), draw(facts, DARK), strict=True)
         ],
@@ -91,7 +83,7 @@ def render_html(run: RunDirectory) -> str:
         settings=settings(facts),
         limits=limits(facts),
         protocol=publishable(facts.metrics.get("protocol") or {}),
-        recipe=_yaml(publishable(facts.recipe)) if facts.recipe else "",
+        recipe=dump_values(publishable(facts.recipe)) if facts.recipe else "",
     )
 
 
@@ -104,6 +96,7 @@ def choose_samples(facts: Facts, count: int = SAMPLES) -> tuple[list[Sample], in
     if facts.task:  # a class has nothing to be read side by side
         return [], 0
     by_model = {model: _first_answers(facts.predictions.get(model) or []) for model in MODELS}
+    # The student after training where it has answers, else whoever comes before: sorted by what the page is about
     lead = next((by_model[model] for model in reversed(MODELS) if by_model[model]), {})
     order = sorted(lead, key=lambda key: (-(number(lead[key].get("rougeL")) or 0.0), key))
     spread = [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)] if len(order) > count else order
@@ -111,17 +104,9 @@ def choose_samples(facts: Facts, count: int = SAMPLES) -> tuple[list[Sample], in
     for key in spread:
         row = lead[key]
         answers = [_answer(MODEL_LABELS[model], by_model[model][key]) for model in MODELS if key in by_model[model]]
-        instruction, given = str(row.get("instruction") or ""), str(row.get("input") or "")
-        samples.append(
-            Sample(
-                key[1],
-                str(row.get("prompt") or ""),
-                instruction,
-                given,
-                [str(r) for r in row.get("references") or []],
-                answers,
-            )
-        )
+        prompt, instruction, given = (str(row.get(name) or "") for name in ("prompt", "instruction", "input"))
+        references = [str(reference) for reference in row.get("references") or []]
+        samples.append(Sample(key[1], prompt, instruction, given, references, answers))
     return samples, len(order)
 
 
@@ -134,29 +119,25 @@ def headlines(facts: Facts) -> list[Headline]:
     def values(key: str) -> tuple[float | None, ...]:
         return tuple(measures[key].value(facts, model, set_name) for model in MODELS)
 
+    lines = [
+        (key, f"{measures[key].label}{of_set}, x 100", ".1f", "")
+        for key in list((facts.metrics.get("task") or {}).get("metrics") or ())[:2]
+    ]
+    lines += [
+        ("rougeL", f"ROUGE-L{of_set}", ".1f", ""),
+        ("kl", "held-out KL, nats per label", ".2f", ""),
+        ("repeats_4gram", f"answers that repeat a 4-gram{of_set}", ".0f", " %"),
+    ]
     found = []
-    for key in list((facts.metrics.get("task") or {}).get("metrics") or ())[:2]:
+    for key, label, form, unit in lines:
         teacher, before, after = values(key)
         if after is not None:
-            note = _beside(("before", before, ".1f"), ("teacher", teacher, ".1f"))
-            found.append(Headline(f"{measures[key].label}{of_set}, x 100", f"{after:.1f}", note))
-    teacher, before, after = values("rougeL")
-    if after is not None:
-        found.append(
-            Headline(
-                f"ROUGE-L{of_set}", f"{after:.1f}", _beside(("before", before, ".1f"), ("teacher", teacher, ".1f"))
-            )
-        )
-    _, before, after = values("kl")
-    if after is not None:
-        fall = f" ({100 * (after - before) / before:+.0f} %)" if before else ""
-        found.append(
-            Headline("held-out KL, nats per label", f"{after:.2f}", _beside(("before", before, ".2f")) + fall)
-        )
-    teacher, before, after = values("repeats_4gram")
-    if after is not None:
-        note = _beside(("before", before, ".0f"), ("teacher", teacher, ".0f"), unit=" %")
-        found.append(Headline(f"answers that repeat a 4-gram{of_set}", f"{after:.0f} %", note))
+            # The teacher's KL from itself is nothing to compare with
+            others = [("before", before), ("teacher", None if key == "kl" else teacher)]
+            note = ", ".join(f"{name} {value:{form}}{unit}" for name, value in others if value is not None)
+            if key == "kl" and before:
+                note += f" ({100 * (after - before) / before:+.0f} %)"
+            found.append(Headline(label, f"{after:{form}}{unit}", note))
     teacher, _, after = values("parameters")
     if after is not None:
         share = share_of(after, teacher)
@@ -170,6 +151,7 @@ def headlines(facts: Facts) -> list[Headline]:
 def _first_answers(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
     first: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in rows:
+        # Seeds in the order in which they were answered: the first one stands for all
         first.setdefault((str(row.get("set", "")), str(row.get("id", ""))), row)
     return first
 
@@ -178,16 +160,12 @@ def _answer(label: str, row: Mapping[str, Any]) -> Answer:
     score = number(row.get("rougeL"))
     tokens = number(row.get("tokens"))
     return Answer(
-        label,
-        str(row.get("prediction") or "").strip(),
-        None if score is None else points(score),
-        None if tokens is None else int(tokens),
-        bool(row.get("finished", True)),
+        label=label,
+        text=str(row.get("prediction") or "").strip(),
+        score=None if score is None else points(score),
+        tokens=None if tokens is None else int(tokens),
+        finished=bool(row.get("finished", True)),
     )
-
-
-def _beside(*others: tuple[str, float | None, str], unit: str = "") -> str:
-    return ", ".join(f"{name} {value:{form}}{unit}" for name, value, form in others if value is not None)
 
 
 def _format_interval(facts: Facts) -> str:
@@ -200,11 +178,6 @@ def _format_interval(facts: Facts) -> str:
     return "; ".join(parts)
 
 
+# One file that can be mailed: pictures beside it would be lost, and fetched ones would tell where it is opened
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)

@@ -31,6 +31,7 @@ from dts_hf.runs.directory import RunDirectory
 
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLE_QUESTION = "Name three things that float on water."
+FIGURES = ("temperature", "losses", "rouge", "scores")
 VERSIONS_SHOWN = ("dts-hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
 
 
@@ -41,19 +42,13 @@ def render_model_card(run: RunDirectory) -> str:
     (scores, figures, a recipe) are left out, in words.
     """
     from huggingface_hub import ModelCard
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     facts = gather(run)
     policy = policy_facts(facts) if softens(facts) else Policy({}, "", None)
     # Markdown, not HTML: escaping would put &lt; into code blocks. No text written by a model enters the card.
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    text = rendered(
+        "model_card.md.jinja",
         autoescape=False,
-    )
-    text = environment.get_template("model_card.md.jinja").render(
         facts=facts,
         metadata=card_data(facts).to_yaml(),
         scores=markdown_scores(facts),
@@ -66,18 +61,35 @@ def render_model_card(run: RunDirectory) -> str:
         summary=summary(facts),
         measures=list(dict.fromkeys(line.measure for line in score_lines(facts))),
         regression=facts.task.get("subset") == "stsb",
-        figures=[
-            name
-            for name in ("temperature", "losses", "rouge", "scores")
-            if (run.figures_path / f"{name}.png").is_file()
-        ],
+        figures=[name for name in FIGURES if (run.figures_path / f"{name}.png").is_file()],
         adapter=is_adapter(facts),
         prompt=example_prompt(facts),
         question=EXAMPLE_QUESTION,
         protocol=facts.metrics.get("protocol") or {},
         limits=limits(facts),
     )
+    # Parsed once more: metadata that the Hub would refuse fail here, and not after an upload
     return str(ModelCard(text).content)
+
+
+def rendered(template: str, *, autoescape: bool, **values: Any) -> str:
+    """Fill in a template of this package.
+
+    Args:
+        template: file name of the template.
+        autoescape: write every value as text of HTML, whatever is in it.
+        values: by the names that the template uses; one that is missing is an error, not an empty place.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=autoescape,
+    )
+    return environment.get_template(template).render(values)
 
 
 def card_data(facts: Facts) -> Any:
@@ -87,6 +99,7 @@ def card_data(facts: Facts) -> Any:
     policy, loss = temperature(facts)[0], divergence(facts)[0]
     kind = [f"glue-{facts.task['subset']}"] if facts.task else []
     tags = ["dts_hf", *kind, *(["knowledge-distillation", policy, loss] if facts.learns_from_teacher else [])]
+    # The Hub draws its tree of models from this and refuses a card with a name that is none, such as a local folder's
     base_model = hub_id(_origin(facts))
     results = eval_results(facts)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter(facts) else "finetune"}
@@ -108,6 +121,7 @@ def eval_results(facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     protocol = facts.metrics.get("protocol") or {}
+    # Beside each score, because the Hub puts scores of many cards into one table
     shown = {key: protocol[key] for key in ("fingerprint", "template", "max_new_tokens") if key in protocol}
     results = []
     for set_name in facts.sets:
@@ -167,7 +181,7 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     """Everything that made the student, as (name, value) pairs in markdown."""
     if not facts.recipe:
         return []
-    loss, data, policy = facts.section("loss"), facts.section("data"), policy_facts(facts)
+    loss, policy = facts.section("loss"), policy_facts(facts)
     scaling = {
         "squared": "squared: the KD loss is multiplied by T² (T_student x T_teacher where they differ)",
         "none": "none: the KD loss is not multiplied by T²",
@@ -178,21 +192,19 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         ("rule", policy.rule),
         ("T² factor", scaling),
     ]
-    if facts.task:
-        return [(name, value) for name, value in _task_settings(facts, softened) if value]
+    task, tokenizer = facts.task, facts.section("teacher").get("tokenizer")
+    hard, soft = "cross-entropy on the labels" if task else "cross-entropy on the hard labels", "KD loss"
+    if task.get("subset") == "stsb":
+        hard, soft = "squared error to the label", "squared error to the teacher's score"
     rows = [
+        ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens" if task else ""),
         ("teacher", describe_teacher(facts)),
-        (
-            "teacher's tokenizer",
-            f"`{_published(name)}`" if (name := facts.section("teacher").get("tokenizer")) else "",
-        ),
+        ("teacher's tokenizer", f"`{_published(tokenizer)}`" if tokenizer and not task else ""),
         ("student", describe_student(facts)),
         ("parameters", _format_parameters(facts)),
         *(softened if softens(facts) else []),
-        ("loss", _describe_loss(facts, "cross-entropy on the hard labels", "KD loss")),
-        ("answers learnt from", _describe_answers(facts)),
-        ("prompt template", f"`{data.get('prompt_template')}`"),
-        ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
+        ("loss", _describe_loss(facts, hard, soft)),
+        *([] if task else _describe_rows(facts)),
         *((f"data, {split}", _describe_split(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
         ("training", _describe_training(facts)),
         ("versions", _describe_versions(facts)),
@@ -200,21 +212,15 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _task_settings(facts: Facts, softened: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """As ``settings``, for a classifier."""
-    task, hard, soft = facts.task, "cross-entropy on the labels", "KD loss"
-    if task["subset"] == "stsb":
-        hard, soft = "squared error to the label", "squared error to the teacher's score"
+def _describe_rows(facts: Facts) -> list[tuple[str, str]]:
+    """How instructions and their answers became what the student learnt from."""
+    data, answers = facts.section("data"), "those of the data"
+    if data.get("responses") == "teacher":
+        answers = "the teacher's: it answered every training prompt once (sequence-level distillation)"
     return [
-        ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens"),
-        ("teacher", describe_teacher(facts)),
-        ("student", describe_student(facts)),
-        ("parameters", _format_parameters(facts)),
-        *(softened if softens(facts) else []),
-        ("loss", _describe_loss(facts, hard, soft)),
-        *((f"data, {split}", _describe_split(entry)) for split, entry in (facts.manifest.get("splits") or {}).items()),
-        ("training", _describe_training(facts)),
-        ("versions", _describe_versions(facts)),
+        ("answers learnt from", answers),
+        ("prompt template", f"`{data.get('prompt_template')}`"),
+        ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
     ]
 
 
@@ -236,6 +242,7 @@ def limits(facts: Facts) -> list[str]:
     found = ["One training run with one seed: another seed gives other numbers, and their spread was not measured."]
     counts = [(name, n) for name in facts.sets if (n := facts.rows_in(name))]
     source = "its teacher" if facts.learns_from_teacher else "the model that gave it its first weights"
+    # For people who meet the model without its makers: what a licence or a safety test would need is not known here
     inherits = f"The student inherits the errors and biases of {source} and of its data."
     licence = f"Its licence follows from that of {source} and from that of the data; `dts_hf` does not set one."
     protocol = facts.metrics.get("protocol") or {}
@@ -246,14 +253,9 @@ def limits(facts: Facts) -> list[str]:
     if counts:
         prompts = ", ".join(f"{n} prompts ({name})" for name, n in counts)
         found.append(f"The scores rest on {prompts}; differences of a few points are within chance at such sizes.")
-        if protocol.get("do_sample"):
-            found.append(
-                "Answers were sampled, with the seeds named beside the scores; greedy answers score differently."
-            )
-        else:
-            found.append(
-                "Answers were generated greedily (always the most probable token); sampled answers score differently."
-            )
+        sampled = "Answers were sampled, with the seeds named beside the scores; greedy answers score differently."
+        greedy = "Answers were generated greedily (always the most probable token); sampled answers score differently."
+        found.append(sampled if protocol.get("do_sample") else greedy)
     else:
         found.append("This student was not evaluated by generation.")
     if protocol.get("no_repeat_ngram_size"):
@@ -280,6 +282,7 @@ def example_prompt(facts: Facts) -> str | None:
     from dts_hf.data.rows import Row
 
     row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)
+    # As a Python literal: quotes and line breaks of the template cannot end the string of the example
     return repr(get_template(name).render(row, cast(Any, None)))  # these templates ask no tokenizer
 
 
@@ -308,12 +311,6 @@ def _format_parameters(facts: Facts) -> str:
     return words
 
 
-def _describe_answers(facts: Facts) -> str:
-    if facts.section("data").get("responses") == "teacher":
-        return "the teacher's: it answered every training prompt once (sequence-level distillation)"
-    return "those of the data"
-
-
 def _describe_split(entry: dict[str, Any]) -> str:
     words = f"`{_published(entry.get('source', 'unknown'))}`"
     if entry.get("kept") is not None:
@@ -329,21 +326,16 @@ def _describe_split(entry: dict[str, Any]) -> str:
 
 
 def _describe_training(facts: Facts) -> str:
-    done = facts.metrics.get("training") or {}
-    parts = []
-    if done.get("steps"):
-        parts.append(f"{done['steps']} optimizer steps")
-    if done.get("tokens"):
-        parts.append(f"{format_count(done['tokens'])} tokens")
-    if done.get("seconds"):
-        parts.append(format_duration(done["seconds"]))
-    if number(done.get("peak_memory_gb")):
-        parts.append(f"peak memory {done['peak_memory_gb']:.1f} GB")
-    given = publishable(dict(facts.section("training")))
-    parts += [
-        f"`{key}={given[key]}`" for key in ("learning_rate", "num_train_epochs", "max_steps", "seed") if key in given
+    done, given = facts.metrics.get("training") or {}, publishable(dict(facts.section("training")))
+    named = ("learning_rate", "num_train_epochs", "max_steps", "seed")
+    parts = [
+        f"{done['steps']} optimizer steps" if done.get("steps") else "",
+        f"{format_count(done['tokens'])} tokens" if done.get("tokens") else "",
+        format_duration(done["seconds"]) if done.get("seconds") else "",
+        f"peak memory {done['peak_memory_gb']:.1f} GB" if number(done.get("peak_memory_gb")) else "",
+        *(f"`{key}={given[key]}`" for key in named if key in given),
     ]
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))
 
 
 def _describe_versions(facts: Facts) -> str:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dts_hf.loss.statistics import CE, GAP, KD, KL, TEACHER_CE, TEMPERATURE
-from dts_hf.reporting.facts import Facts, gather, kept_best, number
+from dts_hf.reporting.facts import MODEL_LABELS, Facts, gather, kept_best, number
 from dts_hf.reporting.tables import MEASURES
 from dts_hf.runs.directory import RunDirectory
 
@@ -59,8 +59,7 @@ class Drawing:
         return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """Values over optimizer steps; a step without a number is NaN and leaves a hole in the line."""
 
     steps: list[float]
@@ -80,6 +79,7 @@ def curve(records: Sequence[Mapping[str, Any]], key: str, kind: str = "train") -
     for record in records:
         if record.get("kind") == kind and "step" in record:
             step, value = float(record["step"]), number(record.get(key))
+            # Another record of the same step may hold other columns: it does not make a hole in this one
             if key in record or step not in found:
                 found[step] = math.nan if value is None else value
     steps = sorted(found)
@@ -95,6 +95,7 @@ def write_figures(run: RunDirectory) -> list[Path]:
             path.unlink(missing_ok=True)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Never half a picture where a card points to one: a report is also written while a run goes on
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_bytes(drawing.png())
         os.replace(temporary, path)
@@ -145,25 +146,19 @@ def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
 def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     """Hard-label losses (student, teacher, held-out) above, soft ones (KD loss, KL at T = 1, held-out KL) below."""
     title = "Losses"
+    columns, hard_label, unit = (CE.log, TEACHER_CE.log, CE.held_out_log), "cross-entropy", "nats per label"
+    if facts.task.get("subset") == "stsb":  # a regression
+        columns, hard_label, unit = (CE.regression, TEACHER_CE.regression, f"eval_{CE.regression}"), "error", "squared"
     hard = [
-        (curve(facts.log, CE.log), "student", theme.blue, "-"),
-        (curve(facts.log, TEACHER_CE.log), "teacher", theme.orange, "--"),
-        (curve(facts.log, CE.held_out_log, "eval"), "student, held-out", theme.purple, "points"),
+        (curve(facts.log, columns[0]), "student", theme.blue, "-"),
+        (curve(facts.log, columns[1]), "teacher", theme.orange, "--"),
+        (curve(facts.log, columns[2], "eval"), "student, held-out", theme.purple, "points"),
     ]
-    if facts.task.get("subset") == "stsb":  # a regression: squared errors
-        hard = [
-            (curve(facts.log, CE.regression), "student", theme.blue, "-"),
-            (curve(facts.log, TEACHER_CE.regression), "teacher", theme.orange, "--"),
-            (curve(facts.log, f"eval_{CE.regression}", "eval"), "student, held-out", theme.purple, "points"),
-        ]
     soft = [
         (curve(facts.log, KD.log), "KD loss", theme.blue, "-"),
         (curve(facts.log, KL.log), "KL at T = 1", theme.green, "-."),
         (curve(facts.log, KL.held_out_log, "eval"), "held-out KL at T = 1", theme.purple, "points"),
     ]
-    unit, hard_label = (
-        ("squared", "error") if facts.task.get("subset") == "stsb" else ("nats per label", "cross-entropy")
-    )
     groups = [
         (label, group)
         for label, lines in ((hard_label, hard), ("distance to the teacher", soft))
@@ -202,26 +197,20 @@ def draw_rouge(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     title = "ROUGE-L on held-out prompts"
     measure = next(measure for measure in MEASURES if measure.key == "rougeL")
     set_name = facts.sets[0] if facts.sets else ""
-    generated = [
-        record
-        for record in facts.log
-        if record.get("kind") == "generation" and record.get("model", "student") == "student"
-    ]
-    during = curve(generated, "rougeL", "generation")
+    of_student = [record for record in facts.log if record.get("model", "student") == "student"]
+    during = curve(of_student, "rougeL", "generation")
     during = Curve(during.steps, [value * measure.scale for value in during.values])
     final = measure.value(facts, "student", set_name)
     if during.empty and final is None:
         return Drawing("rouge", title, "", None, "No answers were generated, so there is no ROUGE-L to draw.")
-    last = _last_step(facts)
+    last = _last_step(facts)  # the final score stands there, whatever was logged last
     figure, (axis,) = _panels([1], theme)
     shown = list(during.values)
-    for model, label, colour, style in (
-        ("teacher", "teacher", theme.orange, "--"),
-        ("student_before", "student before", theme.purple, ":"),
-    ):
+    for model, colour, style in (("teacher", theme.orange, "--"), ("student_before", theme.purple, ":")):
         value = measure.value(facts, model, set_name)
         if value is not None:
-            axis.axhline(value, color=colour, linestyle=style, linewidth=1.8, label=f"{label} ({value:.1f})")
+            label = f"{MODEL_LABELS[model]} ({value:.1f})"
+            axis.axhline(value, color=colour, linestyle=style, linewidth=1.8, label=label)
             shown.append(value)
     if not during.empty:
         axis.plot(during.steps, during.values, "o-", color=theme.blue, markersize=4.5, label="student during training")
@@ -256,14 +245,7 @@ def draw_task_scores(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     shown = []
     for (measure, found), colour in zip(drawn, (theme.blue, theme.green), strict=False):
         values, short = [value * measure.scale for value in found.values], measure.label.removesuffix(" correlation")
-        axis.plot(
-            found.steps,
-            values,
-            "o-",
-            color=colour,
-            markersize=4.5,
-            label=f"student, {short}",
-        )
+        axis.plot(found.steps, values, "o-", color=colour, markersize=4.5, label=f"student, {short}")
         shown += values
     teacher = drawn[0][0].value(facts, "teacher", facts.sets[0] if facts.sets else "")
     if teacher is not None:
@@ -291,6 +273,7 @@ def _panels(heights: Sequence[int], theme: Theme) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(6.0, 1.2 + 1.95 * len(heights)), layout="constrained", facecolor=theme.background)
+    # One x axis for all panels: a jump of the gap is found above as one of the temperature
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
     for axis in axes:
         axis.set_facecolor(theme.background)
@@ -306,22 +289,11 @@ def _panels(heights: Sequence[int], theme: Theme) -> tuple[Figure, list[Axes]]:
 
 
 def _line(axis: Axes, data: Curve, label: str, colour: str, style: str = "-", smooth: bool = True) -> None:
-    count = len(data.values)
-    marker = "o" if count <= MARKERS_UP_TO else ""
-    if smooth and count >= SMOOTH_FROM:
-        axis.plot(data.steps, data.values, color=colour, linewidth=0.7, alpha=0.35)
-        axis.plot(data.steps, moving_mean(data.values), color=colour, linestyle=style, linewidth=1.9, label=label)
-    else:
-        axis.plot(
-            data.steps,
-            data.values,
-            color=colour,
-            linestyle=style,
-            linewidth=1.9,
-            marker=marker,
-            markersize=4,
-            label=label,
-        )
+    values, marker = data.values, "o" if len(data.values) <= MARKERS_UP_TO else ""
+    if smooth and len(values) >= SMOOTH_FROM:
+        axis.plot(data.steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        values = moving_mean(values)
+    axis.plot(data.steps, values, color=colour, ls=style, lw=1.9, marker=marker, markersize=4, label=label)
 
 
 def moving_mean(values: Sequence[float]) -> list[float]:
@@ -329,7 +301,7 @@ def moving_mean(values: Sequence[float]) -> list[float]:
 
     It stays symmetric, because a one-sided mean would bend a falling line upwards before every hole.
     """
-    most = max(1, len(values) // 40)
+    most = max(1, len(values) // 40)  # on either side
     means = []
     for index, value in enumerate(values):
         window = [value]
@@ -351,6 +323,7 @@ def _room(axis: Axes, values: Sequence[float], floor: float | None = None, ceili
     """Set the y range: from ``floor`` if all data lie above it, with some air, never hair-thin around a constant."""
     finite = [value for value in values if not math.isnan(value)]
     low, high = min(finite), max(finite)
+    # Without the last two a policy that holds its temperature would be drawn as noise of the last bits
     air = max(0.08 * (high - low), 0.1 * abs(high), 0.05)
     bottom, top = low - air, high + air
     if floor is not None and low >= floor:

@@ -17,17 +17,21 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of ``metrics.json``: where it stands, how it is written, what it means."""
+    """One number of ``metrics.json``: where it stands and how it is written."""
 
     key: str
     label: str
-    meaning: str
     better: Literal["higher", "lower", ""]
     where: Literal["model", "set", "teacher_forced"]
     scale: float = 1.0
     digits: int = 1
     unit: str = ""
     in_summary: bool = True
+
+    @property
+    def meaning(self) -> str:
+        """What the number says, in a sentence or two."""
+        return MEANINGS[self.key]
 
     def value(self, facts: Facts, model: str, set_name: str = "") -> float | None:
         """The number in the unit it is shown in; None where the run does not have it."""
@@ -44,6 +48,7 @@ class Measure:
     def spread(self, facts: Facts, model: str, set_name: str) -> float | None:
         """Standard deviation over seeds, where more than one seed was generated."""
         entry = facts.model(model).get("sets", {}).get(set_name, {}) if self.where == "set" else {}
+        # Of one seed there is no spread, which is not the same as a spread of 0
         if len(entry.get("seeds") or ()) < 2:
             return None
         value = number((entry.get(self.key) or {}).get("sd"))
@@ -59,139 +64,53 @@ class Measure:
 
 
 MEASURES = (
-    Measure("parameters", "parameters", "How many weights the model has: its size.", "", "model"),
-    Measure(
-        "rougeL",
-        "ROUGE-L",
-        "How much of the reference answer's wording, in the same order, the generated answer shares: 0 is nothing, "
-        "100 is the same words. It measures overlap, not truth.",
-        "higher",
-        "set",
-        scale=100.0,
-    ),
-    *(
-        Measure(key, label, meaning, "higher", "set", scale=100.0)
-        for key, label, meaning in (
-            ("accuracy", "accuracy", "Share of held-out rows whose class is right, in percent."),
-            ("f1", "F1", "Harmonic mean of precision and recall of class 1, x 100."),
-            ("matthews_correlation", "Matthews correlation", "Correlation of predicted and true classes, x 100."),
-            ("pearson", "Pearson correlation", "Linear correlation of predicted and true scores, x 100."),
-            ("spearmanr", "Spearman correlation", "Correlation of the ranks of predicted and true scores, x 100."),
-        )
-    ),
-    Measure(
-        "label_ce",
-        "held-out cross-entropy of the labels",
-        "How surprised the model is, on average, by the label of a held-out row. 0 would be no surprise.",
-        "lower",
-        "set",
-        digits=3,
-        unit="nats per row",
-    ),
-    Measure(
-        "label_mse",
-        "held-out squared error",
-        "Mean squared distance of the predicted score from the true one.",
-        "lower",
-        "set",
-        digits=3,
-    ),
-    Measure(
-        "teacher_kl",
-        "held-out KL from the teacher at T = 1",
-        "How far the model's class probabilities are from the teacher's. Always taken at temperature 1.",
-        "lower",
-        "set",
-        digits=4,
-        unit="nats per row",
-    ),
-    Measure(
-        "teacher_agreement",
-        "same class as the teacher",
-        "How often the model chooses the class that the teacher chooses.",
-        "higher",
-        "set",
-        scale=100.0,
-        unit="%",
-    ),
-    Measure(
-        "exact_match",
-        "exact match",
-        "Share of answers equal to a reference once case, punctuation and spaces are set aside. Small for open "
-        "questions, where many answers are right.",
-        "higher",
-        "set",
-        scale=100.0,
-        unit="%",
-        in_summary=False,
-    ),
-    Measure(
-        "kl",
-        "held-out KL at T = 1",
-        "How far the model's next-word probabilities are from the teacher's, on reference answers it was not trained "
-        "on. 0 means it predicts exactly as the teacher does. Always taken at temperature 1, so that runs with "
-        "different temperatures can be compared.",
-        "lower",
-        "teacher_forced",
-        digits=3,
-        unit="nats per label",
-    ),
-    Measure(
-        "ce",
-        "held-out cross-entropy",
-        "How surprised the model is, on average, by each token of the reference answers. 0 would be no surprise.",
-        "lower",
-        "teacher_forced",
-        digits=3,
-        unit="nats per label",
-    ),
-    Measure(
-        "top1_agreement",
-        "same first choice as the teacher",
-        "How often the model's most probable next token is the teacher's most probable one.",
-        "higher",
-        "teacher_forced",
-        scale=100.0,
-        unit="%",
-    ),
-    Measure(
-        "repeats_4gram",
-        "answers that repeat a 4-gram",
-        "Share of answers in which the same four words in a row occur twice: the mark of a model that runs in "
-        "circles. Lists and quotations repeat a little by nature, so compare it with the teacher's share.",
-        "lower",
-        "set",
-        scale=100.0,
-        unit="%",
-    ),
-    Measure(
-        "cut_at_limit",
-        "answers cut at the limit",
-        "Share of answers that had not ended when the limit of new tokens was reached.",
-        "lower",
-        "set",
-        scale=100.0,
-        unit="%",
-    ),
-    Measure(
-        "empty",
-        "empty answers",
-        "Share of answers without any text.",
-        "lower",
-        "set",
-        scale=100.0,
-        unit="%",
-        in_summary=False,
-    ),
-    Measure(
-        "mean_tokens",
-        "mean length of an answer",
-        "Tokens per generated answer. Neither more nor less is better; close to the teacher's is a good sign.",
-        "",
-        "set",
-        unit="tokens",
-    ),
+    Measure("parameters", "parameters", "", "model"),
+    Measure("rougeL", "ROUGE-L", "higher", "set", scale=100.0),
+    Measure("accuracy", "accuracy", "higher", "set", scale=100.0),
+    Measure("f1", "F1", "higher", "set", scale=100.0),
+    Measure("matthews_correlation", "Matthews correlation", "higher", "set", scale=100.0),
+    Measure("pearson", "Pearson correlation", "higher", "set", scale=100.0),
+    Measure("spearmanr", "Spearman correlation", "higher", "set", scale=100.0),
+    Measure("label_ce", "held-out cross-entropy of the labels", "lower", "set", digits=3, unit="nats per row"),
+    Measure("label_mse", "held-out squared error", "lower", "set", digits=3),
+    Measure("teacher_kl", "held-out KL from the teacher at T = 1", "lower", "set", digits=4, unit="nats per row"),
+    Measure("teacher_agreement", "same class as the teacher", "higher", "set", scale=100.0, unit="%"),
+    Measure("exact_match", "exact match", "higher", "set", scale=100.0, unit="%", in_summary=False),
+    Measure("kl", "held-out KL at T = 1", "lower", "teacher_forced", digits=3, unit="nats per label"),
+    Measure("ce", "held-out cross-entropy", "lower", "teacher_forced", digits=3, unit="nats per label"),
+    Measure("top1_agreement", "same first choice as the teacher", "higher", "teacher_forced", scale=100.0, unit="%"),
+    Measure("repeats_4gram", "answers that repeat a 4-gram", "lower", "set", scale=100.0, unit="%"),
+    Measure("cut_at_limit", "answers cut at the limit", "lower", "set", scale=100.0, unit="%"),
+    Measure("empty", "empty answers", "lower", "set", scale=100.0, unit="%", in_summary=False),
+    Measure("mean_tokens", "mean length of an answer", "", "set", unit="tokens"),
 )
+#: What each measure means, for a reader who meets it for the first time.
+MEANINGS = {
+    "parameters": "How many weights the model has: its size.",
+    "rougeL": "How much of the reference answer's wording, in the same order, the generated answer shares: 0 is "
+    "nothing, 100 is the same words. It measures overlap, not truth.",
+    "accuracy": "Share of held-out rows whose class is right, in percent.",
+    "f1": "Harmonic mean of precision and recall of class 1, x 100.",
+    "matthews_correlation": "Correlation of predicted and true classes, x 100.",
+    "pearson": "Linear correlation of predicted and true scores, x 100.",
+    "spearmanr": "Correlation of the ranks of predicted and true scores, x 100.",
+    "label_ce": "How surprised the model is, on average, by the label of a held-out row. 0 would be no surprise.",
+    "label_mse": "Mean squared distance of the predicted score from the true one.",
+    "teacher_kl": "How far the model's class probabilities are from the teacher's. Always taken at temperature 1.",
+    "teacher_agreement": "How often the model chooses the class that the teacher chooses.",
+    "exact_match": "Share of answers equal to a reference once case, punctuation and spaces are set aside. Small for "
+    "open questions, where many answers are right.",
+    "kl": "How far the model's next-word probabilities are from the teacher's, on reference answers it was not "
+    "trained on. 0 means it predicts exactly as the teacher does. Always taken at temperature 1, so that "
+    "runs with different temperatures can be compared.",
+    "ce": "How surprised the model is, on average, by each token of the reference answers. 0 would be no surprise.",
+    "top1_agreement": "How often the model's most probable next token is the teacher's most probable one.",
+    "repeats_4gram": "Share of answers in which the same four words in a row occur twice: the mark of a model that runs in "
+    "circles. Lists and quotations repeat a little by nature, so compare it with the teacher's share.",
+    "cut_at_limit": "Share of answers that had not ended when the limit of new tokens was reached.",
+    "empty": "Share of answers without any text.",
+    "mean_tokens": "Tokens per generated answer. Neither more nor less is better; close to the teacher's is a good sign.",
+}
 
 
 @dataclass(frozen=True)
@@ -234,6 +153,7 @@ def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: 
             if all(value is None for value in values):
                 continue
             before, after = values[1:]
+            # A run with one set need not say its name in every line
             label = measure.label + (f", {set_name}" if set_name and len(facts.sets) > 1 else "")
             lines.append(
                 Line(
@@ -290,13 +210,8 @@ def summary_table(run: RunDirectory) -> Table:
     return table
 
 
-def markdown_table(run: RunDirectory) -> str:
-    """The same scores as a markdown table; one sentence instead where the run was not evaluated."""
-    return markdown_scores(gather(run))
-
-
 def markdown_scores(facts: Facts) -> str:
-    """The table of ``markdown_table`` from facts already read."""
+    """The same scores as a markdown table; one sentence instead where the run was not evaluated."""
     lines = score_lines(facts)
     if not lines:
         return "This run was not evaluated: it has no scores."
@@ -307,4 +222,5 @@ def markdown_scores(facts: Facts) -> str:
     for line in lines:
         unit = f" ({line.measure.unit})" if line.measure.unit else ""
         rows.append([line.label + unit, *line.cells, line.change_text, line.measure.better])
+    # A column's name may hold a bar (a set's name is a file's), which would start another cell
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

@@ -42,6 +42,13 @@ def answer_rows(
     Every process calls it; each answers a share of the prompts, as in ``evaluate_instruct``, and the first one keeps the
     cache.
 
+    Args:
+        recipe: names teacher, limits and the folder of the cache.
+        teacher: answers the prompts.
+        tokenizer: of the teacher, which is the student's as well.
+        template: turns a row into a prompt.
+        rows: their own references are not looked at.
+
     Returns:
         the rows in order, None where the prompt does not fit or the teacher said nothing, and
         ``{"fingerprint", "cached", "answered"}`` for the data manifest.
@@ -56,25 +63,23 @@ def answer_rows(
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache() / "teacher_answers"
     path = folder / f"{fingerprint}.json"
     rank, world = process()
+    # Also where the first process alone sees the folder: what it reads, all learn
     answers = on_first_process(lambda: _read(path), rank, world)
     cached = answers is not None
     if answers is None:
         # Of this run alone: another one with the same teacher may be answering the same prompts right now
         run = hashlib.sha256(str(Path(recipe.output.dir).resolve()).encode()).hexdigest()[:8]
         unfinished = AnswerFile(folder / f"{fingerprint}-{run}.jsonl", rank)
-        answers = _generate(teacher, ids, settings, tokenizer, unfinished, rank, world)
+        answers = _generate(teacher, ids, settings, tokenizer, unfinished)
         content = {"teacher": recipe.required_teacher.model, "answers": answers}
         on_first_process(lambda: write_json_atomic(path, content), rank, world)
         on_first_process(unfinished.remove_partial, rank, world)
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
-        if text:
+        if text:  # to learn from an empty answer would be to learn to say nothing
             answered[index] = dataclasses.replace(rows[index], references=(text,))
-    return answered, {
-        "fingerprint": fingerprint,
-        "cached": cached,
-        "answered": sum(row is not None for row in answered),
-    }
+    count = sum(row is not None for row in answered)
+    return answered, {"fingerprint": fingerprint, "cached": cached, "answered": count}
 
 
 def _read(path: Path) -> list[str] | None:
@@ -92,10 +97,9 @@ def _generate(
     settings: GenerationSettings,
     tokenizer: PreTrainedTokenizerBase,
     unfinished: AnswerFile,
-    rank: int,
-    world: int,
 ) -> list[str]:
     """The answer to every prompt, on every process; those in ``unfinished`` are not made again."""
+    rank, world = process()
     unfinished.path.parent.mkdir(parents=True, exist_ok=True)  # each machine may have its own
     kept = on_first_process(unfinished.load, rank, world)
     known = {int(answer.row): str(line["text"]) for answer, line in kept.items()}

@@ -32,12 +32,14 @@ class LiveTeacher:
         return head_of(self.model)
 
     def to(self, device: torch.device) -> LiveTeacher:
+        """Move to ``device``, unless its weights are shares of several processes, each of which has a device."""
         if not is_sharded(self.model) and self.head.weight.device != device:
             self.model.to(device)
         return self
 
     @torch.no_grad()
     def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        """Final states ``[N, H_t]`` of the rows that carry a label; see ``Teacher.states``."""
         # Utilities that call train() recursively must not switch the teacher's dropout on.
         self.model.eval()
         # The teacher keeps its own precision whatever autocast the student trains under.

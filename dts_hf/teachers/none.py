@@ -19,4 +19,5 @@ class NoTeacher:
         return None
 
     def to(self, device: torch.device) -> NoTeacher:
+        """There is nothing to move."""
         return self

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from dts_hf.data.prompt_templates import encode_prompt, get_template
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, generation_settings, rows_digest
+from dts_hf.evaluation.fingerprint import rows_digest
+from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, generation_settings
 from dts_hf.evaluation.protocol import Protocol, custom_protocol
 from dts_hf.evaluation.text_metrics import best_rouge_l
 from dts_hf.generation.engine import generate

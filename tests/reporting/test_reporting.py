@@ -423,7 +423,7 @@ def test_the_tables_hold_every_measure_with_its_change(run: RunDirectory) -> Non
     assert lines["kl"].improved is True and lines["mean_tokens"].improved is None
     assert lines["repeats_4gram"].cells == ["9.0", "96.0", "14.0"]
     assert lines["parameters"].change_text == "-"
-    markdown = tables.markdown_table(run).splitlines()
+    markdown = tables.markdown_scores(facts.gather(run)).splitlines()
     assert markdown[0] == "|  | teacher | student before | student after | change | better |"
     assert len({row.count("|") for row in markdown}) == 1
     table = tables.summary_table(run)
@@ -433,7 +433,7 @@ def test_the_tables_hold_every_measure_with_its_change(run: RunDirectory) -> Non
 
 def test_the_spread_over_seeds_is_shown_only_with_several(tmp_path: Path) -> None:
     run = make_run(tmp_path / "seeds", seeds=(10, 20, 30))
-    assert "| 46.3 ± 1.2 |" in tables.markdown_table(run)
+    assert "| 46.3 ± 1.2 |" in tables.markdown_scores(facts.gather(run))
     words = tables.format_counts(facts.gather(run))
     assert "64 prompts (2 more were too long and left out)" in words and "over seeds 10, 20, 30" in words
 
@@ -576,7 +576,7 @@ def test_scores_without_teacher_forcing_and_predictions_are_enough(tmp_path: Pat
     for name in ("data_manifest.json", "environment.json", "log.jsonl"):
         (run.path / name).unlink()
     report.write_report(run)
-    assert "held-out KL" not in tables.markdown_table(run)
+    assert "held-out KL" not in tables.markdown_scores(facts.gather(run))
     assert "No answers were generated" in (run.path / "report.html").read_text(encoding="utf-8")
 
 
