@@ -22,14 +22,8 @@ from dts_hf.evaluation.glue import TASK_METRICS, headline
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings
-<<<<<<< HEAD
 from dts_hf.runs.directory import BEFORE, RunDirectory
-from dts_hf.task import Data, Models, Rows
-=======
-from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.saved_scores import BEFORE, keep_scores
 from dts_hf.task import Data, Entries, Models, Rows
->>>>>>> wip-s2
 
 
 class ClassificationScorer:

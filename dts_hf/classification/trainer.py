@@ -31,11 +31,7 @@ from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue import GlueMetric
-<<<<<<< HEAD
-from dts_hf.loss.distillation_loss import check_has_teacher
-=======
-from dts_hf.loss.distillation_loss import DistillationLoss
->>>>>>> wip-s2
+from dts_hf.loss.distillation_loss import DistillationLoss, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE

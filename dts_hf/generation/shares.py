@@ -109,12 +109,8 @@ def rows_are_independent(model: Any) -> bool:
         return True  # another backend batches as it likes: there is nothing to keep equal
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
     # `_original_forward` is what accelerate leaves on a model whose forward it has wrapped in autocast
-<<<<<<< HEAD
-    lowered = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu") or hasattr(model, "_original_forward")
-=======
     autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
     lowered = autocast or hasattr(model, "_original_forward")
->>>>>>> wip-s3
     return exact and not lowered and torch.get_float32_matmul_precision() == "highest"
 
 

@@ -18,13 +18,8 @@ from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, prot
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
-<<<<<<< HEAD
 from dts_hf.runs.directory import BEFORE, RunDirectory
-=======
-from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.saved_scores import BEFORE, keep_scores
 from dts_hf.task import Entries, Rows
->>>>>>> wip-s2
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
 

@@ -21,11 +21,7 @@ WITH_SHAPES = ("temperature", "loss", "models.head")
 SHAPE = re.compile(r"\[(?:[\w.*+ -]+(?:, ?)?)*\]|0-d")
 #: Classes whose public methods are the interface of another library, which documents them.
 FOREIGN = ("TrainerCallback", "Trainer", "Dataset", "IterableDataset", "Sampler", "Module", "Metric", "Function")
-#: TEMPORARY: rooms and modules that are being rewritten.
-UNFINISHED: tuple[str, ...] = (
-    "classification", "cli", "distributed", "divergences", "doctor", "loss", "runs",
-    "temperature", "training", "distill",
-)  # fmt: skip
+UNFINISHED: tuple[str, ...] = ()
 
 
 class Documented(NamedTuple):

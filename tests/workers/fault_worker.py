@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 import dts_hf.distill
-import dts_hf.reporting.report
 from dts_hf.errors import UserError
 from dts_hf.language_modeling import scorer
 from dts_hf.loss.distillation_loss import DistillationLoss
