@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.layers import FILES, inside, room, tree_of
+from tests.support.layers import FILES, inside, tree_of
 
 #: A function with so many parameters or more explains each of them.
 EXPLAINED_FROM = 4
@@ -21,7 +21,6 @@ WITH_SHAPES = ("temperature", "loss", "models.head")
 SHAPE = re.compile(r"\[(?:[\w.*+ -]+(?:, ?)?)*\]|0-d")
 #: Classes whose public methods are the interface of another library, which documents them.
 FOREIGN = ("TrainerCallback", "Trainer", "Dataset", "IterableDataset", "Sampler", "Module", "Metric", "Function")
-UNFINISHED: tuple[str, ...] = ()
 
 
 class Documented(NamedTuple):
@@ -114,8 +113,6 @@ def problems_of(function: Documented, with_shapes: bool) -> Iterator[str]:
 @pytest.mark.parametrize("module", [module for module in FILES if module.count(".") >= 1])
 def test_public_functions_say_what_they_are(module: str) -> None:
     place = inside(module)
-    if room(module) in UNFINISHED and place not in ("models.head",):
-        pytest.skip("being rewritten")
     with_shapes = any(place == name or place.startswith(f"{name}.") for name in WITH_SHAPES)
     found = [
         f"{function.name} (line {function.node.lineno}) {problem}"

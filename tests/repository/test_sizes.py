@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from tests.support.layers import FILES, tree_of
 
 LONGEST = 60
-#: TEMPORARY: functions of modules that are being rewritten.
-UNFINISHED = {
-    "dts_hf.training.trainer.__init__", "dts_hf.evaluation.evaluate.evaluate_command", "dts_hf.loss.chunk_walk._block",
-}  # fmt: skip
 
 
 def lengths() -> Iterator[tuple[str, int]]:
