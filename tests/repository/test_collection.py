@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 #: All that the tests read while they are collected.
-FOLDERS = ("benchmarks", "data_prep", "docs", "dts_hf", "recipes", "tests")
+FOLDERS = (".github", "benchmarks", "data_prep", "docs", "dts_hf", "recipes", "tests")
 #: Apart by more than the second that clocks in file headers count.
 SECONDS_APART = 2.5
 
