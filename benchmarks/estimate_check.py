@@ -6,7 +6,7 @@
 
 Measured is what two optimizer steps of the real trainer add to the resident memory of a process that has its
 libraries loaded and warm: weights, gradients, optimizer state, activations, loss and buffers. Estimated is
-``dts_hf.training.memory.estimate_memory`` for the same shapes.
+``dts_hf.training.memory_estimate.estimate_memory`` for the same shapes.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def measure(variant: Variant, sizes: Sizes) -> dict[str, Any]:
 
 
 def estimate(variant: Variant, sizes: Sizes) -> Any:
-    from dts_hf.models.shape import ModelShape
-    from dts_hf.training.memory import estimate_memory
+    from dts_hf.training.model_shape import ModelShape
+    from dts_hf.training.memory_estimate import estimate_memory
     from dts_hf.training.workload import Plan, Workload
 
     student, teacher = (

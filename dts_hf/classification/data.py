@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dts_hf.classification.tasks import GlueTask, LabelledRow
+from dts_hf.classification.glue_tasks import GlueTask, LabelledRow
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.errors import UserError

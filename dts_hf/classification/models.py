@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from dts_hf.classification.tasks import GlueTask
+from dts_hf.classification.glue_tasks import GlueTask
 from dts_hf.distributed.processes import on_any_process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError

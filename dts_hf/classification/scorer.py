@@ -11,14 +11,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dts_hf.classification.data import separates
-from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task
+from dts_hf.classification.glue_tasks import GlueTask, LabelledRow, get_task
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.console import say
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import parameter_count
 from dts_hf.evaluation.fingerprint import rows_digest
-from dts_hf.evaluation.glue import TASK_METRICS, headline
+from dts_hf.evaluation.glue_metrics import TASK_METRICS, headline
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.schema import Task as TaskSettings

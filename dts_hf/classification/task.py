@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.classification.data import LabelledDataset, encode_labelled
 from dts_hf.classification.models import load_task_student, load_task_teacher
 from dts_hf.classification.scorer import ClassificationScorer, as_plain_rows
-from dts_hf.classification.tasks import LabelledRow, get_task, load_labelled
+from dts_hf.classification.glue_tasks import LabelledRow, get_task, load_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.sources import manifest
-from dts_hf.evaluation.glue import headline
+from dts_hf.evaluation.glue_metrics import headline
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory

@@ -22,7 +22,7 @@ from dts_hf.classification.models import (
     load_classifier,
     takes_type_ids,
 )
-from dts_hf.classification.tasks import GlueTask, LabelledRow, get_task, parse_labelled
+from dts_hf.classification.glue_tasks import GlueTask, LabelledRow, get_task, parse_labelled
 from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
@@ -30,7 +30,7 @@ from dts_hf.distributed.launch import prepare_deepspeed
 from dts_hf.distributed.sharding import shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
-from dts_hf.evaluation.glue import GlueMetric
+from dts_hf.evaluation.glue_metrics import GlueMetric
 from dts_hf.loss.distillation_loss import DistillationLoss, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import IGNORE_INDEX

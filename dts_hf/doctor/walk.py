@@ -25,7 +25,7 @@ from dts_hf.doctor.steps import check_steps, check_training
 from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
-from dts_hf.models.shape import Shapes
+from dts_hf.training.model_shape import Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task

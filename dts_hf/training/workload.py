@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.models.shape import ModelShape
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.recipe.schema import Recipe, Student
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]

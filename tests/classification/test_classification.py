@@ -26,12 +26,12 @@ from dts_hf.classification.models import (
     permute_outputs,
 )
 from dts_hf.classification.task import Classification
-from dts_hf.classification.tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
+from dts_hf.classification.glue_tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.samplers import DUMMY_ROW, PadToMultiple, dummy_row
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
-from dts_hf.evaluation.glue import TASK_METRICS
+from dts_hf.evaluation.glue_metrics import TASK_METRICS
 from dts_hf.models.pruning import prune_layers
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe

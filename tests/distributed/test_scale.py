@@ -82,7 +82,7 @@ def test_the_models_of_the_tables_are_the_published_ones() -> None:
         sys.path.remove(str(ROOT / "docs"))
     from transformers import GPT2Config, LlamaConfig
 
-    from dts_hf.models.shape import ModelShape
+    from dts_hf.training.model_shape import ModelShape
 
     def llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> LlamaConfig:
         return LlamaConfig(
@@ -106,7 +106,7 @@ def test_the_prose_says_what_the_tables_say() -> None:
         from _scale_page import CARD_GB, CASES, USABLE, cells
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    from dts_hf.training.memory import estimate_memory
+    from dts_hf.training.memory_estimate import estimate_memory
     from dts_hf.training.workload import Plan
 
     def peak(name: str, plan: Plan) -> float:

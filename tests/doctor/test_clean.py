@@ -39,7 +39,7 @@ def test_a_clean_recipe_is_clean(workplace: Path) -> None:
     assert len(steps["seconds"]) == len(steps["tokens"]) == 3
     assert (
         steps["peak_bytes"] is not None
-    )  # of models so small it may be 0: tests/training/test_memory.py has a large one
+    )  # of models so small it may be 0: tests/training/test_memory_estimate.py has a large one
 
 
 CLEAN: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 from dts_hf.errors import UserError
-from dts_hf.evaluation.glue import (
+from dts_hf.evaluation.glue_metrics import (
     METRICS,
     TASK_METRICS,
     GlueMetric,

@@ -15,7 +15,7 @@ from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.models.pruning import prune_layers
-from dts_hf.models.shape import shapes_from_configs
+from dts_hf.training.model_shape import shapes_from_configs
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.families import SIZES
 from tests.support.recipes import recipe, write_rows

@@ -14,7 +14,7 @@ from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.models.pruning import prune_layers, pruned_config
-from dts_hf.models.shape import shapes_from_configs
+from dts_hf.training.model_shape import shapes_from_configs
 from tests.support.families import FAMILIES, SIZES, Family
 from tests.support.recipes import recipe
 from tests.support.tiny import tiny_llama

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from dts_hf.classification.tasks import TASKS, load_labelled
+from dts_hf.classification.glue_tasks import TASKS, load_labelled
 from dts_hf.cli import app as cli
 from dts_hf.data.encoding import encode_rows
 from dts_hf.data.prompt_templates import TEMPLATES, get_template

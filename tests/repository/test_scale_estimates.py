@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from dts_hf.models.shape import ModelShape
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
-from dts_hf.classification.tasks import TASKS, GlueTask
+from dts_hf.classification.glue_tasks import TASKS, GlueTask
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]

@@ -1,4 +1,4 @@
-"""What test_memory.py runs alone: ``dts-hf doctor`` on a tiny Gemma 3 with 262,144 ids, in the current folder."""
+"""What test_memory_estimate.py runs alone: ``dts-hf doctor`` on a tiny Gemma 3 with 262,144 ids, in the current folder."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaCon
 
 from dts_hf.errors import UserError
 from dts_hf.models.adapters import add_lora
-from dts_hf.models.shape import ModelShape
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.recipe.schema import Lora
 
 LLAMA = LlamaConfig(

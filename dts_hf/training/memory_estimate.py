@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dts_hf.models.shape import ModelShape
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -237,7 +237,7 @@ def _activations(student: ModelShape, workload: Workload, types: Types) -> tuple
 
 
 def kept_by_block(shape: ModelShape, workload: Workload, types: Types | None = None) -> float:
-    """Bytes that autograd keeps of one token in one block; ``tests/training/test_memory.py`` counts them."""
+    """Bytes that autograd keeps of one token in one block; ``tests/training/test_memory_estimate.py`` counts them."""
     types = types or Types.of(workload, Plan())
     hidden, inner, query = shape.hidden, shape.intermediate, shape.query_width
     lora = workload.lora_parameters is not None
