@@ -91,7 +91,7 @@ class LabelledRow:
 def load_labelled(
     sources: str | Sequence[str], task: GlueTask, *, split: str = "train", limit: int | None = None
 ) -> list[LabelledRow]:
-    """Load and check the rows of one or several sources (as ``data.load_rows``: file, folder, pattern, Hub name).
+    """Load and check the rows of one or several sources (as ``data.sources.load_rows``: file, folder, pattern, Hub name).
 
     A row is an object with the task's fields, ``label`` and, where it has one, ``id`` or ``idx``: what
     ``data_prep/glue.py`` writes and what the Hub's ``nyu-mll/glue`` holds.

@@ -23,7 +23,7 @@ class Teacher(Protocol):
         ...
 
     def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor | None:
-        """Final states of the labelled rows, ``[N, H_t]``, in the order of ``response.select_response``; no gradient.
+        """Final states of the labelled rows, ``[N, H_t]``, in the order of ``selection.select_response``; no gradient.
 
         Args:
             batch: what the student sees (``input_ids`` and ``attention_mask`` or ``position_ids``).

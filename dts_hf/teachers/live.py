@@ -28,7 +28,7 @@ class LiveTeacher:
 
     @property
     def head(self) -> Head:
-        """Its weights are shares where the model is sharded: see ``sharding.gather_head``."""
+        """Its weights are shares where the model is sharded: see ``head.gather_head``."""
         return head_of(self.model)
 
     def to(self, device: torch.device) -> LiveTeacher:

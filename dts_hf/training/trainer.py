@@ -54,7 +54,7 @@ class DistillationTrainer(DistillationBase):
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
         logits_budget_mb: memory for one chunk of logits, MiB.
         prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
-        max_length, max_prompt_length, long_rows: for rows; see ``data.encode_rows`` (tokens).
+        max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
         packing: lay the rows of a batch end to end, without padding.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
