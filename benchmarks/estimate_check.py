@@ -222,8 +222,8 @@ def measure(variant: Variant, sizes: Sizes) -> dict[str, Any]:
 
 
 def estimate(variant: Variant, sizes: Sizes) -> Any:
-    from dts_hf.training.model_shape import ModelShape
     from dts_hf.training.memory_estimate import estimate_memory
+    from dts_hf.training.model_shape import ModelShape
     from dts_hf.training.workload import Plan, Workload
 
     student, teacher = (

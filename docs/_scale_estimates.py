@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.memory_estimate import BYTES, Types, trained_weights
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from _scale_estimates import estimate_communication, estimate_host, floor_seconds
 
-from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.memory_estimate import disk_needed, estimate_memory
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 
 DOCS = Path(__file__).resolve().parent

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from dts_hf.classification.data import LabelledDataset, encode_labelled
+from dts_hf.classification.glue_tasks import LabelledRow, get_task, load_labelled
 from dts_hf.classification.models import load_task_student, load_task_teacher
 from dts_hf.classification.scorer import ClassificationScorer, as_plain_rows
-from dts_hf.classification.glue_tasks import LabelledRow, get_task, load_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.sources import manifest
 from dts_hf.evaluation.glue_metrics import headline

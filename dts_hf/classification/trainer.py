@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.classification.data import LabelledCollator, LabelledDataset, check_task_labels, encode_labelled, labelled
+from dts_hf.classification.glue_tasks import GlueTask, LabelledRow, get_task, parse_labelled
 from dts_hf.classification.models import (
     ClassifierTeacher,
     fit_to_tokenizer,
@@ -22,7 +23,6 @@ from dts_hf.classification.models import (
     load_classifier,
     takes_type_ids,
 )
-from dts_hf.classification.glue_tasks import GlueTask, LabelledRow, get_task, parse_labelled
 from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of

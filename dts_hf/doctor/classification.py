@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dts_hf.classification.data import LabelledDataset
+from dts_hf.classification.glue_tasks import GlueTask
 from dts_hf.classification.models import for_model
 from dts_hf.classification.task import Classification
-from dts_hf.classification.glue_tasks import GlueTask
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment, Skipped, need

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-from pydantic_core import to_jsonable_python
-
 from dts_hf.errors import RunError, UserError
+from dts_hf.files import jsonable
 
 Status = Literal["ok", "skipped", "warning", "error"]
 T = TypeVar("T")
@@ -146,10 +145,10 @@ class Diagnosis:
         checks = [{"name": check.name, "status": check.status, **asdict(check)} for check in self.checks]
         whole = {
             "format": FORMAT, "recipe": self.recipe, "status": self.status, "errors": levels.count("error"),
-            "warnings": levels.count("warning"), "checks": checks, "picture": self.picture, "device": self.device,
-            "memory": self.memory, "seconds": round(self.seconds, 1),
+            "warnings": levels.count("warning"), "checks": checks, "device": self.device,
+            "picture": [asdict(row) for row in self.picture], "memory": self.memory, "seconds": round(self.seconds, 1),
         }  # fmt: skip
-        return cast("dict[str, Any]", to_jsonable_python(whole, inf_nan_mode="null"))
+        return cast("dict[str, Any]", jsonable(whole))
 
 
 def worst(problems: list[Problem]) -> Literal["warning", "error"] | None:

@@ -16,10 +16,10 @@ from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
 from dts_hf.doctor.walk import Walk
 from dts_hf.language_modeling.task import LanguageModeling
-from dts_hf.training.model_shape import ModelShape, shapes_from_configs
 from dts_hf.runs.memory import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.training.model_shape import ModelShape, shapes_from_configs
 from dts_hf.training.trainer import DistillationTrainer
 from dts_hf.training.workload import Workload, workload_of
 

@@ -11,10 +11,10 @@ from transformers import TrainingArguments
 from dts_hf.console import gb
 from dts_hf.doctor.diagnosis import Check, Diagnosis
 from dts_hf.errors import UserError
-from dts_hf.training.model_shape import ModelShape, Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.training.memory_estimate import Memory, disk_needed, estimate_memory
+from dts_hf.training.model_shape import ModelShape, Shapes
 from dts_hf.training.workload import Plan, Workload, checkpoints_kept, launch_line, launched_plan, plans
 
 #: Up to this share of the device's memory an estimate counts as fitting without a word: it is good to 20 %.

@@ -25,12 +25,12 @@ from dts_hf.doctor.steps import check_steps, check_training
 from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
-from dts_hf.training.model_shape import Shapes
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.model_shape import Shapes
 from dts_hf.training.workload import Workload
 
 #: So many rows are tokenised at most; they are spread over the whole file.

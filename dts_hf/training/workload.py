@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.training.model_shape import ModelShape
 from dts_hf.recipe.schema import Recipe, Student
+from dts_hf.training.model_shape import ModelShape
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]

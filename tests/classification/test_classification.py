@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from dts_hf.classification.data import LabelledCollator, encode_labelled
+from dts_hf.classification.glue_tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
 from dts_hf.classification.models import (
     ClassifierTeacher,
     label_order,
@@ -26,7 +27,6 @@ from dts_hf.classification.models import (
     permute_outputs,
 )
 from dts_hf.classification.task import Classification
-from dts_hf.classification.glue_tasks import TASKS, GlueTask, LabelledRow, get_task, load_labelled, parse_labelled
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.samplers import DUMMY_ROW, PadToMultiple, dummy_row
 from dts_hf.distill import distill

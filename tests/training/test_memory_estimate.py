@@ -19,10 +19,10 @@ from dts_hf.distributed.launch import zero_options
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import Head, loss_in_head
-from dts_hf.training.model_shape import ModelShape
 from dts_hf.recipe.schema import Lora
 from dts_hf.temperature import build_temperature
 from dts_hf.training.memory_estimate import BLOCK_BUFFERS, disk_needed, estimate_memory, kept_by_block
+from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 from tests.support.launching import launch
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaCon
 
 from dts_hf.errors import UserError
 from dts_hf.models.adapters import add_lora
-from dts_hf.training.model_shape import ModelShape
 from dts_hf.recipe.schema import Lora
+from dts_hf.training.model_shape import ModelShape
 
 LLAMA = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
