@@ -421,7 +421,7 @@ def launched_by(launcher: str, folder: Path, grace: int = 30, **faults: Any) -> 
         process.wait()
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.soak)])
 def test_a_launcher_ends_the_others_of_a_killed_process(lives: Lives, straight_two: Path, launcher: str) -> None:
     folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
     with launched_by(launcher, folder, step=3) as run:
@@ -434,6 +434,7 @@ def test_a_launcher_ends_the_others_of_a_killed_process(lives: Lives, straight_t
     goes_on(lives, folder, straight_two, world=2)
 
 
+@pytest.mark.soak
 def test_torchrun_kills_what_does_not_answer(lives: Lives) -> None:
     """As in a collective of NCCL that never ends: no Python runs, so a handler of ours would wait for ever."""
     folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
