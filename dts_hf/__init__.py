@@ -6,6 +6,8 @@ The public names are loaded on first use, so that ``import dts_hf`` and ``dts-hf
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -60,3 +62,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_WHERE])
+
+
+class _Package(ModuleType):
+    """``dts_hf.distill`` is the function, also once its module of the same name is loaded, which Python binds here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.distill if name == "distill" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -406,7 +407,7 @@ class Counting(Task[DistillationTrainer]):
 
 
 def test_another_kind_of_task_takes_the_same_line(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("dts_hf.distill.task_of", Counting)
+    monkeypatch.setattr(sys.modules["dts_hf.distill"], "task_of", Counting)
     run = distill(recipe(output={"report": False}))
     assert "8 numbers" in capsys.readouterr().err
     assert run.read_data_manifest() == {"splits": {"train": {"rows": 8}}}

@@ -27,7 +27,7 @@ from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
 from dts_hf.distributed.launch import prepare_deepspeed
-from dts_hf.distributed.sharding import shard_teacher
+from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.evaluation.glue_metrics import GlueMetric
@@ -97,6 +97,7 @@ class ClassificationDistillationTrainer(DistillationBase):
     ) -> None:
         # 1. Arguments that cannot be honoured, before anything is loaded.
         args = checked_arguments(args, kwargs)
+        check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
         self.task = task = get_task(task) if isinstance(task, str) else task
         # 2. Two classifiers of the same task that read the same tokens.

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dts_hf.distributed.processes import process
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
+
+PLACEMENTS = ("replicated", "sharded")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -100,6 +102,19 @@ def place_teacher(model: nn.Module, placement: str, device: torch.device | str) 
         shard_teacher(model, device)
     elif not getattr(model, "is_quantized", False):  # bitsandbytes has put it on its device, and refuses to move it
         model.to(device)
+
+
+def check_placement(placement: str) -> None:
+    """Refuse a word for where the teacher stands that nobody would act on.
+
+    Raises:
+        UserError: it is neither ``replicated`` nor ``sharded``.
+    """
+    if placement not in PLACEMENTS:
+        raise UserError(
+            f"teacher_placement: got {placement!r}, expected one of {', '.join(PLACEMENTS)}."
+            f"{nearest(str(placement), PLACEMENTS)}"
+        )
 
 
 def check_can_shard(quantized: bool) -> None:

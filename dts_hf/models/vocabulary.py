@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 from dts_hf.models.head import head_of
 
 logger = logging.getLogger(__name__)
+
+MODES = ("strict", "truncate_to_tokenizer", "intersect")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,12 @@ def align_vocabularies(
             embeddings, such as Qwen's 151,936 and 152,064); ``intersect`` keeps the leading ids that both share.
 
     Raises:
-        UserError: the tokenizers differ, or the widths do in ``strict`` mode.
+        UserError: an unknown mode; the tokenizers differ, or the widths do in ``strict`` mode.
     """
+    if mode not in MODES:
+        raise UserError(
+            f"vocab_alignment: got {mode!r}, expected one of {', '.join(MODES)}.{nearest(str(mode), MODES)}"
+        )
     widths = (head_of(student).vocab_size, head_of(teacher).vocab_size)
     tokens = (len(student_tokenizer), len(teacher_tokenizer))
     shared = shared_prefix(student_tokenizer, teacher_tokenizer)

@@ -1,8 +1,8 @@
 """The recipe: one YAML file that describes one distillation, checked as a whole before anything heavy is loaded.
 
 Every section is a model below, so a new option is one line there: its type, its range and its description are read by
-the error messages (``recipe_check``) and by the JSON schema. ``training:`` is handed to
-``transformers.TrainingArguments``, which stays the authority on its keys. Files are read in ``recipe_yaml``.
+the error messages (``problems``) and by the JSON schema. ``training:`` is handed to
+``transformers.TrainingArguments``, which stays the authority on its keys. Files are read in ``yaml_files``.
 Importing this module imports no torch; checking a recipe does.
 """
 

@@ -110,8 +110,10 @@ class RunDirectory:
         if resume and _made_by_a_run(run.recipe_path):
             return
         if not overwrite and not resume:
+            unfinished = _made_by_a_run(run.recipe_path) and not run.metrics_path.is_file()
+            go_on = "go on with the unfinished run in it (--resume), " if unfinished else ""
             raise UserError(
-                f"output.dir: {path} is not empty. Choose another folder, or replace the run in it with"
+                f"output.dir: {path} is not empty. Choose another folder, {go_on}or replace the run in it with"
                 " output.overwrite=true (--overwrite)"
             )
         if not _made_by_a_run(path / "recipe.yaml"):

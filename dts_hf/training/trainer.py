@@ -17,7 +17,7 @@ from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
 from dts_hf.data.tokenised import TokenisedDataset
-from dts_hf.distributed.sharding import shard_teacher
+from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
@@ -110,6 +110,7 @@ class DistillationTrainer(DistillationBase):
     ) -> None:
         # 1. Two models that can be compared, and batches that both read.
         args = checked_arguments(args, kwargs)
+        check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
         shard = teacher_placement == "sharded" and isinstance(teacher, (str, nn.Module))
         pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args)

@@ -55,3 +55,16 @@ def test_public_names_load_and_unknown_ones_do_not():
     assert set(dts_hf.__all__) <= set(dir(dts_hf))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dts_hf.nonsense  # noqa: B018
+
+
+def test_distill_is_the_function_also_once_its_module_is_loaded():
+    """Python binds a submodule on its package, and this one has the name of a public function."""
+    code = (
+        "import dts_hf\n"
+        "from dts_hf import distill\n"
+        "assert callable(distill) and callable(dts_hf.distill) and dts_hf.distill is distill\n"
+        "import dts_hf.distill as again\n"
+        "from dts_hf.distill import distill as direct\n"
+        "assert direct is distill is dts_hf.distill\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -186,6 +186,8 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_something_in_it(run: RunDirectory, tmp_path: Path) -> None:
+    assert "Choose another folder, go on with the unfinished run in it (--resume), or replace" in refused(run.path)
+    run.write_metrics({"format": 1})
     assert "is not empty. Choose another folder, or replace" in refused(run.path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

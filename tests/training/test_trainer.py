@@ -613,3 +613,15 @@ def test_a_teacher_of_ones_own_sees_borders_only_where_it_says_so(tmp_path, know
 
     trainer_for(tmp_path, teacher=Foreign(), packing=True).train()
     assert set(seen) == {knows}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("vocab_alignment", "intersec", r"vocab_alignment: got 'intersec'.*'intersect'"),
+        ("teacher_placement", "shard", r"teacher_placement: got 'shard'.*'sharded'"),
+    ],
+)
+def test_a_mistyped_choice_is_not_taken_for_another(tmp_path, option, value, says):
+    with pytest.raises(UserError, match=says):
+        trainer_for(tmp_path, tiny_llama(seed=0), tiny_llama(seed=1), **{option: value})

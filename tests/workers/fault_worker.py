@@ -5,6 +5,7 @@ Faults are timed by *gates*: at a given moment the process writes a file ``reach
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 
-import dts_hf.distill
 from dts_hf.errors import UserError
 from dts_hf.language_modeling import scorer
 from dts_hf.loss.distillation_loss import DistillationLoss
@@ -59,7 +59,8 @@ def _provoke(faults: dict[str, Any], rank: str) -> None:
     if "only" in faults and faults["only"] != rank:
         return
     if "wrong" in faults:  # input that cannot be used, found so many seconds after the processes are joined
-        _before(dts_hf.distill, "load_tokenizers", lambda *_: True, lambda *_: _refuse(faults["wrong"]))
+        line = importlib.import_module("dts_hf.distill")  # the attribute of the package is the function
+        _before(line, "load_tokenizers", lambda *_: True, lambda *_: _refuse(faults["wrong"]))
     if "step" in faults:  # a gate in the forward pass after so many steps
         _before(DistillationTrainer, "training_step", lambda self: self.state.global_step == faults["step"], _gate)
     if "scoring" in faults:  # a gate before the answers of `scoring`, counted from 1
