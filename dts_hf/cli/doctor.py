@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dts_hf.cli.printing import AsJson, print_json
+from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, print_json
 from dts_hf.errors import ExitCode
 
 EPILOG = "Example: [bold]dts-hf doctor recipes/quickstart.yaml training.learning_rate=1e-4[/bold]"
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     devices: Annotated[
         int | None, typer.Option(min=1, help="Devices that memory is estimated for; default: those of this machine.")
     ] = None,

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dts_hf.console import printable
 
+#: Arguments that several commands take.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
+]
 
 
 def is_main_process() -> bool:

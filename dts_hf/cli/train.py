@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dts_hf.cli.printing import AsJson, is_main_process, print_json
+from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json
 from dts_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +17,8 @@ EPILOG = "Example: [bold]dts-hf train recipes/quickstart.yaml training.learning_
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     output: Annotated[str | None, typer.Option(help="Run directory; the same as output.dir=DIR.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in that folder.")] = False,
     resume: Annotated[

@@ -40,11 +40,6 @@ class Distribution(NamedTuple):
         total = exponentials.sum(-1, keepdim=True)
         return cls(exponentials.mul_(total.reciprocal()), logits, total.log())
 
-    @property
-    def log_prob(self) -> Tensor:
-        """Logarithm of ``prob``, ``[C, V]``, exact where that underflows."""
-        return self.logits - self.log_norm
-
     def log_prob_slope(self) -> Tensor:
         """Return d log prob / d log T, ``[C, V]``, in a fresh buffer.
 

@@ -113,7 +113,7 @@ def test_the_policy_of_add_a_policy_is_one_file(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "dts_hf", tmp_path / "dts_hf", ignore=ignore)
     for name in ("__init__.py", "temperature/__init__.py", "temperature/test_temperature.py", "support/__init__.py",
-                 "support/recorded.py", "support/reference.py"):  # fmt: skip
+                 "support/recorded.py", "support/reference.py", "support/stepping.py"):  # fmt: skip
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 TINY_VOCAB = 320  # the 4 special tokens, 256 bytes, 60 merges; also the default width of the tiny models
@@ -77,6 +88,16 @@ def _unlike_zero(model: torch.nn.Module) -> None:
                 parameter.normal_(std=0.5 if "embed" in name or "wte" in name else parameter.shape[-1] ** -0.5)
 
 
+def _random(kind: type[Model], config: PreTrainedConfig, seed: int, attn: str) -> Model:
+    """A model of ``config`` in fp32 and eval mode, the same for the same ``seed``; the caller's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config).float().eval()
+        model.set_attn_implementation(attn)
+        _unlike_zero(model)
+    return model
+
+
 def tiny_llama(
     vocab: int = TINY_VOCAB,
     layers: int = 2,
@@ -100,12 +121,7 @@ def tiny_llama(
         eos_token_id=2,
         pad_token_id=2,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).float().eval()
-        model.set_attn_implementation(attn)
-        _unlike_zero(model)
-    return model
+    return _random(LlamaForCausalLM, config, seed, attn)
 
 
 def tiny_gpt2(
@@ -132,9 +148,4 @@ def tiny_gpt2(
         eos_token_id=2,
         pad_token_id=2,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config).float().eval()
-        model.set_attn_implementation(attn)
-        _unlike_zero(model)
-    return model
+    return _random(GPT2LMHeadModel, config, seed, attn)

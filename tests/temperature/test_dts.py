@@ -10,16 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, Temperatures, build_temperature
 from dts_hf.temperature.parts import auto_range, dts_rules
-from dts_hf.training.trainer import DistillationTrainer
-from tests.support import reference
-from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support import controls, reference
+from tests.support.stepping import stats, walk
 
 OPTION_SETS = {
     "batch": {},
@@ -35,20 +33,6 @@ OPTION_SETS = {
     "auto_decoupled": {"range": "auto", "support_max": 8, "support_min": 3, "decoupled": True},
     "auto_epochs": {"range": "auto", "support_max": 8, "support_min": 3, "decoupled": True, "epochs": 3},
 }
-
-
-def stats(gap: float, observed: tuple[float, ...] = ()) -> StepStats:
-    return StepStats(student_ce=2.0 + gap, teacher_ce=2.0, kd=1.0, num_items=10, observed=observed)
-
-
-def walk(policy, progresses, gaps):
-    """Temperatures in force at each step; gaps[k] is what step k measured."""
-    seen = []
-    for progress, gap in zip(progresses, gaps):
-        policy.begin_step(progress)
-        seen.append(policy.temperature)
-        policy.end_step(stats(gap))
-    return seen
 
 
 def chunk(seed: int = 0, rows: int = 6, vocab: int = 11, dtype: torch.dtype = torch.float64):
@@ -727,22 +711,8 @@ TRAINED = {
 
 
 def trainer_for(folder, options, **arguments):
-    defaults = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-3, "disable_tqdm": True, "seed": 7,
-    }  # fmt: skip
-    rows = [
-        {"id": f"r{i}", "instruction": "Say it", "input": "", "output": "yes " * (1 + 3 * (i % 5)) + "no"}
-        for i in range(16)
-    ]
-    return DistillationTrainer(
-        tiny_llama(seed=0),
-        tiny_llama(seed=1),
-        args=TrainingArguments(**{**defaults, **arguments}),
-        temperature={"name": "dts", **options},
-        train_dataset=rows,
-        processing_class=tiny_tokenizer(),
-    )
+    defaults = {"per_device_train_batch_size": 8, "max_steps": 4}
+    return controls.trainer_for(folder, {"name": "dts", **options}, **{**defaults, **arguments})
 
 
 def logged(trainer):

@@ -11,8 +11,9 @@ import torch
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
-from dts_hf.temperature import RowStats, StepStats, build_temperature, temperature_policies
+from dts_hf.temperature import RowStats, build_temperature, temperature_policies
 from tests.support.recorded import policy_of
+from tests.support.stepping import stats, walk
 
 POLICIES = sorted(temperature_policies())
 
@@ -26,20 +27,6 @@ def given(first, second):
     """The parts that a policy gives, side by side; both answers leave out the same ones."""
     assert [part is None for part in first] == [part is None for part in second]
     return [(a, b) for a, b in zip(first, second) if a is not None]
-
-
-def stats(gap: float) -> StepStats:
-    return StepStats(student_ce=2.0 + gap, teacher_ce=2.0, kd=1.0, num_items=10)
-
-
-def walk(policy, progresses, gaps):
-    """Temperatures in force at each step; gaps[k] is what step k measured."""
-    seen = []
-    for progress, gap in zip(progresses, gaps):
-        policy.begin_step(progress)
-        seen.append(policy.temperature)
-        policy.end_step(stats(gap))
-    return seen
 
 
 # ---------------------------------------------------------------------------------------- the contract, for all found

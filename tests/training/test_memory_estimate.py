@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from dts_hf.distributed.launch import zero_options
 from dts_hf.loss.distillation_loss import DistillationLoss
@@ -25,17 +25,9 @@ from dts_hf.training.memory_estimate import BLOCK_BUFFERS, disk_needed, estimate
 from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 from tests.support.launching import launch
+from tests.support.shapes import GPT2, LLAMA, OPT
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA = LlamaConfig(
-    vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    tie_word_embeddings=True,
-)  # fmt: skip
-GPT2 = GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-OPT = OPTConfig(
-    vocab_size=512, hidden_size=64, word_embed_proj_dim=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
-    dropout=0.0,
-)  # fmt: skip
 STUDENT = ModelShape.from_config(LLAMA)
 TEACHER = ModelShape.from_config(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 8}))
 WORK = Workload(rows=4, tokens=64, labelled=128, device="cpu")
