@@ -24,6 +24,7 @@ from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.environment import where_it_trains
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, check_same_rows, open_run
@@ -59,6 +60,8 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     start = begin(recipe, args, resume)
     if start.finished:
         return end_early(recipe, args)
+    if args.process_index == 0:
+        say(where_it_trains(args))
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
 
@@ -83,7 +86,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
     made_from = task.manifest(rows, data)
     check_start(recipe, start, trainer, made_from)
-    run = open_run(recipe, start, made_from, args.process_index, args.world_size)
+    run = open_run(recipe, start, made_from, args)
     trainer.add_callback(RunLogCallback(run))
     if trainer.is_world_process_zero():
         for note in task.notes(rows, data):

@@ -41,13 +41,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where they see no card."""
+    """Tests that take ``device`` are for the card, too, and all that need one are skipped where there is none to see."""
+    card = sees_card(config)
+    for item in items:
+        of_its_own = "device" in getattr(getattr(item, "callspec", None), "params", ())
+        if card and "device" in getattr(item, "fixturenames", ()) and not of_its_own:
+            item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
     reason = "needs a CUDA device, which pytest -m gpu alone may see"
-    if sees_card(config):
+    if card:
         import torch
 
         if torch.cuda.is_available():
@@ -57,11 +63,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``device`` runs on "cpu", Triton's kernels interpreted, and under ``pytest -m gpu`` on "cuda"."""
-    if "device" in metafunc.fixturenames:
-        device = pytest.param("cuda", marks=pytest.mark.gpu) if sees_card(metafunc.config) else "cpu"
-        metafunc.parametrize("device", [device])
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the test computes: "cuda" under ``pytest -m gpu``, which runs every test that takes it, else "cpu".
+
+    On the CPU Triton's kernels are interpreted (``TRITON_INTERPRET=1``): the same test stands for both.
+    """
+    return "cuda" if sees_card(request.config) else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
 
 
-def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: int, world: int) -> RunDirectory:
+def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: TrainingArguments) -> RunDirectory:
     """The run directory, with what is known before training; all processes call it.
 
     Everything is checked by now: from here on things are written.
@@ -143,8 +143,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
         recipe: of this attempt.
         start: where it starts.
         made_from: ``data_manifest.json``.
-        rank: of this process; the first one writes.
-        world: how many processes there are.
+        args: name the device and this process; the first one writes.
 
     Raises:
         UserError: see ``RunDirectory.create``; or another process has been quicker.
@@ -155,12 +154,12 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
         RunDirectory.create(run.path, recipe.output.overwrite, resume=start.keep)
         lock(run.path)
         run.save_recipe(recipe)
-        run.write_environment(environment())
+        run.write_environment(environment(args.device))
         run.write_data_manifest(made_from)
         if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
             run.cut_log(start.log_bytes)
 
-    on_first_process(write, rank, world)
+    on_first_process(write, args.process_index, args.world_size)
     return run
 
 
