@@ -24,7 +24,6 @@ from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.environment import where_it_trains
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, check_same_rows, open_run
@@ -60,8 +59,6 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     start = begin(recipe, args, resume)
     if start.finished:
         return end_early(recipe, args)
-    if args.process_index == 0:
-        say(where_it_trains(args))
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
 

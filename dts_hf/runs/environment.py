@@ -34,7 +34,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "device": device_name(device),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "packages": {name: version for name in PACKAGES if (version := _version(name))} | {"torch": str(torch.__version__)},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))}
+        | {"torch": str(torch.__version__)},
         "git_commit": _git_commit(),
         "argv": [_public(argument) for argument in sys.argv],
     }

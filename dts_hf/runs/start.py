@@ -23,7 +23,7 @@ from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
 from dts_hf.runs.directory import BEFORE, RunDirectory
-from dts_hf.runs.environment import environment
+from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.lock import lock
 from dts_hf.temperature import build_temperature
 
@@ -118,7 +118,9 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
 
 
 def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
-    """Refuse what can be refused before rows and models are loaded, and find where the run starts; all processes call it.
+    """Refuse what can be refused before rows and models are loaded, find where the run starts, and say where it trains.
+
+    All processes call it.
 
     Args:
         recipe: what is asked for.
@@ -131,7 +133,10 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     check_launch(args)
     if recipe.teacher is not None and recipe.teacher.placement == "sharded":
         check_can_shard(recipe.teacher.quantization != "none")
-    return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    if args.process_index == 0 and not start.finished:
+        say(where_it_trains(args))
+    return start
 
 
 def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: TrainingArguments) -> RunDirectory:
