@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from harness import needs_trl
+from harness import needs_liger, needs_trl
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
+import render
 
 FOLDER = Path(__file__).resolve().parent
 #: name of the result -> script and its arguments
@@ -122,7 +122,7 @@ def kept(results: Path) -> dict[str, dict[str, Any]]:
 
 def fill(page: str, reports: dict[str, dict[str, Any]]) -> str:
     """Put each report between its markers; places without a report stay as they are."""
-    texts = {name: harness.markdown(report) for name, report in reports.items()}
+    texts = {name: render.markdown(report) for name, report in reports.items()}
     for name, text in {**texts, "bars": bars(reports)}.items():
         place = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
         page = place.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
@@ -165,10 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     for name, command in found.commands.items():
         report = run(name, (*command, *common), found.results)
-        print(f"\n## {name} ({report['wall_seconds']:.0f} s)\n\n{harness.markdown(report)}", flush=True)
+        print(f"\n## {name} ({report['wall_seconds']:.0f} s)\n\n{render.markdown(report)}", flush=True)
     reports = kept(found.results)
     print(f"\n## bars\n\n{bars(reports)}")
-    sections = {name: harness.markdown(report) for name, report in reports.items()} | {"bars": bars(reports)}
+    sections = {name: render.markdown(report) for name, report in reports.items()} | {"bars": bars(reports)}
     summary = "\n".join(f"## {name}\n\n{text}\n" for name, text in sections.items())
     write_atomic(found.results / "summary.md", summary)
 
