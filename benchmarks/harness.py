@@ -143,7 +143,7 @@ def _cuda_turn(task: Task, with_memory: bool) -> dict[str, float]:
         task.clean()
     answer = {"seconds": statistics.median(seconds), **_read(found)}
     if with_memory:
-        answer["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        answer.setdefault("peak_bytes", torch.cuda.max_memory_allocated() - before)
     return answer
 
 
@@ -187,15 +187,16 @@ class Worker:
     def __init__(self, build: Callable[[str, Any], Task], names: list[str], *arguments: Any) -> None:
         # A fresh interpreter, not a fork: a fork would start with the parent's memory.
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_worker, args=(theirs, build, *arguments), daemon=True)
-        self.process.start()
-        theirs.close()  # so that a worker that dies shows as the end of its pipe
+        self.pipe, self.theirs = context.Pipe()
+        self.process = context.Process(target=_worker, args=(self.theirs, build, *arguments), daemon=True)
         self.names = names
 
     def ask(self, name: str, with_memory: bool, timeout: float | None = None) -> dict[str, Any]:
         """One turn; a worker that died or is too slow answers ``failed``, to this and to all further questions."""
         try:
+            if self.process.pid is None:  # not before: processes that wait would hold memory
+                self.process.start()
+                self.theirs.close()  # so that a worker that dies shows as the end of its pipe
             self.pipe.send((name, with_memory))
             if not self.pipe.poll(timeout):
                 self.process.kill()
@@ -206,9 +207,10 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        with contextlib.suppress(OSError):  # it may be gone already
-            self.pipe.send(None)
-        self.process.join()
+        if self.process.pid is not None:
+            with contextlib.suppress(OSError):  # it may be gone already
+                self.pipe.send(None)
+            self.process.join()
 
 
 class Measured(NamedTuple):
@@ -284,12 +286,15 @@ def measure(
         for number in range(rounds):
             _say(f"round {number + 1} of {rounds}: {len(running)} variants")
             shift = number % max(len(running), 1)  # nobody always follows the same one
-            for name in running[shift:] + running[:shift]:
+            order = running[shift:] + running[:shift]
+            for place, name in enumerate(order):
                 if clock.over:
                     break
                 # Memory in the first round alone: giving memory back before a step could make it slower.
                 if answer := turn(name, number == 0):
                     turns.setdefault(name, []).append(answer)
+                if number == rounds - 1 and not set(owner[name].names) & set(order[place + 1 :]):
+                    owner[name].stop()  # its room is for the others
     finally:
         for worker in workers:
             worker.stop()
