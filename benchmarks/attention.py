@@ -3,8 +3,8 @@
     python benchmarks/attention.py              on a GPU, bf16; on a CPU: tiny, does it run?
 
 ``dts_hf`` is ``dts_hf.models.packed_attention.packed_attention``, whichever kernel it takes here. Rows have the lengths of
-``step_sizes.py``: 65 % of T on average. Making a mask is not in the time of a layer, for all layers of a batch share it; it has
-a row of its own. The error is that of the output, relative to a call for each row in fp32.
+``step_sizes.py``: 65 % of T on average. Making a mask is not in the time of a layer, for all layers of a batch share it: it
+has a row of its own. The error is that of the output, relative to a call for each row in fp32.
 """
 
 from __future__ import annotations
@@ -208,7 +208,12 @@ def build(name: str, options: tuple[Setting, dict[str, Shape]]) -> Task:
     setting, shapes = options
     variant, shape = name.split(" ", 1)[0], shapes[name.split(" ", 1)[1]]
     if variant in MASKS:
-        return Task(lambda: {} if MASKS[variant](shape, setting.device) is not None else {})
+
+        def make() -> dict[str, Any]:
+            MASKS[variant](shape, setting.device)
+            return {}
+
+        return Task(make)
     inputs = make_inputs(shape, setting)
     run = WAYS[variant](inputs, shape, setting)
     exact = Inputs(*(states.detach().float() for states in (inputs.query, inputs.key, inputs.value, inputs.grad)))

@@ -142,10 +142,10 @@ VARIANTS: dict[str, Variant] = {
     "trl_chunked": Variant("TRL's chunked divergence: KL alone", peers.chunked_rows, _kl_alone),
     "trl_gkd": Variant("TRL GKD, dense: KL alone", peers.gkd_rows, _kl_alone),
     "liger_chunked": Variant(
-        "Liger's LigerFusedLinearJSDLoss, compiled: CE + KL", peers.liger_chunked_rows, lambda r, t: (1 - r, r)  # noqa: ARG005
+        "Liger's LigerFusedLinearJSDLoss, compiled: CE + KL", peers.liger_chunked_rows, lambda r, t: (1 - r, r)
     ),
     "liger_triton": Variant("Liger's LigerFusedLinearJSD: KL alone", peers.liger_triton_rows, _kl_alone),
-    "hf_ce": Variant("HF's cross-entropy of the student alone", peers.cross_entropy_rows, lambda r, t: (1.0, 0.0)),  # noqa: ARG005
+    "hf_ce": Variant("HF's cross-entropy of the student alone", peers.cross_entropy_rows, lambda r, t: (1.0, 0.0)),
 }  # fmt: skip
 NAMES = (FLOOR, *VARIANTS)
 

@@ -8,8 +8,8 @@ Random weights of the shapes of ``SHAPES``; no download. Every variant is a Trai
 same code. ``forward + backward`` is ``training_step``, ``whole step`` the time from one to the next, optimizer and loader
 included. The learning rate is 0, so that all see the same weights in every step, and ``KL at T`` must agree.
 
-65 % of the positions are real tokens, half of them labelled. bf16 autocast, the student's weights fp32, every teacher's bf16.
-No dropout. Accelerate would also copy the peers' logits to fp32; that is left out, in their favour.
+65 % of the positions are real tokens, half of them labelled. bf16 autocast, the student's weights fp32, every teacher's
+bf16. No dropout. Accelerate would also copy the peers' logits to fp32; that is left out, in their favour.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import harness
@@ -246,9 +247,7 @@ class Stopwatch:
         timed = self.marks[self.setting.warm_up :]
         ends = [end for _, end in self.marks[self.setting.warm_up - 1 :]]
         found["seconds"] = statistics.median(self._between(*pair) for pair in timed)
-        found["whole_seconds"] = statistics.median(
-            self._between(a, b) for a, b in zip(ends, ends[1:], strict=False)
-        )
+        found["whole_seconds"] = statistics.median(self._between(a, b) for a, b in pairwise(ends))
         return found
 
 
@@ -303,7 +302,9 @@ def floor_task(setting: Setting) -> Task:
     return Task(step)
 
 
-def peer_task(setting: Setting, loss_fn: Callable[[Any, dict[str, Tensor]], Tensor], student: Any, is_kl: bool) -> Task:
+def peer_task(
+    setting: Setting, loss_fn: Callable[[Any, dict[str, Tensor]], Tensor], student: Any, is_kl: bool
+) -> Task:
     """``transformers.Trainer`` with another loss; its autocast is ours, so that logits are not copied to fp32."""
     import torch
     from transformers import Trainer
