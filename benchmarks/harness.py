@@ -149,6 +149,7 @@ def _cuda_turn(task: Task, with_memory: bool) -> dict[str, float]:
 
 def _worker(pipe: Connection, build: Callable[[str, Any], Task], options: Any, threads: int, device: str) -> None:
     """Answers every ``(name, with_memory)`` with one turn, or with why there is none."""
+    os.dup2(2, 1)  # trainers print; what the parent prints must stay JSON
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import torch
 
