@@ -48,7 +48,7 @@ def markdown(report: dict[str, Any]) -> str:
     where, setting = report["environment"], report["setting"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     parts = [
-        f"Measured on {where['date']} on {where['machine']}, commit {where['commit']}; {versions}.",
+        f"{where.get('done', 'Measured')} on {where['date']} on {where['machine']}, commit {where['commit']}; {versions}.",
         f"Setting: {', '.join(f'{key} {_plain(value)}' for key, value in setting.items())}.",
     ]
     for table in report["tables"]:
