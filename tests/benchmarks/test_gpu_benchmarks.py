@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmarks import trouble
 from tests.benchmarks.test_benchmarks import FOLDER, HAS_TRL, assert_same_kl, report, run
 
 
@@ -26,28 +27,10 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 # --------------------------------------------------------------------------------------------- what fails is a row
 
 
-def build_trouble(name: str, _options: None) -> Any:
-    """Given to ``harness.measure``, whose workers import it."""
-    from harness import Missing, Task
-
-    def step() -> dict[str, Any]:
-        if name == "too big":
-            raise torch.OutOfMemoryError("no room")
-        if name == "broken":
-            raise ValueError("not\ntoday")
-        if name == "dies":
-            os._exit(3)
-        return {"kl": torch.tensor(0.5)}
-
-    if name == "absent":
-        raise Missing("no such package")
-    return Task(step)
-
-
 def test_what_fails_is_a_row_and_the_others_go_on(scripts: Callable[[str], ModuleType]) -> None:
     names = ["absent", "too big", "broken", "dies", "fits"]
     groups = [["absent", "too big", "broken", "fits"], ["dies"]]
-    found = scripts("harness").measure(build_trouble, names, None, rounds=2, threads=1, processes=groups)
+    found = scripts("harness").measure(trouble.build, names, None, rounds=2, threads=1, processes=groups)
     assert list(found.numbers) == names[1:]
     assert [found.numbers[name]["failed"] for name in names[1:4]] == [
         "out of memory",
@@ -59,7 +42,7 @@ def test_what_fails_is_a_row_and_the_others_go_on(scripts: Callable[[str], Modul
 
 
 def test_after_the_limit_no_turn_begins(scripts: Callable[[str], ModuleType]) -> None:
-    found = scripts("harness").measure(build_trouble, ["fits"], None, rounds=3, threads=1, limit=0.0)
+    found = scripts("harness").measure(trouble.build, ["fits"], None, rounds=3, threads=1, device="cuda", limit=0.0)
     assert found.numbers == {"fits": {"failed": "not reached"}}
     assert "The limit of 0 s was reached" in found.notes[0]
 
@@ -125,7 +108,7 @@ def test_a_step_that_times_itself_is_called_once(scripts: Callable[[str], Module
 # ----------------------------------------------------------------------------------------------------- the scripts
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_loss_sizes_compares_the_same_loss_and_its_errors_are_small() -> None:
     found = report("loss_sizes.py", "--device", "cpu", "--dtype", "float32")
     assert len(found["tables"]) == 2
@@ -140,7 +123,7 @@ def test_loss_sizes_compares_the_same_loss_and_its_errors_are_small() -> None:
             assert name == "floor" or (len(errors) >= 3 and max(errors) < 1e-5), (name, errors)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_step_sizes_trains_every_variant_on_the_same_rows() -> None:
     variants = ("floor", "sft", "padded", "packed", *(("trl_gkd", "trl_chunked") if HAS_TRL else ()))
     found = report("step_sizes.py", "--device", "cpu", "--shape", "gpt2", "--variants", *variants)
@@ -151,7 +134,7 @@ def test_step_sizes_trains_every_variant_on_the_same_rows() -> None:
     assert rows["packed"]["x_padded"] == pytest.approx(rows["packed"]["seconds"] / rows["padded"]["seconds"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_way_to_attend_gives_the_same(tmp_path: Path) -> None:
     kept = tmp_path / "all.json"
     run("run.py", "--quick", "--device", "cpu", "--only", "attention", "--results", str(tmp_path), "--json", str(kept))
@@ -162,6 +145,35 @@ def test_every_way_to_attend_gives_the_same(tmp_path: Path) -> None:
         assert all(rows[name]["error"] < 5e-3 for name in ("dts_hf", "rows", "dense"))
     printed = run("run.py", "--table", str(kept))
     assert printed.count("| dts_hf's packed attention |") == 2
+
+
+def test_the_errors_of_ours_are_small(scripts: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = scripts("loss_sizes")
+    setting = module.Setting(24, "float32", "cpu")
+    found = module.build_errors("ours_256 16x64", setting).step()
+    assert {"ce_error", "kl_error", "dh_error", "dw_error"} <= set(found)
+    assert all(float(value) < 1e-5 for key, value in found.items() if key.endswith("_error"))
+    without_factor = module.VARIANTS["ours_256"]._replace(weights=lambda r, t: (1 - r, r))
+    monkeypatch.setitem(module.VARIANTS, "ours_256", without_factor)
+    assert float(module.build_errors("ours_256 16x64", setting).step()["dw_error"]) > 0.1
+
+
+def test_our_trainer_is_timed_step_by_step(scripts: Callable[[str], ModuleType]) -> None:
+    module = scripts("step_sizes")
+    setting = module.Setting(module.QUICK_SHAPES["135m"], "cpu", steps=2, warm_up=1)
+    found = module.build("packed", setting).step()
+    assert found["whole_seconds"] > found["seconds"] > 0
+    assert 0.1 < found["kl"] < 1.0
+    peer = module.build("sft", setting).step()
+    assert set(peer) == {"seconds", "whole_seconds"}
+
+
+@pytest.mark.parametrize("way", ["dts_hf", "rows", "dense"])
+def test_a_way_to_attend_is_compared_with_fp32(scripts: Callable[[str], ModuleType], way: str) -> None:
+    module = scripts("attention")
+    shapes = {"0": module.Shape(3, 12, 4, 2, 16)}
+    task = module.build(f"{way} 0", (module.Setting("float32", "cpu"), shapes))
+    assert task.step()["error"] < 1e-5
 
 
 def test_results_of_one_file_stay_beside_new_ones(tmp_path: Path, scripts: Callable[[str], ModuleType]) -> None:
