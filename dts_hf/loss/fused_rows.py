@@ -179,12 +179,14 @@ class FusedRows(RowLoss):
     ) -> None:
         chunk = _Chunk(raw_student, raw_teacher, targets)
         answer = self._answer_to_nothing(chunk) if self.settings.temperature.reads == "nothing" else None
+        if answer is not None:
+            self.check(answer, len(targets))
         one, at_t = self._statistics(chunk, answer)
         self._add_up(one)
         if answer is None or at_t is None:
             answer = self._answer(chunk, one, sequence_gap)
+            self.check(answer, len(targets))  # before a kernel reads behind its end
             at_t = self._at(chunk, one, answer)
-        self.check(answer)
         self.log(answer, one.ce_s)
         terms, along = self._soft_loss(chunk, one, at_t, answer)
         if self.with_grad:

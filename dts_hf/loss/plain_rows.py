@@ -135,7 +135,7 @@ class PlainRows(RowLoss):
             ValueError: the answer breaks the contract of what the policy declares.
         """
         temperatures = self.settings.temperature(block.z_s, block.z_t, block.rows)
-        self.check(temperatures)
+        self.check(temperatures, len(block.z_s))
         at_t = self._tempered(temperatures, block.at_one)
 
         # An entropy costs a pass over [C, V]: where T = 1 left the logits as they are, it is the one of step 1

@@ -104,13 +104,20 @@ class RowLoss:
         if observed is not None:
             self.observe(observed)
 
-    def check(self, temperatures: Temperatures) -> None:
-        """Hold the policy's answer to what it declares.
+    def check(self, temperatures: Temperatures, rows: int) -> None:
+        """Hold the policy's answer to what it declares, for a chunk of so many rows.
 
         Raises:
             ValueError: it breaks the contract.
         """
         policy = self.settings.temperature
+        for name in ("student", "teacher", "scale", "scale_free"):
+            value = getattr(temperatures, name)
+            if value is not None and value.dim() and value.shape != (rows, 1):
+                raise ValueError(
+                    f"the policy '{policy.name}' gave {name} {list(value.shape)} for {rows} rows, expected [] or "
+                    f"[{rows}, 1]; it declares reads = '{policy.reads}': does its forward look at more than that?"
+                )
         if policy.learns and (temperatures.student.dim() or temperatures.scale is not None):
             raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
         if temperatures.scale_free is not None and temperatures.scale is None:
