@@ -227,15 +227,18 @@ def rows_in_budget(logits_budget_mb: float, vocab_size: int, itemsize: int) -> i
 
 
 def equal_chunks(rows: int, limit: int) -> int:
-    """C for so many rows: as few chunks as ``limit`` allows, of equal size, a multiple of 128 where that fits.
+    """C for so many rows: as few chunks as ``limit`` allows, of equal size, or one more where that makes C a multiple of 128.
 
-    Matmuls work in tiles of 128 rows, and a last chunk of a few rows would drag the whole of dW through memory.
+    Matmuls work in tiles of 128 rows, and a chunk more drags the whole of dW through memory once more.
     """
     if rows <= limit:
         return max(rows, 1)
-    chunk = -(-rows // -(-rows // limit))
-    rounded = -(-chunk // 128) * 128
-    return rounded if rounded <= limit else max(limit // 128 * 128, chunk if limit < 128 else 1)
+    fewest = -(-rows // limit)
+    for count in (fewest, fewest + 1):
+        rounded = -(-rows // (128 * count)) * 128
+        if rounded <= limit:
+            return rounded
+    return -(-rows // fewest)
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
