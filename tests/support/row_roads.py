@@ -92,5 +92,8 @@ def _by(
 
 def apart(found: Tensor, expected: Tensor, least: float = 1e-3) -> float:
     """The largest difference, relative to the largest of ``expected`` (or to ``least``); NaN counts as far apart."""
+    assert found.shape == expected.shape
+    if torch.equal(found.double(), expected.double()):  # nothing at all, or both of them infinite
+        return 0.0
     difference = (found.double() - expected.double()).abs().max() / (expected.double().abs().max() + least)
-    return float(difference.nan_to_num(nan=float("inf"))) if expected.numel() else 0.0
+    return float(difference.nan_to_num(nan=float("inf")))
