@@ -71,8 +71,10 @@ def compare(policy: str, form: str, device: str) -> None:
         "in_place": place % 2 == 0,
     }  # fmt: skip
     chunk, asked = chunk_of(3 if policy == "replay" else 2, device=device), policy_named(policy)
-    expected = by_plain(chunk, FORMS[form], asked, torch.float64, **options)
-    assert_same(by_kernels(chunk, FORMS[form], asked, **options), expected)
+    exact, plain = (by_plain(chunk, FORMS[form], asked, dtype, **options) for dtype in (torch.float64, torch.float32))
+    # What cancels in the gradient (all but nothing is left of it for total variation, say) fp32 does not have
+    gradient = max(1e-5, 2.0 * apart(plain[1], exact[1], 1e-30))
+    assert_same(by_kernels(chunk, FORMS[form], asked, **options), exact, gradient=gradient)
 
 
 @pytest.mark.parametrize(("policy", "form"), DAILY)
@@ -288,8 +290,8 @@ def compare_extreme(extreme: str, form: str, policy: str, device: str) -> None:
     reach = max(float((z - z.gather(-1, label)).abs().max()) for z in (chunk.student, chunk.teacher))
     tolerance = max(1e-5, 1e-7 * reach)
     for name, value in exact.items():
-        parts = abs(float(exact["kd"])) + 1e-3 if name == "temperature_grad" else 1e-3
-        assert apart(sums[name], value, parts) <= max(tolerance, 1.5 * apart(plain[name], value, parts)), name
+        parts = abs(float(exact["kd"])) + 1.0 if name == "temperature_grad" else 1e-3
+        assert apart(sums[name], value, parts) <= max(tolerance, 4.0 * apart(plain[name], value, parts)), name
     tolerance *= reach if form in OF_RATIOS else 1.0
     assert apart(grad, exact_grad, 1e-6) <= max(tolerance, 1.5 * apart(plain_grad, exact_grad, 1e-6))
 

@@ -1,0 +1,77 @@
+"""The loss kernels compiled for cards that are not here: they compile, spill nothing, and load 16 bytes at a time.
+
+What is compiled are the launches that the loss makes (``benchmarks/kernel_report.py`` records them), in a process of its
+own: where Triton interprets (tests/conftest.py), it cannot compile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dts_hf.divergences import DIVERGENCES
+from dts_hf.temperature import temperature_policies
+from tests.support.launching import ROOT, WORKERS
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+#: Registers of a thread, at most: four blocks of four warps on each multiprocessor.
+MOST_REGISTERS = 128
+
+
+def compiled(folder: Path, **job: Any) -> list[dict[str, Any]]:
+    """What each launch needs of a card, and how it loads; see the worker for the jobs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [environment.get("PYTHONPATH")])]),
+        "TRITON_CACHE_DIR": str(folder),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(WORKERS / "kernel_report_worker.py"), json.dumps(job)],
+        env=environment, text=True, capture_output=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    assert rows and not [row for row in rows if "failed" in row], rows
+    return rows
+
+
+def assert_lean(rows: list[dict[str, Any]], aligned: bool) -> None:
+    """``aligned``: rows begin at multiples of 16 entries. Others compile and spill nothing, but take narrow loads."""
+    for row in rows:
+        assert row["spills"] == 0, row
+        if aligned:
+            assert row["registers"] <= MOST_REGISTERS and ".128" in row["loads"], row
+
+
+def test_the_usual_kernels_compile_without_a_card(tmp_path: Path) -> None:
+    """Forward KL under a known T, and a scale-free JSD of soft-capped heads: all three kernels in seven forms."""
+    for cases, capped, vocab, archs in (
+        ([["forward_kl", "constant"]], False, 49152, [80, 90]),
+        ([["jsd", "logit_std"]], True, 49152, [90]),
+        ([["forward_kl", "constant"]], False, 50257, [90]),  # GPT-2's: rows begin anywhere
+    ):
+        rows = compiled(tmp_path, cases=cases, capped=capped, vocab=vocab, dtypes=["bfloat16"] * 2, archs=archs)
+        assert {row["arch"] for row in rows} == set(archs)
+        assert_lean(rows, aligned=vocab % 16 == 0)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("dtypes", [["bfloat16"] * 2, ["float16"] * 2, ["float32"] * 2, ["bfloat16", "float32"]])
+@pytest.mark.parametrize("vocab", [49152, 50257])
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+def test_every_kernel_compiles_without_a_card(capped: bool, vocab: int, dtypes: list[str], tmp_path: Path) -> None:
+    """Each divergence under a known T, a scale-free one and a learnt one; each policy under a KL and a divergence."""
+    usual = [name for name in sorted(DIVERGENCES) if name != "adaptive_kl"]
+    cases = [[name, policy] for name in usual for policy in ("constant", "logit_std", "ctkd") if (name, policy) != ("dkd", "ctkd")]  # fmt: skip
+    policies = [name for name in sorted(temperature_policies()) if name != "replay"]  # it needs a run to replay
+    cases += [[name, policy] for policy in policies for name in ("forward_kl", "jsd")]
+    archs = [80, 90] if dtypes == ["bfloat16"] * 2 else [90]
+    assert_lean(compiled(tmp_path, cases=cases, capped=capped, vocab=vocab, dtypes=dtypes, archs=archs), vocab % 16 == 0)
