@@ -83,7 +83,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
     made_from = task.manifest(rows, data)
     check_start(recipe, start, trainer, made_from)
-    run = open_run(recipe, start, made_from, args.process_index, args.world_size)
+    run = open_run(recipe, start, made_from, args)
     trainer.add_callback(RunLogCallback(run))
     if trainer.is_world_process_zero():
         for note in task.notes(rows, data):

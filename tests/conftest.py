@@ -1,8 +1,13 @@
-"""Shared fixtures. Tests marked ``shared_data`` use real rows laid beside the checkout and skip where they are absent."""
+"""What all tests share: fixtures, and whether they see the card of this machine.
+
+Tests marked ``shared_data`` use real rows laid beside the checkout and skip where they are absent. Tests marked ``gpu``
+need a CUDA device: ``pytest -m gpu`` runs them, and every other run hides the card, so that it is the same everywhere.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,55 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 settings.register_profile("fuzz", print_blob=True)
 
 SHARED_DATA = Path(os.environ.get("DTS_HF_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def sees_card(config: pytest.Config) -> bool:
+    """Whether this is the run of the tests marked ``gpu``, and of no others."""
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports torch; what the tests launch inherits it.
+
+    A Trainer takes every card that it sees: none here, or the first one alone, for several would be ``nn.DataParallel``.
+    """
+    if sees_card(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that take ``device`` are for the card, too, and all that need one are skipped where there is none to see."""
+    card = sees_card(config)
+    for item in items:
+        of_its_own = "device" in getattr(getattr(item, "callspec", None), "params", ())
+        if card and "device" in getattr(item, "fixturenames", ()) and not of_its_own:
+            item.add_marker("gpu")
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    reason = "needs a CUDA device, which pytest -m gpu alone may see"
+    if card:
+        import torch
+
+        if torch.cuda.is_available():
+            return
+        reason = f"torch {torch.__version__} sees no CUDA device"
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the test computes: "cuda" under ``pytest -m gpu``, which runs every test that takes it, else "cpu".
+
+    On the CPU Triton's kernels are interpreted (``TRITON_INTERPRET=1``): the same test stands for both.
+    """
+    return "cuda" if sees_card(request.config) else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,17 @@ from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
+def test_a_recipe_that_names_no_device_trains_where_it_can_and_says_so(workplace, capsys):
+    """Bit for bit as with ``use_cpu: true``, in bf16 too, which transformers refuses on a CPU that nobody has named."""
+    named, unnamed = recipe(training={"bf16": True}, output={"dir": "named"}), recipe(training={"bf16": True})
+    assert unnamed.training.pop("use_cpu") is True
+    runs = [distill(wanted) for wanted in (named, unnamed)]
+    weights = [AutoModelForCausalLM.from_pretrained(run.final_path).state_dict() for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert [run.read_environment()["device"] for run in runs] == ["CPU", "CPU"]
+    assert len(re.findall(r"^training on the CPU \(\d+ threads\); ", capsys.readouterr().err, re.MULTILINE)) == 2
+
+
 def test_the_run_directory_holds_exactly_this(workplace):
     wanted = recipe()
     run = distill(wanted)

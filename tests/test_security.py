@@ -428,5 +428,5 @@ def test_a_message_cannot_steer_the_terminal() -> None:
 def test_the_environment_file_has_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setattr(sys, "argv", ["dts-hf", f"--x={SECRET}", f"u=https://me:{TOKEN}@h"])
-    text = json.dumps(environment())
+    text = json.dumps(environment(torch.device("cpu")))
     assert SECRET not in text and TOKEN not in text and not re.search("me:", text)

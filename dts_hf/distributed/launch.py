@@ -45,7 +45,8 @@ def check_launch(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel cannot carry this loss. Launch one "
-            f"process per GPU: accelerate launch --num_processes {args.n_gpu} -m dts_hf train RECIPE.yaml"
+            f"process per GPU: accelerate launch --num_processes {args.n_gpu} -m dts_hf train RECIPE.yaml; or show this one "
+            "a single GPU: CUDA_VISIBLE_DEVICES=0, set before torch is imported"
         )
     got, (asked, variable) = args.world_size, _asked_for()
     if got < asked:

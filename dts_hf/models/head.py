@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,10 +160,12 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
     weight = cast(Tensor, module.weight)
     # Two rows that differ in their last token alone
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=weight.device) % weight.shape[0]
-    logits, returned, states, expected, backbone_states = _probe(model, ids, f"{role}: {name}")
-    low_precision = {logits.dtype, weight.dtype} & {torch.bfloat16, torch.float16}
+    seen = _probe(model, ids, f"{role}: {name}")
+    logits = seen.logits
+    # A forward that somebody has put under autocast may give its logits in fp32, and its backbone alone is not under it
+    low_precision = {logits.dtype, weight.dtype, seen.matmul_dtype} & {torch.bfloat16, torch.float16}
     tolerance = (5e-2 if low_precision else 1e-4) * float(logits.float().abs().max().clamp(min=1.0))
-    moved, apart = abs(float(returned) - PROBE_LOSS), float((expected - logits.float()).abs().max())
+    moved, apart = abs(float(seen.returned) - PROBE_LOSS), float((seen.expected - logits.float()).abs().max())
     if moved or not apart <= tolerance:
         raise UserError(
             f"{role}: {name} changes its logits in a way that dts_hf does not know (largest difference "
@@ -173,21 +175,38 @@ def check_head(model: nn.Module, *, role: str = "model") -> None:
         raise UserError(
             f"{role}: {name} is not causal: its answer for one token depends on the tokens behind it, which are the labels"
         )
-    if not torch.allclose(backbone_states.float(), states.float(), rtol=0.0, atol=tolerance):
+    if not torch.allclose(seen.backbone_states.float(), seen.states.float(), rtol=0.0, atol=tolerance):
         raise UserError(f"{role}: the backbone of {name} does not end in the states its head reads")
 
 
-def _probe(model: nn.Module, ids: Tensor, name: str) -> tuple[Tensor, ...]:
-    """Run ``model`` on ``ids [B, T]`` three times: as it is, with a loss in its head, and without its head.
+class _Probe(NamedTuple):
+    """What ``_probe`` has seen of a model.
 
-    Returns:
-        its logits ``[B, T, V]``; what it returned for the loss; the states ``[B, T, H]`` that the loss saw, and the logits
-        that the head makes of them; the backbone's states ``[B, T, H]``.
+    Attributes:
+        logits: its own, ``[B, T, V]``.
+        returned: what it returned for the loss.
+        states: those that the loss saw, ``[B, T, H]``.
+        expected: the logits that the head makes of them, ``[B, T, V]``, in fp32.
+        matmul_dtype: in what the model multiplied where the loss stood.
+        backbone_states: those of the backbone alone, ``[B, T, H]``.
     """
-    seen: list[Tensor] = []
+
+    logits: Tensor
+    returned: Tensor
+    states: Tensor
+    expected: Tensor
+    matmul_dtype: torch.dtype
+    backbone_states: Tensor
+
+
+def _probe(model: nn.Module, ids: Tensor, name: str) -> _Probe:
+    """Run ``model`` on ``ids [B, T]`` three times: as it is, with a loss in its head, and without its head."""
+    seen: list[tuple[Tensor, Tensor, torch.dtype]] = []
 
     def loss(states: Tensor, head: Head) -> Tensor:
-        seen.extend((states, head(states.to(head.weight.dtype)).float()))
+        kind = states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        seen.append((states, head(states.to(head.weight.dtype)).float(), dtype))
         return torch.tensor(PROBE_LOSS, device=states.device)
 
     failing = "cannot answer a few tokens"  # PhiMoE with LoRA on its router, which returns a tuple
@@ -208,7 +227,7 @@ def _probe(model: nn.Module, ids: Tensor, name: str) -> tuple[Tensor, ...]:
         model.train(was_training)
     if not seen or returned.numel() != 1:
         raise UserError(f"{name} does not return what its output layer gives")
-    return logits, returned, *seen[:2], backbone_states
+    return _Probe(logits, returned, *seen[0], backbone_states)
 
 
 def _check_kind(model: nn.Module, name: str) -> None:

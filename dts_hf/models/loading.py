@@ -265,10 +265,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """``model`` without what an earlier trainer has put around it: DDP, and autocast with outputs in fp32.
 
     Accelerate puts autocast into ``model.forward`` itself, marks the model and never wraps a marked one again: the next
-    trainer would go on in the precision of the last one, whatever its own arguments say.
+    trainer would go on in the precision of the last one, whatever its own arguments say. What is compiled stays so.
     """
     from accelerate.utils import extract_model_from_parallel
 
-    if not vars(model).pop("_is_accelerate_prepared", False) and "_original_forward" not in vars(model):
+    if not {"_is_accelerate_prepared", "_original_forward"} & {*vars(_uncompiled(model))}:
         return model
-    return extract_model_from_parallel(model, keep_fp32_wrapper=False)  # type: ignore[no-any-return]
+    model = extract_model_from_parallel(model)
+    owner = vars(_uncompiled(model))
+    owner.pop("_is_accelerate_prepared", None)
+    original = owner.pop("_original_forward", None)
+    # Not keep_fp32_wrapper=False of the line above, which takes the decorators of transformers' own forward off, too
+    if original is not None:
+        del owner["forward"]  # now it is the class's own, unless a hook had another in its place
+        if _uncompiled(model).forward != original:
+            owner["forward"] = original
+    return model
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # of torch.compile's OptimizedModule

@@ -29,6 +29,8 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
     from transformers import TrainingArguments
 
     defaults: dict[str, Any] = {
+        # Said where it is so, or transformers refuses bf16 on a CPU. Apple's GPU has no float64: it must be asked for
+        "use_cpu": not torch.accelerator.is_available() or torch.backends.mps.is_available(),
         "report_to": "none",
         "remove_unused_columns": False,  # the collator needs row_id, which no model's forward has
         "train_sampling_strategy": "random" if recipe.data.packing else "group_by_length",

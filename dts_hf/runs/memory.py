@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from dts_hf.runs.environment import device_name
+
 #: By version of control groups: their folder, the names of limit and use, and of the page cache in ``memory.stat``.
 CGROUP_FILES = {
     1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -74,12 +76,12 @@ def peak_memory_gb() -> float:
 def device_of(args: TrainingArguments) -> dict[str, Any]:
     """Name of the device that the run will use, and the memory in bytes that is free there now."""
     host = min(available_bytes(), cgroup_room())
-    kind = args.device.type
+    kind, name = args.device.type, device_name(args.device)
     if kind == "cuda":
         free, total = torch.cuda.mem_get_info(args.device)
-        name, count = torch.cuda.get_device_name(args.device), torch.cuda.device_count()
+        count = torch.cuda.device_count()
         return {"type": kind, "name": name, "memory": free, "total": total, "count": count, "host": host}
-    return {"type": kind, "name": kind.upper(), "memory": host, "total": total_bytes(), "count": 1}
+    return {"type": kind, "name": name, "memory": host, "total": total_bytes(), "count": 1}
 
 
 def cgroup_room(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:

@@ -23,7 +23,7 @@ from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
 from dts_hf.runs.directory import BEFORE, RunDirectory
-from dts_hf.runs.environment import environment
+from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.lock import lock
 from dts_hf.temperature import build_temperature
 
@@ -118,7 +118,9 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
 
 
 def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
-    """Refuse what can be refused before rows and models are loaded, and find where the run starts; all processes call it.
+    """Refuse what can be refused before rows and models are loaded, find where the run starts, and say where it trains.
+
+    All processes call it.
 
     Args:
         recipe: what is asked for.
@@ -131,10 +133,13 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     check_launch(args)
     if recipe.teacher is not None and recipe.teacher.placement == "sharded":
         check_can_shard(recipe.teacher.quantization != "none")
-    return on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    if args.process_index == 0 and not start.finished:
+        say(where_it_trains(args))
+    return start
 
 
-def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: int, world: int) -> RunDirectory:
+def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: TrainingArguments) -> RunDirectory:
     """The run directory, with what is known before training; all processes call it.
 
     Everything is checked by now: from here on things are written.
@@ -143,8 +148,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
         recipe: of this attempt.
         start: where it starts.
         made_from: ``data_manifest.json``.
-        rank: of this process; the first one writes.
-        world: how many processes there are.
+        args: name the device and this process; the first one writes.
 
     Raises:
         UserError: see ``RunDirectory.create``; or another process has been quicker.
@@ -155,12 +159,12 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], rank: i
         RunDirectory.create(run.path, recipe.output.overwrite, resume=start.keep)
         lock(run.path)
         run.save_recipe(recipe)
-        run.write_environment(environment())
+        run.write_environment(environment(args.device))
         run.write_data_manifest(made_from)
         if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
             run.cut_log(start.log_bytes)
 
-    on_first_process(write, rank, world)
+    on_first_process(write, args.process_index, args.world_size)
     return run
 
 

@@ -276,6 +276,7 @@ def check_layout(
         UserError: it cannot be exact; says why, and what to launch instead.
     """
     was, now = read_complete(checkpoint), dict(layout)
+    was.setdefault("device", now["device"])  # a checkpoint of 0.1 does not tell
     if args.auto_find_batch_size:  # the Trainer goes on with the size that it had found
         now["rows_per_device"] = was["rows_per_device"]
     if args.ignore_data_skip:
@@ -302,6 +303,8 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
             f"mixed precision was {was['mixed_precision']!r} and would be {now['mixed_precision']!r} (training.bf16, "
             "training.fp16, or the launcher's choice)"
         )
+    if was["device"] != now["device"]:
+        return f"the device was {was['device']} and would be {now['device']} (training.use_cpu decides)"
     if not {was["strategy"], now["strategy"]} <= {*SAME_FILES}:
         return "checkpoints of sharded training fit the same strategy and number of processes only"
     before, after = (side["processes"] * side["rows_per_device"] * side["accumulation"] for side in (was, now))

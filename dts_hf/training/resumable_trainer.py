@@ -332,6 +332,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             "rows": len(rows) if hasattr(rows, "__len__") else None,
             "length_bucket_size": self.length_bucket_size(rows),
             "mixed_precision": self.accelerator.mixed_precision,  # a launcher may have chosen it
+            "device": self.args.device.type,  # the same recipe takes a GPU where it finds one
         }
 
     # -------------------------------------------------------------------------------------------- checkpoints, resumed

@@ -73,7 +73,7 @@ def test_launches_that_are_what_they_claim(launched, variables, args):
 @pytest.mark.parametrize(
     ("variables", "args", "message"),
     [
-        ({}, arguments(n_gpu=4), "nn.DataParallel cannot carry this loss.*--num_processes 4"),
+        ({}, arguments(n_gpu=4), "nn.DataParallel cannot carry this loss.*--num_processes 4.*CUDA_VISIBLE_DEVICES=0"),
         (TORCHRUN, arguments(1, use_cpu=False), "WORLD_SIZE asks for 2 processes.*training.use_cpu=true"),
         ({"WORLD_SIZE": "8"}, arguments(), "WORLD_SIZE asks for 8.*torchrun --nproc_per_node 8"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, arguments(), "SLURM_STEP_NUM_TASKS asks for 4 processes.*runs alone"),

@@ -230,6 +230,51 @@ def test_a_student_of_an_earlier_trainer_teaches_as_a_new_model_would(second: bo
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_compiled_student_of_an_earlier_trainer_leaves_its_autocast(role: str, tmp_path: Any) -> None:
+    """As ``trainer.model_wrapped`` of a trainer with ``torch_compile`` in a notebook: it was refused."""
+    student = tiny_llama()
+    trainer(tmp_path, student, tiny_llama(seed=1), bf16=True).train()
+    compiled = torch.compile(student, backend="eager")  # behind autocast, as accelerate does it
+    models = {"student": tiny_llama(seed=2), "teacher": tiny_llama(seed=3), role: compiled}
+    second = trainer(tmp_path, models["student"], models["teacher"])
+    assert (second.model if role == "student" else second.teacher.model) is compiled  # type: ignore[attr-defined]
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & {*vars(student)}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_student_of_an_earlier_trainer_has_its_own_forward_again(hooked: bool, tmp_path: Any) -> None:
+    """Transformers' own decorators are a part of it: without one, ``return_dict=False`` was an error."""
+    student, calls = tiny_llama(), []
+    if hooked:
+        own = student.forward
+        student.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)  # type: ignore[method-assign]
+    before = vars(student).get("forward")
+    trainer(tmp_path, student, tiny_llama(seed=1), bf16=True).train()
+    copied = copy.deepcopy(student)
+    for model in (student, copied):
+        if model is student or not hooked:  # a function in the place of a method is no copy's own
+            trainer(tmp_path, model, tiny_llama(seed=1))
+            assert isinstance(model(input_ids=torch.tensor([[1, 2]]), return_dict=False), tuple)
+    assert vars(student).get("forward") is before and bool(calls) == hooked
+    assert hooked or copied.forward.__self__ is copied  # type: ignore[attr-defined]
+
+
+def in_autocast(model: Any) -> Any:
+    """With what accelerate puts around a forward in mixed precision: bf16 inside, fp32 outside."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    model.forward = convert_outputs_to_fp32(autocast(model.forward))
+    return model
+
+
+def test_the_probe_knows_the_precision_in_which_a_wrapped_forward_computes() -> None:
+    check_head(in_autocast(tiny_llama(hidden=64)))
+    with pytest.raises(UserError, match="changes its logits in a way"):
+        check_head(in_autocast(Capped(tiny_llama().config)))
+
+
 def test_the_probe_leaves_no_trace() -> None:
     model = tiny_llama().train()
     state = torch.get_rng_state()

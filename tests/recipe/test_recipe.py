@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from dts_hf.errors import UserError
@@ -308,6 +309,17 @@ def test_training_arguments_gets_our_defaults_and_the_recipe_wins(minimal: Path,
     arguments = training_arguments(packed, tmp_path)
     assert arguments.train_sampling_strategy == "random" and arguments.eval_strategy == "epoch"
     assert arguments.logging_steps == 3
+
+
+@pytest.mark.parametrize(("kind", "on_cpu"), [(None, True), ("cuda", False), ("xpu", False), ("mps", True)])
+def test_a_recipe_takes_the_gpu_where_there_is_one(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, on_cpu: bool
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+    monkeypatch.setattr("transformers.TrainingArguments", dict)
+    for overrides, expected in ([], on_cpu), (["training.use_cpu=true"], True), (["training.use_cpu=false"], False):
+        assert training_arguments(load_recipe(minimal, overrides), tmp_path)["use_cpu"] is expected  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

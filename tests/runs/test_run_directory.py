@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dts_hf.files import write_json_atomic, write_text_atomic
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
-from dts_hf.runs.environment import environment
+from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.memory import peak_memory_gb, peak_resident_bytes, reset_peak_resident
 
 VALUES = {
@@ -249,20 +250,58 @@ def test_environment_says_enough_and_no_secret(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HF_TOKEN", "hf_environmentSecret123")
     home = Path.home()
     monkeypatch.setattr(sys, "argv", [f"{home}/bin/dts-hf", "train", "x=hf_abcdefGHIJ1234", f"output.dir={home}/runs"])
-    found = environment()
+    found = environment(torch.device("cpu"))
     assert found["argv"] == ["~/bin/dts-hf", "train", "x=hf_***", "output.dir=~/runs"]
     assert found["packages"]["torch"] == torch.__version__
     assert found["python"].startswith("3.") and found["cpu_count"] >= 1
     assert found["gpus"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    assert found["device"] == "CPU"
     assert "environmentSecret" not in json.dumps(found)
 
 
 def test_environment_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert environment()["git_commit"] is None
+    assert environment(torch.device("cpu"))["git_commit"] is None
     monkeypatch.setenv("PATH", "")
-    assert environment()["git_commit"] is None
+    assert environment(torch.device("cpu"))["git_commit"] is None
+
+
+# ----------------------------------------------------------------------------------------------------------- the device
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make this machine one with so many cards, under a torch that is built for them or not."""
+
+    def there_are(count: int, cuda: str | None = "13.0") -> None:
+        properties = SimpleNamespace(total_memory=84_987_740_160)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    return there_are
+
+
+@pytest.mark.parametrize(
+    ("count", "cuda", "device", "world", "says"),
+    [
+        (1, "13.0", "cuda", 1, "NVIDIA H100 80GB HBM3, 85.0 GB"),
+        (8, "13.0", "cuda:3", 8, "NVIDIA H100 80GB HBM3, 85.0 GB, 8 processes with one each"),
+        (0, "13.0", "cpu", 1, "the CPU (2 threads); no CUDA device is visible"),
+        (0, None, "cpu", 4, f"the CPU (2 threads, 4 processes); torch {torch.__version__} is a build without CUDA"),
+        (1, "13.0", "cpu", 1, "the CPU (2 threads); training.use_cpu leaves NVIDIA H100 80GB HBM3 idle"),
+        (0, None, "mps", 1, "MPS"),
+    ],
+)
+def test_one_line_names_the_device(
+    cards: Any, count: int, cuda: str | None, device: str, world: int, says: str
+) -> None:
+    cards(count, cuda)
+    args: Any = SimpleNamespace(device=torch.device(device), world_size=world)
+    assert where_it_trains(args) == f"training on {says}"
 
 
 # ---------------------------------------------------------------------------------------------------- several lives

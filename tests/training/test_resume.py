@@ -358,6 +358,19 @@ def test_mixed_precision_of_the_launcher_is_compared(tmp_path):
         trainer.check_resumable(tmp_path / "checkpoint-2")
 
 
+def test_a_run_of_a_gpu_does_not_go_on_elsewhere(tmp_path):
+    from tests.support.trainers import trainer_for
+
+    trainer = trainer_for(tmp_path, options={"max_steps": 1})
+    make_checkpoint(tmp_path, "checkpoint-1", **{**trainer.layout(), "device": "cuda"})
+    with pytest.raises(UserError, match=r"the device was cuda and would be cpu \(training.use_cpu decides\)"):
+        trainer.check_resumable(tmp_path / "checkpoint-1")
+    of_old = trainer.layout()
+    del of_old["device"]
+    make_checkpoint(tmp_path, "checkpoint-2", **of_old)
+    trainer.check_resumable(tmp_path / "checkpoint-2")
+
+
 def test_a_finished_run_says_how_to_upload_and_cleans_up(tmp_path, capsys):
     made = Recipe.from_dict(recipe(str(tmp_path / "run")), deep=False)
     run = RunDirectory.create(tmp_path / "run")
