@@ -35,6 +35,7 @@ from dts_hf.errors import UserError
 from dts_hf.generation.cache import can_join, growing_cache, join_rows, keep_rows
 from dts_hf.generation.progress import progress_bar
 from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise
+from dts_hf.models.compilation import without_compiled_layers
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,10 @@ def generate(
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
     # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
     no_gradient = torch.no_grad() if job.together else torch.inference_mode()
-    with _evaluating(model), no_gradient, progress_bar(progress, len(inputs)) as show:
+    calm = (_evaluating(model), without_compiled_layers(model), no_gradient)
+    with contextlib.ExitStack() as stack, progress_bar(progress, len(inputs)) as show:
+        for context in calm:
+            stack.enter_context(context)
         batch: _Batch | None = None
         while waiting or (batch is not None and batch.live()):
             if batch is not None and not batch.live():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -29,6 +30,7 @@ from transformers.utils import PushInProgress
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
+from dts_hf.models.compilation import compile_layers
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
@@ -125,6 +127,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
+        # Here and not earlier: whatever looks at the model to see what it is (heads, packing, routers) has done so.
+        self.compile_layers(model, "the student")
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
 
@@ -147,13 +151,22 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
+    def compile_layers(self, model: nn.Module, role: str) -> None:
+        """Compile the layers of ``model`` where ``args.torch_compile`` asks for it; see ``models.compilation``."""
+        if self.args.torch_compile:
+            assert self.args.torch_compile_backend is not None  # TrainingArguments fills it
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            compile_layers(model, role, backend=backend, mode=mode)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """The Trainer's, but DDP looks for weights without a gradient only where there may be some.
+        """The Trainer's, but accelerate compiles nothing, and DDP looks for weights without a gradient where some may be.
 
         The Trainer asks for the search whenever activations are not recomputed; it costs a walk through the graph of every
         step, and DDP warns where it was for nothing.
         """
         args = super()._build_accelerator_args(**kwargs)
+        # compile_layers does it. NO and not None: TrainingArguments have put their backend into the environment.
+        args["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
         if self.args.ddp_find_unused_parameters is None and self.args.world_size > 1:
             for handler in args["kwargs_handlers"]:
                 if getattr(handler, "find_unused_parameters", False):

@@ -141,6 +141,8 @@ class DistillationTrainer(DistillationBase):
         if shard and isinstance(self.teacher, LiveTeacher):
             shard_teacher(self.teacher.model, self.args.device)
         self.teacher.to(self.args.device)
+        if isinstance(self.teacher, LiveTeacher):
+            self.compile_layers(self.teacher.model, "the teacher")
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
