@@ -102,7 +102,7 @@ class FixedBatch:
         self.draw = torch.zeros(1, dtype=torch.long, device=device)
         self.logits = torch.empty(0, device=device)
         self._width = 0  # columns of ``history`` in use, as the host knows it
-        self._run: Callable[[], None] = self._step
+        self._graph: Any = None
 
     def record(self) -> None:
         """Record a step as a CUDA graph, which ``advance`` then repeats; on a CPU it does nothing. ``load`` afterwards."""
@@ -116,11 +116,10 @@ class FixedBatch:
                 for _ in range(_WARM_UP):
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
+            self._graph = torch.cuda.CUDAGraph()
             # Of this thread alone: those of a data loader may pin memory meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._step()
-        self._run = graph.replay
 
     def load(self, cache: DynamicCache, history: Tensor, noise_keys: Tensor | None, draw: int) -> None:
         """Take over rows that have read their prompts; slots without a row of their own repeat the first ones.
@@ -151,7 +150,10 @@ class FixedBatch:
     def advance(self, steps: int) -> list[list[int]]:
         """Make ``steps`` tokens of every row, and wait for them once: [steps][B] ids."""
         for _ in range(steps):
-            self._run()
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
         self._width += steps
         made: list[list[int]] = self.history[:, self._width - steps : self._width].t().tolist()
         return made

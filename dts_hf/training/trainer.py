@@ -141,6 +141,9 @@ class DistillationTrainer(DistillationBase):
         )
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
+        self._place_teacher(shard)
+
+    def _place_teacher(self, shard: bool) -> None:
         if shard and isinstance(self.teacher, LiveTeacher):
             shard_teacher(self.teacher.model, self.args.device)
         self.teacher.to(self.args.device)
