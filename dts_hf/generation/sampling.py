@@ -58,8 +58,7 @@ def repeated_ngrams(history: Tensor, end: Tensor, n: int, vocabulary: int) -> Te
         # Before n - 1 columns are in use no window is full, and whichever column is read bans nothing
         token = history.index_select(1, (end - n + 1 + offset).clamp_(min=0))
         again &= windows[..., offset] == token
-    # All that is not banned lands in the column behind the vocabulary. (Not ``where``: its number would be copied to the
-    # GPU, which no recording allows.)
+    # All that is not banned lands in the column behind the vocabulary
     return banned.scatter_(1, last.masked_fill(~again, vocabulary), True)[:, :vocabulary]
 
 

@@ -61,7 +61,8 @@ def test_a_worker_changes_no_number_and_a_resume_is_exact(tmp_path: Any) -> None
 def test_batches_are_copied_to_a_gpu_while_it_computes(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool, expected: bool
 ) -> None:
-    trainer = trainer_for(tmp_path, options={"dataloader_pin_memory": pinned})
+    trainer = trainer_for(tmp_path)
+    trainer.args.dataloader_pin_memory = pinned
     monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
     config = DataLoaderConfiguration()
     trainer._build_accelerator_args(dataloader_config=config)
