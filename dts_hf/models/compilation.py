@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dts_hf.distributed.sharding import stacked_layers
 from dts_hf.errors import UserError
-from dts_hf.models.packed_attention import NAME, packed_attention
+from dts_hf.models.packed_attention import NAME
 
 #: Graphs of one piece of code. All layers of both models are one to torch (transformers wraps all kinds of layers in one
 #: function), and each kind has several: trained and held out, a padded batch and one without padding, a batch of one row.
@@ -51,7 +52,9 @@ def compile_layers(model: nn.Module, role: str, *, backend: str, mode: str | Non
             "leave torch_compile, torch_compile_backend and torch_compile_mode out"
         )
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
+    for name, attention in list(ALL_ATTENTION_FUNCTIONS.items()):
+        if name.startswith(NAME) and not hasattr(attention, "_torchdynamo_disable"):
+            AttentionInterface.register(name, torch.compiler.disable(attention))
     for layer in layers:
         layer.compile(backend=backend, mode=mode, dynamic=True)
         _COMPILED.add(layer)
