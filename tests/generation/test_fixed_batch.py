@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -139,6 +140,18 @@ def test_the_host_looks_at_the_tokens_once_in_many() -> None:
     # Each forward of the growing cache asks about its mask, but no other does; two choices of a token are its own
     assert looks["engine", "_choose_next", "tolist"] == 2
     assert looks["masking_utils", "_ignore_causal_mask_sdpa", "__bool__"] <= 4
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_low_precision_is_compared_with_its_own_tolerance(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama(tie=False)
+    if how == "weights":
+        found = answers(model.bfloat16(), make_prompts(), True)
+    else:
+        inside: Any = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        model.forward = convert_outputs_to_fp32(inside)  # as accelerate does it
+        found = answers(model, make_prompts(), True)
+    assert len(found) == 30 and not said(caplog)
 
 
 def test_memory_of_a_batch_is_taken_once() -> None:
