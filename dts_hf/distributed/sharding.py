@@ -76,7 +76,7 @@ def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
         return
     check_can_shard(getattr(model, "is_quantized", False))
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
-    layers = _layers(model)
+    layers = stacked_layers(model)
     if not layers:
         raise UserError(
             f"teacher.placement: {type(model).__name__} has no stack of layers to shard layer by layer; "
@@ -137,7 +137,8 @@ def check_can_shard(quantized: bool) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def stacked_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, one above the other; none where it keeps them in no list of that length."""
     depth = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     return [layer for stack in stacks for layer in stack]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError, nearest
 from dts_hf.models.adapters import add_lora
+from dts_hf.models.compilation import restore_layers
 from dts_hf.models.head import check_head
 from dts_hf.models.pruning import prune_layers
 
@@ -262,13 +263,14 @@ def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """``model`` without what an earlier trainer has put around it: DDP, and autocast with outputs in fp32.
+    """``model`` without what an earlier trainer has made of it: DDP, autocast with outputs in fp32, compiled layers.
 
     Accelerate puts autocast into ``model.forward`` itself, marks the model and never wraps a marked one again: the next
-    trainer would go on in the precision of the last one, whatever its own arguments say. What is compiled stays so.
+    trainer would go on in the precision of the last one, whatever its own arguments say. What a user has compiled stays so.
     """
     from accelerate.utils import extract_model_from_parallel
 
+    restore_layers(model)
     if not {"_is_accelerate_prepared", "_original_forward"} & {*vars(_uncompiled(model))}:
         return model
     model = extract_model_from_parallel(model)

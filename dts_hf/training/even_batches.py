@@ -26,7 +26,7 @@ from dts_hf.data.samplers import (
     real_tokens,
     total_steps,
 )
-from dts_hf.data.tokenised import NumberedCollator, TokenisedDataset
+from dts_hf.data.tokenised import CountingCollator, NumberedCollator, TokenisedDataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import count_targets
 from dts_hf.runs.failures import one_sentence
@@ -221,9 +221,12 @@ class EvenBatchesTrainer(Trainer):
         return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        if isinstance(data_collator, Collator):
-            return data_collator
-        return NumberedCollator(super()._get_collator_with_removed_columns(data_collator, description))
+        collator: Any = data_collator
+        if not isinstance(data_collator, Collator):
+            collator = NumberedCollator(super()._get_collator_with_removed_columns(data_collator, description))
+        # Batches that accelerate cuts and sends to other processes would keep the count of the whole.
+        config: Any = self.args.accelerator_config
+        return collator if config.dispatch_batches else CountingCollator(collator)
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """A batch as the data loaders make it."""

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
-from dts_hf.data.tokenised import TokenisedDataset
+from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
-from dts_hf.loss.selection import select_response, sequence_numbers
+from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
 from dts_hf.models.router import collects_router_logits
@@ -34,6 +34,9 @@ from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import Pair, set_up_models
+
+#: Columns of a batch that neither model is given.
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS})
 
 
 class DistillationTrainer(DistillationBase):
@@ -140,9 +143,14 @@ class DistillationTrainer(DistillationBase):
         )
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
+        self._place_teacher(shard)
+
+    def _place_teacher(self, shard: bool) -> None:
         if shard and isinstance(self.teacher, LiveTeacher):
             shard_teacher(self.teacher.model, self.args.device)
         self.teacher.to(self.args.device)
+        if isinstance(self.teacher, LiveTeacher):
+            self.compile_layers(self.teacher.model, "the teacher")
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
@@ -179,20 +187,22 @@ class DistillationTrainer(DistillationBase):
         """
         # 1. What the models see of the batch, and what the loss is divided by.
         labels = inputs["labels"]
-        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "cu_seqlens")}
+        batch = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODELS}
         if "cu_seqlens" in inputs:
             batch["attention_mask"] = inputs["cu_seqlens"]
         normalizer = self.normalizer(labels, num_items_in_batch)
+        positions = response_positions(labels, inputs.get(NUM_LABELS))
         loss_fn, meter = self.loss_and_meter(model.training)
         by_sequence = loss_fn.temperature.needs_sequence_gap
-        sequences = sequence_numbers(labels, batch.get("position_ids")) if by_sequence else None
+        sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label.
-        teacher_states = self.teacher.states(batch, labels)
+        known = (positions,) if isinstance(self.teacher, LiveTeacher) else ()  # others have the interface alone
+        teacher_states = self.teacher.states(batch, labels, *known)
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
         def loss_of_states(states: Tensor, head: Head) -> Tensor:
-            rows, targets = select_response(states, labels)
+            rows, targets = select_response(states, labels, positions)
             cut_teacher = None if teacher_head is None else teacher_head.cut(self.vocab_size)
             output: LossOutput = loss_fn(
                 rows, head.cut(self.vocab_size), teacher_states, cut_teacher, targets, normalizer, sequences

@@ -60,6 +60,7 @@ RECOMPUTED = {"activation_checkpointing": True}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
 RANDOM, GROUPED = {"train_sampling_strategy": "random"}, {"train_sampling_strategy": "group_by_length"}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.0}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 CASES = [
     # The table. Plain SGD, because AdamW forgives a gradient of the wrong scale. One process takes each policy's step
     # whole; the strategies split it in another way, so that every strategy meets every policy, accumulation and layout.
@@ -85,6 +86,8 @@ CASES = [
     Case("grouped", tie=False, rows=13, steps=6, strategies=("single", "ddp"), arguments=EPOCHS | GROUPED),
     Case("bf16", steps=3, strategies=("ddp", "zero3", "fsdp2"), arguments={"bf16": True}),
     Case("adamw", tie=False, steps=5, strategies=MULTI, arguments=ADAMW),
+    Case("compiled", steps=3, strategies=("single",)),
+    Case("compiled", steps=3, strategies=("ddp", "zero3", "fsdp2"), arguments=COMPILED),
     *(
         Case(policy, policy, steps=5, strategies=("single", "ddp"))
         for policy in ("sequence", "auto", "adakd", "silent")
