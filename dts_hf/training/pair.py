@@ -16,7 +16,7 @@ from dts_hf.errors import UserError
 from dts_hf.models.checks import check_apart
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
-from dts_hf.models.packed_attention import check_packing
+from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
 from dts_hf.teachers.base import Teacher

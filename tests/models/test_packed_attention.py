@@ -25,7 +25,8 @@ from transformers import (
 from dts_hf.data.collators import PackedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.errors import UserError
-from dts_hf.models.packed_attention import NAME, check_packing, cu_seqlens_mask, is_cu_seqlens
+from dts_hf.models.packed_attention import NAME, cu_seqlens_mask, is_cu_seqlens
+from dts_hf.models.packing_check import check_packing
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.families import FAMILIES
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
