@@ -230,28 +230,25 @@ _COMPILED: list[Callable[..., Any]] = []
 def _flex(ask: Ask, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    groups, cap = ask.heads // ask.key_heads, ask.softcap
+    groups = ask.heads // ask.key_heads
     if groups & (groups - 1):  # its kernel for few tokens shares keys among 1, 2, 4, ... heads
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
 
-    def capped(score: Tensor, *_place: Tensor) -> Tensor:
-        assert cap is not None
-        return cap * torch.tanh(score / cap)
+    # Numbers that differ from model to model are tensors: of a float, the compiler makes a symbol that flex does not take.
+    scale = _number(mask, ask.width**-0.5 if ask.scaling is None else ask.scaling)
+    cap = None if ask.softcap is None else _number(mask, ask.softcap)
+
+    def scaled(score: Tensor, *_place: Tensor) -> Tensor:
+        score = score * scale
+        return score if cap is None else cap * torch.tanh(score / cap)
 
     run: Callable[..., Any] = flex_attention
-    if query.device.type == "cuda":  # every batch has another number of tokens
+    if query.device.type == "cuda":
         if not _COMPILED:
-            _COMPILED.append(torch.compile(flex_attention, dynamic=True))
+            _COMPILED.append(torch.compile(flex_attention))
         run = _COMPILED[0]
-    attended: Tensor = run(
-        query,
-        key,
-        value,
-        score_mod=None if cap is None else capped,
-        block_mask=_block_mask(mask, query.shape[2], ask.window),
-        scale=ask.scaling,
-        enable_gqa=groups > 1,
-    )
+    table = _block_mask(mask, query.shape[2], ask.window)
+    attended: Tensor = run(query, key, value, score_mod=scaled, block_mask=table, scale=1.0, enable_gqa=groups > 1)
     return attended.transpose(1, 2).contiguous()
 
 
@@ -275,6 +272,11 @@ def _lengths(mask: Tensor) -> list[int]:
     made: list[int] = _of_batch(
         mask, "lengths", lambda: [last - first for first, last in pairwise(mask[0, 0, 0].tolist())]
     )
+    return made
+
+
+def _number(mask: Tensor, number: float) -> Tensor:
+    made: Tensor = _of_batch(mask, number, lambda: torch.full((), number, device=mask.device))
     return made
 
 
