@@ -180,7 +180,9 @@ def best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)  # packs by the tokens that they have room for
-    rooms = 0  # bit n is set where there is a pack with room for n tokens: the least one that will do is the lowest bit
+    rooms = (
+        0  # bit n is set where there is a pack with room for n tokens: the least one that will do is the lowest bit
+    )
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         length = lengths[row]
         fitting = rooms >> length
@@ -202,9 +204,9 @@ class PackSampler(Sampler[tuple[int, ...]]):
     """Packs of rows that fill a budget of tokens, the same ones on every rank and after a resume.
 
     Which *lengths* lie together is settled once, by ``best_fit`` over the whole data set; in each epoch rows of equal length
-    change places, and the packs come in another order. So every epoch takes every row once, in the same number of packs: the
-    steps of a run are known before it begins. The order is a function of ``(seed, epoch)`` alone. A pack with the most tokens
-    comes first in epoch 0, so that a lack of memory shows at once.
+    change places, and the packs come in another order. So every epoch takes every row once, in the same number of packs, and
+    the steps of a run are known before it begins. The order is a function of ``(seed, epoch)`` alone. A pack with the most
+    tokens comes first in epoch 0, so that a lack of memory shows at once.
 
     Args:
         lengths: tokens of each row.

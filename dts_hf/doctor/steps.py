@@ -42,11 +42,12 @@ def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device
     accumulated = f" x {args.gradient_accumulation_steps}" if args.gradient_accumulation_steps > 1 else ""
     optimizer, schedule = (str(getattr(kind, "value", kind)) for kind in (args.optim, args.lr_scheduler_type))
     tokens = recipe.data.pack_tokens
-    batch = f"{args.per_device_train_batch_size}{accumulated} rows" if tokens is None else f"{tokens:,}{accumulated} tokens"
-    check.summary = (
-        f"on {device}, {precision}, {batch} a step, learning rate "
-        f"{args.learning_rate:g} ({schedule})"
+    batch = (
+        f"{args.per_device_train_batch_size}{accumulated} rows"
+        if tokens is None
+        else f"{tokens:,}{accumulated} tokens"
     )
+    check.summary = f"on {device}, {precision}, {batch} a step, learning rate {args.learning_rate:g} ({schedule})"
     # Adam and its kin divide by the gradient's size, so the rate is what every weight moves by in a step, and weights are
     # about 0.02 to 0.1 large. SGD's step is as large as the (clipped) gradient makes it.
     highest, usual = (1.0, "0.01 to 0.1") if optimizer.startswith("sgd") else (1e-2, "1e-5 to 1e-3")

@@ -1,10 +1,10 @@
 """Attention over packed rows without a dense mask: each row attends within its own boundaries, and nothing else is computed.
 
-Transformers answers packed rows with a mask of (sum of T)^2 entries, most of which say no, wherever flash-attention is not
-installed. Here the boundaries themselves travel where the mask would: ``cu_seqlens_mask`` is a four-dimensional tensor of
-whole numbers, which every model hands to its attention layers untouched. An attention function that does not know it fails on
-its type, so rows can never be joined in silence; and because it is an ordinary argument of the layer, gradient checkpointing
-sees the same boundaries when it runs the layer again. ``packed_kernels`` computes it.
+Transformers answers packed rows with a mask of (sum of T)^2 entries, most of which say no, wherever flash-attention is
+not installed. Here the boundaries themselves travel where the mask would: ``cu_seqlens_mask`` is a four-dimensional tensor
+of whole numbers, which every model hands to its attention layers untouched. An attention function that does not know it
+fails on its type, so rows can never be joined in silence; and because it is an ordinary argument of the layer, gradient
+checkpointing sees the same boundaries when it runs the layer again. ``packed_kernels`` computes it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NAME, EAGER_NAME = "dts_hf_packed", "dts_hf_packed_eager"
 def cu_seqlens_mask(lengths: Sequence[int]) -> Tensor:
     """The rows' boundaries as an attention mask: int32 ``[1, 1, blocks, rows + 1]``, 0 first and the number of tokens last.
 
-    All ``blocks`` lines are the same. How many there are tells the host how long the longest row is, in blocks of 128 tokens:
-    a shape is known without waiting for the device, and stays with the tensor wherever it is moved or kept.
+    All ``blocks`` lines are the same. How many there are tells the host how long the longest row is, in blocks of 128
+    tokens: a shape is known without waiting for the device, and stays with the tensor wherever it is moved or kept.
     """
     blocks = -(-max(lengths) // BLOCK)
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).repeat(1, 1, blocks, 1)
@@ -131,7 +131,7 @@ def packed_attention_or_eager(
     """
     if is_cu_seqlens(attention_mask):
         return packed_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     attended: tuple[Tensor, Any] = eager(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

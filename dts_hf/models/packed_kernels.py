@@ -1,9 +1,9 @@
 """Attention of packed rows by the kernel that fits: which one takes a layer, and how it is called.
 
 ``rows`` is one call of ``scaled_dot_product_attention`` for each row: the reference, and all there is on a CPU. On a GPU
-``varlen`` is torch's own flash-attention, ``flash`` the package (or its build of the ``kernels`` package), ``flex`` compiled
-FlexAttention. None of them makes a mask of (sum of T)^2 entries, and all but ``rows`` never wait for the device: what the host
-must know of the rows is in the shape of ``cu_seqlens_mask``.
+``varlen`` is torch's own flash-attention, ``flash`` the package (or its build of the ``kernels`` package), ``flex``
+compiled FlexAttention. None of them makes a mask of (sum of T)^2 entries, and only ``rows`` waits for the device: what the
+host must know of the rows is in the shape of ``cu_seqlens_mask``.
 """
 
 from __future__ import annotations
@@ -189,6 +189,7 @@ def _near(length: int, window: int, device: torch.device) -> Tensor:
 def _capped(ask: Ask, query: Tensor, key: Tensor, value: Tensor, near: Tensor) -> Tensor:
     """One row with a soft-cap, as transformers' eager attention computes it."""
     scores = query @ key.transpose(2, 3) * (ask.width**-0.5 if ask.scaling is None else ask.scaling)
+    assert ask.softcap is not None
     scores = ask.softcap * torch.tanh(scores / ask.softcap)
     weights = scores.masked_fill(~near, -torch.inf).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return torch.dropout(weights.to(value.dtype), ask.dropout, train=ask.dropout > 0) @ value
@@ -200,7 +201,7 @@ def _varlen(ask: Ask, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
     left = -1 if ask.window is None else ask.window - 1
     takes = VARLEN_OPTIONS
     if ask.dropout == 0 and "window_size" in takes and (ask.heads == ask.key_heads or "enable_gqa" in takes):
-        grouped = {} if ask.heads == ask.key_heads else {"enable_gqa": True}
+        grouped: dict[str, Any] = {} if ask.heads == ask.key_heads else {"enable_gqa": True}
         return varlen_attn(  # type: ignore[return-value]
             query, key, value, cu_seqlens, cu_seqlens, longest, longest,
             scale=ask.scaling, window_size=(left, 0), **grouped,
@@ -285,10 +286,11 @@ def _block_mask(mask: Tensor, tokens: int, window: int | None) -> Any:
 
 
 def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None) -> Any:
-    """FlexAttention's ``BlockMask`` of packed rows, from their boundaries: no tensor of (sum of T)^2, no wait, nothing compiled.
+    """FlexAttention's ``BlockMask`` of packed rows from their boundaries, without a tensor of (sum of T)^2 or a wait.
 
     A token sees one unbroken stretch, from ``first`` to itself, and ``first`` never falls from token to token. So a block of
-    queries sees the blocks from that of its first token's ``first`` to its own, and one of them wholly if its last token does.
+    queries sees the blocks from that of its first token's ``first`` to its own, and one of them wholly if its last token
+    does.
 
     Args:
         cu_seqlens: int32 ``[rows + 1]``.
@@ -311,8 +313,12 @@ def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None) -> Any:
     last = (block * BLOCK + BLOCK - 1).clamp(max=tokens - 1)
     whole = seen & (keys < queries) & (first[last][:, None] <= keys * BLOCK)
     whole &= (queries + 1) * BLOCK <= tokens  # a block that the last token cuts short is none
-    tables = []
-    for blocks in (seen & ~whole, whole):
+
+    def table(blocks: Tensor) -> tuple[Tensor, Tensor]:
         order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
-        tables += [blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))
+        return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    counts, places = table(seen & ~whole)
+    return BlockMask.from_kv_blocks(
+        counts, places, *table(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )

@@ -1,10 +1,10 @@
 """Whether a model keeps packed rows apart, and by which attention: proved before training, or packing is refused.
 
-Two rows, one behind the other. The gradient of the second one's logits in the embeddings of the first is exactly zero, in every
-number format, where nothing passes from one to the other; a convolution or a recurrent state that runs on over the border
-leaves a gradient, however little it moves the logits. And the second row gives the logits that it gives alone, whatever the
-first one says, but for rounding. On a GPU each kernel that the layers would take is compared there with one call of SDPA for
-each row, output and gradients, whether the model has been moved there yet or not.
+Two rows, one behind the other. The gradient of the second one's logits in the embeddings of the first is exactly zero, in
+every number format, where nothing passes from one to the other; a convolution or a recurrent state that runs on over the
+border leaves a gradient, however little it moves the logits. And the second row gives the logits that it gives alone,
+whatever the first one says, but for rounding. On a GPU each kernel that the layers would take is compared there with one
+call of SDPA for each row, output and gradients, whether the model has been moved there yet or not.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def check_packing(
 ) -> bool:
     """Prove that ``model`` keeps packed rows apart; call it once after loading when packing is on.
 
-    On a CPU or a GPU a model that uses ``sdpa`` is switched to ``packed_attention`` where that works too, and on a GPU one of
-    a family that has no ``sdpa``; other calls of the model see no change. Where a GPU is left with transformers' own mask of
-    (sum of T)^2 entries, a warning names the model and the reason. Bloom, MPT, Falcon, Mamba and others read row boundaries
-    from nowhere (transformers 5.23): each row would see the rows before it, and nothing would say so.
+    On a CPU or a GPU a model that uses ``sdpa`` is switched to ``packed_attention`` where that works too, and on a GPU one
+    of a family that has no ``sdpa``; other calls of the model see no change. Where a GPU is left with transformers' own mask
+    of (sum of T)^2 entries, a warning names the model and the reason. Bloom, MPT, Falcon, Mamba and others read row
+    boundaries from nowhere (transformers 5.23): each row would see the rows before it, and nothing would say so.
 
     Args:
         model: a causal language model; its mode is restored.
@@ -84,8 +84,8 @@ def check_packing(
         )
     if where.type == "cuda" and before in ("sdpa", "eager", NAME, EAGER_NAME) and process()[0] == 0:
         logger.warning(
-            "data.packing: %s (%s) keeps the attention of transformers, with a mask of (tokens of a batch)^2 entries that makes "
-            "packing slow on a GPU: %s",
+            "data.packing: %s (%s) keeps the attention of transformers, with a mask of (tokens of a batch)^2 entries that "
+            "makes packing slow on a GPU: %s",
             name, type(owner).__name__, why,
         )  # fmt: skip
     return False
@@ -133,7 +133,7 @@ def _why_not(owner: Any, ours: str, alone: Tensor, where: torch.device, autocast
 
 
 def asked(owner: Any, where: torch.device, autocast: torch.dtype | None) -> list[Ask]:
-    """What the layers of ``owner`` will ask of their attention on ``where``, each once; in training, where it will be trained."""
+    """What the layers of ``owner`` will ask of their attention on ``where``, each once, in evaluation and in training."""
     asks: dict[Ask, None] = {}
     trained = any(parameter.requires_grad for parameter in owner.parameters())
 
@@ -149,7 +149,7 @@ def asked(owner: Any, where: torch.device, autocast: torch.dtype | None) -> list
     try:
         owner.set_attn_implementation(_PROBE)
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            for training in (False, True)[: 1 + trained]:  # dropout is on in training alone, and evaluation has no backward pass
+            for training in (False, True) if trained else (False,):  # dropout is on in training alone
                 owner.train(training)
                 positions = torch.arange(ROW, device=owner.device).repeat(2)[None]
                 mask = cu_seqlens_mask([ROW, ROW]).to(owner.device)
@@ -165,14 +165,15 @@ def why_wrong(kernel: packed_kernels.Kernel, ask: Ask, device: torch.device) -> 
 
     With dropout outputs cannot be compared; that no row sees another still can.
     """
-    window = None if ask.window is None else min(ask.window, NEAR)  # the same question on fewer tokens
-    ask = ask._replace(window=window)
-    mask, tokens = cu_seqlens_mask(LENGTHS).to(device), sum(LENGTHS)
-    numbers = torch.Generator(device="cpu").manual_seed(0)
-    heads = {"query": (ask.heads, ask.width), "key": (ask.key_heads, ask.width), "value": (ask.key_heads, ask.value_width)}
+    ask = ask._replace(
+        window=None if ask.window is None else min(ask.window, NEAR)
+    )  # the same question on fewer tokens
+    mask, numbers = cu_seqlens_mask(LENGTHS).to(device), torch.Generator().manual_seed(0)
     states = [
-        torch.randn(1, count, tokens, width, generator=numbers).to(device, ask.dtype).requires_grad_(ask.gradient)
-        for count, width in heads.values()
+        torch.randn(1, heads, sum(LENGTHS), width, generator=numbers)
+        .to(device, ask.dtype)
+        .requires_grad_(ask.gradient)
+        for heads, width in ((ask.heads, ask.width), (ask.key_heads, ask.width), (ask.key_heads, ask.value_width))
     ]
     try:
         given = _with_gradients(kernel, ask, states, mask, slice(None))
@@ -180,17 +181,16 @@ def why_wrong(kernel: packed_kernels.Kernel, ask: Ask, device: torch.device) -> 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a kernel that was built for other cards, or a compiler, raises
-        return f"cannot be used: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return f"cannot be used: {type(error).__name__}: {_first_line(error)}"
     if any(bool(gradient[:, :, : -LENGTHS[-1]].any()) for gradient in behind[1:]):
         return "lets a row see the one before it"
     if ask.dropout:
         return "" if all(bool(part.isfinite().all()) for part in given) else "gives numbers that are not finite"
-    exact = _with_gradients(
-        "rows", ask._replace(dtype=torch.float32), [part.detach().float().requires_grad_(ask.gradient) for part in states], mask, slice(None)
-    )
-    bound = 16 * torch.finfo(ask.dtype).eps
-    for part, expected in zip(given, exact, strict=True):
-        if not float((part.float() - expected).norm() / expected.norm()) <= max(bound, 2e-3):  # TF32 of fp32
+    exact = [part.detach().float().requires_grad_(ask.gradient) for part in states]
+    row_by_row = _with_gradients("rows", ask._replace(dtype=torch.float32), exact, mask, slice(None))
+    bound = max(8 * torch.finfo(ask.dtype).eps, 2e-3)  # the latter for fp32 that is multiplied in TF32
+    for part, expected in zip(given, row_by_row, strict=True):
+        if not float((part.float() - expected).norm() / expected.norm()) <= bound:
             return "does not give what attention row by row gives"
     return ""
 
@@ -199,7 +199,8 @@ def _with_gradients(
     kernel: packed_kernels.Kernel, ask: Ask, states: list[Tensor], mask: Tensor, looked_at: slice
 ) -> list[Tensor]:
     """Output and, where ``ask`` has one, the gradients of a sum over the tokens that are looked at."""
-    output = packed_kernels.attend(kernel, ask, *states, mask)  # type: ignore[call-arg]
+    with torch.autocast(mask.device.type, enabled=False):  # ``ask.dtype`` is what it would make of them
+        output = packed_kernels.attend(kernel, ask, *states, mask)  # type: ignore[call-arg]
     if not ask.gradient:
         return [output]
     weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
@@ -214,7 +215,7 @@ def _probe(model: Any) -> Tensor:
 
 
 def _why_mixed(model: Any, mask: Tensor | None, alone: Tensor) -> str:
-    """Nothing where the second of two packed rows sees nothing of the first and gets the logits that it gets alone; else why."""
+    """Why the second of two packed rows sees the first, or gets other logits than alone; nothing where it does neither."""
     ids = _probe(model)
     others = torch.cat([ids[:, :ROW].flip(1), ids[:, ROW:]], dim=1)
     positions = torch.arange(ROW, device=model.device).repeat(2)[None]
@@ -238,7 +239,7 @@ def _why_mixed(model: Any, mask: Tensor | None, alone: Tensor) -> str:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # no position_ids, or a mask of its own making
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return _first_line(error) or type(error).__name__
     finally:
         handle.remove()
     if gradient[:, :ROW].any() or not gradient[:, ROW:].any():
@@ -247,6 +248,10 @@ def _why_mixed(model: Any, mask: Tensor | None, alone: Tensor) -> str:
     bound = _rounding(model) * alone.abs().mean()
     same = all(bool((behind - alone).abs().mean() <= bound) for behind in (behind_one.detach(), behind_other))
     return "" if same else "a packed row does not give the logits that it gives alone"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _rounding(model: Any) -> float:

@@ -308,9 +308,7 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
     if was.get("tokens_per_device") != now["tokens_per_device"]:
         return "batches were filled to another number of tokens (data.packing)"
     # Batches that are filled to a number of tokens are the same ones, whoever takes them
-    before, after = (
-        side["processes"] * (side["rows_per_device"] or 1) * side["accumulation"] for side in (was, now)
-    )
+    before, after = (side["processes"] * (side["rows_per_device"] or 1) * side["accumulation"] for side in (was, now))
     unit = "packs" if now["tokens_per_device"] else "rows"
     if before != after:
         return f"an optimizer step had {before} {unit} and would have {after}"

@@ -93,7 +93,9 @@ class Pair:
         """
         live = isinstance(self.teacher, LiveTeacher)
         device = args.device
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # a launcher's choice, too
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            args.mixed_precision
+        )  # a launcher's choice, too
         # A mixture of experts reads the mask as one of tokens, for its router's loss.
         cu_seqlens = own_mask and not collects_router_logits(self.student)
         cu_seqlens = cu_seqlens and (live or getattr(self.teacher, "takes_cu_seqlens", False))
@@ -116,7 +118,9 @@ def pack_tokens(packing: bool | Mapping[str, Any]) -> int | None:
         return None
     tokens = packing.get("tokens") if isinstance(packing, Mapping) and [*packing] == ["tokens"] else None
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise UserError(f"packing: got {packing!r}, expected true, false, or a budget of tokens as in {{'tokens': 8192}}")
+        raise UserError(
+            f"packing: got {packing!r}, expected true, false, or a budget of tokens as in {{'tokens': 8192}}"
+        )
     return tokens
 
 

@@ -117,7 +117,6 @@ class DistillationTrainer(DistillationBase):
         pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args)
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
-        budget = pack_tokens(packing)
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
@@ -136,7 +135,7 @@ class DistillationTrainer(DistillationBase):
             loss_options={"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb},
             columns=LogColumns(teacher=pair.taught),
             rows=rows,
-            pack_tokens=budget,
+            pack_tokens=pack_tokens(packing),
             **kwargs,
         )
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.

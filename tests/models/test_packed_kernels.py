@@ -16,14 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dts_hf.errors import UserError
 from dts_hf.models import packed_kernels
 from dts_hf.models.packed_attention import EAGER_NAME, NAME, cu_seqlens_mask, packed_attention
 from dts_hf.models.packed_kernels import BLOCK, Ask, Gpu, attend, block_mask, choose
 from dts_hf.models.packing_check import check_packing, why_wrong
-from tests.models.test_packed_attention import LENGTHS, bloom, build, mistral, packed_inputs, states_and_gradient
+from tests.support.packing import LENGTHS, bloom, build, mistral, packed_inputs, states_and_gradient
 from tests.support.tiny import tiny_gpt2, tiny_llama
 
 HOPPER, CPU, CUDA = Gpu((9, 0), True), torch.device("cpu"), torch.device("cuda")
@@ -93,7 +93,8 @@ def test_nothing_waits_for_the_device(dropout: float, window: int | None) -> Non
     with FakeTensorMode():
         mask = torch.empty(1, 1, 2, 6, dtype=torch.int32, device="meta")
         states = [
-            torch.empty(1, heads, 283, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (6, 2, 2)
+            torch.empty(1, heads, 283, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for heads in (6, 2, 2)
         ]
         output = attend("varlen", ask, *states, mask)  # type: ignore[call-arg]
         assert output.shape == (1, 283, 6, 64)
@@ -126,7 +127,10 @@ def test_the_block_mask_is_the_one_that_torch_finds_in_all_pairs(lengths: list[i
     theirs = create_block_mask(lambda _b, _h, q, k: pairs[q, k], None, None, tokens, tokens, device="cpu")
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-        blocks = getattr(ours, name.replace("num_blocks", "indices")), getattr(theirs, name.replace("num_blocks", "indices"))
+        blocks = (
+            getattr(ours, name.replace("num_blocks", "indices")),
+            getattr(theirs, name.replace("num_blocks", "indices")),
+        )
         for count, *lines in zip(getattr(ours, name)[0, 0], *(table[0, 0] for table in blocks), strict=True):
             assert torch.equal(lines[0][:count], lines[1][:count]), name
     assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE == (BLOCK, BLOCK)
@@ -147,7 +151,8 @@ def states_of(ask: Ask, tokens: int = sum(ROWS)) -> list[Tensor]:
     numbers = torch.Generator().manual_seed(1)
     heads = ((ask.heads, ask.width), (ask.key_heads, ask.width), (ask.key_heads, ask.value_width))
     return [
-        torch.randn(1, count, tokens, width, dtype=ask.dtype, generator=numbers, requires_grad=True) for count, width in heads
+        torch.randn(1, count, tokens, width, dtype=ask.dtype, generator=numbers, requires_grad=True)
+        for count, width in heads
     ]
 
 
@@ -171,9 +176,13 @@ def outputs_and_gradients(run: Callable[[list[Tensor]], Tensor], states: list[Te
 @pytest.mark.parametrize("case", ASKS)
 @pytest.mark.parametrize("kernel", ["rows", "flex"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on a CPU it is meant
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.13's own Dynamo asks
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch 2.13's own Dynamo asks
 def test_rows_and_flex_equal_the_whole_matrix(kernel: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU, and has them
+    monkeypatch.setattr(
+        flex_module, "_validate_device", lambda *_: None
+    )  # it refuses gradients on a CPU, and has them
     ask, states, mask = ASKS[case], states_of(ASKS[case]), cu_seqlens_mask(ROWS)
     expected = outputs_and_gradients(lambda parts: dense(ask, parts), states)
     given = outputs_and_gradients(lambda parts: attend(kernel, ask, *parts, mask), states)  # type: ignore[call-arg]
@@ -190,7 +199,7 @@ def test_what_is_made_for_a_batch_is_made_once_and_goes_with_it(monkeypatch: pyt
     assert made == [None, 4] and first[0] is first[2] and first[1] is first[3]
     assert packed_kernels._lengths(mask) is packed_kernels._lengths(mask) == ROWS
     held = len(packed_kernels._OF_BATCH)
-    del mask, made
+    del mask
     assert len(packed_kernels._OF_BATCH) == held - 1
 
 
@@ -198,8 +207,8 @@ def test_what_is_made_for_a_batch_is_made_once_and_goes_with_it(monkeypatch: pyt
 
 
 def flash_reference(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: tuple[int, int],
-    softcap: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None,
+    window: tuple[int, int], softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """What flash-attention computes from its arguments: ``[T, heads, width]``, states not grouped to query heads.
 
@@ -230,7 +239,14 @@ class StandIns:
                    "2.12": ("scale", "window_size", "enable_gqa")}[release]  # fmt: skip
 
         def varlen_attn(
-            query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, **told: Any
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            cu_seq_q: Tensor,
+            cu_seq_k: Tensor,
+            max_q: int,
+            max_k: int,
+            **told: Any,
         ) -> Tensor:
             assert told.keys() <= set(options), "this release does not know that"
             assert query.shape[1] == key.shape[1] or told.get("enable_gqa")
@@ -294,7 +310,11 @@ def test_flash_attention_is_told_what_is_asked(case: str, monkeypatch: pytest.Mo
 
 
 def test_a_flash_attention_that_cannot_be_loaded_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, loaded in ((False, None), (True, OSError("no network")), (True, lambda q, k, v: q)):  # the last is too old
+    for found, loaded in (
+        (False, None),
+        (True, OSError("no network")),
+        (True, lambda q, k, v: q),
+    ):  # the last is too old
 
         def load(name: str, loaded: Any = loaded) -> Any:
             assert name == "flash_attention_2"
@@ -393,7 +413,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Ask]]:
     proved: list[tuple[str, Ask]] = []
     monkeypatch.setattr(packed_kernels, "gpu_of", lambda device: HOPPER if device.type == "cuda" else None)
     monkeypatch.setattr(packed_kernels, "has_flash", lambda: False)
-    monkeypatch.setattr("dts_hf.models.packing_check.why_wrong", lambda kernel, ask, device: proved.append((kernel, ask)) or "")
+    monkeypatch.setattr(
+        "dts_hf.models.packing_check.why_wrong", lambda kernel, ask, device: proved.append((kernel, ask)) or ""
+    )
     return proved
 
 
@@ -416,7 +438,9 @@ def test_the_kernels_of_training_are_proved_on_the_card(card: list[tuple[str, As
     assert sorted(ask.dropout for _, ask in card) == [0.0, 0.3] and torch.equal(torch.get_rng_state(), random)
     card.clear()
     assert check_packing(student.bfloat16().requires_grad_(False), device=CUDA)  # a teacher
-    assert [(kernel, ask.dropout, ask.dtype, ask.gradient) for kernel, ask in card] == [("varlen", 0.0, torch.bfloat16, False)]
+    assert [(kernel, ask.dropout, ask.dtype, ask.gradient) for kernel, ask in card] == [
+        ("varlen", 0.0, torch.bfloat16, False)
+    ]
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
@@ -466,16 +490,22 @@ def test_a_dense_mask_on_a_card_is_never_taken_in_silence(
     assert f"the student ({type(model).__name__})" in record.getMessage() and reason in record.getMessage()
     assert model.config._attn_implementation == attention and not card
     caplog.clear()
-    assert check_packing(model, "the student", **options) is (attention == "sdpa" and not options) and not caplog.records  # a CPU says nothing
+    assert (
+        check_packing(model, "the student", **options) is (attention == "sdpa" and not options) and not caplog.records
+    )  # a CPU says nothing
 
 
 def test_a_kernel_that_fails_its_proof_leaves_the_dense_mask_and_says_so(
     card: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dts_hf.models.packing_check.why_wrong", lambda *_: "cannot be used: RuntimeError: no kernel image")
+    monkeypatch.setattr(
+        "dts_hf.models.packing_check.why_wrong", lambda *_: "cannot be used: RuntimeError: no kernel image"
+    )
     model = tiny_llama()
     assert check_packing(model, device=CUDA, autocast=torch.bfloat16) is False
-    assert "cannot be used: RuntimeError: no kernel image" in caplog.text and model.config._attn_implementation == "sdpa"
+    assert (
+        "cannot be used: RuntimeError: no kernel image" in caplog.text and model.config._attn_implementation == "sdpa"
+    )
 
 
 def test_a_family_that_ignores_boundaries_is_refused_on_a_card_too(card: Any) -> None:

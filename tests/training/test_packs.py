@@ -15,8 +15,7 @@ from dts_hf.data.samplers import DUMMY_ROW, best_fit
 from dts_hf.errors import UserError
 from tests.support.launching import WORKERS, launch
 from tests.support.tiny import tiny_gpt2, tiny_llama
-from tests.support.trainers import ROWS, encoded, losses, plain, trainer_for
-from tests.training.test_trainer import largest_difference, step_gradients
+from tests.support.trainers import ROWS, encoded, largest_difference, losses, plain, step_gradients, trainer_for
 
 BUDGET = {"tokens": 170}
 LOGGED = 3e-7  # the Trainer adds losses up in fp32
@@ -116,7 +115,9 @@ def test_a_resume_with_other_batches_is_refused(tmp_path: Path, packing: Any, op
 
 def test_held_out_rows_are_as_ever(tmp_path: Path) -> None:
     metrics = [
-        trainer_for(tmp_path, packing=packing, eval_dataset=ROWS[:7], options={"per_device_eval_batch_size": 3}).evaluate()
+        trainer_for(
+            tmp_path, packing=packing, eval_dataset=ROWS[:7], options={"per_device_eval_batch_size": 3}
+        ).evaluate()
         for packing in (True, BUDGET)
     ]
     for values in metrics:
@@ -128,18 +129,20 @@ def test_held_out_rows_are_as_ever(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("packing", "options", "says"),
     [
-        ({"tokens": 70}, {}, r"data.packing: {tokens: 70}: row r\d+ has 7\d tokens and fits into no batch; expected at least 7\d"),
+        ({"tokens": 70}, {}, r"{tokens: 70}: row r\d+ has 7\d tokens and fits into no batch; expected at least 7\d"),
         ({"tokens": 0}, {}, "packing: got {'tokens': 0}, expected true, false, or a budget of tokens"),
         ({"token": 170}, {}, "packing: got {'token': 170}"),
         ({"tokens": True}, {}, "packing: got"),
         (170, {}, "packing: got 170"),
-        (BUDGET, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got group_by_length, expected random"),
+        (BUDGET, {"train_sampling_strategy": "group_by_length"}, "got group_by_length, expected random"),
         (BUDGET, {"train_sampling_strategy": "sequential"}, "train_sampling_strategy: got sequential, expected random"),
         (BUDGET, {"dataloader_drop_last": True}, "dataloader_drop_last: got True, expected False beside data.packing"),
         (BUDGET, {"auto_find_batch_size": True}, "auto_find_batch_size: got True, expected False"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_together_is_refused_before_training(tmp_path: Path, packing: Any, options: Any, says: str) -> None:
+def test_what_does_not_fit_together_is_refused_before_training(
+    tmp_path: Path, packing: Any, options: Any, says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         trainer_for(tmp_path, packing=packing, options=options)
 
