@@ -178,6 +178,7 @@ def best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     Returns:
         The places of the rows in each pack.
     """
+    tokens = min(tokens, sum(lengths))
     packs: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)  # packs by the tokens that they have room for
     rooms = (

@@ -21,6 +21,7 @@ from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, sche
 from dts_hf.recipe.yaml_files import dump_values, expand
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -136,9 +137,11 @@ class Teacher(Section):
 class Packing(Section):
     """Training batches that are filled to a number of tokens, so that steps cost the same."""
 
-    tokens: Count = Field(
+    tokens: int = Field(
+        ge=1,
+        le=MOST_TOKENS,
         description="Fill each device's training batch to so many tokens, by best fit, whatever "
-        "training.per_device_train_batch_size; no row may be longer."
+        "training.per_device_train_batch_size; no row may be longer.",
     )
 
 

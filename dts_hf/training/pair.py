@@ -20,6 +20,7 @@ from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
+from dts_hf.recipe.schema import MOST_TOKENS
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
@@ -112,12 +113,12 @@ def pack_tokens(packing: bool | Mapping[str, Any]) -> int | None:
     """To how many tokens ``packing`` fills each batch; None: a batch is a number of rows, packed or not.
 
     Raises:
-        UserError: it is neither a truth value nor a mapping of ``tokens`` to a number of them.
+        UserError: it is neither a truth value nor a mapping of ``tokens`` to a number of them, a million at most.
     """
     if isinstance(packing, bool):
         return None
     tokens = packing.get("tokens") if isinstance(packing, Mapping) and [*packing] == ["tokens"] else None
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MOST_TOKENS:
         raise UserError(
             f"packing: got {packing!r}, expected true, false, or a budget of tokens as in {{'tokens': 8192}}"
         )

@@ -131,6 +131,7 @@ def test_held_out_rows_are_as_ever(tmp_path: Path) -> None:
     [
         ({"tokens": 70}, {}, r"{tokens: 70}: row r\d+ has 7\d tokens and fits into no batch; expected at least 7\d"),
         ({"tokens": 0}, {}, "packing: got {'tokens': 0}, expected true, false, or a budget of tokens"),
+        ({"tokens": 2**21}, {}, "packing: got {'tokens': 2097152}"),
         ({"token": 170}, {}, "packing: got {'token': 170}"),
         ({"tokens": True}, {}, "packing: got"),
         (170, {}, "packing: got 170"),
@@ -167,6 +168,9 @@ def run(out: Path, world: int, accumulation: int, resume: str = "") -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+# ---------------------------------------------------------- two processes; tests/distributed has more of their strategies
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process with two packs a step, two with one each."""
@@ -176,6 +180,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.soak
 def test_two_processes_take_the_same_packs_and_end_in_the_same_weights(runs: Path) -> None:
     one, first, second = (json.loads((runs / name).read_text()) for name in ("one/0.json", "two/0.json", "two/1.json"))
     assert one["steps"] == first["steps"] == second["steps"] == one["planned"] == first["planned"] == 9
