@@ -11,11 +11,22 @@ import pytest
 import torch
 
 from dts_hf.data.collators import PaddedCollator
-from dts_hf.data.samplers import DUMMY_ROW, best_fit
+from dts_hf.data.samplers import DUMMY_ROW, PackSampler, best_fit
 from dts_hf.errors import UserError
+from dts_hf.recipe.schema import Recipe
+from dts_hf.training.workload import workload_of
 from tests.support.launching import WORKERS, launch
 from tests.support.tiny import tiny_gpt2, tiny_llama
-from tests.support.trainers import ROWS, encoded, largest_difference, losses, plain, step_gradients, trainer_for
+from tests.support.trainers import (
+    ROWS,
+    arguments,
+    encoded,
+    largest_difference,
+    losses,
+    plain,
+    step_gradients,
+    trainer_for,
+)
 
 BUDGET = {"tokens": 170}
 LOGGED = 3e-7  # the Trainer adds losses up in fp32
@@ -166,6 +177,29 @@ def run(out: Path, world: int, accumulation: int, resume: str = "") -> None:
     words = [str(out), str(accumulation), *filter(None, [resume])]
     done = launch(WORKERS / "packs_worker.py", world, words, "single" if world == 1 else "ddp")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_estimate_counts_a_full_pack(tmp_path: Path) -> None:
+    """As many labels as 170 tokens can bring, whichever rows are in it; no more tokens than there are."""
+    data = encoded()
+    sections = {"student": {"model": "s"}, "teacher": {"model": "t"}, "output": {"dir": "o"}}
+    found = {}
+    for tokens in (170, 10_000):
+        recipe = Recipe.from_dict(
+            {**sections, "data": {"train": "t.jsonl", "packing": {"tokens": tokens}}}, deep=False
+        )
+        found[tokens] = workload_of(recipe, arguments(tmp_path), None, data)  # type: ignore[arg-type]
+    full, everything = found[170], found[10_000]
+    assert (full.rows, full.tokens, full.attention) == (1, 170, "packed")
+    assert (everything.rows, everything.tokens) == (1, sum(data.lengths))
+    labels = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
+    assert everything.labelled == sum(labels)
+    sampler = PackSampler(data.lengths, 170)
+    most = 0
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        most = max(most, *(sum(labels[row] for row in pack) for pack in sampler))
+    assert most <= full.labelled <= 170
 
 
 # ---------------------------------------------------------- two processes; tests/distributed has more of their strategies
