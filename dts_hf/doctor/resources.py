@@ -101,7 +101,8 @@ def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: st
     if largest == training:
         return "student.lora; a smaller student" if recipe.student.lora is None else "a smaller student"
     recompute = "" if workload.gradient_checkpointing else "training.gradient_checkpointing: true; "
-    return f"{recompute}a smaller training.per_device_train_batch_size (and more gradient_accumulation_steps)"
+    batch = "training.per_device_train_batch_size" if recipe.data.pack_tokens is None else "data.packing.tokens"
+    return f"{recompute}a smaller {batch} (and more gradient_accumulation_steps)"
 
 
 def check_output(

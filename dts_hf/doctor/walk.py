@@ -5,6 +5,7 @@ What differs between kinds of tasks is in ``language_modeling.py`` and ``classif
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.samplers import total_steps
+from dts_hf.data.samplers import best_fit, total_steps
 from dts_hf.distill import task_of
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
@@ -30,6 +31,7 @@ from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.even_batches import check_packs
 from dts_hf.training.model_shape import Shapes
 from dts_hf.training.workload import Workload
 
@@ -133,7 +135,9 @@ class Walk(ABC):
             self.check_data(check, self.data, len(rows))
             if self.args is not None:
                 trained_on = round(len(rows) * len(self.data) / len(self.looked_at))
-                self.steps = total_steps(self.args, trained_on, self.world)
+                packs = self.packs()
+                packs = packs and math.ceil(packs * trained_on / len(self.data))
+                self.steps = total_steps(self.args, trained_on, self.world, packs)
 
     def look_at_models(self) -> None:
         """Teacher, then student, which may be cut out of it."""
@@ -212,12 +216,25 @@ class Walk(ABC):
         if not self.trains:
             raise Skipped("three steps on one device do not fit into its memory")
         trainer, steps = need(self.trainer, "a trainer"), need(self.steps, "rows")
-        lengths = need(self.data, "tokenised rows").lengths
+        lengths, args = need(self.data, "tokenised rows").lengths, need(self.args, "training arguments")
+        batches = self.packs() or len(lengths) / args.per_device_train_batch_size
         memory = {check.name: check.values for check in self.diagnosis.checks}.get("memory", {})
         check_steps(
-            check, trainer, steps, sum(lengths) / len(lengths), self.world,
+            check, trainer, steps, sum(lengths) / batches, self.world,
             before=self.before, estimate=memory.get("alone"), room=self.diagnosis.device["memory"],
         )  # fmt: skip
+
+    def packs(self) -> int | None:
+        """Batches that the sample of rows fills, where they are filled to a budget of tokens.
+
+        Raises:
+            UserError: a row does not fit into one.
+        """
+        tokens, data = self.recipe.data.pack_tokens, need(self.data, "tokenised rows")
+        if tokens is None:
+            return None
+        check_packs(need(self.args, "training arguments"), data, tokens)
+        return len(best_fit(data.lengths, tokens))
 
     def small_sample(self) -> Sample:
         """So much of the sample as the effect test can afford."""

@@ -21,6 +21,7 @@ from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, sche
 from dts_hf.recipe.yaml_files import dump_values, expand
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -133,6 +134,17 @@ class Teacher(Section):
         return self
 
 
+class Packing(Section):
+    """Training batches that are filled to a number of tokens, so that steps cost the same."""
+
+    tokens: int = Field(
+        ge=1,
+        le=MOST_TOKENS,
+        description="Fill each device's training batch to so many tokens, by best fit, whatever "
+        "training.per_device_train_batch_size; no row may be longer.",
+    )
+
+
 class Data(Section):
     """The rows, and how they become tokens."""
 
@@ -150,8 +162,10 @@ class Data(Section):
         default=256, description="Prompt alone, in tokens; its input field is shortened to fit."
     )
     long_rows: Literal["drop", "cut"] = Field(default="drop", description="Rows above max_length: leave out, or cut.")
-    packing: bool = Field(
-        default=False, description="Lay rows end to end without padding; they do not see each other."
+    packing: bool | Packing = Field(
+        default=False,
+        description="Lay rows end to end without padding; they do not see each other. A mapping with tokens also fills each "
+        "training batch to so many.",
     )
     responses: Literal["data", "teacher"] = Field(
         default="data",
@@ -163,6 +177,11 @@ class Data(Section):
     cache_dir: str | None = Field(
         default=None, description="Folder for the teacher's answers; null: the default cache."
     )
+
+    @property
+    def pack_tokens(self) -> int | None:
+        """To how many tokens each training batch is filled; None: it is a number of rows."""
+        return None if isinstance(self.packing, bool) else self.packing.tokens
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Data:
@@ -314,7 +333,7 @@ class Recipe(Section):
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
-                "data.packing": self.data.packing,
+                "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
             }
             found = [key for key, given in unfit.items() if given]

@@ -354,7 +354,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         return {
             "processes": self.args.world_size,
             "strategy": strategy_of(self.accelerator),
-            "rows_per_device": self._train_batch_size,
+            "rows_per_device": self._train_batch_size if self.pack_tokens is None else None,
+            "tokens_per_device": self.pack_tokens,
             "accumulation": self.args.gradient_accumulation_steps,
             "rows": len(rows) if hasattr(rows, "__len__") else None,
             "length_bucket_size": self.length_bucket_size(rows),

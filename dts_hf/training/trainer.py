@@ -33,7 +33,7 @@ from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
-from dts_hf.training.pair import Pair, set_up_models
+from dts_hf.training.pair import Pair, pack_tokens, set_up_models
 
 #: Columns of a batch that neither model is given.
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS})
@@ -59,7 +59,8 @@ class DistillationTrainer(DistillationBase):
             ``DistillationLoss``).
         prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
-        packing: lay the rows of a batch end to end, without padding.
+        packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
+            so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
@@ -103,7 +104,7 @@ class DistillationTrainer(DistillationBase):
         prompt_template: str | None = None,
         max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
-        packing: bool = False,
+        packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
@@ -119,7 +120,7 @@ class DistillationTrainer(DistillationBase):
         pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args)
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
-        collator = pair.collator(packing, data_collator, args.device)
+        collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
         rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
@@ -139,6 +140,7 @@ class DistillationTrainer(DistillationBase):
             loss_options=loss_options,
             columns=LogColumns(teacher=pair.taught),
             rows=rows,
+            pack_tokens=pack_tokens(packing),
             **kwargs,
         )
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
@@ -163,7 +165,7 @@ class DistillationTrainer(DistillationBase):
                 continue
             end_to_end = try_collator(self.data_collator, self.collate, dataset, smallest)
             if end_to_end:
-                pair.check_packing(self.args.device, own_mask=False)
+                pair.check_packing(self.args, own_mask=False)
 
     # ------------------------------------------------------------------------------------------------------- the batch
 

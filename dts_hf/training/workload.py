@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,11 +108,16 @@ def workload_of(
         responses = [longest] * len(data)
         lengths = [min(prompt + longest, recipe.data.max_length) for prompt in data.prompt_lengths]
     order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
-    packed = recipe.data.packing
+    packed, budget = bool(recipe.data.packing), recipe.data.pack_tokens
+    tokens = sum(lengths[index] for index in order) if packed else lengths[order[0]]
+    labelled = sum(responses[index] for index in order)
+    if budget is not None:  # whichever rows fill it: as many labels as those with the largest share of them bring
+        tokens = min(budget, sum(lengths))
+        labelled = _most_labels(lengths, responses, tokens)
     return Workload(
         rows=1 if packed else batch,
-        tokens=sum(lengths[index] for index in order) if packed else lengths[order[0]],
-        labelled=sum(responses[index] for index in order),
+        tokens=tokens,
+        labelled=labelled,
         accumulation=args.gradient_accumulation_steps,
         student_dtype=recipe.student.dtype,
         teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
@@ -124,6 +130,17 @@ def workload_of(
         device="cuda" if args.device.type == "cuda" else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
     )
+
+
+def _most_labels(lengths: Sequence[int], responses: Sequence[int], tokens: int) -> int:
+    """Labels of ``tokens`` tokens at most, the last row cut to fit."""
+    labels = 0.0
+    for length, response in sorted(zip(lengths, responses, strict=True), key=lambda row: -row[1] / row[0]):
+        labels += response * min(1.0, tokens / length)
+        tokens -= min(tokens, length)
+        if not tokens:
+            break
+    return math.ceil(labels)
 
 
 def _lora_parameters(student: Student, shape: ModelShape, model: nn.Module | None) -> int | None:

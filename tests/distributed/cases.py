@@ -42,7 +42,7 @@ class Case:
     policy: str = "gap"
     tie: bool = True
     accumulation: int = 1
-    packing: bool = False
+    packing: bool | dict[str, int] = False
     steps: int = 20
     lora: bool = False
     rows: int = 40  # of the data; not a multiple of BATCH: the last step of an epoch has fewer
@@ -56,6 +56,7 @@ class Case:
 
 
 PADDED, PACKED = False, True
+PACKS = {"tokens": 210}
 RECOMPUTED = {"activation_checkpointing": True}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
 RANDOM, GROUPED = {"train_sampling_strategy": "random"}, {"train_sampling_strategy": "group_by_length"}
@@ -84,6 +85,9 @@ CASES = [
     Case("random", "gap", False, 4, PACKED, 6, rows=13, strategies=MULTI, arguments=EPOCHS | RANDOM),
     Case("dummy_rows", tie=False, rows=9, steps=6, strategies=("single", "ddp", "zero3", "fsdp2"), arguments=EPOCHS),
     Case("grouped", tie=False, rows=13, steps=6, strategies=("single", "ddp"), arguments=EPOCHS | GROUPED),
+    # Three packs an epoch: one process takes them by two, and of two processes the second has a dummy row in the last step.
+    Case("packs", "gap", False, 2, PACKS, 6, rows=13, strategies=("single",), arguments=EPOCHS | RANDOM),
+    Case("packs", "gap", False, 1, PACKS, 6, rows=13, strategies=("ddp", "zero3", "fsdp2"), arguments=EPOCHS | RANDOM),
     Case("bf16", steps=3, strategies=("ddp", "zero3", "fsdp2"), arguments={"bf16": True}),
     Case("adamw", tie=False, steps=5, strategies=MULTI, arguments=ADAMW),
     Case("compiled", steps=3, strategies=("single",)),
