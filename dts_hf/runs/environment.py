@@ -18,6 +18,7 @@ from dts_hf.console import masked
 PACKAGES = (
     "dts-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes", "deepspeed",
     "evaluate", "gguf", "huggingface_hub", "numpy", "pydantic",
+    "torchao",
 )  # fmt: skip
 
 
