@@ -8,11 +8,11 @@ divided by the number of devices, Megatron (Korthikanti et al. 2022, section 4) 
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dts_hf.loss.chunk_walk import rows_in_budget
+from dts_hf.loss.chunk_walk import equal_chunks, rows_in_budget
+from dts_hf.loss.road import default_budget_mb
 from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
@@ -26,10 +26,6 @@ SHARDS_OPTIMIZER = ("zero1", "zero2", "zero3", "fsdp2")
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "gelu_new": 5, "gelu_fast": 5}
 #: fp32 buffers [C, V] beside the logits while the loss of a chunk is computed at once, counted for forward_kl.
 BLOCK_BUFFERS = 12
-#: MiB for the logits of a chunk where the recipe does not say: of the kernels on a GPU with room to spare, and elsewhere.
-FUSED_BUDGET_MB, PLAIN_BUDGET_MB = 1024, 256
-#: The kernels' chunks are multiples of so many rows.
-CHUNK_MULTIPLE = 128
 #: nf4 of bitsandbytes: half a byte, and a scale of 4 bytes per 64 weights.
 FOUR_BITS = 0.5 + 4 / 64
 #: Bytes of one entry while activations become fp8 without ``torch.compile``: three fp32 copies, and the result.
@@ -296,8 +292,8 @@ def _loss_bytes(
         at_work = left = 0
     elif size == 4:
         at_work = left = 4 * head
-    else:  # the sum over chunks is fp32; where PyTorch makes it, two more in the matmul's type stand beside it
-        at_work = 4 * head if workload.fused else (4 + 2 * size if several else size) * head
+    else:  # the sum over chunks is fp32, as GPUs leave it; on a CPU two more in the matmul's type stand beside it
+        at_work = 4 * head if workload.device == "cuda" else (4 + 2 * size if several else size) * head
         left = 4 * head if types.stream == 4 else (4 + size) * head
     if types.casts:
         at_work += size * head
@@ -326,14 +322,9 @@ def chunk_rows(workload: Workload, vocab: int, compute: int = 4) -> int:
         compute: bytes of a number in the matmuls.
     """
     rows, budget = max(workload.labelled, 1), workload.logits_budget_mb
-    if budget is None:
-        budget = FUSED_BUDGET_MB if workload.fused else PLAIN_BUDGET_MB
+    budget = default_budget_mb(workload.fused) if budget is None else budget
     limit = rows_in_budget(budget, vocab, max(_logit_bytes(workload, compute)))
-    if rows <= limit or not workload.fused:
-        return min(rows, limit)
-    chunk = math.ceil(rows / math.ceil(rows / limit))
-    rounded = math.ceil(chunk / CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-    return rounded if rounded <= limit else max(limit // CHUNK_MULTIPLE * CHUNK_MULTIPLE, min(chunk, limit))
+    return equal_chunks(rows, limit) if workload.fused else min(rows, limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk

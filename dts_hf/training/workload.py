@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.loss.road import default_budget_mb, free_bytes
 from dts_hf.recipe.schema import Recipe, Student
 from dts_hf.training.model_shape import ModelShape
 
@@ -33,7 +34,7 @@ class Workload:
         lora_parameters: weights of the adapters; None when all weights are trained.
         logits_budget_mb: MiB for one chunk of logits; None: the default of the loss on this device, with room to spare.
         fused: the loss runs in its kernels (CUDA alone), and keeps the logits of a chunk and nothing beside them.
-        logits_dtype: of the logits there; None: that of the matmuls.
+        logits_dtype: of the logits there: ``auto``, that of the matmuls, or ``float32``.
         autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
         attention: ``sdpa``, or ``packed`` (rows end to end).
         device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
@@ -52,7 +53,7 @@ class Workload:
     lora_parameters: int | None = None
     logits_budget_mb: float | None = None
     fused: bool = False
-    logits_dtype: str | None = None
+    logits_dtype: str = "auto"
     autocast: str | None = None
     attention: str = "sdpa"
     device: str = "cuda"
@@ -104,7 +105,10 @@ def workload_of(
         student: counts its own adapters, where it is loaded.
         beside: bytes of ordinary memory that rows and tokenizers take.
     """
-    batch, cuda = min(args.per_device_train_batch_size, len(data)), args.device.type == "cuda"
+    cuda = args.device.type == "cuda"
+    fused = cuda and recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl"
+    fused = fused and importlib.util.find_spec("triton") is not None
+    batch = min(args.per_device_train_batch_size, len(data))
     responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
     lengths = list(data.lengths)
     if recipe.data.responses == "teacher":  # its answers may be longer than those of the data
@@ -123,11 +127,11 @@ def workload_of(
         optimizer=str(getattr(args.optim, "value", args.optim)),
         gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=_lora_parameters(recipe.student, shape, student),
-        logits_budget_mb=recipe.loss.logits_budget_mb or 256,
+        logits_budget_mb=recipe.loss.logits_budget_mb or default_budget_mb(fused, free_bytes(args.device)),
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         attention="packed" if packed else "sdpa",
-        fused=cuda and recipe.loss.divergence.name != "adaptive_kl" and importlib.util.find_spec("triton") is not None,
-        logits_dtype=getattr(recipe.loss, "logits_dtype", None),
+        fused=fused,
+        logits_dtype=recipe.loss.logits_dtype,
         device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
     )

@@ -131,7 +131,7 @@ def test_the_buffers_of_a_whole_chunk_are_counted(dtype: torch.dtype, monkeypatc
             self.peak = max(self.peak, sum(self.sizes.values()))
             return out
 
-    monkeypatch.setattr("dts_hf.loss.chunk_walk._CPU_BLOCK_BYTES", 1 << 40)
+    monkeypatch.setattr("dts_hf.loss.plain_rows._CPU_BLOCK_BYTES", 1 << 40)
     policy = build_temperature("dts", rule="gap")
     loss = DistillationLoss("forward_kl", temperature=policy, logits_budget_mb=1.0)
     rows, hidden, vocab = 96, 8, 4096
@@ -310,10 +310,10 @@ def test_the_kernels_keep_the_logits_of_a_chunk_and_nothing_beside_them() -> Non
 
 
 def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fused(device: str, divergence: str = "forward_kl") -> bool:
+    def fused(device: str, divergence: str = "forward_kl", kernels: str = "auto") -> bool:
         values = {
             "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"train": "rows.jsonl"},
-            "output": {"dir": "run"}, "loss": {"divergence": divergence},
+            "output": {"dir": "run"}, "loss": {"divergence": divergence, "kernels": kernels},
         }  # fmt: skip
         args = SimpleNamespace(
             device=torch.device(device), per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch",
@@ -322,10 +322,13 @@ def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         data = SimpleNamespace(lengths=[5, 7, 9], prompt_lengths=[2, 3, 4])
         work = workload_of(Recipe.from_dict(values, deep=False), args, WIDE, DataOf(data))  # type: ignore[arg-type]
         assert (work.rows, work.tokens, work.labelled, work.device) == (2, 9, 9, device)
+        assert work.logits_budget_mb == 256  # a quarter of 1 GiB, and what PyTorch takes
         return work.fused
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("dts_hf.training.workload.free_bytes", lambda device: 2**30 if device.type == "cuda" else None)
     assert fused("cuda") and not fused("cuda", "adaptive_kl") and not fused("cpu")
+    assert not fused("cuda", kernels="torch")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not fused("cuda")
 
