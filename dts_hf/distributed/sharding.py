@@ -100,7 +100,8 @@ def place_teacher(model: nn.Module, placement: str, device: torch.device | str) 
     """
     if placement == "sharded":
         shard_teacher(model, device)
-    elif not getattr(model, "is_quantized", False):  # bitsandbytes has put it on its device, and refuses to move it
+    # bitsandbytes has put it on its device, and refuses to move it
+    elif not getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) == "torchao":
         model.to(device)
 
 
@@ -132,8 +133,8 @@ def check_can_shard(quantized: bool) -> None:
     if quantized:
         raise UserError(
             "teacher.placement: sharded, but the teacher is quantised, and neither DeepSpeed nor FSDP can shard the "
-            "packed weights of bitsandbytes; use placement 'replicated' (a 4-bit teacher is a quarter of a bf16 one), "
-            "or quantization 'none'"
+            "packed weights; use placement 'replicated' (a 4-bit teacher is a quarter of a bf16 one, an fp8 or int8 one a "
+            "half), or quantization 'none'"
         )
 
 

@@ -23,6 +23,9 @@ from dts_hf.recipe.yaml_files import dump_values, expand
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
+#: The package that quantises a teacher's weights in each way.
+QUANTIZED_BY = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "fp8": "torchao", "int8": "torchao"}
 
 
 class Section(BaseModel):
@@ -112,8 +115,9 @@ class Teacher(Section):
         default=None, description="Hub name or folder of the tokenizer; null: the model's own."
     )
     dtype: Dtype = Field(default="bfloat16", description="Type of the teacher's weights.")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        default="none", description="Load through bitsandbytes (GPU)."
+    quantization: Quantization = Field(
+        default="none",
+        description="8bit and 4bit: through bitsandbytes. fp8 (GPUs from Ada and Hopper on) and int8: through torchao.",
     )
     placement: Literal["replicated", "sharded"] = Field(
         default="replicated",
@@ -128,8 +132,12 @@ class Teacher(Section):
     def _placement_of_packed_weights(self) -> Teacher:
         if self.placement == "sharded" and self.quantization != "none":
             raise ValueError(
-                f"placement is 'sharded' and quantization '{self.quantization}', but the packed weights of bitsandbytes "
-                "cannot be split: use placement 'replicated', or quantization 'none'"
+                f"placement is 'sharded' and quantization '{self.quantization}', but the packed weights of "
+                f"{QUANTIZED_BY[self.quantization]} cannot be split: use placement 'replicated', or quantization 'none'"
+            )
+        if self.quantization == "fp8" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"quantization is 'fp8' and dtype '{self.dtype}', expected dtype 'bfloat16': fp8 matmuls give it"
             )
         return self
 
@@ -328,6 +336,11 @@ class Recipe(Section):
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
         if self.teacher is None and self.student.init is not None:
             raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
+        if self.teacher is not None and self.student.init is not None and self.teacher.quantization != "none":
+            raise ValueError(
+                f"student.init: from teacher, but teacher.quantization is '{self.teacher.quantization}', and packed weights "
+                "cannot be trained: use quantization 'none', or give student.model"
+            )
         if self.task is not None:
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,
