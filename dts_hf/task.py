@@ -195,6 +195,7 @@ class Task(ABC, Generic[TrainerT]):
             "processing_class": models.tokenizer, "teacher_tokenizer": models.teacher_tokenizer,
             "temperature": build_temperature(temperature.name, **temperature.options), "kd_ratio": loss.kd_ratio,
             "divergence": loss.divergence.model_dump(), "temperature_scaling": loss.temperature_scaling,
+            "kernels": loss.kernels, "logits_dtype": loss.logits_dtype,
         }  # fmt: skip
 
     @abstractmethod

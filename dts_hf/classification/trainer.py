@@ -63,7 +63,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         eval_dataset: the same kinds; ``evaluate`` adds the task's metrics, as ``eval_accuracy``, and the teacher's.
         processing_class: the tokenizer; by default the student's own.
         max_length: for rows, tokens.
-        temperature_scaling, logits_budget_mb, teacher_tokenizer, teacher_placement: as in ``DistillationTrainer``.
+        temperature_scaling, logits_budget_mb, kernels, logits_dtype, teacher_tokenizer, teacher_placement: as in
+            ``DistillationTrainer``.
         kwargs: as in ``DistillationTrainer``.
 
     Attributes:
@@ -90,11 +91,11 @@ class ClassificationDistillationTrainer(DistillationBase):
         *,
         max_length: int = 128,
         temperature_scaling: str = "squared",
-        logits_budget_mb: float = 256,
+        logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         # 1. Arguments that cannot be honoured, before anything is loaded.
         args = checked_arguments(args, kwargs)
         check_placement(teacher_placement)
@@ -112,6 +113,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         self.metric = GlueMetric(task.subset)
         self.predicted: dict[str, dict[int, list[float]]] = {}
         self._seen: list[tuple[Tensor, ...]] = []
+        loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
+                        "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
             model,
             args,
@@ -123,7 +126,7 @@ class ClassificationDistillationTrainer(DistillationBase):
             divergence=divergence,
             kd_ratio=kd_ratio,
             classes=task.outputs,
-            loss_options={"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb},
+            loss_options=loss_options,
             columns=LogColumns(teacher=teacher is not None, regression=task.regression),
             rows=LabelledRows(task, encode_options, models),
             **kwargs,

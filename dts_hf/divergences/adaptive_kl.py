@@ -77,9 +77,12 @@ class AdaptiveKL(Divergence):
 def head_threshold(p: Tensor, mu: float) -> Tensor:
     """The smallest probability in the head of each row of ``p``, ``[C, V] -> [C, 1]``.
 
-    No row is sorted whole: a search by halves (of the logarithm) narrows the threshold to [low, high), and only the tokens
-    between are sorted. The ones below (1 - mu) / V hold less than 1 - mu together, so the threshold is above that.
+    On a CPU no row is sorted whole: a search by halves (of the logarithm) narrows the threshold to [low, high), and only the
+    tokens between are sorted. The ones below (1 - mu) / V hold less than 1 - mu together, so the threshold is above that.
+    How many are left only the data says, and a GPU would have to stop and tell: there rows are sorted whole.
     """
+    if p.device.type != "cpu":
+        return _sorted_threshold(p, mu)
     low = torch.full_like(p[:, :1], (1.0 - mu) / p.shape[-1])
     high, above = 2.0 * p.amax(-1, keepdim=True), torch.zeros_like(low)
     mask = torch.empty_like(p)  # of numbers: a comparison into booleans, and any use of them, is several times slower
@@ -94,6 +97,14 @@ def head_threshold(p: Tensor, mu: float) -> Tensor:
     before = (between.cumsum(-1) - between).add_(above)
     inside = ((before < mu) & (between > 0.0)).sum(-1, keepdim=True)
     return between.gather(-1, inside.sub_(1).clamp_min_(0))
+
+
+def _sorted_threshold(p: Tensor, mu: float) -> Tensor:
+    """``head_threshold`` by a sort of whole rows, with no word to the host."""
+    falling = p.sort(-1, descending=True).values
+    before = falling.cumsum(-1) - falling  # what is strictly above an entry, but for equal ones, which enter together
+    inside = ((before < mu) & (falling > 0.0)).sum(-1, keepdim=True)
+    return falling.gather(-1, inside.sub_(1).clamp_min_(0))
 
 
 def _packed(values: Tensor, mask: Tensor) -> Tensor:

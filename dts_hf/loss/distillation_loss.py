@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dts_hf.divergences import Divergence, build_divergence
-from dts_hf.errors import UserError, is_out_of_memory
-from dts_hf.loss.chunk_walk import ChunkWalk, LossSettings, rows_in_budget
+from dts_hf.errors import UserError, is_out_of_memory, nearest
+from dts_hf.loss.chunk_walk import ChunkWalk, matmul_dtype_of, rows_in_budget
+from dts_hf.loss.road import (
+    PLAIN_BUDGET_MB,
+    Kernels,
+    LogitsDtype,
+    default_budget_mb,
+    free_bytes,
+    why_not_fused,
+    why_not_trusted,
+)
+from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import TemperaturePolicy
 
@@ -48,7 +58,12 @@ class DistillationLoss(nn.Module):
         kd_ratio: weight of the soft part, 0 (cross-entropy alone) to 1 (divergence alone).
         temperature_scaling: ``squared`` multiplies D by T_s T_t, so that its gradient keeps its size when T moves
             (Hinton et al. 2015, section 2); ``none`` leaves it out, as TRL, DSKD and Liger do.
-        logits_budget_mb: bytes, in MiB, that the logits of one chunk may take; sets C. Halved where memory runs out.
+        logits_budget_mb: bytes, in MiB, that the logits of one chunk may take; sets C. None: what the first call finds
+            right, and keeps here (``road.default_budget_mb``). Halved where memory runs out.
+        kernels: ``auto``: Triton kernels on a GPU where they are to be had and agree with PyTorch; ``triton``: those, or an
+            error; ``torch``: PyTorch, on a GPU several times slower.
+        logits_dtype: ``auto``: a low-precision matmul rounds its logits to its own dtype, as models do; ``float32``: it
+            leaves them in fp32, for twice the memory. Kernels alone; PyTorch rounds them.
 
     Raises:
         UserError: an option is out of range.
@@ -61,24 +76,35 @@ class DistillationLoss(nn.Module):
         temperature: TemperaturePolicy,
         kd_ratio: float = 0.5,
         temperature_scaling: str = "squared",
-        logits_budget_mb: float = 256,
+        logits_budget_mb: float | None = None,
+        kernels: Kernels = "auto",
+        logits_dtype: LogitsDtype = "auto",
     ) -> None:
         super().__init__()
         if isinstance(kd_ratio, bool) or not isinstance(kd_ratio, int | float) or not 0.0 <= kd_ratio <= 1.0:
             raise UserError(f"loss.kd_ratio: got {kd_ratio!r}, expected a number between 0 and 1")
         if temperature_scaling not in ("squared", "none"):
             raise UserError(f"loss.temperature_scaling: got {temperature_scaling!r}, expected 'squared' or 'none'")
-        if not logits_budget_mb > 0:
+        if logits_budget_mb is not None and not logits_budget_mb > 0:
             raise UserError(f"loss.logits_budget_mb: got {logits_budget_mb!r}, expected a number above 0 (MiB)")
+        for option, value, choices in (
+            ("kernels", kernels, get_args(Kernels)),
+            ("logits_dtype", logits_dtype, get_args(LogitsDtype)),
+        ):
+            if value not in choices:
+                expected = f"expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
+                raise UserError(f"loss.{option}: got {value!r}, {expected}")
         self.divergence = build_divergence(divergence)
         self.temperature = temperature
         self.kd_ratio = float(kd_ratio)
         self.temperature_scaling = temperature_scaling
         self.logits_budget_mb = logits_budget_mb
+        self.kernels, self.logits_dtype = kernels, logits_dtype
+        self._warned: set[str] = set()
 
     def chunk_rows(self, vocab_size: int, itemsize: int = 4) -> int:
         """C: how many rows of student and teacher logits fit into the budget; at least one."""
-        return rows_in_budget(self.logits_budget_mb, vocab_size, itemsize)
+        return rows_in_budget(self.logits_budget_mb or PLAIN_BUDGET_MB, vocab_size, itemsize)
 
     def forward(
         self,
@@ -124,15 +150,11 @@ class DistillationLoss(nn.Module):
             with_grad and leaf is not None and leaf.requires_grad for leaf in leaves
         )
 
+        settings = self._settings(kd_ratio, student_head, teacher_head, student_states.device)
+
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(
-                LossSettings(
-                    self.divergence,
-                    self.temperature,
-                    kd_ratio,
-                    self.temperature_scaling == "squared",
-                    self.logits_budget_mb,
-                ),
+                replace(settings, logits_budget_mb=cast(float, self.logits_budget_mb)),
                 states=student_states,
                 head=student_head,
                 teacher_states=None if teacher_states is None else teacher_states.detach(),
@@ -153,10 +175,49 @@ class DistillationLoss(nn.Module):
                     raise
             # Behind the except clause the error is gone, and with it the frames of the failed walk: only now is its memory
             # free. Nothing of it is kept, so a smaller chunk gives the same loss and gradients.
-            self.logits_budget_mb /= 2
+            self.logits_budget_mb /= 2  # type: ignore[operator]  # _settings has set it
             logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
             if student_states.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _settings(self, kd_ratio: float, student: Head, teacher: Head, device: torch.device) -> LossSettings:
+        """What the walk is told; chooses between kernels and PyTorch, and the budget where nobody did.
+
+        Raises:
+            UserError: kernels were asked for, and cannot be had.
+        """
+        settings = LossSettings(
+            self.divergence,
+            self.temperature,
+            kd_ratio,
+            self.temperature_scaling == "squared",
+            self.logits_budget_mb or PLAIN_BUDGET_MB,
+            fp32_logits=self.logits_dtype == "float32",
+        )
+        settings = replace(settings, fused=self._is_fused(settings, student, teacher, device))
+        if self.logits_budget_mb is None:
+            self.logits_budget_mb = default_budget_mb(settings.fused, free_bytes(device))
+        return replace(settings, logits_budget_mb=self.logits_budget_mb)
+
+    def _is_fused(self, settings: LossSettings, student: Head, teacher: Head, device: torch.device) -> bool:
+        if self.kernels == "torch":
+            return False
+        dtypes = matmul_dtype_of(student, device), teacher.weight.dtype
+        if settings.fp32_logits and torch.float64 not in dtypes:
+            dtypes = torch.float32, torch.float32
+        reason = why_not_fused(settings, device, student.vocab_size, set(dtypes))
+        missing = reason is not None
+        if reason is None and device.type == "cuda":  # the interpreter is there to be tested, not to be trusted
+            reason = why_not_trusted(settings, device, student, teacher, dtypes)
+        if reason is None:
+            return True
+        if self.kernels == "triton":
+            raise UserError(f"loss.kernels: got 'triton', but there are no kernels for this loss: {reason}")
+        if device.type == "cuda" and reason not in self._warned:  # a CPU is not where they are missed
+            self._warned.add(reason)
+            consequence = "the loss takes the PyTorch road, which is right, and several times slower"
+            logger.warning("loss.kernels: %s (%s)", consequence, reason if missing else f"not trusted: {reason}")
+        return False
 
     def _check(
         self,

@@ -187,7 +187,17 @@ class Loss(Section):
     temperature_scaling: Literal["squared", "none"] = Field(
         default="squared", description="Multiply kd_loss by T^2, or not."
     )
-    logits_budget_mb: Count = Field(default=256, description="Memory for one chunk of logits, in MiB.")
+    logits_budget_mb: Count | None = Field(
+        default=None,
+        description="Memory for one chunk of logits, in MiB; null: 256, with kernels 1024 or a quarter of what is free.",
+    )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        default="auto",
+        description="Triton kernels: where a GPU can run them and they agree with PyTorch; those or an error; none.",
+    )
+    logits_dtype: Literal["auto", "float32"] = Field(
+        default="auto", description="Of the logits that kernels read: that of the matmul, or its sums unrounded."
+    )
     router_aux_loss: Literal["model", "none"] = Field(
         default="model",
         description="The auxiliary loss of a mixture of experts: as the model's configuration has it, or left out.",

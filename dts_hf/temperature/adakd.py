@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.temperature.parts.logit_statistics import bhattacharyya
 
 #: log s is counted in bins of 1/16 nat from e^-8 (where fp32 cannot tell two distributions apart) to e^0 = 1.
 _LOG_LOW, _BINS = -8.0, 128
@@ -33,6 +34,7 @@ class AdaKD(TemperaturePolicy):
     """
 
     name = "adakd"
+    reads = "summary"
     paper = "arXiv 2510.11615"
     formula = "T_i = t_base exp(-c tanh(log(s_i / median s))), s = Hellinger(p, q) at T = 1, per token"
     use = (
@@ -69,9 +71,7 @@ class AdaKD(TemperaturePolicy):
             One T_i for both models, ``[C, 1]`` (``[]`` in the first step); ``observed`` has the row's bin of the histogram
             of log s, one-hot, ``[C, 128]``, so that its mean over the step is that histogram.
         """
-        # Bhattacharyya coefficient: sum sqrt(p q) = sum exp((z_s - lse_s + z_t - lse_t) / 2), one exponential in all.
-        mean_norm = (rows.student_lse + rows.teacher_lse).detach().mul_(-0.5).unsqueeze(-1)
-        overlap = torch.add(mean_norm, student_logits.detach() + teacher_logits.detach(), alpha=0.5).exp_().sum(-1)
+        overlap = bhattacharyya(student_logits.detach(), teacher_logits.detach(), rows)
         # s = sqrt(1 - overlap), so log s = log(1 - overlap) / 2; equal distributions (and rounding that makes the overlap
         # larger than 1) fall into the lowest bin.
         log_s = (1.0 - overlap).clamp_(min=math.exp(2 * _LOG_LOW)).log_().mul_(0.5)

@@ -10,12 +10,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dts_hf.errors import UserError, nearest
+
+#: What an answer of a policy is made of, each with all before it: nothing of the chunk, so that it is the same for all
+#: chunks of a step; the statistics of the rows; ``LogitSummary``, which is less than the logits; the logits.
+Reads = Literal["nothing", "rows", "summary", "logits"]
 
 
 class Temperatures(NamedTuple):
@@ -115,6 +119,9 @@ class TemperaturePolicy(nn.Module):
     state_fields: ClassVar[tuple[str, ...]] = ()
     #: The policy wants ``StepStats.temperature_grad``; it gives one ``[]`` temperature for student and teacher.
     learns: ClassVar[bool] = False
+    #: How much of a chunk ``forward`` looks at. What is not asked for costs nothing on a GPU; "logits" costs most. A policy
+    #: whose options decide makes it a property, and must never look at more than it says.
+    reads: Reads = "logits"
     #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as the page shows
     #: it. None: nothing, the gradient is the derivative of the reported loss. A policy that holds something under some
     #: options alone sets it to None under the others.
@@ -192,9 +199,10 @@ class TemperaturePolicy(nn.Module):
         """Give the temperatures of one chunk. Pure: neither chunks nor their order can change a result.
 
         Args:
-            student_logits: ``[C, V]``; what a policy makes of them it makes of ``student_logits.detach()``.
-            teacher_logits: ``[C, V]``.
-            rows: statistics of the same rows at T = 1, ``[C]`` each.
+            student_logits: ``[C, V]``; what a policy makes of them it makes of ``student_logits.detach()``. Where ``reads``
+                is "summary" it may be a ``LogitSummary`` of them, and a tensor without rows where it is less.
+            teacher_logits: ``[C, V]``, likewise.
+            rows: statistics of the same rows at T = 1, ``[C]`` each; without rows where ``reads`` is "nothing".
 
         Returns:
             Temperatures in the dtype of the logits: here one for all rows and both models, ``[]``.

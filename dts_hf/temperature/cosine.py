@@ -41,6 +41,7 @@ class Cosine(TemperaturePolicy):
     """
 
     name = "cosine"
+    reads = "nothing"
     paper = "arXiv 2511.13767"
     formula = "T = max(t_init (1 + cos(pi progress)) / 2, t_min)"
     use = (

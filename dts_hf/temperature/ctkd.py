@@ -35,6 +35,7 @@ class CTKD(TemperaturePolicy):
     """
 
     name = "ctkd"
+    reads = "nothing"
     paper = "arXiv 2211.16231"
     formula = "T = t_start + t_end sigmoid(theta), theta += lambda(p) Adam(d kd / d theta) (ascent)"
     use = (

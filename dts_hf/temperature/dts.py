@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, half_cosine
+from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures, half_cosine
 from dts_hf.temperature.parts import dts_rules
 from dts_hf.temperature.parts.auto_range import temperature_range
 from dts_hf.temperature.parts.decoupled import Decoupled
@@ -90,6 +90,15 @@ class DTS(TemperaturePolicy):
     def ends(self) -> tuple[float, ...]:
         """t_init and t_min in force."""
         return self.limits.in_force[:2]
+
+    @property
+    def reads(self) -> Reads:  # type: ignore[override]
+        """The gap of each row with a granularity of rows; the logits while ``range: auto`` is unsolved."""
+        if self.limits.observes:
+            return "logits"
+        if self.decoupling.decoupled:
+            return "summary"
+        return "rows" if self.per_row else "nothing"
 
     @property
     def needs_sequence_gap(self) -> bool:

@@ -29,6 +29,7 @@ class POCL(TemperaturePolicy):
     """
 
     name = "pocl"
+    reads = "nothing"
     paper = "arXiv 2506.05695"
     formula = "T = t_start + (t_end - t_start) k / (stages - 1) in stage k = 0 ... stages - 1"
     use = (

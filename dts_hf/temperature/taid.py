@@ -46,6 +46,7 @@ class TAID(TemperaturePolicy):
     """
 
     name = "taid"
+    reads = "nothing"
     paper = "arXiv 2501.16937"
     formula = (
         "target softmax((1 - t) z_s + t z_t), "

@@ -52,7 +52,8 @@ class DistillationTrainer(DistillationBase):
         eval_dataset: the same kinds but an iterable one, or a dictionary of several.
         processing_class: the tokenizer; by default the student's own.
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
-        logits_budget_mb: memory for one chunk of logits, MiB.
+        logits_budget_mb, kernels, logits_dtype: memory for one chunk of logits, MiB, and who computes it in what (see
+            ``DistillationLoss``).
         prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
         packing: lay the rows of a batch end to end, without padding.
@@ -95,10 +96,9 @@ class DistillationTrainer(DistillationBase):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         temperature_scaling: str = "squared",
-        logits_budget_mb: float = 256,
+        logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
         prompt_template: str | None = None,
-        max_length: int = 512,
-        max_prompt_length: int = 256,
+        max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
         packing: bool = False,
         vocab_alignment: str = "strict",
@@ -107,7 +107,7 @@ class DistillationTrainer(DistillationBase):
         router_aux_loss: str = "model",
         data_collator: Any = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         # 1. Two models that can be compared, and batches that both read.
         args = checked_arguments(args, kwargs)
         check_placement(teacher_placement)
@@ -120,6 +120,8 @@ class DistillationTrainer(DistillationBase):
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
         rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
+        loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
+                        "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
             pair.student,
             args,
@@ -131,7 +133,7 @@ class DistillationTrainer(DistillationBase):
             divergence=divergence,
             kd_ratio=kd_ratio,
             classes=self.vocab_size,
-            loss_options={"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb},
+            loss_options=loss_options,
             columns=LogColumns(teacher=pair.taught),
             rows=rows,
             **kwargs,

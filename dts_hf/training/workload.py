@@ -118,7 +118,7 @@ def workload_of(
         optimizer=str(getattr(args.optim, "value", args.optim)),
         gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=_lora_parameters(recipe.student, shape, student),
-        logits_budget_mb=recipe.loss.logits_budget_mb,
+        logits_budget_mb=recipe.loss.logits_budget_mb or 256,
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         attention="packed" if packed else "sdpa",
         device="cuda" if args.device.type == "cuda" else "cpu",

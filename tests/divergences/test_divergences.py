@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dts_hf.divergences import DIVERGENCES, Distribution, Distributions, build_divergence
-from dts_hf.divergences.adaptive_kl import AdaptiveKL, head_threshold
+from dts_hf.divergences.adaptive_kl import AdaptiveKL, _sorted_threshold, head_threshold
 from dts_hf.errors import UserError
 from tests.support import reference
 
@@ -261,10 +261,12 @@ def head_by_sorting(p, mu):
 @given(st.integers(0, 10_000), st.integers(2, 300), st.floats(0.001, 30), st.floats(0.01, 0.99))
 def test_head_equals_a_sort(seed, width, spread, mu):
     p = pair(seed, (3, width), spread)[0].softmax(-1)
-    assert torch.equal(p >= head_threshold(p, mu), head_by_sorting(p, mu))
+    for threshold in (head_threshold, _sorted_threshold):  # on a CPU, on a GPU
+        assert torch.equal(p >= threshold(p, mu), head_by_sorting(p, mu))
 
 
-def test_head_with_ties_and_a_certain_token():
+@pytest.mark.parametrize("head_threshold", [head_threshold, _sorted_threshold])
+def test_head_with_ties_and_a_certain_token(head_threshold):
     uniform = torch.full((1, 8), 1 / 8, dtype=torch.float64)
     assert (uniform >= head_threshold(uniform, 0.5)).all()
     certain = torch.tensor([[0.0, 1.0, 0.0]])

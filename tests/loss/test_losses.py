@@ -9,8 +9,9 @@ import torch
 
 from dts_hf import divergences
 from dts_hf.errors import UserError
-from dts_hf.loss.chunk_walk import ChunkWalk, LossSettings
+from dts_hf.loss.chunk_walk import ChunkWalk
 from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.loss.row_loss import LossSettings
 from dts_hf.loss.statistics import SUMS_OF_LOSS
 from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, TemperaturePolicy, Temperatures, build_temperature

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tests.support.layers import FILES, tree_of
 
 LONGEST = 60
+LONGEST_KERNEL = 90  # what a kernel keeps in registers has to be named in one place
 
 
 def lengths() -> Iterator[tuple[str, int]]:
@@ -20,4 +21,6 @@ def lengths() -> Iterator[tuple[str, int]]:
 
 
 def test_no_function_is_longer_than_a_page() -> None:
-    assert not {name: lines for name, lines in lengths() if lines > LONGEST}
+    assert not {
+        name: lines for name, lines in lengths() if lines > (LONGEST_KERNEL if name.endswith("_kernel") else LONGEST)
+    }

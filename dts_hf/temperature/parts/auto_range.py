@@ -30,6 +30,8 @@ class TemperatureRange(Mechanism):
     """t_init and [t_min, t_max] of a schedule; a kind of range may learn them in the first step."""
 
     range: ClassVar[str]
+    #: Whether ``observe`` looks at the logits.
+    observes: bool = False
 
     @property
     def in_force(self) -> tuple[float, float, float]:
@@ -110,9 +112,14 @@ class AutoRange(TemperatureRange):
                     f"effective support stays below their number; expected less than {classes:,}"
                 )
 
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        """Until the range is solved."""
+        return not self.solved_range
+
     def observe(self, teacher_logits: Tensor) -> list[Tensor]:
         """The entropies of ``grid_entropies``, ``[[C, 19]]``, until the range is solved; later steps pay nothing."""
-        return [] if self.solved_range else [grid_entropies(teacher_logits)]
+        return [grid_entropies(teacher_logits)] if self.observes else []
 
     def end_step(self, stats: StepStats) -> None:
         """Solve the range from the mean entropies of the first step.

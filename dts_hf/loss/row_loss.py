@@ -1,0 +1,162 @@
+"""What is done with the logits of a chunk, between the matmuls that make them and those that use their gradient.
+
+``RowLoss`` is the frame: two roads fill it. ``plain_rows`` is PyTorch, the reference, and runs anywhere. ``fused_rows`` does
+the same with Triton kernels on a GPU.
+
+Shapes: ``C`` rows of a chunk, ``V`` vocabulary; ``_s`` is the student, ``_t`` the teacher; r is ``kd_ratio``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dts_hf.divergences import Divergence
+from dts_hf.loss import statistics as stats
+from dts_hf.models.head import Head
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What a walk needs to know of the loss.
+
+    Attributes:
+        divergence: D of the soft loss.
+        temperature: the policy, asked once for each block of rows.
+        kd_ratio: r, the weight of the soft loss now in force.
+        scaled: multiply D by T_s T_t, or by the policy's own factor.
+        logits_budget_mb: MiB that the logits of one chunk may take; sets C.
+        fused: whether the kernels do it.
+        fp32_logits: whether a low-precision matmul writes its logits in fp32 (kernels alone; the plain road does not).
+    """
+
+    divergence: Divergence
+    temperature: TemperaturePolicy
+    kd_ratio: float
+    scaled: bool
+    logits_budget_mb: float
+    fused: bool = False
+    fp32_logits: bool = False
+
+
+class RowLoss:
+    """Statistics, temperature, divergence and gradient of the rows of a chunk, from raw logits.
+
+    Args:
+        settings: of the loss.
+        head: the student's, for its scale and soft-cap.
+        teacher_head: likewise.
+        has_teacher: whether there is one. Without, the student's logits stand for the teacher's, and r is 0.
+        with_grad: whether a gradient is needed.
+        math_dtype: of the sums.
+        device: of the logits.
+    """
+
+    def __init__(
+        self,
+        settings: LossSettings,
+        *,
+        head: Head,
+        teacher_head: Head,
+        has_teacher: bool,
+        with_grad: bool,
+        math_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.head, self.teacher_head = settings, head, teacher_head
+        self.has_teacher, self.with_grad, self.math_dtype = has_teacher, with_grad, math_dtype
+        #: 0-d tensors of ``math_dtype``, but for ``observed`` ``[K]``, which is there when the policy observes.
+        self.sums: dict[str, Tensor] = {
+            name: torch.full((), stats.START[reduction], dtype=math_dtype, device=device)
+            for name, reduction in stats.SUMS_OF_LOSS.items()
+        }
+        if settings.temperature.learns:
+            self.sums[stats.TEMPERATURE_GRAD] = torch.zeros((), dtype=math_dtype, device=device)
+
+    def run(
+        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None, grad: Tensor
+    ) -> None:
+        """Add the rows of one chunk to ``sums``, and write the gradient of (1 - r) CE + r kd.
+
+        Args:
+            raw_student: ``[C, V]`` logits as the matmul gave them; may be overwritten.
+            raw_teacher: ``[C, V]``; ``raw_student`` itself without a teacher.
+            targets: ``[C]`` int64.
+            sequence_gap: ``[C]`` the gap of each row's sequence, for policies that need it.
+            grad: ``[C, V]`` for the gradient with respect to ``raw_student``, which it may be itself. Untouched where no
+                gradient is needed.
+        """
+        raise NotImplementedError
+
+    def gaps(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> Tensor:
+        """Student CE - teacher CE at T = 1 of each row, ``[C]``, from raw logits ``[C, V]``, which stay as they are."""
+        raise NotImplementedError
+
+    def observe_nothing(self, device: torch.device) -> None:
+        """Without a row, zeros as wide as the policy's features: every rank must reduce sums of equal shape."""
+        z = torch.empty(0, self.head.vocab_size, dtype=self.math_dtype, device=device)
+        none = z.new_empty(0)
+        observed = self.settings.temperature(z, z, RowStats(none, none, none, none, none)).observed
+        if observed is not None:
+            self.observe(observed)
+
+    def check(self, temperatures: Temperatures, rows: int) -> None:
+        """Hold the policy's answer to what it declares, for a chunk of so many rows.
+
+        Raises:
+            ValueError: it breaks the contract.
+        """
+        policy = self.settings.temperature
+        for name in ("student", "teacher", "scale", "scale_free"):
+            value = getattr(temperatures, name)
+            if value is not None and value.dim() and value.shape != (rows, 1):
+                raise ValueError(
+                    f"the policy '{policy.name}' gave {name} {list(value.shape)} for {rows} rows, expected [] or "
+                    f"[{rows}, 1]; it declares reads = '{policy.reads}': does its forward look at more than that?"
+                )
+        if policy.learns and (temperatures.student.dim() or temperatures.scale is not None):
+            raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
+        if temperatures.scale_free is not None and temperatures.scale is None:
+            raise ValueError(f"the policy '{policy.name}' is scale-free, so it must give a scale, free of z_s")
+
+    def log(self, temperatures: Temperatures, rows: Tensor) -> None:
+        """Add T_s, T_t and the observed features to the sums; ``rows`` is any ``[C]``."""
+        t_s, t_t = temperatures.student, temperatures.teacher  # [] or [C, 1]
+        mean_t = torch.broadcast_to(as_rows(t_s), rows.shape)  # [C]
+        self.add(stats.TEMPERATURE, mean_t)
+        self.add(stats.TEACHER_TEMPERATURE, mean_t if t_t is t_s else torch.broadcast_to(as_rows(t_t), rows.shape))
+        low, high = stats.TEMPERATURE_MIN.sum, stats.TEMPERATURE_MAX.sum
+        self.sums[low] = torch.minimum(self.sums[low], mean_t.min())
+        self.sums[high] = torch.maximum(self.sums[high], mean_t.max())
+        if temperatures.observed is not None:
+            self.observe(temperatures.observed)
+
+    def scale_of(self, temperatures: Temperatures) -> Tensor:
+        """The factor of D, ``[]`` or ``[C, 1]``: T_s T_t or the policy's own; 1 where the loss is not scaled."""
+        factor = temperatures.scale
+        if factor is None:
+            factor = temperatures.student * temperatures.teacher
+        return factor if self.settings.scaled else torch.ones_like(factor)
+
+    def companions(self) -> Iterator[tuple[float, float]]:
+        """The policy's further terms at fixed temperatures: T, and the factor of D at it."""
+        for temperature, weight in self.settings.temperature.companions:
+            yield temperature, weight * (temperature**2 if self.settings.scaled else 1.0)
+
+    def observe(self, features: Tensor) -> None:
+        """Add up the policy's features ``[C, K]`` of the rows."""
+        summed = features.to(self.math_dtype).sum(0)
+        self.sums[stats.OBSERVED] = self.sums[stats.OBSERVED] + summed if stats.OBSERVED in self.sums else summed
+
+    def add(self, statistic: stats.Statistic, values: Tensor) -> None:
+        """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""
+        self.sums[statistic.sum] += values.sum()
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """``[C, 1]`` as ``[C]``; a single number stays one."""
+    return value.squeeze(-1) if value.dim() else value
