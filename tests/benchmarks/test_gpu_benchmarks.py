@@ -271,3 +271,13 @@ def test_a_kernel_is_compiled_without_a_card() -> None:
     assert "LDG.E.128" in aligned["loads"] and "LDG.E.U16" in any_size["loads"]
     assert 0 < aligned["instructions"] < any_size["instructions"] and aligned["spills"] == 0
     assert aligned["special"] == 2.0 and aligned["bytes_ps"] == pytest.approx(2 / 2.96)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_the_loss_load_16_bytes_and_spill_nothing() -> None:
+    pytest.importorskip("triton", reason="needs Triton, no GPU")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    rows = json.loads(run("kernel_report.py", "--sm", "90", "--json"))["tables"][0]["rows"]
+    assert [row["name"].split()[0] for row in rows] == ["statistics", "gradient"]
+    assert all("LDG.E.128" in row["loads"] and row["spills"] == 0 and "bound" in row for row in rows)
