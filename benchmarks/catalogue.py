@@ -18,8 +18,10 @@ from dataclasses import asdict
 from typing import Any
 
 import harness
-from harness import Column, Missing, Task
+import render
+from harness import Missing, Task
 from loss_head import BATCH, Sizes, make_inputs
+from render import Column
 
 #: Option sets beside the defaults.
 POLICY_OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -98,6 +100,7 @@ def one_table(
     title: str, base: str, variants: Variants, sizes: Sizes, found: argparse.Namespace
 ) -> tuple[Any, list[str]]:
     options = {"rounds": found.rounds, "threads": found.threads, "device": sizes.device, "processes": [[*variants]]}
+    options |= {"limit": found.limit}
     numbers, notes = harness.measure(build, [*variants], (sizes, variants), **options)
     columns = (
         Column("name", title, None),
@@ -110,22 +113,22 @@ def one_table(
         {
             "name": name,
             **values,
-            "x_base": harness.ratio(numbers, name, base),
-            "peak_gb": harness.gigabytes(values),
+            "x_base": render.ratio(numbers, name, base),
+            "peak_gb": render.gigabytes(values),
         }
         for name, values in numbers.items()
     ]
-    return harness.make_table("", columns, rows), notes
+    return render.make_table("", columns, rows), notes
 
 
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = harness.make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=1024, help="labelled rows N, a multiple of 8 (default: 1024)")
     parser.add_argument("--vocab", type=int, default=49152, help="V (default: 49152)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--hidden", type=int, default=576, help="H (default: 576)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="states and heads")
     parser.add_argument("--only", choices=("divergences", "policies"), help="one of the two tables")
     found = parser.parse_args(arguments)
-    found.hidden = 576
     if found.quick:
         found.rounds, found.rows, found.hidden, found.vocab, found.threads = 1, 32, 32, 512, 1
     if found.rows < BATCH or found.rows % BATCH:
@@ -135,7 +138,7 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     found = read_arguments(arguments)
-    sizes = Sizes(found.rows, found.hidden, found.vocab, device=found.device)
+    sizes = Sizes(found.rows, found.hidden, found.vocab, found.dtype, device=found.device)
     tables, notes = [], []
     for title, base, variants in (
         ("divergence", BASE_DIVERGENCE, divergence_variants(sizes)),
@@ -146,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
             tables.append(table)
             notes += more
     setting = {**asdict(sizes), "batch": BATCH, "time": sizes.width, "threads": found.threads, "rounds": found.rounds}
-    harness.show(harness.make_report("catalogue", setting, tables, notes), found.json)
+    render.show(render.make_report("catalogue", setting, tables, notes), found.json)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import render
 
 STEPS = 2
 COLUMNS = (
-    harness.Column("label", "variant", None),
-    harness.Column("processes", "processes", 0),
-    harness.Column("measured_mb", "measured MB", 1),
-    harness.Column("estimated_mb", "estimated MB", 1),
-    harness.Column("ratio", "estimated / measured", 2),
-    harness.Column("moment", "at its peak in", None),
+    render.Column("label", "variant", None),
+    render.Column("processes", "processes", 0),
+    render.Column("measured_mb", "measured MB", 1),
+    render.Column("estimated_mb", "estimated MB", 1),
+    render.Column("ratio", "estimated / measured", 2),
+    render.Column("moment", "at its peak in", None),
 )
 
 
@@ -308,7 +309,7 @@ def run(sizes: Sizes, names: list[str], fresh: bool) -> dict[str, Any]:
                 **memory.as_dict(),
             }
         )
-    return harness.make_report("estimate_check", vars(sizes), [harness.make_table("", COLUMNS, rows)], [])
+    return render.make_report("estimate_check", vars(sizes), [render.make_table("", COLUMNS, rows)], [])
 
 
 def work(names: list[str], out: Path, sizes: Sizes) -> None:
@@ -331,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(given)
-    harness.show(run(QUICK if options.quick else Sizes(), options.only, not options.together), options.json)
+    render.show(run(QUICK if options.quick else Sizes(), options.only, not options.together), options.json)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
-"""What all benchmarks share: workers that take turns, medians, peak memory, versions, tables.
+"""What all benchmarks share: workers that take turns, medians, peak memory, the command line.
 
 A benchmark names its variants and gives ``build(variant, options) -> Task``, a function of its module. Workers are fresh
 processes, and only one step runs at a time, in an order that rotates from round to round: a machine that slows down slows
 all of them. Seconds are medians over rounds. Peak memory is what a warm step adds to the resident memory: gradients are
-counted, weights and inputs are not. On a GPU a turn is a few warm-up steps and a few steps between CUDA events, and the
-memory is the caching allocator's.
+counted, weights and inputs are not.
+
+On a GPU a turn builds the variant, takes a few warm-up steps and a few steps between CUDA events, and drops all of it: the
+variants never share the device's memory. The memory is then the caching allocator's. A variant that does not fit, fails or
+dies is a row that says so, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import functools
 import gc
-import json
-import math
 import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
-CUDA_WARM_UP, CUDA_STEPS = 3, 5
+from render import OUT_OF_MEMORY
+
+CUDA_WARM_UP, CUDA_STEPS = 3, 7
+#: A turn that answers this much later than the benchmark's limit is ended.
+GRACE_SECONDS = 45.0
 MEMORY_NOTE = "peak memory needs Linux's /proc/self/clear_refs"
 
 
@@ -35,12 +39,15 @@ class Task(NamedTuple):
     """One variant, ready to run.
 
     Attributes:
-        step: forward and backward once; returns ``kl`` (nats per label, where there is one) and other numbers.
+        step: forward and backward once; returns ``kl`` (nats per label, where there is one) and other numbers. On a GPU a
+            0-d tensor may stand for a number: it is read when the clock has stopped.
         clean: drops the gradients; outside the clock.
+        timed_inside: the step returns ``seconds`` of its own; it is called once a turn.
     """
 
-    step: Callable[[], dict[str, float]]
+    step: Callable[[], dict[str, Any]]
     clean: Callable[[], None] = lambda: None
+    timed_inside: bool = False
 
 
 class Missing(Exception):
@@ -48,12 +55,22 @@ class Missing(Exception):
 
 
 @contextlib.contextmanager
-def needs_trl() -> Iterator[None]:
-    """Turn a failed import of TRL into ``Missing``: its lazy imports raise either of the two."""
+def needs(requirement: str) -> Iterator[None]:
+    """Turn a failed import of a peer into ``Missing``: TRL's lazy imports raise either of the two."""
     try:
         yield
     except (ImportError, RuntimeError) as error:
-        raise Missing(f"{error} (pip install trl==1.16.0)") from error
+        raise Missing(f"{error} (pip install {requirement})") from error
+
+
+needs_trl = functools.partial(needs, "trl==1.16.0")
+needs_liger = functools.partial(needs, "liger-kernel==0.8.5")
+
+
+def device_at_hand() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --------------------------------------------------------------------------------------------------------- the worker
@@ -84,18 +101,23 @@ def give_memory_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def _read(found: dict[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in found.items()}
+
+
 def _cpu_turn(task: Task, with_memory: bool) -> dict[str, float]:
     before = None
     if with_memory:
         give_memory_back()
         before = resident_bytes("VmRSS") if reset_high_water_mark() else None
     began = time.perf_counter()
-    found = {**task.step()}
-    found["seconds"] = time.perf_counter() - began
+    found = task.step()
+    seconds = time.perf_counter() - began
+    answer = {"seconds": seconds, **_read(found)}
     if before is not None:
-        found["peak_bytes"] = resident_bytes("VmHWM") - before
+        answer["peak_bytes"] = resident_bytes("VmHWM") - before
     task.clean()
-    return found
+    return answer
 
 
 def _cuda_turn(task: Task, with_memory: bool) -> dict[str, float]:
@@ -103,52 +125,58 @@ def _cuda_turn(task: Task, with_memory: bool) -> dict[str, float]:
 
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     seconds = []
-    for number in range(CUDA_WARM_UP + CUDA_STEPS):
+    for number in range(1 if task.timed_inside else CUDA_WARM_UP + CUDA_STEPS):
+        if (
+            number == CUDA_WARM_UP
+        ):  # a warm step counts: while kernels are chosen and compiled, more memory may be taken
+            torch.cuda.reset_peak_memory_stats()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        found = {**task.step()}
+        found = task.step()
         end.record()
         end.synchronize()
-        if number >= CUDA_WARM_UP:
+        if number >= CUDA_WARM_UP or task.timed_inside:
             seconds.append(start.elapsed_time(end) / 1000)
         task.clean()
-    found["seconds"] = statistics.median(seconds)
+    answer = {"seconds": statistics.median(seconds), **_read(found)}
     if with_memory:
-        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    torch.cuda.empty_cache()  # the others' turns need the room
-    return found
+        answer.setdefault("peak_bytes", torch.cuda.max_memory_allocated() - before)
+    return answer
 
 
-def _worker(
-    pipe: Connection, build: Callable[[str, Any], Task], names: list[str], options: Any, threads: int, device: str
-) -> None:
-    """Builds its variants, says which are missing, then answers every ``(name, with_memory)`` with one turn."""
+def _worker(pipe: Connection, build: Callable[[str, Any], Task], options: Any, threads: int, device: str) -> None:
+    """Answers every ``(name, with_memory)`` with one turn, or with why there is none."""
+    os.dup2(2, 1)  # trainers print; what the parent prints must stay JSON
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # trainers would spread a batch over all cards
     import torch
 
     torch.set_num_threads(threads)
-    tasks: dict[str, Task] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            tasks[name] = build(name, options)
-        except Missing as error:
-            missing[name] = str(error)
-    pipe.send(missing)
     turn = _cuda_turn if device == "cuda" else _cpu_turn
+    tasks: dict[str, Task] = {}
     while (order := pipe.recv()) is not None:
-        task = tasks[order[0]]
+        name, with_memory = order
+        answer: dict[str, Any]
         try:
-            answer = turn(task, order[1])
-        except torch.cuda.OutOfMemoryError:
-            answer = {"out_of_memory": 1.0}
-        if "out_of_memory" in answer:  # outside the handler, whose traceback holds on to the tensors
-            task.clean()
+            if name not in tasks:
+                tasks[name] = build(name, options)
+            answer = turn(tasks[name], with_memory)
+        except Missing as error:
+            answer = {"missing": str(error)}
+        except torch.OutOfMemoryError:
+            answer = {"failed": OUT_OF_MEMORY}
+        except Exception as error:
+            traceback.print_exc()
+            first = (str(error).strip().splitlines() or [""])[0]
+            answer = {"failed": f"{type(error).__name__}: {first[:120]}"}
+        if device == "cuda":  # outside the handlers, whose traceback holds on to the tensors; the others need the room
+            tasks.clear()
             gc.collect()
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after an error of the device nothing works any more
+                torch.cuda.empty_cache()
         pipe.send(answer)
 
 
@@ -161,34 +189,55 @@ class Worker:
     def __init__(self, build: Callable[[str, Any], Task], names: list[str], *arguments: Any) -> None:
         # A fresh interpreter, not a fork: a fork would start with the parent's memory.
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_worker, args=(theirs, build, names, *arguments), daemon=True)
-        self.process.start()
-        theirs.close()  # so that a worker that dies shows as the end of its pipe
+        self.pipe, self.theirs = context.Pipe()
+        self.process = context.Process(target=_worker, args=(self.theirs, build, *arguments), daemon=True)
         self.names = names
 
-    def receive(self) -> dict[str, Any]:
+    def ask(self, name: str, with_memory: bool, timeout: float | None = None) -> dict[str, Any]:
+        """One turn; a worker that died or is too slow answers ``failed``, to this and to all further questions."""
         try:
+            if self.process.pid is None:  # not before: processes that wait would hold memory
+                self.process.start()
+                self.theirs.close()  # so that a worker that dies shows as the end of its pipe
+            self.pipe.send((name, with_memory))
+            if not self.pipe.poll(timeout):
+                self.process.kill()
+                return {"failed": "no answer in time"}
             answer: dict[str, Any] = self.pipe.recv()
-        except EOFError:
-            raise SystemExit(f"the worker of {', '.join(self.names)} died; its own message stands above") from None
+        except (EOFError, OSError):
+            return {"failed": "the process died"}
         return answer
 
-    def ask(self, name: str, with_memory: bool) -> dict[str, Any]:
-        self.pipe.send((name, with_memory))
-        return self.receive()
-
     def stop(self) -> None:
-        with contextlib.suppress(OSError):  # it may be gone already
-            self.pipe.send(None)
-        self.process.join()
+        if self.process.pid is not None:
+            with contextlib.suppress(OSError):  # it may be gone already
+                self.pipe.send(None)
+            self.process.join()
 
 
 class Measured(NamedTuple):
-    """``numbers``: per variant the medians of what its turns returned, and ``seconds_per_round``."""
+    """``numbers``: per variant the medians of what its turns returned, and ``seconds_per_round``; or why it ``failed``."""
 
     numbers: dict[str, dict[str, Any]]
     notes: list[str]
+
+
+class Clock:
+    """The time that a benchmark may take; None: as long as it wants."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float | None:
+        return None if self.end is None else max(self.end - time.monotonic(), 0.0)
+
+    @property
+    def over(self) -> bool:
+        return self.left() == 0.0
+
+    def timeout(self) -> float | None:
+        left = self.left()
+        return None if left is None else left + GRACE_SECONDS
 
 
 def measure(
@@ -200,48 +249,63 @@ def measure(
     threads: int,
     device: str = "cpu",
     processes: Sequence[Sequence[str]] | None = None,
+    limit: float | None = None,
 ) -> Measured:
-    """Run ``rounds`` interleaved rounds after one warm-up turn of each process.
+    """Run ``rounds`` interleaved rounds; on a CPU after one warm-up turn of each process.
 
     Args:
         build: a function of a module (it is sent to the workers by name).
         variants: their names; those that raise ``Missing`` are left out with a note.
         options: given to ``build``; anything that can be pickled.
+        rounds: timed turns of every variant.
+        threads: of every worker.
+        device: where the variants run; a worker counts time and memory accordingly.
         processes: variants that share a process; by default each has its own, which is the strictest for memory.
+        limit: seconds after which no new turn begins; the rounds until then count.
     """
-    groups = processes or [[name] for name in variants]
-    workers = [Worker(build, list(group), options, threads, device) for group in groups]
+    clock = Clock(limit)
+    workers = [Worker(build, list(group), options, threads, device) for group in processes or [[n] for n in variants]]
+    owner = {name: worker for worker in workers for name in worker.names}
+    running, notes, numbers = list(variants), [], {}
     turns: dict[str, list[dict[str, Any]]] = {}
+
+    def turn(name: str, with_memory: bool) -> dict[str, Any]:
+        """One turn, ``{}`` where there is none; the variant has then left ``running``."""
+        answer = owner[name].ask(name, with_memory, clock.timeout())
+        if "missing" in answer:
+            notes.append(f"{name} is left out: {answer['missing']}")
+        elif "failed" in answer:
+            numbers[name] = answer
+        else:
+            return answer
+        running.remove(name)
+        return {}
+
     try:
-        missing: dict[str, str] = {}
-        for worker in workers:
-            missing.update(worker.receive())
-        notes = [f"{name} is left out: {why}" for name, why in missing.items()]
-        owner = {name: worker for worker in workers for name in worker.names}
-        running = {name: owner[name] for name in variants if name not in missing}
-        # One after the other also here: together they would not fit into a small machine.
-        for worker in workers:
-            for name in [name for name in worker.names if name in running][:1]:
-                worker.ask(name, with_memory=False)
+        if device == "cpu":  # one after the other also here: together they would not fit into a small machine
+            for worker in workers:
+                any(turn(name, False) for name in worker.names)  # until one answers
         for number in range(rounds):
             _say(f"round {number + 1} of {rounds}: {len(running)} variants")
-            order = list(running)
-            shift = number % max(len(order), 1)  # nobody always follows the same one
-            for name in order[shift:] + order[:shift]:
+            shift = number % max(len(running), 1)  # nobody always follows the same one
+            order = running[shift:] + running[:shift]
+            for place, name in enumerate(order):
+                if clock.over:
+                    break
                 # Memory in the first round alone: giving memory back before a step could make it slower.
-                answer = running[name].ask(name, with_memory=number == 0)
-                if "out_of_memory" in answer:
-                    notes.append(f"{name} is left out: the device's memory does not hold it")
-                    del running[name]
-                else:
+                if answer := turn(name, number == 0):
                     turns.setdefault(name, []).append(answer)
+                if number == rounds - 1 and not set(owner[name].names) & set(order[place + 1 :]):
+                    owner[name].stop()  # its room is for the others
     finally:
         for worker in workers:
             worker.stop()
-    numbers = {name: _summary(turns[name]) for name in running}
-    if any("peak_bytes" not in found for found in numbers.values()):
+    numbers |= {name: _summary(turns[name]) if name in turns else {"failed": "not reached"} for name in running}
+    if clock.over:
+        notes.append(f"The limit of {limit:g} s was reached: some variants have fewer rounds than {rounds}.")
+    if any("peak_bytes" not in found and "failed" not in found for found in numbers.values()):
         notes.append(MEMORY_NOTE)
-    return Measured(numbers, notes)
+    return Measured({name: numbers[name] for name in variants if name in numbers}, notes)
 
 
 def _summary(turns: list[dict[str, float]]) -> dict[str, Any]:
@@ -254,122 +318,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------------- the report
-
-
-class Column(NamedTuple):
-    """One column of a table: key of the row, heading, digits after the point (None: text)."""
-
-    key: str
-    heading: str
-    digits: int | None
-
-
-def make_table(title: str, columns: Sequence[Column], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A table as it stands in the JSON; a row may hold more than its columns show."""
-    return {"title": title, "columns": [list(column) for column in columns], "rows": rows}
-
-
-def make_report(
-    benchmark: str, setting: dict[str, Any], tables: list[dict[str, Any]], notes: Sequence[str]
-) -> dict[str, Any]:
-    """What a benchmark writes: its setting, where and with what it ran, tables and notes."""
-    return {
-        "benchmark": benchmark,
-        "setting": setting,
-        "environment": environment(setting.get("device", "cpu")),
-        "tables": tables,
-        "notes": list(dict.fromkeys(notes)),
-    }
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as it is printed and as it stands in the documents."""
-    where, setting = report["environment"], report["setting"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    parts = [
-        f"Measured on {where['date']} on {where['machine']}, commit {where['commit']}; {versions}.",
-        f"Setting: {', '.join(f'{key} {_plain(value)}' for key, value in setting.items())}.",
-    ]
-    for table in report["tables"]:
-        columns = [Column(*column) for column in table["columns"]]
-        lines = [f"| {' | '.join(column.heading for column in columns)} |"]
-        lines.append("|" + "|".join("---" if column.digits is None else "---:" for column in columns) + "|")
-        lines += [f"| {' | '.join(_cell(row.get(c.key), c.digits) for c in columns)} |" for row in table["rows"]]
-        parts += [*([f"**{table['title']}**"] if table["title"] else []), "\n".join(lines)]
-    return "\n\n".join([*parts, *report["notes"]])
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _cell(value: Any, digits: int | None) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if digits is None or isinstance(value, str):
-        return str(value)
-    small = isinstance(value, float) and 0.0 < abs(value) < 0.1
-    return f"{value:,.{max(digits, 4) if small and digits else digits}f}"
-
-
-def ratio(numbers: dict[str, dict[str, Any]], name: str, to: str, key: str = "seconds") -> float | None:
-    """``key`` of one variant over that of another; None where either was not measured."""
-    upper, lower = numbers.get(name, {}).get(key), numbers.get(to, {}).get(key)
-    return upper / lower if upper is not None and lower else None
-
-
-def gigabytes(found: dict[str, Any]) -> float | None:
-    """Peak memory in 10^9 bytes."""
-    return found["peak_bytes"] / 1e9 if "peak_bytes" in found else None
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Date, machine, commit and versions: without them a table says nothing."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "trl"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": _machine(device),
-        "commit": _commit(),
-        "versions": versions,
-    }
-
-
-def _machine(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    name, flags = platform.processor() or platform.machine(), ""
-    with contextlib.suppress(OSError):
-        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-        fields = {key.strip(): value.strip() for key, value in lines}
-        name = fields.get("model name", name)
-        flags = "".join(
-            f", {word}" for word in ("avx512f", "avx512_bf16", "amx_bf16") if word in fields.get("flags", "")
-        )
-    return f"{os.cpu_count()} cores of {name}{flags}"
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../dts_hf")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
@@ -380,9 +328,21 @@ def make_parser(description: str | None, rounds: int = 5) -> argparse.ArgumentPa
         "--rounds", type=_positive, default=rounds, help=f"timed rounds; medians are reported (default: {rounds})"
     )
     parser.add_argument("--threads", type=_positive, default=2, help="threads of every worker (default: 2)")
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="cpu, cuda or auto (default: the GPU where there is one)"
+    )
+    parser.add_argument("--limit", type=float, help="seconds after which no new turn begins (default: none)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one thread, one round: does it run?")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
+
+
+def _device(text: str) -> str:
+    if text == "auto":
+        return device_at_hand()
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected auto, cpu or cuda")
+    return text
 
 
 def _positive(text: str) -> int:
@@ -390,7 +350,3 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
     return number
-
-
-def show(report: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(report, indent=2) if as_json else markdown(report))

@@ -3,7 +3,7 @@
     python benchmarks/loss_head.py              the published size: N = 1,024 of 2,048 positions, V = 49,152, fp32
     python benchmarks/loss_head.py --quick      tiny sizes, to see that it runs
 
-``KL at T`` shows that all variants computed the same thing. ``--device cuda`` measures a GPU.
+``KL at T`` shows that all variants computed the same thing. The sizes of a GPU: loss_sizes.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import harness
 import peers
-from harness import Column, Task
+import render
+from harness import Task
+from render import Column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +153,7 @@ def ours_step(
         teacher_rows, _ = select_response(inputs.teacher, inputs.labels)
         output = loss_fn(rows, student_head, teacher_rows, teacher_head, targets, targets.numel())
         output.loss.backward()
-        return {"kl": float(output.sums["kd"]) / (targets.numel() * t * t)}
+        return {"kl": output.sums["kd"] / (targets.numel() * t * t)}
 
     return step
 
@@ -166,7 +168,7 @@ def dense_step(inputs: Inputs, sizes: Sizes) -> Callable[[], dict[str, float]]:
             teacher = F.linear(inputs.teacher, inputs.teacher_head)
         loss, kl = peers.dense_loss(student, teacher, inputs.labels, sizes.temperature, sizes.kd_ratio)
         loss.backward()
-        return {"kl": float(kl)}
+        return {"kl": kl}
 
     return step
 
@@ -183,7 +185,7 @@ def gkd_step(inputs: Inputs, sizes: Sizes) -> Callable[[], dict[str, float]]:
             teacher = F.linear(inputs.teacher, inputs.teacher_head)
         loss, kl = loss_fn(student, teacher, inputs.labels, sizes.temperature)
         loss.backward()
-        return {"kl": float(kl)}
+        return {"kl": kl}
 
     return step
 
@@ -195,7 +197,7 @@ def chunked_step(inputs: Inputs, sizes: Sizes) -> Callable[[], dict[str, float]]
         states_and_heads = (inputs.student, inputs.student_head, inputs.teacher, inputs.teacher_head)
         loss, kl = loss_fn(*states_and_heads, inputs.labels, sizes.temperature)
         loss.backward()
-        return {"kl": float(kl)}
+        return {"kl": kl}
 
     return step
 
@@ -218,24 +220,29 @@ def build(variant: str, sizes: Sizes) -> Task:
 
 
 def run(
-    sizes: Sizes, rounds: int, threads: int, variants: Sequence[str] = VARIANTS, one_process: bool = False
+    sizes: Sizes,
+    rounds: int,
+    threads: int,
+    variants: Sequence[str] = VARIANTS,
+    one_process: bool = False,
+    limit: float | None = None,
 ) -> dict[str, Any]:
     processes = [list(variants)] if one_process else None
-    options = {"rounds": rounds, "threads": threads, "device": sizes.device, "processes": processes}
+    options = {"rounds": rounds, "threads": threads, "device": sizes.device, "processes": processes, "limit": limit}
     numbers, notes = harness.measure(build, variants, sizes, **options)
     rows = [
         {
             "name": name,
             "label": LABELS[name],
             **found,
-            "x_floor": harness.ratio(numbers, name, FLOOR),
-            "peak_gb": harness.gigabytes(found),
-            "x_trl_gkd": harness.ratio(numbers, name, GKD),
+            "x_floor": render.ratio(numbers, name, FLOOR),
+            "peak_gb": render.gigabytes(found),
+            "x_trl_gkd": render.ratio(numbers, name, GKD),
         }
         for name, found in numbers.items()
     ]
     setting = {**asdict(sizes), "batch": BATCH, "time": sizes.width, "threads": threads, "rounds": rounds}
-    return harness.make_report("loss_head", setting, [harness.make_table("", COLUMNS, rows)], notes)
+    return render.make_report("loss_head", setting, [render.make_table("", COLUMNS, rows)], notes)
 
 
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -246,7 +253,6 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="states and heads")
     parser.add_argument("--temperature", type=float, default=3.0, help="T in force, for every variant (default: 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all of them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found = parser.parse_args(arguments)
     if found.quick:
         found.rounds, found.rows, found.hidden, found.vocab, found.threads = 1, 32, 32, 512, 1
@@ -258,7 +264,8 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     found = read_arguments(arguments)
     sizes = Sizes(found.rows, found.hidden, found.vocab, found.dtype, found.temperature, device=found.device)
-    harness.show(run(sizes, found.rounds, found.threads, found.variants, one_process=found.quick), found.json)
+    done = run(sizes, found.rounds, found.threads, found.variants, one_process=found.quick, limit=found.limit)
+    render.show(done, found.json)
 
 
 if __name__ == "__main__":

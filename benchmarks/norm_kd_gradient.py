@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import harness
-from harness import Column
+import render
+from render import Column
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_ENTROPY = 4.0
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = train(found.recipe, found.steps, Path(folder) / "run")
     notes = judge(rows)
     setting = {"recipe": Path(found.recipe).name, "temperature": "norm_kd", "kd_ratio": 0.9, "steps": found.steps}
-    table = harness.make_table("", COLUMNS, rows)
-    harness.show(harness.make_report("norm_kd_gradient", setting, [table], notes), found.json)
+    table = render.make_table("", COLUMNS, rows)
+    render.show(render.make_report("norm_kd_gradient", setting, [table], notes), found.json)
     if any(note.startswith("MISSED") for note in notes):
         raise SystemExit(1)
 

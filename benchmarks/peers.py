@@ -7,9 +7,9 @@ and KL(teacher || student) at T in nats per label.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harness import needs_trl
+from harness import Missing, needs_liger, needs_trl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,5 +67,88 @@ def chunked_loss() -> Callable[..., tuple[Tensor, Tensor]]:
         )
         loss = per_token.mean()
         return loss, loss.detach()
+
+    return loss_fn
+
+
+# ------------------------------------------------------------------------------------ from rows: N labelled, no padding
+
+#: (h_s [N, H], W_s [V, H], h_t [N, H], W_t [V, H], targets [N]) -> (loss, CE or None, KL at T or None), means over rows
+RowLoss = Callable[..., tuple[Any, Any, Any]]
+
+
+def cross_entropy_rows(t: float, kd_ratio: float) -> RowLoss:  # noqa: ARG001
+    """Transformers' own loss of the student alone: every logit at once, in fp32."""
+    import torch.nn.functional as F
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    def loss_fn(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, targets: Tensor) -> Any:  # noqa: ARG001
+        loss = ForCausalLMLoss(F.linear(h_s, w_s), None, w_s.shape[0], shift_labels=targets)
+        return loss, loss.detach(), None
+
+    return loss_fn
+
+
+def gkd_rows(t: float, kd_ratio: float) -> RowLoss:  # noqa: ARG001
+    """``gkd_loss`` on the rows alone: its logits are dense, but no position is padding."""
+    import torch
+    import torch.nn.functional as F
+
+    with needs_trl():
+        from trl.experimental.gkd import GKDTrainer
+
+    def loss_fn(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, targets: Tensor) -> Any:
+        with torch.no_grad():
+            teacher = F.linear(h_t, w_t)
+        loss = GKDTrainer.generalized_jsd_loss(
+            F.linear(h_s, w_s)[None], teacher[None], labels=targets[None], beta=0.0, temperature=t
+        )
+        return loss, None, loss.detach()
+
+    return loss_fn
+
+
+def chunked_rows(t: float, kd_ratio: float) -> RowLoss:  # noqa: ARG001
+    """``chunked_loss`` on the rows alone; Triton on a GPU."""
+    with needs_trl():
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss_fn(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, targets: Tensor) -> Any:  # noqa: ARG001
+        per_token, _entropy = ChunkedDivergenceFunction.apply(h_s, w_s, None, h_t, w_t, None, 0.0, t)
+        loss = per_token.mean()
+        return loss, None, loss.detach()
+
+    return loss_fn
+
+
+def liger_chunked_rows(t: float, kd_ratio: float, compiled: bool = True) -> RowLoss:
+    """Liger's ``LigerFusedLinearJSDLoss`` with beta = 0: CE + forward KL in chunks of 1,024 rows; no T^2."""
+    with needs_liger():
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1 - kd_ratio, weight_soft_loss=kd_ratio, beta=0.0, temperature=t, compiled=compiled,
+        return_soft_hard_loss=True,
+    )  # fmt: skip
+
+    def loss_fn(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, targets: Tensor) -> Any:
+        loss, soft, hard = module(h_s, w_s, h_t, w_t, targets)
+        return loss, hard.detach(), soft.detach()
+
+    return loss_fn
+
+
+def liger_triton_rows(t: float, kd_ratio: float) -> RowLoss:  # noqa: ARG001
+    """Liger's ``LigerFusedLinearJSD`` with beta = 0: KL alone, its Triton kernel; a GPU alone runs it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Missing("Liger's Triton kernel needs a GPU")
+    with needs_liger():
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+    module = LigerFusedLinearJSD(jsd_beta=0.0, temperature=t)
+
+    def loss_fn(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, targets: Tensor) -> Any:
+        loss = module(h_s, w_s, h_t, w_t, targets)
+        return loss, None, loss.detach()
 
     return loss_fn

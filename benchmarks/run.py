@@ -1,12 +1,15 @@
-"""All benchmarks, one after the other: prints every table and keeps the results.
+"""All benchmarks of the device at hand, one after the other: prints every table and keeps the results.
 
-    python benchmarks/run.py                                   what `make bench` runs
-    python benchmarks/run.py --only train_step catalogue
-    python benchmarks/run.py --device cuda                     the GPU section
-    python benchmarks/run.py --write docs/performance.md       runs nothing: puts the kept tables into the page
+    python benchmarks/run.py                                   what `make bench` runs: of a GPU, if any, else of a CPU
+    python benchmarks/run.py --only step,catalogue             results whose names hold one of the words
+    python benchmarks/run.py --only loss --json gpu.json       also as one file; what it holds of other results stays
+    python benchmarks/run.py --bars                            on a CPU: only what the two limits of a release need
+    python benchmarks/run.py --table gpu.json                  runs nothing: JSON in, Markdown out
+    python benchmarks/run.py --write docs/performance.md [--table gpu.json]   runs nothing: puts kept tables into the page
 
-Results are kept as ``NAME.json`` in ``benchmarks/results/``, with ``summary.md`` beside them. A page has a place for a
-result between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``.
+Results are kept as ``NAME.json`` in ``benchmarks/results/``, with ``summary.md`` beside them; those of a GPU are called
+``cuda_NAME``, and each takes at most about eight minutes. A page has a place for a result between ``<!-- bench:NAME -->``
+and ``<!-- /bench:NAME -->``.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import bars
 import harness
+import render
 
 FOLDER = Path(__file__).resolve().parent
 #: name of the result -> script and its arguments
@@ -32,61 +38,32 @@ CPU = {
     "catalogue": ("catalogue.py",),
     "sweep": ("sweep.py",),
 }
-_CUDA_HEAD = ("loss_head.py", "--device", "cuda", "--dtype", "bfloat16", "--hidden", "2048")
-#: 32,768 positions, half of them labelled; dense variants that do not fit are left out with a note.
+#: For a GPU alone; on a CPU ``--quick`` shows that they run.
+SIZES = {
+    "loss_sizes": ("loss_sizes.py",),
+    **{f"step_{shape}": ("step_sizes.py", "--shape", shape) for shape in ("gpt2", "135m", "8b")},
+    "attention": ("attention.py",),
+    "generation": ("generation.py",),
+}
+_ON_CUDA = ("--device", "cuda", "--limit", "400")
 CUDA = {
-    "cuda_loss_head_49k": (*_CUDA_HEAD, "--rows", "16384", "--vocab", "49152"),
-    "cuda_loss_head_152k": (*_CUDA_HEAD, "--rows", "16384", "--vocab", "151936"),
-    "cuda_train_step_bf16": ("train_step.py", "--device", "cuda", "--dtype", "bfloat16"),
+    **{f"cuda_{name}": (*command, *_ON_CUDA) for name, command in SIZES.items()},
+    "cuda_catalogue": (
+        *("catalogue.py", "--dtype", "bfloat16", "--rows", "8192", "--hidden", "2048", "--rounds", "2"),
+        *_ON_CUDA,
+    ),
     "cuda_sweep": (
-        *("sweep.py", "--device", "cuda", "--dtype", "bfloat16", "--budget-mb", "256"),
-        *("--rows", "2048", "8192", "16384", "--times"),
+        *("sweep.py", "--dtype", "bfloat16", "--budget-mb", "256", "--rows", "2048", "8192", "16384", "--times"),
+        *_ON_CUDA,
     ),
 }
-
-
-#: what is asked of a figure: (text, result, variant, key, at most)
-_LIVE, _CACHED = ("packed", "padded"), ("cached_packed", "cached_padded")
-BARS = (
-    *((f"step fp32, {name} / TRL GKD", "train_step_fp32", name, "x_trl_gkd", 0.55) for name in _LIVE),
-    *((f"step fp32, {name} / HF's SFT", "train_step_fp32", name, "x_sft", 1.10) for name in _LIVE),
-    *((f"step fp32, {name} / HF's SFT", "train_step_fp32", name, "x_sft", 0.65) for name in _CACHED),
-    *(
-        (f"step fp32, {name}, peak memory / TRL GKD", "train_step_fp32", name, "memory_x_trl_gkd", 0.35)
-        for name in _LIVE
-    ),
-    *((f"step bf16, {name} / TRL GKD", "train_step_bf16", name, "x_trl_gkd", 0.75) for name in _LIVE),
-    *((f"step bf16, {name} / HF's SFT", "train_step_bf16", name, "x_sft", 0.92) for name in _CACHED),
-    ("loss head fp32 / the four matmuls", "loss_head", "dts_hf", "x_floor", 1.35),
-)
-
-
-def bars(reports: dict[str, dict[str, Any]]) -> str:
-    """The figures that have a limit, as far as they were measured."""
-
-    def rows(result: str, table: int = 0) -> list[dict[str, Any]]:
-        found = reports.get(result, {}).get("tables", [])
-        return found[table]["rows"] if table < len(found) else []
-
-    lines: list[tuple[str, float, float]] = []
-    for text, result, variant, key, limit in BARS:
-        lines += [
-            (text, row[key], limit) for row in rows(result) if row["name"] == variant and row.get(key) is not None
-        ]
-    for number, (word, base, limit) in enumerate((("divergence", "forward_kl", 1.4), ("policy", "constant", 1.15))):
-        costs = [(row["x_base"], row["name"]) for row in rows("catalogue", number) if row["name"] != base]
-        if costs:
-            cost, name = max(costs)
-            lines.append((f"dearest {word} ({name}) / {base}", cost, limit))
-    by_vocab, by_rows = ([row for row in rows("sweep", n) if "peak_x_first" in row] for n in (0, 1))
-    if len(by_vocab) > 1:
-        growth = max(row["peak_x_first"] / row["size_x_first"] for row in by_vocab[1:])
-        lines.append(("loss, growth of peak memory / growth of V", growth, 1.1))
-    if len(by_rows) > 1:
-        spread = max(row["peak_x_first"] for row in by_rows)
-        lines.append((f"loss, growth of peak memory when N grows {by_rows[-1]['size_x_first']:g} x", spread, 1.1))
-    table = [f"| {text} | {value:.2f} | {limit:.2f} |" for text, value, limit in lines]
-    return "\n".join(["| figure | measured | at most |", "|---|---:|---:|", *table])
+#: What the bars of every release need.
+BARS = {
+    "loss_head": ("loss_head.py", "--variants", "floor", "dts_hf"),
+    "train_step_fp32": ("train_step.py", "--variants", "sft", "packed"),
+    "train_step_bf16": ("train_step.py", "--dtype", "bfloat16", "--variants", "sft", "packed"),
+}
+Reports = dict[str, dict[str, Any]]
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -95,82 +72,146 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def run(name: str, command: tuple[str, ...], results: Path) -> dict[str, Any]:
-    """One benchmark in its own process; its result lies in ``results`` when this returns.
-
-    Raises:
-        SystemExit: it failed; its own message stands above.
-    """
+def run(name: str, command: tuple[str, ...], results: Path) -> dict[str, Any] | None:
+    """One benchmark in its own process; its result lies in ``results`` when this returns. None: it has none."""
     began = time.monotonic()
     print(f"\n== {name}: {' '.join(command)}", file=sys.stderr, flush=True)
     whole = [sys.executable, str(FOLDER / command[0]), *command[1:], "--json"]
     done = subprocess.run(whole, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name}: failed with exit status {done.returncode}")
-    report: dict[str, Any] = json.loads(done.stdout)
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return None
     report["benchmark"] = name
     report["wall_seconds"] = time.monotonic() - began
     write_atomic(results / f"{name}.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
-def kept(results: Path) -> dict[str, dict[str, Any]]:
+def run_all(commands: dict[str, tuple[str, ...]], common: list[str], found: argparse.Namespace) -> list[str]:
+    """Run and print them; returns what failed. A result is on the disk as soon as it is there."""
+    failed = []
+    for name, command in commands.items():
+        report = run(name, (*command, *common), found.results)
+        if report is None:
+            failed.append(f"{name}: no result; its own message stands above")
+            continue
+        failed += [f"{name}: {text}" for text in render.failures(report)]
+        print(f"\n## {name} ({report['wall_seconds']:.0f} s)\n\n{render.markdown(report)}", flush=True)
+        if found.json is not None:
+            merged = {**(read([found.json]) if found.json.is_file() else {}), name: report}
+            write_atomic(found.json, json.dumps({"reports": merged}, indent=1) + "\n")
+    return failed
+
+
+def kept(results: Path) -> Reports:
     """The results that are there, by name."""
-    files = {name: results / f"{name}.json" for name in (*CPU, *CUDA)}
+    files = {name: results / f"{name}.json" for name in (*CPU, *SIZES, *CUDA)}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
-def fill(page: str, reports: dict[str, dict[str, Any]]) -> str:
+def read(files: list[Path]) -> Reports:
+    """The results of files that ``--json`` made."""
+    reports: Reports = {}
+    for file in files:
+        reports |= json.loads(file.read_text(encoding="utf-8"))["reports"]
+    return reports
+
+
+def sections(reports: Reports) -> dict[str, str]:
+    """The Markdown of every result, and of the bars of either device."""
+    texts = {name: render.markdown(report) for name, report in reports.items()}
+    texts["bars"] = bars.table(bars.cpu_figures(reports))
+    if any(name.startswith("cuda_") for name in reports):
+        texts["cuda_bars"] = bars.table(bars.cuda_figures(reports))
+    return texts
+
+
+def fill(page: str, reports: Reports) -> str:
     """Put each report between its markers; places without a report stay as they are."""
-    texts = {name: harness.markdown(report) for name, report in reports.items()}
-    for name, text in {**texts, "bars": bars(reports)}.items():
+    for name, text in sections(reports).items():
         place = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
         page = place.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
     return page
 
 
+def summary(reports: Reports) -> str:
+    return "\n".join(f"## {name}\n\n{text}\n" for name, text in sections(reports).items())
+
+
+def only_bars(common: list[str]) -> None:
+    """Measure and print what the bars of every release need, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:  # not among the results: too few variants for the page
+        results = Path(folder)
+        reports = {name: run(name, (*command, *common), results) for name, command in BARS.items()}
+    measured = {name: report for name, report in reports.items() if report is not None}
+    figures = bars.cpu_figures(measured)
+    if "loss_head" in measured:
+        where = measured["loss_head"]["environment"]
+        print(f"{where['date']}, {where['machine']}, commit {where['commit']}")
+    print(bars.table(figures))
+    missed = [figure.text for figure in figures if not figure.met]
+    if missed or len(measured) < len(BARS):
+        raise SystemExit(f"missed: {', '.join(missed)}" if missed else "a benchmark has no result")
+
+
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="results whose names begin so (default: all)")
-    parser.add_argument("--rounds", type=int, help="timed rounds of every benchmark (default: their own, 5)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="results whose names hold it (default: all)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of every benchmark (default: their own)")
     parser.add_argument("--threads", type=int, help="threads of every worker (default: 2)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--bars", action="store_true", help="on a CPU: loss head and packed step against their limits")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="where results are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="put the results into this one file too")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="files of --json; run nothing")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="fill the page from the kept results; run nothing")
     found = parser.parse_args(arguments)
-    known = CUDA if found.device == "cuda" else CPU
-    wanted = {prefix: [name for name in known if name.startswith(prefix)] for prefix in found.only or [""]}
-    for prefix, names in wanted.items():
-        if not names:
-            parser.error(f"--only: got {prefix!r}, expected the beginning of one of {', '.join(known)}")
-    found.commands = {name: known[name] for name in known if any(name in names for names in wanted.values())}
+    if found.write is not None or found.table is not None:
+        return found
+    if found.device == "auto":
+        found.device = harness.device_at_hand()
+    if found.bars and found.device != "cpu":
+        parser.error("--bars: for a CPU (--device cpu); a GPU's bars are printed below its results")
+    known = CUDA if found.device == "cuda" else {**CPU, **(SIZES if found.quick else {})}
+    words = [word for part in found.only or [""] for word in part.split(",")]
+    for word in words:
+        if not any(word in name for name in known):
+            parser.error(f"--only: got {word!r}, expected a part of one of {', '.join(known)}")
+    found.commands = {name: known[name] for name in known if any(word in name for word in words)}
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     found = read_arguments(arguments)
-    if found.write is not None:
-        reports = kept(found.results)
+    if found.write is not None or found.table is not None:
+        reports = {**(kept(found.results) if found.write is not None else {}), **read(found.table or [])}
         if not reports:
             raise SystemExit(f"--write: {found.results} holds no result; run the benchmarks first")
+        if found.write is None:
+            print(summary(reports))
+            return
         write_atomic(found.write, fill(found.write.read_text(encoding="utf-8"), reports))
         print(f"{found.write}: {', '.join(reports)}")
         return
-    found.results.mkdir(parents=True, exist_ok=True)
     common = [
+        *(["--device", "cpu"] if found.device == "cpu" else []),
         *(["--quick"] if found.quick else []),
         *([f"--rounds={found.rounds}"] if found.rounds else []),
         *([f"--threads={found.threads}"] if found.threads else []),
     ]
-    for name, command in found.commands.items():
-        report = run(name, (*command, *common), found.results)
-        print(f"\n## {name} ({report['wall_seconds']:.0f} s)\n\n{harness.markdown(report)}", flush=True)
+    if found.bars:
+        only_bars(common)
+        return
+    found.results.mkdir(parents=True, exist_ok=True)
+    failed = run_all(found.commands, common, found)
     reports = kept(found.results)
-    print(f"\n## bars\n\n{bars(reports)}")
-    sections = {name: harness.markdown(report) for name, report in reports.items()} | {"bars": bars(reports)}
-    summary = "\n".join(f"## {name}\n\n{text}\n" for name, text in sections.items())
-    write_atomic(found.results / "summary.md", summary)
+    figures = bars.cuda_figures(reports) if found.device == "cuda" else bars.cpu_figures(reports)
+    print(f"\n## bars\n\n{bars.table(figures)}")
+    write_atomic(found.results / "summary.md", summary(reports))
+    if failed:
+        raise SystemExit("\n".join(["failed:", *failed]))
 
 
 if __name__ == "__main__":

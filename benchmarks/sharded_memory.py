@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import render
 
 STEPS = 2
 PROCESSES = 2
@@ -33,12 +34,12 @@ VARIANTS = (
     ("zero3", "sharded"),
 )
 COLUMNS = (
-    harness.Column("label", "variant", None),
-    harness.Column("loading_mb", "loading MB", 0),
-    harness.Column("weights_mb", "weights MB", 0),
-    harness.Column("peak_mb", "peak MB", 0),
-    harness.Column("weights_ratio", "weights x DDP", 2),
-    harness.Column("peak_ratio", "peak x DDP", 2),
+    render.Column("label", "variant", None),
+    render.Column("loading_mb", "loading MB", 0),
+    render.Column("weights_mb", "weights MB", 0),
+    render.Column("peak_mb", "peak MB", 0),
+    render.Column("weights_ratio", "weights x DDP", 2),
+    render.Column("peak_ratio", "peak x DDP", 2),
 )
 
 
@@ -190,8 +191,8 @@ def main() -> None:
         "optimizer": "AdamW",
         "steps": STEPS,
     }
-    table = harness.make_table("", COLUMNS, rows)
-    harness.show(harness.make_report("sharded_memory", setting, [table], []), options.json)
+    table = render.make_table("", COLUMNS, rows)
+    render.show(render.make_report("sharded_memory", setting, [table], []), options.json)
 
 
 if __name__ == "__main__":

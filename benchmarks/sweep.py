@@ -16,8 +16,10 @@ from typing import Any
 
 import harness
 import loss_head
-from harness import Column, Task
+import render
+from harness import Task
 from loss_head import BATCH, FLOOR, OURS, Inputs, Sizes
+from render import Column
 
 VOCABULARIES, ROWS, TIMES = (8192, 49152, 151936), (256, 1024, 2048), (128, 512, 2048)
 QUICK_VOCABULARIES, QUICK_ROWS, QUICK_TIMES = (256, 512), (16, 128), (8, 16)
@@ -89,7 +91,7 @@ def build(name: str, points: dict[str, Point]) -> Task:
         student, teacher = Head(heads[0]), Head(heads[1])
         output = loss_fn(inputs.student, student, inputs.teacher, teacher, inputs.labels, sizes.rows)
         output.loss.backward()
-        return {"kl": float(output.sums["kd"]) / (sizes.rows * sizes.temperature**2)}
+        return {"kl": output.sums["kd"] / (sizes.rows * sizes.temperature**2)}
 
     return Task(step, inputs.clean)
 
@@ -97,8 +99,8 @@ def build(name: str, points: dict[str, Point]) -> Task:
 def make_table(title: str, points: list[Point], numbers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for point in points:
-        if point.name(OURS) not in numbers:
-            continue  # a GPU did not hold it
+        if "seconds" not in numbers.get(point.name(OURS), {}):
+            continue  # it failed: no row to compare the others with
         ours, sizes = numbers[point.name(OURS)], point.sizes
         row = {
             "name": point.name(OURS),
@@ -106,8 +108,8 @@ def make_table(title: str, points: list[Point], numbers: dict[str, dict[str, Any
             "rows": sizes.rows,
             "time": sizes.time or None,
             **ours,
-            "x_floor": harness.ratio(numbers, point.name(OURS), point.name(FLOOR)),
-            "peak_gb": harness.gigabytes(ours),
+            "x_floor": render.ratio(numbers, point.name(OURS), point.name(FLOOR)),
+            "peak_gb": render.gigabytes(ours),
         }
         if "peak_bytes" in ours:
             row["gradients_gb"] = point.gradient_bytes / 1e9
@@ -118,7 +120,7 @@ def make_table(title: str, points: list[Point], numbers: dict[str, dict[str, Any
             if f"{key}_gb" in row and first[f"{key}_gb"]:
                 row[f"{key}_x_first"] = row[f"{key}_gb"] / first[f"{key}_gb"]
         rows.append(row)
-    return harness.make_table(title, COLUMNS, rows)
+    return render.make_table(title, COLUMNS, rows)
 
 
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -128,7 +130,6 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES, help="V; none skips the table")
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="N, multiples of 8; none skips the table")
     parser.add_argument("--times", type=int, nargs="*", default=TIMES, help="T; none skips the table")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found = parser.parse_args(arguments)
     if found.quick:
         found.rounds, found.threads, found.budget_mb = 1, 1, 0.05
@@ -161,12 +162,13 @@ def main(arguments: list[str] | None = None) -> None:
         rounds=found.rounds,
         threads=found.threads,
         device=found.device,
+        limit=found.limit,
         processes=[[point.name(variant) for point in points] for variant in (FLOOR, OURS)],
     )
     setting = {"hidden": hidden, "dtype": found.dtype, "budget_mb": found.budget_mb, "device": found.device}
     setting |= {"threads": found.threads, "rounds": found.rounds}
     shown = [make_table(title, part, numbers) for title, part in tables.items() if part]
-    harness.show(harness.make_report("sweep", setting, shown, notes), found.json)
+    render.show(render.make_report("sweep", setting, shown, notes), found.json)
 
 
 if __name__ == "__main__":

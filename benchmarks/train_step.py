@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import harness
 import peers
-from harness import Column, Task
+import render
+from harness import Task
 from loss_head import head_matmuls
+from render import Column
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -257,7 +259,7 @@ def logits_task(sizes: Sizes, loss_fn: Callable[..., tuple[Tensor, Tensor]]) -> 
             loss, kl = loss_fn(student_logits, teacher_logits, labels, sizes.temperature)
             del student_logits, teacher_logits
         loss.backward()
-        return {"kl": float(kl)}
+        return {"kl": kl}
 
     return Task(step, student.zero_grad)
 
@@ -285,7 +287,7 @@ def chunked_task(sizes: Sizes) -> Task:
             heads = (student.lm_head.weight, teacher.lm_head.weight)
             loss, kl = loss_fn(states, heads[0], teacher_states, heads[1], labels, sizes.temperature)
         loss.backward()
-        return {"kl": float(kl)}
+        return {"kl": kl}
 
     return Task(step, student.zero_grad)
 
@@ -378,12 +380,17 @@ def build(variant: str, sizes: Sizes) -> Task:
 
 
 def run(
-    sizes: Sizes, rounds: int, threads: int, variants: Sequence[str] = VARIANTS, one_process: bool = False
+    sizes: Sizes,
+    rounds: int,
+    threads: int,
+    variants: Sequence[str] = VARIANTS,
+    one_process: bool = False,
+    limit: float | None = None,
 ) -> dict[str, Any]:
     processes = [list(variants)] if one_process else None
-    options = {"rounds": rounds, "threads": threads, "device": sizes.device, "processes": processes}
+    options = {"rounds": rounds, "threads": threads, "device": sizes.device, "processes": processes, "limit": limit}
     numbers, notes = harness.measure(build, variants, sizes, **options)
-    floor = numbers.get(FLOOR)
+    floor = None if "failed" in numbers.get(FLOOR, {"failed": "not asked for"}) else numbers[FLOOR]
     work = sizes.gflop()
     if floor:
         rates = ", ".join(f"{part} {work[part] / floor[f'{part}_seconds']:.0f}" for part in work)
@@ -403,11 +410,11 @@ def run(
                 "name": name,
                 "label": LABELS[name],
                 **found,
-                "x_floor": found["seconds"] / needed if needed and name != SFT else None,
-                "x_sft": harness.ratio(numbers, name, SFT),
-                "x_trl_gkd": harness.ratio(numbers, name, GKD),
-                "peak_gb": harness.gigabytes(found),
-                "memory_x_trl_gkd": harness.ratio(numbers, name, GKD, "peak_bytes"),
+                "x_floor": found["seconds"] / needed if needed and name != SFT and "seconds" in found else None,
+                "x_sft": render.ratio(numbers, name, SFT),
+                "x_trl_gkd": render.ratio(numbers, name, GKD),
+                "peak_gb": render.gigabytes(found),
+                "memory_x_trl_gkd": render.ratio(numbers, name, GKD, "peak_bytes"),
             }
         )
     shown = {key: value for key, value in asdict(sizes).items() if key != "lengths"}
@@ -421,14 +428,13 @@ def run(
         "rounds": rounds,
     }
     short = {"float32": "fp32", "bfloat16": "bf16"}[sizes.dtype]
-    return harness.make_report(f"train_step_{short}", setting, [harness.make_table("", COLUMNS, rows)], notes)
+    return render.make_report(f"train_step_{short}", setting, [render.make_table("", COLUMNS, rows)], notes)
 
 
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = harness.make_parser(__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all of them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found = parser.parse_args(arguments)
     if found.quick:
         found.rounds, found.threads = 1, 1
@@ -438,7 +444,8 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     found = read_arguments(arguments)
     sizes = Sizes(found.dtype, device=found.device, **(QUICK if found.quick else {}))
-    harness.show(run(sizes, found.rounds, found.threads, found.variants, one_process=found.quick), found.json)
+    done = run(sizes, found.rounds, found.threads, found.variants, one_process=found.quick, limit=found.limit)
+    render.show(done, found.json)
 
 
 if __name__ == "__main__":

@@ -5,66 +5,21 @@ No time is asserted: this machine may be busy.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
+from tests.support.benchmarks import HAS_TRL, ROOT, TRL_VARIANTS, assert_same_kl, report, rows_of, run
 from tests.support.tiny import TINY_VOCAB, tiny_llama, tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "benchmarks"
-HAS_TRL = importlib.util.find_spec("trl") is not None
-TRL_VARIANTS = {"trl_gkd", "trl_chunked"} if HAS_TRL else set()
-
-
-def run(script: str, *arguments: str) -> str:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def report(script: str, *arguments: str) -> dict[str, Any]:
-    return json.loads(run(script, "--quick", "--json", *arguments))  # type: ignore[no-any-return]
-
-
-def rows_of(found: dict[str, Any], table: int = 0) -> dict[str, dict[str, Any]]:
-    """Rows by name; every timed variant has its seconds of each round, and on Linux its peak memory."""
-    rows = {row["name"]: row for row in found["tables"][table]["rows"]}
-    for row in rows.values():
-        assert len(row["seconds_per_round"]) == found["setting"]["rounds"]
-        assert row["seconds"] > 0
-        assert sys.platform != "linux" or "peak_bytes" in row
-    return rows
-
-
-def assert_same_kl(rows: dict[str, dict[str, Any]], rel: float) -> None:
-    values = [row["kl"] for row in rows.values() if "kl" in row]
-    assert values[0] > 0.1
-    assert values == pytest.approx([values[0]] * len(values), rel=rel)
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a script of the folder as its neighbours do."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
 
 
 @pytest.mark.slow
@@ -158,51 +113,93 @@ def test_the_page_has_a_place_for_every_result(scripts: Callable[[str], ModuleTy
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     places = re.findall(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:(\w+) -->", page, re.DOTALL)
     assert all(first == last for first, last in places)
-    assert sorted(first for first, _ in places) == sorted([*module.CPU, *module.CUDA, "bars"])
+    assert sorted(first for first, _ in places) == sorted([*module.CPU, *module.CUDA, "bars", "cuda_bars"])
 
 
 def test_bars_are_read_from_the_rows_they_name(scripts: Callable[[str], ModuleType]) -> None:
     rows = [{"name": "packed", "x_trl_gkd": 0.5, "x_sft": 1.2, "memory_x_trl_gkd": None}]
     costs = [{"name": "forward_kl", "x_base": 1.0}, {"name": "jsd", "x_base": 1.3}, {"name": "tvd", "x_base": 1.5}]
     sizes = [{"name": str(n), "size_x_first": n, "peak_x_first": (n + 3) / 4} for n in (1.0, 8.0)]
-    text = scripts("run").bars(
+    reports = {
+        "train_step_fp32": {"tables": [{"rows": rows}]},
+        "catalogue": {"tables": [{"rows": costs}]},
+        "sweep": {"tables": [{"rows": sizes}, {"rows": sizes}]},
+    }
+    bars = scripts("bars")
+    assert bars.table(bars.cpu_figures(reports)).splitlines()[2:] == [
+        "| step fp32, packed / TRL GKD | 0.50 | ≤ 0.55 | yes |",
+        "| step fp32, packed / HF's SFT | 1.20 | ≤ 0.95 | **no** |",
+        "| dearest divergence (tvd) / forward_kl | 1.50 | ≤ 1.40 | **no** |",
+        "| loss, growth of peak memory / growth of V | 0.34 | ≤ 1.10 | yes |",
+        "| loss, growth of peak memory when N grows 8 x | 2.75 | ≤ 1.10 | **no** |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit"), [("2 cores of Intel, avx512f, amx_bf16", 1.6), ("2 cores of AMD", 1.35)]
+)
+def test_the_bar_of_the_loss_head_depends_on_the_processor(
+    scripts: Callable[[str], ModuleType], machine: str, limit: float
+) -> None:
+    report = {"tables": [{"rows": [{"name": "dts_hf", "x_floor": 1.5}]}], "environment": {"machine": machine}}
+    (figure,) = scripts("bars").cpu_figures({"loss_head": report})
+    assert (figure.value, figure.limit, figure.met) == (1.5, limit, limit == 1.6)
+
+
+def test_the_bars_of_a_card_take_the_better_of_ours(scripts: Callable[[str], ModuleType]) -> None:
+    bars = scripts("bars")
+    head = [
+        {"name": "ours_1024", "x_floor": 1.2, "dw_error": 5e-4},
+        {"name": "trl_chunked", "x_floor": 2.3},
+        {"name": "liger_chunked", "failed": "out of memory"},
+    ]
+    steps = [
+        {"name": "packed", "x_padded": 0.9, "x_sft": 1.4},
+        {"name": "packed_compiled", "x_padded": 0.7, "x_sft": 1.2},
+    ]
+    figures = bars.cuda_figures(
         {
-            "train_step_fp32": {"tables": [{"rows": rows}]},
-            "catalogue": {"tables": [{"rows": costs}]},
-            "sweep": {"tables": [{"rows": sizes}, {"rows": sizes}]},
+            "cuda_loss_sizes": {"tables": [{"title": "H 2,048, V 49,152", "rows": head}]},
+            "cuda_step_135m": {"tables": [{"rows": steps}]},
+            "cuda_generation": {"tables": [{"rows": [{"name": "dts_hf", "x_generate": 3.0}]}]},
         }
     )
-    assert text.splitlines()[2:] == [
-        "| step fp32, packed / TRL GKD | 0.50 | 0.55 |",
-        "| step fp32, packed / HF's SFT | 1.20 | 1.10 |",
-        "| dearest divergence (tvd) / forward_kl | 1.50 | 1.40 |",
-        "| loss, growth of peak memory / growth of V | 0.34 | 1.10 |",
-        "| loss, growth of peak memory when N grows 8 x | 2.75 | 1.10 |",
+    assert bars.table(figures).splitlines()[2:] == [
+        "| GPU, loss head, H 2,048, V 49,152, 1 GiB / the four matmuls | 1.20 | ≤ 1.25 | yes |",
+        "| GPU, loss head, H 2,048, V 49,152, 1 GiB / trl_chunked | 0.52 | ≤ 1.00 | yes |",
+        "| GPU, loss head, H 2,048, V 49,152, error of dW | 5.0e-04 | ≤ 6.0e-04 | yes |",
+        "| step 135m, packed_compiled / padded | 0.70 | ≤ 0.85 | yes |",
+        "| step 135m, packed_compiled / HF's SFT | 1.20 | ≤ 1.25 | yes |",
+        "| GPU, generation, tokens a second / model.generate | 3.00 | ≥ 4.00 | **no** |",
     ]
 
 
 def test_a_table_has_equal_rows_and_no_invented_number(scripts: Callable[[str], ModuleType]) -> None:
-    harness = scripts("harness")
+    render = scripts("render")
     columns = [
-        harness.Column("name", "variant", None),
-        harness.Column("seconds", "s", 2),
-        harness.Column("kl", "KL", 4),
+        render.Column("name", "variant", None),
+        render.Column("seconds", "s", 2),
+        render.Column("kl", "KL", 4),
+        render.Column("error", "error", -2),
     ]
     rows = [
-        {"name": "a", "seconds": 1234.5, "kl": math.nan},
+        {"name": "a", "seconds": 1234.5, "kl": math.nan, "error": 0.00123},
         {"name": "b", "seconds": 0.01234},
         {"name": "c", "kl": 0.0},
+        {"name": "d", "failed": "out of memory"},
+        {"name": "e", "failed": "ValueError: no"},
     ]
-    made = harness.make_report(
-        "x", {"rounds": 1, "budget": 64.0}, [harness.make_table("T", columns, rows)], ["n", "n"]
-    )
-    text = harness.markdown(json.loads(json.dumps(made)))
+    made = render.make_report("x", {"rounds": 1, "budget": 64.0}, [render.make_table("T", columns, rows)], ["n", "n"])
+    text = render.markdown(json.loads(json.dumps(made)))
+    assert render.failures(made) == ["e: ValueError: no"]  # what does not fit is no failure
     assert [line for line in text.splitlines() if line.startswith("|")] == [
-        "| variant | s | KL |",
-        "|---|---:|---:|",
-        "| a | 1,234.50 | - |",
-        "| b | 0.0123 | - |",
-        "| c | - | 0.0000 |",
+        "| variant | s | KL | error |",
+        "|---|---:|---:|---:|",
+        "| a | 1,234.50 | - | 1.2e-03 |",
+        "| b | 0.0123 | - | - |",
+        "| c | - | 0.0000 | - |",
+        "| d | out of memory | - | - |",
+        "| e | ValueError: no | - | - |",
     ]
     assert "budget 64." in text and text.endswith("\n\nn")
 
