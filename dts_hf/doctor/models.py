@@ -227,7 +227,7 @@ def check_faithful(check: Check, full: Sample, quantized: Sample) -> None:
     kl, high, agreement = found.values()
     check.values = {"labels": len(full.targets), "limit": FAITHFUL, **found}
     check.summary = (
-        f"KL {kl:.4f} nats per label from the full teacher (99th percentile {high:.4f}), "
+        f"KL {kl:.2g} nats per label from the full teacher (99th percentile {high:.2g}), "
         f"same first choice {agreement:.1%}"
     )
     if not kl <= FAITHFUL:

@@ -51,7 +51,7 @@ def test_a_faithful_teacher_is_praised_in_numbers(workplace: Path, monkeypatch: 
     assert found.values["labels"] == diagnosis["cross-entropy"].values["labels"]
     kl, high = found.values["kl"], found.values["kl_99"]
     assert found.summary == (
-        f"int8: KL {kl:.4f} nats per label from the full teacher (99th percentile {high:.4f}), same first choice "
+        f"int8: KL {kl:.2g} nats per label from the full teacher (99th percentile {high:.2g}), same first choice "
         f"{found.values['agreement']:.1%}"
     )
     names = [check.name for check in diagnosis.checks]
