@@ -191,7 +191,9 @@ def test_rows_and_flex_equal_the_whole_matrix(kernel: Any, case: str, monkeypatc
 
 
 @pytest.mark.soak
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.13's compiler imports what warns
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated"
+)  # torch 2.13's compiler imports what warns
 def test_compiled_flex_reads_the_block_mask_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the compiler FlexAttention looks at every pair; a compiled one skips the blocks that the table leaves out."""
     lengths = [300, 1, 30, 500, 5, 129]
