@@ -190,6 +190,22 @@ def test_rows_and_flex_equal_the_whole_matrix(kernel: Any, case: str, monkeypatc
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 if kernel == "flex" else 1e-10)
 
 
+@pytest.mark.soak
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated"
+)  # torch 2.13's compiler imports what warns
+def test_compiled_flex_reads_the_block_mask_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiler FlexAttention looks at every pair; a compiled one skips the blocks that the table leaves out."""
+    lengths = [300, 1, 30, 500, 5, 129]
+    mask = cu_seqlens_mask(lengths)
+    monkeypatch.setattr(flex_module, "flex_attention", torch.compile(flex_module.flex_attention))
+    for window, softcap in ((None, None), (70, None), (None, 3.0), (200, 2.0)):
+        ask = Ask("cpu", torch.float32, 4, 2, 32, 32, 0.2, 0.0, softcap, window, gradient=False)
+        states = [part.detach() for part in states_of(ask, sum(lengths))]
+        given, expected = (attend(kernel, ask, *states, mask) for kernel in ("flex", "rows"))  # type: ignore[call-arg, arg-type]
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+
+
 def test_what_is_made_for_a_batch_is_made_once_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     real = packed_kernels.block_mask
