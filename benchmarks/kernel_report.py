@@ -68,6 +68,7 @@ class Variant:
         options: ``num_warps`` and the like.
         read: bytes that one entry of the vocabulary costs, read.
         written: likewise, written.
+        entry: bytes of one logit.
     """
 
     name: str
@@ -78,16 +79,11 @@ class Variant:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     read: int = 4
     written: int = 0
+    entry: int = 2
 
     @classmethod
     def of_launch(
-        cls,
-        name: str,
-        kernel: Any,
-        arguments: Sequence[Any],
-        keywords: dict[str, Any],
-        read: int = 4,
-        written: int = 0,
+        cls, name: str, kernel: Any, arguments: Sequence[Any], keywords: dict[str, Any], **bytes_of_entry: int
     ) -> Variant:
         """As a launch with these arguments would be specialised: alignment of pointers, numbers divisible by 16, or 1."""
         from triton.backends.compiler import GPUTarget
@@ -99,7 +95,7 @@ class Variant:
         bound, specialised, options = bind(*arguments, **keywords)
         _, signature, constexprs, attributes = kernel._pack_args(backend, dict(keywords), bound, specialised, options)
         meta = {key: value for key, value in keywords.items() if key not in signature}
-        return cls(name, kernel, signature, constexprs, attributes, meta, read, written)
+        return cls(name, kernel, signature, constexprs, attributes, meta, **bytes_of_entry)
 
     @property
     def key(self) -> str:
@@ -206,7 +202,7 @@ def measure(variant: Variant, arch: int) -> dict[str, Any]:
     for one in part:
         if load_bytes(one):
             loads[one.opcode] = loads.get(one.opcode, 0) + 1
-    entries = bytes_of_logits(part, variant.read // 2) / variant.read  # of one thread
+    entries = bytes_of_logits(part, variant.entry) / variant.read  # of one thread
     row: dict[str, Any] = {
         "name": variant.name, "arch": arch, "warps": compiled.metadata.num_warps, "registers": used["REG"],
         "resident": resident_warps(used["REG"]), "spills": used.get("STACK", 0) + used.get("LOCAL", 0),
@@ -306,8 +302,8 @@ def loss_variants(
                 name = kernel.fn.__name__
                 words = [word for word in ("AT_ONE", "AT_T", "MOMENTS", "SLOPES", "SCALE_FREE") if keywords.get(word)]
                 title = f"{name.removesuffix('_kernel')} {'+'.join(words).lower()} ({divergence}, {policy})"  # noqa: B023
-                written = size if name.startswith("gradient") else 0
-                variant = Variant.of_launch(title, kernel, arguments, keywords, 2 * size, written)
+                moved = {"read": 2 * size, "written": size if name.startswith("gradient") else 0, "entry": size}
+                variant = Variant.of_launch(title, kernel, arguments, keywords, **moved)
                 found.setdefault(variant.key, variant)
 
             temperature = build_temperature(policy)
