@@ -200,8 +200,8 @@ class DistillationLoss(nn.Module):
         return replace(settings, logits_budget_mb=self.logits_budget_mb)
 
     def _is_fused(self, settings: LossSettings, student: Head, teacher: Head, device: torch.device) -> bool:
-        if self.kernels == "torch":
-            return False
+        if self.kernels == "torch" or (self.kernels == "auto" and device.type != "cuda"):
+            return False  # not to be missed on a CPU; the interpreter, which tests have, is no road to train on
         dtypes = matmul_dtype_of(student, device), teacher.weight.dtype
         if settings.fp32_logits and torch.float64 not in dtypes:
             dtypes = torch.float32, torch.float32
@@ -213,7 +213,7 @@ class DistillationLoss(nn.Module):
             return True
         if self.kernels == "triton":
             raise UserError(f"loss.kernels: got 'triton', but there are no kernels for this loss: {reason}")
-        if device.type == "cuda" and reason not in self._warned:  # a CPU is not where they are missed
+        if reason not in self._warned:
             self._warned.add(reason)
             consequence = "the loss takes the PyTorch road, which is right, and several times slower"
             logger.warning("loss.kernels: %s (%s)", consequence, reason if missing else f"not trusted: {reason}")

@@ -480,7 +480,7 @@ def _soft(x_s, x_t, of, C, a, b, at_target, TERMS: tl.constexpr):
     """One soft term's gradient with respect to x_s; ``of`` points at its numbers of the row."""
     log_q = x_s * tl.load(of) - tl.load(of + 2 * C)
     log_p = x_t * tl.load(of + C) - tl.load(of + 3 * C)
-    q = _exp(log_q)
+    q = _exp(tl.minimum(log_q, 0.0))  # above 0 only at a label that is left out, and infinity times 0 would be NaN there
     _, e, _ = TERMS(_exp(log_p), q, log_p, log_q, a, b, tl.load(of + 6 * C), at_target)
     return tl.load(of + 4 * C) * (e - q * tl.load(of + 5 * C))
 
