@@ -153,8 +153,17 @@ class ResumableTrainer(EvenBatchesTrainer):
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def compile_layers(self, model: nn.Module, role: str) -> None:
-        """Compile the layers of ``model`` where ``args.torch_compile`` asks for it; see ``models.compilation``."""
+        """Compile the layers of ``model`` where ``args.torch_compile`` asks for it; see ``models.compilation``.
+
+        Raises:
+            UserError: the strategy or the model does not go with it.
+        """
         if self.args.torch_compile:
+            if strategy_of(self.accelerator) == "zero3":
+                raise UserError(
+                    "training.torch_compile: got true under ZeRO-3, whose hooks gather the weights of each module inside "
+                    "its layer: they would be compiled over and over. Leave it out, or use ZeRO-2 or FSDP2"
+                )
             assert self.args.torch_compile_backend is not None  # TrainingArguments fills it
             backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
             compile_layers(model, role, backend=backend, mode=mode)

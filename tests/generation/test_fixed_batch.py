@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from dts_hf.generation import engine, fixed_batch
@@ -140,6 +142,33 @@ def test_the_host_looks_at_the_tokens_once_in_many() -> None:
     # Each forward of the growing cache asks about its mask, but no other does; two choices of a token are its own
     assert looks["engine", "_choose_next", "tolist"] == 2
     assert looks["masking_utils", "_ignore_causal_mask_sdpa", "__bool__"] <= 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-eager"])
+def test_a_step_that_is_recorded_once_can_be_repeated(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a CUDA graph does it: operations on the tensors that were there, without Python; here recorded by torch.fx."""
+    model, prompts, way = MODELS[name](), make_prompts(), WAYS["sampled_ngrams"]
+    expected = answers(model, prompts, False, **way)
+    replays: list[int] = []
+
+    def record(batch: FixedBatch) -> None:
+        def step() -> torch.Tensor:
+            batch._step()
+            return batch.logits
+
+        recorded = make_fx(step)()
+
+        def replay() -> None:
+            batch.logits = recorded()
+            replays.append(1)
+
+        batch._graph = SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(FixedBatch, "record", record)
+    assert answers(model, prompts, True, **way) == expected
+    assert len(replays) > 24 and not said(caplog)
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

@@ -175,8 +175,32 @@ def test_the_arguments_reach_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     assert asked == [{"backend": "inductor", "mode": "max-autotune", "dynamic": True}] * 5
 
 
+def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr("dts_hf.training.resumable_trainer.strategy_of", lambda accelerator: "zero3")
+    with pytest.raises(UserError, match=r"training.torch_compile: got true under ZeRO-3"):
+        trainer_for(tmp_path, options=COMPILED)
+
+
 def test_a_model_without_layers_is_refused() -> None:
     model = tiny_llama()
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match=r"torch_compile: the student \(LlamaForCausalLM\) has no stack of layers"):
         compile_layers(model, "the student", backend="aot_eager")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_card_compiles_with_inductor(tmp_path: Any, kind: str) -> None:
+    models = MODELS[kind](layers=3, seed=0), MODELS[kind](layers=4, seed=1)
+    plain = trainer_for(tmp_path, copy.deepcopy(models[0]), copy.deepcopy(models[1]), options={"use_cpu": False})
+    compiled = trainer_for(tmp_path, *models, options={"use_cpu": False, "torch_compile": True})
+    counts = []
+    for batch in batches():
+        there = {name: value.cuda() for name, value in batch.items()}
+        one, other = gradients(compiled, there), gradients(plain, there)
+        torch.testing.assert_close(one[0], other[0], rtol=1e-3, atol=1e-4)
+        for name, gradient in other[1].items():
+            torch.testing.assert_close(one[1][name], gradient, rtol=1e-2, atol=1e-4)
+        counts.append(graphs())
+    assert counts[0] == counts[-1] == 2, counts
