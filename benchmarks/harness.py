@@ -151,6 +151,7 @@ def _worker(pipe: Connection, build: Callable[[str, Any], Task], options: Any, t
     """Answers every ``(name, with_memory)`` with one turn, or with why there is none."""
     os.dup2(2, 1)  # trainers print; what the parent prints must stay JSON
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # trainers would spread a batch over all cards
     import torch
 
     torch.set_num_threads(threads)

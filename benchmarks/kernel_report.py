@@ -68,6 +68,7 @@ class Variant:
         options: ``num_warps`` and the like.
         read: bytes that one entry of the vocabulary costs, read.
         written: likewise, written.
+        entry: bytes of one logit.
     """
 
     name: str
@@ -78,16 +79,11 @@ class Variant:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     read: int = 4
     written: int = 0
+    entry: int = 2
 
     @classmethod
     def of_launch(
-        cls,
-        name: str,
-        kernel: Any,
-        arguments: Sequence[Any],
-        keywords: dict[str, Any],
-        read: int = 4,
-        written: int = 0,
+        cls, name: str, kernel: Any, arguments: Sequence[Any], keywords: dict[str, Any], **bytes_of_entry: int
     ) -> Variant:
         """As a launch with these arguments would be specialised: alignment of pointers, numbers divisible by 16, or 1."""
         from triton.backends.compiler import GPUTarget
@@ -99,7 +95,7 @@ class Variant:
         bound, specialised, options = bind(*arguments, **keywords)
         _, signature, constexprs, attributes = kernel._pack_args(backend, dict(keywords), bound, specialised, options)
         meta = {key: value for key, value in keywords.items() if key not in signature}
-        return cls(name, kernel, signature, constexprs, attributes, meta, read, written)
+        return cls(name, kernel, signature, constexprs, attributes, meta, **bytes_of_entry)
 
     @property
     def key(self) -> str:
@@ -147,6 +143,13 @@ def load_bytes(instruction: Instruction) -> int:
     if not instruction.opcode.startswith(("LDG", "LDGSTS")):
         return 0
     return next((_WIDTHS[word] for word in instruction.opcode.split(".") if word in _WIDTHS), 4)
+
+
+def bytes_of_logits(part: list[Instruction], entry: int) -> int:
+    """What a thread loads of both models' logits: by vectors, or entry by entry. (All else are numbers of the row.)"""
+    widths = [load_bytes(one) for one in part]
+    vectors = sum(width for width in widths if width >= 16)
+    return vectors or sum(width for width in widths if width == entry)
 
 
 def main_part(found: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
@@ -199,9 +202,7 @@ def measure(variant: Variant, arch: int) -> dict[str, Any]:
     for one in part:
         if load_bytes(one):
             loads[one.opcode] = loads.get(one.opcode, 0) + 1
-    # A thread's entries: what it loads by the widest kind of load over what an entry costs. (Narrow ones are of the row.)
-    wide = max((load_bytes(one) for one in part), default=0)
-    entries = sum(load_bytes(one) for one in part if load_bytes(one) == wide) / variant.read
+    entries = bytes_of_logits(part, variant.entry) / variant.read  # of one thread
     row: dict[str, Any] = {
         "name": variant.name, "arch": arch, "warps": compiled.metadata.num_warps, "registers": used["REG"],
         "resident": resident_warps(used["REG"]), "spills": used.get("STACK", 0) + used.get("LOCAL", 0),
@@ -271,14 +272,24 @@ def recorded(module: Any, note: Callable[[Any, Sequence[Any], dict[str, Any]], N
             setattr(module, name, kernel)
 
 
-def loss_variants(divergences: Sequence[str], policies: Sequence[str], vocab: int, dtype: str) -> list[Variant]:
-    """What the loss would launch for a chunk of 16 rows, without doubles."""
+def loss_variants(
+    divergences: Sequence[str], policies: Sequence[str], vocab: int, dtype: str, pitch: int = 1
+) -> list[Variant]:
+    """What the loss would launch for a chunk of 16 rows, without doubles.
+
+    Args:
+        divergences: their names.
+        policies: their names.
+        vocab: V.
+        dtype: of the logits.
+        pitch: entries that the distance of two rows is a multiple of; 8 of 2 bytes let every row begin at 16 bytes.
+    """
     import torch
-    from dts_hf.loss.fused_rows import FusedRows
-    from dts_hf.loss.row_loss import LossSettings
 
     from dts_hf.divergences import build_divergence
     from dts_hf.loss import kernels
+    from dts_hf.loss.fused_rows import FusedRows
+    from dts_hf.loss.row_loss import LossSettings
     from dts_hf.models.head import Head
     from dts_hf.temperature import build_temperature
 
@@ -291,15 +302,16 @@ def loss_variants(divergences: Sequence[str], policies: Sequence[str], vocab: in
                 name = kernel.fn.__name__
                 words = [word for word in ("AT_ONE", "AT_T", "MOMENTS", "SLOPES", "SCALE_FREE") if keywords.get(word)]
                 title = f"{name.removesuffix('_kernel')} {'+'.join(words).lower()} ({divergence}, {policy})"  # noqa: B023
-                written = size if name.startswith("gradient") else 0
-                variant = Variant.of_launch(title, kernel, arguments, keywords, 2 * size, written)
+                moved = {"read": 2 * size, "written": size if name.startswith("gradient") else 0, "entry": size}
+                variant = Variant.of_launch(title, kernel, arguments, keywords, **moved)
                 found.setdefault(variant.key, variant)
 
             temperature = build_temperature(policy)
             temperature.begin_step(0.5)
             settings = LossSettings(build_divergence(divergence), temperature, 0.5, scaled=True, logits_budget_mb=256)
             head = Head(torch.empty(vocab, 1))
-            z_s, z_t = (torch.zeros(16, vocab, dtype=getattr(torch, dtype)) for _ in range(2))
+            width = -(-vocab // pitch) * pitch
+            z_s, z_t = (torch.zeros(16, width, dtype=getattr(torch, dtype))[:, :vocab] for _ in range(2))
             common = {
                 "has_teacher": True,
                 "with_grad": True,
@@ -345,11 +357,12 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the logits"
     )
+    parser.add_argument("--pitch", type=int, default=1, help="distance of two rows: a multiple of so many entries")
     parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, help="architectures (default: 80 90 100)")
     parser.add_argument("--toy", action="store_true", help="one small kernel instead of the loss's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     found = parser.parse_args(given)
-    sizes = (found.divergences, found.policies, found.vocab, found.dtype)
+    sizes = (found.divergences, found.policies, found.vocab, found.dtype, found.pitch)
     variants = toy_variants() if found.toy else loss_variants(*sizes)
     render.show(report(variants, found.sm), found.json)
 

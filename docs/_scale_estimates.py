@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.training.memory_estimate import BYTES, Types, trained_weights
 from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
@@ -43,7 +44,7 @@ def estimate_host(
         copied = 4 * student.parameters
     if teacher is not None and plan.teacher not in ("none", "cached"):
         stored = teacher_stored_dtype or stored_dtype
-        if plan.teacher in ("8bit", "4bit") or workload.teacher_dtype == stored:
+        if plan.teacher in QUANTIZED_BY or workload.teacher_dtype == stored:
             mapped += BYTES[stored] * teacher.parameters
         else:
             copied += BYTES[workload.teacher_dtype] * teacher.parameters

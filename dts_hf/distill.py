@@ -9,7 +9,7 @@ directory is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from dts_hf.distributed.sharding import place_teacher
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
-from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
@@ -86,7 +86,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     run = open_run(recipe, start, made_from, args)
     trainer.add_callback(RunLogCallback(run))
     if trainer.is_world_process_zero():
-        for note in task.notes(rows, data):
+        for note in (*teacher_notes(recipe), *task.notes(rows, data)):
             say(note)
 
     # 7. Scores, training, scores. Before training the student has no wrapper yet, which scoring needs: hence the callback.
@@ -134,6 +134,15 @@ def load_models(task: Task[Any], args: TrainingArguments, *tokenizers: PreTraine
     if teacher is not None:
         place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
     return Models(student, teacher, *tokenizers)
+
+
+def teacher_notes(recipe: Recipe) -> Iterator[str]:
+    """What a person should know of the teacher that was loaded, as lines for the terminal."""
+    if recipe.teacher is not None and (kind := recipe.teacher.quantization) != "none":
+        yield (
+            f"teacher: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "
+            "its files (dts-hf doctor measures by how much)"
+        )
 
 
 def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_from: Mapping[str, Any]) -> None:

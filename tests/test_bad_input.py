@@ -215,8 +215,11 @@ MODEL_CASES = [
     Case("broken GGUF file", "teacher.model=models/n.gguf", ("teacher.model", "models/n.gguf")),
     Case(
         "quantisation without bitsandbytes",
-        "teacher.quantization=4bit",
+        "teacher.quantization=4bit student.init=null student.model=models/padded",
         ("teacher.quantization", "'4bit'", "pip install"),
+    ),
+    Case(
+        "a student cut out of packed weights", "teacher.quantization=int8", ("student.init", "'int8'", "student.model")
     ),
     Case(
         "other tokenizer",

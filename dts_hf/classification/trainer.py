@@ -134,6 +134,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         if teacher_placement == "sharded" and teacher is not None:
             shard_teacher(teacher, self.args.device)
         self.classifier.to(self.args.device)
+        if teacher is not None:
+            self.compile_layers(teacher, "the teacher")
 
     # ------------------------------------------------------------------------------------------------------- the batch
 

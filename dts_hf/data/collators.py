@@ -63,7 +63,7 @@ class PackedCollator(Collator):
     ``position_ids`` restart at 0 for each row. Transformers (>= 5) reads the boundaries from them and lets no token
     attend across, but **only when it gets neither an attention mask nor a KV cache**: call the model with
     ``use_cache=False``, or the boundaries are silently ignored. Some families always ignore them:
-    ``packed_attention.check_packing`` tells.
+    ``packing_check.check_packing`` tells.
 
     Args:
         cu_seqlens: also give ``cu_seqlens``, the ``packed_attention.cu_seqlens_mask`` of the rows: the attention mask of a

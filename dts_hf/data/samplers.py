@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +96,21 @@ class DummyRowsLast(Sampler[int]):
         yield from range(self.own, self.total)
 
 
-def total_steps(args: TrainingArguments, rows: int, devices: int = 1) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them."""
+def total_steps(args: TrainingArguments, rows: int, devices: int = 1, packs: int | None = None) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them.
+
+    Args:
+        args: of the run.
+        rows: of an epoch.
+        devices: that share them out.
+        packs: of an epoch, where they are the batches (see ``PackSampler``); None: a batch is a number of rows.
+    """
     if args.max_steps > 0:
         return args.max_steps
     batches = math.ceil(rows / (args.per_device_train_batch_size * devices))
-    if args.dataloader_drop_last:
+    if packs is not None:
+        batches = math.ceil(packs / devices)
+    elif args.dataloader_drop_last:
         batches = rows // (args.per_device_train_batch_size * devices)
     return max(1, math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs))
 
@@ -153,3 +163,104 @@ class LengthGroupedSampler(Sampler[int]):
             longest = max(range(len(batches)), key=lambda k: self.lengths[batches[k][-1]])
             batches[0], batches[longest] = batches[longest], batches[0]
         return iter([index for batch in [*batches, rest] for index in batch])
+
+
+# ------------------------------------------------------------------------------------------------- batches of equal cost
+
+
+def best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Rows in packs of at most ``tokens``: the longest first, each into the fullest pack that has room for it.
+
+    Args:
+        lengths: tokens of each row, none above ``tokens``.
+        tokens: the budget.
+
+    Returns:
+        The places of the rows in each pack.
+    """
+    tokens = min(tokens, sum(lengths))
+    packs: list[list[int]] = []
+    with_room: dict[int, list[int]] = defaultdict(list)  # packs by the tokens that they have room for
+    rooms = (
+        0  # bit n is set where there is a pack with room for n tokens: the least one that will do is the lowest bit
+    )
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        length = lengths[row]
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            pack = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, pack = tokens, len(packs)
+            packs.append([])
+        packs[pack].append(row)
+        with_room[room - length].append(pack)
+        rooms |= 1 << (room - length)
+    return packs
+
+
+class PackSampler(Sampler[tuple[int, ...]]):
+    """Packs of rows that fill a budget of tokens, the same ones on every rank and after a resume.
+
+    Which *lengths* lie together is settled once, by ``best_fit`` over the whole data set; in each epoch rows of equal length
+    change places, and the packs come in another order. So every epoch takes every row once, in the same number of packs, and
+    the steps of a run are known before it begins. The order is a function of ``(seed, epoch)`` alone. A pack with the most
+    tokens comes first in epoch 0, so that a lack of memory shows at once.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: the budget, which no row exceeds.
+        seed: of the run.
+        multiple: empty packs are added at the end up to a multiple of this, the number of processes.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens: int, seed: int = 0, multiple: int = 1) -> None:
+        self.lengths, self.seed, self.epoch = list(lengths), seed, 0
+        self.packs = best_fit(self.lengths, tokens)
+        self.empty = -len(self.packs) % multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch; call it before iterating."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.packs) + self.empty
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        draw = random.Random(f"packs {self.seed} {self.epoch}")
+        of_length: dict[int, list[int]] = defaultdict(list)
+        for row, length in enumerate(self.lengths):
+            of_length[length].append(row)
+        for rows in of_length.values():
+            draw.shuffle(rows)
+        packs = [tuple(of_length[self.lengths[row]].pop() for row in pack) for pack in self.packs]
+        draw.shuffle(packs)
+        if self.epoch == 0 and packs:
+            fullest = max(range(len(packs)), key=lambda pack: sum(self.lengths[row] for row in packs[pack]))
+            packs[0], packs[fullest] = packs[fullest], packs[0]
+        yield from packs
+        yield from [()] * self.empty
+
+
+class Packs(Dataset[list[dict[str, Any]]]):
+    """The rows of a data set by the packs of a ``PackSampler``: one of them is a batch, an empty one a dummy row.
+
+    Args:
+        dataset: rows with ``input_ids``.
+        without_label: makes a dummy row of the first row.
+    """
+
+    def __init__(self, dataset: Any, without_label: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        self.dataset, self.without_label = dataset, without_label
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # rows, which is what the Trainer counts
+
+    def __getitem__(self, pack: tuple[int, ...]) -> list[dict[str, Any]]:
+        return [dict(self.dataset[row]) for row in pack] or [self.without_label(self.dataset[0])]
+
+    def __getitems__(self, packs: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+        """What a data loader asks for, and its collator gets: the rows of a batch, one after the other."""
+        return [row for pack in packs for row in self[pack]]

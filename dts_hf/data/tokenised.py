@@ -24,7 +24,7 @@ from dts_hf.data.collators import NO_ROW
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.errors import UserError
-from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX, count_targets
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 BLOCK = 2000  # rows that are checked together
@@ -294,6 +294,28 @@ class NumberedCollator:
         if not real:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
         return {**batch, "row_id": torch.tensor([example["row_id"] for example in chosen])}
+
+
+#: In a batch: how many of its labels count, a number on the host.
+NUM_LABELS = "num_labels"
+
+
+@dataclass
+class CountingCollator:
+    """Counts the labels of a batch while they are on the host; on a GPU, asking for their number would wait for it.
+
+    Args:
+        collator: rows to a batch with ``labels`` ``[B, T]``.
+    """
+
+    collator: Callable[[Sequence[Any]], Mapping[str, Any]]
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        batch = dict(self.collator(examples))
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.is_cpu:
+            batch[NUM_LABELS] = int(count_targets(labels))
+        return batch
 
 
 def rows_of(dataset: Any) -> Iterator[Any]:

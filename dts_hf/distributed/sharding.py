@@ -76,7 +76,7 @@ def shard_teacher(model: nn.Module, device: torch.device | str) -> None:
         return
     check_can_shard(getattr(model, "is_quantized", False))
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
-    layers = _layers(model)
+    layers = stacked_layers(model)
     if not layers:
         raise UserError(
             f"teacher.placement: {type(model).__name__} has no stack of layers to shard layer by layer; "
@@ -100,7 +100,8 @@ def place_teacher(model: nn.Module, placement: str, device: torch.device | str) 
     """
     if placement == "sharded":
         shard_teacher(model, device)
-    elif not getattr(model, "is_quantized", False):  # bitsandbytes has put it on its device, and refuses to move it
+    # bitsandbytes has put it on its device, and refuses to move it
+    elif not getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) == "torchao":
         model.to(device)
 
 
@@ -132,12 +133,13 @@ def check_can_shard(quantized: bool) -> None:
     if quantized:
         raise UserError(
             "teacher.placement: sharded, but the teacher is quantised, and neither DeepSpeed nor FSDP can shard the "
-            "packed weights of bitsandbytes; use placement 'replicated' (a 4-bit teacher is a quarter of a bf16 one), "
-            "or quantization 'none'"
+            "packed weights; use placement 'replicated' (a 4-bit teacher is a quarter of a bf16 one, an fp8 or int8 one a "
+            "half), or quantization 'none'"
         )
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def stacked_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, one above the other; none where it keeps them in no list of that length."""
     depth = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     return [layer for stack in stacks for layer in stack]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dts_hf.classification.data import LabelledDataset
 from dts_hf.classification.glue_tasks import GlueTask
-from dts_hf.classification.models import for_model
+from dts_hf.classification.models import ClassifierTeacher, for_model
 from dts_hf.classification.task import Classification
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.encoding import EncodedDataset
@@ -65,8 +65,7 @@ class ClassifierWalk(Walk):
 
     def compare(self, check: Check) -> None:
         trainer: Any = self.make_trainer()
-        data = need(self.data, "rows")
-        self.sample = take_sample(trainer, data, spaced(range(len(data)), SAMPLE_ROWS))
+        self.sample = self.sample_of()
         if self.task.glue.regression:
             compare_scores(check, self.sample)
             return
@@ -74,6 +73,13 @@ class ClassifierWalk(Walk):
         check_teacher(check, trainer.eval_loss, self.sample, self.task.glue.outputs, cut)
         if self.sample.teacher_states is not None:
             check_label_order(check, self.sample)
+
+    def sample_of(self, teacher: PreTrainedModel | None = None) -> Sample:
+        if teacher is not None and self.task.glue.regression:
+            raise Skipped("a regression has no probabilities to compare")
+        trainer: Any = need(self.trainer, "a trainer")
+        asked = trainer.classifier if teacher is None else ClassifierTeacher(teacher)
+        return take_sample(trainer, need(self.data, "rows"), asked)
 
     def small_sample(self) -> Sample:
         """All rows of the sample: there are few classes.
@@ -95,14 +101,17 @@ def _pictured(task: GlueTask, data: LabelledDataset, index: int, tokenizer: Any)
 
 
 @torch.no_grad()
-def take_sample(trainer: ClassificationDistillationTrainer, data: EncodedDataset, rows: Sequence[int]) -> Sample:
+def take_sample(
+    trainer: ClassificationDistillationTrainer, data: EncodedDataset, teacher: ClassifierTeacher
+) -> Sample:
     """Student and teacher on some rows: the states of an example are its logits, and the head is the identity."""
     student: Any = trainer.model
+    rows = spaced(range(len(data)), SAMPLE_ROWS)
     students, teachers, targets = [], [], []
     for _, batch, labels in batches(trainer, trainer.data_collator, data, rows, BATCH):
         targets.append(labels)
         students.append(student(**for_model(student, batch)).logits.float())
-        teachers.append(trainer.classifier.logits(batch))
+        teachers.append(teacher.logits(batch))
     identity = Head(torch.eye(trainer.task.outputs, device=trainer.args.device))
     numbers = torch.arange(len(rows), device=trainer.args.device)
     known = [logits for logits in teachers if logits is not None]

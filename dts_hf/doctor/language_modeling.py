@@ -7,11 +7,14 @@ import math
 import time
 from typing import Any, cast
 
+from transformers import PreTrainedModel
+
 from dts_hf.console import duration
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor import tokens
 from dts_hf.doctor.diagnosis import Check, Skipped, need
+from dts_hf.doctor.effect import Sample
 from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
 from dts_hf.doctor.walk import Walk
@@ -19,6 +22,7 @@ from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.runs.memory import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.model_shape import ModelShape, shapes_from_configs
 from dts_hf.training.trainer import DistillationTrainer
 from dts_hf.training.workload import Workload, workload_of
@@ -135,10 +139,15 @@ class LanguageModelWalk(Walk):
 
     def compare(self, check: Check) -> None:
         trainer, cut = cast(DistillationTrainer, need(self.trainer, "a trainer")), self.recipe.student.init is not None
-        self.sample = take_sample(trainer, need(self.data, "tokenised rows"), self.sample_rows)
+        self.sample = self.sample_of()
         check_teacher(check, trainer.eval_loss, self.sample, trainer.vocab_size, cut)
         if self.recipe.data.prompt_template != "chat" and "teacher_ce" in check.values:
             self.try_chat_template(check, trainer)
+
+    def sample_of(self, teacher: PreTrainedModel | None = None) -> Sample:
+        trainer = cast(DistillationTrainer, need(self.trainer, "a trainer"))
+        live = None if teacher is None else LiveTeacher(teacher)
+        return take_sample(trainer, need(self.data, "tokenised rows"), self.sample_rows, live)
 
     def try_chat_template(self, check: Check, trainer: DistillationTrainer) -> None:
         """Whether the teacher knows the rows of the sample better in its own chat form than in the recipe's template."""

@@ -18,13 +18,17 @@ from dts_hf.doctor.effect import Sample
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.models.head import head_of, loss_in_head
+from dts_hf.models.quantization import compare_heads, stored
 from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
+from dts_hf.teachers.base import Teacher
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.trainer import DistillationTrainer
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
 UNTRAINED = 0.95
+#: Mean KL of a quantised teacher from the full one, in nats per label, up to which nothing is said.
+FAITHFUL = 0.02
 
 
 def check_weights(check: Check, role: str, model: nn.Module) -> bool:
@@ -34,7 +38,7 @@ def check_weights(check: Check, role: str, model: nn.Module) -> bool:
     check.values[role] = {"class": type(model).__name__, "parameters": parameters, "trained": trained}
     adapters = f", {format_count(trained)} of them trained" if role == "student" and trained < parameters else ""
     check.summary = f"{format_count(parameters)} weights{adapters} ({type(model).__name__}, {dtype_name(model)})"
-    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(stored(weight)).all())]
     if broken:
         text = f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)"
         check.error("weights-not-finite", text, "Its files are broken, or it was saved after a run that diverged")
@@ -104,15 +108,19 @@ def check_vocabulary(
 
 
 @torch.no_grad()
-def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequence[int]) -> Sample:
+def take_sample(
+    trainer: DistillationTrainer, data: EncodedDataset, rows: Sequence[int], teacher: Teacher | None = None
+) -> Sample:
     """Run student and teacher on some rows, without dropout and in the precision of their weights.
 
     Args:
         trainer: built, not yet trained.
         data: tokenised rows.
         rows: places in ``data``.
+        teacher: takes the place of the trainer's.
     """
     student: Any = trainer.model
+    teacher = teacher or trainer.teacher
     collator = PaddedCollator(int(trainer.processing_class.pad_token_id))  # type: ignore[union-attr]
     ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
     parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
@@ -123,9 +131,9 @@ def take_sample(trainer: DistillationTrainer, data: EncodedDataset, rows: Sequen
             states = student(**batch, use_cache=False).logits
         chosen, targets = select_response(states, labels)
         numbers = sequence_numbers(labels) + first
-        parts.append((chosen.float(), trainer.teacher.states(batch, labels), targets, numbers))
+        parts.append((chosen.float(), teacher.states(batch, labels), targets, numbers))
     students, teachers, all_targets, sequences = zip(*parts, strict=True)
-    head, teacher_head = head_of(student).cut(trainer.vocab_size), trainer.teacher.head
+    head, teacher_head = head_of(student).cut(trainer.vocab_size), teacher.head
     # Without its graph, and so exact that gradients can be subtracted from each other
     bias = None if head.bias is None else head.bias.detach().float()
     head = replace(head, weight=head.weight.detach().float(), bias=bias)
@@ -210,3 +218,18 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
     elif teacher_ce > ce:
         text = f"the teacher is worse than the student on these rows, by {teacher_ce - ce:.2f} nats per label"
         check.warn("teacher-worse", text, "Fine-tune the teacher on this data first, or look at the prompt template")
+
+
+def check_faithful(check: Check, full: Sample, quantized: Sample) -> None:
+    """How far the probabilities of a quantised teacher are from those of the full one, on the same labels."""
+    pairs = [(sample.teacher_states, sample.teacher_head) for sample in (full, quantized)]
+    found = compare_heads(*pairs[0], *pairs[1])  # type: ignore[arg-type]  # there is a teacher, as it is quantised
+    kl, high, agreement = found.values()
+    check.values = {"labels": len(full.targets), "limit": FAITHFUL, **found}
+    check.summary = (
+        f"KL {kl:.2g} nats per label from the full teacher (99th percentile {high:.2g}), "
+        f"same first choice {agreement:.1%}"
+    )
+    if not kl <= FAITHFUL:
+        text = f"the teacher is {kl:.3f} nats per label from what its files are, more than {FAITHFUL:g}"
+        check.warn("teacher-unfaithful", text, "teacher.quantization: int8 (the closest), or none")

@@ -96,12 +96,15 @@ def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: st
     largest = max(training, memory.teacher, memory.activations + memory.loss)
     if largest == memory.teacher and recipe.teacher is not None:
         halved = ["teacher.dtype: bfloat16"] if recipe.teacher.dtype == "float32" else []
-        packs = device_type == "cuda" and recipe.teacher.quantization == "none"
-        return "; ".join([*halved, *(["teacher.quantization: 4bit"] if packs else []), "a smaller teacher"])
+        packs = device_type == "cuda" and recipe.student.init is None and recipe.teacher.quantization == "none"
+        return "; ".join(
+            [*halved, *(["teacher.quantization: int8, fp8 or 4bit"] if packs else []), "a smaller teacher"]
+        )
     if largest == training:
         return "student.lora; a smaller student" if recipe.student.lora is None else "a smaller student"
     recompute = "" if workload.gradient_checkpointing else "training.gradient_checkpointing: true; "
-    return f"{recompute}a smaller training.per_device_train_batch_size (and more gradient_accumulation_steps)"
+    batch = "training.per_device_train_batch_size" if recipe.data.pack_tokens is None else "data.packing.tokens"
+    return f"{recompute}a smaller {batch} (and more gradient_accumulation_steps)"
 
 
 def check_output(

@@ -41,10 +41,13 @@ def check_training(check: Check, recipe: Recipe, args: TrainingArguments, device
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else f"{recipe.student.dtype} weights"
     accumulated = f" x {args.gradient_accumulation_steps}" if args.gradient_accumulation_steps > 1 else ""
     optimizer, schedule = (str(getattr(kind, "value", kind)) for kind in (args.optim, args.lr_scheduler_type))
-    check.summary = (
-        f"on {device}, {precision}, {args.per_device_train_batch_size}{accumulated} rows a step, learning rate "
-        f"{args.learning_rate:g} ({schedule})"
+    tokens = recipe.data.pack_tokens
+    batch = (
+        f"{args.per_device_train_batch_size}{accumulated} rows"
+        if tokens is None
+        else f"{tokens:,}{accumulated} tokens"
     )
+    check.summary = f"on {device}, {precision}, {batch} a step, learning rate {args.learning_rate:g} ({schedule})"
     # Adam and its kin divide by the gradient's size, so the rate is what every weight moves by in a step, and weights are
     # about 0.02 to 0.1 large. SGD's step is as large as the (clipped) gradient makes it.
     highest, usual = (1.0, "0.01 to 0.1") if optimizer.startswith("sgd") else (1e-2, "1e-5 to 1e-3")
@@ -92,7 +95,7 @@ def check_steps(
     check: Check,
     trainer: DistillationBase,
     steps: int,
-    tokens_per_row: float,
+    tokens_per_batch: float,
     devices: int,
     *,
     before: int,
@@ -105,7 +108,7 @@ def check_steps(
         check: takes what is found.
         trainer: built with ``logging_steps`` 1; its student is changed.
         steps: optimizer steps of the whole run.
-        tokens_per_row: mean of the whole run.
+        tokens_per_batch: of one device, the mean of the whole run.
         devices: of the whole run; the time of a step is that of one of them.
         before: bytes of this process before any model was loaded.
         estimate: of the memory that the steps take.
@@ -127,7 +130,7 @@ def check_steps(
     # The last step alone: the ones before pay for what is made once (kernels, buffers, optimizer state).
     done = len(laps.seconds)
     per_token = laps.seconds[-1] / max(laps.tokens[done - 1], 1.0)
-    per_step = per_token * tokens_per_row * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_step = per_token * tokens_per_batch * args.gradient_accumulation_steps
     check.values = {
         "steps": done, "seconds": laps.seconds, "tokens": laps.tokens, "seconds_per_step": per_step,
         "seconds_per_step_from": f"step {done} of {done}, per token, one device", "steps_of_run": steps,

@@ -5,6 +5,7 @@ What differs between kinds of tasks is in ``language_modeling.py`` and ``classif
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from dts_hf.console import gb
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.samplers import total_steps
+from dts_hf.data.samplers import best_fit, total_steps
 from dts_hf.distill import task_of
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
-from dts_hf.doctor.models import check_step_size, check_weights
+from dts_hf.doctor.models import check_faithful, check_step_size, check_weights
 from dts_hf.doctor.resources import check_output
 from dts_hf.doctor.steps import check_steps, check_training
 from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
-from dts_hf.recipe.schema import Recipe
+from dts_hf.models.quantization import check_quantization
+from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.distillation_base import DistillationBase
+from dts_hf.training.even_batches import check_packs
+from dts_hf.training.memory_estimate import BYTES
 from dts_hf.training.model_shape import Shapes
 from dts_hf.training.workload import Workload
 
@@ -133,7 +138,9 @@ class Walk(ABC):
             self.check_data(check, self.data, len(rows))
             if self.args is not None:
                 trained_on = round(len(rows) * len(self.data) / len(self.looked_at))
-                self.steps = total_steps(self.args, trained_on, self.world)
+                packs = self.packs()
+                packs = packs and math.ceil(packs * trained_on / len(self.data))
+                self.steps = total_steps(self.args, trained_on, self.world, packs)
 
     def look_at_models(self) -> None:
         """Teacher, then student, which may be cut out of it."""
@@ -144,6 +151,7 @@ class Walk(ABC):
                 need(self.loads or None, "enough memory for the models")
                 teacher = need(self.task.load_teacher(), "a teacher")
                 if self.args is not None:
+                    check_quantization(self.recipe.teacher.quantization, self.args.device)
                     place_teacher(teacher, "replicated", self.args.device)
                 if check_weights(check, "teacher", teacher):
                     self.teacher = teacher
@@ -165,6 +173,9 @@ class Walk(ABC):
         """Teacher and student on the same rows, and what the loss makes of the two."""
         with self.diagnosis.check("cross-entropy") as check:
             self.compare(check)
+        if self.recipe.teacher is not None and self.recipe.teacher.quantization != "none":
+            with self.diagnosis.check("quantization") as check:
+                self.compare_with_full(check, self.recipe.teacher)
         with self.diagnosis.check("effect") as check:
             check_effect(check, need(self.trainer, "a trainer").loss, self.small_sample(), self.use_of_teacher())
         with self.diagnosis.check("temperature") as check:
@@ -203,6 +214,22 @@ class Walk(ABC):
         self.trainer = task.make_trainer(arguments_of(task), models, Data(data))
         return self.trainer
 
+    def compare_with_full(self, check: Check, teacher: Teacher) -> None:
+        """The quantised teacher beside the one of its files, where there is room for both.
+
+        Raises:
+            Skipped: there is none, or no sample of rows.
+        """
+        sample, args = need(self.sample, "a sample of rows"), need(self.args, "training arguments")
+        size = need(self.teacher, "the teacher").num_parameters() * BYTES[teacher.dtype]
+        if 1.2 * size > (room := device_of(args)["memory"]):
+            raise Skipped(f"the full teacher, {gb(size)}, does not fit beside the models: {gb(room)} are free")
+        plain = teacher.model_copy(update={"quantization": "none"})
+        full = need(task_of(self.recipe.model_copy(update={"teacher": plain})).load_teacher(), "a teacher")
+        place_teacher(full, "replicated", args.device)
+        check_faithful(check, self.sample_of(full), sample)
+        check.summary = f"{teacher.quantization}: {check.summary}"
+
     def make_steps(self, check: Check) -> None:
         """Three steps of the real training.
 
@@ -212,12 +239,25 @@ class Walk(ABC):
         if not self.trains:
             raise Skipped("three steps on one device do not fit into its memory")
         trainer, steps = need(self.trainer, "a trainer"), need(self.steps, "rows")
-        lengths = need(self.data, "tokenised rows").lengths
+        lengths, args = need(self.data, "tokenised rows").lengths, need(self.args, "training arguments")
+        batches = self.packs() or len(lengths) / args.per_device_train_batch_size
         memory = {check.name: check.values for check in self.diagnosis.checks}.get("memory", {})
         check_steps(
-            check, trainer, steps, sum(lengths) / len(lengths), self.world,
+            check, trainer, steps, sum(lengths) / batches, self.world,
             before=self.before, estimate=memory.get("alone"), room=self.diagnosis.device["memory"],
         )  # fmt: skip
+
+    def packs(self) -> int | None:
+        """Batches that the sample of rows fills, where they are filled to a budget of tokens.
+
+        Raises:
+            UserError: a row does not fit into one.
+        """
+        tokens, data = self.recipe.data.pack_tokens, need(self.data, "tokenised rows")
+        if tokens is None:
+            return None
+        check_packs(need(self.args, "training arguments"), data, tokens)
+        return len(best_fit(data.lengths, tokens))
 
     def small_sample(self) -> Sample:
         """So much of the sample as the effect test can afford."""
@@ -247,6 +287,10 @@ class Walk(ABC):
     @abstractmethod
     def compare(self, check: Check) -> None:
         """Take ``sample``, and compare teacher and student on it."""
+
+    @abstractmethod
+    def sample_of(self, teacher: PreTrainedModel | None = None) -> Sample:
+        """Student and teacher on some rows; ``teacher`` takes the place of the trainer's."""
 
     def workload(self) -> Workload | None:
         """What one device would work on; None where nothing is known of it."""

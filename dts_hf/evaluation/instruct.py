@@ -18,7 +18,8 @@ from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
-from dts_hf.generation.engine import Generated, GenerationSettings, checked_prompts, generate
+from dts_hf.generation.engine import Generated, GenerationSettings, generate
+from dts_hf.generation.prompts import checked_prompts
 from dts_hf.generation.shares import answer_share, decode_answer
 
 if TYPE_CHECKING:

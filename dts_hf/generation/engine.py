@@ -5,13 +5,14 @@ samples from the global generator: the same seed gives other texts for another b
 of training moves the training's random state. Here the noise of a token is a function of (seed, row key, step, token),
 see ``sampling.py``.
 
-The price: a Python loop with one kernel launch at a time, no paged attention and no compiled graphs, so on a GPU a
-server such as vLLM answers faster (``vllm_backend.py``, with other samples; not measured here). Beside
-``model.generate`` it costs nothing: about 1.2 times its tokens per second on a CPU core (SmolLM2-135M, fp32;
+The price: a Python loop and no paged attention, so on a GPU a server such as vLLM answers faster (``vllm_backend.py``, with
+other samples; not measured here). There the loop would wait for the launches of its kernels, so a token's step is recorded
+once and repeated, a whole batch at a time (``fixed_batch.py``). On a CPU the loop costs nothing beside
+``model.generate``: about 1.2 times its tokens per second on a core (SmolLM2-135M, fp32;
 ``benchmarks/generation.py --prompts 16 --batch-size 8 --max-new-tokens 48 --threads 1 --rounds 2 --dtype float32``).
 
-Continuous batching: answers end after very different lengths, so ended rows leave the batch and waiting prompts take
-their slots.
+Continuous batching, where shapes may change: answers end after very different lengths, so ended rows leave the batch and
+waiting prompts take their slots.
 
 Shapes: ``B`` slots of the batch, ``L`` tokens seen (prompt, padding on the left, answer so far), ``V`` vocabulary.
 """
@@ -19,7 +20,9 @@ Shapes: ``B`` slots of the batch, ``L`` tokens seen (prompt, padding on the left
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,8 +36,17 @@ from dts_hf.distributed.processes import on_any_process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.generation.cache import can_join, growing_cache, join_rows, keep_rows
+from dts_hf.generation.fixed_batch import FixedBatch, decode
 from dts_hf.generation.progress import progress_bar
-from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise
+from dts_hf.generation.prompts import checked_prompts
+from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, noise_keys
+from dts_hf.models.compilation import without_compiled_layers
+from dts_hf.models.head import without_adapters
+
+logger = logging.getLogger(__name__)
+#: How far the logits of ``FixedBatch`` may be from those of a growing cache, relative to the largest: rounding (in fp32 that
+#: of TF32, else that of bf16) moves them by less, a mask or a position that is wrong by far more.
+FIXED_TOLERANCE, FIXED_TOLERANCE_LOW = 1e-2, 5e-2
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ def cache_argument(model: torch.nn.Module) -> str:
     Raises:
         UserError: it takes none that is known here.
     """
-    base = _base(model)
+    base = without_adapters(model)
     parameters = inspect.signature(base.forward).parameters
     name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
     if name is None:
@@ -112,6 +124,7 @@ def generate(
     row_keys: Sequence[str] | None = None,
     progress: str | None = None,
     on_finished: Callable[[int, Generated], None] | None = None,
+    fixed_shapes: bool | None = None,
 ) -> list[Generated]:
     """Answer every prompt; the answers come in the order of the prompts.
 
@@ -133,6 +146,8 @@ def generate(
         row_keys: one name per prompt; sampling noise follows it. Default: the prompt's position in ``prompts``.
         progress: title of the progress bar, shown once the work has lasted two seconds; None for no bar.
         on_finished: called with the position in ``prompts`` and the answer as soon as a row has ended.
+        fixed_shapes: decode whole batches in shapes that never change, which a GPU records as a CUDA graph; a model that
+            this does not suit goes on in the other way, with a warning. None: on a GPU alone. See ``fixed_batch``.
 
     Raises:
         UserError: prompt and answer together exceed the model's positions, or the number of keys is not that of the
@@ -148,8 +163,13 @@ def generate(
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
     # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
     no_gradient = torch.no_grad() if job.together else torch.inference_mode()
-    with _evaluating(model), no_gradient, progress_bar(progress, len(inputs)) as show:
+    calm = (_evaluating(model), without_compiled_layers(model), no_gradient)
+    with contextlib.ExitStack() as stack, progress_bar(progress, len(inputs)) as show:
+        for context in calm:
+            stack.enter_context(context)
         batch: _Batch | None = None
+        if (_device(model).type == "cuda" if fixed_shapes is None else fixed_shapes) and not job.together:
+            batch = _answer_in_fixed_shapes(job, waiting, show)
         while waiting or (batch is not None and batch.live()):
             if batch is not None and not batch.live():
                 batch = None
@@ -185,7 +205,7 @@ class _Job:
     def __post_init__(self) -> None:
         count = len(self.prompts)
         self.tokens, self.finished, self.done = [[] for _ in range(count)], [False] * count, [False] * count
-        keeps = "logits_to_keep" in inspect.signature(_base(self.model).forward).parameters
+        keeps = "logits_to_keep" in inspect.signature(without_adapters(self.model).forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
         self.cache_argument = cache_argument(self.model)
         self.together = is_sharded(self.model)
@@ -238,13 +258,80 @@ def _refill(job: _Job, batch: _Batch | None, waiting: list[int]) -> _Batch | Non
     return batch
 
 
+def _answer_in_fixed_shapes(job: _Job, waiting: list[int], show: Callable[[int, int], None]) -> _Batch | None:
+    """Answer the waiting prompts batch by batch with one ``FixedBatch``; where it does not suit, return one that runs."""
+    settings, fixed = job.settings, None
+    size = min(settings.batch_size, len(waiting))
+    while waiting:
+        batch = _prefill(job, [waiting.pop() for _ in range(min(size, len(waiting)))])
+        if not can_join(batch.cache):
+            return batch  # a sliding window, or states of another form
+        keys = None
+        if settings.do_sample:
+            draws = [(job.keys[row], step) for step in range(settings.max_new_tokens) for row in batch.rows]
+            keys = noise_keys(settings.seed, draws).view(-1, len(batch.rows), 2).to(batch.history.device)
+        if batch.live() and fixed is None:
+            fixed = _checked_fixed_batch(job, batch, size, keys)
+            if fixed is None:
+                return batch
+        if fixed is not None and batch.live():
+            made = len(job.tokens[batch.rows[batch.live()[0]]])  # the same for all that have not ended
+            fixed.load(batch.cache, batch.history, keys, made)
+            decode(fixed, batch.rows, settings.max_new_tokens - made, job.add, job.done)
+        show(job.rows_done, job.tokens_made)
+    return None
+
+
+def _checked_fixed_batch(job: _Job, batch: _Batch, size: int, keys: Tensor | None) -> FixedBatch | None:
+    """A ``FixedBatch`` that has given the logits of the next token that the growing cache gives; None, said once, if not.
+
+    The next token is chosen from those of the growing cache: either way the batch has gone on by one.
+    """
+    settings, model = job.settings, without_adapters(job.model)
+    made, reason, fixed = len(job.tokens[batch.rows[batch.live()[0]]]), "", None
+    try:
+        fixed = FixedBatch(
+            functools.partial(_forward, job),
+            batch.cache,
+            size,
+            batch.history.shape[1] - 1 + settings.max_new_tokens,  # the longest prompt comes first
+            additive=model.config._attn_implementation == "eager",
+            ngram=settings.no_repeat_ngram_size,
+            temperature=settings.temperature if settings.do_sample else None,
+        )
+        fixed.record()
+        fixed.load(batch.cache, batch.history, keys, made)
+        fixed.advance(1)
+    except Exception as error:  # whatever a model does to a mask of four dimensions, or a capture to what it meets
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    expected = _last_logits(job, *_newest(batch), batch.cache)
+    if fixed is not None and not reason:
+        apart = float((fixed.logits[: len(expected)].float() - expected.float()).abs().max())
+        largest = float(expected.float().abs().max().clamp(min=1.0))
+        # Not the type of the logits, which accelerate makes fp32 whatever it computes in
+        low = fixed.dtype in (torch.bfloat16, torch.float16)
+        if not apart <= (FIXED_TOLERANCE_LOW if low else FIXED_TOLERANCE) * largest:
+            reason = f"its logits are {apart:.2g} from those of a cache that grows"
+    _choose_next(job, batch, expected)
+    if reason:
+        name = type(model).__name__
+        _warn_once(f"generation: {name} is decoded with a growing cache, not in fixed shapes ({reason})")
+        return None
+    return fixed
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _prefill(job: _Job, rows: list[int]) -> _Batch:
     """Read the prompts of ``rows`` and choose the first token of each answer."""
     width = max(len(job.prompts[row]) for row in rows)
     padded = [[NOTHING] * (width - len(job.prompts[row])) + job.prompts[row] for row in rows]
     history = torch.tensor(padded, dtype=torch.long, device=_device(job.model))
     # A plain DynamicCache copies all of itself (`torch.cat`) for every new token
-    cache = growing_cache(_base(job.model).config)
+    cache = growing_cache(without_adapters(job.model).config)
     batch = _Batch(job, rows, history, cache)
     mask = history != NOTHING
     # Positions count tokens and not columns, so that padding does not move a prompt
@@ -255,9 +342,13 @@ def _prefill(job: _Job, rows: list[int]) -> _Batch:
 
 def _decode_step(job: _Job, batch: _Batch) -> None:
     """Read the newest tokens and choose the next ones."""
+    _choose_next(job, batch, _last_logits(job, *_newest(batch), batch.cache))
+
+
+def _newest(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The newest tokens [B, 1], the mask [B, L + 1] over the cache and them, and their positions [B, 1]."""
     mask = batch.history != NOTHING
-    positions = mask.long().sum(-1, keepdim=True) - 1
-    _choose_next(job, batch, _last_logits(job, batch.history[:, -1:], mask, positions, batch.cache))
+    return batch.history[:, -1:], mask, mask.long().sum(-1, keepdim=True) - 1
 
 
 def _last_logits(job: _Job, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -266,9 +357,13 @@ def _last_logits(job: _Job, ids: Tensor, mask: Tensor, positions: Tensor, cache:
         on_any_process(True, _device(job.model))  # so that those that have ended come along
     # A state space model hides padding from its states: of one new token there is none
     seen = None if job.cache_argument == "cache_params" and ids.shape != mask.shape else mask.long()
+    return _forward(job, ids, seen, positions, cache)
+
+
+def _forward(job: _Job, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
     output = job.model(
         input_ids=ids,
-        attention_mask=seen,
+        attention_mask=mask,
         position_ids=positions,
         **{job.cache_argument: cache},
         **job.forward_options,
@@ -323,56 +418,6 @@ def _join(old: _Batch, new: _Batch) -> _Batch:
     history = torch.nn.functional.pad(new.history, (gap, 0), value=NOTHING)
     join_rows(old.cache, new.cache, unused)
     return _Batch(old.job, old.rows + new.rows, torch.cat([old.history[:, unused:], history]), old.cache)
-
-
-def checked_prompts(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    row_keys: Sequence[str] | None = None,
-) -> list[list[int]]:
-    """The prompts as ``generate`` takes them: an empty one is started with one token.
-
-    Args:
-        model: causal language model of ``transformers``.
-        prompts: token ids of each prompt.
-        max_new_tokens: longest answer, in tokens.
-        row_keys: names of the prompts, for messages.
-
-    Raises:
-        UserError: a prompt leaves no room for its answer within the model's positions, or is empty and the model names
-            no token to start with.
-    """
-    base = _base(model)
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    checked = []
-    for number, prompt in enumerate(prompts):
-        ids = [int(token) for token in prompt] or [_start(base)]
-        if limit is not None and len(ids) + max_new_tokens > limit:
-            name = f"prompt {number}" if row_keys is None else f"the prompt of row {row_keys[number]!r}"
-            raise UserError(
-                f"{name} has {len(ids)} tokens: with max_new_tokens={max_new_tokens} that is more than the {limit} "
-                "positions of the model; shorten the prompts or the answers"
-            )
-        checked.append(ids)
-    return checked
-
-
-def _start(model: Any) -> int:
-    """The token that an empty prompt is started with: that of the generation config or of the language model's own."""
-    holders = [getattr(model, "generation_config", None), model.config.get_text_config(), model.config]
-    for name in ("bos_token_id", "eos_token_id"):
-        for holder in holders:
-            token = getattr(holder, name, None)
-            if token is not None:
-                return int(token[0] if isinstance(token, list) else token)
-    raise UserError(f"{type(model).__name__} names no token to start an empty prompt with; give every prompt a token")
-
-
-def _base(model: torch.nn.Module) -> Any:
-    """Return the transformers model: a peft wrapper hides the signature of its ``forward``."""
-    find = getattr(model, "get_base_model", None)
-    return find() if callable(find) else model
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -39,6 +39,29 @@ def ban_repeated_ngrams(logits: Tensor, history: Tensor, n: int) -> Tensor:
     return logits
 
 
+def repeated_ngrams(history: Tensor, end: Tensor, n: int, vocabulary: int) -> Tensor:
+    """Which tokens ``ban_repeated_ngrams`` would ban: bool [B, V]; of a history with room on its right, without a host.
+
+    Args:
+        history: [B, C] token ids; ``NOTHING`` (-1) where there is no token, also in the columns that are still free.
+        end: [1] int64, how many columns are in use.
+        n: length of the n-gram in tokens, at least 1.
+        vocabulary: V.
+    """
+    banned = torch.zeros((len(history), vocabulary + 1), dtype=torch.bool, device=history.device)
+    if history.shape[1] < n:
+        return banned[:, :vocabulary]
+    windows = history.unfold(1, n, 1)  # [B, C - n + 1, n], a view
+    last = windows[..., -1]
+    again = (last >= 0) & (last < vocabulary)
+    for offset in range(n - 1):
+        # Before n - 1 columns are in use no window is full, and whichever column is read bans nothing
+        token = history.index_select(1, (end - n + 1 + offset).clamp_(min=0))
+        again &= windows[..., offset] == token
+    # All that is not banned lands in the column behind the vocabulary
+    return banned.scatter_(1, last.masked_fill(~again, vocabulary), True)[:, :vocabulary]
+
+
 def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, device: torch.device | str) -> Tensor:
     """Return standard Gumbel noise [B, V], fp32, each row a function of (seed, its key, its step) alone.
 
@@ -56,12 +79,22 @@ def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, d
     if len(draws) > piece and torch.device(device).type == "cpu":
         pieces = [draws[start : start + piece] for start in range(0, len(draws), piece)]
         return torch.cat([gumbel_noise(seed, some, vocabulary, device) for some in pieces])
+    return gumbel_of_keys(noise_keys(seed, draws).to(device), vocabulary)
+
+
+def noise_keys(seed: int, draws: Sequence[tuple[str, int]]) -> Tensor:
+    """The two halves of the key of each (row key, step): int32 [len(draws), 2], on the CPU."""
     digests = b"".join(
         hashlib.blake2b(f"{seed}\x1f{step}\x1f{key}".encode(), digest_size=8).digest() for key, step in draws
     )
     halves = [int.from_bytes(digests[i : i + 4], "little", signed=True) for i in range(0, len(digests), 4)]
-    keys = torch.tensor(halves, dtype=torch.int32, device=device).view(-1, 2, 1)
-    bits = torch.arange(vocabulary, dtype=torch.int32, device=device) * -1640531535 ^ keys[:, 0]
+    return torch.tensor(halves, dtype=torch.int32).view(-1, 2)
+
+
+def gumbel_of_keys(row_keys: Tensor, vocabulary: int) -> Tensor:
+    """The noise [B, V], fp32, that ``gumbel_noise`` makes of the keys [B, 2], int32, of its rows."""
+    keys = row_keys.view(-1, 2, 1)
+    bits = torch.arange(vocabulary, dtype=torch.int32, device=keys.device) * -1640531535 ^ keys[:, 0]
     # Shifts and factors of lowbias32 (Wellons 2018), with the second half of the key between its rounds. int32 wraps
     # around, and `>>` keeps the sign: hence the masks
     bits ^= (bits >> 16) & 0xFFFF

@@ -96,7 +96,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             args=args,
             logits_budget_mb=recipe.loss.logits_budget_mb,
             router_aux_loss=recipe.loss.router_aux_loss,
-            packing=recipe.data.packing,
+            packing=recipe.data.model_dump()["packing"],
             vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
             **self.trainer_options(models, data),
         )

@@ -17,6 +17,9 @@ from dts_hf.loss.row_loss import LossSettings, RowLoss
 from dts_hf.loss.sequence_gap import sequence_means, whole_sequences
 from dts_hf.models.head import Head
 
+#: Kernels read 16 bytes at once where every row of logits begins at a multiple of so many entries: V of GPT-2 is odd.
+_PITCH = 64
+
 
 class ChunkWalk:
     """Loss, sums and gradients of N rows in one pass, C rows at a time; the gradients are formed in the forward pass.
@@ -93,14 +96,12 @@ class ChunkWalk:
         self.chunk = rows_in_budget(settings.logits_budget_mb, vocab, itemsize)
         self.chunk = equal_chunks(rows, self.chunk) if settings.fused else min(self.chunk, max(rows, 1))
         # All chunks write into these: taken anew for each chunk, the last and the next one would be there together
-        self.buffers = [states.new_empty(self.chunk, vocab, dtype=student_dtype)]  # [C, V]
-        if teacher_states is not None:
-            self.buffers.append(states.new_empty(self.chunk, vocab, dtype=teacher_dtype))
-        self.grad_buffer = self.buffers[0]
-        if (
-            settings.fused and student_dtype != self.matmul_dtype
-        ):  # g is for a matmul: no fp32 beside low-precision states
-            self.grad_buffer = states.new_empty(self.chunk, vocab, dtype=self.matmul_dtype)
+        dtypes = [student_dtype] if teacher_states is None else [student_dtype, teacher_dtype]
+        apart = settings.fused and student_dtype != self.matmul_dtype  # g is for a matmul, which takes no fp32 logits
+        dtypes += [self.matmul_dtype] if apart else []
+        pitch = -(-vocab // _PITCH) * _PITCH if settings.fused else vocab
+        buffers = [states.new_empty(self.chunk, pitch, dtype=dtype)[:, :vocab] for dtype in dtypes]  # [C, V]
+        self.buffers, self.grad_buffer = buffers, buffers[-1 if apart else 0]
 
         # Gradients of the summed loss. The first chunk makes dW; without a chunk it is zeros, and not None, so that every
         # rank has a gradient to reduce.

@@ -41,6 +41,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1.0e20)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
 # ----------------------------------------------------------------------------------------------------------- divergences
 
 
@@ -164,11 +170,6 @@ def overlap(p, q, lp, lq, a, b, k, at_target):
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -480,9 +481,41 @@ def _soft(x_s, x_t, of, C, a, b, at_target, TERMS: tl.constexpr):
     """One soft term's gradient with respect to x_s; ``of`` points at its numbers of the row."""
     log_q = x_s * tl.load(of) - tl.load(of + 2 * C)
     log_p = x_t * tl.load(of + C) - tl.load(of + 3 * C)
-    q = _exp(tl.minimum(log_q, 0.0))  # above 0 only at a label that is left out, and infinity times 0 would be NaN there
+    q = _exp(
+        tl.minimum(log_q, 0.0)
+    )  # above 0 only at a label that is left out, and infinity times 0 would be NaN there
     _, e, _ = TERMS(_exp(log_p), q, log_p, log_q, a, b, tl.load(of + 6 * C), at_target)
     return tl.load(of + 4 * C) * (e - q * tl.load(of + 5 * C))
+
+
+@triton.jit
+def _write_gradient(
+    student, teacher, grad, offsets, target, pivot_s, pivot_t, ce, teacher_share, rows, terms,
+    V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, TERMS: tl.constexpr, COUNT: tl.constexpr, WITH_CE: tl.constexpr,
+    SCALE_FREE: tl.constexpr, MIXED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile; ``rows`` and ``terms`` point at the numbers of the row."""
+    x_s = _relative(student, offsets, V, pivot_s, scale_s, cap_s, CAPPED_S, MASKED)
+    g = tl.zeros_like(x_s)
+    if WITH_CE:
+        g = ce_weight * (_exp(x_s - ce) - tl.where(offsets == target, 1.0, 0.0))
+    if COUNT > 0:
+        x_t = _relative(teacher, offsets, V, pivot_t, scale_t, cap_t, CAPPED_T, MASKED)
+        if MIXED:
+            x_t = x_s + teacher_share * (x_t - x_s)
+        for term in tl.static_range(COUNT):
+            g += _soft(x_s, x_t, terms + term * 7 * C, C, a, b, offsets == target, TERMS)
+    if SCALE_FREE:
+        g -= tl.load(rows + 3 * C) * (x_s - tl.load(rows + 4 * C))
+    if CAPPED_S:
+        bent = (x_s + pivot_s) / cap_s
+        g *= 1.0 - bent * bent
+    g = (g * scale_s).to(grad.dtype.element_ty)
+    if MASKED:
+        tl.store(grad + offsets, g, mask=offsets < V)
+    else:
+        tl.store(grad + offsets, g)
 
 
 @triton.jit
@@ -511,22 +544,18 @@ def gradient_kernel(
         teacher_share = tl.load(share)
     BLOCK: tl.constexpr = THREADS * INNER
     first = tl.program_id(1) * (TILES * BLOCK)
-    for tile in tl.static_range(TILES):
-        offsets = first + tile * BLOCK + column
-        inside = offsets < V
-        x_s = _activate(tl.load(student + offsets, mask=inside, other=0.0), scale_s, cap_s, CAPPED_S) - pivot_s
-        g = tl.zeros_like(x_s)
-        if WITH_CE:
-            g = ce_weight * (_exp(x_s - ce) - tl.where(offsets == target, 1.0, 0.0))
-        if COUNT > 0:
-            x_t = _activate(tl.load(teacher + offsets, mask=inside, other=0.0), scale_t, cap_t, CAPPED_T) - pivot_t
-            if MIXED:
-                x_t = x_s + teacher_share * (x_t - x_s)
-            for term in tl.static_range(COUNT):
-                g += _soft(x_s, x_t, terms + term * 7 * C + row, C, a, b, offsets == target, TERMS)
-        if SCALE_FREE:
-            g -= tl.load(rows + 3 * C) * (x_s - tl.load(rows + 4 * C))
-        if CAPPED_S:
-            bent = (x_s + pivot_s) / cap_s
-            g *= 1.0 - bent * bent
-        tl.store(grad + offsets, (g * scale_s).to(grad.dtype.element_ty), mask=inside)
+    # A mask that may end anywhere splits 16 bytes into single loads: the last program of a row alone has one
+    if first + TILES * BLOCK <= V:
+        for tile in tl.static_range(TILES):
+            _write_gradient(
+                student, teacher, grad, first + tile * BLOCK + column, target, pivot_s, pivot_t, ce, teacher_share,
+                rows, terms + row, V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
+                CAPPED_S, CAPPED_T, TERMS, COUNT, WITH_CE, SCALE_FREE, MIXED, False,
+            )  # fmt: skip
+    else:
+        for start in range(first, V, BLOCK):
+            _write_gradient(
+                student, teacher, grad, start + column, target, pivot_s, pivot_t, ce, teacher_share,
+                rows, terms + row, V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
+                CAPPED_S, CAPPED_T, TERMS, COUNT, WITH_CE, SCALE_FREE, MIXED, True,
+            )  # fmt: skip

@@ -100,7 +100,7 @@ class RowLoss:
         """Without a row, zeros as wide as the policy's features: every rank must reduce sums of equal shape."""
         z = torch.empty(0, self.head.vocab_size, dtype=self.math_dtype, device=device)
         none = z.new_empty(0)
-        observed = self.settings.temperature(z, z, RowStats(none, none, none, none, None)).observed
+        observed = self.settings.temperature(z, z, RowStats(none, none, none, none, none)).observed
         if observed is not None:
             self.observe(observed)
 

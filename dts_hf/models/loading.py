@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError, nearest
 from dts_hf.models.adapters import add_lora
+from dts_hf.models.compilation import restore_layers
 from dts_hf.models.head import check_head
 from dts_hf.models.pruning import prune_layers
+from dts_hf.models.quantization import check_quantized, quantized_options
 
 if TYPE_CHECKING:
     from dts_hf.recipe.schema import Recipe, Student, Teacher
@@ -135,7 +137,7 @@ def load_model(name: str, *, key: str, dtype: str = "float32", **options: Any) -
         options: ``revision``, ``quantization`` and ``trust_remote_code``, as ``load_weights`` takes them.
 
     Raises:
-        UserError: the name is unknown, the format is not safe (safetensors only), or bitsandbytes is missing.
+        UserError: the name is unknown, the format is not safe (safetensors only), or it cannot be quantised so.
     """
     model, missing = load_weights(AutoModelForCausalLM, name, key=key, dtype=dtype, **options)
     if missing:  # transformers only warns, and makes them up at random
@@ -165,7 +167,7 @@ def load_weights(
         key: the recipe's key, for errors.
         dtype: torch's name of the type of the weights.
         revision: branch, tag or commit on the Hub.
-        quantization: ``none``, ``8bit`` or ``4bit`` (bitsandbytes).
+        quantization: as ``teacher.quantization`` has it.
         trust_remote_code: run Python code that comes with the model.
         config: changes to the model's configuration.
 
@@ -181,8 +183,7 @@ def load_weights(
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-        if quantization != "none":
-            options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+        options |= quantized_options(quantization, getattr(torch, dtype))
     try:
         with unsharded_init():
             loaded: Any = auto_class.from_pretrained(
@@ -197,6 +198,7 @@ def load_weights(
     model, found = loaded
     if source.gguf_file is not None:
         _clear_quantised_mark(model)
+    check_quantized(model, quantization, key)
     return model, sorted(found["missing_keys"])
 
 
@@ -209,20 +211,6 @@ def _not_loadable(key: str, name: str, error: Exception) -> UserError:
     return UserError(
         f"{key}: cannot load {name!r}: expected a folder made by save_pretrained, a .gguf file, 'package:NAME/FILE.gguf', "
         f"or a name that the Hugging Face Hub knows (is this machine online, and the name spelt right?). {reason}"
-    )
-
-
-def _bitsandbytes_config(quantization: str, dtype: str) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"teacher.quantization: '{quantization}' needs the package bitsandbytes: pip install 'dts-hf[quantization]'"
-        )
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), bnb_4bit_quant_type="nf4"
     )
 
 
@@ -262,13 +250,14 @@ def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """``model`` without what an earlier trainer has put around it: DDP, and autocast with outputs in fp32.
+    """``model`` without what an earlier trainer has made of it: DDP, autocast with outputs in fp32, compiled layers.
 
     Accelerate puts autocast into ``model.forward`` itself, marks the model and never wraps a marked one again: the next
-    trainer would go on in the precision of the last one, whatever its own arguments say. What is compiled stays so.
+    trainer would go on in the precision of the last one, whatever its own arguments say. What a user has compiled stays so.
     """
     from accelerate.utils import extract_model_from_parallel
 
+    restore_layers(model)
     if not {"_is_accelerate_prepared", "_original_forward"} & {*vars(_uncompiled(model))}:
         return model
     model = extract_model_from_parallel(model)

@@ -21,7 +21,11 @@ from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, sche
 from dts_hf.recipe.yaml_files import dump_values, expand
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
+#: The package that quantises a teacher's weights in each way.
+QUANTIZED_BY = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "fp8": "torchao", "int8": "torchao"}
 
 
 class Section(BaseModel):
@@ -111,8 +115,9 @@ class Teacher(Section):
         default=None, description="Hub name or folder of the tokenizer; null: the model's own."
     )
     dtype: Dtype = Field(default="bfloat16", description="Type of the teacher's weights.")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        default="none", description="Load through bitsandbytes (GPU)."
+    quantization: Quantization = Field(
+        default="none",
+        description="8bit and 4bit: through bitsandbytes. fp8 (GPUs from Ada and Hopper on) and int8: through torchao.",
     )
     placement: Literal["replicated", "sharded"] = Field(
         default="replicated",
@@ -127,10 +132,25 @@ class Teacher(Section):
     def _placement_of_packed_weights(self) -> Teacher:
         if self.placement == "sharded" and self.quantization != "none":
             raise ValueError(
-                f"placement is 'sharded' and quantization '{self.quantization}', but the packed weights of bitsandbytes "
-                "cannot be split: use placement 'replicated', or quantization 'none'"
+                f"placement is 'sharded' and quantization '{self.quantization}', but the packed weights of "
+                f"{QUANTIZED_BY[self.quantization]} cannot be split: use placement 'replicated', or quantization 'none'"
+            )
+        if self.quantization == "fp8" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"quantization is 'fp8' and dtype '{self.dtype}', expected dtype 'bfloat16': fp8 matmuls give it"
             )
         return self
+
+
+class Packing(Section):
+    """Training batches that are filled to a number of tokens, so that steps cost the same."""
+
+    tokens: int = Field(
+        ge=1,
+        le=MOST_TOKENS,
+        description="Fill each device's training batch to so many tokens, by best fit, whatever "
+        "training.per_device_train_batch_size; no row may be longer.",
+    )
 
 
 class Data(Section):
@@ -150,8 +170,10 @@ class Data(Section):
         default=256, description="Prompt alone, in tokens; its input field is shortened to fit."
     )
     long_rows: Literal["drop", "cut"] = Field(default="drop", description="Rows above max_length: leave out, or cut.")
-    packing: bool = Field(
-        default=False, description="Lay rows end to end without padding; they do not see each other."
+    packing: bool | Packing = Field(
+        default=False,
+        description="Lay rows end to end without padding; they do not see each other. A mapping with tokens also fills each "
+        "training batch to so many.",
     )
     responses: Literal["data", "teacher"] = Field(
         default="data",
@@ -163,6 +185,11 @@ class Data(Section):
     cache_dir: str | None = Field(
         default=None, description="Folder for the teacher's answers; null: the default cache."
     )
+
+    @property
+    def pack_tokens(self) -> int | None:
+        """To how many tokens each training batch is filled; None: it is a number of rows."""
+        return None if isinstance(self.packing, bool) else self.packing.tokens
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Data:
@@ -309,12 +336,17 @@ class Recipe(Section):
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
         if self.teacher is None and self.student.init is not None:
             raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
+        if self.teacher is not None and self.student.init is not None and self.teacher.quantization != "none":
+            raise ValueError(
+                f"student.init: from teacher, but teacher.quantization is '{self.teacher.quantization}', and packed weights "
+                "cannot be trained: use quantization 'none', or give student.model"
+            )
         if self.task is not None:
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
-                "data.packing": self.data.packing,
+                "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
             }
             found = [key for key, given in unfit.items() if given]

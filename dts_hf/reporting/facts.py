@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from dts_hf.console import masked
+from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.runs.directory import RunDirectory
 
 MODELS = ("teacher", "student_before", "student")
@@ -160,8 +161,9 @@ def describe_teacher(facts: Facts) -> str:
     if not teacher.get("model"):
         return "unknown (the run has no recipe)"
     words = describe_model(teacher["model"], teacher.get("revision"))
-    if teacher.get("quantization") not in (None, "none"):
-        words += f", quantised to {teacher['quantization']}"
+    kind = teacher.get("quantization")
+    if kind in QUANTIZED_BY:
+        words += f", quantised to {kind} by {QUANTIZED_BY[kind]}"
     return words
 
 

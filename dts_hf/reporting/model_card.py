@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.reporting.facts import (
     Facts,
     Policy,
@@ -340,7 +341,8 @@ def _describe_training(facts: Facts) -> str:
 
 def _describe_versions(facts: Facts) -> str:
     packages = facts.environment.get("packages") or {}
-    shown = [f"{name} {packages[name]}" for name in VERSIONS_SHOWN if name in packages]
+    quantizer = QUANTIZED_BY.get(str(facts.section("teacher").get("quantization")))
+    shown = [f"{name} {packages[name]}" for name in (*VERSIONS_SHOWN, quantizer) if name in packages]
     if facts.environment.get("python"):
         shown.insert(0, f"Python {facts.environment['python']}")
     if facts.environment.get("git_commit"):

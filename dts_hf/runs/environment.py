@@ -19,6 +19,7 @@ from dts_hf.console import gb, masked
 PACKAGES = (
     "dts-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes", "deepspeed",
     "evaluate", "gguf", "huggingface_hub", "numpy", "pydantic",
+    "torchao",
 )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def one_sentence(error: BaseException) -> str | None:
         if is_out_of_memory(link):
             return (
                 f"out of memory: {_first_line(link)}. Lower training.per_device_train_batch_size (and raise "
-                "gradient_accumulation_steps by the same factor: the numbers stay), or set "
+                "gradient_accumulation_steps by the same factor: the numbers stay) or data.packing.tokens, or set "
                 "training.activation_checkpointing: true"
             )
     return None

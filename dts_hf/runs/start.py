@@ -20,6 +20,7 @@ from dts_hf.distributed.launch import check_launch
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
+from dts_hf.models.quantization import check_quantization
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
 from dts_hf.runs.directory import BEFORE, RunDirectory
@@ -128,11 +129,13 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         resume: go on with the run in ``output.dir`` if there is one.
 
     Raises:
-        UserError: the launch is not what it claims, the teacher cannot be sharded over it, or see ``find_start``.
+        UserError: the launch is not what it claims, the teacher cannot be quantised or sharded so, or see ``find_start``.
     """
     check_launch(args)
-    if recipe.teacher is not None and recipe.teacher.placement == "sharded":
-        check_can_shard(recipe.teacher.quantization != "none")
+    if recipe.teacher is not None:
+        check_quantization(recipe.teacher.quantization, args.device)
+        if recipe.teacher.placement == "sharded":
+            check_can_shard(recipe.teacher.quantization != "none")
     start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
     if args.process_index == 0 and not start.finished:
         say(where_it_trains(args))

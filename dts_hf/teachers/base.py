@@ -13,7 +13,7 @@ from dts_hf.models.head import Head
 class Teacher(Protocol):
     """Answers a batch with the states that its head turns into logits.
 
-    With packing on a CPU the batch's ``attention_mask`` may be a ``packed_attention.cu_seqlens_mask``; a teacher of your own
+    With packing the batch's ``attention_mask`` may be a ``packed_attention.cu_seqlens_mask``; a teacher of your own
     says ``takes_cu_seqlens = True`` where it knows that, or does not look at the mask.
     """
 

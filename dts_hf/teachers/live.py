@@ -38,8 +38,11 @@ class LiveTeacher:
         return self
 
     @torch.no_grad()
-    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
-        """Final states ``[N, H_t]`` of the rows that carry a label; see ``Teacher.states``."""
+    def states(self, batch: dict[str, Any], labels: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Final states ``[N, H_t]`` of the rows that carry a label; see ``Teacher.states``.
+
+        ``positions`` ``[N]`` are those of the labels where they are known (``selection.response_positions``).
+        """
         # Utilities that call train() recursively must not switch the teacher's dropout on.
         self.model.eval()
         # The teacher keeps its own precision whatever autocast the student trains under.
@@ -49,4 +52,4 @@ class LiveTeacher:
                     states = self.model(**batch, use_cache=False).logits
             else:
                 states = self.backbone(**batch, use_cache=False).last_hidden_state
-        return select_response(states, labels)[0]
+        return select_response(states, labels, positions)[0]

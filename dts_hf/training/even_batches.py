@@ -21,12 +21,15 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import (
     DummyRowsLast,
     LengthGroupedSampler,
+    Packs,
+    PackSampler,
     PadToMultiple,
+    best_fit,
     dummy_row,
     real_tokens,
     total_steps,
 )
-from dts_hf.data.tokenised import NumberedCollator, TokenisedDataset
+from dts_hf.data.tokenised import CountingCollator, NumberedCollator, TokenisedDataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import count_targets
 from dts_hf.runs.failures import one_sentence
@@ -45,6 +48,8 @@ class EvenBatchesTrainer(Trainer):
         eval_dataset: the same, or a dictionary of several.
         processing_class: the tokenizer.
         rows: makes data sets ready for the data loaders, now and whenever they are set or given.
+        pack_tokens: fill each training batch to so many tokens (see ``PackSampler``), whatever
+            ``args.per_device_train_batch_size``; None: a batch is a number of rows.
         kwargs: everything else that ``Trainer`` takes.
 
     Attributes:
@@ -52,7 +57,7 @@ class EvenBatchesTrainer(Trainer):
         train_sampler: the order of the training rows, where it is ours.
 
     Raises:
-        UserError: a row is wrong, or the Trainer refuses its arguments.
+        UserError: a row is wrong or longer than ``pack_tokens``, or the Trainer refuses its arguments.
     """
 
     # Our loss is divided by the labels of the whole optimizer step, so the Trainer must not divide it again.
@@ -68,13 +73,16 @@ class EvenBatchesTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         *,
         rows: RowReader,
+        pack_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(train_dataset, dict):
             raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
-        self.rows, self.encoding_reports = rows, rows.reports
-        self.train_sampler: LengthGroupedSampler | None = None
+        self.rows, self.encoding_reports, self.pack_tokens = rows, rows.reports, pack_tokens
+        self.train_sampler: LengthGroupedSampler | PackSampler | None = None
         self._prepared_train_dataset = rows.prepare(train_dataset, "train_dataset")
+        if pack_tokens is not None:
+            check_packs(args, self._prepared_train_dataset, pack_tokens)
         held_out = rows.prepare(eval_dataset, "eval_dataset")
         try:
             self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # a missing package shows now
@@ -110,8 +118,14 @@ class EvenBatchesTrainer(Trainer):
         """
         if self.train_dataset is not self._prepared_train_dataset:  # set from outside since
             self._prepared_train_dataset = self.train_dataset = self.rows.prepare(self.train_dataset, "train_dataset")
+            if self.pack_tokens is not None:
+                check_packs(self.args, self.train_dataset, self.pack_tokens)
         dataset: Any = self.train_dataset
         world = self.accelerator.num_processes
+        if self.pack_tokens is not None:
+            self.train_sampler = sampler = PackSampler(dataset.lengths, self.pack_tokens, self._order_seed, world)
+            packs = Packs(dataset, self.without_label)
+            return self._get_dataloader(packs, "Training", 1, sampler_fn=lambda _: sampler, is_training=True)
         if world == 1 or self.args.dataloader_drop_last or self.length_bucket_size(dataset) is None:
             return super().get_train_dataloader()
         size = self._train_batch_size
@@ -125,9 +139,12 @@ class EvenBatchesTrainer(Trainer):
         together = self.length_bucket_size(real_rows)
         if together is None or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self.train_sampler = LengthGroupedSampler(real_rows.lengths, together, seed=seed)
+        self.train_sampler = LengthGroupedSampler(real_rows.lengths, together, seed=self._order_seed)
         return self.train_sampler if real_rows is dataset else DummyRowsLast(self.train_sampler, len(dataset))
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def length_bucket_size(self, dataset: Any) -> int | None:
         """On what the order of the rows depends besides seed and epoch: how many of similar length stand together.
@@ -147,7 +164,10 @@ class EvenBatchesTrainer(Trainer):
         if not hasattr(self.train_dataset, "__len__"):
             return self.args.max_steps if self.args.max_steps > 0 else None
         devices = self.args.world_size * max(1, self.args.n_gpu)
-        return total_steps(self.args, len(self.train_dataset), devices)  # type: ignore[arg-type]
+        packs = None
+        if self.pack_tokens is not None and self.args.max_steps <= 0:
+            packs = len(best_fit(self.train_dataset.lengths, self.pack_tokens))  # type: ignore[union-attr]
+        return total_steps(self.args, len(self.train_dataset), devices, packs)  # type: ignore[arg-type]
 
     # ----------------------------------------------------------------------------------------- the held-out rows
 
@@ -221,9 +241,12 @@ class EvenBatchesTrainer(Trainer):
         return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        if isinstance(data_collator, Collator):
-            return data_collator
-        return NumberedCollator(super()._get_collator_with_removed_columns(data_collator, description))
+        collator: Any = data_collator
+        if not isinstance(data_collator, Collator):
+            collator = NumberedCollator(super()._get_collator_with_removed_columns(data_collator, description))
+        # Batches that accelerate cuts and sends to other processes would keep the count of the whole.
+        config: Any = self.args.accelerator_config
+        return collator if config.dispatch_batches else CountingCollator(collator)
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """A batch as the data loaders make it."""
@@ -241,6 +264,35 @@ class EvenBatchesTrainer(Trainer):
         count = count_tokens if self.args.include_num_input_tokens_seen == "non_padding" else count_cells
         seen = self.accelerator.gather(count(inputs).to(self.args.device).reshape(1))
         self.state.num_input_tokens_seen += int(seen.sum())
+
+
+def check_packs(args: TrainingArguments, dataset: Any, tokens: int) -> None:
+    """Refuse rows that do not fit into a pack, and arguments that would have another say in what is a batch.
+
+    Raises:
+        UserError: names the row and its length, or the argument.
+    """
+    said = f"data.packing: {{tokens: {tokens}}}"
+    for name, expected, why in (
+        ("train_sampling_strategy", "random", "which fills batches from rows of all lengths, in an order of its own"),
+        ("dataloader_drop_last", False, "which leaves no row out"),
+        ("auto_find_batch_size", False, "where a batch is a number of tokens; lower that one"),
+    ):
+        value = getattr(args, name)
+        if value != expected:
+            raise UserError(f"training.{name}: got {value}, expected {expected} beside {said}, {why}")
+    if dataset is None:
+        return
+    if not hasattr(dataset, "lengths"):
+        raise UserError(f"{said}: an iterable data set has no lengths to pack by; expected a list of its rows")
+    longest = max(dataset.lengths)
+    if longest > tokens:
+        place = dataset.lengths.index(longest)
+        row = dataset.row_ids[place] if hasattr(dataset, "row_ids") else place
+        raise UserError(
+            f"{said}: row {row} has {longest:,} tokens and fits into no batch; expected at least {longest}, or shorter rows "
+            "(data.max_length)"
+        )
 
 
 def count_tokens(inputs: Mapping[str, Tensor]) -> Tensor:

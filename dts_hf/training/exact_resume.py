@@ -283,7 +283,8 @@ def check_layout(
         raise UserError("training.ignore_data_skip: got true, which would start the epoch again; expected false")
     if was["rows"] != now["rows"]:
         raise UserError(f"{checkpoint}: written with {was['rows']} training rows, now there are {now['rows']}")
-    if all(was[key] == now[key] for key in now):
+    # Checkpoints of older versions know of no batches that are filled to a number of tokens
+    if all(was.get(key) == now[key] for key in now):
         return
     why = _why_not_exact(was, now, args.dataloader_drop_last)
     random = random_parts(model) + ([] if noise is None else ["training.neftune_noise_alpha"])
@@ -307,9 +308,13 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
         return f"the device was {was['device']} and would be {now['device']} (training.use_cpu decides)"
     if not {was["strategy"], now["strategy"]} <= {*SAME_FILES}:
         return "checkpoints of sharded training fit the same strategy and number of processes only"
-    before, after = (side["processes"] * side["rows_per_device"] * side["accumulation"] for side in (was, now))
+    if was.get("tokens_per_device") != now["tokens_per_device"]:
+        return "batches were filled to another number of tokens (data.packing)"
+    # Batches that are filled to a number of tokens are the same ones, whoever takes them
+    before, after = (side["processes"] * (side["rows_per_device"] or 1) * side["accumulation"] for side in (was, now))
+    unit = "packs" if now["tokens_per_device"] else "rows"
     if before != after:
-        return f"an optimizer step had {before} rows and would have {after}"
+        return f"an optimizer step had {before} {unit} and would have {after}"
     together = was["length_bucket_size"], now["length_bucket_size"]
     if None in together:
         return "the order of the rows is not one of dts_hf"
@@ -335,7 +340,9 @@ def random_parts(model: nn.Module) -> list[str]:
 
 
 def _describe_layout(side: Mapping[str, Any]) -> str:
+    tokens = side.get("tokens_per_device")
+    batch = f"{side['rows_per_device']} rows" if tokens is None else f"packs of {tokens} tokens"
     return (
         f"{side['strategy']} on {side['processes']} process{'es' if side['processes'] > 1 else ''}, "
-        f"{side['rows_per_device']} rows each, accumulation {side['accumulation']}"
+        f"{batch} each, accumulation {side['accumulation']}"
     )

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dts_hf.loss.chunk_walk import equal_chunks, rows_in_budget
+from dts_hf.loss.road import default_budget_mb
+from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 
@@ -25,6 +28,8 @@ KEPT_BY_ACTIVATION = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "gelu_new": 
 BLOCK_BUFFERS = 12
 #: nf4 of bitsandbytes: half a byte, and a scale of 4 bytes per 64 weights.
 FOUR_BITS = 0.5 + 4 / 64
+#: Bytes of one entry while activations become fp8 without ``torch.compile``: three fp32 copies, and the result.
+MAKING_FP8 = 13
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,8 @@ def _teacher_bytes(teacher: ModelShape | None, workload: Workload, plan: Plan) -
     itemsize = BYTES[workload.teacher_dtype]
     if plan.teacher == "cached":
         return itemsize * teacher.head
-    if plan.teacher in ("8bit", "4bit"):  # embedding and head stay as they are
-        packed = 1.0 if plan.teacher == "8bit" else FOUR_BITS
+    if plan.teacher in QUANTIZED_BY:  # embedding and head stay as they are
+        packed = FOUR_BITS if plan.teacher == "4bit" else 1.0 + 4 / teacher.hidden  # a scale for each row of a weight
         return packed * teacher.backbone + itemsize * (teacher.parameters - teacher.backbone)
     if plan.teacher == "sharded":
         return itemsize * (teacher.parameters / plan.devices + teacher.head + 2 * teacher.block_weights)
@@ -263,8 +268,13 @@ def _teacher_working(teacher: ModelShape | None, workload: Workload, plan: Plan)
     """A block of the teacher at work; nothing is kept."""
     if teacher is None or plan.teacher == "cached":
         return 0.0
-    itemsize = BYTES[workload.teacher_dtype]
-    return workload.rows * workload.tokens * itemsize * (3 * teacher.intermediate + 3 * teacher.hidden)
+    itemsize, tokens = BYTES[workload.teacher_dtype], workload.rows * workload.tokens
+    working: float = tokens * itemsize * (3 * teacher.intermediate + 3 * teacher.hidden)
+    if plan.teacher == "int8":  # a weight in the type of the matmul, for its length
+        working += itemsize * teacher.intermediate * teacher.hidden
+    elif plan.teacher == "fp8":
+        working += MAKING_FP8 * tokens * teacher.intermediate
+    return working
 
 
 def _loss_bytes(
@@ -272,8 +282,9 @@ def _loss_bytes(
 ) -> tuple[float, float]:
     """(at its peak, what is left of it for the backward pass); see ``dts_hf.loss.chunk_walk``."""
     rows, size, head = max(workload.labelled, 1), types.compute, student.head
-    chunk = min(max(1, int(workload.logits_budget_mb * 2**20) // (8 * student.vocab)), rows)
-    logits = 4 * chunk * student.vocab  # of one model
+    chunk, (of_student, of_teacher) = chunk_rows(workload, student.vocab, size), _logit_bytes(workload, size)
+    entries = chunk * student.vocab
+    logits = entries * (of_student + (0 if teacher is None else of_teacher))
     states = rows * 2 * student.hidden * types.stream  # the labelled rows and their gradient
     states += 0 if teacher is None else rows * teacher.hidden * BYTES[workload.teacher_dtype]
     several, learns = chunk < rows, workload.lora_parameters is None
@@ -281,19 +292,39 @@ def _loss_bytes(
         at_work = left = 0
     elif size == 4:
         at_work = left = 4 * head
-    else:  # the sum over chunks is fp32; while it is made, two more in the matmul's type
-        at_work = (4 + 2 * size if several else size) * head
+    else:  # the sum over chunks is fp32, as GPUs leave it; on a CPU two more in the matmul's type stand beside it
+        at_work = 4 * head if workload.device == "cuda" else (4 + 2 * size if several else size) * head
         left = 4 * head if types.stream == 4 else (4 + size) * head
     if types.casts:
         at_work += size * head
-    if size < 4:
-        at_work += size * chunk * student.vocab
+    if size < of_student:  # g for the matmuls, which otherwise lies over the student's logits
+        at_work += size * entries
         if workload.device == "cpu":
             at_work += size * head  # oneDNN brings the weight into an order of its own
-    # On a CPU blocks of 512 KiB; on a GPU the whole chunk: softmax, entropies and gradients of both models.
-    blocks = 0 if workload.device == "cpu" else BLOCK_BUFFERS * logits
-    models = 1 if teacher is None else 2
-    return models * logits + states + max(at_work, blocks + (4 * head if learns else 0)), states + left
+    # On a CPU blocks of 512 KiB; on a GPU, without the kernels, the whole chunk: softmax, entropies and gradients of both
+    blocks = 0 if workload.device == "cpu" or workload.fused else BLOCK_BUFFERS * 4 * entries
+    return logits + states + max(at_work, blocks + (4 * head if learns else 0)), states + left
+
+
+def _logit_bytes(workload: Workload, compute: int) -> tuple[int, int]:
+    """Of one logit of the student and of the teacher, as the loss keeps them."""
+    if not workload.fused or workload.logits_dtype == "float32":
+        return 4, 4
+    return compute, BYTES[workload.teacher_dtype]
+
+
+def chunk_rows(workload: Workload, vocab: int, compute: int = 4) -> int:
+    """C, the rows of a chunk of the loss: what fits into the budget; in the kernels cut into equal chunks.
+
+    Args:
+        workload: says how many rows have a label, and what the budget is.
+        vocab: V.
+        compute: bytes of a number in the matmuls.
+    """
+    rows, budget = max(workload.labelled, 1), workload.logits_budget_mb
+    budget = default_budget_mb(workload.fused) if budget is None else budget
+    limit = rows_in_budget(budget, vocab, max(_logit_bytes(workload, compute)))
+    return equal_chunks(rows, limit) if workload.fused else min(rows, limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ from dts_hf.errors import UserError
 from dts_hf.models.checks import check_apart
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
-from dts_hf.models.packed_attention import check_packing
+from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
+from dts_hf.recipe.schema import MOST_TOKENS
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
@@ -60,13 +62,13 @@ class Pair:
             raise UserError(f"router_aux_loss: got {choice!r}, expected 'model' or 'none'")
         return router_of(self.student) if choice == "model" else None
 
-    def collator(self, packing: bool, of_user: Any, device: torch.device) -> Any:
+    def collator(self, packing: bool, of_user: Any, args: TrainingArguments) -> Any:
         """What makes the batches: a collator of the user's, or our own, packed or padded with a token that nobody sees.
 
         Args:
             packing: lay rows end to end.
             of_user: the user's; None: there is none.
-            device: where the models will run.
+            args: of the trainer.
 
         Raises:
             UserError: both are asked for, or see ``check_packing``.
@@ -76,31 +78,51 @@ class Pair:
         if of_user is not None:
             return of_user
         if packing:
-            return PackedCollator(self.check_packing(device))
+            return PackedCollator(self.check_packing(args))
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
         return PaddedCollator(next(pad for pad in pads if pad is not None))
 
-    def check_packing(self, device: torch.device, own_mask: bool = True) -> bool:
+    def check_packing(self, args: TrainingArguments, own_mask: bool = True) -> bool:
         """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
 
         Args:
-            device: where the models will run.
+            args: of the trainer: where the models will run, and what the student's autocast is.
             own_mask: False where a collator of the user's lays the rows end to end.
 
         Raises:
             UserError: student or teacher mixes packed rows.
         """
         live = isinstance(self.teacher, LiveTeacher)
+        device = args.device
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            args.mixed_precision
+        )  # a launcher's choice, too
         # A mixture of experts reads the mask as one of tokens, for its router's loss.
         cu_seqlens = own_mask and not collects_router_logits(self.student)
         cu_seqlens = cu_seqlens and (live or getattr(self.teacher, "takes_cu_seqlens", False))
-        cu_seqlens = check_packing(self.student, "the student", device, cu_seqlens)
+        cu_seqlens = check_packing(self.student, "the student", device, cu_seqlens, autocast)
         if isinstance(self.teacher, LiveTeacher):
             both = check_packing(self.teacher.model, "the teacher", device, cu_seqlens)
             if cu_seqlens and not both:
-                check_packing(self.student, "the student", device, own_mask=False)
+                check_packing(self.student, "the student", device, False, autocast)
             cu_seqlens = both
         return cu_seqlens
+
+
+def pack_tokens(packing: bool | Mapping[str, Any]) -> int | None:
+    """To how many tokens ``packing`` fills each batch; None: a batch is a number of rows, packed or not.
+
+    Raises:
+        UserError: it is neither a truth value nor a mapping of ``tokens`` to a number of them, a million at most.
+    """
+    if isinstance(packing, bool):
+        return None
+    tokens = packing.get("tokens") if isinstance(packing, Mapping) and [*packing] == ["tokens"] else None
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MOST_TOKENS:
+        raise UserError(
+            f"packing: got {packing!r}, expected true, false, or a budget of tokens as in {{'tokens': 8192}}"
+        )
+    return tokens
 
 
 def set_up_models(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -29,6 +30,7 @@ from transformers.utils import PushInProgress
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
+from dts_hf.models.compilation import compile_layers
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
@@ -119,12 +121,15 @@ class ResumableTrainer(EvenBatchesTrainer):
             None  # of the checkpoint that is resumed from, until its step is finished
         )
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
+        self._filters_loss = False  # an epoch runs, and args.logging_nan_inf_filter was set when it began
         self._grad_norm: Any = None  # of the last step, for its log line
         self._learning_rate: float | None = None
         self._finished: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
+        # Here and not earlier: whatever looks at the model to see what it is (heads, packing, routers) has done so.
+        self.compile_layers(model, "the student")
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
 
@@ -147,13 +152,34 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
+    def compile_layers(self, model: nn.Module, role: str) -> None:
+        """Compile the layers of ``model`` where ``args.torch_compile`` asks for it; see ``models.compilation``.
+
+        Raises:
+            UserError: the strategy or the model does not go with it.
+        """
+        if self.args.torch_compile:
+            if strategy_of(self.accelerator) == "zero3":
+                raise UserError(
+                    "training.torch_compile: got true under ZeRO-3, whose hooks gather the weights of each module inside "
+                    "its layer: they would be compiled over and over. Leave it out, or use ZeRO-2 or FSDP2"
+                )
+            assert self.args.torch_compile_backend is not None  # TrainingArguments fills it
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            compile_layers(model, role, backend=backend, mode=mode)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """The Trainer's, but DDP looks for weights without a gradient only where there may be some.
+        """The Trainer's, but accelerate compiles nothing, and DDP looks for weights without a gradient where some may be.
+
+        Batches in pinned memory go to a GPU while it computes; they lie there until the next one is asked for.
 
         The Trainer asks for the search whenever activations are not recomputed; it costs a walk through the graph of every
         step, and DDP warns where it was for nothing.
         """
         args = super()._build_accelerator_args(**kwargs)
+        # compile_layers does it. NO and not None: TrainingArguments have put their backend into the environment.
+        args["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        args["dataloader_config"].non_blocking |= self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         if self.args.ddp_find_unused_parameters is None and self.args.world_size > 1:
             for handler in args["kwargs_handlers"]:
                 if getattr(handler, "find_unused_parameters", False):
@@ -166,13 +192,23 @@ class ResumableTrainer(EvenBatchesTrainer):
             return
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
-        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # The Trainer's filter of the logged loss asks the device twice for every micro-batch: training_step has another.
+        self._filters_loss, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.logging_nan_inf_filter, self._filters_loss = self._filters_loss, False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; which rows it is made of is remembered until the step has ended well."""
         if "row_id" in inputs:
             self.non_finite.rows_of_step.append(inputs["row_id"])
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self._filters_loss:
+            return loss
+        # logging_nan_inf_filter: in the place of a loss that is non-finite, the mean since the last log line
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(torch.isfinite(loss), loss, mean.to(loss.dtype))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's own, tried out at its last step: some divide by the steps that the warm-up leaves."""
@@ -327,7 +363,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         return {
             "processes": self.args.world_size,
             "strategy": strategy_of(self.accelerator),
-            "rows_per_device": self._train_batch_size,
+            "rows_per_device": self._train_batch_size if self.pack_tokens is None else None,
+            "tokens_per_device": self.pack_tokens,
             "accumulation": self.args.gradient_accumulation_steps,
             "rows": len(rows) if hasattr(rows, "__len__") else None,
             "length_bucket_size": self.length_bucket_size(rows),
@@ -488,10 +525,12 @@ class ResumableTrainer(EvenBatchesTrainer):
                 "and cannot be uploaded"
             )
         token, self.args.hub_token = self.args.hub_token, None
+        while_running = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter |= self._filters_loss  # as it was given: see _run_epoch
         try:
             super()._save(output_dir, state_dict)
         finally:
-            self.args.hub_token = token
+            self.args.hub_token, self.args.logging_nan_inf_filter = token, while_running
         if uploaded:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
-from dts_hf.data.tokenised import TokenisedDataset
+from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
-from dts_hf.loss.selection import select_response, sequence_numbers
+from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
 from dts_hf.models.router import collects_router_logits
@@ -33,7 +33,10 @@ from dts_hf.training.arguments import checked_arguments
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
-from dts_hf.training.pair import Pair, set_up_models
+from dts_hf.training.pair import Pair, pack_tokens, set_up_models
+
+#: Columns of a batch that neither model is given.
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS})
 
 
 class DistillationTrainer(DistillationBase):
@@ -56,7 +59,8 @@ class DistillationTrainer(DistillationBase):
             ``DistillationLoss``).
         prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
-        packing: lay the rows of a batch end to end, without padding.
+        packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
+            so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
@@ -100,7 +104,7 @@ class DistillationTrainer(DistillationBase):
         prompt_template: str | None = None,
         max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
-        packing: bool = False,
+        packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
@@ -116,7 +120,7 @@ class DistillationTrainer(DistillationBase):
         pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args)
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
-        collator = pair.collator(packing, data_collator, args.device)
+        collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
         rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
@@ -136,13 +140,19 @@ class DistillationTrainer(DistillationBase):
             loss_options=loss_options,
             columns=LogColumns(teacher=pair.taught),
             rows=rows,
+            pack_tokens=pack_tokens(packing),
             **kwargs,
         )
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
+        self._place_teacher(shard)
+
+    def _place_teacher(self, shard: bool) -> None:
         if shard and isinstance(self.teacher, LiveTeacher):
             shard_teacher(self.teacher.model, self.args.device)
         self.teacher.to(self.args.device)
+        if isinstance(self.teacher, LiveTeacher):
+            self.compile_layers(self.teacher.model, "the teacher")
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
@@ -155,7 +165,7 @@ class DistillationTrainer(DistillationBase):
                 continue
             end_to_end = try_collator(self.data_collator, self.collate, dataset, smallest)
             if end_to_end:
-                pair.check_packing(self.args.device, own_mask=False)
+                pair.check_packing(self.args, own_mask=False)
 
     # ------------------------------------------------------------------------------------------------------- the batch
 
@@ -179,20 +189,22 @@ class DistillationTrainer(DistillationBase):
         """
         # 1. What the models see of the batch, and what the loss is divided by.
         labels = inputs["labels"]
-        batch = {key: value for key, value in inputs.items() if key not in ("labels", "row_id", "cu_seqlens")}
+        batch = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODELS}
         if "cu_seqlens" in inputs:
             batch["attention_mask"] = inputs["cu_seqlens"]
         normalizer = self.normalizer(labels, num_items_in_batch)
+        positions = response_positions(labels, inputs.get(NUM_LABELS))
         loss_fn, meter = self.loss_and_meter(model.training)
         by_sequence = loss_fn.temperature.needs_sequence_gap
-        sequences = sequence_numbers(labels, batch.get("position_ids")) if by_sequence else None
+        sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label.
-        teacher_states = self.teacher.states(batch, labels)
+        known = (positions,) if isinstance(self.teacher, LiveTeacher) else ()  # others have the interface alone
+        teacher_states = self.teacher.states(batch, labels, *known)
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
         def loss_of_states(states: Tensor, head: Head) -> Tensor:
-            rows, targets = select_response(states, labels)
+            rows, targets = select_response(states, labels, positions)
             cut_teacher = None if teacher_head is None else teacher_head.cut(self.vocab_size)
             output: LossOutput = loss_fn(
                 rows, head.cut(self.vocab_size), teacher_states, cut_teacher, targets, normalizer, sequences

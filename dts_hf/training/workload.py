@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +12,12 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.loss.road import default_budget_mb, free_bytes
 from dts_hf.recipe.schema import Recipe, Student
 from dts_hf.training.model_shape import ModelShape
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "cached"]
+TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "fp8", "int8", "cached"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Workload:
         optimizer: as in ``TrainingArguments.optim``.
         gradient_checkpointing: only the inputs of the blocks are kept for the backward pass.
         lora_parameters: weights of the adapters; None when all weights are trained.
-        logits_budget_mb: MiB for one chunk of logits.
+        logits_budget_mb: MiB for one chunk of logits; None: the default of the loss on this device, with room to spare.
+        fused: the loss runs in its kernels (CUDA alone), and keeps the logits of a chunk and nothing beside them.
+        logits_dtype: of the logits there: ``auto``, that of the matmuls, or ``float32``.
         autocast: dtype of the matmuls where it is not the weights' own (``bf16: true``), else None.
         attention: ``sdpa``, or ``packed`` (rows end to end).
         device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
@@ -47,7 +52,9 @@ class Workload:
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     lora_parameters: int | None = None
-    logits_budget_mb: float = 256
+    logits_budget_mb: float | None = None
+    fused: bool = False
+    logits_dtype: str = "auto"
     autocast: str | None = None
     attention: str = "sdpa"
     device: str = "cuda"
@@ -61,8 +68,8 @@ class Plan:
     Attributes:
         strategy: what is divided by the number of devices.
         devices: all of them, of all nodes.
-        teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit`` and ``4bit`` are whole and quantised,
-            ``cached`` keeps its head alone and reads its states from disk.
+        teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit``, ``4bit``, ``fp8`` and ``int8`` are
+            whole and quantised, ``cached`` keeps its head alone and reads its states from disk.
         bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distributed.launch`` sets it.
         live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``distributed.launch`` sets it.
     """
@@ -99,6 +106,9 @@ def workload_of(
         student: counts its own adapters, where it is loaded.
         beside: bytes of ordinary memory that rows and tokenizers take.
     """
+    cuda = args.device.type == "cuda"
+    fused = cuda and recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl"
+    fused = fused and importlib.util.find_spec("triton") is not None
     batch = min(args.per_device_train_batch_size, len(data))
     responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
     lengths = list(data.lengths)
@@ -107,23 +117,41 @@ def workload_of(
         responses = [longest] * len(data)
         lengths = [min(prompt + longest, recipe.data.max_length) for prompt in data.prompt_lengths]
     order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
-    packed = recipe.data.packing
+    packed, budget = bool(recipe.data.packing), recipe.data.pack_tokens
+    tokens = sum(lengths[index] for index in order) if packed else lengths[order[0]]
+    labelled = sum(responses[index] for index in order)
+    if budget is not None:  # whichever rows fill it: as many labels as those with the largest share of them bring
+        tokens = min(budget, sum(lengths))
+        labelled = _most_labels(lengths, responses, tokens)
     return Workload(
         rows=1 if packed else batch,
-        tokens=sum(lengths[index] for index in order) if packed else lengths[order[0]],
-        labelled=sum(responses[index] for index in order),
+        tokens=tokens,
+        labelled=labelled,
         accumulation=args.gradient_accumulation_steps,
         student_dtype=recipe.student.dtype,
         teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=_lora_parameters(recipe.student, shape, student),
-        logits_budget_mb=recipe.loss.logits_budget_mb or 256,
+        logits_budget_mb=recipe.loss.logits_budget_mb or default_budget_mb(fused, free_bytes(args.device)),
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         attention="packed" if packed else "sdpa",
-        device="cuda" if args.device.type == "cuda" else "cpu",
+        fused=fused,
+        logits_dtype=recipe.loss.logits_dtype,
+        device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
     )
+
+
+def _most_labels(lengths: Sequence[int], responses: Sequence[int], tokens: int) -> int:
+    """Labels of ``tokens`` tokens at most, the last row cut to fit."""
+    labels = 0.0
+    for length, response in sorted(zip(lengths, responses, strict=True), key=lambda row: -row[1] / row[0]):
+        labels += response * min(1.0, tokens / length)
+        tokens -= min(tokens, length)
+        if not tokens:
+            break
+    return math.ceil(labels)
 
 
 def _lora_parameters(student: Student, shape: ModelShape, model: nn.Module | None) -> int | None:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(name: str, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / name), "--quick", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.support.benchmarks import report
 
 
 def test_generation_compares_tokens_per_second() -> None:
-    result = json.loads(run("generation.py", "--json", "--threads", "1"))
-    assert set(result["rates"]) == {"model.generate", "dts_hf"} and result["prompts"] == 12
-    assert all(rate > 0 for rates in result["rates"].values() for rate in rates) and result["ratio"] > 0
+    found = report("generation.py", "--threads", "1", "--device", "cpu")
+    rows = {row["name"]: row for row in found["tables"][0]["rows"]}
+    assert set(rows) == {"model.generate", "dts_hf"} and found["setting"]["prompts"] == 12
+    assert all(row["rate"] > 0 and row["tokens"] > 12 for row in rows.values())
+    assert rows["dts_hf"]["x_generate"] == rows["dts_hf"]["rate"] / rows["model.generate"]["rate"]
+    assert found["notes"][0].endswith("4 of 4 rows; 0 differ at a near-tie, 0 without one.")  # a CPU beside itself

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -13,16 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import trouble
-from tests.benchmarks.test_benchmarks import FOLDER, HAS_TRL, assert_same_kl, report, run
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a script of the folder as its neighbours do."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
-
+from tests.benchmarks import cases
+from tests.support.benchmarks import HAS_TRL, assert_same_kl, report, run
 
 # --------------------------------------------------------------------------------------------- what fails is a row
 
@@ -30,7 +21,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def test_what_fails_is_a_row_and_the_others_go_on(scripts: Callable[[str], ModuleType]) -> None:
     names = ["absent", "too big", "broken", "dies", "fits"]
     groups = [["absent", "too big", "broken", "fits"], ["dies"]]
-    found = scripts("harness").measure(trouble.build, names, None, rounds=2, threads=1, processes=groups)
+    found = scripts("harness").measure(cases.build, names, None, rounds=2, threads=1, processes=groups)
     assert list(found.numbers) == names[1:]
     assert [found.numbers[name]["failed"] for name in names[1:4]] == [
         "out of memory",
@@ -42,7 +33,7 @@ def test_what_fails_is_a_row_and_the_others_go_on(scripts: Callable[[str], Modul
 
 
 def test_after_the_limit_no_turn_begins(scripts: Callable[[str], ModuleType]) -> None:
-    found = scripts("harness").measure(trouble.build, ["fits"], None, rounds=3, threads=1, device="cuda", limit=0.0)
+    found = scripts("harness").measure(cases.build, ["fits"], None, rounds=3, threads=1, device="cuda", limit=0.0)
     assert found.numbers == {"fits": {"failed": "not reached"}}
     assert "The limit of 0 s was reached" in found.notes[0]
 
@@ -280,3 +271,13 @@ def test_a_kernel_is_compiled_without_a_card() -> None:
     assert "LDG.E.128" in aligned["loads"] and "LDG.E.U16" in any_size["loads"]
     assert 0 < aligned["instructions"] < any_size["instructions"] and aligned["spills"] == 0
     assert aligned["special"] == 2.0 and aligned["bytes_ps"] == pytest.approx(2 / 2.96)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_the_loss_load_16_bytes_and_spill_nothing() -> None:
+    pytest.importorskip("triton", reason="needs Triton, no GPU")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    rows = json.loads(run("kernel_report.py", "--sm", "90", "--json"))["tables"][0]["rows"]
+    assert [row["name"].split()[0] for row in rows] == ["statistics", "gradient"]
+    assert all("LDG.E.128" in row["loads"] and row["spills"] == 0 and "bound" in row for row in rows)

@@ -42,7 +42,7 @@ class Case:
     policy: str = "gap"
     tie: bool = True
     accumulation: int = 1
-    packing: bool = False
+    packing: bool | dict[str, int] = False
     steps: int = 20
     lora: bool = False
     rows: int = 40  # of the data; not a multiple of BATCH: the last step of an epoch has fewer
@@ -56,10 +56,12 @@ class Case:
 
 
 PADDED, PACKED = False, True
+PACKS = {"tokens": 210}
 RECOMPUTED = {"activation_checkpointing": True}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
 RANDOM, GROUPED = {"train_sampling_strategy": "random"}, {"train_sampling_strategy": "group_by_length"}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.0}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 CASES = [
     # The table. Plain SGD, because AdamW forgives a gradient of the wrong scale. One process takes each policy's step
     # whole; the strategies split it in another way, so that every strategy meets every policy, accumulation and layout.
@@ -83,8 +85,13 @@ CASES = [
     Case("random", "gap", False, 4, PACKED, 6, rows=13, strategies=MULTI, arguments=EPOCHS | RANDOM),
     Case("dummy_rows", tie=False, rows=9, steps=6, strategies=("single", "ddp", "zero3", "fsdp2"), arguments=EPOCHS),
     Case("grouped", tie=False, rows=13, steps=6, strategies=("single", "ddp"), arguments=EPOCHS | GROUPED),
+    # Three packs an epoch: one process takes them by two, and of two processes the second has a dummy row in the last step.
+    Case("packs", "gap", False, 2, PACKS, 6, rows=13, strategies=("single",), arguments=EPOCHS | RANDOM),
+    Case("packs", "gap", False, 1, PACKS, 6, rows=13, strategies=("ddp", "zero3", "fsdp2"), arguments=EPOCHS | RANDOM),
     Case("bf16", steps=3, strategies=("ddp", "zero3", "fsdp2"), arguments={"bf16": True}),
     Case("adamw", tie=False, steps=5, strategies=MULTI, arguments=ADAMW),
+    Case("compiled", steps=3, strategies=("single",)),
+    Case("compiled", steps=3, strategies=("ddp", "fsdp2"), arguments=COMPILED),
     *(
         Case(policy, policy, steps=5, strategies=("single", "ddp"))
         for policy in ("sequence", "auto", "adakd", "silent")

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationMethod
 
 from dts_hf.distill import distill
 from dts_hf.distributed.sharding import check_can_shard, is_sharded, place_teacher, shard_teacher, unsharded_init
@@ -269,11 +270,15 @@ def test_the_command_refuses_a_sharded_teacher_on_one_process(tmp_path, monkeypa
 
 
 def test_a_quantised_teacher_is_not_moved():
-    """bitsandbytes has put it on its device, and its ``to`` raises."""
+    """bitsandbytes has put it on its device, and its ``to`` raises; a teacher of torchao goes where the run is."""
     model = tiny_llama()
     model.is_quantized = True
     model.to = None
     place_teacher(model, "replicated", "cpu")
+    moved: list[str] = []
+    model.quantization_method, model.to = QuantizationMethod.TORCHAO, moved.append
+    place_teacher(model, "replicated", "cpu")
+    assert moved == ["cpu"]
 
 
 def test_models_are_whole_while_zero3_arguments_are_alive(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_a_clean_recipe_is_clean(workplace: Path) -> None:
 
 CLEAN: dict[str, dict[str, Any]] = {
     "packed": {"data": {"packing": True}},
+    "packed to a budget": {"data": {"packing": {"tokens": 300}}, "training": {"max_steps": -1, "num_train_epochs": 2}},
     "lora": {"student": {"model": "poor", "lora": {"r": 2}}},
     "labels alone": {"student": {"model": "teacher"}, "teacher": None, "loss": {"kd_ratio": 0.0}},
     "accumulated": {"training": {"gradient_accumulation_steps": 2, "activation_checkpointing": True}},

@@ -502,7 +502,7 @@ CHOICES: dict[str, list[Any]] = {
     "data.max_length": [2, 25, 10**6, BIG],
     "data.max_prompt_length": [1, 2, 47, BIG - 1],
     "data.long_rows": ["cut"],
-    "data.packing": [True],
+    "data.packing": [True, {"tokens": 47}, {"tokens": 10**6}],
     "data.responses": ["teacher"],
     "data.teacher_max_new_tokens": [1, 3, BIG],
     "data.max_train_rows": [1, 3, BIG],

@@ -94,6 +94,7 @@ def test_yaml_anchors_and_merge_keys(tmp_path: Path) -> None:
         [],
         ["student.init=null", "student.model=./local", "student.lora={r: 4}", "data.train=[a.jsonl, ../b.jsonl]"],
         ["training.learning_rate=1e-5", "training.eval_strategy=no", "training.report_to=[a, b]", "data.packing=true"],
+        ["data.packing={tokens: 8192}"],
         ["student.init.layers=[0, 3, 7]", "temperature={name: constant, value: 2}", "loss.kd_ratio=1"],
         ["teacher.revision='12e4567'", "student.revision='007'", "teacher.tokenizer='null'", "output.dir='a: b # c'"],
         [
@@ -193,7 +194,10 @@ def test_problems_name_the_file_that_brought_them(tmp_path: Path) -> None:
         ("data.max_length=0", "data.max_length: got 0, expected a whole number of at least 1"),
         ("data.max_length=12.5", "data.max_length: got 12.5, expected a whole number of at least 1"),
         ("data.max_length=200", "data: max_prompt_length is 256, expected less than max_length (200)"),
-        ("data.packing=yes", 'data.packing: got "yes", expected true or false'),
+        ("data.packing=yes", 'data.packing: got "yes", expected true or false or a mapping with tokens'),
+        ("data.packing={tokens: 0}", "data.packing.tokens: got 0, expected a whole number between 1 and 1e+06"),
+        ("data.packing={tokens: 9, token: 9}", "data.packing.token: unknown key. Did you mean 'tokens'?"),
+        ("data.packing={}", "data.packing.tokens: is missing, expected a whole number"),
         ("data.prompt_template=alpacca", "\"plain\". Did you mean 'alpaca'?"),
         ("data.train=5", "data.train: got 5, expected text or a list of at least one item, each text"),
         ("data.train=[]", "data.train: got [], expected text or a list of at least one item, each text"),
@@ -309,6 +313,9 @@ def test_training_arguments_gets_our_defaults_and_the_recipe_wins(minimal: Path,
     arguments = training_arguments(packed, tmp_path)
     assert arguments.train_sampling_strategy == "random" and arguments.eval_strategy == "epoch"
     assert arguments.logging_steps == 3
+    filled = load_recipe(minimal, ["data.packing.tokens=8192"])
+    assert filled.data.pack_tokens == 8192 and packed.data.pack_tokens is None
+    assert training_arguments(filled, tmp_path).train_sampling_strategy == "random"
 
 
 @pytest.mark.parametrize(("kind", "on_cpu"), [(None, True), ("cuda", False), ("xpu", False), ("mps", True)])

@@ -57,3 +57,19 @@ def losses(trainer):
 def temperatures(trainer):
     names = ("temperature", "temperature_min", "temperature_max")
     return [[log[name] for name in names] for log in trainer.state.log_history if "kl" in log]
+
+
+def step_gradients(trainer, batches):
+    """Gradients of one optimizer step made of these micro-batches, as the Trainer would form them."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.temperature.begin_step(0.0)
+    count = trainer._get_num_items_in_batch(batches, trainer.args.device)
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(((one[k] - other[k]).norm() / other[k].norm().clamp(min=1e-12)).item() for k in one)

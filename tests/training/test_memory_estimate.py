@@ -8,22 +8,24 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers.utils import is_torchao_available
 
 from dts_hf.distributed.launch import zero_options
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import Head, loss_in_head
-from dts_hf.recipe.schema import Lora
+from dts_hf.models.loading import load_model
+from dts_hf.recipe.schema import QUANTIZED_BY, Lora, Recipe
 from dts_hf.temperature import build_temperature
-from dts_hf.training.memory_estimate import BLOCK_BUFFERS, disk_needed, estimate_memory, kept_by_block
+from dts_hf.training.memory_estimate import BLOCK_BUFFERS, chunk_rows, disk_needed, estimate_memory, kept_by_block
 from dts_hf.training.model_shape import ModelShape
-from dts_hf.training.workload import Plan, Workload
+from dts_hf.training.workload import Plan, Workload, workload_of
 from tests.support.launching import launch
 from tests.support.shapes import GPT2, LLAMA, OPT
 
@@ -129,7 +131,7 @@ def test_the_buffers_of_a_whole_chunk_are_counted(dtype: torch.dtype, monkeypatc
             self.peak = max(self.peak, sum(self.sizes.values()))
             return out
 
-    monkeypatch.setattr("dts_hf.loss.chunk_walk._CPU_BLOCK_BYTES", 1 << 40)
+    monkeypatch.setattr("dts_hf.loss.plain_rows._CPU_BLOCK_BYTES", 1 << 40)
     policy = build_temperature("dts", rule="gap")
     loss = DistillationLoss("forward_kl", temperature=policy, logits_budget_mb=1.0)
     rows, hidden, vocab = 96, 8, 4096
@@ -256,6 +258,124 @@ def test_the_logits_budget_bounds_the_loss() -> None:
     assert loss(4096, 1) < loss(4096, 2) < loss(4096, 256)
     states = 2 * 4 * STUDENT.hidden + 2 * TEACHER.hidden
     assert loss(8192, 1) - loss(4096, 1) == 4096 * states  # nothing of the vocabulary grows with the rows
+
+
+# --------------------------------------------------------------------------------------- the kernels of the loss on a GPU
+
+#: 1.2B with the vocabulary of Llama 3, under autocast, as on a GPU with room to spare.
+WIDE = ModelShape(
+    1_236_000_000, 128_256 * 2048, 16, 2048, 8192, 32, 8, 128_256, tied=True, block=60_821_504
+)  # fmt: skip
+FUSED = Workload(rows=8, tokens=1024, labelled=8192, autocast="bfloat16", fused=True)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "labelled", "budget", "rows"),
+    [
+        (128_256, 8192, None, 2048),  # 2,093 fit into 1 GiB
+        (49_152, 8192, None, 4096),  # 5,461 fit: two equal chunks and not one large and one small
+        (151_936, 8192, None, 1664),  # 1,766 fit: five of 1,638.4
+        (128_256, 100, None, 100),
+        (128_256, 8192, 64, 128),  # 130 fit
+        (128_256, 8192, 16, 32),  # too few for a multiple: equal all the same
+    ],
+)
+def test_chunks_of_the_kernels_are_equal(vocab: int, labelled: int, budget: float | None, rows: int) -> None:
+    work = replace(FUSED, labelled=labelled, logits_budget_mb=budget)
+    assert chunk_rows(work, vocab, 2) == rows
+    mebibytes = 1024 if budget is None else budget
+    assert 2 * 2 * rows * vocab <= mebibytes * 2**20
+    # Without the kernels: 256 MiB, fp32, and whatever is left in the last chunk
+    plain = replace(work, fused=False)
+    assert chunk_rows(plain, vocab, 2) == min(labelled, (256 if budget is None else budget) * 2**20 // (8 * vocab))
+
+
+def test_the_kernels_keep_the_logits_of_a_chunk_and_nothing_beside_them() -> None:
+    def loss(teacher: ModelShape | None = WIDE, **changes: Any) -> float:
+        return estimate_memory(WIDE, teacher, replace(FUSED, **changes), Plan()).loss
+
+    head, entries = WIDE.head, 2048 * WIDE.vocab
+    states = 8192 * WIDE.hidden * (2 * 4 + 2)  # the student's in fp32 with their gradient, the teacher's in bf16
+    weights = (4 + 2) * head  # dW in fp32, and the head as autocast casts it
+    assert loss() == 2 * 2 * entries + states + weights
+    assert loss(None) == 2 * entries + 8192 * WIDE.hidden * 2 * 4 + weights
+    # Half as many rows fit where logits are fp32; g, which is for the matmuls, does not lie over them
+    assert loss(logits_dtype="float32") == (2 * 4 + 2) * 1024 * WIDE.vocab + states + weights
+    # A teacher in fp32 under a student in bf16: the budget holds for the wider of the two
+    wider = 8192 * WIDE.hidden * 2
+    assert loss(teacher_dtype="float32") == (2 + 4) * 1024 * WIDE.vocab + states + wider + weights
+    assert loss(lora_parameters=1000) == 2 * 2 * entries + states + 2 * head  # nobody asks for dW
+    assert loss() < loss(fused=False, logits_budget_mb=1024) / 3
+    assert loss(fused=False) == loss(fused=False, logits_budget_mb=256)
+
+
+def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fused(device: str, divergence: str = "forward_kl", kernels: str = "auto") -> bool:
+        values = {
+            "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"train": "rows.jsonl"},
+            "output": {"dir": "run"}, "loss": {"divergence": divergence, "kernels": kernels},
+        }  # fmt: skip
+        args = SimpleNamespace(
+            device=torch.device(device), per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch",
+            activation_checkpointing=False, bf16=True, fp16=False,
+        )  # fmt: skip
+        data = SimpleNamespace(lengths=[5, 7, 9], prompt_lengths=[2, 3, 4])
+        work = workload_of(Recipe.from_dict(values, deep=False), args, WIDE, DataOf(data))  # type: ignore[arg-type]
+        assert (work.rows, work.tokens, work.labelled, work.device) == (2, 9, 9, device)
+        assert work.logits_budget_mb == 256  # a quarter of 1 GiB, and what PyTorch takes
+        return work.fused
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("dts_hf.training.workload.free_bytes", lambda device: 2**30 if device.type == "cuda" else None)
+    assert fused("cuda") and not fused("cuda", "adaptive_kl") and not fused("cpu")
+    assert not fused("cuda", kernels="torch")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not fused("cuda")
+
+
+class DataOf:
+    """Tokenised rows of these lengths."""
+
+    def __init__(self, data: Any) -> None:
+        self.lengths, self.prompt_lengths = data.lengths, data.prompt_lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+# -------------------------------------------------------------------------------------------------- quantised teachers
+
+
+def test_a_quantised_teacher_in_bytes() -> None:
+    sizes = {kind: estimate_memory(WIDE, WIDE, FUSED, Plan(teacher=kind)) for kind in ("replicated", *QUANTIZED_BY)}  # type: ignore[arg-type]
+    ends = 2 * (WIDE.parameters - WIDE.backbone)
+    assert sizes["replicated"].teacher == 2 * WIDE.parameters
+    for kind in ("fp8", "int8", "8bit"):
+        assert ends + WIDE.backbone < sizes[kind].teacher < 1.01 * (ends + WIDE.backbone)
+    assert sizes["4bit"].teacher < sizes["int8"].teacher
+
+    def working(kind: str) -> float:  # beside a student that is nothing
+        memory = estimate_memory(STUDENT, WIDE, replace(FUSED, labelled=1), Plan(teacher=kind))  # type: ignore[arg-type]
+        assert memory.moment == "teacher"
+        return memory.peak - memory.teacher
+
+    assert working("replicated") == working("4bit") < working("int8") < working("fp8")
+
+
+@pytest.mark.skipif(not is_torchao_available(), reason="torchao is not installed: pip install 'dts-hf[quantization]'")
+def test_a_quantised_teacher_is_as_large_as_counted(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**LLAMA.to_dict(), "hidden_size": 256, "intermediate_size": 512})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), key="teacher.model", dtype="bfloat16", quantization="int8")
+    parts = [
+        part
+        for weight in model.parameters()
+        for part in ((weight.qdata, weight.scale, weight.zero_point) if hasattr(weight, "qdata") else (weight,))
+    ]
+    found = sum(part.numel() * part.itemsize for part in parts)
+    shape = ModelShape.from_model(model)
+    assert shape == ModelShape.from_config(config)
+    assert found == pytest.approx(estimate_memory(STUDENT, shape, WORK, Plan(teacher="int8")).teacher, rel=0.01)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

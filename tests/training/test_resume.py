@@ -106,6 +106,26 @@ def test_killed_and_resumed_ends_as_if_nothing_was(workplace, straight, world, s
         assert found[part] == value, part
 
 
+@pytest.mark.soak
+def test_batches_of_a_number_of_tokens_killed_and_resumed(workplace):
+    """On two processes, in the middle of an epoch, after a save in the middle of one."""
+
+    def life(output: str, **how: Any) -> Life:
+        values = recipe(output, data={"packing": {"tokens": 60}}, training={"gradient_accumulation_steps": 1})
+        return Life(workplace, values, 2, "ddp", **how)
+
+    finish(life("packs-straight"))
+    state = json.loads((workplace / "packs-straight" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["epoch"] % 1 > 0
+    assert set(life("packs-killed", kill_at_step=8).wait()) == {-9}
+    resumed = life("packs-killed", resume=True)
+    finish(resumed)
+    assert "going on from step 5" in resumed.says()
+    found, expected = (end_of(workplace / name) for name in ("packs-killed", "packs-straight"))
+    for part, value in expected.items():
+        assert found[part] == value, part
+
+
 def test_what_is_compared_can_differ(straight):
     """Dropout, CTKD and the data position matter: the ends of the launches are not one another's."""
     ends = list(straight.values())

@@ -20,26 +20,18 @@ from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.trainer import DistillationTrainer, DTSDistillationTrainer
 from tests.support import reference
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.support.trainers import ROWS, arguments, encoded, temperatures, trainer_for
+from tests.support.trainers import (
+    ROWS,
+    arguments,
+    encoded,
+    largest_difference,
+    step_gradients,
+    temperatures,
+    trainer_for,
+)
 
 MODELS = {"llama_tied": lambda s: tiny_llama(seed=s, tie=True), "llama_untied": lambda s: tiny_llama(seed=s, tie=False),
           "gpt2": lambda s: tiny_gpt2(seed=s)}  # fmt: skip
-
-
-def step_gradients(trainer, batches):
-    """Gradients of one optimizer step made of these micro-batches, as the Trainer would form them."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer.temperature.begin_step(0.0)
-    count = trainer._get_num_items_in_batch(batches, trainer.args.device)
-    for batch in batches:
-        trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
-    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-def largest_difference(one, other):
-    assert one.keys() == other.keys()
-    return max(((one[k] - other[k]).norm() / other[k].norm().clamp(min=1e-12)).item() for k in one)
 
 
 # --------------------------------------------------------------------------------------------------------- the shift

@@ -81,9 +81,11 @@ def round_gradients(trainer: DistillationTrainer) -> None:
     """
     generator = torch.Generator().manual_seed(11)
     seen: list[int] = []
-    trainer.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
-    )
+
+    def count(_module: torch.nn.Module, _args: object, told: dict[str, torch.Tensor]) -> None:
+        seen.append(told["position_ids"].numel() if "position_ids" in told else int(told["attention_mask"].sum()))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
 
     def round_one(weight: torch.Tensor) -> None:
         typical = weight.grad.square().mean().sqrt()

@@ -1,0 +1,47 @@
+"""Run a script of ``benchmarks/`` as a user would, and read what it wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
+HAS_TRL = importlib.util.find_spec("trl") is not None
+TRL_VARIANTS = {"trl_gkd", "trl_chunked"} if HAS_TRL else set()
+
+
+def run(script: str, *arguments: str) -> str:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def report(script: str, *arguments: str) -> dict[str, Any]:
+    return json.loads(run(script, "--quick", "--json", *arguments))  # type: ignore[no-any-return]
+
+
+def rows_of(found: dict[str, Any], table: int = 0) -> dict[str, dict[str, Any]]:
+    """Rows by name; every timed variant has its seconds of each round, and on Linux its peak memory."""
+    rows = {row["name"]: row for row in found["tables"][table]["rows"]}
+    for row in rows.values():
+        assert len(row["seconds_per_round"]) == found["setting"]["rounds"]
+        assert row["seconds"] > 0
+        assert sys.platform != "linux" or "peak_bytes" in row
+    return rows
+
+
+def assert_same_kl(rows: dict[str, dict[str, Any]], rel: float) -> None:
+    values = [row["kl"] for row in rows.values() if "kl" in row]
+    assert values[0] > 0.1
+    assert values == pytest.approx([values[0]] * len(values), rel=rel)
