@@ -199,9 +199,7 @@ def test_kernels_of_a_whole_vocabulary(policy: str, device: str, monkeypatch: py
     monkeypatch.undo()
     chunk, asked = chunk_of(vocab=50257, device=device), policy_named(policy)
     for form in ("forward_kl", "jsd", "dkd", "logit_mse"):
-        assert_same(
-            by_kernels(chunk, FORMS[form], asked), by_plain(chunk, FORMS[form], asked, torch.float64), 2e-5
-        )
+        assert_same(by_kernels(chunk, FORMS[form], asked), by_plain(chunk, FORMS[form], asked, torch.float64), 2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 13])

@@ -32,7 +32,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 def problem(dtype: torch.dtype, device: str, rows: int = N) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
-    shapes = {"states": (N, H_S), "weight": (V, H_S), "bias": (V,), "teacher_states": (N, H_T), "teacher_weight": (V, H_T)}
+    shapes = {
+        "states": (N, H_S),
+        "weight": (V, H_S),
+        "bias": (V,),
+        "teacher_states": (N, H_T),
+        "teacher_weight": (V, H_T),
+    }
     made = {name: torch.randn(*shape, generator=draw).to(device, dtype) for name, shape in shapes.items()}
     made["targets"] = torch.randint(0, V, (N,), generator=draw).to(device)
     return {name: value[:rows] if len(value) == N else value for name, value in made.items()}

@@ -188,7 +188,9 @@ def test_on_a_card_auto_falls_back_with_one_warning_and_triton_is_an_error(
     from dts_hf.loss import kernels
 
     monkeypatch.setattr(kernels, "gradient_kernel", Broken(ValueError("no ptxas")))
-    monkeypatch.setattr(distillation_loss, "why_not_trusted", lambda of, _, *rest: road.why_not_trusted(of, CPU, *rest))
+    monkeypatch.setattr(
+        distillation_loss, "why_not_trusted", lambda of, _, *rest: road.why_not_trusted(of, CPU, *rest)
+    )
     form: Any = "forward_kl" if known == "a compile error" else "adaptive_kl"
     head, losses = Head(torch.empty(V, 1)), {}
     for choice in ("auto", "triton", "torch"):
@@ -206,7 +208,9 @@ def test_on_a_card_auto_falls_back_with_one_warning_and_triton_is_an_error(
 
 @has_triton
 def test_on_a_card_auto_takes_kernels_that_agree(settings_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation_loss, "why_not_trusted", lambda of, _, *rest: road.why_not_trusted(of, CPU, *rest))
+    monkeypatch.setattr(
+        distillation_loss, "why_not_trusted", lambda of, _, *rest: road.why_not_trusted(of, CPU, *rest)
+    )
     head = Head(torch.empty(V, 1))
     for choice in ("auto", "triton"):
         loss = DistillationLoss(temperature=build_temperature("constant"), kernels=choice)  # type: ignore[arg-type]

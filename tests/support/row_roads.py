@@ -82,7 +82,9 @@ def _by(
     rows = road(settings, head=student, teacher_head=teacher, has_teacher=has_teacher, with_grad=with_grad,
                 math_dtype=math_dtype, device=device)  # fmt: skip
     # Clones that keep the strides: either road may write over them
-    z_s, z_t = (z.clone() if logits_dtype is None else z.to(logits_dtype, copy=True) for z in (chunk.student, chunk.teacher))
+    z_s, z_t = (
+        z.clone() if logits_dtype is None else z.to(logits_dtype, copy=True) for z in (chunk.student, chunk.teacher)
+    )
     if not has_teacher:
         z_t = z_s
     grad = z_s if in_place else torch.full(z_s.shape, 7.0, dtype=z_s.dtype, device=device)

@@ -21,7 +21,10 @@ from tests.support.trainers import trainer_for
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning:triton")
 
 #: Few labels: the interpreter takes a tenth of a second for each.
-ROWS = [{"id": f"r{i}", "instruction": "Say it" + " again" * i, "input": "", "output": "yes" + " no" * (i % 2)} for i in range(4)]
+ROWS = [
+    {"id": f"r{i}", "instruction": "Say it" + " again" * i, "input": "", "output": "yes" + " no" * (i % 2)}
+    for i in range(4)
+]
 ROW_BYTES = 2 * 4 * TINY_VOCAB
 #: Of a log line, where it is there; what depends on the clock is not.
 CLOCK = ("runtime", "per_second", "flos", "seconds")
@@ -67,10 +70,12 @@ def test_kernels_train_as_pytorch_does(case: str, tmp_path: Path) -> None:
     """By plain gradient descent: Adam would make much of the last bits of small gradients."""
     given = {"temperature": {"name": "dts"}, **CASES[case]}
     make = given.pop("model", tiny_llama)
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 1e-2, **given.pop("options", {})}  # fmt: skip
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 1e-2}
+    options |= given.pop("options", {})
     trained = []
     for kernels in ("triton", "torch"):
-        trainer = trainer_for(tmp_path, make(seed=0), make(seed=1), ROWS, options, eval_dataset=ROWS[:2], kernels=kernels, **given)  # fmt: skip
+        given |= {"eval_dataset": ROWS[:2], "kernels": kernels}
+        trainer = trainer_for(tmp_path, make(seed=0), make(seed=1), ROWS, options, **given)
         trainer.train()
         trained.append(trainer)
     assert_same(*trained)
@@ -95,7 +100,8 @@ def test_kernels_train_a_classifier_as_pytorch_does(policy: str, tmp_path: Path)
         )  # fmt: skip
         trainer = ClassificationDistillationTrainer(
             classifier(seed=1), classifier(seed=2, layers=3), task=SST2, temperature={"name": policy}, args=args,
-            train_dataset=rows_of(SST2, 8), eval_dataset=rows_of(SST2, 4), processing_class=tiny_tokenizer(), kernels=kernels,
+            train_dataset=rows_of(SST2, 8), eval_dataset=rows_of(SST2, 4), processing_class=tiny_tokenizer(),
+            kernels=kernels,
         )  # fmt: skip
         trainer.train()
         trained.append(trainer)
