@@ -311,8 +311,9 @@ class FusedRows(RowLoss):
         formula, t_s, t_t = self.formula, as_rows(answer.student), as_rows(answer.teacher)
         value, total, k = torch.zeros_like(one.ce_s), torch.zeros_like(one.ce_s), torch.zeros_like(one.ce_s)
         if formula.centred:  # log q - log p + k = u - u_t - mean(u - u_t)
-            share = 1.0 if answer.teacher_share is None else answer.teacher_share
-            mean_t = torch.lerp(one.mean_s, one.mean_t, torch.as_tensor(share, dtype=t_s.dtype, device=t_s.device))
+            mean_t = one.mean_t
+            if answer.teacher_share is not None:
+                mean_t = torch.lerp(one.mean_s, mean_t, answer.teacher_share.to(mean_t.dtype))
             k = at_t.norm_s - at_t.norm_t - (one.mean_s / t_s - mean_t / t_t)
         elif formula.split:
             value, k = self._decoupled(at_t)
