@@ -228,7 +228,7 @@ def rows_in_budget(logits_budget_mb: float, vocab_size: int, itemsize: int) -> i
 
 
 def equal_chunks(rows: int, limit: int) -> int:
-    """C for so many rows: as few chunks as ``limit`` allows, of equal size, or one more where that makes C a multiple of 128.
+    """C for so many rows: as few equal chunks as ``limit`` allows, or one more where that makes C a multiple of 128.
 
     Matmuls work in tiles of 128 rows, and a chunk more drags the whole of dW through memory once more.
     """

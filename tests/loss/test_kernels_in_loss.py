@@ -1,4 +1,4 @@
-"""``DistillationLoss`` with kernels, in fp32, beside the same loss in PyTorch and float64: chunks, sequences, what is needed."""
+"""``DistillationLoss`` with kernels beside the same loss in PyTorch and float64: chunks, sequences, what is needed."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def problem(dtype: torch.dtype, device: str, rows: int = N) -> dict[str, torch.T
 
 
 def outcome(
-    kernels: Any, dtype: torch.dtype, device: str, *, rows: int = N, chunk: int | None = None, policy: str = "constant_of_two",
-    form: str = "jsd", needs: tuple[str, ...] = ("states", "weight", "bias"), teacher: bool = True, kd_ratio: float = 0.6,
+    kernels: Any, dtype: torch.dtype, device: str, *, rows: int = N, chunk: int | None = None,
+    policy: str = "constant_of_two", form: str = "jsd", needs: tuple[str, ...] = ("states", "weight", "bias"),
+    teacher: bool = True, kd_ratio: float = 0.6,
     head: dict[str, float] = FULL, biased: bool = True, **options: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
     """The loss, the gradients of what needs one, and the sums."""
@@ -58,8 +59,9 @@ def outcome(
         FORMS[form], temperature=asked, kd_ratio=kd_ratio, kernels=kernels,
         logits_budget_mb=None if chunk is None else (chunk + 0.5) * 2 * width * V / 2**20, **options,
     )  # fmt: skip
+    student = Head(data["weight"], data["bias"] if biased else None, **head)  # type: ignore[arg-type]
     output = loss(
-        data["states"], Head(data["weight"], data["bias"] if biased else None, **head), data["teacher_states"] if teacher else None,
+        data["states"], student, data["teacher_states"] if teacher else None,
         Head(data["teacher_weight"]) if teacher else None, data["targets"], 4.0,
         sequences=SEQUENCES[:rows].to(device) if asked.needs_sequence_gap else None,
     )  # fmt: skip

@@ -29,7 +29,10 @@ V, CPU, CARD = 20, torch.device("cpu"), torch.device("cuda")
 LOSS_LOG = "dts_hf.loss.distillation_loss"
 
 
-def run(kernels: Any, divergence: Any = "forward_kl", dtype: torch.dtype = torch.float32, policy: str = "constant", **options: Any) -> Any:  # fmt: skip
+def run(
+    kernels: Any, divergence: Any = "forward_kl", dtype: torch.dtype = torch.float32, policy: str = "constant",
+    **options: Any,
+) -> Any:  # fmt: skip
     loss = DistillationLoss(divergence, temperature=build_temperature(policy), kernels=kernels, **options)
     draw = torch.Generator().manual_seed(0)
     states, weight = (torch.randn(*shape, generator=draw).to(dtype).requires_grad_() for shape in ((3, 4), (V, 4)))
