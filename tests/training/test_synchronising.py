@@ -26,7 +26,7 @@ ON_HOST = {
     ("tokenised", "__call__", "__int__"),  # CountingCollator
     ("dts", "_target", "tensor"),
     ("dts", "_target", "__float__"),
-    ("chunk_walk", "_is_one", "item"),  # behind a question for the device
+    ("plain_rows", "_is_one", "item"),  # behind a question for the device
 }
 #: Once a run, or once an epoch.
 OF_RUN = {
