@@ -19,8 +19,8 @@ from dts_hf.loss.road import why_not_fused
 from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
 from dts_hf.temperature import TemperaturePolicy, Temperatures, build_temperature
-from tests.loss.test_policies_in_loss import POLICIES, started
 from tests.support import reference
+from tests.support.policies import POLICIES, started
 from tests.support.recorded import policy_of
 from tests.support.row_roads import FORMS, Chunk, apart, build_divergence, by_kernels, by_plain, chunk_of
 
