@@ -20,7 +20,7 @@ from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
 from dts_hf.temperature import TemperaturePolicy, Temperatures, build_temperature
 from tests.support import reference
-from tests.support.policies import POLICIES, started
+from tests.support.loss_problem import POLICIES, started
 from tests.support.recorded import policy_of
 from tests.support.row_roads import FORMS, Chunk, apart, build_divergence, by_kernels, by_plain, chunk_of
 

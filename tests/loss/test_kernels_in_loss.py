@@ -13,7 +13,7 @@ from dts_hf.loss import chunk_walk, fused_rows
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature import build_temperature
-from tests.support.policies import POLICIES, started
+from tests.support.loss_problem import POLICIES, started
 from tests.support.row_roads import FORMS, apart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning:triton")

@@ -9,7 +9,16 @@ from dts_hf.divergences import DIVERGENCES, build_divergence
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.temperature import RowStats, build_temperature, temperature_policies
 from tests.support import reference
-from tests.support.policies import POLICIES, N, fused, in_chunks_of, leaves, problem, started, step_stats
+from tests.support.loss_problem import (
+    POLICIES,
+    N,
+    fused,
+    in_chunks_of,
+    leaves,
+    problem,
+    started,
+    step_stats,
+)
 from tests.support.recorded import policy_of
 
 # An option that must move the loss, and two values of it.

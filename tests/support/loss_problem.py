@@ -1,4 +1,4 @@
-"""Every policy with the options that take another way through the loss, and a problem to ask them on."""
+"""One small problem for the loss, every policy it can meet, and a policy that has been through some steps of it."""
 
 from __future__ import annotations
 
