@@ -130,7 +130,7 @@ class AtT(NamedTuple):
     norm_t: Tensor
     entropy_s: Tensor
     entropy_t: Tensor
-    forward: Tensor  # E_p[u_t - u]
+    forward: Tensor  # E_p[u_t - u], both here of logits minus the largest
     reverse: Tensor  # E_q[u - u_t]
     peak_s: Tensor  # the largest logit
     peak_t: Tensor
@@ -324,8 +324,8 @@ class FusedRows(RowLoss):
         elif formula.split:
             value, k = self._decoupled(at_t)
         elif formula.linear is not None:
-            reverse = at_t.reverse + (at_t.norm_t - at_t.norm_s)
-            value = formula.linear * (at_t.forward + (at_t.norm_s - at_t.norm_t)) + (1.0 - formula.linear) * reverse
+            reverse = at_t.reverse + (at_t.rest_t - at_t.rest_s)
+            value = formula.linear * (at_t.forward + (at_t.rest_s - at_t.rest_t)) + (1.0 - formula.linear) * reverse
             total = (1.0 - formula.linear) * reverse
         slope_s = slope_t = None
         if slopes or (formula.linear is None and not formula.split):
@@ -386,7 +386,7 @@ class FusedRows(RowLoss):
             -soft(-at_t.norm_s),
         )
         binary = label_p.exp() * (label_p - label_q) + rest_p.exp() * (rest_p - rest_q)
-        others = at_t.forward + (at_t.norm_s - at_t.norm_t)
+        others = at_t.forward + (at_t.rest_s - at_t.rest_t)
         # From the smaller of p_y and 1 - p_y: the other difference would cancel
         rise = torch.where(label_p < rest_p, label_q.exp() - label_p.exp(), rest_p.exp() - rest_q.exp())
         return self.formula.a * binary + self.formula.b * others, self.formula.b - self.formula.a * rise
@@ -419,7 +419,9 @@ class FusedRows(RowLoss):
         r = self.settings.kd_ratio
         soft = terms if r > 0.0 else []
         nothing = torch.zeros_like(one.ce_s)
-        numbers = torch.stack([one.top_s, one.rest_s, nothing if along is None else along, one.label_s, one.mean_s])
+        numbers = torch.stack(
+            [one.top_s, one.rest_s, nothing if along is None else along, one.label_s, one.mean_s, one.label_t]
+        )
         of_terms = torch.stack([term.numbers for term in soft]) if soft else numbers
         grid = (rows, -(-vocab // (_TILES * _THREADS * meta["INNER"])))
         kernels.gradient_kernel[grid](

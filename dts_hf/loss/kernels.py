@@ -26,9 +26,8 @@ axis 1 stay inside a thread, so a running maximum costs one rescaling for INNER 
 the row ends. Rows may begin anywhere (V odd), and then loads are narrower.
 
 **Numbers.** Probabilities are made of logits minus the row's largest, so that neither the offset of a model's logits (GPT-2
-has -100) nor their size costs digits; where both models meet, of logits minus that of the label, which is the same place in
-both. Exponentials are powers of two. Entries behind V count as ``LOW``, which is finite: minus infinity would be NaN in a
-product with 0.
+has -100) nor their size costs digits. Exponentials are powers of two. Entries behind V count as ``LOW``, which is finite:
+minus infinity would be NaN in a product with 0.
 
 Shapes: ``C`` rows of a chunk, ``V`` vocabulary. Tables of rows are ``[K, C]`` fp32.
 """
@@ -209,6 +208,12 @@ def _logits(raw, offsets, V, scale, cap, CAPPED: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
+def _mixed(z_s, z_t, pivot_s, pivot_t, share):
+    """The logits of a mixed target (TAID): the student's, exactly, where both agree; the label's is the student's."""
+    return z_s + share * ((z_t - pivot_t) - (z_s - pivot_s))
+
+
+@triton.jit
 def _moments(x, inside, count, mean, square, MASKED: tl.constexpr, INNER: tl.constexpr):
     """Chan's update of each thread's mean and sum of squares by INNER entries."""
     if MASKED:
@@ -241,35 +246,37 @@ def _write_moments(out, C, V, count, mean_s, mean_t, square_s, square_t):
 
 
 @triton.jit
-def _add_at_one(z_s, z_t, shift, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross):
+def _add_at_one(z_s, z_t, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross):
     """Bring each thread's maxima and sums at T = 1 up to date; returns them, and by how much the maxima rose (<= 0)."""
     higher_s, higher_t = tl.maximum(top_s, tl.max(z_s, 1)), tl.maximum(top_t, tl.max(z_t, 1))
     fell_s, fell_t = top_s - higher_s, top_t - higher_t
     d_s, d_t = z_s - higher_s[:, None], z_t - higher_t[:, None]
     e_s, e_t = _exp(d_s), _exp(d_t)
     shrink_s, shrink_t = _exp(fell_s), _exp(fell_t)
+    cross = (cross + sum_t * (fell_t - fell_s)) * shrink_t + tl.sum(e_t * (d_t - d_s), 1)
     dot_s = (dot_s + sum_s * fell_s) * shrink_s + tl.sum(e_s * d_s, 1)
     dot_t = (dot_t + sum_t * fell_t) * shrink_t + tl.sum(e_t * d_t, 1)
     sum_s = sum_s * shrink_s + tl.sum(e_s, 1)
     sum_t = sum_t * shrink_t + tl.sum(e_t, 1)
-    cross = cross * shrink_t + tl.sum(e_t * (z_t - z_s - shift), 1)
     return higher_s, higher_t, sum_s, sum_t, dot_s, dot_t, cross, fell_s, fell_t
 
 
 @triton.jit
 def _add_at_t(
-    y_s, y_t, pivot_s, pivot_t, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
+    y_s, y_t, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
     sum_s, sum_t, dot_s, dot_t, forward, reverse, RUNNING: tl.constexpr,
 ):  # fmt: skip
     """Bring each thread's sums at T up to date. RUNNING: the maxima ``peak`` have just moved by ``rose`` (<= 0)."""
     if RUNNING:
         drop_s, drop_t = rose_s * inverse_s, rose_t * inverse_t
         fade_s, fade_t = _exp(drop_s), _exp(drop_t)
+        forward = (forward + sum_t * (drop_t - drop_s)) * fade_t
+        reverse = (reverse + sum_s * (drop_s - drop_t)) * fade_s
         dot_s, dot_t = (dot_s + sum_s * drop_s) * fade_s, (dot_t + sum_t * drop_t) * fade_t
-        sum_s, sum_t, reverse, forward = sum_s * fade_s, sum_t * fade_t, reverse * fade_s, forward * fade_t
+        sum_s, sum_t = sum_s * fade_s, sum_t * fade_t
     v_s, v_t = (y_s - peak_s[:, None]) * inverse_s, (y_t - peak_t[:, None]) * inverse_t
     w_s, w_t = _exp(v_s), _exp(v_t)
-    apart = (y_t - pivot_t) * inverse_t - (y_s - pivot_s) * inverse_s
+    apart = v_t - v_s
     sum_s += tl.sum(w_s, 1)
     sum_t += tl.sum(w_t, 1)
     dot_s += tl.sum(w_s * v_s, 1)
@@ -292,7 +299,9 @@ def _write_at_one(
     ce_s, ce_t = (all_s - pivot_s) + rest_s, (all_t - pivot_t) + rest_t
     tl.store(out, ce_s)
     tl.store(out + C, ce_t)
-    tl.store(out + 2 * C, tl.sum(cross * shrink_t, 0) / total_t + (ce_s - ce_t))
+    wrong = 0.0 * (ce_s + ce_t)  # NaN where the label is none, so that nothing comes of the row
+    crossed = tl.sum((cross + sum_t * (fell_t - fell_s)) * shrink_t, 0)
+    tl.store(out + 2 * C, crossed / total_t + (rest_s - rest_t) + wrong)
     tl.store(out + 3 * C, agreement)
     tl.store(out + 4 * C, rest_s - tl.sum((dot_s + sum_s * fell_s) * shrink_s, 0) / total_s)
     tl.store(out + 5 * C, rest_t - tl.sum((dot_t + sum_t * fell_t) * shrink_t, 0) / total_t)
@@ -304,7 +313,7 @@ def _write_at_one(
     tl.store(out + 15 * C, tl.max(peak_t, 0))
     tl.store(out + 16 * C, pivot_s)
     tl.store(out + 17 * C, pivot_t)
-    tl.store(out + 18 * C, rest_s + 0.0 * (ce_s + ce_t))  # a label that is none leaves no gradient, either
+    tl.store(out + 18 * C, rest_s + wrong)
     tl.store(out + 19 * C, rest_t)
 
 
@@ -323,8 +332,8 @@ def _write_at_t(
     tl.store(out + C, norm_t)
     tl.store(out + 2 * C, rest_s - tl.sum((dot_s + sum_s * drop_s) * fade_s, 0) / total_s)
     tl.store(out + 3 * C, rest_t - tl.sum((dot_t + sum_t * drop_t) * fade_t, 0) / total_t)
-    tl.store(out + 4 * C, tl.sum(forward * fade_t, 0) / total_t)
-    tl.store(out + 5 * C, tl.sum(reverse * fade_s, 0) / total_s)
+    tl.store(out + 4 * C, tl.sum((forward + sum_t * (drop_t - drop_s)) * fade_t, 0) / total_t)
+    tl.store(out + 5 * C, tl.sum((reverse + sum_s * (drop_s - drop_t)) * fade_s, 0) / total_s)
     tl.store(out + 6 * C, all_s)
     tl.store(out + 7 * C, all_t)
     tl.store(out + 8 * C, rest_s + 0.0 * (norm_s + norm_t))
@@ -357,7 +366,7 @@ def statistics_kernel(
         inverse_s, inverse_t = 1.0 / tl.load(t_s + row * stride_t_s), 1.0 / tl.load(t_t + row * stride_t_t)
     if MIXED:
         teacher_share = tl.load(share)
-    target_pivot = pivot_s + teacher_share * (pivot_t - pivot_s) if MIXED else pivot_t  # of the target's logits
+    target_pivot = pivot_s if MIXED else pivot_t  # the label's logit in the target
     # Of each thread: maxima, where the student's was last raised, and sums that belong to these maxima
     zeros = tl.zeros([THREADS], tl.float32)
     top_s, top_t, raised = zeros + LOW, zeros + LOW, tl.zeros([THREADS], tl.int32)
@@ -378,13 +387,13 @@ def statistics_kernel(
             z_t = _logits(teacher, offsets, V, scale_t, cap_t, CAPPED_T, part == 1)
             y_s, y_t, rose_s, rose_t = z_s, z_t, zeros, zeros
             if MIXED:
-                y_t = z_s + teacher_share * (z_t - z_s)
+                y_t = _mixed(z_s, z_t, pivot_s, pivot_t, teacher_share)
             if WITHOUT_TARGET:
                 y_s, y_t = tl.where(offsets == target, LOW, y_s), tl.where(offsets == target, LOW, y_t)
             if AT_ONE:
                 before = top_s
                 top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross, rose_s, rose_t = _add_at_one(
-                    z_s, z_t, pivot_t - pivot_s, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross
+                    z_s, z_t, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross
                 )
                 raised = tl.where(top_s > before, start, raised)
                 higher_s, higher_t = top_s, top_t
@@ -397,7 +406,7 @@ def statistics_kernel(
                 peak_s, peak_t = higher_s, higher_t
             if AT_T:
                 at_sum_s, at_sum_t, at_dot_s, at_dot_t, forward, reverse = _add_at_t(
-                    y_s, y_t, pivot_s, target_pivot, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
+                    y_s, y_t, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
                     at_sum_s, at_sum_t, at_dot_s, at_dot_t, forward, reverse, AT_ONE,
                 )  # fmt: skip
             if MOMENTS:
@@ -448,9 +457,11 @@ def divergence_kernel(
     column = tl.arange(0, THREADS)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     inverse_s = 1.0 / tl.load(t_s + row * stride_t_s)
     inverse_t = 1.0 / tl.load(t_t + row * stride_t_t)
-    teacher_share = 1.0
+    teacher_share, pivot_s, pivot_t = 1.0, 0.0, 0.0
     if MIXED:
         teacher_share = tl.load(share)
+        pivot_s = _at_target(student, target, V, scale_s, cap_s, CAPPED_S)
+        pivot_t = _at_target(teacher, target, V, scale_t, cap_t, CAPPED_T)
     peak_s, peak_t, norm_s, norm_t = tl.load(rows), tl.load(rows + C), tl.load(rows + 2 * C), tl.load(rows + 3 * C)
     centre_s, centre_t, k = tl.load(rows + 4 * C), tl.load(rows + 5 * C), tl.load(rows + 6 * C)
     zeros = tl.zeros([THREADS], tl.float32)
@@ -464,7 +475,7 @@ def divergence_kernel(
             z_s = _logits(student, offsets, V, scale_s, cap_s, CAPPED_S, part == 1)
             z_t = _logits(teacher, offsets, V, scale_t, cap_t, CAPPED_T, part == 1)
             if MIXED:
-                z_t = z_s + teacher_share * (z_t - z_s)
+                z_t = _mixed(z_s, z_t, pivot_s, pivot_t, teacher_share)
             u_s, u_t = (z_s - peak_s) * inverse_s, (z_t - peak_t) * inverse_t
             log_q, log_p = u_s - norm_s, u_t - norm_t
             v, e, h = TERMS(_exp(log_p), _exp(log_q), log_p, log_q, a, b, k, offsets == target)
@@ -514,7 +525,7 @@ def _write_gradient(
     if COUNT > 0:
         z_t = _logits(teacher, offsets, V, scale_t, cap_t, CAPPED_T, MASKED)
         if MIXED:
-            z_t = z_s + teacher_share * (z_t - z_s)
+            z_t = _mixed(z_s, z_t, tl.load(rows + 3 * C), tl.load(rows + 5 * C), teacher_share)
         for term in tl.static_range(COUNT):
             g += _soft(z_s, z_t, terms + term * 9 * C, C, a, b, offsets == target, TERMS)
     if SCALE_FREE:
@@ -540,9 +551,9 @@ def gradient_kernel(
 
     Then other programs of the row overwrite what they have read: nothing may be read here but the program's own tiles.
 
-    ``rows`` ``[5, C]``, of the student: the largest logit and the log norm of z minus it; with SCALE_FREE how much of z -
-    mean z leaves, the label's logit, and mean z minus it. ``terms`` ``[COUNT, 9, C]``: of each soft term 1 / T_s, 1 / T_t,
-    both largest logits, both log norms, its weight, sum e, k.
+    ``rows`` ``[6, C]``: the student's largest logit and the log norm of z minus it; with SCALE_FREE how much of z - mean z
+    leaves, the label's logit, and mean z minus it; the teacher's logit of the label. ``terms`` ``[COUNT, 9, C]``: of each
+    soft term 1 / T_s, 1 / T_t, both largest logits, both log norms, its weight, sum e, k.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s

@@ -275,23 +275,19 @@ EXTREME_CASES = [
 ]  # fmt: skip
 EXTREME_DAILY = EXTREME_CASES[::23]
 #: Whose gradient has log p - log q in it, and so multiplies what its last digits lack.
-OF_RATIOS = {name for name in FORMS if name.startswith(("reverse", "symmetric", "alpha_beta", "todi", "skew_reverse"))}
 
 
 def compare_extreme(extreme: str, form: str, policy: str, device: str) -> None:
-    """Finite wherever PyTorch is in fp32, and near float64 to the digits that logits so far from the label's can have."""
+    """As near float64 as anywhere, or as PyTorch is in fp32; at logits of 1e4 to the digits that their size leaves."""
+    tolerance = 1e-3 if "1e4" in extreme else 2e-5
     chunk, asked = extremes(device)[extreme], policy_named(policy)
     exact, exact_grad = by_plain(chunk, FORMS[form], asked, torch.float64)
     plain, plain_grad = by_plain(chunk, FORMS[form], asked, torch.float32)
     sums, grad = by_kernels(chunk, FORMS[form], asked)
-    label = chunk.targets.unsqueeze(-1)
-    reach = max(float((z - z.gather(-1, label)).abs().max()) for z in (chunk.student, chunk.teacher))
-    tolerance = max(1e-5, 1e-7 * reach)
     for name, value in exact.items():
         parts = abs(float(exact["kd"])) + 1.0 if name == "temperature_grad" else 1e-3
         assert apart(sums[name], value, parts) <= max(tolerance, 4.0 * apart(plain[name], value, parts)), name
-    tolerance *= reach if form in OF_RATIOS else 1.0
-    assert apart(grad, exact_grad, 1e-6) <= max(tolerance, 1.5 * apart(plain_grad, exact_grad, 1e-6))
+    assert apart(grad, exact_grad, 1e-6) <= max(tolerance, 4.0 * apart(plain_grad, exact_grad, 1e-6))
 
 
 @pytest.mark.parametrize(("extreme", "form", "policy"), EXTREME_DAILY)
