@@ -141,6 +141,9 @@ def summary(reports: Reports) -> str:
 
 def only_bars(common: list[str]) -> None:
     """Measure and print what the bars of every release need, and nothing else."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:  # threads that wait for each other at every small step: ours suffers, a large matmul does not
+        print(f"the machine is busy (load {load:.1f} on {cores} cores): these figures will not hold", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:  # not among the results: too few variants for the page
         results = Path(folder)
         reports = {name: run(name, (*command, *common), results) for name, command in BARS.items()}

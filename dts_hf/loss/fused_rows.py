@@ -98,7 +98,7 @@ def formula_of(divergence: Divergence, vocab: int) -> Formula | None:
 
 
 class One(NamedTuple):
-    """The table at T = 1, ``[18, C]``, as ``statistics_kernel`` fills it, and its rows, each ``[C]``."""
+    """The table at T = 1, ``[20, C]``, as ``statistics_kernel`` fills it, and its rows, each ``[C]``."""
 
     table: Tensor
     ce_s: Tensor
@@ -107,11 +107,11 @@ class One(NamedTuple):
     agreement: Tensor  # 1 where the student's first choice is the teacher's
     entropy_s: Tensor
     entropy_t: Tensor
-    lse_s: Tensor  # of the logits as they are; everything below is of logits minus that of the label
+    lse_s: Tensor
     lse_t: Tensor
     top_s: Tensor
     top_t: Tensor
-    mean_s: Tensor  # these four with moments alone
+    mean_s: Tensor  # of logits minus that of the label; these four with moments alone
     mean_t: Tensor
     square_s: Tensor  # sum of squares about the mean
     square_t: Tensor
@@ -119,17 +119,23 @@ class One(NamedTuple):
     peak_t: Tensor
     label_s: Tensor  # the label's logit
     label_t: Tensor
+    rest_s: Tensor  # log-sum-exp of logits minus the largest
+    rest_t: Tensor
 
 
 class AtT(NamedTuple):
-    """The rows of the table at T_s and T_t, ``[6, C]``; each ``[C]``, without the label where it is left out."""
+    """The rows of the table at T_s and T_t, ``[10, C]``; each ``[C]``, without the label where it is left out."""
 
-    norm_s: Tensor  # log-sum-exp of u = z_s / T_s
+    norm_s: Tensor  # log-sum-exp of u = z_s / T_s, z_s minus that of the label
     norm_t: Tensor
     entropy_s: Tensor
     entropy_t: Tensor
     forward: Tensor  # E_p[u_t - u]
     reverse: Tensor  # E_q[u - u_t]
+    peak_s: Tensor  # the largest logit
+    peak_t: Tensor
+    rest_s: Tensor  # log-sum-exp of (z - the largest) / T
+    rest_t: Tensor
 
 
 class _Chunk(NamedTuple):
@@ -144,7 +150,7 @@ class _Term(NamedTuple):
     """A soft term: what the gradient kernel needs, and what it adds to the value."""
 
     value: Tensor  # [C]
-    numbers: Tensor  # [7, C], see gradient_kernel
+    numbers: Tensor  # [9, C], see gradient_kernel
     slope_s: Tensor | None  # [C] sum e (u - E_q u), where it was asked for
     slope_t: Tensor | None
 
@@ -215,8 +221,8 @@ class FusedRows(RowLoss):
     ) -> tuple[One, AtT | None]:
         """Run the kernel: at T = 1 unless that is ``known``, and at the temperatures of ``answer`` if there are any."""
         rows, device = len(chunk.targets), chunk.student.device
-        one = torch.zeros(18, rows, device=device) if known is None else known.table
-        at_t = None if answer is None else torch.empty(6, rows, device=device)
+        one = torch.zeros(20, rows, device=device) if known is None else known.table
+        at_t = None if answer is None else torch.empty(10, rows, device=device)
         kernels.statistics_kernel[(rows,)](
             chunk.student, chunk.teacher, chunk.targets, *self._temperatures(answer), one, one if at_t is None else at_t,
             V=chunk.student.shape[1], C=rows, stride_s=chunk.student.stride(0), stride_t=chunk.teacher.stride(0),
@@ -328,7 +334,9 @@ class FusedRows(RowLoss):
             if not formula.split:
                 value = sums[0]
                 total = total if formula.centred else self._held_total(chunk, at_t, answer, k, sums[1], slopes)
-        numbers = (1.0 / t_s, 1.0 / t_t, at_t.norm_s, at_t.norm_t, weight / t_s, total, k)
+        numbers = (
+            1.0 / t_s, 1.0 / t_t, at_t.peak_s, at_t.peak_t, at_t.rest_s, at_t.rest_t, weight / t_s, total, k
+        )  # fmt: skip
         return _Term(value, torch.stack([number.expand_as(value) for number in numbers]), slope_s, slope_t)
 
     def _held_total(
@@ -343,10 +351,9 @@ class FusedRows(RowLoss):
         """The sums of ``divergence_kernel``, ``[4, C]``."""
         rows, formula = len(chunk.targets), self.formula
         terms = formula.reported if slopes and self.slopes and formula.reported is not None else formula.terms
-        centres = (at_t.norm_s - at_t.entropy_s, at_t.norm_t - at_t.entropy_t)  # E_q u, E_p u_t
-        return self._launch_divergence(
-            chunk, answer, torch.stack([at_t.norm_s, at_t.norm_t, *centres, k]), terms, slopes, rows
-        )
+        numbers = (at_t.peak_s, at_t.peak_t, at_t.rest_s, at_t.rest_t)
+        centres = (at_t.rest_s - at_t.entropy_s, at_t.rest_t - at_t.entropy_t)  # E_q u, E_p u_t
+        return self._launch_divergence(chunk, answer, torch.stack([*numbers, *centres, k]), terms, slopes, rows)
 
     def _launch_divergence(
         self, chunk: _Chunk, answer: Temperatures, table: Tensor, terms: Any, slopes: bool, rows: int
@@ -363,7 +370,7 @@ class FusedRows(RowLoss):
     def overlap(self, chunk: _Chunk, one: One) -> Tensor:
         """The Bhattacharyya coefficient of both models at T = 1, ``[C]``."""
         unit = torch.ones((), device=one.ce_s.device)
-        table = torch.stack([one.ce_s, one.ce_t, one.ce_s, one.ce_s, one.ce_s])
+        table = torch.stack([one.top_s, one.top_t, one.rest_s, one.rest_t, *[one.rest_s] * 3])
         return self._launch_divergence(chunk, Temperatures(unit, unit), table, kernels.overlap, False, len(one.ce_s))[
             0
         ]
@@ -412,7 +419,7 @@ class FusedRows(RowLoss):
         r = self.settings.kd_ratio
         soft = terms if r > 0.0 else []
         nothing = torch.zeros_like(one.ce_s)
-        numbers = torch.stack([one.ce_s, one.label_s, one.label_t, nothing if along is None else along, one.mean_s])
+        numbers = torch.stack([one.top_s, one.rest_s, nothing if along is None else along, one.label_s, one.mean_s])
         of_terms = torch.stack([term.numbers for term in soft]) if soft else numbers
         grid = (rows, -(-vocab // (_TILES * _THREADS * meta["INNER"])))
         kernels.gradient_kernel[grid](
@@ -430,9 +437,8 @@ class _Summary(LogitSummary):
     def __init__(self, rows: FusedRows, chunk: _Chunk, one: One, model: str) -> None:
         super().__init__(chunk.student.shape, one.ce_s)
         self._rows, self._chunk, self._one = rows, chunk, one
-        of_model = (
-            (one.top_s, one.mean_s, one.square_s) if model == "student" else (one.top_t, one.mean_t, one.square_t)
-        )
+        of_student = (one.top_s - one.label_s, one.mean_s, one.square_s)
+        of_model = of_student if model == "student" else (one.top_t - one.label_t, one.mean_t, one.square_t)
         self._top, self._mean, self._square = (values.unsqueeze(-1) for values in of_model)  # [C, 1]
 
     def standard_deviation(self) -> Tensor:

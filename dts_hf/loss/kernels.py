@@ -25,9 +25,10 @@ apart. ``targets``: ``[C]``. ``t_s``, ``t_t``: temperatures, ``stride_t_s`` and 
 axis 1 stay inside a thread, so a running maximum costs one rescaling for INNER entries and no word between threads until
 the row ends. Rows may begin anywhere (V odd), and then loads are narrower.
 
-**Numbers.** x is a logit minus that of the label: the offset of a model's logits (GPT-2 has -100) costs no digits, and the
-cross-entropy is the log-sum-exp of x. Exponentials are powers of two. Entries behind V count as ``LOW``, which is finite:
-minus infinity would be NaN in a product with 0.
+**Numbers.** Probabilities are made of logits minus the row's largest, so that neither the offset of a model's logits (GPT-2
+has -100) nor their size costs digits; where both models meet, of logits minus that of the label, which is the same place in
+both. Exponentials are powers of two. Entries behind V count as ``LOW``, which is finite: minus infinity would be NaN in a
+product with 0.
 
 Shapes: ``C`` rows of a chunk, ``V`` vocabulary. Tables of rows are ``[K, C]`` fp32.
 """
@@ -198,14 +199,13 @@ def _at_target(logits, target, V, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _relative(logits, offsets, V, pivot, scale, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """x: activated logits minus ``pivot``; ``LOW`` behind the end."""
+def _logits(raw, offsets, V, scale, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """Activated logits; ``LOW`` behind the end."""
     if MASKED:
         inside = offsets < V
-        x = _activate(tl.load(logits + offsets, mask=inside, other=0.0), scale, cap, CAPPED) - pivot
-        return tl.where(inside, x, LOW)
+        return tl.where(inside, _activate(tl.load(raw + offsets, mask=inside, other=0.0), scale, cap, CAPPED), LOW)
     else:
-        return _activate(tl.load(logits + offsets), scale, cap, CAPPED) - pivot
+        return _activate(tl.load(raw + offsets), scale, cap, CAPPED)
 
 
 @triton.jit
@@ -241,25 +241,25 @@ def _write_moments(out, C, V, count, mean_s, mean_t, square_s, square_t):
 
 
 @triton.jit
-def _add_at_one(x_s, x_t, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross):
+def _add_at_one(z_s, z_t, shift, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross):
     """Bring each thread's maxima and sums at T = 1 up to date; returns them, and by how much the maxima rose (<= 0)."""
-    higher_s, higher_t = tl.maximum(top_s, tl.max(x_s, 1)), tl.maximum(top_t, tl.max(x_t, 1))
+    higher_s, higher_t = tl.maximum(top_s, tl.max(z_s, 1)), tl.maximum(top_t, tl.max(z_t, 1))
     fell_s, fell_t = top_s - higher_s, top_t - higher_t
-    d_s, d_t = x_s - higher_s[:, None], x_t - higher_t[:, None]
+    d_s, d_t = z_s - higher_s[:, None], z_t - higher_t[:, None]
     e_s, e_t = _exp(d_s), _exp(d_t)
     shrink_s, shrink_t = _exp(fell_s), _exp(fell_t)
     dot_s = (dot_s + sum_s * fell_s) * shrink_s + tl.sum(e_s * d_s, 1)
     dot_t = (dot_t + sum_t * fell_t) * shrink_t + tl.sum(e_t * d_t, 1)
     sum_s = sum_s * shrink_s + tl.sum(e_s, 1)
     sum_t = sum_t * shrink_t + tl.sum(e_t, 1)
-    cross = cross * shrink_t + tl.sum(e_t * (x_t - x_s), 1)
+    cross = cross * shrink_t + tl.sum(e_t * (z_t - z_s - shift), 1)
     return higher_s, higher_t, sum_s, sum_t, dot_s, dot_t, cross, fell_s, fell_t
 
 
 @triton.jit
 def _add_at_t(
-    y_s, y_t, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t, sum_s, sum_t, dot_s, dot_t, forward, reverse,
-    RUNNING: tl.constexpr,
+    y_s, y_t, pivot_s, pivot_t, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
+    sum_s, sum_t, dot_s, dot_t, forward, reverse, RUNNING: tl.constexpr,
 ):  # fmt: skip
     """Bring each thread's sums at T up to date. RUNNING: the maxima ``peak`` have just moved by ``rose`` (<= 0)."""
     if RUNNING:
@@ -269,7 +269,7 @@ def _add_at_t(
         sum_s, sum_t, reverse, forward = sum_s * fade_s, sum_t * fade_t, reverse * fade_s, forward * fade_t
     v_s, v_t = (y_s - peak_s[:, None]) * inverse_s, (y_t - peak_t[:, None]) * inverse_t
     w_s, w_t = _exp(v_s), _exp(v_t)
-    apart = y_t * inverse_t - y_s * inverse_s
+    apart = (y_t - pivot_t) * inverse_t - (y_s - pivot_s) * inverse_s
     sum_s += tl.sum(w_s, 1)
     sum_t += tl.sum(w_t, 1)
     dot_s += tl.sum(w_s * v_s, 1)
@@ -288,36 +288,47 @@ def _write_at_one(
     fell_s, fell_t = top_s - all_s, top_t - all_t
     shrink_s, shrink_t = _exp(fell_s), _exp(fell_t)
     total_s, total_t = tl.sum(sum_s * shrink_s, 0), tl.sum(sum_t * shrink_t, 0)
-    ce_s, ce_t = all_s + tl.log(total_s), all_t + tl.log(total_t)
+    rest_s, rest_t = tl.log(total_s), tl.log(total_t)
+    ce_s, ce_t = (all_s - pivot_s) + rest_s, (all_t - pivot_t) + rest_t
     tl.store(out, ce_s)
     tl.store(out + C, ce_t)
-    tl.store(out + 2 * C, tl.sum(cross * shrink_t, 0) / total_t + ce_s - ce_t)
+    tl.store(out + 2 * C, tl.sum(cross * shrink_t, 0) / total_t + (ce_s - ce_t))
     tl.store(out + 3 * C, agreement)
-    tl.store(out + 4 * C, tl.log(total_s) - tl.sum((dot_s + sum_s * fell_s) * shrink_s, 0) / total_s)
-    tl.store(out + 5 * C, tl.log(total_t) - tl.sum((dot_t + sum_t * fell_t) * shrink_t, 0) / total_t)
-    tl.store(out + 6 * C, ce_s + pivot_s)
-    tl.store(out + 7 * C, ce_t + pivot_t)
+    tl.store(out + 4 * C, rest_s - tl.sum((dot_s + sum_s * fell_s) * shrink_s, 0) / total_s)
+    tl.store(out + 5 * C, rest_t - tl.sum((dot_t + sum_t * fell_t) * shrink_t, 0) / total_t)
+    tl.store(out + 6 * C, all_s + rest_s)
+    tl.store(out + 7 * C, all_t + rest_t)
     tl.store(out + 8 * C, all_s)
     tl.store(out + 9 * C, all_t)
     tl.store(out + 14 * C, tl.max(peak_s, 0))
     tl.store(out + 15 * C, tl.max(peak_t, 0))
     tl.store(out + 16 * C, pivot_s)
     tl.store(out + 17 * C, pivot_t)
+    tl.store(out + 18 * C, rest_s + 0.0 * (ce_s + ce_t))  # a label that is none leaves no gradient, either
+    tl.store(out + 19 * C, rest_t)
 
 
 @triton.jit
-def _write_at_t(out, C, inverse_s, inverse_t, peak_s, peak_t, sum_s, sum_t, dot_s, dot_t, forward, reverse):
+def _write_at_t(
+    out, C, pivot_s, pivot_t, inverse_s, inverse_t, peak_s, peak_t, sum_s, sum_t, dot_s, dot_t, forward, reverse
+):
     """Join the threads' sums at T, and write the row's numbers; see ``fused_rows.AtT``."""
     all_s, all_t = tl.max(peak_s, 0), tl.max(peak_t, 0)
     drop_s, drop_t = (peak_s - all_s) * inverse_s, (peak_t - all_t) * inverse_t
     fade_s, fade_t = _exp(drop_s), _exp(drop_t)
     total_s, total_t = tl.sum(sum_s * fade_s, 0), tl.sum(sum_t * fade_t, 0)
-    tl.store(out, all_s * inverse_s + tl.log(total_s))
-    tl.store(out + C, all_t * inverse_t + tl.log(total_t))
-    tl.store(out + 2 * C, tl.log(total_s) - tl.sum((dot_s + sum_s * drop_s) * fade_s, 0) / total_s)
-    tl.store(out + 3 * C, tl.log(total_t) - tl.sum((dot_t + sum_t * drop_t) * fade_t, 0) / total_t)
+    rest_s, rest_t = tl.log(total_s), tl.log(total_t)
+    norm_s, norm_t = (all_s - pivot_s) * inverse_s + rest_s, (all_t - pivot_t) * inverse_t + rest_t
+    tl.store(out, norm_s)
+    tl.store(out + C, norm_t)
+    tl.store(out + 2 * C, rest_s - tl.sum((dot_s + sum_s * drop_s) * fade_s, 0) / total_s)
+    tl.store(out + 3 * C, rest_t - tl.sum((dot_t + sum_t * drop_t) * fade_t, 0) / total_t)
     tl.store(out + 4 * C, tl.sum(forward * fade_t, 0) / total_t)
     tl.store(out + 5 * C, tl.sum(reverse * fade_s, 0) / total_s)
+    tl.store(out + 6 * C, all_s)
+    tl.store(out + 7 * C, all_t)
+    tl.store(out + 8 * C, rest_s + 0.0 * (norm_s + norm_t))
+    tl.store(out + 9 * C, rest_t)
 
 
 @triton.jit
@@ -346,6 +357,7 @@ def statistics_kernel(
         inverse_s, inverse_t = 1.0 / tl.load(t_s + row * stride_t_s), 1.0 / tl.load(t_t + row * stride_t_t)
     if MIXED:
         teacher_share = tl.load(share)
+    target_pivot = pivot_s + teacher_share * (pivot_t - pivot_s) if MIXED else pivot_t  # of the target's logits
     # Of each thread: maxima, where the student's was last raised, and sums that belong to these maxima
     zeros = tl.zeros([THREADS], tl.float32)
     top_s, top_t, raised = zeros + LOW, zeros + LOW, tl.zeros([THREADS], tl.int32)
@@ -362,17 +374,17 @@ def statistics_kernel(
     for part in tl.static_range(2):  # whole blocks without a mask, then the rest with one
         for start in range(part * whole, whole + part * (V - whole), BLOCK):
             offsets = start + column
-            x_s = _relative(student, offsets, V, pivot_s, scale_s, cap_s, CAPPED_S, part == 1)
-            x_t = _relative(teacher, offsets, V, pivot_t, scale_t, cap_t, CAPPED_T, part == 1)
-            y_s, y_t, rose_s, rose_t = x_s, x_t, zeros, zeros
+            z_s = _logits(student, offsets, V, scale_s, cap_s, CAPPED_S, part == 1)
+            z_t = _logits(teacher, offsets, V, scale_t, cap_t, CAPPED_T, part == 1)
+            y_s, y_t, rose_s, rose_t = z_s, z_t, zeros, zeros
             if MIXED:
-                y_t = x_s + teacher_share * (x_t - x_s)
+                y_t = z_s + teacher_share * (z_t - z_s)
             if WITHOUT_TARGET:
                 y_s, y_t = tl.where(offsets == target, LOW, y_s), tl.where(offsets == target, LOW, y_t)
             if AT_ONE:
                 before = top_s
                 top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross, rose_s, rose_t = _add_at_one(
-                    x_s, x_t, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross
+                    z_s, z_t, pivot_t - pivot_s, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross
                 )
                 raised = tl.where(top_s > before, start, raised)
                 higher_s, higher_t = top_s, top_t
@@ -385,21 +397,21 @@ def statistics_kernel(
                 peak_s, peak_t = higher_s, higher_t
             if AT_T:
                 at_sum_s, at_sum_t, at_dot_s, at_dot_t, forward, reverse = _add_at_t(
-                    y_s, y_t, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
+                    y_s, y_t, pivot_s, target_pivot, peak_s, peak_t, rose_s, rose_t, inverse_s, inverse_t,
                     at_sum_s, at_sum_t, at_dot_s, at_dot_t, forward, reverse, AT_ONE,
                 )  # fmt: skip
             if MOMENTS:
                 inside = offsets < V
-                mean_s, square_s = _moments(x_s, inside, count, mean_s, square_s, part == 1, INNER)
-                mean_t, square_t = _moments(x_t, inside, count, mean_t, square_t, part == 1, INNER)
+                mean_s, square_s = _moments(z_s - pivot_s, inside, count, mean_s, square_s, part == 1, INNER)
+                mean_t, square_t = _moments(z_t - pivot_t, inside, count, mean_t, square_t, part == 1, INNER)
                 count += tl.sum(inside.to(tl.float32), 1)
 
     if AT_ONE:
         # The student's first choice, the first of equal ones, and what the teacher gives it
         offsets, best = raised[:, None] + column, tl.max(top_s, 0)
-        x_s = _relative(student, offsets, V, pivot_s, scale_s, cap_s, CAPPED_S, True)
-        first = tl.min(tl.min(tl.where(x_s == best, offsets, V - 1), 1), 0)
-        chosen = _activate(tl.load(teacher + first), scale_t, cap_t, CAPPED_T) - pivot_t
+        z_s = _logits(student, offsets, V, scale_s, cap_s, CAPPED_S, True)
+        first = tl.min(tl.min(tl.where(z_s == best, offsets, V - 1), 1), 0)
+        chosen = _activate(tl.load(teacher + first), scale_t, cap_t, CAPPED_T)
         agreement = tl.where(chosen == tl.max(top_t, 0), 1.0, 0.0)
         _write_at_one(
             out, C, top_s, top_t, sum_s, sum_t, dot_s, dot_t, cross, agreement, pivot_s, pivot_t, peak_s, peak_t
@@ -408,7 +420,7 @@ def statistics_kernel(
         _write_moments(out + 10 * C, C, V, count, mean_s, mean_t, square_s, square_t)
     if AT_T:
         _write_at_t(
-            at_t + row, C, inverse_s, inverse_t, peak_s, peak_t,
+            at_t + row, C, pivot_s, target_pivot, inverse_s, inverse_t, peak_s, peak_t,
             at_sum_s, at_sum_t, at_dot_s, at_dot_t, forward, reverse,
         )  # fmt: skip
 
@@ -426,22 +438,21 @@ def divergence_kernel(
     """Sums of one row: fills a column of ``sums``, ``[4, C]``.
 
     They are sum v; sum e; and with SLOPES sum e (u - E_q u) and sum h (u_t - E_p u_t), of which the derivatives by the two
-    temperatures are made. ``rows`` ``[5, C]``: log norms of u and u_t, E_q u, E_p u_t, k.
+    temperatures are made. ``rows`` ``[7, C]``: the largest logits; log norms, E_q u and E_p u_t of u = (z - largest) / T; k.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s
     teacher += row * stride_t
+    rows += row
     target = tl.load(targets + row)
-    pivot_s = _at_target(student, target, V, scale_s, cap_s, CAPPED_S)
-    pivot_t = _at_target(teacher, target, V, scale_t, cap_t, CAPPED_T)
     column = tl.arange(0, THREADS)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     inverse_s = 1.0 / tl.load(t_s + row * stride_t_s)
     inverse_t = 1.0 / tl.load(t_t + row * stride_t_t)
     teacher_share = 1.0
     if MIXED:
         teacher_share = tl.load(share)
-    norm_s, norm_t = tl.load(rows + row), tl.load(rows + C + row)
-    centre_s, centre_t, k = tl.load(rows + 2 * C + row), tl.load(rows + 3 * C + row), tl.load(rows + 4 * C + row)
+    peak_s, peak_t, norm_s, norm_t = tl.load(rows), tl.load(rows + C), tl.load(rows + 2 * C), tl.load(rows + 3 * C)
+    centre_s, centre_t, k = tl.load(rows + 4 * C), tl.load(rows + 5 * C), tl.load(rows + 6 * C)
     zeros = tl.zeros([THREADS], tl.float32)
     values, derivatives, slopes_s, slopes_t = zeros, zeros, zeros, zeros
 
@@ -450,11 +461,11 @@ def divergence_kernel(
     for part in tl.static_range(2):
         for start in range(part * whole, whole + part * (V - whole), BLOCK):
             offsets = start + column
-            x_s = _relative(student, offsets, V, pivot_s, scale_s, cap_s, CAPPED_S, part == 1)
-            x_t = _relative(teacher, offsets, V, pivot_t, scale_t, cap_t, CAPPED_T, part == 1)
+            z_s = _logits(student, offsets, V, scale_s, cap_s, CAPPED_S, part == 1)
+            z_t = _logits(teacher, offsets, V, scale_t, cap_t, CAPPED_T, part == 1)
             if MIXED:
-                x_t = x_s + teacher_share * (x_t - x_s)
-            u_s, u_t = x_s * inverse_s, x_t * inverse_t
+                z_t = z_s + teacher_share * (z_t - z_s)
+            u_s, u_t = (z_s - peak_s) * inverse_s, (z_t - peak_t) * inverse_t
             log_q, log_p = u_s - norm_s, u_t - norm_t
             v, e, h = TERMS(_exp(log_p), _exp(log_q), log_p, log_q, a, b, k, offsets == target)
             if part == 1:  # powers of 0 and squared differences are not 0 behind the end
@@ -477,39 +488,39 @@ def divergence_kernel(
 
 
 @triton.jit
-def _soft(x_s, x_t, of, C, a, b, at_target, TERMS: tl.constexpr):
-    """One soft term's gradient with respect to x_s; ``of`` points at its numbers of the row."""
-    log_q = x_s * tl.load(of) - tl.load(of + 2 * C)
-    log_p = x_t * tl.load(of + C) - tl.load(of + 3 * C)
-    q = _exp(
-        tl.minimum(log_q, 0.0)
-    )  # above 0 only at a label that is left out, and infinity times 0 would be NaN there
-    _, e, _ = TERMS(_exp(log_p), q, log_p, log_q, a, b, tl.load(of + 6 * C), at_target)
-    return tl.load(of + 4 * C) * (e - q * tl.load(of + 5 * C))
+def _soft(z_s, z_t, of, C, a, b, at_target, TERMS: tl.constexpr):
+    """One soft term's gradient with respect to z_s; ``of`` points at its numbers of the row."""
+    log_q = (z_s - tl.load(of + 2 * C)) * tl.load(of) - tl.load(of + 4 * C)
+    log_p = (z_t - tl.load(of + 3 * C)) * tl.load(of + C) - tl.load(of + 5 * C)
+    # Above 0 only at a label that is left out, where infinity times 0 would be NaN
+    q = _exp(tl.minimum(log_q, 0.0))
+    _, e, _ = TERMS(_exp(log_p), q, log_p, log_q, a, b, tl.load(of + 8 * C), at_target)
+    return tl.load(of + 6 * C) * (e - q * tl.load(of + 7 * C))
 
 
 @triton.jit
 def _write_gradient(
-    student, teacher, grad, offsets, target, pivot_s, pivot_t, ce, teacher_share, rows, terms,
+    student, teacher, grad, offsets, target, teacher_share, rows, terms,
     V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
     CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, TERMS: tl.constexpr, COUNT: tl.constexpr, WITH_CE: tl.constexpr,
     SCALE_FREE: tl.constexpr, MIXED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile; ``rows`` and ``terms`` point at the numbers of the row."""
-    x_s = _relative(student, offsets, V, pivot_s, scale_s, cap_s, CAPPED_S, MASKED)
-    g = tl.zeros_like(x_s)
+    z_s = _logits(student, offsets, V, scale_s, cap_s, CAPPED_S, MASKED)
+    g = tl.zeros_like(z_s)
     if WITH_CE:
-        g = ce_weight * (_exp(x_s - ce) - tl.where(offsets == target, 1.0, 0.0))
+        q = _exp((z_s - tl.load(rows)) - tl.load(rows + C))
+        g = ce_weight * (q - tl.where(offsets == target, 1.0, 0.0))
     if COUNT > 0:
-        x_t = _relative(teacher, offsets, V, pivot_t, scale_t, cap_t, CAPPED_T, MASKED)
+        z_t = _logits(teacher, offsets, V, scale_t, cap_t, CAPPED_T, MASKED)
         if MIXED:
-            x_t = x_s + teacher_share * (x_t - x_s)
+            z_t = z_s + teacher_share * (z_t - z_s)
         for term in tl.static_range(COUNT):
-            g += _soft(x_s, x_t, terms + term * 7 * C, C, a, b, offsets == target, TERMS)
+            g += _soft(z_s, z_t, terms + term * 9 * C, C, a, b, offsets == target, TERMS)
     if SCALE_FREE:
-        g -= tl.load(rows + 3 * C) * (x_s - tl.load(rows + 4 * C))
+        g -= tl.load(rows + 2 * C) * ((z_s - tl.load(rows + 3 * C)) - tl.load(rows + 4 * C))
     if CAPPED_S:
-        bent = (x_s + pivot_s) / cap_s
+        bent = z_s / cap_s
         g *= 1.0 - bent * bent
     g = (g * scale_s).to(grad.dtype.element_ty)
     if MASKED:
@@ -527,17 +538,17 @@ def gradient_kernel(
 ):  # fmt: skip
     """The gradient with respect to the student's raw logits, for TILES tiles of one row; ``grad`` may be ``student`` itself.
 
-    ``rows`` ``[5, C]``: the student's cross-entropy; both logits of the label, which another program may have overwritten by
-    now; with SCALE_FREE how much of x - mean x leaves, and mean x. ``terms`` ``[COUNT, 7, C]``: of each soft term 1 / T_s,
-    1 / T_t, both log norms, its weight, sum e, k.
+    Then other programs of the row overwrite what they have read: nothing may be read here but the program's own tiles.
+
+    ``rows`` ``[5, C]``, of the student: the largest logit and the log norm of z minus it; with SCALE_FREE how much of z -
+    mean z leaves, the label's logit, and mean z minus it. ``terms`` ``[COUNT, 9, C]``: of each soft term 1 / T_s, 1 / T_t,
+    both largest logits, both log norms, its weight, sum e, k.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s
     teacher += row * stride_t
     grad += row * stride_g
-    rows += row
     target = tl.load(targets + row)
-    ce, pivot_s, pivot_t = tl.load(rows), tl.load(rows + C), tl.load(rows + 2 * C)
     column = tl.arange(0, THREADS)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     teacher_share = 1.0
     if MIXED:
@@ -548,14 +559,14 @@ def gradient_kernel(
     if first + TILES * BLOCK <= V:
         for tile in tl.static_range(TILES):
             _write_gradient(
-                student, teacher, grad, first + tile * BLOCK + column, target, pivot_s, pivot_t, ce, teacher_share,
-                rows, terms + row, V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
+                student, teacher, grad, first + tile * BLOCK + column, target, teacher_share,
+                rows + row, terms + row, V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
                 CAPPED_S, CAPPED_T, TERMS, COUNT, WITH_CE, SCALE_FREE, MIXED, False,
             )  # fmt: skip
     else:
         for start in range(first, V, BLOCK):
             _write_gradient(
-                student, teacher, grad, start + column, target, pivot_s, pivot_t, ce, teacher_share,
-                rows, terms + row, V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
+                student, teacher, grad, start + column, target, teacher_share,
+                rows + row, terms + row, V, C, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
                 CAPPED_S, CAPPED_T, TERMS, COUNT, WITH_CE, SCALE_FREE, MIXED, True,
             )  # fmt: skip

@@ -18,8 +18,8 @@ from dts_hf.generation import engine, fixed_batch
 from dts_hf.generation.engine import Generated, GenerationSettings, generate
 from dts_hf.generation.fixed_batch import TOKENS_PER_LOOK, FixedBatch
 from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, repeated_ngrams
-from tests.generation.test_generation import EOS, make_prompts
 from tests.support.families import FAMILIES
+from tests.support.prompts import EOS, make_prompts
 from tests.support.synchronising import Synchronising
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 

@@ -20,16 +20,10 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
 from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise
+from tests.support.prompts import EOS, make_prompts
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 
-# Many tokens end an answer, so that random models end at very different lengths and lines leave the batch all the time
-EOS = [2, *range(20, 40)]
 LIMIT = 24
-
-
-def make_prompts(count: int = 30, longest: int = 40) -> list[list[int]]:
-    generator = random.Random(0)
-    return [[generator.randrange(3, TINY_VOCAB) for _ in range(generator.randint(1, longest))] for _ in range(count)]
 
 
 def answers(

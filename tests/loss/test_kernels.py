@@ -19,8 +19,8 @@ from dts_hf.loss.road import why_not_fused
 from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
 from dts_hf.temperature import TemperaturePolicy, Temperatures, build_temperature
-from tests.loss.test_policies_in_loss import POLICIES, started
 from tests.support import reference
+from tests.support.loss_problem import POLICIES, started
 from tests.support.recorded import policy_of
 from tests.support.row_roads import FORMS, Chunk, apart, build_divergence, by_kernels, by_plain, chunk_of
 
@@ -73,7 +73,7 @@ def compare(policy: str, form: str, device: str) -> None:
     chunk, asked = chunk_of(3 if policy == "replay" else 2, device=device), policy_named(policy)
     exact, plain = (by_plain(chunk, FORMS[form], asked, dtype, **options) for dtype in (torch.float64, torch.float32))
     # What cancels in the gradient (all but nothing is left of it for total variation, say) fp32 does not have
-    gradient = max(1e-5, 2.0 * apart(plain[1], exact[1], 1e-30))
+    gradient = max(1e-5, 5.0 * apart(plain[1], exact[1], 1e-30))
     assert_same(by_kernels(chunk, FORMS[form], asked, **options), exact, gradient=gradient)
 
 
@@ -314,8 +314,9 @@ def test_dkd_of_a_student_that_is_sure_of_its_label_has_a_gradient(policy: str, 
     assert bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize("wrong", [-100, -1, 70, 2**40])
-@pytest.mark.parametrize("policy", ["constant_of_two", "logit_std"])
+@pytest.mark.parametrize(
+    ("wrong", "policy"), [(-100, "constant_of_two"), (-1, "logit_std"), (70, "logit_std"), (2**40, "constant_of_two")]
+)
 def test_a_label_outside_the_vocabulary_is_no_number(wrong: int, policy: str, device: str) -> None:
     usual = chunk_of(device=device)
     chunk = Chunk(usual.student, usual.teacher, torch.tensor([3, wrong], device=device), usual.gaps)

@@ -40,7 +40,7 @@ def batches_of(trainer: Any) -> list[dict[str, Any]]:
     step = trainer.training_step
 
     def note(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
-        seen.append({name: value.clone() for name, value in inputs.items()})
+        seen.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
         return step(model, inputs, *rest, **more)
 
     trainer.training_step = note
