@@ -25,7 +25,8 @@ SHARED_DATA = Path(os.environ.get("DTS_HF_SHARED_DATA", Path(__file__).resolve()
 
 def sees_card(config: pytest.Config) -> bool:
     """Whether this is the run of the tests marked ``gpu``, and of no others."""
-    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+    asked_for = re.sub(r"\bnot\s*(\([^()]*\)|\w+)", "", config.option.markexpr)
+    return re.search(r"\bgpu\b", asked_for) is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -172,7 +172,7 @@ def _expected_one(node: Schema, schema: Schema) -> str:
 def _describe_range(node: Schema) -> str:
     low, high = node.get("minimum"), node.get("maximum")
     if low is not None and high is not None and high < LARGEST:
-        return f" between {low:g} and {high:g}"
+        return f" between {low:,g} and {high:,g}" if high < 1e6 else f" between {low:,} and {high:,}"  # :g: 1e+06
     words = [
         f" {name} {node[key]:g}"
         for key, name in (

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from dts_hf.distributed.launch import check_launch
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 
 
 def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> TrainingArguments:
@@ -49,6 +51,7 @@ def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any])
             f"args.hub_strategy: got '{HubStrategy(args.hub_strategy).value}', expected 'end': a checkpoint lies among logs "
             "and held-out answers and is not uploaded; the finished student is, once"
         )
+    check_compilation(args)
     # Our dummy rows make the batches of an epoch even; with these, accelerate counts steps and shares rows out otherwise.
     for name, expected in (("split_batches", False), ("even_batches", True)):
         value = getattr(args.accelerator_config, name)
@@ -64,3 +67,23 @@ def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any])
             "transformers.TrainingArguments, and such options as arguments of the trainer"
         )
     return args
+
+
+def check_compilation(args: TrainingArguments) -> None:
+    """Refuse a backend or a mode that ``torch.compile`` does not have; it would say so where the layers are compiled.
+
+    Raises:
+        UserError: names the argument and the nearest right word.
+    """
+    if not args.torch_compile:
+        return
+    known = {backend.value.lower() for backend in DynamoBackend}  # accelerate has another list, and reads it, too
+    choices = {"torch_compile_backend": sorted(known & {*torch.compiler.list_backends(exclude_tags=())})}
+    if args.torch_compile_backend == "inductor":
+        choices["torch_compile_mode"] = [*torch._inductor.list_mode_options()]
+    for name, words in choices.items():
+        value = getattr(args, name)
+        if value is not None and value not in words:
+            raise UserError(
+                f"training.{name}: got '{value}', expected one of {', '.join(words)}.{nearest(value, words)}"
+            )

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dts_hf.data.collators import Collator, PackedCollator
@@ -29,7 +30,7 @@ from dts_hf.data.samplers import (
     real_tokens,
     total_steps,
 )
-from dts_hf.data.tokenised import CountingCollator, NumberedCollator, TokenisedDataset
+from dts_hf.data.tokenised import NUM_LABELS, CountingCollator, NumberedCollator, TokenisedDataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import count_targets
 from dts_hf.runs.failures import one_sentence
@@ -80,6 +81,7 @@ class EvenBatchesTrainer(Trainer):
             raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
         self.rows, self.encoding_reports, self.pack_tokens = rows, rows.reports, pack_tokens
         self.train_sampler: LengthGroupedSampler | PackSampler | None = None
+        self._counted = WeakIdKeyDictionary()  # labels of the step's batches, with their version
         self._prepared_train_dataset = rows.prepare(train_dataset, "train_dataset")
         if pack_tokens is not None:
             check_packs(args, self._prepared_train_dataset, pack_tokens)
@@ -105,6 +107,14 @@ class EvenBatchesTrainer(Trainer):
     def count_items(self, labels: Tensor) -> Tensor:
         """How many of ``labels`` ``[B, T]`` the loss is taken over, as a 0-d tensor."""
         return count_targets(labels)
+
+    def labels_on_host(self, inputs: Mapping[str, Any]) -> int | None:
+        """How many labels count, as the collator has counted them; None: they have to be counted where they are.
+
+        A subclass may have masked some of them since, in a tensor of their own or in place: the count is then of others.
+        """
+        labels: Tensor = inputs["labels"]
+        return inputs.get(NUM_LABELS) if self._counted.get(labels) == labels._version else None
 
     def keep_outputs(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Take what the model made of a held-out batch; what ``compute_loss`` adds up needs no keeping."""
@@ -254,6 +264,8 @@ class EvenBatchesTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels of the whole optimizer step: all micro-batches of all ranks, counted after the shift."""
+        for batch in batch_samples:
+            self._counted[batch["labels"]] = batch["labels"]._version
         local = sum((self.count_items(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
         return cast(Tensor, self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1))
 

@@ -71,13 +71,19 @@ class Pair:
             args: of the trainer.
 
         Raises:
-            UserError: both are asked for, or see ``check_packing``.
+            UserError: both are asked for, one process would make the packs of all, or see ``check_packing``.
         """
         if packing and of_user is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
         if of_user is not None:
             return of_user
         if packing:
+            config: Any = args.accelerator_config
+            if args.world_size > 1 and config.dispatch_batches:
+                raise UserError(
+                    "args.accelerator_config: got dispatch_batches: True, expected None or False beside packing: the first "
+                    "process would lay the batches of all others on its own, which are of other lengths"
+                )
             return PackedCollator(self.check_packing(args))
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
         return PaddedCollator(next(pad for pad in pads if pad is not None))

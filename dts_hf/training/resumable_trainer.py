@@ -386,7 +386,10 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         # The first place that knows how many steps the run has; nothing is loaded or written yet.
-        values = super().set_initial_training_values(*args, **kwargs)
+        values: Any = super().set_initial_training_values(*args, **kwargs)
+        if self.pack_tokens is not None and self.args.max_steps > 0:  # train_samples_per_second: a pack is no row
+            epochs, steps_of_epoch, rows, _, *rest = values
+            values = (epochs, steps_of_epoch, rows, rows * self.args.max_steps / steps_of_epoch, *rest)
         if self.resumed_from is not None:
             own = self.lr_scheduler is not None and not self._created_lr_scheduler
             scheduled = self.scheduled_over_run()

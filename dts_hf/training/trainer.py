@@ -193,7 +193,7 @@ class DistillationTrainer(DistillationBase):
         if "cu_seqlens" in inputs:
             batch["attention_mask"] = inputs["cu_seqlens"]
         normalizer = self.normalizer(labels, num_items_in_batch)
-        positions = response_positions(labels, inputs.get(NUM_LABELS))
+        positions = response_positions(labels, self.labels_on_host(inputs))
         loss_fn, meter = self.loss_and_meter(model.training)
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None

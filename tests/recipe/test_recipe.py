@@ -195,7 +195,7 @@ def test_problems_name_the_file_that_brought_them(tmp_path: Path) -> None:
         ("data.max_length=12.5", "data.max_length: got 12.5, expected a whole number of at least 1"),
         ("data.max_length=200", "data: max_prompt_length is 256, expected less than max_length (200)"),
         ("data.packing=yes", 'data.packing: got "yes", expected true or false or a mapping with tokens'),
-        ("data.packing={tokens: 0}", "data.packing.tokens: got 0, expected a whole number between 1 and 1e+06"),
+        ("data.packing={tokens: 0}", "data.packing.tokens: got 0, expected a whole number between 1 and 1,000,000"),
         ("data.packing={tokens: 9, token: 9}", "data.packing.token: unknown key. Did you mean 'tokens'?"),
         ("data.packing={}", "data.packing.tokens: is missing, expected a whole number"),
         ("data.prompt_template=alpacca", "\"plain\". Did you mean 'alpaca'?"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.samplers import DUMMY_ROW, PackSampler, best_fit
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
+from dts_hf.training.pair import set_up_models
 from dts_hf.training.workload import workload_of
 from tests.support.launching import WORKERS, launch
-from tests.support.tiny import tiny_gpt2, tiny_llama
+from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import (
     ROWS,
     arguments,
@@ -91,6 +93,21 @@ def test_max_steps_may_end_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     packs = len(best_fit(trainer.train_dataset.lengths, 170))
     steps = -(-packs // 2)  # of an epoch, the last one shorter where the number of packs is odd
     assert len(batches) == 7 // steps * packs + 7 % steps * 2
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 10}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_the_speed_is_one_of_rows(tmp_path: Path, steps: dict[str, int]) -> None:
+    """Of 16 rows in five packs, whatever ``per_device_train_batch_size`` says."""
+    metrics = trainer_for(tmp_path, packing=BUDGET, options=steps).train().metrics
+    assert metrics["train_samples_per_second"] / metrics["train_steps_per_second"] == pytest.approx(16 / 5, rel=1e-3)
+
+
+def test_packs_are_not_made_by_one_process_for_all(tmp_path: Path) -> None:
+    """Accelerate would join them to one batch, and fail on their lengths."""
+    pair = set_up_models(tiny_llama(seed=0), tiny_llama(seed=1), tiny_tokenizer(), None, "strict", arguments(tmp_path))
+    args: Any = SimpleNamespace(world_size=2, accelerator_config=SimpleNamespace(dispatch_batches=True))
+    with pytest.raises(UserError, match="accelerator_config: got dispatch_batches: True, expected None or False"):
+        pair.collator(True, None, args)
 
 
 @pytest.mark.parametrize("checkpoint", [2, 7])

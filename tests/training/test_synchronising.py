@@ -14,10 +14,11 @@ from dts_hf.data.tokenised import CountingCollator
 from dts_hf.divergences import DIVERGENCES
 from dts_hf.loss.selection import IGNORE_INDEX, response_positions
 from dts_hf.temperature import temperature_policies
+from dts_hf.training.trainer import DistillationTrainer
 from tests.support.recorded import options_of
 from tests.support.synchronising import Synchronising
-from tests.support.tiny import tiny_llama
-from tests.support.trainers import encoded, losses, trainer_for
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.trainers import arguments, encoded, losses, plain, trainer_for
 
 #: Of a step, but of tensors that are on the host wherever the models are.
 ON_HOST = {
@@ -82,7 +83,7 @@ def calls_of_loss(trainer: Any, batch: dict[str, torch.Tensor]) -> Counter[tuple
     trainer.model.train()
     trainer.temperature.begin_run(4)
     trainer.temperature.begin_step(0.3)
-    labels = torch.tensor(20)
+    labels = trainer._get_num_items_in_batch([batch], trainer.args.device)
     with Synchronising() as counting:
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=labels).backward()
     return Counter({call: n for call, n in counting.counts.items() if call not in ON_HOST | {MASK}})
@@ -125,6 +126,37 @@ def test_a_batch_brings_the_number_of_its_labels() -> None:
     batch = CountingCollator(PaddedCollator(2))(rows)
     assert batch["num_labels"] == len(response_positions(batch["labels"]))
     assert "num_labels" not in CountingCollator(lambda rows: {"input_ids": torch.ones(1, 2)})(rows)
+
+
+@pytest.mark.parametrize("how", ["of its own", "in place"])
+def test_labels_that_a_subclass_masks_are_counted_again(tmp_path: Any, how: str) -> None:
+    """The number that the collator gave is of others; with it, rows without a label would be taken."""
+
+    class Masking(DistillationTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = inputs["labels"] if how == "in place" else inputs["labels"].clone()
+            labels[:, :-6] = IGNORE_INDEX
+            return super().training_step(model, {**inputs, "labels": labels}, *args, **kwargs)
+
+    rows = plain()[:8]
+    options = {"args": arguments(tmp_path, max_steps=2, logging_steps=1), "train_dataset": rows}
+    masking = Masking(tiny_llama(seed=0), tiny_llama(seed=1), processing_class=tiny_tokenizer(), **options)
+    masking.train()
+    width = max(len(row["input_ids"]) for row in rows)
+    masked = [
+        {**row, "labels": [IGNORE_INDEX if k < width - 6 else label for k, label in enumerate(row["labels"])]}
+        for row in rows
+    ]
+    plainly = DistillationTrainer(
+        tiny_llama(seed=0),
+        tiny_llama(seed=1),
+        processing_class=tiny_tokenizer(),
+        **{**options, "train_dataset": masked},
+    )
+    plainly.train()
+    for name in ("ce_loss", "kd_loss"):  # means over the labels that are left
+        logged = [[line[name] for line in trainer.state.log_history if name in line] for trainer in (masking, plainly)]
+        assert logged[0][0] == pytest.approx(logged[1][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("filtered", [True, False])

@@ -175,6 +175,16 @@ def test_the_arguments_reach_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     assert asked == [{"backend": "inductor", "mode": "max-autotune", "dynamic": True}] * 5
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("mode", "max-autotun", r"got 'max-autotun', expected one of default, .* Did you mean 'max-autotune'"),
+     ("backend", "inductr", r"got 'inductr', expected one of .* Did you mean 'inductor'")],
+)  # fmt: skip
+def test_words_that_torch_does_not_know_are_refused(tmp_path: Any, name: str, value: str, says: str) -> None:
+    with pytest.raises(UserError, match=rf"training.torch_compile_{name}: {says}"):
+        trainer_for(tmp_path, options={f"torch_compile_{name}": value})
+
+
 def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr("dts_hf.training.resumable_trainer.strategy_of", lambda accelerator: "zero3")
     with pytest.raises(UserError, match=r"training.torch_compile: got true under ZeRO-3"):
