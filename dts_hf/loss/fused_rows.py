@@ -177,7 +177,12 @@ class FusedRows(RowLoss):
     def run(
         self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None, grad: Tensor
     ) -> None:
-        chunk = _Chunk(raw_student, raw_teacher, targets)
+        # Triton launches on the device in force, which need not be that of the tensors: a model may be on any card
+        with torch.cuda.device_of(raw_student):
+            self._run(_Chunk(raw_student, raw_teacher, targets), sequence_gap, grad)
+
+    def _run(self, chunk: _Chunk, sequence_gap: Tensor | None, grad: Tensor) -> None:
+        targets = chunk.targets
         answer = self._answer_to_nothing(chunk) if self.settings.temperature.reads == "nothing" else None
         if answer is not None:
             self.check(answer, len(targets))
@@ -193,7 +198,8 @@ class FusedRows(RowLoss):
             self._gradient(chunk, one, answer, terms, along, grad)
 
     def gaps(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> Tensor:
-        one = self._launch_statistics(_Chunk(raw_student, raw_teacher, targets), None, None, moments=False)[0]
+        with torch.cuda.device_of(raw_student):  # as in ``run``
+            one = self._launch_statistics(_Chunk(raw_student, raw_teacher, targets), None, None, moments=False)[0]
         return one.ce_s - one.ce_t
 
     # ----------------------------------------------------------------------------------------------------- statistics
