@@ -41,6 +41,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1.0e20)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
+#: A kernel that is launched. How many rows there are, and where the rows' numbers begin, is another matter in every chunk,
+#: and of no use to the compiler: Triton would compile again for a C that is 1, and one that 16 divides.
+_launched = triton.jit(
+    do_not_specialize=["C"], do_not_specialize_on_alignment=["targets", "t_s", "t_t", "share"]
+)  # fmt: skip
+
 
 @triton.jit
 def _exp(x):
@@ -320,7 +326,7 @@ def _write_at_t(out, C, inverse_s, inverse_t, peak_s, peak_t, sum_s, sum_t, dot_
     tl.store(out + 5 * C, tl.sum(reverse * fade_s, 0) / total_s)
 
 
-@triton.jit
+@_launched
 def statistics_kernel(
     student, teacher, targets, t_s, t_t, share, one, at_t,
     V, C, stride_s, stride_t, stride_t_s, stride_t_t, scale_s, cap_s, scale_t, cap_t,
@@ -416,7 +422,7 @@ def statistics_kernel(
 # ----------------------------------------------------------------------------------------------- sums of the divergence
 
 
-@triton.jit
+@_launched
 def divergence_kernel(
     student, teacher, targets, t_s, t_t, share, rows, sums,
     V, C, stride_s, stride_t, stride_t_s, stride_t_t, scale_s, cap_s, scale_t, cap_t, a, b,
@@ -518,7 +524,7 @@ def _write_gradient(
         tl.store(grad + offsets, g)
 
 
-@triton.jit
+@_launched
 def gradient_kernel(
     student, teacher, grad, targets, share, rows, terms,
     V, C, stride_s, stride_t, stride_g, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,
