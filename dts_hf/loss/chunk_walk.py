@@ -13,12 +13,9 @@ from torch import Tensor
 
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.plain_rows import PlainRows
-from dts_hf.loss.row_loss import LossSettings, RowLoss
+from dts_hf.loss.row_loss import LossSettings, RowLoss, room_for_logits
 from dts_hf.loss.sequence_gap import sequence_means, whole_sequences
 from dts_hf.models.head import Head
-
-#: Kernels read 16 bytes at once where every row of logits begins at a multiple of so many entries: V of GPT-2 is odd.
-_PITCH = 64
 
 
 class ChunkWalk:
@@ -99,8 +96,9 @@ class ChunkWalk:
         dtypes = [student_dtype] if teacher_states is None else [student_dtype, teacher_dtype]
         apart = settings.fused and student_dtype != self.matmul_dtype  # g is for a matmul, which takes no fp32 logits
         dtypes += [self.matmul_dtype] if apart else []
-        pitch = -(-vocab // _PITCH) * _PITCH if settings.fused else vocab
-        buffers = [states.new_empty(self.chunk, pitch, dtype=dtype)[:, :vocab] for dtype in dtypes]  # [C, V]
+        buffers = [
+            room_for_logits(self.chunk, vocab, dtype, device, fused=settings.fused) for dtype in dtypes
+        ]  # [C, V]
         self.buffers, self.grad_buffer = buffers, buffers[-1 if apart else 0]
 
         # Gradients of the summed loss. The first chunk makes dW; without a chunk it is zeros, and not None, so that every

@@ -202,13 +202,14 @@ class DistillationLoss(nn.Module):
     def _is_fused(self, settings: LossSettings, student: Head, teacher: Head, device: torch.device) -> bool:
         if self.kernels == "torch" or (self.kernels == "auto" and device.type != "cuda"):
             return False  # not to be missed on a CPU; the interpreter, which tests have, is no road to train on
-        dtypes = matmul_dtype_of(student, device), teacher.weight.dtype
+        of_matmul = matmul_dtype_of(student, device)
+        dtypes = of_matmul, teacher.weight.dtype
         if settings.fp32_logits and torch.float64 not in dtypes:
             dtypes = torch.float32, torch.float32
         reason = why_not_fused(settings, device, student.vocab_size, set(dtypes))
         missing = reason is not None
         if reason is None and device.type == "cuda":  # the interpreter is there to be tested, not to be trusted
-            reason = why_not_trusted(settings, device, student, teacher, dtypes)
+            reason = why_not_trusted(settings, device, student, teacher, (*dtypes, of_matmul))
         if reason is None:
             return True
         if self.kernels == "triton":

@@ -20,6 +20,10 @@ from dts_hf.models.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
 
 
+#: Kernels read 16 bytes at once where every row of logits begins at a multiple of so many entries: V of GPT-2 is odd.
+_PITCH = 64
+
+
 @dataclass(frozen=True)
 class LossSettings:
     """What a walk needs to know of the loss.
@@ -155,6 +159,12 @@ class RowLoss:
     def add(self, statistic: stats.Statistic, values: Tensor) -> None:
         """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""
         self.sums[statistic.sum] += values.sum()
+
+
+def room_for_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, *, fused: bool) -> Tensor:
+    """An empty ``[rows, V]``; where kernels read it, every row begins where they can read 16 bytes at once."""
+    pitch = -(-vocab // _PITCH) * _PITCH if fused else vocab
+    return torch.empty(rows, pitch, dtype=dtype, device=device)[:, :vocab]
 
 
 def as_rows(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -108,7 +109,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def reason_for(settings: LossSettings, dtype: torch.dtype = torch.float32, **head: Any) -> str | None:
     of = Head(torch.empty(V, 1), None, **head)
-    return road.why_not_trusted(settings, CPU, of, of, (dtype, dtype))
+    return road.why_not_trusted(settings, CPU, of, of, (dtype, dtype, dtype))
 
 
 @has_triton
@@ -170,6 +171,65 @@ def test_a_kernel_that_does_not_compile_is_a_reason_and_asked_for_once(
     assert [reason_for(settings_of()) for _ in range(2)] == ["RuntimeError: ptxas: no such instruction"] * 2
     assert broken.launches == 1
     assert reason_for(settings_of("jsd")) is not None and broken.launches == 2  # another kernel is another question
+
+
+class Watched:
+    """A kernel of which every launch is noted: what Triton compiles by."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*tensors: torch.Tensor, **options: Any) -> None:
+            fixed = {key: value for key, value in options.items() if key not in ("C", "ce_weight")}
+            self.launches.append((self.kernel, [(one.dtype, one.data_ptr() % 16) for one in tensors], fixed))
+            self.kernel[grid](*tensors, **options)
+
+        return launch
+
+
+@has_triton
+@pytest.mark.parametrize("logits_dtype", ["auto", "float32"])
+def test_what_is_trusted_is_what_the_training_launches(
+    logits_dtype: Any, settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same dtypes, V, steps from row to row: another would be another kernel, which nobody has looked at."""
+    from dts_hf.loss import kernels
+
+    launches: list[Any] = []
+    for name in ("statistics_kernel", "divergence_kernel", "gradient_kernel"):
+        monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name), launches))
+    monkeypatch.setattr(distillation_loss, "free_bytes", lambda _: None)
+    run("triton", "jsd", torch.bfloat16, "logit_std", logits_dtype=logits_dtype)
+    trained, launches[:] = list(launches), []
+    monkeypatch.setattr(
+        distillation_loss, "why_not_trusted", lambda of, _, *rest: road.why_not_trusted(of, CPU, *rest)
+    )
+    loss = DistillationLoss("jsd", temperature=build_temperature("logit_std"), logits_dtype=logits_dtype)
+    head = Head(torch.empty(V, 1, dtype=torch.bfloat16))
+    assert loss._is_fused(
+        replace(settings_of("jsd", "logit_std"), fp32_logits=logits_dtype == "float32"), head, head, CARD
+    )
+    # Of the divergence the options are the loss's own
+    without = [[(kernel, tensors, {**fixed, "a": 0}) for kernel, tensors, fixed in of] for of in (trained, launches)]
+    assert len(trained) == 4 and without[0] == without[1]
+
+
+@has_triton
+def test_a_policy_that_is_not_ready_says_nothing_of_the_kernels(
+    settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings_of()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(asked.temperature), "forward", lambda *_: 1 / 0)
+        assert "PyTorch, their judge, fails: ZeroDivisionError" in str(reason_for(asked))
+    assert reason_for(asked) is None
+
+
+def test_a_broken_triton_is_a_reason(settings_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dts_hf.loss.fused_rows", None)
+    monkeypatch.setattr(road.importlib.util, "find_spec", lambda name: object())
+    assert "Triton cannot be imported" in str(road.why_not_fused(settings_of(), CARD, V, {torch.float32}))
 
 
 @has_triton
