@@ -171,7 +171,8 @@ class DistillationLoss(nn.Module):
             try:
                 return attempt()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size) == 1:
+                itemsize = matmul_dtype_of(student_head, student_states.device).itemsize
+                if not is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size, itemsize) == 1:
                     raise
             # Behind the except clause the error is gone, and with it the frames of the failed walk: only now is its memory
             # free. Nothing of it is kept, so a smaller chunk gives the same loss and gradients.

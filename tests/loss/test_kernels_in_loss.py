@@ -183,6 +183,19 @@ def test_out_of_memory_halves_the_chunk_under_kernels_too(
     assert "going on with logits_budget_mb" in caplog.text
 
 
+def test_out_of_memory_ends_at_one_row_in_low_precision_too(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def full(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+        rows.append(len(hidden))
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(chunk_walk, "_raw_logits", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        outcome("triton", torch.bfloat16, device, chunk=7)
+    assert rows[0] > rows[-1] == 1
+
+
 def test_a_label_outside_the_vocabulary_makes_the_loss_no_number(device: str) -> None:
     data = problem(torch.float32, device)
     data["targets"][4] = V
