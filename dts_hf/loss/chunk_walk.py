@@ -17,6 +17,9 @@ from dts_hf.loss.row_loss import LossSettings, RowLoss, room_for_logits
 from dts_hf.loss.sequence_gap import sequence_means, whole_sequences
 from dts_hf.models.head import Head
 
+#: ``torch.mm(..., out_dtype=...)``: younger than the oldest torch that the package takes.
+_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()
+
 
 class ChunkWalk:
     """Loss, sums and gradients of N rows in one pass, C rows at a time; the gradients are formed in the forward pass.
@@ -91,7 +94,9 @@ class ChunkWalk:
             student_dtype, teacher_dtype = self.matmul_dtype, teacher_head.weight.dtype
         itemsize = max(student_dtype.itemsize, teacher_dtype.itemsize)
         self.chunk = rows_in_budget(settings.logits_budget_mb, vocab, itemsize)
-        self.chunk = equal_chunks(rows, self.chunk) if settings.fused else min(self.chunk, max(rows, 1))
+        # Whole sequences make no equal chunks, and one that a smaller chunk would cut is computed twice
+        equal = settings.fused and self.sequences is None
+        self.chunk = equal_chunks(rows, self.chunk) if equal else min(self.chunk, max(rows, 1))
         # All chunks write into these: taken anew for each chunk, the last and the next one would be there together
         dtypes = [student_dtype] if teacher_states is None else [student_dtype, teacher_dtype]
         apart = settings.fused and student_dtype != self.matmul_dtype  # g is for a matmul, which takes no fp32 logits
@@ -268,5 +273,6 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) 
 
 
 def _writes_fp32(factor: Tensor, wide: torch.dtype) -> bool:
-    """Whether a matmul of low-precision factors can leave its fp32 sums as they are: on a GPU."""
-    return wide == torch.float32 and factor.dtype in (torch.bfloat16, torch.float16) and factor.device.type == "cuda"
+    """Whether a matmul of low-precision factors can leave its fp32 sums as they are: on a GPU, by a torch that has it."""
+    low = factor.dtype in (torch.bfloat16, torch.float16)
+    return _HAS_OUT_DTYPE and wide == torch.float32 and low and factor.device.type == "cuda"

@@ -400,6 +400,17 @@ def test_a_policy_that_reads_more_than_it_says_fails_loudly(
         by_kernels(chunk_of(3, device=device), "forward_kl", asked)
 
 
+@pytest.mark.parametrize("road", [by_plain, by_kernels])
+def test_a_mixed_target_has_one_share_for_all_rows(road: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would take the first row's for that of all."""
+    asked = Custom()
+    monkeypatch.setattr(Custom, "forward", lambda self, z_s, z_t, rows: Temperatures(
+        z_s.new_ones(()), z_s.new_ones(()), teacher_share=torch.linspace(0.0, 1.0, len(z_s)).to(z_s).unsqueeze(-1)
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=r"gave teacher_share \[3, 1\], expected \[\]"):
+        road(chunk_of(3, device=device), "forward_kl", asked, *([torch.float32] if road is by_plain else []))
+
+
 def test_kernels_say_what_they_cannot_do(device: str) -> None:
     with pytest.raises(ValueError, match="'adaptive_kl' has no kernel"):
         by_kernels(chunk_of(device=device), "adaptive_kl", policy_named("constant"))

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from dts_hf.divergences import ForwardKL, build_divergence
 from dts_hf.errors import UserError
-from dts_hf.loss import distillation_loss, road
-from dts_hf.loss.chunk_walk import equal_chunks
+from dts_hf.loss import chunk_walk, distillation_loss, road
+from dts_hf.loss.chunk_walk import ChunkWalk, equal_chunks
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
@@ -336,6 +336,30 @@ def test_chunks_are_few_equal_and_whole_tiles(rows: int, limit: int) -> None:
 )
 def test_chunks_of(rows: int, limit: int, chunk: int) -> None:
     assert equal_chunks(rows, limit) == chunk
+
+
+@has_triton
+@pytest.mark.parametrize(
+    ("policy", "chunk"), [({"name": "constant"}, 256), ({"name": "dts", "granularity": "sequence"}, 299)]
+)
+def test_chunks_of_whole_sequences_are_as_large_as_can_be(policy: dict[str, Any], chunk: int) -> None:
+    """In a smaller one a sequence that fits would be cut, and then computed twice."""
+    asked = build_temperature(**policy)
+    of = LossSettings(build_divergence("forward_kl"), asked, 0.5, True, 299.5 * 4 * V / 2**20, fused=True)
+    states, head = torch.zeros(300, 4, dtype=torch.bfloat16), Head(torch.zeros(V, 4, dtype=torch.bfloat16))
+    walk = ChunkWalk(
+        of, states=states, head=head, teacher_states=states, teacher_head=head, targets=torch.zeros(300, dtype=torch.int64),
+        sequences=torch.zeros(300, dtype=torch.int64), normalizer=1.0, needs=(True, True, False),
+    )  # fmt: skip
+    assert asked.needs_sequence_gap == (chunk == 299) and walk.chunk == chunk
+
+
+def test_a_torch_without_out_dtype_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came after the oldest torch that the package takes; the card is played by its name."""
+    on_card: Any = SimpleNamespace(dtype=torch.bfloat16, device=CARD)
+    assert chunk_walk._writes_fp32(on_card, torch.float32) and not chunk_walk._writes_fp32(on_card, torch.float64)
+    monkeypatch.setattr(chunk_walk, "_HAS_OUT_DTYPE", False)
+    assert not chunk_walk._writes_fp32(on_card, torch.float32)
 
 
 @has_triton
