@@ -324,9 +324,12 @@ class FusedRows(RowLoss):
         elif formula.split:
             value, k = self._decoupled(at_t)
         elif formula.linear is not None:
-            reverse = at_t.reverse + (at_t.norm_t - at_t.norm_s)
-            value = formula.linear * (at_t.forward + (at_t.norm_s - at_t.norm_t)) + (1.0 - formula.linear) * reverse
-            total = (1.0 - formula.linear) * reverse
+            # Each only where it counts: a logit of minus infinity makes one of them NaN, and so 0 times it
+            if formula.linear > 0.0:
+                value = formula.linear * (at_t.forward + (at_t.norm_s - at_t.norm_t))
+            if formula.linear < 1.0:
+                total = (1.0 - formula.linear) * (at_t.reverse + (at_t.norm_t - at_t.norm_s))
+                value = value + total
         slope_s = slope_t = None
         if slopes or (formula.linear is None and not formula.split):
             sums = self._divergence(chunk, at_t, answer, k, slopes)

@@ -400,6 +400,19 @@ def test_a_policy_that_reads_more_than_it_says_fails_loudly(
         by_kernels(chunk_of(3, device=device), "forward_kl", asked)
 
 
+@pytest.mark.parametrize(
+    ("form", "who"), [("forward_kl", "student"), ("forward_kl", "teacher"), ("skew_kl", "student")]
+)
+def test_an_entry_of_minus_infinity_leaves_a_gradient_where_pytorch_has_one(form: str, who: str, device: str) -> None:
+    chunk, asked = chunk_of(device=device), policy_named("constant_of_two")
+    getattr(chunk, who)[0, 5] = -torch.inf
+    (_, grad), (_, expected) = (
+        by_kernels(chunk, FORMS[form], asked),
+        by_plain(chunk, FORMS[form], asked, torch.float64),
+    )
+    assert apart(grad, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("road", [by_plain, by_kernels])
 def test_a_mixed_target_has_one_share_for_all_rows(road: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel would take the first row's for that of all."""
