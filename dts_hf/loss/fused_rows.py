@@ -314,7 +314,8 @@ class FusedRows(RowLoss):
         self, chunk: _Chunk, one: One, at_t: AtT, answer: Temperatures, weight: Tensor, slopes: bool = False
     ) -> _Term:
         """One soft term, of weight ``[]`` or ``[C]``, the factor of its gradient with respect to u."""
-        formula, t_s, t_t = self.formula, as_rows(answer.student), as_rows(answer.teacher)
+        # In fp32 whatever somebody's policy answers in: 1 / T is rounded to its dtype
+        formula, t_s, t_t = self.formula, as_rows(answer.student).float(), as_rows(answer.teacher).float()
         value, total, k = torch.zeros_like(one.ce_s), torch.zeros_like(one.ce_s), torch.zeros_like(one.ce_s)
         if formula.centred:  # log q - log p + k = u - u_t - mean(u - u_t)
             mean_t = one.mean_t

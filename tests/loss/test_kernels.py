@@ -413,6 +413,20 @@ def test_an_entry_of_minus_infinity_leaves_a_gradient_where_pytorch_has_one(form
     assert apart(grad, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_temperatures_of_another_dtype_cost_no_digits(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(self: Any, z_s: Any, z_t: Any, rows: Any) -> Temperatures:
+        return Temperatures(z_s[:, :1].sigmoid().to(dtype) + 1.0, z_t[:, :1].sigmoid().to(dtype) + 1.0)
+
+    monkeypatch.setattr(Custom, "forward", answer)
+    chunk = chunk_of(device=device)
+    sums, grad = by_kernels(chunk, "forward_kl", Custom())
+    expected, expected_grad = by_plain(chunk, "forward_kl", Custom(), torch.float32)
+    assert apart(sums["kd"], expected["kd"]) <= 1e-5 and apart(grad, expected_grad) <= 1e-5
+
+
 @pytest.mark.parametrize("road", [by_plain, by_kernels])
 def test_a_mixed_target_has_one_share_for_all_rows(road: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel would take the first row's for that of all."""
