@@ -98,7 +98,7 @@ class DistillationLoss(nn.Module):
         self.temperature = temperature
         self.kd_ratio = float(kd_ratio)
         self.temperature_scaling = temperature_scaling
-        self.logits_budget_mb = logits_budget_mb
+        self.logits_budget_mb, self._chooses_budget = logits_budget_mb, logits_budget_mb is None
         self.kernels, self.logits_dtype = kernels, logits_dtype
         self._warned: set[str] = set()
 
@@ -198,6 +198,8 @@ class DistillationLoss(nn.Module):
         settings = replace(settings, fused=self._is_fused(settings, student, teacher, device))
         if self.logits_budget_mb is None:
             self.logits_budget_mb = default_budget_mb(settings.fused, free_bytes(device))
+        if self._chooses_budget and not settings.fused:  # one that kernels chose before, here or in a checkpoint
+            self.logits_budget_mb = min(self.logits_budget_mb, PLAIN_BUDGET_MB)
         return replace(settings, logits_budget_mb=self.logits_budget_mb)
 
     def _is_fused(self, settings: LossSettings, student: Head, teacher: Head, device: torch.device) -> bool:

@@ -305,6 +305,16 @@ def test_the_budget_where_nobody_said(fused: bool, free: int | None, budget: flo
     assert road.default_budget_mb(fused, free) == budget
 
 
+@pytest.mark.parametrize(("asked", "left"), [(None, 256.0), (2048.0, 2048.0)])
+def test_a_budget_that_kernels_chose_is_none_for_pytorch(asked: float | None, left: float) -> None:
+    """As after a checkpoint from another machine, or where a policy reads more from some step on."""
+    loss = DistillationLoss(temperature=build_temperature("constant"), logits_budget_mb=asked)
+    loss.logits_budget_mb = asked or 1024.0
+    states, head = torch.zeros(3, 4), Head(torch.zeros(V, 4))
+    loss(states, head, states, head, torch.tensor([0, 5, 19]), 3)
+    assert loss.logits_budget_mb == left
+
+
 def test_free_memory_is_what_the_driver_and_torch_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert road.free_bytes(CPU) is None
     card = SimpleNamespace(
