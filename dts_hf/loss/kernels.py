@@ -41,11 +41,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1.0e20)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
-#: A kernel that is launched. How many rows there are, and where the rows' numbers begin, is another matter in every chunk,
-#: and of no use to the compiler: Triton would compile again for a C that is 1, and one that 16 divides.
-_launched = triton.jit(
-    do_not_specialize=["C"], do_not_specialize_on_alignment=["targets", "t_s", "t_t", "share"]
-)  # fmt: skip
+#: How many rows there are, and where their numbers begin, is another matter in every chunk, and of no use to the compiler:
+#: unless told, Triton would compile again for a C that is 1, and one that 16 divides.
+_COUNT, _OF_ROWS = ["C"], ["targets", "t_s", "t_t", "share"]
 
 
 @triton.jit
@@ -326,7 +324,7 @@ def _write_at_t(out, C, inverse_s, inverse_t, peak_s, peak_t, sum_s, sum_t, dot_
     tl.store(out + 5 * C, tl.sum(reverse * fade_s, 0) / total_s)
 
 
-@_launched
+@triton.jit(do_not_specialize=_COUNT, do_not_specialize_on_alignment=_OF_ROWS)
 def statistics_kernel(
     student, teacher, targets, t_s, t_t, share, one, at_t,
     V, C, stride_s, stride_t, stride_t_s, stride_t_t, scale_s, cap_s, scale_t, cap_t,
@@ -422,7 +420,7 @@ def statistics_kernel(
 # ----------------------------------------------------------------------------------------------- sums of the divergence
 
 
-@_launched
+@triton.jit(do_not_specialize=_COUNT, do_not_specialize_on_alignment=_OF_ROWS)
 def divergence_kernel(
     student, teacher, targets, t_s, t_t, share, rows, sums,
     V, C, stride_s, stride_t, stride_t_s, stride_t_t, scale_s, cap_s, scale_t, cap_t, a, b,
@@ -524,7 +522,7 @@ def _write_gradient(
         tl.store(grad + offsets, g)
 
 
-@_launched
+@triton.jit(do_not_specialize=_COUNT, do_not_specialize_on_alignment=_OF_ROWS)
 def gradient_kernel(
     student, teacher, grad, targets, share, rows, terms,
     V, C, stride_s, stride_t, stride_g, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,

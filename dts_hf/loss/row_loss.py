@@ -166,7 +166,15 @@ class RowLoss:
 
 
 def room_for_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, *, fused: bool) -> Tensor:
-    """An empty ``[rows, V]``; where kernels read it, every row begins where they can read 16 bytes at once."""
+    """An empty ``[rows, V]``; where kernels read it, every row begins where they can read 16 bytes at once.
+
+    Args:
+        rows: how many.
+        vocab: V.
+        dtype: of the logits.
+        device: of the logits.
+        fused: whether kernels read them.
+    """
     pitch = -(-vocab // _PITCH) * _PITCH if fused else vocab
     return torch.empty(rows, pitch, dtype=dtype, device=device)[:, :vocab]
 
