@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.plain_rows import PlainRows
-from dts_hf.loss.row_loss import LossSettings, RowLoss
+from dts_hf.loss.row_loss import LossSettings, RowLoss, room_for_logits
 from dts_hf.loss.sequence_gap import sequence_means, whole_sequences
 from dts_hf.models.head import Head
 
-#: Kernels read 16 bytes at once where every row of logits begins at a multiple of so many entries: V of GPT-2 is odd.
-_PITCH = 64
+#: ``torch.mm(..., out_dtype=...)``: younger than the oldest torch that the package takes.
+_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 class ChunkWalk:
@@ -94,13 +94,16 @@ class ChunkWalk:
             student_dtype, teacher_dtype = self.matmul_dtype, teacher_head.weight.dtype
         itemsize = max(student_dtype.itemsize, teacher_dtype.itemsize)
         self.chunk = rows_in_budget(settings.logits_budget_mb, vocab, itemsize)
-        self.chunk = equal_chunks(rows, self.chunk) if settings.fused else min(self.chunk, max(rows, 1))
+        # Whole sequences make no equal chunks, and one that a smaller chunk would cut is computed twice
+        equal = settings.fused and self.sequences is None
+        self.chunk = equal_chunks(rows, self.chunk) if equal else min(self.chunk, max(rows, 1))
         # All chunks write into these: taken anew for each chunk, the last and the next one would be there together
         dtypes = [student_dtype] if teacher_states is None else [student_dtype, teacher_dtype]
         apart = settings.fused and student_dtype != self.matmul_dtype  # g is for a matmul, which takes no fp32 logits
         dtypes += [self.matmul_dtype] if apart else []
-        pitch = -(-vocab // _PITCH) * _PITCH if settings.fused else vocab
-        buffers = [states.new_empty(self.chunk, pitch, dtype=dtype)[:, :vocab] for dtype in dtypes]  # [C, V]
+        buffers = [
+            room_for_logits(self.chunk, vocab, dtype, device, fused=settings.fused) for dtype in dtypes
+        ]  # [C, V]
         self.buffers, self.grad_buffer = buffers, buffers[-1 if apart else 0]
 
         # Gradients of the summed loss. The first chunk makes dW; without a chunk it is zeros, and not None, so that every
@@ -270,5 +273,6 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) 
 
 
 def _writes_fp32(factor: Tensor, wide: torch.dtype) -> bool:
-    """Whether a matmul of low-precision factors can leave its fp32 sums as they are: on a GPU."""
-    return wide == torch.float32 and factor.dtype in (torch.bfloat16, torch.float16) and factor.device.type == "cuda"
+    """Whether a matmul of low-precision factors can leave its fp32 sums as they are: on a GPU, by a torch that has it."""
+    low = factor.dtype in (torch.bfloat16, torch.float16)
+    return _HAS_OUT_DTYPE and wide == torch.float32 and low and factor.device.type == "cuda"

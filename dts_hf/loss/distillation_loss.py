@@ -98,7 +98,7 @@ class DistillationLoss(nn.Module):
         self.temperature = temperature
         self.kd_ratio = float(kd_ratio)
         self.temperature_scaling = temperature_scaling
-        self.logits_budget_mb = logits_budget_mb
+        self.logits_budget_mb, self._chooses_budget = logits_budget_mb, logits_budget_mb is None
         self.kernels, self.logits_dtype = kernels, logits_dtype
         self._warned: set[str] = set()
 
@@ -171,7 +171,8 @@ class DistillationLoss(nn.Module):
             try:
                 return attempt()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size) == 1:
+                itemsize = matmul_dtype_of(student_head, student_states.device).itemsize
+                if not is_out_of_memory(error) or self.chunk_rows(student_head.vocab_size, itemsize) == 1:
                     raise
             # Behind the except clause the error is gone, and with it the frames of the failed walk: only now is its memory
             # free. Nothing of it is kept, so a smaller chunk gives the same loss and gradients.
@@ -197,18 +198,21 @@ class DistillationLoss(nn.Module):
         settings = replace(settings, fused=self._is_fused(settings, student, teacher, device))
         if self.logits_budget_mb is None:
             self.logits_budget_mb = default_budget_mb(settings.fused, free_bytes(device))
+        if self._chooses_budget and not settings.fused:  # one that kernels chose before, here or in a checkpoint
+            self.logits_budget_mb = min(self.logits_budget_mb, PLAIN_BUDGET_MB)
         return replace(settings, logits_budget_mb=self.logits_budget_mb)
 
     def _is_fused(self, settings: LossSettings, student: Head, teacher: Head, device: torch.device) -> bool:
         if self.kernels == "torch" or (self.kernels == "auto" and device.type != "cuda"):
             return False  # not to be missed on a CPU; the interpreter, which tests have, is no road to train on
-        dtypes = matmul_dtype_of(student, device), teacher.weight.dtype
+        of_matmul = matmul_dtype_of(student, device)
+        dtypes = of_matmul, teacher.weight.dtype
         if settings.fp32_logits and torch.float64 not in dtypes:
             dtypes = torch.float32, torch.float32
         reason = why_not_fused(settings, device, student.vocab_size, set(dtypes))
         missing = reason is not None
         if reason is None and device.type == "cuda":  # the interpreter is there to be tested, not to be trusted
-            reason = why_not_trusted(settings, device, student, teacher, dtypes)
+            reason = why_not_trusted(settings, device, student, teacher, (*dtypes, of_matmul))
         if reason is None:
             return True
         if self.kernels == "triton":

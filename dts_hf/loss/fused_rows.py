@@ -183,7 +183,12 @@ class FusedRows(RowLoss):
     def run(
         self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None, grad: Tensor
     ) -> None:
-        chunk = _Chunk(raw_student, raw_teacher, targets)
+        # Triton launches on the device in force, which need not be that of the tensors: a model may be on any card
+        with torch.cuda.device_of(raw_student):
+            self._run(_Chunk(raw_student, raw_teacher, targets), sequence_gap, grad)
+
+    def _run(self, chunk: _Chunk, sequence_gap: Tensor | None, grad: Tensor) -> None:
+        targets = chunk.targets
         answer = self._answer_to_nothing(chunk) if self.settings.temperature.reads == "nothing" else None
         if answer is not None:
             self.check(answer, len(targets))
@@ -199,7 +204,8 @@ class FusedRows(RowLoss):
             self._gradient(chunk, one, answer, terms, along, grad)
 
     def gaps(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> Tensor:
-        one = self._launch_statistics(_Chunk(raw_student, raw_teacher, targets), None, None, moments=False)[0]
+        with torch.cuda.device_of(raw_student):  # as in ``run``
+            one = self._launch_statistics(_Chunk(raw_student, raw_teacher, targets), None, None, moments=False)[0]
         return one.ce_s - one.ce_t
 
     # ----------------------------------------------------------------------------------------------------- statistics
@@ -314,7 +320,8 @@ class FusedRows(RowLoss):
         self, chunk: _Chunk, one: One, at_t: AtT, answer: Temperatures, weight: Tensor, slopes: bool = False
     ) -> _Term:
         """One soft term, of weight ``[]`` or ``[C]``, the factor of its gradient with respect to u."""
-        formula, t_s, t_t = self.formula, as_rows(answer.student), as_rows(answer.teacher)
+        # In fp32 whatever somebody's policy answers in: 1 / T is rounded to its dtype
+        formula, t_s, t_t = self.formula, as_rows(answer.student).float(), as_rows(answer.teacher).float()
         value, total, k = torch.zeros_like(one.ce_s), torch.zeros_like(one.ce_s), torch.zeros_like(one.ce_s)
         if formula.centred:  # log q - log p + k = u - u_t - mean(u - u_t)
             mean_t = one.mean_t
@@ -324,9 +331,12 @@ class FusedRows(RowLoss):
         elif formula.split:
             value, k = self._decoupled(at_t)
         elif formula.linear is not None:
-            reverse = at_t.reverse + (at_t.rest_t - at_t.rest_s)
-            value = formula.linear * (at_t.forward + (at_t.rest_s - at_t.rest_t)) + (1.0 - formula.linear) * reverse
-            total = (1.0 - formula.linear) * reverse
+            # Each only where it counts: a logit of minus infinity makes one of them NaN, and so 0 times it
+            if formula.linear > 0.0:
+                value = formula.linear * (at_t.forward + (at_t.rest_s - at_t.rest_t))
+            if formula.linear < 1.0:
+                total = (1.0 - formula.linear) * (at_t.reverse + (at_t.rest_t - at_t.rest_s))
+                value = value + total
         slope_s = slope_t = None
         if slopes or (formula.linear is None and not formula.split):
             sums = self._divergence(chunk, at_t, answer, k, slopes)

@@ -41,6 +41,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1.0e20)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
+#: How many rows there are, and where their numbers begin, is another matter in every chunk, and of no use to the compiler:
+#: unless told, Triton would compile again for a C that is 1, and one that 16 divides.
+_COUNT, _OF_ROWS = ["C"], ["targets", "t_s", "t_t", "share"]
+
 
 @triton.jit
 def _exp(x):
@@ -340,7 +344,7 @@ def _write_at_t(
     tl.store(out + 9 * C, rest_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNT, do_not_specialize_on_alignment=_OF_ROWS)
 def statistics_kernel(
     student, teacher, targets, t_s, t_t, share, one, at_t,
     V, C, stride_s, stride_t, stride_t_s, stride_t_t, scale_s, cap_s, scale_t, cap_t,
@@ -437,7 +441,7 @@ def statistics_kernel(
 # ----------------------------------------------------------------------------------------------- sums of the divergence
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNT, do_not_specialize_on_alignment=_OF_ROWS)
 def divergence_kernel(
     student, teacher, targets, t_s, t_t, share, rows, sums,
     V, C, stride_s, stride_t, stride_t_s, stride_t_t, scale_s, cap_s, scale_t, cap_t, a, b,
@@ -540,7 +544,7 @@ def _write_gradient(
         tl.store(grad + offsets, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNT, do_not_specialize_on_alignment=_OF_ROWS)
 def gradient_kernel(
     student, teacher, grad, targets, share, rows, terms,
     V, C, stride_s, stride_t, stride_g, scale_s, cap_s, scale_t, cap_t, a, b, ce_weight,

@@ -19,6 +19,9 @@ from dts_hf.loss import statistics as stats
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
 
+#: Kernels read 16 bytes at once where every row of logits begins at a multiple of so many entries: V of GPT-2 is odd.
+_PITCH = 64
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -118,6 +121,11 @@ class RowLoss:
                     f"the policy '{policy.name}' gave {name} {list(value.shape)} for {rows} rows, expected [] or "
                     f"[{rows}, 1]; it declares reads = '{policy.reads}': does its forward look at more than that?"
                 )
+        share = temperatures.teacher_share
+        if share is not None and share.dim():
+            raise ValueError(
+                f"the policy '{policy.name}' gave teacher_share {list(share.shape)}, expected []: one for all"
+            )
         if policy.learns and (temperatures.student.dim() or temperatures.scale is not None):
             raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
         if temperatures.scale_free is not None and temperatures.scale is None:
@@ -155,6 +163,20 @@ class RowLoss:
     def add(self, statistic: stats.Statistic, values: Tensor) -> None:
         """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""
         self.sums[statistic.sum] += values.sum()
+
+
+def room_for_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, *, fused: bool) -> Tensor:
+    """An empty ``[rows, V]``; where kernels read it, every row begins where they can read 16 bytes at once.
+
+    Args:
+        rows: how many.
+        vocab: V.
+        dtype: of the logits.
+        device: of the logits.
+        fused: whether kernels read them.
+    """
+    pitch = -(-vocab // _PITCH) * _PITCH if fused else vocab
+    return torch.empty(rows, pitch, dtype=dtype, device=device)[:, :vocab]
 
 
 def as_rows(value: Tensor) -> Tensor:

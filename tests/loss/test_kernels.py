@@ -397,6 +397,44 @@ def test_a_policy_that_reads_more_than_it_says_fails_loudly(
         by_kernels(chunk_of(3, device=device), "forward_kl", asked)
 
 
+@pytest.mark.parametrize(
+    ("form", "who"), [("forward_kl", "student"), ("forward_kl", "teacher"), ("skew_kl", "student")]
+)
+def test_an_entry_of_minus_infinity_leaves_a_gradient_where_pytorch_has_one(form: str, who: str, device: str) -> None:
+    chunk, asked = chunk_of(device=device), policy_named("constant_of_two")
+    getattr(chunk, who)[0, 5] = -torch.inf
+    (_, grad), (_, expected) = (
+        by_kernels(chunk, FORMS[form], asked),
+        by_plain(chunk, FORMS[form], asked, torch.float64),
+    )
+    assert apart(grad, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_temperatures_of_another_dtype_cost_no_digits(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(self: Any, z_s: Any, z_t: Any, rows: Any) -> Temperatures:
+        return Temperatures(z_s[:, :1].sigmoid().to(dtype) + 1.0, z_t[:, :1].sigmoid().to(dtype) + 1.0)
+
+    monkeypatch.setattr(Custom, "forward", answer)
+    chunk = chunk_of(device=device)
+    sums, grad = by_kernels(chunk, "forward_kl", Custom())
+    expected, expected_grad = by_plain(chunk, "forward_kl", Custom(), torch.float32)
+    assert apart(sums["kd"], expected["kd"]) <= 1e-5 and apart(grad, expected_grad) <= 1e-5
+
+
+@pytest.mark.parametrize("road", [by_plain, by_kernels])
+def test_a_mixed_target_has_one_share_for_all_rows(road: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would take the first row's for that of all."""
+    asked = Custom()
+    monkeypatch.setattr(Custom, "forward", lambda self, z_s, z_t, rows: Temperatures(
+        z_s.new_ones(()), z_s.new_ones(()), teacher_share=torch.linspace(0.0, 1.0, len(z_s)).to(z_s).unsqueeze(-1)
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=r"gave teacher_share \[3, 1\], expected \[\]"):
+        road(chunk_of(3, device=device), "forward_kl", asked, *([torch.float32] if road is by_plain else []))
+
+
 def test_kernels_say_what_they_cannot_do(device: str) -> None:
     with pytest.raises(ValueError, match="'adaptive_kl' has no kernel"):
         by_kernels(chunk_of(device=device), "adaptive_kl", policy_named("constant"))

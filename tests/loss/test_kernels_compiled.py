@@ -52,14 +52,16 @@ def assert_lean(rows: list[dict[str, Any]], aligned: bool) -> None:
 
 def test_the_usual_kernels_compile_without_a_card(tmp_path: Path) -> None:
     """Forward KL under a known T, a scale-free JSD of soft-capped heads, GPT-2's vocabulary, and rows of no pitch."""
-    for cases, capped, vocab, pitched, archs in (
-        ([["forward_kl", "constant"]], False, 49152, True, [80, 90]),
-        ([["jsd", "logit_std"]], True, 50257, True, [90]),
-        ([["forward_kl", "constant"]], False, 50257, False, [90]),
+    for cases, kernels, capped, vocab, pitched, archs in (
+        ([["forward_kl", "constant"]], 2, False, 49152, True, [80, 90]),
+        ([["jsd", "logit_std"]], 4, True, 50257, True, [90]),
+        ([["forward_kl", "constant"]], 2, False, 50257, False, [90]),
     ):
         job = {"cases": cases, "capped": capped, "vocab": vocab, "pitched": pitched, "archs": archs}
-        rows = compiled(tmp_path, dtypes=["bfloat16"] * 2, **job)
+        rows = compiled(tmp_path, dtypes=["bfloat16"] * 2, rows=[1, 5, 16], **job)
         assert {row["arch"] for row in rows} == set(archs)
+        # Chunks of 1, of 5 and of 16 rows are no reason to compile again
+        assert len(rows) == kernels * len(archs)
         assert_lean(rows, aligned=pitched)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -181,6 +183,19 @@ def test_out_of_memory_halves_the_chunk_under_kernels_too(
     assert "going on with logits_budget_mb" in caplog.text
 
 
+def test_out_of_memory_ends_at_one_row_in_low_precision_too(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def full(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+        rows.append(len(hidden))
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(chunk_walk, "_raw_logits", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        outcome("triton", torch.bfloat16, device, chunk=7)
+    assert rows[0] > rows[-1] == 1
+
+
 def test_a_label_outside_the_vocabulary_makes_the_loss_no_number(device: str) -> None:
     data = problem(torch.float32, device)
     data["targets"][4] = V
@@ -188,6 +203,48 @@ def test_a_label_outside_the_vocabulary_makes_the_loss_no_number(device: str) ->
     output = loss(data["states"], Head(data["weight"]), data["teacher_states"], Head(data["teacher_weight"]),
                   data["targets"], N)  # fmt: skip
     assert bool(output.loss.isnan())
+
+
+@pytest.mark.parametrize("policy", ["constant_of_two", "dts_per_sequence", "adakd"])
+def test_every_kernel_starts_on_the_device_of_the_logits(
+    policy: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton takes the device in force, and a model may be on another card."""
+    inside: list[torch.Tensor] = []
+    launched = 0
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(student: torch.Tensor, *rest: Any, **options: Any) -> None:
+                nonlocal launched
+                launched += 1
+                assert inside[-1].data_ptr() == student.data_ptr()
+                self.kernel[grid](student, *rest, **options)
+
+            return launch
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("statistics_kernel", "divergence_kernel", "gradient_kernel"):
+        monkeypatch.setattr(fused_rows.kernels, name, Kernel(getattr(fused_rows.kernels, name)))
+    outcome("triton", torch.float32, device, policy=policy, chunk=3)
+    assert launched > 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_on_a_card_that_is_not_the_current_one() -> None:
+    expected = outcome("torch", torch.float64, "cuda:1", policy="adakd")
+    assert torch.cuda.current_device() == 0
+    assert_same(outcome("triton", torch.float32, "cuda:1", policy="adakd"), expected)
 
 
 # ----------------------------------------------------------------------------------------------------- on a card alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 
 from dts_hf.divergences import ForwardKL, build_divergence
 from dts_hf.errors import UserError
-from dts_hf.loss import distillation_loss, road
-from dts_hf.loss.chunk_walk import equal_chunks
+from dts_hf.loss import chunk_walk, distillation_loss, road
+from dts_hf.loss.chunk_walk import ChunkWalk, equal_chunks
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
@@ -108,7 +109,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def reason_for(settings: LossSettings, dtype: torch.dtype = torch.float32, **head: Any) -> str | None:
     of = Head(torch.empty(V, 1), None, **head)
-    return road.why_not_trusted(settings, CPU, of, of, (dtype, dtype))
+    return road.why_not_trusted(settings, CPU, of, of, (dtype, dtype, dtype))
 
 
 @has_triton
@@ -170,6 +171,65 @@ def test_a_kernel_that_does_not_compile_is_a_reason_and_asked_for_once(
     assert [reason_for(settings_of()) for _ in range(2)] == ["RuntimeError: ptxas: no such instruction"] * 2
     assert broken.launches == 1
     assert reason_for(settings_of("jsd")) is not None and broken.launches == 2  # another kernel is another question
+
+
+class Watched:
+    """A kernel of which every launch is noted: what Triton compiles by."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*tensors: torch.Tensor, **options: Any) -> None:
+            fixed = {key: value for key, value in options.items() if key not in ("C", "ce_weight")}
+            self.launches.append((self.kernel, [(one.dtype, one.data_ptr() % 16) for one in tensors], fixed))
+            self.kernel[grid](*tensors, **options)
+
+        return launch
+
+
+@has_triton
+@pytest.mark.parametrize("logits_dtype", ["auto", "float32"])
+def test_what_is_trusted_is_what_the_training_launches(
+    logits_dtype: Any, settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same dtypes, V, steps from row to row: another would be another kernel, which nobody has looked at."""
+    from dts_hf.loss import kernels
+
+    launches: list[Any] = []
+    for name in ("statistics_kernel", "divergence_kernel", "gradient_kernel"):
+        monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name), launches))
+    monkeypatch.setattr(distillation_loss, "free_bytes", lambda _: None)
+    run("triton", "jsd", torch.bfloat16, "logit_std", logits_dtype=logits_dtype)
+    trained, launches[:] = list(launches), []
+    monkeypatch.setattr(
+        distillation_loss, "why_not_trusted", lambda of, _, *rest: road.why_not_trusted(of, CPU, *rest)
+    )
+    loss = DistillationLoss("jsd", temperature=build_temperature("logit_std"), logits_dtype=logits_dtype)
+    head = Head(torch.empty(V, 1, dtype=torch.bfloat16))
+    assert loss._is_fused(
+        replace(settings_of("jsd", "logit_std"), fp32_logits=logits_dtype == "float32"), head, head, CARD
+    )
+    # Of the divergence the options are the loss's own
+    without = [[(kernel, tensors, {**fixed, "a": 0}) for kernel, tensors, fixed in of] for of in (trained, launches)]
+    assert len(trained) == 4 and without[0] == without[1]
+
+
+@has_triton
+def test_a_policy_that_is_not_ready_says_nothing_of_the_kernels(
+    settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings_of()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(asked.temperature), "forward", lambda *_: 1 / 0)
+        assert "PyTorch, their judge, fails: ZeroDivisionError" in str(reason_for(asked))
+    assert reason_for(asked) is None
+
+
+def test_a_broken_triton_is_a_reason(settings_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dts_hf.loss.fused_rows", None)
+    monkeypatch.setattr(road.importlib.util, "find_spec", lambda name: object())
+    assert "Triton cannot be imported" in str(road.why_not_fused(settings_of(), CARD, V, {torch.float32}))
 
 
 @has_triton
@@ -245,6 +305,16 @@ def test_the_budget_where_nobody_said(fused: bool, free: int | None, budget: flo
     assert road.default_budget_mb(fused, free) == budget
 
 
+@pytest.mark.parametrize(("asked", "left"), [(None, 256.0), (2048.0, 2048.0)])
+def test_a_budget_that_kernels_chose_is_none_for_pytorch(asked: float | None, left: float) -> None:
+    """As after a checkpoint from another machine, or where a policy reads more from some step on."""
+    loss = DistillationLoss(temperature=build_temperature("constant"), logits_budget_mb=asked)
+    loss.logits_budget_mb = asked or 1024.0
+    states, head = torch.zeros(3, 4), Head(torch.zeros(V, 4))
+    loss(states, head, states, head, torch.tensor([0, 5, 19]), 3)
+    assert loss.logits_budget_mb == left
+
+
 def test_free_memory_is_what_the_driver_and_torch_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert road.free_bytes(CPU) is None
     card = SimpleNamespace(
@@ -276,6 +346,30 @@ def test_chunks_are_few_equal_and_whole_tiles(rows: int, limit: int) -> None:
 )
 def test_chunks_of(rows: int, limit: int, chunk: int) -> None:
     assert equal_chunks(rows, limit) == chunk
+
+
+@has_triton
+@pytest.mark.parametrize(
+    ("policy", "chunk"), [({"name": "constant"}, 256), ({"name": "dts", "granularity": "sequence"}, 299)]
+)
+def test_chunks_of_whole_sequences_are_as_large_as_can_be(policy: dict[str, Any], chunk: int) -> None:
+    """In a smaller one a sequence that fits would be cut, and then computed twice."""
+    asked = build_temperature(**policy)
+    of = LossSettings(build_divergence("forward_kl"), asked, 0.5, True, 299.5 * 4 * V / 2**20, fused=True)
+    states, head = torch.zeros(300, 4, dtype=torch.bfloat16), Head(torch.zeros(V, 4, dtype=torch.bfloat16))
+    walk = ChunkWalk(
+        of, states=states, head=head, teacher_states=states, teacher_head=head, targets=torch.zeros(300, dtype=torch.int64),
+        sequences=torch.zeros(300, dtype=torch.int64), normalizer=1.0, needs=(True, True, False),
+    )  # fmt: skip
+    assert asked.needs_sequence_gap == (chunk == 299) and walk.chunk == chunk
+
+
+def test_a_torch_without_out_dtype_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came after the oldest torch that the package takes; the card is played by its name."""
+    on_card: Any = SimpleNamespace(dtype=torch.bfloat16, device=CARD)
+    assert chunk_walk._writes_fp32(on_card, torch.float32) and not chunk_walk._writes_fp32(on_card, torch.float64)
+    monkeypatch.setattr(chunk_walk, "_HAS_OUT_DTYPE", False)
+    assert not chunk_walk._writes_fp32(on_card, torch.float32)
 
 
 @has_triton

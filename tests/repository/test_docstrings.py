@@ -61,7 +61,7 @@ def documented_above(node: ast.ClassDef, method: str) -> bool:
 
 def functions(module: str) -> Iterator[Documented]:
     for node in tree_of(module).body:
-        if any(ast.unparse(decorator) == "triton.jit" for decorator in getattr(node, "decorator_list", ())):
+        if any(ast.unparse(decorator).startswith("triton.jit") for decorator in getattr(node, "decorator_list", ())):
             continue  # kernels have the same parameters, which their module explains once
         if isinstance(node, ast.FunctionDef) and is_public(node.name):
             yield Documented(node.name, node, ast.get_docstring(node) or "", overrides=False)

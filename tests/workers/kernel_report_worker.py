@@ -26,7 +26,8 @@ def launches(job: dict[str, Any]) -> list[Any]:
 
     Args:
         job: ``cases``; ``vocab``; ``dtypes`` of student and teacher; ``capped``: whether both heads soft-cap;
-            ``pitched``: whether every row begins at a multiple of 64 entries, as ``ChunkWalk`` has it.
+            ``pitched``: whether every row begins at a multiple of 64 entries, as ``ChunkWalk`` has it; ``rows``: C, one
+            or several.
     """
     found: dict[str, Any] = {}
     dtypes = [getattr(torch, name) for name in job["dtypes"]]
@@ -49,11 +50,13 @@ def launches(job: dict[str, Any]) -> list[Any]:
             else Head(torch.empty(job["vocab"], 1))
         )
         pitch = -(-job["vocab"] // 64) * 64 if job["pitched"] else job["vocab"]
-        z_s, z_t = (torch.zeros(16, pitch, dtype=dtype)[:, : job["vocab"]] for dtype in dtypes)
-        with kernel_report.recorded(kernels, note):
-            rows = FusedRows(settings, head=head, teacher_head=head, has_teacher=True, with_grad=True,
-                             math_dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
-            rows.run(z_s, z_t, torch.ones(16, dtype=torch.int64), torch.ones(16), z_s)
+        for count in job.get("rows", [16]):
+            z_s, z_t = (torch.zeros(count, pitch, dtype=dtype)[:, : job["vocab"]] for dtype in dtypes)
+            targets = torch.ones(count + 1, dtype=torch.int64)[count % 2 :][:count]  # aligned where C is even
+            with kernel_report.recorded(kernels, note):
+                rows = FusedRows(settings, head=head, teacher_head=head, has_teacher=True, with_grad=True,
+                                 math_dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
+                rows.run(z_s, z_t, targets, torch.ones(count), z_s)
     return list(found.values())
 
 
