@@ -28,7 +28,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # Of several GPUs the first that is visible: one process takes one.
 quickstart: $(VENV)/.installed ## distil a real language model here: on a GPU, or in about 11 minutes on 2 cores
 	@echo "installed; distilling (the finished report will be runs/quickstart/report.html)"
-	gpus=$${CUDA_VISIBLE_DEVICES-0}; CUDA_VISIBLE_DEVICES=$${gpus%%,*} $(BIN)/dts-hf train recipes/quickstart.yaml
+	@gpus=$${CUDA_VISIBLE_DEVICES-0}; CUDA_VISIBLE_DEVICES=$${gpus%%,*} $(BIN)/dts-hf train recipes/quickstart.yaml
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, deptry and codespell
 	$(BIN)/ruff check .
@@ -62,8 +62,8 @@ docs: $(VENV)/.installed-dev ## the documentation as a site in site/
 fuzz: $(VENV)/.installed-dev ## new random recipes and row files, 10,000 of them (about 4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/recipe/test_fuzz.py -n $(WORKERS) --hypothesis-profile fuzz
 
-bench: $(VENV)/.installed-dev ## time and memory of loss and training step against the floor, HF and TRL (about 20 minutes)
-	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0
+bench: $(VENV)/.installed-dev ## time and memory of loss and steps against the floor, HF, TRL and Liger, on a GPU where one is (about 20 minutes)
+	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0 liger-kernel==0.8.5
 	$(BIN)/python benchmarks/run.py
 
 clean: ## remove what the other commands made
