@@ -188,15 +188,15 @@ class FusedRows(RowLoss):
             self._run(_Chunk(raw_student, raw_teacher, targets), sequence_gap, grad)
 
     def _run(self, chunk: _Chunk, sequence_gap: Tensor | None, grad: Tensor) -> None:
-        targets = chunk.targets
-        answer = self._answer_to_nothing(chunk) if self.settings.temperature.reads == "nothing" else None
-        if answer is not None:
-            self.check(answer, len(targets))
-        one, at_t = self._statistics(chunk, answer)
+        rows, answer = len(chunk.targets), None
+        if self.settings.temperature.reads == "nothing":
+            answer = self.answer_to_nothing(chunk.student.device)
+            self.check(answer, rows)
+        one, at_t = self._launch_statistics(chunk, None, answer, moments=self.moments)
         self._add_up(one)
         if answer is None or at_t is None:
             answer = self._answer(chunk, one, sequence_gap)
-            self.check(answer, len(targets))  # before a kernel reads behind its end
+            self.check(answer, rows)  # before a kernel reads behind its end
             at_t = self._at(chunk, one, answer)
         self.log(answer, one.ce_s)
         terms, along = self._soft_loss(chunk, one, at_t, answer)
@@ -210,17 +210,10 @@ class FusedRows(RowLoss):
 
     # ----------------------------------------------------------------------------------------------------- statistics
 
-    def _statistics(self, chunk: _Chunk, answer: Temperatures | None) -> tuple[One, AtT | None]:
-        """At T = 1, and at the temperatures of ``answer`` where it is there already."""
-        return self._launch_statistics(chunk, None, answer, moments=self.moments)
-
     def _at(self, chunk: _Chunk, one: One, answer: Temperatures) -> AtT:
         """At the temperatures of ``answer``, from the maxima that are known by now."""
-        if answer.teacher_share is not None:  # the maxima of a mixture are not
-            at_t = self._launch_statistics(chunk, None, answer, moments=False)[1]
-        else:
-            at_t = self._launch_statistics(chunk, one, answer, moments=False)[1]
-        return cast(AtT, at_t)
+        known = one if answer.teacher_share is None else None  # the maxima of a mixture are not
+        return cast(AtT, self._launch_statistics(chunk, known, answer, moments=False)[1])
 
     def _launch_statistics(
         self, chunk: _Chunk, known: One | None, answer: Temperatures | None, moments: bool
@@ -257,12 +250,6 @@ class FusedRows(RowLoss):
             self.sums[statistic.sum] += total
 
     # ---------------------------------------------------------------------------------------------------- temperature
-
-    def _answer_to_nothing(self, chunk: _Chunk) -> Temperatures:
-        """The answer of a policy that looks at nothing: it is given nothing to look at."""
-        z = torch.empty(0, chunk.student.shape[1], device=chunk.student.device)
-        none = z.new_empty(0)
-        return cast(Temperatures, self.settings.temperature(z, z, RowStats(none, none, none, none, None)))
 
     def _answer(self, chunk: _Chunk, one: One, sequence_gap: Tensor | None) -> Temperatures:
         """The answer of a policy that looks at rows, summaries or logits: no more of it than it says."""
@@ -359,15 +346,16 @@ class FusedRows(RowLoss):
 
     def _divergence(self, chunk: _Chunk, at_t: AtT, answer: Temperatures, k: Tensor, slopes: bool) -> Tensor:
         """The sums of ``divergence_kernel``, ``[4, C]``."""
-        rows, formula = len(chunk.targets), self.formula
+        formula = self.formula
         terms = formula.reported if slopes and self.slopes and formula.reported is not None else formula.terms
         numbers = (at_t.peak_s, at_t.peak_t, at_t.rest_s, at_t.rest_t)
         centres = (at_t.rest_s - at_t.entropy_s, at_t.rest_t - at_t.entropy_t)  # E_q u, E_p u_t
-        return self._launch_divergence(chunk, answer, torch.stack([*numbers, *centres, k]), terms, slopes, rows)
+        return self._launch_divergence(chunk, answer, torch.stack([*numbers, *centres, k]), terms, slopes)
 
     def _launch_divergence(
-        self, chunk: _Chunk, answer: Temperatures, table: Tensor, terms: Any, slopes: bool, rows: int
+        self, chunk: _Chunk, answer: Temperatures, table: Tensor, terms: Any, slopes: bool
     ) -> Tensor:
+        rows = len(chunk.targets)
         sums = torch.zeros(4, rows, device=table.device)
         kernels.divergence_kernel[(rows,)](
             chunk.student, chunk.teacher, chunk.targets, *self._temperatures(answer), table, sums,
@@ -381,20 +369,11 @@ class FusedRows(RowLoss):
         """The Bhattacharyya coefficient of both models at T = 1, ``[C]``."""
         unit = torch.ones((), device=one.ce_s.device)
         table = torch.stack([one.top_s, one.top_t, one.rest_s, one.rest_t, *[one.rest_s] * 3])
-        return self._launch_divergence(chunk, Temperatures(unit, unit), table, kernels.overlap, False, len(one.ce_s))[
-            0
-        ]
+        return self._launch_divergence(chunk, Temperatures(unit, unit), table, kernels.overlap, False)[0]
 
     def _decoupled(self, at_t: AtT) -> tuple[Tensor, Tensor]:
         """DKD's value, and its k = beta - alpha (q_y - p_y), ``[C]`` each, from norms without the label."""
-        # The label's u is 0, so that its probability is 1 / (1 + exp(norm)): exact at both ends
-        soft = torch.nn.functional.softplus
-        label_p, rest_p, label_q, rest_q = (
-            -soft(at_t.norm_t),
-            -soft(-at_t.norm_t),
-            -soft(at_t.norm_s),
-            -soft(-at_t.norm_s),
-        )
+        (label_p, rest_p), (label_q, rest_q) = _label_and_rest(at_t.norm_t), _label_and_rest(at_t.norm_s)
         binary = label_p.exp() * (label_p - label_q) + rest_p.exp() * (rest_p - rest_q)
         others = at_t.forward + (at_t.rest_s - at_t.rest_t)
         # From the smaller of p_y and 1 - p_y: the other difference would cancel
@@ -405,9 +384,9 @@ class FusedRows(RowLoss):
         """The entropies at T, ``[C]`` each, of all entries where the label was left out."""
         if not self.formula.split:
             return at_t.entropy_s, at_t.entropy_t
-        soft, whole = torch.nn.functional.softplus, []
+        whole = []
         for norm, entropy in ((at_t.norm_s, at_t.entropy_s), (at_t.norm_t, at_t.entropy_t)):
-            label, rest = -soft(norm), -soft(-norm)
+            label, rest = _label_and_rest(norm)
             whole.append(rest.exp() * (entropy - rest) - label.exp() * label)
         return whole[0], whole[1]
 
@@ -461,6 +440,14 @@ class _Summary(LogitSummary):
 
     def overlap(self) -> Tensor:
         return self._rows.overlap(self._chunk, self._one)
+
+
+def _label_and_rest(norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the label's probability and of the rest's, ``[C]`` each, from the log norm of the entries without the label.
+
+    The label's u is 0, so that its probability is 1 / (1 + exp(norm)): exact at both ends.
+    """
+    return -torch.nn.functional.softplus(norm), -torch.nn.functional.softplus(-norm)
 
 
 def _plain(temperature: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -101,11 +102,15 @@ class RowLoss:
 
     def observe_nothing(self, device: torch.device) -> None:
         """Without a row, zeros as wide as the policy's features: every rank must reduce sums of equal shape."""
-        z = torch.empty(0, self.head.vocab_size, dtype=self.math_dtype, device=device)
-        none = z.new_empty(0)
-        observed = self.settings.temperature(z, z, RowStats(none, none, none, none, none)).observed
+        observed = self.answer_to_nothing(device).observed
         if observed is not None:
             self.observe(observed)
+
+    def answer_to_nothing(self, device: torch.device) -> Temperatures:
+        """What the policy answers to no rows at all."""
+        z = torch.empty(0, self.head.vocab_size, dtype=self.math_dtype, device=device)
+        none = z.new_empty(0)
+        return cast(Temperatures, self.settings.temperature(z, z, RowStats(none, none, none, none, none)))
 
     def check(self, temperatures: Temperatures, rows: int) -> None:
         """Hold the policy's answer to what it declares, for a chunk of so many rows.
