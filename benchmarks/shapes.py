@@ -27,8 +27,22 @@ class Model:
         return [(h, h), (h, kv), (h, kv), (h, h), (h, m), (h, m), (m, h)]
 
 
+class Batch:
+    """Counts of a batch with ``lengths``: (tokens, labelled tokens) of each row."""
+
+    lengths: Any
+
+    @property
+    def tokens(self) -> int:
+        return sum(total for total, _ in self.lengths)
+
+    @property
+    def labelled(self) -> int:
+        return sum(response for _, response in self.lengths)
+
+
 @dataclass(frozen=True)
-class Shape:
+class Shape(Batch):
     """A pair and its batch."""
 
     teacher: Model
@@ -43,14 +57,6 @@ class Shape:
         spread = [1.0 - 0.7 * number / max(self.rows - 1, 1) for number in range(self.rows)]
         totals = [max(round(self.time * part), 4) for part in spread]
         return [(total, total // 2) for total in totals]
-
-    @property
-    def tokens(self) -> int:
-        return sum(total for total, _ in self.lengths)
-
-    @property
-    def labelled(self) -> int:
-        return sum(response for _, response in self.lengths)
 
 
 SHAPES = {

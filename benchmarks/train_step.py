@@ -29,6 +29,7 @@ import render
 from harness import Task
 from loss_head import head_matmuls
 from render import Column
+from shapes import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +64,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Batch):
     """``lengths``: (tokens, labelled tokens) of each row."""
 
     dtype: str = "float32"
@@ -78,14 +79,6 @@ class Sizes:
     temperature: float = 3.0
     kd_ratio: float = 0.5
     device: str = "cpu"
-
-    @property
-    def tokens(self) -> int:
-        return sum(total for total, _ in self.lengths)
-
-    @property
-    def labelled(self) -> int:
-        return sum(response for _, response in self.lengths)
 
     @property
     def layer_weights(self) -> int:

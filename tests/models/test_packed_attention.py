@@ -21,7 +21,17 @@ from dts_hf.models.packed_attention import NAME, cu_seqlens_mask, is_cu_seqlens
 from dts_hf.models.packing_check import check_packing
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.families import FAMILIES
-from tests.support.packing import LENGTHS, bloom, build, mistral, opt, packed_inputs, qwen, states_and_gradient
+from tests.support.packing import (
+    bloom,
+    build,
+    mistral,
+    opt,
+    packed_inputs,
+    qwen,
+    rows_alone,
+    states_and_gradient,
+    without_dropout,
+)
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
@@ -29,14 +39,9 @@ from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_are_each_row_alone(make, checkpointing):
     model = make().double().train() if make in (tiny_llama, tiny_gpt2) else make().double()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(model)
     inputs = packed_inputs()
-    alone = [
-        {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
-        for ids in inputs["input_ids"].split(LENGTHS, dim=1)
-    ]
+    alone = rows_alone(inputs)
     expected, expected_grad = states_and_gradient(model, alone)
     assert check_packing(model) is True and model.config._attn_implementation == NAME
     if checkpointing:

@@ -23,7 +23,16 @@ from dts_hf.models import packed_kernels
 from dts_hf.models.packed_attention import EAGER_NAME, NAME, cu_seqlens_mask, packed_attention
 from dts_hf.models.packed_kernels import BLOCK, Ask, Gpu, attend, block_mask, choose
 from dts_hf.models.packing_check import check_packing, why_wrong
-from tests.support.packing import LENGTHS, bloom, build, mistral, packed_inputs, states_and_gradient
+from tests.support.packing import (
+    LENGTHS,
+    bloom,
+    build,
+    mistral,
+    packed_inputs,
+    rows_alone,
+    states_and_gradient,
+    without_dropout,
+)
 from tests.support.tiny import tiny_gpt2, tiny_llama
 
 HOPPER, CPU, CUDA = Gpu((9, 0), True), torch.device("cpu"), torch.device("cuda")
@@ -366,14 +375,9 @@ def test_packed_rows_are_each_row_alone_through_varlen(
 ) -> None:
     StandIns(monkeypatch, "2.12")
     model = make().double()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(model)
     inputs = packed_inputs()
-    alone = [
-        {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
-        for ids in inputs["input_ids"].split(LENGTHS, dim=1)
-    ]
+    alone = rows_alone(inputs)
     expected, expected_grad = states_and_gradient(model, alone)
     model.set_attn_implementation(NAME)
     monkeypatch.setattr(packed_kernels, "choose", lambda *_: "varlen")

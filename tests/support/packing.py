@@ -54,6 +54,20 @@ def packed_inputs(lengths=LENGTHS):
     }
 
 
+def rows_alone(inputs, lengths=LENGTHS):
+    """Each row of ``packed_inputs`` as a batch of its own."""
+    return [
+        {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+        for ids in inputs["input_ids"].split(lengths, dim=1)
+    ]
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def states_and_gradient(model, rows):
     """Logits of all tokens, one row after the other, and the gradient of a loss that needs all of them."""
     model.zero_grad()
