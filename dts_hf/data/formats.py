@@ -115,4 +115,4 @@ def _conversation_row(messages: object, where: str, row_id: str) -> Row:
     questions = [message["content"] for message in prompt if message["role"] == "user"]
     if not questions:
         raise UserError(f"{where}: no message before the response has the role 'user'")
-    return Row(row_id, questions[-1], "", (response["content"],), tuple(prompt))
+    return Row(row_id, questions[-1], "", (response["content"],), tuple(prompt), "messages")

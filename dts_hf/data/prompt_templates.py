@@ -12,7 +12,7 @@ from dts_hf.errors import UserError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dts_hf.data.rows import Row
+    from dts_hf.data.rows import Message, Row
 
 
 _ALPACA_OPENING = "Below is an instruction that describes a task"
@@ -72,10 +72,9 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         raise UserError(f"row '{row.id}': the tokenizer's chat template refuses this conversation: {error}") from error
 
 
-def chat_messages(row: Row) -> list[dict[str, str]]:
+def chat_messages(row: Row) -> list[Message]:
     """The prompt of ``row`` as messages: its own, or instruction and input as one of the user's."""
-    content = "\n\n".join(text for text in (row.instruction, row.input) if text)
-    return [*row.messages] if row.messages is not None else [{"role": "user", "content": content}]
+    return [*row.prompt_messages]
 
 
 TEMPLATES: dict[str, Template] = {

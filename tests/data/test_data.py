@@ -52,7 +52,7 @@ def test_rows_of_both_forms():
     assert several == Row("d", "Add.", "", ("5", "five")) and several.response == "5"
     assert parse_row({**GOOD, "id": 7}, "here", "d").id == "7"
     talk = parse_row(TALK, "here", "d")
-    assert talk == Row("t", "Hi", "", ("Hello.",), tuple(TALK["messages"][:2]))
+    assert talk == Row("t", "Hi", "", ("Hello.",), tuple(TALK["messages"][:2]), "messages")
 
 
 def without(name: str) -> dict:
