@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,41 @@ def save_student(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return model
+
+
+@contextmanager
+def ready_for_generation(model: nn.Module, tokenizer: Any) -> Iterator[None]:
+    """Within it the configuration of ``model`` is one to generate with: a cache, end tokens, padding.
+
+    A checkpoint is saved in the middle of training, which has no use for a cache, so that everything is as it was after.
+
+    Args:
+        model: a language model or a classifier, with adapters or without.
+        tokenizer: its end-of-sequence token ends answers too; of what has none, nothing is taken.
+    """
+    base: Any = without_adapters(model)
+    config = getattr(base, "config", None)
+    generation = getattr(base, "generation_config", None)
+    holders = [] if config is None else [config, config.get_text_config()]
+    before = [(holder, dict(vars(holder))) for holder in [*holders, *([] if generation is None else [generation])]]
+    try:
+        for holder in holders:
+            if getattr(holder, "use_cache", None) is not None:  # the Trainer switched it off for training
+                holder.use_cache = True
+        if generation is not None:
+            if generation.use_cache is False:
+                generation.use_cache = True
+            known = generation.eos_token_id
+            ends = {*(known if isinstance(known, list) else [known]), getattr(tokenizer, "eos_token_id", None)} - {None}
+            if ends:
+                generation.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+            if generation.pad_token_id is None:
+                generation.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        yield
+    finally:
+        for holder, attributes in before:
+            vars(holder).clear()
+            vars(holder).update(attributes)
 
 
 def _unsharded_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
