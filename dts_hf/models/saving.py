@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,38 +65,39 @@ def save_student(
 
 
 @contextmanager
-def ready_for_generation(model: nn.Module, tokenizer: Any) -> Iterator[None]:
+def ready_for_generation(model: nn.Module, end_tokens: Iterable[int], pad_token: int | None) -> Iterator[None]:
     """Within it the configuration of ``model`` is one to generate with: a cache, end tokens, padding.
 
-    A checkpoint is saved in the middle of training, which has no use for a cache, so that everything is as it was after.
+    A checkpoint is saved in the middle of training, which has no use for a cache: afterwards everything is as it was.
 
     Args:
         model: a language model or a classifier, with adapters or without.
-        tokenizer: its end-of-sequence token ends answers too; of what has none, nothing is taken.
+        end_tokens: ids that end an answer, besides those that the model knows.
+        pad_token: id that pads prompts, where the model knows none.
     """
     base: Any = without_adapters(model)
-    config = getattr(base, "config", None)
-    generation = getattr(base, "generation_config", None)
-    holders = [] if config is None else [config, config.get_text_config()]
-    before = [(holder, dict(vars(holder))) for holder in [*holders, *([] if generation is None else [generation])]]
+    config, generation = getattr(base, "config", None), getattr(base, "generation_config", None)
+    wanted: list[tuple[Any, str, Any]] = []
+    if config is not None:
+        wanted = [(holder, "use_cache", True) for holder in (config, config.get_text_config())]
+    if generation is not None:
+        known = generation.eos_token_id
+        ends = sorted({*(known if isinstance(known, list) else [known]), *end_tokens} - {None})
+        wanted += [
+            (generation, "use_cache", True),
+            (generation, "eos_token_id", ends if len(ends) > 1 else next(iter(ends), None)),
+            (generation, "pad_token_id", pad_token if generation.pad_token_id is None else generation.pad_token_id),
+        ]
+    before = [(holder, name, getattr(holder, name, None)) for holder, name, _ in wanted]
     try:
-        for holder in holders:
-            if getattr(holder, "use_cache", None) is not None:  # the Trainer switched it off for training
-                holder.use_cache = True
-        if generation is not None:
-            if generation.use_cache is False:
-                generation.use_cache = True
-            known = generation.eos_token_id
-            ends = {*(known if isinstance(known, list) else [known]), getattr(tokenizer, "eos_token_id", None)} - {None}
-            if ends:
-                generation.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
-            if generation.pad_token_id is None:
-                generation.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        for holder, name, value in wanted:
+            if hasattr(holder, name):
+                setattr(holder, name, value)
         yield
     finally:
-        for holder, attributes in before:
-            vars(holder).clear()
-            vars(holder).update(attributes)
+        for holder, name, value in before:
+            if hasattr(holder, name):
+                setattr(holder, name, value)
 
 
 def _unsharded_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -16,6 +17,7 @@ from dts_hf.distributed.launch import check_launch
 from dts_hf.errors import UserError, nearest
 
 
+Init = TypeVar("Init", bound=Callable[..., None])
 #: What goes to ``transformers.Trainer`` as it is, and to our own bases.
 PASSED_ON = frozenset({*inspect.signature(Trainer.__init__).parameters, "model_card"}) - {"self"}
 #: Words of other releases and other libraries for what is here under another name.
@@ -30,6 +32,17 @@ RENAMED = {
     "beta": "divergence={'name': 'jsd', 'beta': ...}",
     "max_seq_length": "max_length",
 }
+
+
+def in_order(init: Init) -> Init:
+    """``check_order`` before ``init``, the ``__init__`` of a trainer: Python would say that it got several teachers."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_order(args, kwargs)
+        init(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 def check_order(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -49,7 +62,9 @@ def check_order(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             "has there is given by name: DistillationTrainer(model, teacher, args=args, train_dataset=rows)"
         )
     if len(args) > 1 and "teacher" in kwargs:
-        raise UserError("teacher: got two, by its place and by its name; give DistillationTrainer(model, teacher, ...)")
+        raise UserError(
+            "teacher: got two, by its place and by its name; give DistillationTrainer(model, teacher, ...)"
+        )
     first = args[0] if args else kwargs.get("model")
     if isinstance(first, TrainingArguments):
         raise UserError(

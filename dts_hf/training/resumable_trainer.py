@@ -152,6 +152,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         """What trackers are to know of the run besides its arguments and the model's configuration."""
         return {}
 
+    def end_token_ids(self) -> list[int]:
+        """The tokens that end an answer, which a saved student must know of."""
+        token = getattr(self.processing_class, "eos_token_id", None)
+        return [] if token is None else [token]
+
     def scheduled_over_run(self) -> list[str]:
         """What besides the learning rate has values that depend on how many steps the run has."""
         return []
@@ -537,7 +542,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         while_running = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter |= self._filters_loss  # as it was given: see _run_epoch
         try:
-            with ready_for_generation(cast(nn.Module, self.model), self.processing_class):
+            pad_token = getattr(self.processing_class, "pad_token_id", None)
+            with ready_for_generation(cast(nn.Module, self.model), self.end_token_ids(), pad_token):
                 super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token, self.args.logging_nan_inf_filter = token, while_running

@@ -58,9 +58,7 @@ def tracked(args: TrainingArguments, facts: Mapping[str, Any]) -> TrainingArgume
 
 
 @contextmanager
-def facts_for_trackers(
-    callbacks: Iterable[TrainerCallback], facts: Callable[[], Mapping[str, Any]]
-) -> Iterator[None]:
+def facts_for_trackers(callbacks: Iterable[TrainerCallback], facts: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """Within it the trackers among ``callbacks`` are given arguments with ``facts()`` when training begins."""
     trackers: list[Any] = [callback for callback in callbacks if isinstance(callback, TRACKERS)]
 
