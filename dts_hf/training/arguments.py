@@ -16,7 +16,6 @@ from transformers.trainer_utils import HubStrategy
 from dts_hf.distributed.launch import check_launch
 from dts_hf.errors import UserError, nearest
 
-
 Init = TypeVar("Init", bound=Callable[..., None])
 #: What goes to ``transformers.Trainer`` as it is, and to our own bases.
 PASSED_ON = frozenset({*inspect.signature(Trainer.__init__).parameters, "model_card"}) - {"self"}

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, default_hp_search_backend
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.divergences import Divergence
@@ -106,27 +108,44 @@ class DistillationBase(ResumableTrainer):
 
     # --------------------------------------------------------------------------------------------------------- a search
 
-    def hyperparameter_search(self, hp_space: Callable[[Any], dict[str, Any]] | None = None, **kwargs: Any) -> Any:
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
         """The Trainer's; every trial has a fresh student (``model_init``) and a policy that begins anew.
 
         Args:
-            hp_space: takes the trial; besides training arguments it may give ``temperature``, ``divergence``, ``kd_ratio``
-                and the other options of the loss (with optuna). ``eval_loss`` has another meaning for another ``kd_ratio``
-                or divergence: compare by ``eval_kl`` or ``eval_ce_loss`` then (``compute_objective``).
-            kwargs: what else ``Trainer.hyperparameter_search`` takes.
+            hp_space: takes the trial; with optuna it may give, besides training arguments, ``temperature``, ``divergence``,
+                ``kd_ratio`` and the other options of the loss. ``eval_loss`` has another meaning for another ``kd_ratio``
+                or divergence: let ``compute_objective`` take ``eval_kl`` or ``eval_ce_loss`` then.
+            compute_objective: of the metrics of ``evaluate``; None: ``eval_loss``, or the sum of the other metrics.
+            n_trials: how many.
+            direction: ``minimize`` or ``maximize``, or a list of them.
+            backend: ``optuna``, ``ray`` or ``wandb``.
+            hp_name: makes the name of a trial.
+            kwargs: for the backend.
 
         Raises:
-            UserError: there is no ``model_init``, or no package for the search.
+            UserError: there is no ``model_init``, no package for the search, or no such argument.
         """
         if self.model_init is None:
             raise UserError("hyperparameter_search: every trial needs a student of its own; expected model_init")
-        space = None if hp_space is None else self._with_loss_options(hp_space)
         try:
-            return super().hyperparameter_search(space, **kwargs)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            if "available" not in str(error) and "install" not in str(error):
-                raise
-            raise UserError(f"hyperparameter_search: {error}") from error
+            backend = HPSearchBackend(backend or default_hp_search_backend())  # type: ignore[no-untyped-call]
+            ALL_HYPERPARAMETER_SEARCH_BACKENDS[backend]().ensure_available()  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"hyperparameter_search: {' '.join(str(error).split())}") from error
+        if hp_space is not None and backend == HPSearchBackend.OPTUNA:
+            hp_space = self._with_loss_options(hp_space)
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+        )
 
     def _with_loss_options(self, hp_space: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         """``hp_space`` without the options of the loss, which each trial's loss is made of."""

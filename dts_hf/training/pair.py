@@ -22,7 +22,8 @@ from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
-from dts_hf.recipe.schema import MOST_TOKENS, Teacher as TeacherSection
+from dts_hf.recipe.schema import MOST_TOKENS
+from dts_hf.recipe.schema import Teacher as TeacherSection
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher

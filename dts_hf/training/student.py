@@ -93,7 +93,7 @@ def with_adapter(student: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
     if task not in (None, "CAUSAL_LM"):
         raise UserError(f"peft_config: task_type is {task!r}, expected 'CAUSAL_LM'")
     try:
-        adapted: nn.Module = get_peft_model(student, peft_config)  # type: ignore[arg-type]
+        adapted: nn.Module = get_peft_model(student, peft_config)
     except ValueError as error:  # no module has such a name
         raise UserError(f"peft_config: {kind} does not fit the model: {error}") from error
     try:

@@ -186,7 +186,7 @@ class DistillationTrainer(DistillationBase):
             compute_metrics=compute_metrics,
             **kwargs,
         )
-        self.model_init = model_init
+        self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
@@ -282,7 +282,7 @@ class DistillationTrainer(DistillationBase):
         self.predict_with_generate = predict_with_generate
         try:
             with self._with_options(generation):
-                return cast("PredictionOutput", super().predict(test_dataset, ignore_keys, metric_key_prefix))
+                return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         finally:
             self.predict_with_generate = before
 
