@@ -84,6 +84,7 @@ class DistillationBase(ResumableTrainer):
         self._classes, self._facts = classes, {**model_facts("student", model), **(facts or {})}
         self.sums = StepSums(columns)
         self._make_loss(self._loss_spec)
+        self._first_state = self._fresh_state
         vars(args)["distillation"] = self.facts
         super().__init__(model, args, *positional, **kwargs)
         self.loss.to(self.args.device)
@@ -159,6 +160,9 @@ class DistillationBase(ResumableTrainer):
             if unknown:  # the Trainer would warn, and search for nothing
                 known = [*self._loss_spec, *type(self.args).__dataclass_fields__]
                 raise UserError(f"hp_space: {unknown[0]} is no argument of this trainer.{nearest(unknown[0], known)}")
+            given = self._loss_spec["temperature"]
+            if isinstance(given, TemperaturePolicy):  # an object, which has moved in the trial before
+                given.load_state(copy.deepcopy(self._first_state))
             self._make_loss({**self._loss_spec, **ours})
             self.loss.to(self.args.device)
             self._temperature_callback.policy = self.temperature
