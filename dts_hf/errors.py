@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     WRONG_INPUT = 2
     #: SIGTERM or SIGUSR1 (pre-emption): nothing is wrong, ``--resume`` goes on. ``EX_TEMPFAIL`` of sysexits.h.
     INTERRUPTED = 75
-    #: Ctrl-C (128 + SIGINT).
+    #: Ctrl-C (128 + SIGINT): saved like INTERRUPTED, unless it came twice.
     CTRL_C = 130
 
 
