@@ -183,13 +183,6 @@ def test_training_arguments_that_cannot_be_honoured(tmp_path: Path, case: str) -
         trainer_for(tmp_path, options=options).train()
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_checkpoints_are_not_for_the_hub(tmp_path: Path, strategy: str) -> None:
-    """refused: hub_strategy checkpoint and all_checkpoints: logs and held-out answers lie among them"""
-    with pytest.raises(UserError, match=r"args\.hub_strategy"):
-        trainer_for(tmp_path, options={"push_to_hub": True, "hub_strategy": strategy})
-
-
 def test_arguments_of_other_libraries(tmp_path: Path) -> None:
     """refused: TRL's configurations, whose temperature, beta or lmbda would have no effect"""
     from dataclasses import dataclass
@@ -207,7 +200,7 @@ def test_arguments_of_seq2seq(tmp_path: Path, option: dict[str, Any]) -> None:
     """refused: generation_max_length and generation_num_beams of Seq2SeqTrainingArguments: give generation={...}"""
     args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **option)
     with pytest.raises(UserError, match=rf"args\.{next(iter(option))}: got"):
-        DistillationTrainer(STUDENT, TEACHER, args=args)
+        DistillationTrainer(STUDENT, TEACHER, args=args, processing_class=tiny_tokenizer())
 
 
 # ------------------------------------------------------------------------------------------------- models that do not fit
