@@ -15,8 +15,9 @@ import torch
 
 from dts_hf.console import say
 from dts_hf.data.chat_templates import get_template
+from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_rows
+from dts_hf.data.sources import load_many, load_rows
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
@@ -163,7 +164,11 @@ def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) ->
                 "--data FILE"
             )
         limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
-        rows[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=min(limits, default=None))
+        if isinstance(recipe.data.validation, float):
+            train = load_many(recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows)
+            rows[VALIDATION] = split_off(train, recipe.data.validation)[1][: min(limits, default=None)]
+        else:
+            rows[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=min(limits, default=None))
     return rows
 
 

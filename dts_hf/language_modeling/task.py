@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from dts_hf.data.chat_templates import encode_prompts, get_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_many, load_rows, manifest
 from dts_hf.errors import UserError
@@ -39,7 +40,10 @@ class LanguageModeling(Task[DistillationTrainer]):
         data, evaluation = self.recipe.data, self.recipe.evaluation
         train = load_many(data.train, split=data.train_split, limit=data.max_train_rows)
         validation: Sequence[Row] = ()
-        if data.validation is not None:
+        if isinstance(data.validation, float):
+            train, validation = split_off(train, data.validation)
+            validation = validation[: data.max_validation_rows]
+        elif data.validation is not None:
             validation = load_rows(data.validation, split=data.validation_split, limit=data.max_validation_rows)
         sets = load_sets(evaluation.sets, evaluation.set_rows)
         if VALIDATION in sets:
@@ -106,7 +110,10 @@ class LanguageModeling(Task[DistillationTrainer]):
         train = manifest(asked.train, rows.train, split=asked.train_split)
         splits = {"train": {**train, **dataclasses.asdict(_report(data.train))}}
         if asked.validation is not None and data.validation is not None:
-            validation = manifest(asked.validation, rows.validation, split=asked.validation_split)
+            if isinstance(asked.validation, float):
+                validation = {**train, "share": asked.validation, "rows": len(rows.validation)}
+            else:
+                validation = manifest(asked.validation, rows.validation, split=asked.validation_split)
             splits["validation"] = {**validation, **dataclasses.asdict(_report(data.validation))}
         # The names of the sets are in the order of the recipe
         sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)

@@ -160,7 +160,11 @@ class Data(Section):
     train: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="JSONL, JSONL.gz or Parquet (file, folder or pattern), or the name of a Hub data set; or several."
     )
-    validation: str | None = Field(default=None, description="Held-out rows, in the same forms; null: no evaluation.")
+    validation: str | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Held-out rows, in the same forms, or the share of the training rows that is held out (0.05: always the "
+        "same rows, none with the prompt of another); null: no evaluation.",
+    )
     train_split: str = Field(default="train", description="Split of a Hub data set that is trained on.")
     validation_split: str = Field(default="validation", description="Split of a Hub data set that is held out.")
     prompt_template: Literal["alpaca", "chat", "plain"] = Field(
@@ -349,6 +353,7 @@ class Recipe(Section):
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
                 "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
+                "data.validation as a share": isinstance(self.data.validation, float),
             }
             found = [key for key, given in unfit.items() if given]
             if found:

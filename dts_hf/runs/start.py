@@ -27,6 +27,7 @@ from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resu
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.lock import lock
+from dts_hf.runs.outline import outline
 from dts_hf.temperature import build_temperature
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
@@ -140,6 +141,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
     if args.process_index == 0 and not start.finished:
         say(where_it_trains(args))
+        say(outline(recipe, args))
     return start
 
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("text", ("generation", "teachers")),
     ("runs", ("runs",)),
     ("training", ("training",)),
-    ("results", ("evaluation", "reporting")),
+    ("results", ("evaluation", "reporting", "inference")),
     ("tasks", ("task", "language_modeling", "classification")),
     ("the line", ("distill",)),
     ("judges", ("doctor",)),
