@@ -67,7 +67,7 @@ def print_plan(found: DryRun, as_json: bool) -> None:
         return
     for name, text in found.plan.items():
         typer.echo(f"{name + ':':<10} {printable(text)}")
-    typer.echo(f"\n# The effective recipe, every default written out\n")
+    typer.echo("\n# The effective recipe, every default written out\n")
     for line in found.recipe.splitlines():
         typer.echo(printable(line))
 

@@ -42,6 +42,26 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: what ``train`` would refuse: rows, tokens, training arguments, the run directory.
     """
     RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite)
+    walk = _walked(recipe)
+    diagnosis = walk.diagnosis
+    problems = [problem for problem in diagnosis.problems if problem.level == "error"]
+    if problems or walk.args is None or walk.rows is None:
+        raise UserError(
+            "\n".join(f"{problem.text}{f' ({problem.advice})' if problem.advice else ''}" for problem in problems)
+        )
+    return DryRun(_plan(recipe, walk, diagnosis), effective(recipe, walk.args).to_yaml())
+
+
+def memory_of(recipe: Recipe) -> tuple[float, float] | None:
+    """(bytes that the run is estimated to need, bytes that are free); None where that is not known without loading."""
+    checks = [
+        check for check in _walked(recipe).diagnosis.checks if check.name == "memory" and "needed" in check.values
+    ]
+    return (checks[0].values["needed"], checks[0].values["device"]) if checks else None
+
+
+def _walked(recipe: Recipe) -> Walk:
+    """The doctor's walk up to where models would be loaded."""
     diagnosis = Diagnosis(recipe.output.dir)
     kind = LanguageModelWalk if recipe.task is None else ClassifierWalk
     with tempfile.TemporaryDirectory(prefix="dts_hf-dry-run-") as folder, quiet():
@@ -53,12 +73,7 @@ def dry_run(recipe: Recipe) -> DryRun:
                 walk.shapes = shapes_from_configs(recipe)
             if walk.shapes is not None and walk.data is not None:
                 walk.look_at_memory()
-    problems = [problem for problem in diagnosis.problems if problem.level == "error"]
-    if problems or walk.args is None or walk.rows is None:
-        raise UserError(
-            "\n".join(f"{problem.text}{f' ({problem.advice})' if problem.advice else ''}" for problem in problems)
-        )
-    return DryRun(_plan(recipe, walk, diagnosis), effective(recipe, walk.args).to_yaml())
+    return walk
 
 
 def _plan(recipe: Recipe, walk: Walk, diagnosis: Diagnosis) -> dict[str, str]:

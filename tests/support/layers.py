@@ -30,6 +30,7 @@ LAYERS = (
     ("tasks", ("task", "language_modeling", "classification")),
     ("the line", ("distill",)),
     ("judges", ("doctor",)),
+    ("first recipe", ("starter",)),
     ("commands", ("cli", "__main__", "dts_hf")),
 )
 MOST_TOP_LEVEL_MODULES = 8
