@@ -17,7 +17,7 @@ from dts_hf.console import say
 from dts_hf.data.chat_templates import AUTO, get_template
 from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_many, load_rows
+from dts_hf.data.sources import load_many, load_mixture, load_rows
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
@@ -164,11 +164,14 @@ def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) ->
                 "--data FILE"
             )
         limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
+        limit, columns = min(limits, default=None), recipe.data.columns
         if isinstance(recipe.data.validation, float):
-            train = load_many(recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows)
-            rows[VALIDATION] = split_off(train, recipe.data.validation)[1][: min(limits, default=None)]
+            train = load_mixture(
+                recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows, columns=columns
+            )
+            rows[VALIDATION] = split_off(train.rows, recipe.data.validation)[1][:limit]
         else:
-            rows[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=min(limits, default=None))
+            rows[VALIDATION] = load_many(recipe.data.validation, split=split, limit=limit, columns=columns)
     return rows
 
 
