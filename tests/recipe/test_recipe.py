@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from dts_hf.errors import UserError
-from dts_hf.recipe.loading import find_recipes, load_recipe
+from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe, editor_schema, recipe_json_schema
+from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.training_arguments import training_arguments
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

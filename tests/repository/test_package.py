@@ -28,9 +28,12 @@ def wheel(tmp_path_factory):
 def test_it_carries_the_package_alone(wheel):
     names = set(wheel.namelist())
     assert {"dts_hf/py.typed", "dts_hf/reporting/templates/report.html.jinja"} <= names
+    assert {"dts_hf/data_prep/quickstart_lists/capitals.txt", "dts_hf/_recipes/accelerate/ddp.yaml"} <= names
     assert {name.split("/")[0] for name in names} == {"dts_hf", f"dts_hf-{dts_hf.__version__}.dist-info"}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "dts_hf").rglob("*.py")}
     assert sources <= names
+    shipped = subprocess.run(["git", "ls-files", "recipes"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert {f"dts_hf/_{path}" for path in shipped.stdout.split()} <= names
 
 
 def test_its_metadata(wheel):
