@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.formats import parse_row
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.errors import UserError
 
 MAX_PROMPT_TOKENS = 256

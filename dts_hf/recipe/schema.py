@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dts_hf.console import unusable_texts
 from dts_hf.errors import UserError
-from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, schema_problems, training_schema
+from dts_hf.recipe.deep_problems import deep_problems
+from dts_hf.recipe.problems import LARGEST, protocol_values, schema_problems
 from dts_hf.recipe.yaml_files import dump_values, expand
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -314,7 +315,7 @@ class Recipe(Section):
     )
     temperature: NamedOptions = Field(
         default=NamedOptions.model_validate({"name": "dts", "rule": "gap"}),
-        description="The temperature policy, its options.",
+        description="The temperature policy and its options; a number alone: the policy constant.",
     )
     loss: Loss = Field(default=Loss(), description="What is minimised.")
     training: dict[str, Any] = Field(default={}, description="Passed to transformers.TrainingArguments as it is.")
@@ -425,10 +426,3 @@ def _schema() -> dict[str, Any]:
     schema["$defs"]["NamedOptions"] = {"anyOf": [{"type": "string"}, mapping], "description": mapping["description"]}
     schema["properties"]["extends"] = {"type": "string", "description": "Another recipe file that this one changes."}
     return schema
-
-
-def editor_schema() -> dict[str, Any]:
-    """``recipe_json_schema`` with the keys of the installed ``TrainingArguments``; imports transformers."""
-    schema = recipe_json_schema()
-    schema["properties"]["training"] |= {"properties": training_schema(), "additionalProperties": False}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dts_hf recipe"}

@@ -27,7 +27,7 @@ def find_recipes(folder: str | Path) -> dict[Path, str]:
     for path in sorted(Path(folder).rglob("*.yaml")):
         text = path.read_text(encoding="utf-8", errors="replace")
         if not path.name.startswith("_") and re.search(r"^(student|extends):", text, re.MULTILINE):
-            comment = re.match(r"#+ *(.*)", text)
+            comment = re.match(r"(?:# yaml-language-server:.*\n)?#+ *(.*)", text)
             found[path] = comment[1] if comment else ""
     return found
 
