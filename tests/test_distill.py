@@ -48,6 +48,7 @@ def test_the_run_directory_holds_exactly_this(workplace):
         "data_manifest.json",
         "environment.json",
         "figures/losses.png",
+        "figures/optimizer.png",
         "figures/rouge.png",
         "figures/temperature.png",
         "final/chat_template.jinja",
