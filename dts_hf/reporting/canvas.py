@@ -21,7 +21,7 @@ MARKERS_UP_TO = 30
 #: The first points of a run may be so much larger than the rest that they press it flat: how much is that.
 LOG_FROM, CLIP_FROM = 8.0, 4.0
 # A figure is about 340 pixels wide on a phone and 480 on a screen: at 4.4 inches its letters are 11 and 15 pixels high
-WIDTH, LETTERS, DPI = 4.4, 11, 200
+WIDTH, LETTERS, DPI = 4.4, 11, 160
 
 
 @dataclass(frozen=True)
