@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch.utils.data import Dataset
 
-from dts_hf.data.prompt_templates import Template, encode_prompts
+from dts_hf.data.chat_templates import Template, encode_prompts
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX

@@ -11,8 +11,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dts_hf.data.chat_templates import Template, chat_messages, leading_special_ids
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.prompt_templates import Template, chat_messages, leading_special_ids
 from dts_hf.data.rows import Row
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment
 from dts_hf.loss.selection import IGNORE_INDEX

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dts_hf.console import say
-from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
 from dts_hf.distributed.processes import process

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.data.prompt_templates import get_template, leading_special_ids
+from dts_hf.data.chat_templates import get_template, leading_special_ids
 from dts_hf.data.rows import Row
 from dts_hf.evaluation.protocol import Protocol
 

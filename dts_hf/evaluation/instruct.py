@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dts_hf.data.prompt_templates import EncodedPrompt, Template, encode_prompts, get_template
+from dts_hf.data.chat_templates import EncodedPrompt, Template, encode_prompts, get_template
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.distributed.sharding import is_sharded

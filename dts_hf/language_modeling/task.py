@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from dts_hf.data.chat_templates import encode_prompts, get_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
-from dts_hf.data.prompt_templates import encode_prompts, get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_many, load_rows, manifest
 from dts_hf.errors import UserError

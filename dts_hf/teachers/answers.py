@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.data.prompt_templates import Template, encode_prompts
+from dts_hf.data.chat_templates import Template, encode_prompts
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.errors import UserError

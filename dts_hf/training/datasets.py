@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from dts_hf.data import tokenised
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError

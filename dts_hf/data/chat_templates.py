@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dts_hf.data.rows import Message, Row
 
 
+#: The name that stands for the tokenizer's chat template, or Alpaca where it has none.
+AUTO = "auto"
 _ALPACA_OPENING = "Below is an instruction that describes a task"
 _ALPACA_CONTEXT = ", paired with an input that provides further context"
 _ALPACA_REQUEST = ". Write a response that appropriately completes the request.\n\n"
@@ -29,12 +31,14 @@ class Template:
         description: one line for ``dts-hf list templates``.
         render: ``render(row, tokenizer) -> str``, the whole prompt up to and with the marker that starts the response.
         writes_special_tokens: the text itself carries the special tokens (chat), so none are put before it.
+        wraps_prompts: rows of kind ``prompt`` are worded by the template, too; otherwise they go in as they are.
     """
 
     name: str
     description: str
     render: Callable[[Row, PreTrainedTokenizerBase], str]
     writes_special_tokens: bool
+    wraps_prompts: bool = True
 
 
 def _single_turn(row: Row, template: str) -> None:
@@ -97,6 +101,54 @@ def get_template(name: str, key: str = "data.prompt_template") -> Template:
         expected = ", ".join(TEMPLATES)
         raise UserError(f"{key}: got {name!r}, expected one of {expected}.{nearest(str(name), TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, key: str = "data.prompt_template") -> Template:
+    """Return the template called ``name``; ``auto``: ``chat`` where the tokenizer has a chat template, else ``alpaca``.
+
+    A template that was named wraps finished prompts (rows of kind ``prompt``), too; under ``auto`` they stay as they are.
+
+    Raises:
+        UserError: no template has this name; the message begins with ``key``.
+    """
+    if name != AUTO:
+        return get_template(name, key)
+    found = TEMPLATES["chat" if tokenizer.chat_template else "alpaca"]
+    return dataclasses.replace(found, wraps_prompts=False)
+
+
+#: What the assistant says in the conversation that shows how a chat template ends a turn.
+_PROBE = "probe answer"
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> str | None:
+    """The token that the chat template writes behind an answer, as text (``<|im_end|>``, ``<|eot_id|>``, ``</s>``).
+
+    Returns:
+        None where it writes no token of its own there, or where no chat template is used: ``eos_token`` ends an answer.
+    """
+    if not template.writes_special_tokens or not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:
+        return None
+    _, found, behind = text.rpartition(_PROBE)
+    behind = behind.lstrip()
+    known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    ends = [token for token in known if token.strip() and behind.startswith(token)]
+    return max(ends, key=len, default=None) if found else None
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
+    """The ids of the tokens that end an answer: the chat template's own end of turn, else ``eos_token``.
+
+    Generation stops at them, and they are the last target of every answer.
+    """
+    end = end_of_turn(tokenizer, template)
+    token = tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
+    return [] if token is None else [int(token)]  # type: ignore[arg-type]
 
 
 class EncodedPrompt(NamedTuple):
