@@ -103,7 +103,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
     merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
-    save_student(student, tokenizer, run.final_path, merge_lora=merge)
+    save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
     if trainer.is_world_process_zero():
         scorer.finish(training_facts(trainer, started))
         run.clean_up()

@@ -6,6 +6,7 @@ get one score. It holds no paths.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -52,8 +53,7 @@ class StudentFile:
 
 def as_trained(name: str, wraps_prompts: bool) -> Template:
     """The template called ``name``; one that ``auto`` chose leaves finished prompts as they are."""
-    template = get_template(name)
-    return template if wraps_prompts else template.without_wrapping()
+    return dataclasses.replace(get_template(name), wraps_prompts=wraps_prompts)
 
 
 def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
         "dts_hf": __version__,
         "prompt_template": resolve_template(data.prompt_template, tokenizer).name,
         "wraps_prompts": data.prompt_template != AUTO,
-        "train_on": getattr(data, "train_on", None),
+        "train_on": data.train_on,
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,
         "protocol": describe_protocol(protocol_of(recipe), tokenizer),
@@ -96,7 +96,7 @@ def read_student_file(model: str) -> StudentFile | None:
         known = {field.name for field in fields(Protocol)} - {"name", "about"}
         # What greedy text does not use is written as nothing: the defaults stand for it
         values = {key: value for key, value in given.items() if key in known and value not in (None, [])}
-        protocol = custom_protocol(**values)
+        protocol = dataclasses.replace(custom_protocol(**values), name=str(given["name"]))
         student = StudentFile(protocol, bool(facts["wraps_prompts"]), str(facts["dtype"]), facts)
         get_template(protocol.template)
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -118,17 +118,14 @@ def _find(model: str) -> Path | None:
     if Path(location.location).is_dir():
         path = Path(location.location) / STUDENT_FILE
         return path if path.is_file() else None
-    from transformers.utils.hub import cached_file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    # A repository without the file, or no network: not an error here, the model's own loading says what is wrong
-    found = cached_file(
-        location.location,
-        STUDENT_FILE,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
+    try:
+        return Path(hf_hub_download(location.location, STUDENT_FILE))
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        # No such file, no network or no such repository: what is wrong with the model, its own loading says better
+        return None
 
 
 def _without_paths(value: Any) -> Any:

@@ -85,7 +85,8 @@ def test_on_paper_it_is_light_and_unfolded(tab: Tab, page: Path) -> None:
 def test_the_check_itself_sees_what_is_wrong(tab: Tab, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text(
-        "<!doctype html><meta name=viewport content='width=device-width'><body><div style='width: 700px'>wide</div><img src='missing.png' alt='gone'>"
+        "<!doctype html><meta name=viewport content='width=device-width'><body>"
+        "<div style='width: 700px'>wide</div><img src='missing.png' alt='gone'>"
         "<script>console.error('loud'); throw new Error('thrown')</script>"
     )
     opened = tab.open(bad, 390)
