@@ -27,7 +27,7 @@ LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message
 MASK = "***"
 _TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{10,}")
 #: What the keys of well-known services look like, from the rules of gitleaks: long and odd enough to be nothing else.
-KINDS_OF_SECRETS = {
+KINDS_OF_SECRETS = {  # a name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix
     "a Hugging Face token": r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{30,}",
     "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
     "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
@@ -46,8 +46,6 @@ _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _TOKEN_IN_QUERY = re.compile(
     r"(?<=[?&])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
 )
-# A name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix.
-_SURE_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
 # Control characters (a terminal acts on ESC), marks that reverse the reading direction, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
@@ -57,9 +55,7 @@ def masked(text: str) -> str:
     """``text`` with access tokens of the Hub, of the environment and in URLs replaced by stars."""
     for value in sorted(_secrets_of_the_environment(), key=len, reverse=True):
         text = text.replace(value, MASK)
-    for token in (_SURE_TOKEN, _TOKEN):
-        text = token.sub(rf"\g<1>{MASK}", text)
-    text = _SECRET.sub(MASK, text)
+    text = _SECRET.sub(MASK, _TOKEN.sub(rf"\g<1>{MASK}", text))
     return _TOKEN_IN_QUERY.sub(rf"\1={MASK}", _USER_IN_URL.sub(MASK, text))
 
 
@@ -102,11 +98,8 @@ def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     character or half of a surrogate pair is part of no name, and PyYAML reads some of them back as a space.
     """
     if isinstance(value, str):
-        if (
-            _SURE_TOKEN.search(value)
-            or _SECRET.search(value)
-            or any(secret in value for secret in _secrets_of_the_environment())
-        ):
+        own = any(secret in value for secret in _secrets_of_the_environment())
+        if own or _SECRET.search(value):
             yield place, "holds an access token. Recipes are saved and shared: run 'hf auth login' or set HF_TOKEN"
         elif _USER_IN_URL.search(value) or _TOKEN_IN_QUERY.search(value):
             yield (

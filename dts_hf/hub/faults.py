@@ -73,7 +73,9 @@ def explained(error: BaseException) -> str:
         return _REASONS[401]
     if link := next((link for link in links if is_connection(link)), None):
         return f"the connection to the Hub broke off ({type(link).__name__}: {_first_line(link)})"
-    return f"{type(error).__name__}: {_first_line(error)}"
+    first = links[-1] if error.__cause__ is not None else error  # a wrapper says which file, and not why
+    about = f"{_first_line(error)} " if first is not error else ""
+    return f"{about}{type(first).__name__}: {_first_line(first)}"
 
 
 def status_of(error: BaseException) -> int | None:

@@ -127,7 +127,7 @@ def stage(
 
 def public_recipe(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML without comments, tokens and folders of this machine: names of local files stand alone."""
-    header = "# What this student was trained with. Names of local files and folders stand without the folders around them.\n"
+    header = "# What this student was trained with. Local files and folders are named without those around them.\n"
     return header + dump_values(_without_folders(publishable(jsonable(recipe))))
 
 

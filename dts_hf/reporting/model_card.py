@@ -57,7 +57,7 @@ class Setting:
 
     repository: str | None = None
     student: Path | None = None
-    origins: Inherited = Inherited()
+    origins: Inherited = field(default_factory=Inherited)
     figures: Sequence[str] = ()
     has_recipe: bool = True
     note: str = ""
@@ -343,8 +343,10 @@ def example_prompt(facts: Facts, student: Path | None = None) -> str | None:
     name = facts.section("data").get("prompt_template")
     if name == AUTO and student is not None and student.is_dir() and not has_chat_template(student):
         name = "alpaca"
-    if name in (None, AUTO, "chat") or facts.task:
+    if facts.task or name in (AUTO, "chat"):
         return None
+    if name is None:  # a student whose run is not there
+        return None if student is None or has_chat_template(student) else repr(EXAMPLE_QUESTION)
     from dts_hf.data.chat_templates import get_template
     from dts_hf.data.rows import Row
 

@@ -64,7 +64,7 @@ def facts_of_training(
         recipe["teacher"] = {"model": "" if teacher is None else _name(teacher)}
         if teacher is not None:
             models["teacher"] = {"parameters": _parameters(teacher)}
-    held_out = next((line for line in reversed(log) if "eval_ce_loss" in line), {})
+    held_out: Mapping[str, Any] = next((line for line in reversed(log) if "eval_ce_loss" in line), {})
     if held_out:
         models["student"]["teacher_forced"] = {
             name: held_out[key] for key, name in HELD_OUT.items() if key in held_out

@@ -133,6 +133,7 @@ def card_metadata(options: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or key in ("dataset_args", "tasks"):
             continue
         if name in ("tags", "datasets"):
-            value = [*values.get(name, []), *([value] if isinstance(value, str) else value)]
-        values[name] = value
+            values[name] = [*values.get(name, []), *([value] if isinstance(value, str) else value)]
+        else:
+            values[name] = value
     return values

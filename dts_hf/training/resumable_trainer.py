@@ -493,7 +493,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             UserError: there is nothing to upload, or a text holds an access token.
             UploadError: the Hub or the network failed; the student is saved and can be pushed again.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)  # type: ignore[no-untyped-call]
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)  # its name may be that of the folder
         saved = Path(str(self.args.output_dir)) / UPLOAD
@@ -513,7 +513,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         future = self.hub_uploads.start(ready, to, commit_message or "End of training")
         if blocking:
             return future.result()
-        self.push_in_progress = PushInProgress([future])  # type: ignore[assignment, list-item]
+        self.push_in_progress = PushInProgress([future])  # type: ignore[assignment, arg-type]
         return future
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -521,7 +521,8 @@ class ResumableTrainer(EvenBatchesTrainer):
 
         ``checkpoint`` and ``all_checkpoints`` upload no more than ``every_save`` does: optimizer states stay here.
         """
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        last = cast(PushInProgress | None, self.push_in_progress)
+        busy = last is not None and not last.is_done()
         later = busy and not self.args.hub_always_push
         if (
             self._interrupting
@@ -530,7 +531,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             or self.args.hub_strategy == HubStrategy.END
         ):
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)  # type: ignore[no-untyped-call]
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         repository, step = str(self.hub_model_id), self.state.global_step
         message = f"Training in progress, step {step}"
         card = self.card(
@@ -539,7 +540,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         to = self.hub_uploads.destination(repository, None, None, None)
         future = self.hub_uploads.push_checkpoint(Path(checkpoint_folder), to, card, self.answers_with, message)
         if future is not None:
-            jobs = [*(self.push_in_progress.jobs if busy else []), future]
+            jobs: list[Any] = [*last.jobs, future] if last is not None and busy else [future]  # type: ignore[misc]
             self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment, arg-type]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
