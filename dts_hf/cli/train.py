@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json
-from dts_hf.errors import UserError
+from dts_hf.errors import UploadError, UserError
 
 if TYPE_CHECKING:
     from dts_hf.runs.directory import RunDirectory
@@ -39,13 +39,22 @@ def command(
         changes.append("output.overwrite=true")
     checked = load_recipe(recipe, changes)
     from dts_hf.distill import distill  # after the recipe is checked: a wrong one must not wait for torch
+    from dts_hf.runs.directory import RunDirectory
 
-    run = distill(checked, resume=resume)
+    not_uploaded: UploadError | None = None
+    try:
+        run = distill(checked, resume=resume)
+    except UploadError as error:
+        if not isinstance(error.result, RunDirectory):
+            raise
+        run, not_uploaded = error.result, error
     if is_main_process():
         if as_json:
             print_json(run.read_metrics())
         else:
             print_end_of_run(run)
+    if not_uploaded is not None:
+        raise not_uploaded
 
 
 def print_end_of_run(run: RunDirectory) -> None:
