@@ -53,6 +53,7 @@ def test_the_run_directory_holds_exactly_this(workplace):
         "figures/temperature.png",
         "final/chat_template.jinja",
         "final/config.json",
+        "final/dts_hf.json",
         "final/generation_config.json",
         "final/model.safetensors",
         "final/tokenizer.json",

@@ -47,7 +47,11 @@ def test_run_final_copy_and_download_give_one_number(
     if not chat:
         Path("teacher/chat_template.jinja").unlink(missing_ok=True)
     run = distill(
-        recipe(data={"prompt_template": template}, evaluation={"models": ["student"]}, output={"report": False})
+        recipe(
+            data={"prompt_template": template, "max_length": 400, "max_prompt_length": 300},
+            evaluation={"models": ["student"]},
+            output={"report": False},
+        )
     )
     own = run.read_metrics()
     shutil.copytree(run.final_path, "elsewhere/my-student")

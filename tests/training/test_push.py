@@ -177,9 +177,7 @@ def test_a_student_in_pieces_is_not_replaced_by_a_checkpoint(
     assert not hub.commits and not list((tmp_path / "words").iterdir())
 
 
-def test_a_failing_hub_does_not_end_training(
-    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_hub_does_not_end_training(tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = trainer_for(tmp_path / "words")
     hub.faults.append(Fault("/commit/", 403))
     trainer.train()
