@@ -137,6 +137,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         if teacher is not None:
             self.compile_layers(teacher, "the teacher")
 
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.classifier.model
+
     # ------------------------------------------------------------------------------------------------------- the batch
 
     def compute_loss(

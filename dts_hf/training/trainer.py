@@ -75,8 +75,8 @@ class DistillationTrainer(DistillationBase):
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
         kwargs: everything else that ``Trainer`` takes, and ``model_card``, which returns the text of the model card that
-            ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is uploaded while training runs, whatever
-            ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
+            ``push_to_hub`` uploads, in the place of ours. With ``args.push_to_hub`` a student is uploaded at saves too,
+            unless ``args.hub_strategy`` is ``end``; never more than ``hub.staging`` lets go.
 
     Attributes:
         encoding_reports: what became of the rows, by data set: ``"train_dataset"``, ``"eval_dataset"`` or
@@ -150,6 +150,10 @@ class DistillationTrainer(DistillationBase):
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
 
     def _place_teacher(self, shard: bool) -> None:
         if shard and isinstance(self.teacher, LiveTeacher):
