@@ -70,7 +70,7 @@ class UploadError(RunError):
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop and can go on later. Not caught, it ends Python with the exit status 75.
+    """The run was asked to stop and can go on later. Not caught, it ends Python with the exit status 75 (Ctrl-C: 130).
 
     Args:
         message: what was asked for, what was saved, and how to go on.

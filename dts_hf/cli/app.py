@@ -40,9 +40,10 @@ class CommandGroup(TyperGroup):
         except UploadError as error:
             _leave(ExitCode.NOT_UPLOADED, f"Error: {error}")
         except Interrupted as error:
-            _leave(ExitCode.INTERRUPTED, f"Stopped: {error}" if is_main_process() else "")
+            _leave(ExitCode(int(str(error.code))), f"Stopped: {error}" if is_main_process() else "")
         except KeyboardInterrupt:
-            _leave(ExitCode.CTRL_C, "")
+            train_again = f" {GO_ON}" if ctx.invoked_subcommand == "train" else ""
+            _leave(ExitCode.CTRL_C, f"Stopped: Ctrl-C.{train_again}" if is_main_process() else "")
         except Exception as error:
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
                 raise  # typer's own

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,12 +91,14 @@ def save_student(
     return model
 
 
-def ready_to_generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, turn_ends: Sequence[int] = ()) -> None:
+def ready_to_generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, turn_ends: Sequence[int] = ()
+) -> None:
     """Leave ``model`` as one wants to load it: with a cache, and a generation config that stops where its answers end.
 
     Args:
         model: as it was trained; its ``config`` and ``generation_config`` are changed.
-        tokenizer: names the end of a sequence and padding.
+        tokenizer: names the end of a sequence and padding; None: the model's own stay.
         turn_ends: ids of further tokens that end an answer (``chat_templates.end_of_turn_ids``).
     """
     model = without_adapters(model)
@@ -106,10 +109,10 @@ def ready_to_generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, turn
     if generation is None:  # a classifier
         return
     before = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    ends = list(dict.fromkeys(end for end in (tokenizer.eos_token_id, *turn_ends, *before) if end is not None))
+    ends = list(dict.fromkeys(end for end in (_id_of(tokenizer, "eos"), *turn_ends, *before) if end is not None))
     tokens = {
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": generation.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "pad_token_id": generation.pad_token_id if (pad := _id_of(tokenizer, "pad")) is None else pad,
         "bos_token_id": generation.bos_token_id,
     }
     generation.update(use_cache=True, **tokens)
@@ -119,6 +122,39 @@ def ready_to_generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, turn
         # Published configs name sampling values without switching sampling on; transformers reads those and refuses to
         # write them once anything in them has changed, which would be at the end of the training
         model.generation_config = GenerationConfig(use_cache=True, **tokens)  # type: ignore[assignment]
+
+
+@contextmanager
+def ready_for_generation(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, turn_ends: Sequence[int] = ()
+) -> Iterator[None]:
+    """Within it ``model`` is as ``ready_to_generate`` leaves it.
+
+    A checkpoint is saved in the middle of training, which has no use for a cache: afterwards everything is as it was.
+
+    Args:
+        model, tokenizer, turn_ends: as for ``ready_to_generate``.
+    """
+    base: Any = without_adapters(model)
+    config, generation = base.config, getattr(base, "generation_config", None)
+    caches = [
+        (holder, holder.use_cache) for holder in (config, config.get_text_config()) if hasattr(holder, "use_cache")
+    ]
+    if generation is not None:
+        base.generation_config = copy.deepcopy(generation)
+    try:
+        ready_to_generate(model, tokenizer, turn_ends)
+        yield
+    finally:
+        for holder, value in caches:
+            holder.use_cache = value
+        if generation is not None:
+            base.generation_config = generation
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int | None:
+    found: int | None = getattr(tokenizer, f"{token}_token_id", None)
+    return found
 
 
 def _unsharded_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:

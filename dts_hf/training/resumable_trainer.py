@@ -32,6 +32,7 @@ from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.models.compilation import compile_layers
+from dts_hf.models.saving import ready_for_generation
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
@@ -42,6 +43,7 @@ from dts_hf.training.even_batches import EvenBatchesTrainer
 from dts_hf.training.hub_upload import UPLOAD, HubUploads, remove_all_of
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
 from dts_hf.training.signals import at_step_end
+from dts_hf.training.tracking import facts_for_trackers
 from dts_hf.training.unused_parameters import may_leave_unused
 
 #: Every private name of ``transformers.Trainer`` that this package overrides or reads: a method with its signature, or an
@@ -151,6 +153,15 @@ class ResumableTrainer(EvenBatchesTrainer):
     def load_extra_state(self, folder: Path, progress: exact_resume.Progress) -> None:
         """Restore what ``extra_state`` gave when the checkpoint in ``folder`` was written."""
 
+    def facts_for_trackers(self) -> dict[str, Any]:
+        """What trackers are to know of the run besides its arguments and the model's configuration."""
+        return {}
+
+    def end_token_ids(self) -> list[int]:
+        """The tokens that end an answer, which a saved student must know of."""
+        token = getattr(self.processing_class, "eos_token_id", None)
+        return [] if token is None else [token]
+
     def scheduled_over_run(self) -> list[str]:
         """What besides the learning rate has values that depend on how many steps the run has."""
         return []
@@ -249,12 +260,12 @@ class ResumableTrainer(EvenBatchesTrainer):
         if folder is not None:
             self.check_resumable(folder)
         try:
-            with at_step_end():
+            with at_step_end(), facts_for_trackers(self.callback_handler.callbacks, self.facts_for_trackers):
                 output = super().train(str(folder) if folder else None, *args, **kwargs)
                 self._check_weights()  # of the last steps: no checkpoint has to follow them
                 return output
         finally:
-            if self._use_cache is not None:  # off for training; what is saved now is for generation
+            if self._use_cache is not None:  # off for training; what follows is for generation
                 self.model.config.use_cache = self._use_cache  # type: ignore[union-attr]
             for callback in self._callbacks_of(ProgressCallback):
                 callback.close()
@@ -553,7 +564,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment, arg-type]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The Trainer's, but ``training_args.bin`` holds nobody's token.
+        """The Trainer's, ready for ``generate``; ``training_args.bin`` holds nobody's token.
 
         Raises:
             UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
@@ -567,7 +578,9 @@ class ResumableTrainer(EvenBatchesTrainer):
         while_running = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter |= self._filters_loss  # as it was given: see _run_epoch
         try:
-            super()._save(output_dir, state_dict)
+            tokenizer = cast(Any, self.processing_class)
+            with ready_for_generation(cast(nn.Module, self.model), tokenizer, self.end_token_ids()):
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token, self.args.logging_nan_inf_filter = token, while_running
 
