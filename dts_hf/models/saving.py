@@ -133,7 +133,9 @@ def ready_for_generation(
     A checkpoint is saved in the middle of training, which has no use for a cache: afterwards everything is as it was.
 
     Args:
-        model, tokenizer, turn_ends: as for ``ready_to_generate``.
+        model: as it is trained.
+        tokenizer: as for ``ready_to_generate``.
+        turn_ends: as for ``ready_to_generate``.
     """
     base: Any = without_adapters(model)
     config, generation = base.config, getattr(base, "generation_config", None)

@@ -142,8 +142,8 @@ class DistillationBase(ResumableTrainer):
         if self.model_init is None:
             raise UserError("hyperparameter_search: every trial needs a student of its own; expected model_init")
         try:
-            backend = HPSearchBackend(backend or default_hp_search_backend())  # type: ignore[no-untyped-call]
-            ALL_HYPERPARAMETER_SEARCH_BACKENDS[backend]().ensure_available()  # type: ignore[no-untyped-call]
+            backend = HPSearchBackend(backend or default_hp_search_backend())
+            ALL_HYPERPARAMETER_SEARCH_BACKENDS[backend]().ensure_available()
         except (RuntimeError, ValueError) as error:
             raise UserError(f"hyperparameter_search: {' '.join(str(error).split())}") from error
         if hp_space is not None and backend == HPSearchBackend.OPTUNA:
