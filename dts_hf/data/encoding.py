@@ -119,6 +119,7 @@ def encode_rows(
     long_rows: str = "drop",
     progress: str | None = None,
     name: str = "data",
+    may_be_empty: bool = False,
 ) -> tuple[EncodedDataset, EncodingReport]:
     """Tokenise prompts and responses: ``prompt + response + end-of-sequence``, labels on response and end.
 
@@ -136,6 +137,7 @@ def encode_rows(
         long_rows: ``"drop"`` rows longer than ``max_length``, or ``"cut"`` their response (the end is lost with it).
         progress: the title of a progress bar on stderr, shown for more than 2,000 rows; None shows none.
         name: what errors call these rows, such as ``data.train``.
+        may_be_empty: no row has to be left, for the rows are some of many.
 
     Raises:
         UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, no row left.
@@ -166,7 +168,7 @@ def encode_rows(
     report.prompt_tokens = sum(prompt_lengths)
     report.response_tokens = sum(dataset.lengths) - report.prompt_tokens
     dataset.report = report
-    if not len(dataset):
+    if not len(dataset) and not may_be_empty:
         raise UserError(
             f"{name}: no row left: all {len(rows)} rows are too long for data.max_prompt_length = {max_prompt_length} and "
             f"data.max_length = {max_length} (in tokens). Raise the limits, or use data.long_rows: cut."

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.utils import PushInProgress
 
+from dts_hf.data.streams import RowStream
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
@@ -61,6 +62,9 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_eval_dataloaders": None,
     # The loop
     "_build_accelerator_args": "(self, **kwargs)",
+    "_init_training_state": (
+        "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)"
+    ),
     "_run_epoch": (
         "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
@@ -122,6 +126,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         )
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
         self._filters_loss = False  # an epoch runs, and args.logging_nan_inf_filter was set when it began
+        self._pass_began = (0, 0)  # of a stream: the number of the pass that runs, and the step that it began behind
         self._grad_norm: Any = None  # of the last step, for its log line
         self._learning_rate: float | None = None
         self._finished: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
@@ -186,16 +191,31 @@ class ResumableTrainer(EvenBatchesTrainer):
                     handler.find_unused_parameters = may_leave_unused(cast(nn.Module, self.model))
         return args
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The Trainer's; where a run stood in a stream, whose passes it takes for one long epoch, the checkpoint tells."""
+        epoch, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.resumed_from is None or not isinstance(self.train_dataset, RowStream):
+            return epoch, batches
+        place = exact_resume.place_in_stream(self.resumed_from, self.train_dataset.first_row)
+        return (epoch, batches) if place is None else (place[0], place[1] * self.args.gradient_accumulation_steps)
+
+    def _run_epoch(self, *, epoch: int, epochs_trained: int, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
         # Resumed where training had come to its end: the Trainer would take one more step.
         if self.control.should_training_stop:
             return
+        batches = steps_trained_in_current_epoch if epoch == epochs_trained else 0
+        self._pass_began = (epoch, self.state.global_step - batches // self.args.gradient_accumulation_steps)
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
         # The Trainer's filter of the logged loss asks the device twice for every micro-batch: training_step has another.
         self._filters_loss, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super()._run_epoch(  # type: ignore[no-untyped-call]
+                epoch=epoch,
+                epochs_trained=epochs_trained,
+                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+                **kwargs,
+            )
         finally:
             self.args.logging_nan_inf_filter, self._filters_loss = self._filters_loss, False
 
@@ -355,6 +375,14 @@ class ResumableTrainer(EvenBatchesTrainer):
             # What is written behind it is cut off on a resume
             "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
         }
+        if isinstance(self.train_dataset, RowStream):
+            number, began = self._pass_began
+            over = self._resume.epoch_ended
+            extra.shared["stream"] = {
+                "pass": number + over,
+                "steps": 0 if over else self.state.global_step - began,
+                "first_row": self.train_dataset.first_row,
+            }
         exact_resume.write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
 
     def layout(self) -> dict[str, Any]:
