@@ -22,7 +22,7 @@ from tests.support.launching import WORKERS, launch
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, encoded, losses, plain, trainer_for
 
-LONG = {"id": "long", "instruction": "Say it", "input": "", "output": "yes " * 200}
+LONG = {"instruction": "Say it", "input": "", "output": "yes " * 200}
 #: 13 rows that fit, and three that do not; 13 are no multiple of any batch here.
 MIXED = [*ROWS[:3], LONG, *ROWS[3:9], LONG, LONG, *ROWS[9:13]]
 FIT = {"max_length": 128, "max_prompt_length": 64}
@@ -292,8 +292,7 @@ def test_workers_change_nothing(tmp_path: Path, settings: dict[str, Any]) -> Non
 # ------------------------------------------------------------------------------------------------------------- held out
 
 
-@pytest.mark.parametrize("make", MAKES)
-@pytest.mark.parametrize("size", [1, 4, 32])
+@pytest.mark.parametrize(("make", "size"), [("torch", 1), ("datasets", 4), ("function", 32)])
 def test_held_out_streams_are_measured_as_lists_are(tmp_path: Path, make: str, size: int) -> None:
     settings = options(per_device_eval_batch_size=size)
     expected = trainer_for(tmp_path, eval_dataset=MIXED, options=settings, **FIT).evaluate()
@@ -308,7 +307,7 @@ def test_held_out_streams_are_measured_as_lists_are(tmp_path: Path, make: str, s
 
 def test_held_out_streams_wherever_rows_may_be_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = trainer_for(tmp_path, eval_dataset={"raw": Stream(MIXED), "tokens": as_stream(plain(ROWS[:13]))},
-                          options=options(eval_strategy="steps", eval_steps=2), **FIT)  # fmt: skip
+                          options=options(max_steps=4, eval_strategy="steps", eval_steps=2), **FIT)  # fmt: skip
     trainer.train()
     logs = [log for log in trainer.state.log_history if "eval_raw_rows" in log]
     assert [log["eval_raw_rows"] for log in logs] == [13, 13]
@@ -350,7 +349,7 @@ def test_a_resume_goes_on_in_the_pass_where_it_stood(tmp_path: Path, make: Any) 
     more = {**FIT, "eval_dataset": Stream(ROWS[:3])}
     straight = trained(tmp_path / "run", make(MIXED), settings, **more)
     assert sum("eval_loss" in log for log in straight.state.log_history) == 3  # at the end of each pass, and of the run
-    for step in (2, 4, 7, 8):
+    for step in (2, 4, 7):
         again = trainer_for(tmp_path / "run", tiny_llama(seed=5), rows=make(MIXED), options=settings, **more)
         again.train(resume_from_checkpoint=tmp_path / "run" / f"checkpoint-{step}")
         assert log_lines(again) == log_lines(straight), step
