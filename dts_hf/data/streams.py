@@ -107,7 +107,9 @@ class RowStream(IterableDataset[dict[str, Any]]):
             raise UserError(f"{form.name}: there are no rows in it")
         self._first = first
         rows, _ = self._ready([first], 0)
-        self.first_row = digest({name: rows[0][name] for name in ("input_ids", "labels") if name in rows[0]} if rows else first)
+        self.first_row = digest(
+            {name: rows[0][name] for name in ("input_ids", "labels") if name in rows[0]} if rows else first
+        )
 
     def sample(self) -> TokenisedDataset:
         """The first row alone as a data set that is read by number, to try a collator of the user's out on."""
@@ -143,7 +145,9 @@ class RowStream(IterableDataset[dict[str, Any]]):
         """A pass that gives nothing to learn from would be followed by the next for ever, or end in success."""
         name = self.form.name
         if not of_pass.rows:
-            raise UserError(f"{name}: gave rows once, and none when it was read again; expected one that begins anew each time")
+            raise UserError(
+                f"{name}: gave rows once, and none when it was read again; expected one that begins anew each time"
+            )
         if not of_pass.kept:
             raise UserError(
                 f"{name}: no row left: all {of_pass.rows:,} rows are too long (data.max_length, data.max_prompt_length, in "
@@ -172,7 +176,7 @@ class RowStream(IterableDataset[dict[str, Any]]):
                 f"{self._place(numbers[place])} has {lengths[place]:,} tokens, but {self.positions[1]} has "
                 f"{self.positions[0]:,} positions; shorten the rows (data.max_length)"
             )
-        silent = [numbers[place] for place in np.flatnonzero(targets <= 0)]
+        silent = [numbers[place] for place in np.flatnonzero(targets <= 0).tolist()]
         report.unlabelled, report.unlabelled_ids = len(silent), [str(number) for number in silent[:NAMED]]
         return rows, report
 
@@ -188,7 +192,7 @@ class RowStream(IterableDataset[dict[str, Any]]):
         if not isinstance(row, Row):
             options = {} if self.columns is None else {"columns": self.columns}
             row = parse_row(row, self._place(number), str(number), **options)
-        return dataclasses.replace(row, id=str(number))
+        return dataclasses.replace(row, id=str(number))  # type: ignore[no-any-return]
 
     def _place(self, number: int) -> str:
         return f"{self.form.name}: row {number + (self.encode is not None)}"  # text is counted from 1, as in files

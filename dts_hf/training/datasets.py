@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from dts_hf.data import tokenised
 from dts_hf.data.containers import as_rows
@@ -153,7 +153,7 @@ class LanguageRows(RowReader):
         rows = tokenised.rows_of(dataset)
         first = next(rows, None)
         tokens = isinstance(first, Mapping) and "input_ids" in first
-        if tokens and self.as_they_are and first.get("labels") is None:
+        if self.as_they_are and isinstance(first, Mapping) and tokens and first.get("labels") is None:
             form = dataclasses.replace(form, labelled=False)  # a collator of the user's may make them
         if isinstance(dataset, IterableDataset):
             stream = self._stream(dataset, first, form, tokens)

@@ -324,7 +324,9 @@ def one_of_several(name: str, datasets: Mapping[Any, Any]) -> str:
     """What to say to a dictionary of data sets, such as a ``DatasetDict``, where one is expected."""
     names = [*map(str, datasets)]
     chosen = "train" if "train" in names else names[0] if names else "train"
-    return f"{name}: got several data sets ({', '.join(names) or 'none'}), expected one of them, such as data['{chosen}']"
+    return (
+        f"{name}: got several data sets ({', '.join(names) or 'none'}), expected one of them, such as data['{chosen}']"
+    )
 
 
 def check_stream(args: TrainingArguments, dataset: Any) -> None:

@@ -193,29 +193,25 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The Trainer's; where a run stood in a stream, whose passes it takes for one long epoch, the checkpoint tells."""
-        epoch, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[no-untyped-call]
+        epoch, batches = super()._init_training_state(*args, **kwargs)
         if self.resumed_from is None or not isinstance(self.train_dataset, RowStream):
             return epoch, batches
         place = exact_resume.place_in_stream(self.resumed_from, self.train_dataset.first_row)
         return (epoch, batches) if place is None else (place[0], place[1] * self.args.gradient_accumulation_steps)
 
-    def _run_epoch(self, *, epoch: int, epochs_trained: int, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed where training had come to its end: the Trainer would take one more step.
         if self.control.should_training_stop:
             return
-        batches = steps_trained_in_current_epoch if epoch == epochs_trained else 0
-        self._pass_began = (epoch, self.state.global_step - batches // self.args.gradient_accumulation_steps)
+        resumed = kwargs["epoch"] == kwargs["epochs_trained"]
+        steps = resumed * kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps
+        self._pass_began = (kwargs["epoch"], self.state.global_step - steps)
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
         # The Trainer's filter of the logged loss asks the device twice for every micro-batch: training_step has another.
         self._filters_loss, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
-            super()._run_epoch(  # type: ignore[no-untyped-call]
-                epoch=epoch,
-                epochs_trained=epochs_trained,
-                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-                **kwargs,
-            )
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.args.logging_nan_inf_filter, self._filters_loss = self._filters_loss, False
 

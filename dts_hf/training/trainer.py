@@ -127,7 +127,9 @@ class DistillationTrainer(DistillationBase):
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
-        rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), columns=columns)
+        rows = LanguageRows(
+            pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), columns=columns
+        )
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(

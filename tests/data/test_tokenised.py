@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,

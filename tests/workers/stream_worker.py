@@ -13,9 +13,9 @@ import torch
 from dts_hf.errors import UserError
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.launching import leave, training_arguments
+from tests.support.streams import FIT, IN_ORDER, MIXED, Stream, as_function, as_stream, rows_of_steps
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, plain
-from tests.training.test_streams import FIT, IN_ORDER, MIXED, Stream, as_function, as_stream, rows_of_steps
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -63,7 +63,9 @@ def main(out: Path) -> None:
     rank = int(os.environ["RANK"])
     results: dict[str, Any] = {"list": result_of(trainer_of(out / "list", MIXED, MIXED, **IN_ORDER))}
     for name, make in (("torch", Stream), ("datasets", as_stream), ("function", as_function)):
-        results[name] = result_of(trainer_of(out / name, make(MIXED), make(MIXED), **(SAVED if name == "torch" else {})))
+        results[name] = result_of(
+            trainer_of(out / name, make(MIXED), make(MIXED), **(SAVED if name == "torch" else {}))
+        )
     tokens = plain(ROWS[:13])
     results["tokens"] = result_of(trainer_of(out / "tokens", Stream(tokens), as_stream(tokens)))
     results["workers"] = result_of(trainer_of(out / "workers", Stream(MIXED), Stream(MIXED), dataloader_num_workers=2))
