@@ -16,7 +16,7 @@ import torch
 from dts_hf.console import say
 from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_rows
+from dts_hf.data.sources import load_many, load_rows
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
@@ -163,7 +163,9 @@ def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) ->
                 "--data FILE"
             )
         limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
-        rows[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=min(limits, default=None))
+        rows[VALIDATION] = load_many(
+            recipe.data.validation, split=split, limit=min(limits, default=None), columns=recipe.data.columns
+        )
     return rows
 
 

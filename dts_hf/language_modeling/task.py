@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.mixture import Mixture
 from dts_hf.data.prompt_templates import encode_prompts, get_template
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_many, load_rows, manifest
+from dts_hf.data.sources import load_mixture, manifest
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
@@ -37,14 +38,16 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def load_rows(self) -> Rows:
         data, evaluation = self.recipe.data, self.recipe.evaluation
-        train = load_many(data.train, split=data.train_split, limit=data.max_train_rows)
-        validation: Sequence[Row] = ()
+        train = load_mixture(data.train, split=data.train_split, limit=data.max_train_rows, columns=data.columns)
+        held_out = Mixture([], ())
         if data.validation is not None:
-            validation = load_rows(data.validation, split=data.validation_split, limit=data.max_validation_rows)
+            held_out = load_mixture(
+                data.validation, split=data.validation_split, limit=data.max_validation_rows, columns=data.columns
+            )
         sets = load_sets(evaluation.sets, evaluation.set_rows)
         if VALIDATION in sets:
             raise UserError(f"evaluation.sets: {VALIDATION!r} is the name of the validation rows; rename the file")
-        return Rows(train, validation, sets)
+        return Rows(train.rows, held_out.rows, sets, train_parts=train.parts, validation_parts=held_out.parts)
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The sets stay text: their prompts are encoded when they are answered."""
@@ -88,7 +91,9 @@ class LanguageModeling(Task[DistillationTrainer]):
         train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
         if not train:
             raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
-        return Rows(train, validation, rows.sets, record, unanswered=answered.count(None))
+        return dataclasses.replace(
+            rows, train=train, validation=validation, answers=record, unanswered=answered.count(None)
+        )
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
         recipe = self.recipe
@@ -103,10 +108,12 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
-        train = manifest(asked.train, rows.train, split=asked.train_split)
+        train = manifest(asked.train, rows.train, split=asked.train_split, parts=rows.train_parts)
         splits = {"train": {**train, **dataclasses.asdict(_report(data.train))}}
         if asked.validation is not None and data.validation is not None:
-            validation = manifest(asked.validation, rows.validation, split=asked.validation_split)
+            validation = manifest(
+                asked.validation, rows.validation, split=asked.validation_split, parts=rows.validation_parts
+            )
             splits["validation"] = {**validation, **dataclasses.asdict(_report(data.validation))}
         # The names of the sets are in the order of the recipe
         sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)
@@ -121,6 +128,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
+        if mixed := Mixture([*rows.train], tuple(rows.train_parts)).summary():
+            yield f"data.train: {mixed}"
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"

@@ -31,8 +31,8 @@ from dts_hf.temperature import build_temperature
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
 #: two about the size of a batch are compared together with the number of processes, by the trainer's ``check_resumable``.
 MAY_CHANGE = (
-    "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
-    "loss.logits_budget_mb",
+    "output.*", "data.train", "data.train.source", "data.validation", "data.validation.source",
+    "data.cache_dir", "student.lora.save", "teacher.placement", "loss.logits_budget_mb",
     *(f"training.{key}" for key in (
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
         "eval_accumulation_steps", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",

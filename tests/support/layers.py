@@ -21,7 +21,7 @@ LAYERS = (
     ("ground", ("console", "errors", "files", "registry")),
     ("processes", ("distributed",)),
     ("mathematics", ("temperature", "divergences", "models.head", "loss")),
-    ("recipe", ("evaluation.protocol", "recipe")),
+    ("recipe", ("evaluation.protocol", "data.columns", "recipe")),
     ("rows and models", ("data", "models")),
     ("text", ("generation", "teachers")),
     ("runs", ("runs",)),
