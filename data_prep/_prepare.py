@@ -22,8 +22,8 @@ from typing import Any
 
 from _download import Source
 
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.formats import parse_row
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.row_files import read_objects
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import KNOWN_SETS, MANIFEST, read_manifest

@@ -47,7 +47,7 @@ def list_choices(kind: Kind) -> list[dict[str, str]]:
 
         return [_class_row(name, divergence) for name, divergence in DIVERGENCES.items()]
     if kind == "templates":
-        from dts_hf.data.prompt_templates import TEMPLATES
+        from dts_hf.data.chat_templates import TEMPLATES
 
         return [{"name": name, "about": template.description} for name, template in TEMPLATES.items()]
     if kind == "protocols":

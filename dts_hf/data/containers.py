@@ -1,4 +1,4 @@
-"""What people keep rows in: lists, data sets, tables, streams, generator functions; and what cannot be read as training reads."""
+"""What people keep rows in: lists, data sets, tables, streams; and what cannot be read as often as training reads it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def as_rows(dataset: Any, name: str, *, keep_format: bool = False) -> Any:
     """
     if isinstance(dataset, (str, bytes)) or hasattr(dataset, "__fspath__"):
         raise UserError(
-            f"{name}: got {str(dataset)[:200]!r}, expected rows; dts_hf.data.sources.load_rows reads those of a file, a folder "
-            "or the Hub"
+            f"{name}: got {str(dataset)[:200]!r}, expected rows; dts_hf.data.sources.load_rows reads those of a file, a "
+            "folder or the Hub"
         )
     # 1. Tables in memory are few enough rows for a list.
     for method in ("to_dicts", "to_pylist"):  # polars, Arrow
@@ -77,8 +77,8 @@ def as_rows(dataset: Any, name: str, *, keep_format: bool = False) -> Any:
     if isinstance(dataset, Iterator):
         kind = "a generator" if inspect.isgenerator(dataset) else type(dataset).__name__
         raise UserError(
-            f"{name}: got {kind}, which can be read once, and rows are read again in every epoch and evaluation; expected the "
-            "generator function itself (rows, not rows()), which makes it a stream, or list(...) of it"
+            f"{name}: got {kind}, which can be read once, and rows are read again in every epoch and evaluation; expected "
+            "the generator function itself (rows, not rows()), which makes it a stream, or list(...) of it"
         )
     if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
         raise UserError(f"{name}: got {type(dataset).__name__}, which has no length; expected a list, or __len__")

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.formats import parse_row
 from dts_hf.data.rows import Row
-from dts_hf.data.tokenised import RowForm, TokenisedDataset
+from dts_hf.data.tokenised import RowForm
 from dts_hf.errors import UserError
 
 BLOCK = 128  # rows that are encoded and checked together, so that many are read ahead
@@ -72,6 +72,14 @@ class SharedCounts:
             ids[:] = [f"row {number + first}" for number in names[: min(count, NAMED)].tolist()]
 
 
+class Sample(list[dict[str, Any]]):
+    """Rows as tokens that stand for those of a stream."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row["input_ids"]) for row in self]
+
+
 class RowStream(IterableDataset[dict[str, Any]]):
     """The rows of an iterable data set as tokens, each checked as it comes; ``row_id`` is its number in the stream.
 
@@ -106,16 +114,14 @@ class RowStream(IterableDataset[dict[str, Any]]):
         if first is None:
             raise UserError(f"{form.name}: there are no rows in it")
         self._first = first
-        rows, _ = self._ready([first], 0)
-        self.first_row = digest(
-            {name: rows[0][name] for name in ("input_ids", "labels") if name in rows[0]} if rows else first
-        )
+        rows, report = self._ready([first], 0)
+        self.report.template = report.template
+        tokens = {column: rows[0].get(column) for column in ("input_ids", "labels")} if rows else None
+        self.first_row = digest(tokens or first)  # as a list or as an array: the same row
 
-    def sample(self) -> TokenisedDataset:
-        """The first row alone as a data set that is read by number, to try a collator of the user's out on."""
-        rows, _ = self._ready([self._first], 0)
-        form = dataclasses.replace(self.form, labelled=self.form.labelled or self.encode is not None)
-        return TokenisedDataset([{k: v for k, v in row.items() if k != "row_id"} for row in rows], form)
+    def sample(self) -> Sample:
+        """The first row, to try a collator of the user's out on; nothing where it is too long."""
+        return Sample(self._ready([self._first], 0)[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this pass next."""
@@ -190,8 +196,7 @@ class RowStream(IterableDataset[dict[str, Any]]):
     def _parsed(self, row: Any, number: int) -> Row:
         # By its number a row is found again among those that are left: its own id may be there twice.
         if not isinstance(row, Row):
-            options = {} if self.columns is None else {"columns": self.columns}
-            row = parse_row(row, self._place(number), str(number), **options)
+            row = parse_row(row, self._place(number), str(number), self.columns)
         return dataclasses.replace(row, id=str(number))  # type: ignore[no-any-return]
 
     def _place(self, number: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dts_hf.console import say
-from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.chat_templates import AUTO, get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_many, load_rows
 from dts_hf.distributed.processes import process
@@ -138,7 +138,7 @@ def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Proto
         protocol = protocol_of(recipe)
     else:
         protocol = get_protocol(options.protocol or "minillm")
-    if options.template is not None:
+    if options.template not in (None, AUTO):
         get_template(options.template, "--template")
     protocol = protocol.changed(**options.protocol_changes())
     settings = generation_settings(protocol, options.batch_size)  # refuses values out of range

@@ -90,11 +90,17 @@ class Generated(NamedTuple):
     finished: bool
 
 
-def stop_token_ids(model: torch.nn.Module, tokenizer: Any) -> list[int]:
-    """Return every token that ends an answer: the tokenizer's and those of the model's generation config."""
+def stop_token_ids(model: torch.nn.Module, tokenizer: Any, turn_ends: Sequence[int] = ()) -> list[int]:
+    """Return every token that ends an answer.
+
+    Args:
+        model: its generation config may name some.
+        tokenizer: its end-of-sequence token is one.
+        turn_ends: those of the prompt template (``chat_templates.end_of_turn_ids``).
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     from_model = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [tokenizer.eos_token_id, *from_model] if token is not None})
+    return sorted({token for token in [tokenizer.eos_token_id, *turn_ends, *from_model] if token is not None})
 
 
 def cache_argument(model: torch.nn.Module) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from dts_hf.data.chat_templates import Template, encode_prompts, resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.mixture import Mixture
-from dts_hf.data.prompt_templates import encode_prompts, get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_mixture, manifest
+from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
@@ -22,7 +23,6 @@ from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_student, load_teacher
-from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
@@ -32,9 +32,9 @@ from dts_hf.training.trainer import DistillationTrainer
 class LanguageModeling(Task[DistillationTrainer]):
     """Causal language models: the kind of task of a recipe without a ``task:`` section."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self.template = get_template(recipe.data.prompt_template)
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """How rows become prompts for ``tokenizer``."""
+        return resolve_template(self.recipe.data.prompt_template, tokenizer)
 
     def load_rows(self) -> Rows:
         data, evaluation = self.recipe.data, self.recipe.evaluation
@@ -57,8 +57,19 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
         limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows"})
-        encoded, _ = encode_rows(rows, tokenizer, self.template, name=name, **limits)
+        template = self.template(tokenizer)
+        encoded, _ = encode_rows(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
         return encoded
+
+    @property
+    def train_on(self) -> TrainOn | None:
+        """Which turns are learned; of answers by the teacher the last one, which alone is its own."""
+        data = self.recipe.data
+        return "last_turn" if data.train_on is None and data.responses == "teacher" else data.train_on
+
+    def cutter(self, tokenizer: PreTrainedTokenizerBase) -> TextCutter:
+        """What cuts rows into what is read and what is learned."""
+        return TextCutter(tokenizer, self.template(tokenizer), self.train_on)
 
     def load_teacher(self) -> PreTrainedModel | None:
         return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
@@ -75,7 +86,7 @@ class LanguageModeling(Task[DistillationTrainer]):
         evaluation, data = self.recipe.evaluation, self.recipe.data
         answered: list[Row] = [*rows.validation[: evaluation.rows]]
         answered += [row for of_set in rows.sets.values() for row in of_set]
-        prompts = encode_prompts(answered, tokenizer, self.template, data.max_prompt_length)
+        prompts = encode_prompts(answered, tokenizer, self.template(tokenizer), data.max_prompt_length)
         longest = max((len(prompt.ids) for prompt in prompts if prompt is not None), default=0)
         advice = f"Lower evaluation.max_new_tokens ({evaluation.max_new_tokens}) or data.max_prompt_length"
         for model in models:
@@ -86,7 +97,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def answer(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Rows:
         """Training and validation prompts are answered together: they share batches and one file in the cache."""
         prompts = [*rows.train, *rows.validation]
-        answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template, prompts)
+        answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template(tokenizer), prompts)
         count = len(rows.train)
         train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
         if not train:
@@ -120,7 +131,7 @@ class LanguageModeling(Task[DistillationTrainer]):
         return {
             "splits": splits,
             "evaluation_sets": {name: manifest(resolve_set(source).path, of_set) for source, (name, of_set) in sets},
-            "template": asked.prompt_template,
+            "template": _report(data.train).template,
             "responses": asked.responses,
             "teacher_answers": rows.answers,
         }

@@ -205,8 +205,15 @@ class Data(Section):
         description="Our names of columns, and yours: {prompt: question_text, completion: gold}. A dot leads inside "
         "(answers.text.0); null leaves a column of ours out. See docs/data.md.",
     )
-    prompt_template: Literal["alpaca", "chat", "plain"] = Field(
-        default="alpaca", description="How a row becomes a prompt."
+    prompt_template: Literal["auto", "alpaca", "chat", "plain"] = Field(
+        default="auto",
+        description="How a row becomes a prompt; auto: the tokenizer's chat template where it has one, else alpaca.",
+    )
+    train_on: Literal["last_turn", "all_turns", "completion"] | None = Field(
+        default=None,
+        description="What the assistant says that is learned: last_turn, its last message; all_turns, every message; "
+        "completion, those of the completion of a prompt/completion row, the last of other rows. null: completion for "
+        "prompt/completion rows, else all_turns; with responses: teacher last_turn.",
     )
     max_length: Count = Field(default=512, description="Prompt and response together, in tokens.")
     max_prompt_length: Count = Field(

@@ -279,7 +279,7 @@ def example_prompt(facts: Facts) -> str | None:
     name = facts.section("data").get("prompt_template")
     if name in (None, "chat") or facts.task:
         return None
-    from dts_hf.data.prompt_templates import get_template
+    from dts_hf.data.chat_templates import get_template
     from dts_hf.data.rows import Row
 
     row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)

@@ -16,9 +16,9 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from dts_hf.data import tokenised
+from dts_hf.data.chat_templates import resolve_template
 from dts_hf.data.containers import as_rows
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.streams import RowStream
 from dts_hf.distributed.processes import gathered, process
@@ -116,8 +116,8 @@ class LanguageRows(RowReader):
 
     Args:
         pair: the models that read the rows, their tokenizer and the ids that they share.
-        template: of text; None: ``chat`` where the tokenizer has a chat template, else ``alpaca``.
-        limits: of text, in tokens: ``max_length``, ``max_prompt_length`` and ``long_rows``; see ``encode_rows``.
+        template: the name of that of text, or ``auto``.
+        limits: of text: ``max_length``, ``max_prompt_length``, ``long_rows`` and ``train_on``; see ``encode_rows``.
         as_they_are: tokenised rows go to a collator of the user's, which gets every column.
         columns: of text, as ``data.columns``: our names and theirs.
     """
@@ -125,15 +125,15 @@ class LanguageRows(RowReader):
     def __init__(
         self,
         pair: Pair,
-        template: str | None,
+        template: str,
         limits: Mapping[str, Any],
         *,
         as_they_are: bool,
         columns: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
-        template = template or ("chat" if pair.tokenizer.chat_template else "alpaca")
-        self.encode_options = {"tokenizer": pair.tokenizer, "template": get_template(template), **limits}
+        named = resolve_template(template, pair.tokenizer, "prompt_template")
+        self.encode_options = {"tokenizer": pair.tokenizer, "template": named, **limits}
         self.vocab_size, self.models = pair.vocabulary.size, pair.models()
         self.as_they_are, self.columns = as_they_are, columns
 
@@ -159,8 +159,7 @@ class LanguageRows(RowReader):
             stream = self._stream(dataset, first, form, tokens)
             return stream, stream.report
         if not tokens:
-            options = {} if self.columns is None else {"columns": self.columns}
-            raw = rows_from_dataset(rows if first is None else chain([first], rows), name, **options)
+            raw = rows_from_dataset(rows if first is None else chain([first], rows), name, self.columns)
             encoded, report = encode_rows(raw, name=name, **self.encode_options)
             self._check_encoded(encoded, form)
             return encoded, report
@@ -185,9 +184,9 @@ class LanguageRows(RowReader):
         stream = RowStream(dataset, first, form, encode, self.columns, positions)
         if len(set(gathered(stream.first_row, process()[1]))) > 1:
             raise UserError(
-                f"{form.name}: its first row is another one on each process, so rows would be taken twice or never; expected the "
-                "same data set on all of them, in the same order (shuffle with a seed; do not split it by node: the trainer "
-                "shares its rows out)",
+                f"{form.name}: its first row is another one on each process, so rows would be taken twice or never; "
+                "expected the same data set on all of them, in the same order (shuffle with a seed; do not split it by "
+                "node: the trainer shares its rows out)",
                 everywhere=True,
             )
         return stream

@@ -352,8 +352,8 @@ def check_stream(args: TrainingArguments, dataset: Any) -> None:
     config: Any = args.accelerator_config
     if config.dispatch_batches and args.world_size > 1:
         raise UserError(
-            "args.accelerator_config: got dispatch_batches: true, expected None or false, as train_dataset is a stream: every "
-            "process reads it and takes its own rows"
+            "args.accelerator_config: got dispatch_batches: true, expected None or false, as train_dataset is a stream: "
+            "every process reads it and takes its own rows"
         )
 
 

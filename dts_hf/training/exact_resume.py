@@ -123,8 +123,8 @@ def place_in_stream(checkpoint: Path, first_row: str) -> tuple[int, int] | None:
         return None
     if place["first_row"] != first_row:
         raise UserError(
-            f"{checkpoint}: train_dataset begins with another row than when it was written, so the rows that were trained on "
-            "cannot be told; expected the same rows in the same order (shuffle with a seed)"
+            f"{checkpoint}: train_dataset begins with another row than when it was written, so where it stood cannot be "
+            "told; expected the same rows in the same order (shuffle with a seed)"
         )
     return int(place["pass"]), int(place["steps"])
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
-from dts_hf.data.streams import RowStream
+from dts_hf.data.streams import RowStream, Sample
+from dts_hf.data.targets import TrainOn
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
@@ -59,7 +60,9 @@ class DistillationTrainer(DistillationBase):
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
         logits_budget_mb, kernels, logits_dtype: memory for one chunk of logits, MiB, and who computes it in what (see
             ``DistillationLoss``).
-        prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
+        prompt_template: for rows; ``auto``: the tokenizer's chat template where it has one, else ``alpaca``.
+        train_on: for rows: ``last_turn``, ``all_turns`` or ``completion``; None: ``completion`` for prompt/completion
+            rows, else ``all_turns``. See ``data.targets.TextCutter``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
         columns: for rows; our names of columns and theirs, as ``{"instruction": "ask", "output": "gold"}``.
         packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
@@ -104,7 +107,7 @@ class DistillationTrainer(DistillationBase):
         *,
         temperature_scaling: str = "squared",
         logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
-        prompt_template: str | None = None,
+        prompt_template: str = "auto", train_on: TrainOn | None = None,
         max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
         columns: Mapping[str, str | None] | None = None,
@@ -126,10 +129,10 @@ class DistillationTrainer(DistillationBase):
         self.router = pair.router(router_aux_loss)
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
-        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
-        rows = LanguageRows(
-            pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), columns=columns
-        )
+        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
+                  "train_on": train_on}  # fmt: skip
+        own = not isinstance(collator, Collator)
+        rows = LanguageRows(pair, prompt_template, limits, as_they_are=own, columns=columns)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
@@ -166,9 +169,9 @@ class DistillationTrainer(DistillationBase):
             return
         held_out: Any = self.eval_dataset
         smallest = min(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        for dataset in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
-            dataset = dataset.sample() if isinstance(dataset, RowStream) else dataset
-            if not isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+        for given in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
+            dataset: Any = given.sample() if isinstance(given, RowStream) else given
+            if not isinstance(dataset, (TokenisedDataset, EncodedDataset, Sample)) or not len(dataset):
                 continue
             end_to_end = try_collator(self.data_collator, self.collate, dataset, smallest)
             if end_to_end:

@@ -17,8 +17,8 @@ from transformers import (
     default_data_collator,
 )
 
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.encoding import EncodedDataset, encode_rows
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.samplers import PadToMultiple
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.tokenised import BLOCK, RowForm, TokenisedDataset

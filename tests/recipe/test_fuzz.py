@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 
 from dts_hf.classification.glue_tasks import TASKS, load_labelled
 from dts_hf.cli import app as cli
+from dts_hf.data.chat_templates import TEMPLATES, get_template
 from dts_hf.data.encoding import encode_rows
-from dts_hf.data.prompt_templates import TEMPLATES, get_template
 from dts_hf.data.sources import load_many, load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.held_out import load_sets

@@ -179,7 +179,7 @@ def test_rows_that_teach_nothing_are_counted(tmp_path: Path, caplog: pytest.LogC
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_wrong_row_is_named_by_its_number(tmp_path: Path, workers: int) -> None:
     settings = options(dataloader_num_workers=workers)
-    with pytest.raises(UserError, match=r"^train_dataset: row 3: field 'output' is missing"):
+    with pytest.raises(UserError, match=r"^train_dataset: row 3: the response \('output'\) is missing"):
         trained(tmp_path, Stream([*ROWS[:2], {"instruction": "a"}]), settings)
     with pytest.raises(UserError, match=r"^train_dataset: row 2 has 1 labels for 3 input_ids, expected as many$"):
         trained(tmp_path, Stream([*plain()[:2], {"input_ids": [4, 5, 6], "labels": [4]}]), settings)
@@ -187,7 +187,7 @@ def test_a_wrong_row_is_named_by_its_number(tmp_path: Path, workers: int) -> Non
 
 def test_the_first_row_is_looked_at_before_training(tmp_path: Path) -> None:
     for rows, message in (
-        ([{"instruction": "a"}], "train_dataset: row 1: field 'output' is missing"),
+        ([{"instruction": "a"}], r"train_dataset: row 1: the response \('output'\) is missing"),
         ([{"input_ids": [4, 5, 6], "labels": [4]}], "train_dataset: row 0 has 1 labels for 3 input_ids"),
         ([], "train_dataset: there are no rows in it"),
     ):
@@ -375,4 +375,4 @@ def test_two_processes_share_a_stream_out_as_one_takes_it(tmp_path: Path) -> Non
     assert first["report"] == second["report"] == [16, 13, 3]
     for result in (first, second):
         assert "its first row is another one on each process" in result["unseeded"]
-        assert result["wrong"].startswith("train_dataset: row 14: field 'output' is missing")
+        assert result["wrong"].startswith("train_dataset: row 14: the response ('output') is missing")
