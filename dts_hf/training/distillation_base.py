@@ -220,13 +220,11 @@ class DistillationBase(ResumableTrainer):
             output: Any = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        rows = self.num_examples(dataloader)  # the Trainer counts what fills the last batches, too
-        output = output._replace(num_samples=rows)
         totals = self.sums.eval_meter.reduce(self.accelerator)
         if totals:
             loss = (1 - self.loss.kd_ratio) * CE.number(totals) + self.loss.kd_ratio * KD.number(totals)
             values = self.sums.columns.means(totals, held_out=True)
-            values.update(loss=loss, labels=int(totals[ROWS]), rows=rows)
+            values.update(loss=loss, labels=int(totals[ROWS]), rows=output.num_samples)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 

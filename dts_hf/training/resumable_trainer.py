@@ -28,6 +28,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from dts_hf.data.streams import RowStream
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
@@ -64,6 +65,9 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_eval_dataloaders": None,
     # The loop
     "_build_accelerator_args": "(self, **kwargs)",
+    "_init_training_state": (
+        "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)"
+    ),
     "_run_epoch": (
         "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
@@ -125,6 +129,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         )
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
         self._filters_loss = False  # an epoch runs, and args.logging_nan_inf_filter was set when it began
+        self._pass_began = (0, 0)  # of a stream: the number of the pass that runs, and the step that it began behind
         self._grad_norm: Any = None  # of the last step, for its log line
         self._learning_rate: float | None = None
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -202,10 +207,21 @@ class ResumableTrainer(EvenBatchesTrainer):
                     handler.find_unused_parameters = may_leave_unused(cast(nn.Module, self.model))
         return args
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The Trainer's; where a run stood in a stream, whose passes it takes for one long epoch, the checkpoint tells."""
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        if self.resumed_from is None or not isinstance(self.train_dataset, RowStream):
+            return epoch, batches
+        place = exact_resume.place_in_stream(self.resumed_from, self.train_dataset.first_row)
+        return (epoch, batches) if place is None else (place[0], place[1] * self.args.gradient_accumulation_steps)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed where training had come to its end: the Trainer would take one more step.
         if self.control.should_training_stop:
             return
+        resumed = kwargs["epoch"] == kwargs["epochs_trained"]
+        steps = resumed * kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps
+        self._pass_began = (kwargs["epoch"], self.state.global_step - steps)
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
         # The Trainer's filter of the logged loss asks the device twice for every micro-batch: training_step has another.
@@ -371,6 +387,14 @@ class ResumableTrainer(EvenBatchesTrainer):
             # What is written behind it is cut off on a resume
             "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
         }
+        if isinstance(self.train_dataset, RowStream):
+            number, began = self._pass_began
+            over = self._resume.epoch_ended
+            extra.shared["stream"] = {
+                "pass": number + over,
+                "steps": 0 if over else self.state.global_step - began,
+                "first_row": self.train_dataset.first_row,
+            }
         exact_resume.write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
 
     def layout(self) -> dict[str, Any]:
