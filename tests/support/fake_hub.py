@@ -316,8 +316,8 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[FakeHub]:
     """A Hub that this process, too, takes for the real one; nobody waits between two tries."""
-    import huggingface_hub.constants as constants
     import huggingface_hub.utils._http as http
+    from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
     from dts_hf.hub import faults

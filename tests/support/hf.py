@@ -16,7 +16,18 @@ from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, arguments, encoded, plain, trainer_for
 
-__all__ = ["ROWS", "Recorder", "arguments", "encoded", "events_of", "frozen", "logged", "plain", "plain_trainer", "trainer_for"]
+__all__ = [
+    "ROWS",
+    "Recorder",
+    "arguments",
+    "encoded",
+    "events_of",
+    "frozen",
+    "logged",
+    "plain",
+    "plain_trainer",
+    "trainer_for",
+]
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 

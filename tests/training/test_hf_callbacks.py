@@ -123,6 +123,7 @@ class Control(TrainerCallback):
                                          ("should_save", "on_save")])  # fmt: skip
 def test_a_callback_may_ask_for_it(tmp_path: Path, flag: str, event: str) -> None:
     """works: should_log, should_evaluate and should_save, set by a callback"""
+
     def events(*callbacks: Any) -> list[str]:
         return events_of(lambda recorder: trainer_for(
             tmp_path, eval_dataset=ROWS[:3], callbacks=[*callbacks, recorder],
@@ -135,9 +136,7 @@ def test_a_callback_may_ask_for_it(tmp_path: Path, flag: str, event: str) -> Non
 @pytest.mark.parametrize("flag, steps", [("should_training_stop", 1), ("should_epoch_stop", 3)])
 def test_a_callback_may_stop(tmp_path: Path, flag: str, steps: int) -> None:
     """works: should_training_stop ends the run, should_epoch_stop the epoch"""
-    trainer = trainer_for(
-        tmp_path, callbacks=[Control(flag, 1)], options={"max_steps": -1, "num_train_epochs": 2}
-    )
+    trainer = trainer_for(tmp_path, callbacks=[Control(flag, 1)], options={"max_steps": -1, "num_train_epochs": 2})
     trainer.train()
     assert trainer.state.global_step == steps
 
@@ -177,6 +176,7 @@ def test_the_state_of_a_callback_is_restored(tmp_path: Path) -> None:
 
 def test_a_callback_that_raises(tmp_path: Path) -> None:
     """works: an exception of a callback comes out as it is, and the model can be used after it"""
+
     class Broken(TrainerCallback):
         def on_step_end(self, *_: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError("mine")
@@ -221,7 +221,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A wandb of which only the configuration is there."""
     fake: Any = ModuleType("wandb")
     fake.run, fake.config, fake.logged = None, Values(), []
-    fake.init = lambda **_: setattr(fake, "run", SimpleNamespace(id="1", name="n", summary={}, _label=lambda **_: None))
+    fake.init = lambda **_: setattr(
+        fake, "run", SimpleNamespace(id="1", name="n", summary={}, _label=lambda **_: None)
+    )
     fake.log = fake.logged.append
     fake.finish = lambda: None
     inner: Any = ModuleType("wandb.sdk.lib.config_util")
@@ -313,7 +315,9 @@ def test_train_metrics_and_log_files(tmp_path: Path) -> None:
     """works: log_metrics, save_metrics and save_state"""
     trainer = trainer_for(tmp_path)
     metrics = trainer.train().metrics
-    assert {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch"} <= set(metrics)
+    assert {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch"} <= set(
+        metrics
+    )
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()

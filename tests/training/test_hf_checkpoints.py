@@ -72,7 +72,13 @@ def test_which_checkpoints_there_are(tmp_path: Path, case: str) -> None:
     assert checkpoints(tmp_path) == expected
 
 
-BEST = {**STEPS, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "ce_loss", "greater_is_better": False}
+BEST = {
+    **STEPS,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "metric_for_best_model": "ce_loss",
+    "greater_is_better": False,
+}
 
 
 def best_step(trainer: DistillationTrainer) -> int:
@@ -84,7 +90,13 @@ def best_step(trainer: DistillationTrainer) -> int:
 @pytest.mark.parametrize("rate", [1e-2, 1.0], ids=["last is best", "first is best"])
 def test_the_best_model_at_the_end(tmp_path: Path, limit: int | None, rate: float) -> None:
     """works: load_best_model_at_end by any held-out number; save_total_limit never drops the best"""
-    options = {**BEST, "load_best_model_at_end": True, "save_total_limit": limit, "learning_rate": rate, "optim": "sgd"}
+    options = {
+        **BEST,
+        "load_best_model_at_end": True,
+        "save_total_limit": limit,
+        "learning_rate": rate,
+        "optim": "sgd",
+    }
     trainer = trainer_for(tmp_path, eval_dataset=ROWS[:3], options=options)
     trainer.train()
     best = best_step(trainer)
@@ -95,7 +107,9 @@ def test_the_best_model_at_the_end(tmp_path: Path, limit: int | None, rate: floa
 
 def test_save_the_best_alone(tmp_path: Path) -> None:
     """works: save_strategy best"""
-    trainer = trainer_for(tmp_path, eval_dataset=ROWS[:3], options={**BEST, "save_strategy": "best", "learning_rate": 1.0})
+    trainer = trainer_for(
+        tmp_path, eval_dataset=ROWS[:3], options={**BEST, "save_strategy": "best", "learning_rate": 1.0}
+    )
     trainer.train()
     assert best_step(trainer) in checkpoints(tmp_path) and trainer.state.best_global_step == best_step(trainer)
 
@@ -180,6 +194,7 @@ def test_every_kind_of_run_goes_on_exactly(tmp_path: Path, variant: str) -> None
 
 def test_frozen_weights_go_on(tmp_path: Path) -> None:
     """works: exact resume with frozen weights"""
+
     def make() -> DistillationTrainer:
         student = tiny_llama(seed=0)
         student.model.layers[0].requires_grad_(False)
@@ -213,6 +228,7 @@ def test_another_run_does_not_go_on(run: Path, case: str) -> None:
 
 def test_a_longer_run_goes_on_where_nothing_is_scheduled(tmp_path: Path) -> None:
     """works: a longer resume where rate and temperature do not depend on the length of the run"""
+
     def make(steps: int) -> DistillationTrainer:
         options = {**STEPS, "max_steps": steps, "lr_scheduler_type": "constant"}
         return trainer_for(tmp_path, temperature=2.0, options=options)
@@ -279,6 +295,7 @@ def test_the_state_of_the_trainer(straight: DistillationTrainer) -> None:
 
 def test_a_retry_with_a_smaller_batch(tmp_path: Path) -> None:
     """works: auto_find_batch_size halves the batch where memory runs out, and begins the run again"""
+
     class NoMemory(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             if state.train_batch_size > 4:

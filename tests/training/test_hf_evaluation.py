@@ -44,13 +44,20 @@ def test_evaluate_and_predict_give_the_same_numbers(trainer: DistillationTrainer
     assert output.predictions is None and output.label_ids is None
     expected = numbers(trainer.evaluate(), "eval_")
     assert numbers(output.metrics or {}, "test_") == expected
-    assert {"loss", "ce_loss", "kd_loss", "kl", "gap", "teacher_ce", "top1_agreement", "rows", "labels"} <= set(expected)
+    assert {"loss", "ce_loss", "kd_loss", "kl", "gap", "teacher_ce", "top1_agreement", "rows", "labels"} <= set(
+        expected
+    )
 
 
 @pytest.mark.parametrize("kind", ["raw rows", "tokenised", "encoded", "other rows"])
 def test_rows_that_are_given_to_the_call(trainer: DistillationTrainer, kind: str) -> None:
     """works: evaluate(rows) and predict(rows), raw, tokenised or encoded"""
-    rows: Any = {"raw rows": HELD_OUT, "tokenised": plain(HELD_OUT), "encoded": encoded(HELD_OUT), "other rows": ROWS[5:7]}
+    rows: Any = {
+        "raw rows": HELD_OUT,
+        "tokenised": plain(HELD_OUT),
+        "encoded": encoded(HELD_OUT),
+        "other rows": ROWS[5:7],
+    }
     values = trainer.evaluate(rows[kind])
     assert values["eval_rows"] == len(rows[kind])
     same = values["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
@@ -193,7 +200,9 @@ def test_options_of_generation(trainer: DistillationTrainer, option: dict[str, A
     ({"max_new_token": 4}, "Did you mean 'max_new_tokens'"),
     ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
 ])  # fmt: skip
-def test_options_that_generation_does_not_have(trainer: DistillationTrainer, option: dict[str, Any], says: str) -> None:
+def test_options_that_generation_does_not_have(
+    trainer: DistillationTrainer, option: dict[str, Any], says: str
+) -> None:
     """refused: beams and mistyped options of generation, with the nearest right word"""
     for call in (trainer.generate, trainer.predict):
         with pytest.raises(UserError, match=says):

@@ -177,6 +177,7 @@ def test_the_order_of_the_rows(tmp_path: Path, strategy: str) -> None:
 
 def test_rows_of_like_length_are_together(tmp_path: Path) -> None:
     """works: group_by_length wastes less padding than a random order"""
+
     def padding(strategy: str) -> int:
         options = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 2}
         trainer = trainer_for(tmp_path, rows=plain() * 4, options=options)
@@ -198,6 +199,7 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
 
 def test_a_sampler_of_ones_own(tmp_path: Path) -> None:
     """works: a subclass with its own get_train_dataloader"""
+
     class Twice(DistillationTrainer):
         def get_train_dataloader(self) -> Any:
             return super().get_train_dataloader()
@@ -272,6 +274,7 @@ def test_the_seed(tmp_path: Path) -> None:
 
 def test_a_loss_of_a_subclass(tmp_path: Path) -> None:
     """works: a subclass may add to compute_loss"""
+
     class Doubled(DistillationTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return 2 * super().compute_loss(*args, **kwargs)

@@ -106,6 +106,7 @@ def test_model_init_makes_a_fresh_student_for_every_training(tmp_path: Path, tak
 
 def test_model_init_draws_under_the_seed(tmp_path: Path) -> None:
     """works: random weights of model_init follow args.seed"""
+
     def drawn(seed: int) -> torch.Tensor:
         def make() -> torch.nn.Module:
             student = tiny_llama(seed=0)
@@ -180,7 +181,12 @@ def test_a_search_over_training_arguments(tmp_path: Path, grid: list[Trial]) -> 
     best = search(searching(tmp_path), n_trials=3, compute_objective=objective)
     assert objectives[0] == objectives[2] != objectives[1]  # a fresh student and a fresh policy
     assert best.objective == min(objectives) and best.hyperparameters["learning_rate"] in (1e-3, 1e-2)
-    alone = trainer_for(tmp_path / "alone", teacher=tiny_llama(seed=1), temperature="dts", options={"max_steps": 3, "learning_rate": 1e-2})
+    alone = trainer_for(
+        tmp_path / "alone",
+        teacher=tiny_llama(seed=1),
+        temperature="dts",
+        options={"max_steps": 3, "learning_rate": 1e-2},
+    )
     alone.train()
     assert alone.evaluate(ROWS[:3])["eval_kl"] == pytest.approx(objectives[1], rel=1e-6)
 
