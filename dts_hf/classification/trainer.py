@@ -23,6 +23,7 @@ from dts_hf.classification.models import (
     load_classifier,
     takes_type_ids,
 )
+from dts_hf.data.containers import as_rows
 from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
@@ -60,7 +61,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         teacher: a sequence classifier with the same tokenizer, its name or folder; None learns from labels alone.
         task: the name of a GLUE task, or a ``GlueTask``.
         temperature, divergence, kd_ratio, args: as in ``DistillationTrainer``.
-        train_dataset: rows with the task's fields and ``label``, or a ``LabelledDataset``.
+        train_dataset: rows with the task's fields and ``label`` in a list, a data set or a data frame, or a
+            ``LabelledDataset``; a stream is read whole, before training.
         eval_dataset: the same kinds; ``evaluate`` adds the task's metrics, as ``eval_accuracy``, and the teacher's.
         processing_class: the tokenizer; by default the student's own.
         max_length: for rows, tokens.
@@ -129,6 +131,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         self.classifier.to(self.args.device)
         if teacher is not None:
             self.compile_layers(teacher, "the teacher")
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.classifier.model
 
     # ------------------------------------------------------------------------------------------------------- the batch
 
@@ -240,7 +246,7 @@ class LabelledRows(RowReader):
                 row
                 if isinstance(row, LabelledRow)
                 else parse_labelled(row, self.task, f"{name}: row {k}", f"{name}-{k}")
-                for k, row in enumerate(rows_of(dataset), 1)
+                for k, row in enumerate(rows_of(as_rows(dataset, name)), 1)
             ]
             if not rows:
                 raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from dts_hf.distributed.launch import check_launch
 from dts_hf.errors import UserError, nearest
@@ -124,11 +123,6 @@ def checked_arguments(
     if args.label_smoothing_factor:
         raise UserError(
             f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
-        )
-    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise UserError(
-            f"args.hub_strategy: got '{HubStrategy(args.hub_strategy).value}', expected 'end': a checkpoint lies among logs "
-            "and held-out answers and is not uploaded; the finished student is, once"
         )
     check_compilation(args)
     # Our dummy rows make the batches of an epoch even; with these, accelerate counts steps and shares rows out otherwise.

@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,13 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.logged_sums import LogColumns, StepSums, SumMeter
 from dts_hf.loss.statistics import CE, KD, ROWS
+from dts_hf.reporting.licences import inherited
+from dts_hf.reporting.model_card import Setting, models_of, render_card
 from dts_hf.temperature import TemperaturePolicy, build_policy
 from dts_hf.temperature.constant import Constant
+from dts_hf.training.card import facts_of_training
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
+from dts_hf.training.hub_upload import UPLOAD, card_metadata
 from dts_hf.training.resumable_trainer import ResumableTrainer
 from dts_hf.training.temperature_callback import TemperatureCallback
 from dts_hf.training.tracking import loss_facts, model_facts
@@ -216,13 +220,11 @@ class DistillationBase(ResumableTrainer):
             output: Any = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        rows = self.num_examples(dataloader)  # the Trainer counts what fills the last batches, too
-        output = output._replace(num_samples=rows)
         totals = self.sums.eval_meter.reduce(self.accelerator)
         if totals:
             loss = (1 - self.loss.kd_ratio) * CE.number(totals) + self.loss.kd_ratio * KD.number(totals)
             values = self.sums.columns.means(totals, held_out=True)
-            values.update(loss=loss, labels=int(totals[ROWS]), rows=rows)
+            values.update(loss=loss, labels=int(totals[ROWS]), rows=output.num_samples)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
@@ -276,12 +278,34 @@ class DistillationBase(ResumableTrainer):
                 logs.update({**values, **{k: n for k, n in self.temperature.counters().items() if n}})
         super().log(logs, start_time)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run's own card where there is one, else the Trainer's with our tags."""
-        tags = kwargs.get("tags") or []
-        ours = ["dts_hf", "knowledge-distillation", self.temperature.name]
-        kwargs["tags"] = [*ours, *([tags] if isinstance(tags, str) else tags)]
-        super().create_model_card(*args, **kwargs)
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        """The teacher where it is a model of this process: the card tells its name and its size."""
+        return None
+
+    @property
+    def answers_with(self) -> str:
+        template = getattr(self.rows, "encode_options", {}).get("template")
+        return "" if template is None else str(template.name)
+
+    def card(self, repository: str | None, note: str = "", **metadata: Any) -> str:
+        """``model_card``'s text where it was given, else what a recipe's card says, as far as the trainer knows it."""
+        if self.model_card is not None:
+            return self.model_card()
+        student, saved = cast(nn.Module, self.model), Path(str(self.args.output_dir)) / UPLOAD
+        done = {"steps": self.state.global_step, "seconds": self.clock.seconds, "tokens": int(self.tokens_seen)}
+        facts = facts_of_training(
+            student, self.teacher_model, self.loss, self.args,
+            taught=self.sums.columns.teacher, rows=getattr(self.rows, "encode_options", {}),
+            task=getattr(getattr(self.rows, "task", None), "name", None),
+            log=self.state.log_history, done=done,
+        )  # fmt: skip
+        given = card_metadata(metadata)
+        given["tags"] = [*(getattr(student, "model_tags", None) or []), *given.get("tags", [])]
+        online = repository is not None
+        origins = inherited(models_of(facts.recipe), online=online)
+        where = Setting(repository, saved, origins, has_recipe=False, note=note, metadata=given)
+        return render_card(facts, where)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -17,6 +17,8 @@ from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
+from dts_hf.data.streams import RowStream, Sample
+from dts_hf.data.targets import TrainOn
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
@@ -53,14 +55,18 @@ class DistillationTrainer(GeneratingTrainer):
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
         args: ``transformers.TrainingArguments``; the trainer works on a copy.
         train_dataset: rows (``instruction``/``input``/``output`` or ``messages``), or tokenised rows with unshifted
-            ``input_ids`` and ``labels`` (see ``data.tokenised``); on one process also an iterable data set of such rows.
-        eval_dataset: the same kinds but an iterable one, or a dictionary of several.
+            ``input_ids`` and ``labels`` (see ``data.tokenised``): a list, a data set, a data frame; or a stream, that is an
+            iterable data set or a generator function. docs/datasets.md has them all.
+        eval_dataset: the same kinds, or a dictionary of several.
         processing_class: the tokenizer; by default the student's own.
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
         logits_budget_mb, kernels, logits_dtype: memory for one chunk of logits, MiB, and who computes it in what (see
             ``DistillationLoss``).
-        prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
+        prompt_template: for rows; ``auto``: the tokenizer's chat template where it has one, else ``alpaca``.
+        train_on: for rows: ``last_turn``, ``all_turns`` or ``completion``; None: ``completion`` for prompt/completion
+            rows, else ``all_turns``. See ``data.targets.TextCutter``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
+        columns: for rows; our names of columns and theirs, as ``{"instruction": "ask", "output": "gold"}``.
         packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
@@ -78,8 +84,8 @@ class DistillationTrainer(GeneratingTrainer):
             ``hyperparameter_search``.
         kwargs: ``predict_with_generate``, ``generation`` and ``compute_metrics`` (see ``GeneratingTrainer``), everything
             else that ``Trainer`` takes, and ``model_card``, which returns the text of the model card that
-            ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is uploaded while training runs, whatever
-            ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
+            ``push_to_hub`` uploads, in the place of ours. With ``args.push_to_hub`` a student is uploaded at saves too,
+            unless ``args.hub_strategy`` is ``end``; never more than ``hub.staging`` lets go.
 
     Attributes:
         encoding_reports: what became of the rows, by data set: ``"train_dataset"``, ``"eval_dataset"`` or
@@ -108,9 +114,10 @@ class DistillationTrainer(GeneratingTrainer):
         *,
         temperature_scaling: str = "squared",
         logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
-        prompt_template: str | None = None,
+        prompt_template: str = "auto", train_on: TrainOn | None = None,
         max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
+        columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -135,8 +142,10 @@ class DistillationTrainer(GeneratingTrainer):
         self.template = resolve_template(prompt_template or "auto", pair.tokenizer, "prompt_template")
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
-        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
-        rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
+        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
+                  "train_on": train_on}  # fmt: skip
+        own = not isinstance(collator, Collator)
+        rows = LanguageRows(pair, prompt_template, limits, as_they_are=own, columns=columns)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
@@ -149,6 +158,10 @@ class DistillationTrainer(GeneratingTrainer):
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
@@ -179,8 +192,9 @@ class DistillationTrainer(GeneratingTrainer):
             return
         held_out: Any = self.eval_dataset
         smallest = min(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        for dataset in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
-            if not isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+        for given in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
+            dataset: Any = given.sample() if isinstance(given, RowStream) else given
+            if not isinstance(dataset, (TokenisedDataset, EncodedDataset, Sample)) or not len(dataset):
                 continue
             end_to_end = try_collator(self.data_collator, self.collate, dataset, smallest)
             if end_to_end:
