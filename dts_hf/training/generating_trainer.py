@@ -147,6 +147,7 @@ class GeneratingTrainer(DistillationBase):
             self.processing_class,
             questions_of(dataset, name),
             self._generating,
+            turn_ends=self.end_token_ids(),
             row_keys=getattr(dataset, "row_ids", None),
             rank=self.args.process_index,
             world=self.args.world_size,

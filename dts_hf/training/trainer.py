@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
+from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
@@ -139,7 +139,6 @@ class DistillationTrainer(GeneratingTrainer):
         self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
-        self.template = resolve_template(prompt_template or "auto", pair.tokenizer, "prompt_template")
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
@@ -201,7 +200,8 @@ class DistillationTrainer(GeneratingTrainer):
                 pair.check_packing(self.args, own_mask=False)
 
     def end_token_ids(self) -> list[int]:
-        return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, self.template)]
+        rows: Any = self.rows  # LanguageRows
+        return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, rows.encode_options["template"])]
 
     # ------------------------------------------------------------------------------------------------------- the batch
 

@@ -31,7 +31,7 @@ def defaults() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("section, names", [
-    (Data, ["max_length", "max_prompt_length", "long_rows", "packing"]),
+    (Data, ["prompt_template", "train_on", "max_length", "max_prompt_length", "long_rows", "packing"]),
     (Loss, ["kd_ratio", "temperature_scaling", "logits_budget_mb", "kernels", "logits_dtype", "router_aux_loss"]),
     (Teacher, ["vocab_alignment"]),
 ])  # fmt: skip
