@@ -60,6 +60,8 @@ def rows_of(path: Path) -> list[tuple[str, str, str]]:
             continue
         found = re.fullmatch(rf"({'|'.join(OUTCOMES)}): (.+)", ast.get_docstring(node) or "", re.S)
         if found is None:
-            raise ValueError(f"{path.name}: {node.name} has no docstring 'works: ...', 'refused: ...' or 'differs: ...'")
+            raise ValueError(
+                f"{path.name}: {node.name} has no docstring 'works: ...', 'refused: ...' or 'differs: ...'"
+            )
         rows.append((found[1], " ".join(found[2].split()), node.name))
     return rows

@@ -119,8 +119,9 @@ class ClassificationDistillationTrainer(DistillationBase):
         self._seen: list[tuple[Tensor, ...]] = []
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
+        collator = LabelledCollator(int(tokenizer.pad_token_id), task.regression)
         super().__init__(
-            model, args, LabelledCollator(int(tokenizer.pad_token_id), task.regression), train_dataset, eval_dataset, tokenizer,
+            model, args, collator, train_dataset, eval_dataset, tokenizer,
             temperature=temperature if softened else 1.0, divergence=divergence, kd_ratio=kd_ratio,
             classes=task.outputs, loss_options=loss_options,
             columns=LogColumns(teacher=teacher is not None, regression=task.regression),
