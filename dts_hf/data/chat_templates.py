@@ -217,8 +217,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> str |
     _, found, behind = text.rpartition(_PROBE)
     behind = behind.lstrip()
     known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    ends = [token for token in known if token.strip() and behind.startswith(token)]
-    return max(ends, key=len, default=None) if found else None
+    run: list[str] = []
+    while ends := [token for token in known if token.strip() and behind.startswith(token)]:
+        run.append(max(ends, key=len))
+        behind = behind[len(run[-1]) :]
+    if not found or not run:
+        return None
+    # Cohere closes the response, and then the turn
+    return str(tokenizer.eos_token) if tokenizer.eos_token in run else run[0]
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:

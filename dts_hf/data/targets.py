@@ -99,7 +99,7 @@ class TextCutter:
                 spans = [self._span(whole, len(prompt))]
             else:
                 spans = [self._turn(row, turn, whole) for turn in turns]
-        ends = self.end is not None and whole[: spans[-1][1]].endswith(self.end)
+        ends = whole[: spans[-1][1]].endswith(self.end or str(self.tokenizer.eos_token))
         texts, last = [], 0
         for start, stop in spans:
             texts += [whole[last:start], whole[start:stop]]
@@ -153,14 +153,15 @@ class TextCutter:
     def _adjusted(self, row: Row, whole: str, spans: list[Span]) -> list[Span]:
         """Marked spans from where generation begins up to the end of turn, wherever the template's author set the markers.
 
-        Some enclose the header that generation is given (SmolLM3), some the line break behind the end of turn, and some
-        leave the end of turn out.
+        Some enclose the header that generation is given (SmolLM3) or its line break, some the line break behind the end of
+        turn, and some leave the end of turn out.
         """
         asking = self._asks(row)
         adjusted: list[Span] = []
         for begin, end in spans:
             text = whole[begin:end]
-            start, stop = begin + len(asking) * text.startswith(asking), end
+            asked = whole.find(asking, max(0, begin - len(asking))) if asking else -1
+            start, stop = max(begin, asked + len(asking)) if 0 <= asked <= begin else begin, end
             if self.end is not None:
                 kept, behind = text.rstrip(), whole[end:].lstrip()
                 if kept.endswith(self.end):

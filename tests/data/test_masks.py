@@ -88,7 +88,7 @@ TABLE: dict[str, tuple[str, str | None, str | None]] = {
 def test_masks_of_real_templates_equal_the_table(family):
     for row, expected in zip((ONE, THREE, SYSTEM), TABLE[family], strict=True):
         if expected is None:
-            with pytest.raises(UserError, match="row 'r': .*(refuses this conversation|renders earlier turns)"):
+            with pytest.raises(UserError, match=r"row 'r': .*(refuses this conversation|renders earlier turns)"):
                 marked(family, row)
         else:
             assert marked(family, row) == expected
@@ -102,7 +102,8 @@ def test_masks_of_real_templates_equal_the_table(family):
 
 @pytest.mark.parametrize(
     ("family", "end"),
-    [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>"), ("mistral", "</s>"), ("phi3", "<|end|>"),
+    [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>"), ("mistral", "</s>"),
+     ("phi3", "<|end|>"),
      ("phi4", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("zephyr", "</s>"), ("bare", "<|endoftext|>")],
 )  # fmt: skip
 def test_end_of_turn_is_the_templates_whatever_eos_is(family, end):
@@ -226,7 +227,7 @@ def test_finished_prompts_and_texts_go_in_as_they_are():
 def test_auto_is_the_chat_template_or_alpaca():
     assert resolve_template("auto", tiny_tokenizer()).name == "chat"
     assert resolve_template("auto", tiny_tokenizer(chat=False)).name == "alpaca"
-    with pytest.raises(UserError, match=r"--template: got 'aut', expected one of auto, alpaca.*Did you mean 'auto'\?"):
+    with pytest.raises(UserError, match=r"--template: got 'aut', expected one of auto, alpaca, chat, plain"):
         resolve_template("aut", tiny_tokenizer(), "--template")
 
 
