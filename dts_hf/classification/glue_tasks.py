@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dts_hf.data.formats import is_encodable
+from dts_hf.data.cells import is_encodable
 from dts_hf.data.row_files import read_objects
 from dts_hf.data.sources import hub_objects, source_files
 from dts_hf.errors import UserError, nearest
@@ -94,7 +94,7 @@ def load_labelled(
     """Load and check the rows of one or several sources (as ``data.sources.load_rows``: file, folder, pattern, Hub name).
 
     A row is an object with the task's fields, ``label`` and, where it has one, ``id`` or ``idx``: what
-    ``data_prep/glue.py`` writes and what the Hub's ``nyu-mll/glue`` holds.
+    ``dts-hf prepare glue`` writes and what the Hub's ``nyu-mll/glue`` holds.
 
     Args:
         sources: one or several.
