@@ -7,6 +7,7 @@ template's end of turn, whatever ``eos_token`` is. See docs/targets.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dts_hf.data.chat_templates import (
@@ -27,6 +28,10 @@ TRAIN_ON: tuple[TrainOn, ...] = ("last_turn", "all_turns", "completion")
 Span = tuple[int, int]
 
 
+class TurnsDiffer(UserError):
+    """The chat template writes earlier turns otherwise than they were said: only the last one has a sound mask."""
+
+
 class RowTexts(NamedTuple):
     """The text of one row.
 
@@ -39,6 +44,17 @@ class RowTexts(NamedTuple):
     texts: list[str]
     ends: bool
     is_one: bool
+
+
+def all_turns_are_sound(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
+    """Whether every row has a sound mask with the default ``train_on``."""
+    cutter = TextCutter(tokenizer, template, None)
+    try:
+        for row in rows:
+            cutter.cut(row)
+    except TurnsDiffer:
+        return False
+    return True
 
 
 class TextCutter:
@@ -183,9 +199,9 @@ class TextCutter:
             self._asking[key] = asked[len(plain) :] if asked.startswith(plain) else ""
         return self._asking[key]
 
-    def _differs(self, row: Row, turn: int, whole: str, said: str, advice: str | None = None) -> UserError:
+    def _differs(self, row: Row, turn: int, whole: str, said: str, advice: str | None = None) -> TurnsDiffer:
         if not turn:
-            return UserError(
+            return TurnsDiffer(
                 f"row '{row.id}': the conversation begins with the assistant, so nothing asks for its first message: "
                 "leave that out, or use data.train_on: last_turn"
             )
@@ -194,7 +210,7 @@ class TextCutter:
         # The last message may be the one that differs: then nothing else helps
         helps = turn < len(row.conversation) - 1 or len(self._turns(row)) > 1
         advice = ("data.train_on: last_turn" if helps else "another chat template") if advice is None else advice
-        return UserError(
+        return TurnsDiffer(
             f"row '{row.id}': this chat template renders earlier turns differently: message {turn + 1} was "
             f"{said[start : start + 40]!r} and becomes {whole[start : start + 40]!r}, so the tokens that are learned "
             f"would not be those that are generated." + (f" Expected {advice}" if advice else "")

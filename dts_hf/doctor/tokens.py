@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template, end_of_turn, leading_special_ids, render_messages
+from dts_hf.data.conversations import REASONING
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.data.targets import TextCutter
@@ -296,7 +297,8 @@ def _contents(row: Row) -> Iterator[tuple[str, str]]:
             yield "a tool call", _plain((call.get("function") or call).get("name"))
     for tool in row.tools or ():
         yield "the tools", _plain((tool.get("function") or tool).get("name"))
-    yield "the reasoning", _plain((row.answer or {}).get("reasoning_content"))
+    for key in REASONING:
+        yield "the reasoning", _plain((row.answer or {}).get(key))
 
 
 def _plain(value: Any) -> str:

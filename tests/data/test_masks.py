@@ -158,6 +158,18 @@ def test_qwen3_thinking():
     assert marked("qwen3", steps).count("«<think>") == 2
 
 
+def test_init_writes_what_the_template_allows(tmp_path):
+    import json
+
+    from dts_hf.starter.looking import TeacherLook, look_at_data
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [*THREE.conversation]}), encoding="utf-8")
+    for family, sound in (("qwen3", False), ("chatml", True)):
+        teacher = TeacherLook("t", chat_tokenizer(family), 2, 400, 512, 0)
+        assert look_at_data(str(rows), teacher).all_turns is sound
+
+
 def test_a_prompt_that_opens_a_thought_is_continued_as_generation_would():
     assert marked("reasoning", ONE) == "<s><|user|>Q1<|assistant|><think>\n«A1</s>»"
     with pytest.raises(UserError, match="renders earlier turns differently"):
