@@ -11,7 +11,7 @@ from dts_hf.data.chat_templates import encode_prompt, end_of_turn_ids, resolve_t
 from dts_hf.data.encoding import encode_rows
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from tests.support.chats import FAMILIES, chat, chat_tokenizer, encoded_rows, marked
+from tests.support.chats import FAMILIES, chat, chat_tokenizer, encoded_rows, marked, spaced_tokenizer
 from tests.support.tiny import tiny_tokenizer
 
 ONE = chat(("u", "Q1"), ("a", "A1"))
@@ -290,6 +290,31 @@ def test_any_conversation_is_learned_exactly_where_the_assistant_speaks():
             learned = [tokenizer.decode(ids[start:stop]) for start, stop in dataset.spans(0)]
             said = [text.strip() if family == "llama3" else text for role, text in turns if role == "a"]
             assert learned == [text + end for text in said]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("family", ["mistral", "zephyr", "chatml"])
+def test_a_tokenizer_that_begins_texts_with_a_space_adds_none_inside(family, scheme):
+    tokenizer = spaced_tokenizer(family, scheme)
+    template = resolve_template("auto", tokenizer)
+    talk = chat(("u", "the sky"), ("a", "is blue"), ("u", "the answer"), ("a", "blue"))
+    prompt = Row("p", "the sky is", "", (" blue",), kind="prompt")
+    dataset, _ = encode_rows([talk, prompt], tokenizer, template, max_length=200, max_prompt_length=150)
+    ids = dataset[0]["input_ids"]
+    text = str(tokenizer.apply_chat_template(list(talk.conversation), tokenize=False))
+    assert tokenizer(text, add_special_tokens=False)["input_ids"][: len(ids)] == ids
+    learned = [tokenizer.convert_ids_to_tokens(ids[start:stop]) for start, stop in dataset.spans(0)]
+    end = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, template))
+    before = "▁" if family == "mistral" else ""
+    assert ["".join(part) for part in learned] == [before + "is▁blue" + end[0], before + "blue" + end[0]]
+    start = dataset.spans(0)[0][0]
+    first = chat(("u", "the sky"), ("a", "is blue"))
+    assert encode_prompt(first, tokenizer, template, 150).ids == ids[:start], (
+        "generation begins with these very tokens"
+    )
+    start = dataset.spans(1)[0][0]
+    tokens = tokenizer.convert_ids_to_tokens(dataset[1]["input_ids"])
+    assert "".join(tokens[:start]) == "▁the▁sky▁is" and "".join(tokens[start:]) == "▁blue" + tokenizer.eos_token
 
 
 def test_a_huge_row_is_not_tokenised_whole(monkeypatch):

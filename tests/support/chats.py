@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dts_hf.data.chat_templates import resolve_template
@@ -50,6 +52,23 @@ def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens({"bos_token": bos, "eos_token": eos, "additional_special_tokens": special})
     if family == "qwen3":
         tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+    return tokenizer
+
+
+def spaced_tokenizer(family: str, scheme: str = "always") -> PreTrainedTokenizerFast:
+    """A small BPE that puts a space before a text as Llama 2 (``always``) and Mistral (``first``) do."""
+    special, bos, eos = FAMILIES[family]
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    alphabet = [*string.printable, "▁"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, initial_alphabet=alphabet, special_tokens=[bos, eos], show_progress=False
+    )
+    backend.train_from_iterator(["the sky is blue and the answer is blue"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8").removesuffix("\n")
     return tokenizer
 
