@@ -324,10 +324,10 @@ def _no_format(record: Record) -> UserError:
     missing, wanted = "no row format is whole", [*PROMPTS, *RESPONSES, "messages", "conversations", "text"]
     if asked and not responded:
         partner = dict(PAIRS)[asked[0]]
-        missing, wanted = f"the response ('{partner}') is missing", [partner, *RESPONSES]
+        missing, wanted = f"field '{partner}' is missing, the response", [partner, *RESPONSES]
     elif responded and not asked:
         partner = next(prompt for prompt, response in PAIRS if response == responded[0])
-        missing, wanted = f"the prompt ('{partner}') is missing", [partner, *PROMPTS]
+        missing, wanted = f"field '{partner}' is missing, the prompt", [partner, *PROMPTS]
     # "input" is no misspelt "instruction"; a field of ours is never offered for another.
     others = [name for name in record.names if name not in FIELDS]
     hint = next(filter(None, (nearest(name, wanted) for name in others)), "")

@@ -129,10 +129,10 @@ def test_broken_files(name: str, tmp_path: Path) -> None:
 def test_offsets_of_an_arrow_file_that_lead_outside(tmp_path: Path) -> None:
     """Read as they are, they would read the memory of the process."""
     path = tmp_path / "a.arrow"
-    content = as_arrow(pa.table({"text": ["a", "b"]}))
-    offsets = b"\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00"
+    content = as_arrow(pa.table({"text": ["abc", "defg"]}))
+    offsets = b"\x00\x00\x00\x00\x03\x00\x00\x00\x07\x00\x00\x00"
     assert content.count(offsets) == 1
-    path.write_bytes(content.replace(offsets, b"\x00\x00\x00\x00\xff\xff\xff\x7f\x02\x00\x00\x00"))
+    path.write_bytes(content.replace(offsets, b"\x00\x00\x00\x00\xff\xff\xff\x7f\x07\x00\x00\x00"))
     with pytest.raises(UserError, match=r"a\.arrow: not a readable Arrow file"):
         load_rows(path)
 
