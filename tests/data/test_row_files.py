@@ -138,11 +138,11 @@ def test_offsets_of_an_arrow_file_that_lead_outside(tmp_path: Path) -> None:
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_limits, "FREE_BYTES", 1 << 20)
-    again = pa.DictionaryArray.from_arrays([0] * 2000, ["x" * (1 << 16)])
+    monkeypatch.setattr(file_limits, "FREE_BYTES", 1 << 16)
+    again = pa.DictionaryArray.from_arrays([0] * 1000, ["x" * (1 << 17)])
     (tmp_path / "a.arrow").write_bytes(as_arrow(pa.table({"text": again})))
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + b" " * (8 << 20) + b"]"))
-    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\n" + b"\n" * (8 << 20)))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + b" " * (1 << 20) + b"]"))
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\n" + b"\n" * (1 << 19)))
     for name in ("a.arrow", "b.json.gz", "c.csv.gz"):
         with pytest.raises(UserError, match="unpacks to more than 200 times its size"):
             list(read_objects(tmp_path / name))
