@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dts_hf.data.columns import FIELDS
 from dts_hf.data.formats import PAIRS, PROMPTS, RESPONSES, parse_row
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import rows_from_dataset
+from dts_hf.data.sources import load_rows, rows_from_dataset
 from dts_hf.errors import UserError
+from dts_hf.recipe.schema import Source
+
+DATA_PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -232,6 +240,25 @@ def test_a_list_may_be_written_as_json() -> None:
     assert parsed.messages == (Q,) and parsed.chat_template_kwargs == {"enable_thinking": False}
 
 
+# ------------------------------------------------------------------------------------------ docs/data.md
+
+
+def test_the_examples_of_the_documentation() -> None:
+    page = DATA_PAGE.read_text(encoding="utf-8")
+    examples = re.findall(r"^\| `(\{.*?\})` \| (\w+) \|", page, re.MULTILINE)
+    assert len(examples) == 7
+    for example, kind in examples:
+        parsed = parse_row(json.loads(example), "here", "d")
+        assert parsed.kind == kind
+    described = {
+        name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([\w.]+)`", line)
+    }
+    assert {"context", "system", "system_prompt", "history", "tools", "reasoning", "chat_template_kwargs"} <= described
+    assert all(f"`{name}`" in page for name in (*PROMPTS, *RESPONSES))
+    sources = yaml.safe_load(page.partition("## A mixture\n\n```yaml\n")[2].partition("```")[0])["data"]["train"]
+    assert [Source(**one) for one in sources[1:]][1].columns == {"instruction": "ask", "output": "said"}
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -407,3 +434,26 @@ def test_rows_of_pandas() -> None:
     assert row(messages=talk, tools=float("nan")) == row(messages=[Q, A])
     assert row(instruction="a", input=float("nan"), output=np.array(["b", "c"])).references == ("b", "c")
     assert row(id=np.int64(3), instruction=np.str_("a"), output="b").id == "3"
+
+
+# ------------------------------------------------------------------------------------------ real rows
+
+
+@pytest.mark.shared_data
+def test_real_rows_in_every_form(shared_data_dir: Path, tmp_path: Path) -> None:
+    """Dolly's rows, and the same ones as other people would have them."""
+    plain = load_rows(shared_data_dir / "dolly" / "valid.jsonl", limit=200)
+    talks = [
+        {"id": row.id, "conversations": [{"from": "human", "value": row.prompt_messages[0]["content"]},
+                                         {"from": "gpt", "value": row.response}]}
+        for row in plain
+    ]  # fmt: skip
+    (tmp_path / "talks.json").write_text(json.dumps(talks), encoding="utf-8")
+    read = load_rows(tmp_path / "talks.json")
+    assert [row.conversation for row in read] == [row.conversation for row in plain]
+    assert all(len(row.references) == 1 and row.kind == "messages" for row in read)
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "instruction", "context", "response"])
+        writer.writerows([row.id, row.instruction, row.input, row.response] for row in plain)
+    assert load_rows(tmp_path / "rows.csv") == [replace(row, references=row.references[:1]) for row in plain]
