@@ -27,7 +27,7 @@ import torch
 from render import Column
 from shapes import SHAPES, make_model
 
-from dts_hf.data.prompt_templates import encode_prompts, get_template
+from dts_hf.data.chat_templates import encode_prompts, get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
 from dts_hf.generation.engine import GenerationSettings, generate, stop_token_ids

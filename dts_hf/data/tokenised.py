@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from dts_hf.data.collators import NO_ROW
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.errors import UserError
@@ -259,23 +258,6 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
         return self.form.read(self.rows[index], index)
 
 
-class TokenisedStream(IterableDataset[dict[str, Any]]):
-    """The rows of an iterable data set, each checked as it comes."""
-
-    def __init__(self, rows: Any, form: RowForm) -> None:
-        self.rows, self.form = rows, form
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(self.rows):
-            self.form.check(self.form.columns([row], number), number)
-            yield self.form.read(row, NO_ROW)  # of workers each would count for itself
-
-    def set_epoch(self, epoch: int) -> None:
-        """Passed on to the data set, where it shuffles by epoch."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
-
-
 @dataclass
 class NumberedCollator:
     """A collator of the user's, which sees neither ``row_id`` nor dummy_rows; both come back in its batch.
@@ -334,10 +316,10 @@ def check_encoded(dataset: EncodedDataset, form: RowForm) -> EncodingReport:
     Raises:
         UserError: a token is outside the vocabulary, or no row has a label.
     """
-    lengths, prompts = np.array(dataset.lengths), np.array(dataset.prompt_lengths)
+    lengths, targets = np.array(dataset.lengths), np.array(dataset.target_counts)
     form = dataclasses.replace(form, row_ids=dataset.row_ids)
     form.check({"input_ids": Flat(np.concatenate([np.asarray(row) for row in dataset.ids]), lengths)}, 0)
-    return report_of(lengths, lengths - prompts.clip(min=1), form.name, dataset.row_ids)
+    return report_of(lengths, targets, form.name, dataset.row_ids)
 
 
 def report_of(

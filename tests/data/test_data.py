@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dts_hf.data.chat_templates import TEMPLATES, encode_prompt, get_template
 from dts_hf.data.collators import PackedCollator, PaddedCollator
 from dts_hf.data.encoding import EncodedDataset, encode_rows
 from dts_hf.data.formats import parse_row
-from dts_hf.data.prompt_templates import TEMPLATES, encode_prompt, get_template
 from dts_hf.data.rows import Row
 from dts_hf.data.samplers import LengthGroupedSampler
 from dts_hf.data.sources import load_many, load_rows, manifest, rows_from_dataset

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dts_hf.data.prompt_templates import TEMPLATES, encode_prompt, encode_prompts, get_template, leading_special_ids
+from dts_hf.data.chat_templates import TEMPLATES, encode_prompt, encode_prompts, get_template, leading_special_ids
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 from tests.support.tiny import tiny_tokenizer

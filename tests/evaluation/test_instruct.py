@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dts_hf.data.prompt_templates import encode_prompt, get_template
+from dts_hf.data.chat_templates import encode_prompt, get_template
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 from dts_hf.evaluation.fingerprint import rows_digest

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import dts_hf.doctor.walk as doctor_walk
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import encode_rows
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.report import screen

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import TrainingArguments
 
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.encoding import encode_rows
-from dts_hf.data.prompt_templates import get_template
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer

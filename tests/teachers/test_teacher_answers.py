@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dts_hf.data.prompt_templates import get_template
+from dts_hf.data.chat_templates import get_template
 from dts_hf.data.rows import Row
 from dts_hf.generation.answer_file import AnswerFile
 from dts_hf.recipe.schema import Recipe
