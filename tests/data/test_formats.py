@@ -18,6 +18,8 @@ from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows, rows_from_dataset
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Source
+from tests.support.tiny import tiny_tokenizer
+from tests.support.trainers import trainer_for
 
 DATA_PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 
@@ -243,13 +245,14 @@ def test_a_list_may_be_written_as_json() -> None:
 # ------------------------------------------------------------------------------------------ docs/data.md
 
 
+EXAMPLES = re.findall(r"^\| `(\{.*?\})` \| (\w+) \|", DATA_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_the_examples_of_the_documentation() -> None:
     page = DATA_PAGE.read_text(encoding="utf-8")
-    examples = re.findall(r"^\| `(\{.*?\})` \| (\w+) \|", page, re.MULTILINE)
-    assert len(examples) == 7
-    for example, kind in examples:
-        parsed = parse_row(json.loads(example), "here", "d")
-        assert parsed.kind == kind
+    assert len(EXAMPLES) == 7
+    for example, kind in EXAMPLES:
+        assert parse_row(json.loads(example), "here", "d").kind == kind
     described = {
         name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([\w.]+)`", line)
     }
@@ -257,6 +260,22 @@ def test_the_examples_of_the_documentation() -> None:
     assert all(f"`{name}`" in page for name in (*PROMPTS, *RESPONSES))
     sources = yaml.safe_load(page.partition("## A mixture\n\n```yaml\n")[2].partition("```")[0])["data"]["train"]
     assert [Source(**one) for one in sources[1:]][1].columns == {"instruction": "ask", "output": "said"}
+
+
+def test_what_is_learned_of_them(tmp_path: Path) -> None:
+    """All of them together, through the trainer: what goes in around the text, and the targets."""
+    trainer = trainer_for(tmp_path, rows=[json.loads(example) for example, _ in EXAMPLES], prompt_template="auto")
+    tokenizer, found = tiny_tokenizer(), []
+    for row in trainer.train_dataset:
+        labels = [label for label in row["labels"] if label >= 0]
+        before = row["input_ids"][: len(row["labels"]) - len(labels)]
+        found.append((tokenizer.decode(before), tokenizer.decode(labels, skip_special_tokens=True).strip()))
+    questions = ["2 and 3", "6 x 7?", "The sky is", "Hi", "Hi", "Hi", ""]
+    # Nothing foretells the first token of a text: this tokenizer writes none before it.
+    assert [answer for _, answer in found] == ["5", "42", "blue.", "Hello.", "Hello.", "Hello.", "nce upon a time."]
+    assert all(question in before for question, (before, _) in zip(questions, found, strict=True))
+    assert (found[2][0], found[6][0]) == ("The sky is", "O")  # as they are, without a template
+    assert trainer.train().global_step == 1
 
 
 # ------------------------------------------------------------------------------------------ refusals
