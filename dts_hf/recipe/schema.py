@@ -307,7 +307,7 @@ class Loss(Section):
 class Task(Section):
     """Classification or regression in the place of answers to instructions."""
 
-    name: Literal["glue"] = Field(description="Family of tasks; the rows are those of data_prep/glue.py.")
+    name: Literal["glue"] = Field(description="Family of tasks; the rows are those of `dts-hf prepare glue`.")
     subset: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = Field(
         description="Which task: it fixes the fields of a row, the labels and the metrics."
     )

@@ -26,7 +26,6 @@ from dts_hf.console import duration, say
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.training.signals import at_once, stopped_at
 
-
 #: A narrower terminal shows no bar: the numbers say more.
 WIDTH_OF_A_BAR = 110
 

@@ -13,8 +13,8 @@ import yaml
 from dts_hf.divergences import DIVERGENCES
 from dts_hf.errors import UserError
 from dts_hf.recipe.editor_schema import MODELINE, editor_schema
-from dts_hf.recipe.loading import find_recipes
 from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.yaml_files import parse_yaml
 from dts_hf.registry import Between
 from dts_hf.temperature import temperature_policies

@@ -13,8 +13,9 @@ import yaml
 
 from dts_hf.errors import UserError
 from dts_hf.recipe.editor_schema import editor_schema
-from dts_hf.recipe.loading import find_recipes, load_recipe
+from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe, recipe_json_schema
+from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.training_arguments import training_arguments
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -420,3 +421,10 @@ def test_keys_of_gap_source_are_checked_by_name(minimal: Path) -> None:
     assert "temperature.gap_source: got 'shuffled', expected measured, or {replay: RUN, order: permuted}" in text
     mapping = recipe_json_schema()["$defs"]["NamedOptions"]["anyOf"][1]
     assert mapping["additionalProperties"] is True  # the options of a policy are its own matter
+
+
+def test_a_missing_deepspeed_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"^training: DeepSpeed is asked for .* pip install 'dts-hf\[deepspeed\]'$"):
+        training_arguments(load_recipe(RECIPES / "quickstart.yaml"), tmp_path)

@@ -27,6 +27,7 @@ LAYERS = (
     ("runs", ("runs",)),
     ("training", ("training",)),
     ("results", ("evaluation", "reporting", "inference")),
+    ("sets", ("data_prep",)),
     ("tasks", ("task", "language_modeling", "classification")),
     ("the line", ("distill",)),
     ("judges", ("doctor",)),
