@@ -14,11 +14,39 @@ import typer
 from dts_hf.console import printable
 
 WIDEST = 10_000  # columns of a table in a pipe
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Recipe files and folders below what was typed, and the names of shipped recipes."""
+    from dts_hf.recipe.shipped import shipped_recipes
+
+    folder, _, start = incomplete.rpartition("/")
+    inside = Path(folder or ("/" if incomplete.startswith("/") else "."))
+    prefix = f"{folder}/" if incomplete.count("/") else ""
+    found = sorted(path for path in inside.glob(f"{start}*") if not path.name.startswith((".", "_")))
+    files = [
+        f"{prefix}{path.name}{'/' if path.is_dir() else ''}"
+        for path in found
+        if path.is_dir() or path.suffix == ".yaml"
+    ]
+    return [*files, *(name for name in shipped_recipes() if name.startswith(incomplete))]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Keys of a recipe, and the values of those that have a choice."""
+    from dts_hf.recipe.completion import completions
+
+    return completions(incomplete)
+
+
 #: Arguments that several commands take.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", autocompletion=complete_recipe, help="Recipe file (YAML).")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.", autocompletion=complete_override),
 ]
 
 
