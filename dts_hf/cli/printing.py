@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dts_hf.console import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDEST = 10_000  # columns of a table in a pipe
 
@@ -69,7 +72,6 @@ def print_answer(answer: Mapping[str, Any], alone: bool) -> None:
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Print ``rows`` under the column names of the first one; what the user's files hold cannot act on the terminal."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -78,5 +80,11 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row.values()))
-    # A pipe has no width: rich would take it for a terminal of 80 columns and cut or fold what another program reads.
-    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDEST).print(table)
+    table_console().print(table)
+
+
+def table_console() -> Console:
+    """Stdout for tables. A pipe has no width: rich would fold for 80 columns what another program reads."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDEST)
