@@ -34,7 +34,8 @@ CASES = [
     {"temperature": {"name": "dts", "gap_source": {"replay": "r", "order": "permuted"}, "seed": 3}},
     {"temperature": {"name": "cosine", "match_mean_of": "r"}},
     {"training": {"use_cpu": True, "max_steps": 5, "warmup_steps": 0.1, "eval_strategy": "no", "report_to": ["none"]}},
-    {"training": {"use_cpu": True, "optim": "sgd", "lr_scheduler_kwargs": {"num_cycles": 2}}, "data": {"train": "a", "packing": True}},
+    {"training": {"use_cpu": True, "optim": "sgd", "lr_scheduler_kwargs": {"num_cycles": 2}}},
+    {"data": {"train": "a", "packing": True}},
     {"task": {"name": "glue", "subset": "rte"}, "data": {"train": "a", "validation": "b"}},
 ]  # fmt: skip
 
