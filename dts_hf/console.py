@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -25,6 +27,7 @@ SECRET_VARIABLES = (
 SHORTEST_SECRET = 8  # a shorter value would mask ordinary words
 LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message
 MASK = "***"
+SECONDS_BETWEEN_LINES = 30.0  # of work that would be silent
 _TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{10,}")
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _TOKEN_IN_QUERY = re.compile(
@@ -111,6 +114,60 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
+class Work:
+    """How far a piece of work is; see ``working``.
+
+    Args:
+        what: what is being done, as a participle: ``loading the teacher``.
+        total: how much of it there is; 0: nobody knows.
+    """
+
+    def __init__(self, what: str, total: int = 0) -> None:
+        self.what, self.total, self.done, self.note = what, total, 0, ""
+        self.began = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """So much more is done."""
+        self.done += count
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.began
+        share = f": {self.done:,} of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""
+        left = (
+            f", about {duration(seconds / self.done * (self.total - self.done))} left"
+            if self.total and self.done
+            else ""
+        )
+        return f"{self.what}{share}{self.note}, {duration(seconds)} so far{left}"
+
+
+@contextmanager
+def working(what: str, total: int = 0, *, live: bool = False) -> Iterator[Work]:
+    """Say every ``SECONDS_BETWEEN_LINES`` how far a piece of work is: one line, by the first process.
+
+    Args:
+        what: what is being done, as a participle.
+        total: how much of it there is; 0: nobody knows. ``Work.advance`` tells how much is done.
+        live: a progress bar shows the same on a terminal, where no line is written then.
+    """
+    work, ended = Work(what, total), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            say(str(work))
+
+    silent = os.environ.get("RANK", "0") != "0" or (live and sys.stderr.isatty())
+    thread = threading.Thread(target=tell, name="dts_hf-working", daemon=True)
+    if not silent:
+        thread.start()
+    try:
+        yield work
+    finally:
+        ended.set()
+        if not silent:
+            thread.join()
 
 
 @contextmanager

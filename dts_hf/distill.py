@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dts_hf.classification.task import Classification
-from dts_hf.console import say
+from dts_hf.console import say, working
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers
@@ -63,12 +63,14 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     transformers_logging.disable_progress_bar()
 
     # 2. Rows, and their tokens. They come before the models because they are cheap to check.
-    rows = task.load_rows()
-    tokenizer, teacher_tokenizer = load_tokenizers(recipe)
-    data = task.encode(rows, tokenizer)
+    with working("reading and encoding the rows"):
+        rows = task.load_rows()
+        tokenizer, teacher_tokenizer = load_tokenizers(recipe)
+        data = task.encode(rows, tokenizer)
 
     # 3. Teacher and student. What generation would refuse later is refused now.
-    models = load_models(task, args, tokenizer, teacher_tokenizer)
+    with working("loading the models"):
+        models = load_models(task, args, tokenizer, teacher_tokenizer)
     teacher, student = models.teacher, models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.mixture import Part
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
@@ -37,6 +38,7 @@ class Rows:
         sets: further held-out rows for the end of training, by name.
         answers: of sequence-level KD, what ``data_manifest.json`` says of the teacher's answers.
         unanswered: of sequence-level KD, how many rows were left out because the teacher gave no answer.
+        train_parts, validation_parts: what each source gave, of language models.
     """
 
     train: Sequence[Any]
@@ -44,6 +46,8 @@ class Rows:
     sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     answers: Mapping[str, Any] | None = None
     unanswered: int = 0
+    train_parts: Sequence[Part] = ()
+    validation_parts: Sequence[Part] = ()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from dts_hf.cli import app as cli
 from dts_hf.console import masked, printable
-from dts_hf.data import row_files
+from dts_hf.data import file_limits
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError
 from dts_hf.recipe.loading import load_recipe
@@ -272,8 +272,8 @@ def test_names_of_sets_lead_nowhere(place: Path) -> None:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth of the true ones, so that the bombs can be small."""
-    monkeypatch.setattr(row_files, "LONGEST_LINE", row_files.LONGEST_LINE // 64)
-    monkeypatch.setattr(row_files, "FREE_BYTES", row_files.FREE_BYTES // 64)
+    monkeypatch.setattr(file_limits, "LONGEST_LINE", file_limits.LONGEST_LINE // 64)
+    monkeypatch.setattr(file_limits, "FREE_BYTES", file_limits.FREE_BYTES // 64)
 
 
 def test_a_gzip_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path, small_limits: None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dts_hf.data.formats import is_encodable
+from dts_hf.data.cells import is_encodable
 from dts_hf.data.row_files import read_objects
 from dts_hf.data.sources import hub_objects, source_files
 from dts_hf.errors import UserError, nearest

@@ -14,7 +14,7 @@ from dts_hf.classification.glue_tasks import LabelledRow, get_task, load_labelle
 from dts_hf.classification.models import load_task_student, load_task_teacher
 from dts_hf.classification.scorer import ClassificationScorer, as_plain_rows
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
-from dts_hf.data.sources import manifest
+from dts_hf.data.sources import Sources, as_sources, manifest
 from dts_hf.evaluation.glue_metrics import headline
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
@@ -58,14 +58,14 @@ class Classification(Task[ClassificationDistillationTrainer]):
 
     def load_rows(self) -> Rows:
         data = self.recipe.data
-        train = load_labelled(data.train, self.glue, split=data.train_split, limit=data.max_train_rows)
-        validation = [] if data.validation is None else self._held_out(data.validation)
+        train = load_labelled(_names(data.train), self.glue, split=data.train_split, limit=data.max_train_rows)
+        validation = [] if data.validation is None else self._held_out(str(data.validation))
         mismatched = self.settings.mismatched
         return Rows(train, validation, {} if mismatched is None else {MISMATCHED: self._held_out(mismatched)})
 
-    def _held_out(self, source: str) -> list[LabelledRow]:
+    def _held_out(self, sources: Sources) -> list[LabelledRow]:
         data = self.recipe.data
-        return load_labelled(source, self.glue, split=data.validation_split, limit=data.max_validation_rows)
+        return load_labelled(_names(sources), self.glue, split=data.validation_split, limit=data.max_validation_rows)
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
         validation = self._encode(rows.validation, tokenizer) if rows.validation else None
@@ -112,6 +112,11 @@ class Classification(Task[ClassificationDistillationTrainer]):
         kept: Entries,
     ) -> ClassificationScorer:
         return ClassificationScorer(self.recipe, run, trainer, models, rows, data, kept)
+
+
+def _names(sources: Sources) -> list[str]:
+    """The recipe refuses weights and columns for a task, so that a source is its name."""
+    return [source.source for source in as_sources(sources)]
 
 
 def _by_name(train: Any, validation: Any, sets: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from dts_hf.cli import doctor, evaluate, prepare, report, schema, score, train
+from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, report, schema, score, train
 from dts_hf.cli import list as list_
 from dts_hf.cli.printing import is_main_process
 from dts_hf.console import masked
@@ -25,7 +25,7 @@ from dts_hf.runs.failures import GO_ON, one_sentence
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
-COMMANDS = (train, doctor, evaluate, score, report, prepare, list_, schema)
+COMMANDS = (init, doctor, train, chat, generate, evaluate, score, report, prepare, list_, schema, env)
 
 
 class CommandGroup(TyperGroup):

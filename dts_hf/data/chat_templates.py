@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dts_hf.errors import UserError, nearest
 
@@ -29,26 +31,47 @@ class Template:
     Attributes:
         name: the word in ``data.prompt_template``.
         description: one line for ``dts-hf list templates``.
-        render: ``render(row, tokenizer) -> str``, the whole prompt up to and with the marker that starts the response.
-        writes_special_tokens: the text itself carries the special tokens (chat), so none are put before it.
-        wraps_prompts: rows of kind ``prompt`` are worded by the template, too; otherwise they go in as they are.
+        word: ``word(row, tokenizer) -> str``, the whole prompt up to and with the marker that starts the response.
+        is_chat: it is the tokenizer's chat template. Its text carries the special tokens, so none are put before it, and
+            what ends a response is its own end of turn.
+        wraps_prompts: rows of kind ``prompt`` are worded, too; otherwise they go in as they are.
     """
 
     name: str
     description: str
-    render: Callable[[Row, PreTrainedTokenizerBase], str]
-    writes_special_tokens: bool
+    word: Callable[[Row, PreTrainedTokenizerBase], str]
+    is_chat: bool
     wraps_prompts: bool = True
+
+    def words(self, row: Row) -> bool:
+        """Whether the row is put into the template, and not taken as the finished text that it is."""
+        return row.kind != "text" and (row.kind != "prompt" or self.wraps_prompts)
+
+    def render(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The prompt of ``row``; of a text there is none.
+
+        Raises:
+            UserError: the template cannot hold the row.
+        """
+        return self.word(row, tokenizer) if self.words(row) else row.instruction
+
+    def writes_special_tokens(self, row: Row) -> bool:
+        """Whether the text of ``row`` begins with its special tokens itself, so that none are put before it."""
+        return self.is_chat and self.words(row)
 
 
 def _single_turn(row: Row, template: str) -> None:
     """Refuse a conversation that a text template would silently shorten."""
+    advice = "Use data.prompt_template: chat, or rows with one user message."
     if row.messages is not None and [message["role"] for message in row.messages] != ["user"]:
         roles = ", ".join(message["role"] for message in row.messages)
         raise UserError(
             f"row '{row.id}': the template '{template}' holds one user message, but this prompt has the messages "
-            f"{roles}. Use data.prompt_template: chat, or rows with one user message."
+            f"{roles}. {advice}"
         )
+    lost = [key for key in row.answer or () if key not in ("role", "content")] + ["tools"] * bool(row.tools)
+    if lost:
+        raise UserError(f"row '{row.id}': the template '{template}' has no place for {', '.join(lost)}. {advice}")
 
 
 def _render_alpaca(row: Row, _tokenizer: PreTrainedTokenizerBase) -> str:
@@ -63,22 +86,79 @@ def _render_plain(row: Row, _tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2 import TemplateError
+    return render_messages(row, row.prompt_messages, tokenizer, for_answer=True)
 
+
+def render_messages(
+    row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool = False
+) -> str:
+    """The tokenizer's chat template on ``messages``, with the tools and the template arguments of ``row``.
+
+    Args:
+        row: whose messages they are.
+        messages: some of its conversation, from the first one on.
+        tokenizer: has the template.
+        for_answer: end with what asks for an answer (``add_generation_prompt``).
+
+    Raises:
+        UserError: there is no template, or it refuses the conversation.
+    """
+    with _explained(row, tokenizer):
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tools=_tools(row),  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=for_answer,
+                **(row.chat_template_kwargs or {}),
+            )
+        )
+
+
+def render_with_markers(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """The whole conversation of ``row``, and what the template's ``{% generation %}`` markers enclose, in characters.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _explained(row, tokenizer):
+        tools = _tools(row)
+        # As ``apply_chat_template`` calls it, which would give the spans in tokens of the text as a whole
+        rendered: Any = render_jinja_template(
+            conversations=[[{k: v for k, v in message.items() if v is not None} for message in row.conversation]],
+            tools=tools,  # type: ignore[arg-type]
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **(row.chat_template_kwargs or {})},
+        )
+        (text,), (spans,) = rendered
+        return text, spans
+
+
+def has_markers(row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template for ``row`` marks what the assistant says (``{% generation %}``)."""
+    with _explained(row, tokenizer):
+        return re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=_tools(row))) is not None
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    return None if row.tools is None else [dict(tool) for tool in row.tools]
+
+
+@contextmanager
+def _explained(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Whatever a chat template raises, in words: it is foreign code, and may fail in any way."""
     if not tokenizer.chat_template:
         raise UserError(
             "data.prompt_template: got 'chat', but this tokenizer has no chat template. "
             "Expected 'alpaca' or 'plain', or the tokenizer of an instruction-tuned model."
         )
     try:
-        return str(tokenizer.apply_chat_template(chat_messages(row), tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
+        yield
+    except Exception as error:
         raise UserError(f"row '{row.id}': the tokenizer's chat template refuses this conversation: {error}") from error
-
-
-def chat_messages(row: Row) -> list[Message]:
-    """The prompt of ``row`` as messages: its own, or instruction and input as one of the user's."""
-    return [*row.prompt_messages]
 
 
 TEMPLATES: dict[str, Template] = {
@@ -98,7 +178,7 @@ def get_template(name: str, key: str = "data.prompt_template") -> Template:
         UserError: no template has this name; the message lists them, names the nearest and begins with ``key``.
     """
     if name not in TEMPLATES:
-        expected = ", ".join(TEMPLATES)
+        expected = ", ".join([AUTO, *TEMPLATES])
         raise UserError(f"{key}: got {name!r}, expected one of {expected}.{nearest(str(name), TEMPLATES)}")
     return TEMPLATES[name]
 
@@ -127,7 +207,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> str |
     Returns:
         None where it writes no token of its own there, or where no chat template is used: ``eos_token`` ends an answer.
     """
-    if not template.writes_special_tokens or not tokenizer.chat_template:
+    if not template.is_chat or not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
     try:
@@ -188,29 +268,61 @@ def encode_prompts(
     """
     if not rows:
         return []
-    prefix = [] if template.writes_special_tokens else leading_special_ids(tokenizer)
+    limit = max_prompt_length * longest_token(tokenizer)
+    given, rows = rows, [with_limited_input(row, limit) for row in rows]
+    texts = [template.render(row, tokenizer) for row in rows]
+    # A text that cannot fit is not tokenised: 60 MB of one would take 12 GB and minutes
+    fits = [row.kind != "text" and len(text) - len(row.input) <= limit for row, text in zip(rows, texts, strict=True)]
+    known = [text if fit else "" for text, fit in zip(texts, fits, strict=True)]
+    encoded = tokenizer(known, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    before = leading_special_ids(tokenizer)
+    prompts: list[EncodedPrompt | None] = []
+    for row, whole, fit, ids in zip(rows, given, fits, encoded, strict=True):
+        prompt = ids if template.writes_special_tokens(row) else before + ids
+        if fit and len(prompt) > max_prompt_length:
+            prompts.append(shortened_prompt(row, tokenizer, template, len(prompt), max_prompt_length))
+        else:
+            prompts.append(EncodedPrompt(prompt, row is not whole) if fit else None)
+    return prompts
 
-    def encode(shortened: list[Row]) -> list[list[int]]:
-        texts = [template.render(row, tokenizer) for row in shortened]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [prefix + ids for ids in encoded["input_ids"]]
 
-    def cut(row: Row, length: int) -> EncodedPrompt | None:
-        ends = _token_ends(row.input, tokenizer)
-        last, excess = len(ends) - 1, length - max_prompt_length
-        while last > 0:
-            # Taking k tokens off the input nearly always takes k off the prompt: one or two rounds.
-            last = max(last - excess, 0)
-            ids = encode([dataclasses.replace(row, input=row.input[: ends[last]].rstrip())])[0]
-            excess = len(ids) - max_prompt_length
-            if excess <= 0:
-                return EncodedPrompt(ids, True)
-        return None
+def with_limited_input(row: Row, limit: int) -> Row:
+    """``row``, its input cut to ``limit`` characters where it is longer."""
+    return row if len(row.input) <= limit else dataclasses.replace(row, input=row.input[:limit])
 
-    return [
-        EncodedPrompt(ids, False) if len(ids) <= max_prompt_length else cut(row, len(ids))
-        for row, ids in zip(rows, encode(rows), strict=True)
-    ]
+
+def shortened_prompt(
+    row: Row, tokenizer: PreTrainedTokenizerBase, template: Template, length: int, max_prompt_length: int
+) -> EncodedPrompt | None:
+    """The prompt of ``row`` with its input cut to fit; see ``encode_prompts``.
+
+    Args:
+        row: its prompt is too long.
+        tokenizer: of the model that reads it.
+        template: from ``resolve_template``.
+        length: of the whole prompt, in tokens.
+        max_prompt_length: what it may be.
+
+    Returns:
+        None where the prompt does not fit with an empty input either.
+    """
+    before = [] if template.writes_special_tokens(row) else leading_special_ids(tokenizer)
+    ends = _token_ends(row.input, tokenizer)
+    last, excess = len(ends) - 1, length - max_prompt_length
+    while last > 0:
+        # Taking k tokens off the input nearly always takes k off the prompt: one or two rounds.
+        last = max(last - excess, 0)
+        text = template.render(dataclasses.replace(row, input=row.input[: ends[last]].rstrip()), tokenizer)
+        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        excess = len(before) + len(ids) - max_prompt_length
+        if excess <= 0:
+            return EncodedPrompt(before + ids, True)
+    return None
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest entry of the vocabulary: a text of n tokens has at most n times as many."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def encode_prompt(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 from torch.utils.data import Dataset
 
-from dts_hf.data.chat_templates import Template, encode_prompts
+from dts_hf.data.chat_templates import Template
+from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
+from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 
@@ -27,23 +29,34 @@ class Example(TypedDict):
 
 
 class EncodedDataset(Dataset[Example]):
-    """Tokenised rows, prompt then response, held as compact arrays.
+    """Tokenised rows and which of their tokens are learned, held as compact arrays.
 
-    Attributes:
+    Args:
         row_ids: the id of each row.
         ids: the tokens of each row.
-        lengths: tokens of each row, prompt and response.
-        prompt_lengths: tokens of each row's prompt, at least 1; they carry no label.
+        prompt_lengths: how many tokens of each row come before the first that is learned, at least 1.
+        spans: by the number of a row, the starts and ends of what is learned: ``[start, end, start, end, ...]``; of a row
+            that is not there everything behind its prompt.
+
+    Attributes:
+        lengths: tokens of each row.
         report: what became of the rows when they were encoded; None for tokens that come from elsewhere.
     """
 
     report: EncodingReport | None = None
 
-    def __init__(self, row_ids: Sequence[str], ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        row_ids: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        spans: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         self.row_ids = list(row_ids)
         self.prompt_lengths = list(prompt_lengths)
         self.lengths = [len(row) for row in ids]
-        self.ids = [array("i", row) for row in ids]
+        self.ids = [row if isinstance(row, array) else array("i", row) for row in ids]
+        self._spans = {row: array("i", bounds) for row, bounds in (spans or {}).items()}
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -51,12 +64,31 @@ class EncodedDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]  # negative indices count from the end; row_id is always the place
         ids = self.ids[index].tolist()
-        prompt = self.prompt_lengths[index]
-        return {"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:], "row_id": index}
+        labels = [IGNORE_INDEX] * len(ids)
+        for start, stop in self.spans(index):
+            labels[start:stop] = ids[start:stop]
+        return {"input_ids": ids, "labels": labels, "row_id": index}
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """Where the tokens of a row are learned: (first, behind the last) of each stretch, in order."""
+        bounds = self._spans.get(index)
+        if bounds is None:
+            return [(self.prompt_lengths[index], self.lengths[index])]
+        return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+    @property
+    def target_counts(self) -> list[int]:
+        """How many tokens of each row are learned."""
+        # Nothing predicts the first token of a row, whatever its label
+        counts = [length - max(prompt, 1) for length, prompt in zip(self.lengths, self.prompt_lengths, strict=True)]
+        for index in self._spans:
+            counts[index] = sum(stop - start for start, stop in self.spans(index))
+        return counts
 
     def subset(self, n: int) -> EncodedDataset:
         """Return the first ``n`` rows (all of them when there are fewer)."""
-        return EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n])
+        spans = {index: bounds for index, bounds in self._spans.items() if index < n}
+        return EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n], spans)
 
 
 @dataclass
@@ -65,11 +97,12 @@ class EncodingReport:
 
     Attributes:
         rows, kept, dropped: counts of rows; ``rows == kept + dropped``.
-        cut: rows whose response was cut, so that they end without the end-of-sequence token.
+        cut: rows whose end was cut, so that the last response lacks its end of turn.
         prompts_cut: rows whose input was shortened to fit ``max_prompt_length``.
         unlabelled: rows kept of which no label counts, so that nothing is learned from them.
         dropped_ids, unlabelled_ids: the first five ids of such rows (of tokenised rows: their numbers, from 0).
         prompt_tokens, response_tokens: tokens kept; those of responses carry the labels.
+        template: the prompt template that worded them, by its own name.
     """
 
     rows: int = 0
@@ -82,6 +115,7 @@ class EncodingReport:
     unlabelled_ids: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     response_tokens: int = 0
+    template: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -117,54 +151,53 @@ def encode_rows(
     max_length: int,
     max_prompt_length: int,
     long_rows: str = "drop",
+    train_on: TrainOn | None = None,
     progress: str | None = None,
     name: str = "data",
 ) -> tuple[EncodedDataset, EncodingReport]:
-    """Tokenise prompts and responses: ``prompt + response + end-of-sequence``, labels on response and end.
+    """Tokenise rows, with labels on what is learned: ``TextCutter`` says what that is, and docs/targets.md shows it.
 
-    Prompt and response are tokenised apart, so the first response token never depends on the prompt's last characters
-    and generation starts from the very tokens that training saw.
+    What is read and what is learned are tokenised apart, so the first token of a response never depends on the last
+    characters before it, and generation starts from the very tokens that training saw.
 
     Args:
         rows: the rows; ``row.response`` is the one trained on.
-        tokenizer: the student's tokenizer; its ``eos_token`` ends every response and is a target, also when it is the
-            padding token as well.
-        template: from ``get_template``.
+        tokenizer: the student's tokenizer; its ``eos_token`` ends the last response, and is learned, where a chat template
+            writes no end of turn of its own, also when it is the padding token as well.
+        template: from ``resolve_template``.
         max_length: limit of a row in tokens.
-        max_prompt_length: limit of its prompt in tokens; below ``max_length``. Longer prompts have their *input*
-            shortened; a row whose prompt does not fit even then is dropped.
-        long_rows: ``"drop"`` rows longer than ``max_length``, or ``"cut"`` their response (the end is lost with it).
+        max_prompt_length: limit of what comes before the first token that is learned; below ``max_length``. Longer ones
+            have the row's *input* shortened; a row without one, or that does not fit even then, is dropped.
+        long_rows: ``"drop"`` rows longer than ``max_length``, or ``"cut"`` them (the end is lost with it). A row of which
+            nothing that is learned is left is dropped.
+        train_on: which turns are learned; see ``TextCutter``.
         progress: the title of a progress bar on stderr, shown for more than 2,000 rows; None shows none.
         name: what errors call these rows, such as ``data.train``.
 
     Raises:
-        UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, no row left.
+        UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, a row that the template
+            cannot hold, no row left.
     """
     end = _checked_end(tokenizer, max_length, max_prompt_length, long_rows)
-    report = EncodingReport(rows=len(rows))
+    encoder = RowEncoder(tokenizer, TextCutter(tokenizer, template, train_on), max_length, max_prompt_length, end)
+    report = EncodingReport(rows=len(rows), template=template.name)
+    kept: list[EncodedRow] = []
     row_ids: list[str] = []
-    encoded: list[list[int]] = []
-    prompt_lengths: list[int] = []
     for block in _blocks(rows, progress):
-        prompts = encode_prompts(block, tokenizer, template, max_prompt_length)
-        texts = [row.response for row in block]
-        responses = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for row, prompt, response in zip(block, prompts, responses, strict=True):
-            ids = [] if prompt is None else [*prompt.ids, *response, end]
-            # A prompt that does not fit is dropped under both rules: cut, it would ask for something else.
-            if prompt is None or (long_rows == "drop" and len(ids) > max_length):
+        for row, encoded in zip(block, encoder.encode(block), strict=True):
+            if encoded is None or (long_rows == "drop" and encoded.cut):
                 report.dropped += 1
                 report.dropped_ids += [row.id] if len(report.dropped_ids) < 5 else []
                 continue
-            report.cut += len(ids) > max_length
-            report.prompts_cut += prompt.cut
+            report.cut += encoded.cut
+            report.prompts_cut += encoded.prompt_cut
             row_ids.append(row.id)
-            encoded.append(ids[:max_length])
-            prompt_lengths.append(len(prompt.ids))
-    dataset = EncodedDataset(row_ids, encoded, prompt_lengths)
+            kept.append(encoded)
+    spans = {k: row.spans for k, row in enumerate(kept) if list(row.spans) != [row.spans[0], len(row.ids)]}
+    dataset = EncodedDataset(row_ids, [row.ids for row in kept], [row.spans[0] for row in kept], spans)
     report.kept = len(dataset)
-    report.prompt_tokens = sum(prompt_lengths)
-    report.response_tokens = sum(dataset.lengths) - report.prompt_tokens
+    report.response_tokens = sum(dataset.target_counts)
+    report.prompt_tokens = sum(dataset.lengths) - report.response_tokens
     dataset.report = report
     if not len(dataset):
         raise UserError(
@@ -175,7 +208,7 @@ def encode_rows(
 
 
 def _checked_end(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, long_rows: str) -> int:
-    """The id that ends every response, once limits and tokenizer are known to fit together."""
+    """The id of the end-of-sequence token, once limits and tokenizer are known to fit together."""
     if long_rows not in ("drop", "cut"):
         raise UserError(f"data.long_rows: got {long_rows!r}, expected 'drop' or 'cut'")
     if not 0 < max_prompt_length < max_length:

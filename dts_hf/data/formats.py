@@ -1,118 +1,353 @@
-"""Every row format that is understood, turned into a ``Row``; everything wrong names the file and the line."""
+"""Every row format that is understood, turned into a ``Row``; everything wrong names the file and the line.
+
+A row is understood by its columns. The first format of these that is whole counts, and columns of no format are ignored:
+
+1. ``messages``, 2. ``conversations``: a conversation;
+3. a question and a response, each under one of several names (``PROMPTS``, ``RESPONSES``);
+4. ``text``: learned whole.
+
+Columns that change what is learned (tools, a system prompt, thoughts, images) are used or refused, never left out in
+silence: the user says so with ``data.columns: {images: null}``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from dts_hf.data.rows import Row
+from dts_hf.data.cells import is_encodable, items, kind, mapping, plain, text
+from dts_hf.data.columns import ALIASES, FIELDS, Columns, Record, listed
+from dts_hf.data.conversations import check_whole, read_messages, read_tools
+from dts_hf.data.rows import Message, Row
 from dts_hf.errors import UserError, nearest
 
-ROW_FORMAT = "{id, instruction, input, output} or {id, messages}"
-ROLES = ("system", "user", "assistant", "tool")
-# Names that other data sets use for our fields: only for the hint in an error message.
-OTHER_NAMES = {
-    "instruction": ("prompt", "question", "query", "instructions"),
-    "output": ("response", "completion", "answer", "target", "responses", "outputs", "references"),
-}
+ROW_FORMAT = (
+    "{instruction, input, output}, {prompt, completion}, {question, answer}, {messages}, {conversations} or {text}"
+)
+#: What is asked, and what responds to it. One of each is a row whatever their names; of several, ``PAIRS`` belong together.
+PROMPTS = ("instruction", "question", "query", "problem", "prompt")
+RESPONSES = ("output", "answer", "response", "solution", "completion")
+PAIRS = (
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("problem", "solution"),
+    ("prompt", "completion"),
+)
+#: Fields that a finished text has no place for: the pair that has.
+_OF_CHATS = ("system", "history", "tools", "reasoning_content", "input")
 
 
-def parse_row(obj: Mapping[str, Any], where: str, default_id: str) -> Row:
+def parse_row(obj: Mapping[str, Any], where: str, default_id: str, columns: Columns | None = None) -> Row:
     """Check one row and bring it into the one form.
 
     Args:
-        obj: the row as read; fields other than those of the row format are ignored.
+        obj: the row as read; columns of no format are ignored.
         where: the place named in errors, such as ``train.jsonl: line 3``.
         default_id: the id where the row has none.
+        columns: ``data.columns``: our names of columns, and theirs.
 
     Raises:
-        UserError: a missing field, a wrong type, an empty instruction or response.
+        UserError: no format is whole, two are, a value of the wrong type, or an empty prompt or response.
     """
     if not isinstance(obj, Mapping):
-        raise UserError(f"{where}: expected an object {ROW_FORMAT}, got {_kind(obj)}")
-    row_id = obj.get("id")
+        raise UserError(f"{where}: expected an object {ROW_FORMAT}, got {kind(obj)}")
+    record = Record(obj, columns, where)
+    row_id = _row_id(record, default_id)
+    _refuse_media(record)
+    for name in _by_precedence(record):
+        if name == "pair":
+            if pair := _pair(record):
+                return _with_reasoning(record, _answered(record, row_id, *pair))
+        elif record.has(name):
+            if name != "text":
+                return _with_reasoning(record, _conversation(record, row_id, name))
+            return Row(row_id, "", "", (text(record.get("text"), record.place("text")),), kind="text")
+    raise _no_format(record)
+
+
+def _by_precedence(record: Record) -> list[str]:
+    """The formats in order; what ``data.columns`` names was chosen by somebody, so it comes first."""
+    fields = {
+        "messages": ["messages"],
+        "conversations": ["conversations"],
+        "pair": [*PROMPTS, *RESPONSES],
+        "text": ["text"],
+    }
+    return sorted(fields, key=lambda name: record.mapped.isdisjoint(fields[name]))
+
+
+def _row_id(record: Record, default_id: str) -> str:
+    row_id = record.get("id")
     if row_id is None:
-        row_id = default_id
-    elif isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
-        raise UserError(f"{where}: field 'id': got {row_id!r}, expected a string that is not empty")
-    elif not is_encodable(str(row_id)):
-        raise UserError(f"{where}: field 'id' holds half of a surrogate pair (a broken \\ud8xx escape)")
-    if obj.get("messages") is not None:
-        return _conversation_row(obj["messages"], where, str(row_id))
-    instruction = _text(_required(obj, "instruction", where), f"{where}: field 'instruction'")
-    given_input = obj.get("input")
-    text_input = "" if given_input is None else _text(given_input, f"{where}: field 'input'", empty=True)
-    return Row(str(row_id), instruction, text_input, _references(_required(obj, "output", where), where))
+        return default_id
+    if isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
+        raise UserError(f"{record.place('id')}: got {row_id!r}, expected a string that is not empty")
+    if not is_encodable(str(row_id)):
+        raise UserError(f"{record.place('id')} holds half of a surrogate pair (a broken \\ud8xx escape)")
+    return str(row_id)
 
 
-def _kind(value: object) -> str:
-    """Name a JSON value's type in the words of JSON."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"the {type(value).__name__} {value!r}")
+def _refuse_media(record: Record) -> None:
+    for field in ("images", "videos", "audio"):
+        value = record.get(field)
+        if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+            raise UserError(
+                f"{record.place(field)}: this row has {field}, but only text is learned. Leave such rows out, or, where "
+                f"the text says it all, the column: data.columns: {{{field}: null}}"
+            )
 
 
-def _text(value: object, where: str, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: got {_kind(value)}, expected a string")
-    if not empty and not value.strip():
-        raise UserError(f"{where} is empty")
-    if not is_encodable(value):
-        raise UserError(f"{where} holds half of a surrogate pair (a broken \\ud8xx escape); tokenizers refuse it")
-    return value
+# ---------------------------------------------------------------------------------------------------- conversations
 
 
-def is_encodable(text: str) -> bool:
-    """Whether ``text`` has no half of a surrogate pair; neither tokenizers nor files take one."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _conversation(record: Record, row_id: str, field: str) -> Row:
+    place = record.place(field)
+    messages = read_messages(record.get(field), place, sharegpt=field == "conversations")
+    if record.has("chosen") and messages and messages[-1]["role"] != "assistant":
+        raise _preferences(record)
+    return _row_of_messages(record, row_id, messages, place)
 
 
-def _required(obj: Mapping[str, Any], name: str, where: str) -> object:
-    if obj.get(name) is not None:
-        return obj[name]
-    if name in obj:
-        raise UserError(f"{where}: field '{name}' is null, expected text")
-    # "input" is no misspelt "instruction"; a field of ours is never offered for renaming.
-    others = [key for key in obj if key not in ("id", "instruction", "input", "output", "messages")]
-    close = get_close_matches(name, others, n=1, cutoff=0.6) or [key for key in OTHER_NAMES[name] if key in others]
-    hint = f" Rename '{close[0]}' to '{name}'?" if close else ""
-    found = ", ".join(f"'{key}'" for key in obj) or "none"
-    raise UserError(f"{where}: field '{name}' is missing; found the fields {found}, expected {ROW_FORMAT}.{hint}")
+def _row_of_messages(
+    record: Record,
+    row_id: str,
+    messages: Sequence[Message],
+    place: str,
+    *,
+    given: int | None = None,
+    references: tuple[str, ...] = (),
+) -> Row:
+    """A row whose last message is its response.
+
+    Args:
+        record: for its system prompt, tools and arguments of the template.
+        row_id: the id.
+        messages: all of them.
+        place: what errors call them.
+        given: how many are the prompt, of prompt and completion.
+        references: further good responses after the last message's.
+    """
+    system = _system(record)
+    if system is not None:
+        if messages and messages[0]["role"] in ("system", "developer"):
+            if messages[0]["content"] != system:
+                raise UserError(
+                    f"{record.place('system')}: the conversation begins with another system prompt. Leave one of them "
+                    "out: data.columns: {system: null}"
+                )
+        else:
+            messages = ({"role": "system", "content": system}, *messages)
+            given = None if given is None else given + 1
+    check_whole(messages, place)
+    *prompt, answer = messages
+    question = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
+    return Row(
+        row_id,
+        question,
+        "",
+        (answer["content"], *references),
+        tuple(prompt),
+        "messages",
+        answer if answer.keys() - {"role", "content"} else None,
+        given,
+        read_tools(record.get("tools"), record.place("tools")),
+        _template_arguments(record),
+    )
 
 
-def _references(output: object, where: str) -> tuple[str, ...]:
-    if not isinstance(output, (list, tuple)):
-        return (_text(output, f"{where}: field 'output'"),)
-    if not output:
-        raise UserError(f"{where}: field 'output' is an empty list, expected at least one response")
-    return tuple(_text(text, f"{where}: field 'output', reference {k}") for k, text in enumerate(output, 1))
+def _system(record: Record) -> str | None:
+    value = record.get("system")
+    return text(value, record.place("system")) if value is not None and value != "" else None
 
 
-def _conversation_row(messages: object, where: str, row_id: str) -> Row:
-    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
-        raise UserError(f"{where}: field 'messages': expected a list of at least two messages (user, assistant)")
-    checked = []
-    for k, message in enumerate(messages, 1):
-        place = f"{where}: message {k}"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{place}: expected an object {{role, content}}, got {_kind(message)}")
-        role = message.get("role")
-        if role not in ROLES:
-            hint = nearest(role, ROLES) if isinstance(role, str) else ""
-            raise UserError(f"{place}: role: got {role!r}, expected one of {', '.join(ROLES)}.{hint}")
-        # Only a system message may be empty: templates use that to switch their default one off.
-        content = _text(message.get("content"), f"{place}: content", empty=role == "system")
-        checked.append({"role": role, "content": content})
-    prompt, response = checked[:-1], checked[-1]
-    if response["role"] != "assistant":
+def _template_arguments(record: Record) -> Mapping[str, Any] | None:
+    value = record.get("chat_template_kwargs")
+    if value is None or value == "":
+        return None
+    place = record.place("chat_template_kwargs")
+    given = mapping(value, place, "a mapping, such as {enable_thinking: false}")
+    return plain(given, place, nulls=isinstance(value, str)) or None
+
+
+def _with_reasoning(record: Record, row: Row) -> Row:
+    """``row`` with the thoughts of its own column, as a conversation: other kinds have no place for them."""
+    value = record.get("reasoning_content")
+    if value is None or value == "":
+        return row
+    place = record.place("reasoning_content")
+    thoughts = text(value, place)
+    if row.kind == "instruction":
+        question = row.prompt_messages[-1]["content"]
+        row = replace(row, kind="messages", instruction=question, input="", messages=row.prompt_messages)
+    answer = row.conversation[-1]
+    if answer.get("reasoning_content", thoughts) != thoughts:
         raise UserError(
-            f"{where}: the last message has the role '{response['role']}', expected 'assistant' (the response)"
+            f"{place}: the last message has other thoughts. Leave one out: data.columns: {{reasoning_content: null}}"
         )
-    questions = [message["content"] for message in prompt if message["role"] == "user"]
-    if not questions:
-        raise UserError(f"{where}: no message before the response has the role 'user'")
-    return Row(row_id, questions[-1], "", (response["content"],), tuple(prompt), "messages")
+    return replace(row, answer={**answer, "reasoning_content": thoughts})
+
+
+# ------------------------------------------------------------------------------------------- a question, a response
+
+
+def _pair(record: Record) -> tuple[str, str] | None:
+    """The names of the question and the response that count; None where there is no whole pair."""
+    asked = [field for field in PROMPTS if record.has(field)]
+    responded = [field for field in RESPONSES if record.has(field)]
+    if not asked or not responded:
+        return None
+    whole = [pair for pair in PAIRS if pair[0] in asked and pair[1] in responded]
+    # What data.columns names was chosen by somebody.
+    named = (
+        [field for field in asked if field in record.mapped],
+        [field for field in responded if field in record.mapped],
+    )
+    if any(named):
+        asked, responded = named[0] or asked, named[1] or responded
+        whole = [pair for pair in whole if pair[0] in asked and pair[1] in responded]
+    if len(asked) == len(responded) == 1:
+        return asked[0], responded[0]
+    if len(whole) == 1:
+        return whole[0]
+    raise UserError(
+        f"{record.where}: found the columns {listed(asked)} for the prompt and {listed(responded)} for the response, "
+        f"expected one of each. Say which: data.columns: {{{asked[0]}: {asked[0]}, {responded[0]}: {responded[0]}}}"
+    )
+
+
+def _answered(record: Record, row_id: str, asked: str, responded: str) -> Row:
+    """A question or a finished prompt, and its response; or two lists of messages."""
+    label = record.get("label")
+    if isinstance(label, bool):
+        raise UserError(
+            f"{record.place('label')}: got {str(label).lower()}: this is a preference set, whose responses are partly bad "
+            "ones. Keep the rows with true, without this column"
+        )
+    if _is_messages(record.get(asked)) or _is_messages(record.get(responded)):
+        return _continued_conversation(record, row_id, asked, responded)
+    question = text(record.get(asked), record.place(asked))
+    references = _references(record, responded)
+    if (asked, responded) == ("prompt", "completion"):
+        _refuse_beside_a_finished_prompt(record)
+        kwargs = _template_arguments(record)
+        return Row(row_id, question, "", references, kind="prompt", chat_template_kwargs=kwargs)
+    given = record.get("input")
+    about = "" if given is None else text(given, _or_without(record, "input"), empty=True)
+    row = Row(row_id, question, about, references, chat_template_kwargs=_template_arguments(record))
+    history = _history(record)
+    tools = read_tools(record.get("tools"), record.place("tools"))
+    if not history and not tools and _system(record) is None:
+        return row
+    # Alpaca's text has no place for them, so the row is a conversation.
+    messages = (*history, *row.conversation)
+    return _row_of_messages(record, row_id, messages, record.where, references=references[1:])
+
+
+def _or_without(record: Record, field: str) -> str:
+    """The place of a value that another data set may have under this name, meaning something else."""
+    place = record.place(field)
+    is_alias = any(f"column '{name}'" in place for name in ALIASES.get(field, ()))
+    return f"{place} (data.columns: {{{field}: null}} leaves it out)" if is_alias else place
+
+
+def _is_messages(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _continued_conversation(record: Record, row_id: str, asked: str, responded: str) -> Row:
+    if not _is_messages(record.get(asked)):
+        raise UserError(f"{record.place(asked)}: got {kind(record.get(asked))}, expected messages as in '{responded}'")
+    prompt = read_messages(record.get(asked), record.place(asked))
+    references: tuple[str, ...] = ()
+    if _is_messages(record.get(responded)):
+        completion = read_messages(record.get(responded), record.place(responded))
+    else:
+        first, *references = _references(record, responded)  # type: ignore[assignment]
+        completion = ({"role": "assistant", "content": first},)
+    place = record.place(responded)
+    return _row_of_messages(
+        record, row_id, (*prompt, *completion), place, given=len(prompt), references=tuple(references)
+    )
+
+
+def _references(record: Record, field: str) -> tuple[str, ...]:
+    output, place = record.get(field), record.place(field)
+    if not isinstance(output, (list, tuple)):
+        return (text(output, place),)
+    if not output:
+        raise UserError(f"{place} is an empty list, expected at least one response")
+    return tuple(text(one, f"{place}, reference {number}") for number, one in enumerate(output, 1))
+
+
+def _refuse_beside_a_finished_prompt(record: Record) -> None:
+    for field in _OF_CHATS:
+        if record.get(field) not in (None, "", [], ()):
+            raise UserError(
+                f"{record.place(field)}: a finished prompt is continued as it stands, so there is no place for it. Where "
+                "the prompt is a question: data.columns: {instruction: prompt, output: completion}; otherwise write it "
+                f"into the prompt, or leave it out: data.columns: {{{field}: null}}"
+            )
+
+
+def _history(record: Record) -> tuple[Message, ...]:
+    value, place = record.get("history"), record.place("history")
+    if value is None or value == "":
+        return ()
+    expected = "a list of [question, answer]"
+    turns = items(value, place, expected)
+    if _is_messages(turns):
+        return read_messages(turns, place)
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        pair = items(turn, f"{place}, turn {number}", "[question, answer]")
+        if len(pair) != 2:
+            raise UserError(f"{place}, turn {number}: got {len(pair)} texts, expected [question, answer]")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": text(said, f"{place}, turn {number}")})
+    return tuple(messages)
+
+
+# ------------------------------------------------------------------------------------------------------- no format
+
+
+def _no_format(record: Record) -> UserError:
+    """What is missing of the format that the row comes nearest to."""
+    if record.has("chosen") or record.has("rejected"):
+        return _preferences(record)
+    asked = [field for field in PROMPTS if field in record.names]
+    responded = [field for field in RESPONSES if field in record.names]
+    for field in (*asked, *responded, "messages", "conversations", "text"):
+        if record.is_null(field):
+            return UserError(f"{record.place(field)} is null or an empty cell, expected text")
+    missing, wanted = "no row format is whole", [*PROMPTS, *RESPONSES, "messages", "conversations", "text"]
+    if asked and not responded:
+        partner = dict(PAIRS)[asked[0]]
+        missing, wanted = f"the response ('{partner}') is missing", [partner, *RESPONSES]
+    elif responded and not asked:
+        partner = next(prompt for prompt, response in PAIRS if response == responded[0])
+        missing, wanted = f"the prompt ('{partner}') is missing", [partner, *PROMPTS]
+    # "input" is no misspelt "instruction"; a field of ours is never offered for another.
+    others = [name for name in record.names if name not in FIELDS]
+    hint = next(filter(None, (nearest(name, wanted) for name in others)), "")
+    example = f"{{{wanted[0]}: {others[0][:80] if others else 'NAME'}}}"
+    return UserError(
+        f"{record.where}: {missing}; found the columns {record.found()}, expected {ROW_FORMAT}.{hint} Columns of other "
+        f"names are given by data.columns, such as {example}"
+    )
+
+
+def _preferences(record: Record) -> UserError:
+    ours = "completion"
+    if record.has("conversations") or not any(record.has(field) for field in PROMPTS):
+        ours = "messages"
+    elif not record.has("prompt"):
+        ours = dict(PAIRS)[next(field for field in PROMPTS if record.has(field))]
+    advice = f"Train on the chosen responses: data.columns: {{{ours}: chosen}}"
+    if record.has("conversations"):
+        advice = "Append the chosen response to the conversation"
+    return UserError(
+        f"{record.where}: this is a preference set (found the columns {record.found()}), expected one response a row. "
+        f"{advice}"
+    )

@@ -7,30 +7,40 @@ import importlib.util
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from dts_hf.data.columns import Columns
 from dts_hf.data.formats import ROW_FORMAT, parse_row
-from dts_hf.data.row_files import read_objects, row_file_stem
+from dts_hf.data.mixture import Mixture, Part, weighted
+from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
 from dts_hf.files import file_sha256
+from dts_hf.recipe.schema import Source
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
+#: What ``data.train`` may be: a source, or several.
+Sources: TypeAlias = "str | Path | Source | Sequence[str | Path | Source]"
 
 
-def load_rows(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
+def load_rows(
+    source: str | Path, *, split: str = "train", limit: int | None = None, columns: Columns | None = None
+) -> list[Row]:
     """Load and check the rows of one source.
 
     Args:
-        source: a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file, a folder or a glob of such files, or the name of a
-            data set on the Hub (``owner/name`` or ``owner/name:configuration``).
-        split: the split of a Hub data set; in a folder whose file names begin with split names, the files to take.
+        source: a row file (JSON lines, JSON, Parquet, CSV, TSV, Arrow), a folder or a glob of such files, a folder that
+            ``datasets`` has saved, or the name of a data set on the Hub (``owner/name`` or
+            ``owner/name:configuration``).
+        split: the split of a Hub data set or a saved ``DatasetDict``; in a folder whose file names begin with split
+            names, the files to take.
         limit: read this many rows at most.
+        columns: our names of columns, and theirs; see ``formats.parse_row``.
 
     Returns:
         At least one row, in file order. A row without an id is called ``<file>-<line>``.
@@ -38,41 +48,83 @@ def load_rows(source: str | Path, *, split: str = "train", limit: int | None = N
     Raises:
         UserError: nothing there, or a row that is wrong, with file and line.
     """
-    files = source_files(source, split=split)
-    records = _hub_records(str(source), split) if files is None else _file_records(files)
-    return _unique(islice(records, limit), source)
+    return _unique(islice(_records(str(source), split, columns, Counter()), limit), source)
 
 
 def load_many(
-    sources: str | Path | Sequence[str | Path], *, split: str = "train", limit: int | None = None
+    sources: Sources, *, split: str = "train", limit: int | None = None, columns: Columns | None = None
 ) -> list[Row]:
-    """Load several sources one after the other as one data set; see ``load_rows``.
+    """Load several sources one after the other as one data set; see ``load_mixture``.
 
     Args:
         sources: one source, or a list of them.
-        split: as in ``load_rows``, for every source.
+        split: as in ``load_rows``, for every source that names none.
         limit: at most this many rows altogether.
+        columns: as in ``load_rows``, for every source that has none of its own.
 
     Raises:
         UserError: as ``load_rows``, or an id that two sources use.
     """
-    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    return load_mixture(sources, split=split, limit=limit, columns=columns).rows
+
+
+def load_mixture(
+    sources: Sources, *, split: str = "train", limit: int | None = None, columns: Columns | None = None
+) -> Mixture:
+    """Load several sources one after the other as one data set, each as often as its weight says.
+
+    Args:
+        sources: one source, or a list of them.
+        split: as in ``load_rows``, for every source that names none.
+        limit: the first so many rows of them all.
+        columns: as in ``load_rows``, for every source that has none of its own.
+
+    Raises:
+        UserError: as ``load_rows``, an id that two sources use, or a weight that leaves no row.
+    """
+    listed = as_sources(sources)
+    named: list[tuple[Row, str]] = []
+    parts = []
+    stems: Counter[str] = Counter()
+    for source in listed:
+        remaining = None if limit is None else limit - len(named)
+        if remaining == 0:
+            break
+        # What is taken of a fraction depends on all rows.
+        first = remaining if source.weight == 1 else None
+        of_source = _records(source.source, _split_for(source, split), source.columns or columns, stems)
+        read = _unique(islice(of_source, first), source.source)
+        rows = weighted(read, source.weight, source.source)[:remaining]
+        parts.append(Part(_public_name(source.source), source.split, source.weight, len(read), len(rows)))
+        named += [(row, source.source) for row in rows]
+    return Mixture(_unique(iter(named)), tuple(parts))
+
+
+def as_sources(sources: Sources) -> list[Source]:
+    """Every source with its split, weight and columns.
+
+    Raises:
+        UserError: there is none.
+    """
+    listed = [sources] if isinstance(sources, (str, Path, Source)) else list(sources)
     if not listed:
         raise UserError("no data: the list of sources is empty")
-    named: list[tuple[Row, str]] = []
-    for source in listed:
-        if limit is None or len(named) < limit:
-            remaining = None if limit is None else limit - len(named)
-            named += [(row, str(source)) for row in load_rows(source, split=split, limit=remaining)]
-    return _unique(iter(named))
+    return [one if isinstance(one, Source) else Source(source=str(one)) for one in listed]
 
 
-def rows_from_dataset(dataset: Iterable[Any], name: str = "dataset") -> list[Row]:
+def _split_for(source: Source, split: str) -> str:
+    if source.split is not None and os.path.isfile(os.path.expanduser(source.source)):
+        raise UserError(f"{source.source}: split: got '{source.split}', but one file has no splits; leave it out")
+    return split if source.split is None else source.split
+
+
+def rows_from_dataset(dataset: Iterable[Any], name: str = "dataset", columns: Columns | None = None) -> list[Row]:
     """Check the rows of a ``datasets.Dataset``, a list of dicts, or a list of ``Row``.
 
     Args:
-        dataset: the rows; the row format is that of files.
+        dataset: the rows; the row formats are those of files.
         name: the name in errors and in the ids of rows without one.
+        columns: our names of columns, and theirs.
 
     Raises:
         UserError: a row is wrong (the message counts rows from 1), or there are none.
@@ -81,7 +133,7 @@ def rows_from_dataset(dataset: Iterable[Any], name: str = "dataset") -> list[Row
     def records() -> Iterator[tuple[Row, str]]:
         for k, obj in enumerate(dataset, 1):
             where = f"{name}: row {k}"
-            yield (obj if isinstance(obj, Row) else parse_row(obj, where, f"{name}-{k}")), where
+            yield (obj if isinstance(obj, Row) else parse_row(obj, where, f"{name}-{k}", columns)), where
 
     return _unique(records(), name)
 
@@ -98,7 +150,7 @@ def source_files(source: str | Path, *, split: str = "train") -> list[Path] | No
     # os.path answers False where Path raises: for a name that is too long, or holds a NUL.
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
-        return _files_of_split(path, split)
+        return _saved_files(path, split) or _files_of_split(path, split)
     if os.path.exists(path):
         if not path.name.endswith(DATA_SUFFIXES) or not path.is_file():
             raise UserError(f"{text}: expected a file ending in {', '.join(DATA_SUFFIXES)}")
@@ -121,8 +173,38 @@ def source_files(source: str | Path, *, split: str = "train") -> list[Path] | No
 
 
 def _looks_like_a_path(text: str) -> bool:
-    endings = (*DATA_SUFFIXES, ".gz", ".csv", ".tsv", ".txt", ".arrow")
+    endings = (*DATA_SUFFIXES, ".gz", ".txt", ".feather", ".xlsx")
     return text.endswith(endings) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
+def _saved_files(folder: Path, split: str) -> list[Path] | None:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` has written, in order.
+
+    Returns:
+        None where the folder is none of these.
+
+    Raises:
+        UserError: it is one, and cannot be read, or does not have the split.
+    """
+    try:
+        if os.path.isfile(folder / "dataset_dict.json"):
+            splits = sorted(inner.name for inner in folder.iterdir() if (inner / "state.json").is_file())
+            if split not in splits:
+                found = ", ".join(splits) or "none"
+                raise UserError(f"{folder}: no split '{split}'; found {found}.{nearest(split, splits)}")
+            folder = folder / split
+        if not os.path.isfile(folder / "state.json") or not os.path.isfile(folder / "dataset_info.json"):
+            return None
+        names = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: cannot be read as a data set that datasets has saved: {error!r}") from None
+    # Beside them lie files of the cache, with rows that were mapped or filtered; and a name may not lead elsewhere.
+    files = [folder / name for name in names if Path(name).name == name and name.endswith(".arrow")]
+    if not files or len(files) != len(names) or not all(file.is_file() for file in files):
+        raise UserError(f"{folder}: state.json names files that are not here: {', '.join(names)[:200] or 'none'}")
+    return files
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -157,23 +239,35 @@ def _split_of(file: Path) -> str | None:
     return word[0] if word and word[0] in SPLIT_NAMES else None
 
 
-def _file_records(files: Iterable[Path]) -> Iterator[tuple[Row, str]]:
-    for file in files:
+def _records(source: str, split: str, columns: Columns | None, stems: Counter[str]) -> Iterator[tuple[Row, str]]:
+    """(row, place) of one source; ``stems`` are the names that ids of rows without one began with before."""
+    files = source_files(source, split=split)
+    if files is None:
+        for default_id, where, obj in hub_objects(source, split, stems):
+            yield parse_row(obj, where, default_id, columns), where
+    for file in files or ():
         empty = True
+        stem = _own_stem(row_file_stem(file), stems)
         for number, where, obj in read_objects(file):
             empty = False
-            yield parse_row(obj, where, f"{row_file_stem(file)}-{number}"), where
+            yield parse_row(obj, where, f"{stem}-{number}", columns), where
         if empty:
             raise UserError(f"{file}: the file holds no rows; expected rows {ROW_FORMAT}")
 
 
-def _hub_records(name: str, split: str) -> Iterator[tuple[Row, str]]:
-    for default_id, where, obj in hub_objects(name, split):
-        yield parse_row(obj, where, default_id), where
+def _own_stem(stem: str, stems: Counter[str]) -> str:
+    """``train``, and ``train.2`` for the second file of that name."""
+    stems[stem] += 1
+    return stem if stems[stem] == 1 else f"{stem}.{stems[stem]}"
 
 
-def hub_objects(name: str, split: str) -> Iterator[tuple[str, str, Any]]:
+def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Iterator[tuple[str, str, Any]]:
     """Yield (default id, place, object) of every row of a Hub data set, unchecked.
+
+    Args:
+        name: ``owner/name`` or ``owner/name:configuration``.
+        split: its split.
+        stems: what default ids of other sources begin with; those of this one are told apart.
 
     Raises:
         UserError: it cannot be loaded.
@@ -189,12 +283,13 @@ def hub_objects(name: str, split: str) -> Iterator[tuple[str, str, Any]]:
     except Exception as error:  # whatever readers, network and caches raise; an IndexError for ":"
         raise UserError(
             f"{name}: no such file here, and it cannot be loaded as a data set from the Hub, split '{split}': "
-            f"{' '.join(str(error).split())[:300]}. Give a local file (.jsonl, .jsonl.gz, .parquet) instead, "
+            f"{' '.join(str(error).split())[:300]}. Give a local file (.jsonl, .parquet, .csv, ...) instead, "
             f"or load the data set once with network access so that it is cached."
         ) from error
+    stem = _own_stem(path.replace("/", "-"), Counter() if stems is None else stems)
     for number, obj in enumerate(dataset, 1):
         where = f"{name}, split '{split}': row {number}"
-        yield f"{path.replace('/', '-')}-{number}", where, obj
+        yield f"{stem}-{number}", where, obj
 
 
 def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> list[Row]:
@@ -203,7 +298,10 @@ def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> list[R
     rows = []
     for row, where in records:
         if row.id in places:
-            raise UserError(f"{where}: the id '{row.id}' is already used by {places[row.id]}; ids must be unique")
+            raise UserError(
+                f"{where}: the id '{row.id}' is already used by {places[row.id]}; ids must be unique. Where they are not, "
+                "rows are numbered by data.columns: {id: null}"
+            )
         places[row.id] = where
         rows.append(row)
     if source is not None and not rows:
@@ -212,35 +310,61 @@ def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> list[R
 
 
 def manifest(
-    sources: str | Path | Sequence[str | Path], rows: Sequence[Row], *, split: str = "train"
+    sources: Sources, rows: Sequence[Row], *, split: str = "train", parts: Sequence[Part] = ()
 ) -> dict[str, Any]:
     """Describe where rows come from, for ``data_manifest.json``.
 
     Args:
-        sources: what was given to ``load_many``.
+        sources: what was given to ``load_mixture``.
         rows: the rows that it returned.
-        split: as given to ``load_many``.
+        split: as given to ``load_mixture``.
+        parts: what it says of each source.
 
     Returns:
         ``source`` (a string, or a list for several; of a path outside the current folder the file name alone),
-        ``sha256`` and ``rows``. The digest is that of the file; of ``sha256sum``'s output lines for several files;
-        of the rows themselves for a Hub data set.
+        ``sha256`` and ``rows``; of several sources, or weighted ones, ``mixture``: what each gives. The digest is that of
+        the file; of ``sha256sum``'s output lines for several files; of the rows themselves for a Hub data set. Weights
+        and columns of a source count in it.
     """
-    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    listed = as_sources(sources)
     digests: list[tuple[str, str]] = []
     for source in listed:
-        files = source_files(source, split=split)
+        files = source_files(source.source, split=split if source.split is None else source.split)
         if files is None:
-            content = json.dumps([[r.id, r.instruction, r.input, r.references, r.messages] for r in rows])
-            digests.append((hashlib.sha256(content.encode()).hexdigest(), str(source)))
+            digests.append((_sha256(json.dumps([_content(row) for row in rows], default=str)), source.source))
         else:
             digests += [(file_sha256(file), file.name) for file in files]
+        changed = {"weight": source.weight, "columns": source.columns}
+        if changed != {"weight": 1, "columns": None}:
+            digests.append((_sha256(json.dumps(changed, sort_keys=True)), f"weight and columns of {source.source}"))
     lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
-    return {
-        "source": _public_name(listed[0]) if len(listed) == 1 else [_public_name(source) for source in listed],
-        "sha256": digests[0][0] if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest(),
+    described: dict[str, Any] = {
+        "source": _public_name(listed[0].source)
+        if len(listed) == 1
+        else [_public_name(source.source) for source in listed],
+        "sha256": digests[0][0] if len(digests) == 1 else _sha256(lines),
         "rows": len(rows),
     }
+    if len(parts) > 1 or any(part.weight != 1 for part in parts):
+        described["mixture"] = [part.described() for part in parts]
+    return described
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(row: Row) -> list[Any]:
+    """What is learned of a row."""
+    further = (row.answer, row.given, row.tools, row.chat_template_kwargs)
+    return [
+        row.id,
+        row.instruction,
+        row.input,
+        row.references,
+        row.messages,
+        *(one for one in further if one is not None),
+    ]
 
 
 def _public_name(source: str | Path) -> str:

@@ -334,10 +334,10 @@ def check_encoded(dataset: EncodedDataset, form: RowForm) -> EncodingReport:
     Raises:
         UserError: a token is outside the vocabulary, or no row has a label.
     """
-    lengths, prompts = np.array(dataset.lengths), np.array(dataset.prompt_lengths)
+    lengths, targets = np.array(dataset.lengths), np.array(dataset.target_counts)
     form = dataclasses.replace(form, row_ids=dataset.row_ids)
     form.check({"input_ids": Flat(np.concatenate([np.asarray(row) for row in dataset.ids]), lengths)}, 0)
-    return report_of(lengths, lengths - prompts.clip(min=1), form.name, dataset.row_ids)
+    return report_of(lengths, targets, form.name, dataset.row_ids)
 
 
 def report_of(

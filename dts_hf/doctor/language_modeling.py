@@ -10,9 +10,10 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from dts_hf.console import duration
+from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.doctor import tokens
+from dts_hf.doctor import masks, tokens
 from dts_hf.doctor.diagnosis import Check, Skipped, need
 from dts_hf.doctor.effect import Sample
 from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
@@ -47,7 +48,7 @@ class LanguageModelWalk(Walk):
         self.beside = max(0, resident_bytes() - self.before)  # rows, tokenizers: a vocabulary of 262,144 takes 0.3 GB
         with self.diagnosis.check("template") as check:
             tokenizers, rows = need(self.tokenizers, "a tokenizer"), tokens.spaced(self.kept, SAMPLE_ROWS)
-            tokens.check_template(check, self.task.template, tokenizers, rows)
+            tokens.check_template(check, self.task.template(tokenizers["student"]), tokenizers, rows)
 
     def look_at_models(self) -> None:
         with contextlib.suppress(Exception):  # loading the model says it better
@@ -58,7 +59,9 @@ class LanguageModelWalk(Walk):
         both = {"student": self.student, "teacher": self.teacher}
         models: dict[str, Any] = {who: model for who, model in both.items() if model is not None}
         with self.diagnosis.check("special-tokens") as check:
-            tokens.check_special_tokens(check, need(self.tokenizers, "a tokenizer"), models, self.data)
+            tokenizers = need(self.tokenizers, "a tokenizer")
+            ends = end_of_turn_ids(tokenizers["student"], self.task.template(tokenizers["student"]))
+            tokens.check_special_tokens(check, tokenizers, models, self.data, ends)
         with self.diagnosis.check("vocabulary") as check:
             # An id that means two things tells nothing of the other head
             comparable = self.recipe.teacher and self.diagnosis["tokenizers"].status != "error"
@@ -97,8 +100,11 @@ class LanguageModelWalk(Walk):
                     self.make_trainer()
             padded = PaddedCollator(int(tokenizer.pad_token_id))
             collator: Any = padded if self.trainer is None else self.trainer.data_collator
-            tokens.check_labels(check, data, collator, int(tokenizer.eos_token_id))
-            self.diagnosis.picture = tokens.picture(data, collator, tokenizer)
+            cutter = self.task.cutter(tokenizer)
+            ends = {*end_of_turn_ids(tokenizer, cutter.template), int(tokenizer.eos_token_id)}
+            masks.check_labels(check, data, collator, ends)
+            masks.check_roles(check, tokens.spaced(self.kept, SAMPLE_ROWS), cutter)
+            self.diagnosis.picture = masks.picture(data, collator, tokenizer, ends, self.kept)
         super().look_at_loss()
 
     def answer(self, check: Check) -> None:
@@ -108,7 +114,9 @@ class LanguageModelWalk(Walk):
         data = self.task.recipe.data.model_copy(update={"teacher_max_new_tokens": limit})
         recipe = self.task.recipe.model_copy(update={"data": data})
         began = time.monotonic()
-        rows, _ = answer_rows(recipe, need(self.teacher, "the teacher"), self.tokenizer, self.task.template, asked)
+        rows, _ = answer_rows(
+            recipe, need(self.teacher, "the teacher"), self.tokenizer, self.task.template(self.tokenizer), asked
+        )
         answered = {row.id: row for row in rows if row is not None}
         seconds = time.monotonic() - began
         prompts = len(need(self.rows, "rows").train) + len(need(self.rows, "rows").validation)
@@ -141,7 +149,7 @@ class LanguageModelWalk(Walk):
         trainer, cut = cast(DistillationTrainer, need(self.trainer, "a trainer")), self.recipe.student.init is not None
         self.sample = self.sample_of()
         check_teacher(check, trainer.eval_loss, self.sample, trainer.vocab_size, cut)
-        if self.recipe.data.prompt_template != "chat" and "teacher_ce" in check.values:
+        if not self.task.template(self.tokenizer).is_chat and "teacher_ce" in check.values:
             self.try_chat_template(check, trainer)
 
     def sample_of(self, teacher: PreTrainedModel | None = None) -> Sample:
@@ -154,7 +162,7 @@ class LanguageModelWalk(Walk):
         tokenizer = need(self.tokenizers, "a tokenizer")["teacher"]
         if not tokenizer.chat_template:
             return
-        given, name = check.values["teacher_ce"], self.recipe.data.prompt_template
+        given, name = check.values["teacher_ce"], self.task.template(self.tokenizer).name
         data = self.recipe.data.model_copy(update={"prompt_template": "chat"})
         rows = Rows([self.kept[index] for index in self.sample_rows])
         encoded = LanguageModeling(self.recipe.model_copy(update={"data": data})).encode(rows, tokenizer).train

@@ -22,6 +22,8 @@ KINDS = {
     "masked": ("dim", 16, 110), "learned": ("green", 110, 40),
     "end": ("bold black on green", 40, 0), "padding": ("dim italic", 0, 0),
 }  # fmt: skip
+#: What stands around learned tokens where there are no colours.
+OPEN, CLOSE = "«", "»"
 WIDEST = 120
 #: Columns of the memory table, so few that they fit into 80, and the parts that each sums up; ``--json`` has all.
 COLUMNS = {
@@ -30,13 +32,15 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def screen(diagnosis: Diagnosis) -> Group:
-    """Everything that a person reads."""
+def screen(diagnosis: Diagnosis, *, colours: bool = True) -> Group:
+    """Everything that a person reads; without colours what is learned stands between marks."""
     parts: list[Any] = [_checks(diagnosis)]
     if diagnosis.picture:
         learned = any(segment.kind == "learned" for row in diagnosis.picture for segment in row.segments)
-        title = "what is learned (green) of two rows; prompt and padding are not"
-        parts += [_rule(title if learned else "two rows and their labels (green)"), *map(_pictured, diagnosis.picture)]
+        count, how = len(diagnosis.picture), "green" if colours else f"between {OPEN} and {CLOSE}"
+        title = f"what is learned ({how}) of {count} rows; prompt and padding are not"
+        parts.append(_rule(title if learned else f"{count} rows and their labels ({how})"))
+        parts += [_pictured(row, colours) for row in diagnosis.picture]
     if diagnosis.memory:
         free = f"{gb(diagnosis.device['memory'])} free on this {diagnosis.device['name']}"
         parts += [_rule(f"estimated memory per device, GB ({free})"), _memory(diagnosis)]
@@ -45,7 +49,8 @@ def screen(diagnosis: Diagnosis) -> Group:
 
 def print_screen(diagnosis: Diagnosis) -> None:
     """``screen``, as wide as the terminal."""
-    Console(width=min(shutil.get_terminal_size((100, 40)).columns, WIDEST)).print(screen(diagnosis))
+    console = Console(width=min(shutil.get_terminal_size((100, 40)).columns, WIDEST))
+    console.print(screen(diagnosis, colours=console.is_terminal and not console.no_color))
 
 
 def _rule(title: str) -> Rule:
@@ -71,9 +76,13 @@ def _found(check: Check) -> Text:
     return Text("\n").join(line for line in lines if line.plain)
 
 
-def _pictured(row: PicturedRow) -> Padding:
+def _pictured(row: PicturedRow, colours: bool) -> Padding:
     text = Text.assemble((f"{row.id}: ", "bold"))
+    marked = False
     for segment in row.segments:
+        if (segment.kind in ("learned", "end")) != marked and not colours:
+            text.append(CLOSE if marked else OPEN)
+            marked = not marked
         style, first, last = KINDS[segment.kind]
         visible = segment.text.replace("\n", "⏎")
         if segment.kind == "padding":
@@ -81,6 +90,7 @@ def _pictured(row: PicturedRow) -> Padding:
         elif len(visible) > first + last + 5:
             visible = f"{visible[:first]} … {visible[-last:] if last else ''}"
         text.append(visible, style=style)
+    text.append(CLOSE if marked else "")
     return Padding(text, (0, 0, 0, 2))
 
 

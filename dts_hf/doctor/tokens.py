@@ -1,27 +1,24 @@
-"""Checks of everything between a row and its labels: tokenizers, special tokens, chat template, limits, label mask."""
+"""Checks of everything between a row and its labels: tokenizers, special tokens, chat template, limits."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dts_hf.data.chat_templates import Template, chat_messages, leading_special_ids
+from dts_hf.data.chat_templates import Template, end_of_turn, leading_special_ids, render_messages
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
-from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment
-from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.data.targets import TextCutter
+from dts_hf.doctor.diagnosis import Check
+from dts_hf.errors import UserError
 from dts_hf.models.pruning import evenly_spaced
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.task import Rows
 
 T = TypeVar("T")
-Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 #: Share of rows above which a warning is given.
 MANY_ROWS = 0.05
 #: What too many rows suffer under a limit: code, text and advice by the name of their count in ``EncodingReport``.
@@ -38,8 +35,6 @@ LIMITS = {
         "Raise data.max_prompt_length: a question about a text that is not there teaches to make things up",
     ),
 }
-#: Rows whose labels are looked at.
-LABELLED_ROWS = 64
 
 
 def spaced(items: Sequence[T], count: int) -> list[T]:
@@ -136,20 +131,23 @@ def check_special_tokens(
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
     models: Mapping[str, Any],
     data: EncodedDataset | None,
+    turn_ends: Sequence[int] = (),
 ) -> None:
-    """The end token that is taught must be the one that the models stop at.
+    """The end token that is taught must be one that the models stop at.
 
     Args:
         check: takes what is found.
         tokenizers: of ``student`` and ``teacher``.
         models: the same, as far as they are there.
         data: tokenised training rows.
+        turn_ends: the tokens that end an answer in the prompt template (``end_of_turn_ids``).
     """
     student, teacher = tokenizers["student"], tokenizers["teacher"]
-    end, pad = student.eos_token_id, student.pad_token_id
+    end, pad = next(iter(turn_ends), student.eos_token_id), student.pad_token_id
     padding = "which also pads, told apart by length" if pad == end else f"padding is {student.pad_token!r}"
-    check.summary = f"answers end with {student.eos_token!r} (id {end}), {padding}"
-    check.values = {"eos": end, "bos": student.bos_token_id, "pad": pad}
+    other = "" if end == student.eos_token_id else f", which is not eos_token {student.eos_token!r}"
+    check.summary = f"answers end with {student.convert_ids_to_tokens(end)!r} (id {end}){other}, {padding}"
+    check.values = {"end": end, "eos": student.eos_token_id, "bos": student.bos_token_id, "pad": pad}
     # (code, whose tokenizer is compared with what, where that stops and begins, what to correct)
     others: list[tuple[str, str, str, set[int], set[int], str]] = []
     where = "its tokenizer_config.json"
@@ -162,7 +160,8 @@ def check_special_tokens(
         others += [("end-token-unknown", who, "its model stops", *theirs, where)]
     for code, who, other, stops, first, where in others:
         tokenizer = tokenizers[who]
-        if not stops or tokenizer.eos_token_id in stops or check.problems:  # one cause, said once
+        known = {tokenizer.eos_token_id, *turn_ends}  # generation stops at each of them
+        if not stops or known & stops or check.problems:  # one cause, said once
             continue
         swapped = tokenizer.eos_token_id in first
         (check.error if swapped else check.warn)(
@@ -174,7 +173,7 @@ def check_special_tokens(
             f"Correct eos_token in {where}",
         )
     if data is not None:
-        _check_special_tokens_of_rows(check, student, data)
+        _check_special_tokens_of_rows(check, student, data, turn_ends)
 
 
 def _ids_of(model: Any, name: str) -> set[int]:
@@ -186,11 +185,17 @@ def _ids_of(model: Any, name: str) -> set[int]:
     return ids
 
 
-def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBase, data: EncodedDataset) -> None:
-    end, begin, special = tokenizer.eos_token_id, tokenizer.bos_token_id, set(tokenizer.all_special_ids)
-    rows = [(name, data[index]["input_ids"], data.prompt_lengths[index]) for index, name in enumerate(data.row_ids)]
-    inside = [name for name, ids, prompt in rows if special & set(ids[prompt : -1 if ids[-1] == end else None])]
-    doubled = [name for name, ids, _ in rows if begin is not None and ids[:2] == [begin, begin]]
+def _check_special_tokens_of_rows(
+    check: Check, tokenizer: PreTrainedTokenizerBase, data: EncodedDataset, turn_ends: Sequence[int]
+) -> None:
+    begin, ends = tokenizer.bos_token_id, {tokenizer.eos_token_id, *turn_ends}
+    special = {begin, tokenizer.pad_token_id, *ends} - {None}
+    inside, doubled = [], []
+    for index, name in enumerate(data.row_ids):
+        ids = data.ids[index]
+        said = [ids[start : stop - (ids[stop - 1] in ends)] for start, stop in data.spans(index)]
+        inside += [name] if any(special & set(part) for part in said) else []
+        doubled += [name] if begin is not None and list(ids[:2]) == [begin, begin] else []
     if inside:
         check.warn(
             "special-token-in-answer",
@@ -209,7 +214,7 @@ def _check_special_tokens_of_rows(check: Check, tokenizer: PreTrainedTokenizerBa
 def check_template(
     check: Check, template: Template, tokenizers: Mapping[str, PreTrainedTokenizerBase], rows: Sequence[Row]
 ) -> None:
-    """The prompt must be what both models know, and the answer must end as the template ends it.
+    """The prompt must be what both models know, and all that a row brings must reach the models.
 
     Args:
         check: takes what is found.
@@ -218,56 +223,80 @@ def check_template(
         rows: some training rows.
     """
     student, teacher = tokenizers["student"], tokenizers["teacher"]
-    start = [] if template.writes_special_tokens else leading_special_ids(student)
+    start = [] if template.is_chat else leading_special_ids(student)
     before = f", {student.decode(start)!r} before it" if start else ""
     check.summary = f"{template.name}: {template.description}{before}"
     check.values = {"name": template.name, "student_has_chat": bool(student.chat_template),
                     "teacher_has_chat": bool(teacher.chat_template)}  # fmt: skip
-    if template.name != "chat":
+    if not template.is_chat:
         return
-    problems = (_chat_problem(row, template, student, teacher) for row in rows)
-    if problem := next(filter(None, problems), None):
-        check.warn(*problem)
+    check.values["end_of_turn"] = end_of_turn(student, template)
+    if check.values["end_of_turn"] is None:
+        check.warn(
+            "chat-template-no-end",
+            f"the chat template writes no end of turn behind an answer: {student.eos_token!r} is appended to the last one, "
+            "and nothing ends the others",
+            "A chat template that ends each turn with a special token, which generation can stop at",
+        )
+    found: set[str] = set()
+    for row in (row for row in rows if template.words(row)):
+        for problem in _chat_problems(row, template, student, teacher):
+            if problem[0] not in found:  # each once, for the first row that has it
+                found.add(problem[0])
+                check.warn(*problem)
 
 
-def _chat_problem(
+def _chat_problems(
     row: Row, template: Template, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> tuple[str, str, str] | None:
+) -> Iterator[tuple[str, str, str]]:
     """(code, text, advice) of what is wrong with ``row`` in the chat template."""
-    prompt = template.render(row, student)
-    if teacher is not student and teacher.chat_template:
-        other = template.render(row, teacher)
-        if other != prompt:
-            return (
-                "chat-templates-differ",
-                f"the student's chat template writes {_from_difference(prompt, other)}, the teacher's "
-                f"{_from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
-                "Give the student the teacher's chat template (chat_template.jinja in its folder)",
-            )
     try:
-        messages = [*chat_messages(row), {"role": "assistant", "content": row.response}]
-        whole = str(student.apply_chat_template(messages, tokenize=False))
-    except TemplateError:  # encode_rows refuses the row, with its own words
-        return None
-    response = row.response.strip()  # many templates strip it, too
-    after_prompt = whole[len(prompt) :].lstrip() if whole.startswith(prompt) else ""
-    if not after_prompt.startswith(response):
-        return (
+        prompt = template.render(row, student)
+        whole = render_messages(row, row.conversation, student)
+        texts = TextCutter(student, template, "last_turn").cut(row).texts
+        other = template.render(row, teacher) if teacher is not student and teacher.chat_template else prompt
+    except UserError:  # encode_rows refuses the row, with the same words
+        return
+    if other != prompt:
+        yield (
+            "chat-templates-differ",
+            f"the student's chat template writes {_from_difference(prompt, other)}, the teacher's "
+            f"{_from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
+            "Give the student the teacher's chat template (chat_template.jinja in its folder)",
+        )
+    read, response = "".join(texts[:-1]), row.response.strip()  # many templates strip it, too
+    expected = prompt + response
+    if not whole.startswith(prompt) or read != prompt:
+        yield (
             "chat-template-prompt",
             f"the chat template writes a finished conversation otherwise than prompt and answer: it has "
-            f"{_from_difference(whole, prompt + response)} where training has "
-            f"{_from_difference(prompt + response, whole)} (row '{row.id}')",
+            f"{_from_difference(whole, expected)} where generation begins with "
+            f"{_from_difference(expected, whole)} (row '{row.id}')",
             "Look at what the template does with add_generation_prompt",
         )
-    after = student(after_prompt[len(response) :].lstrip(" "), add_special_tokens=False)["input_ids"]
-    if after and after[0] != student.eos_token_id:
-        return (
-            "chat-template-end",
-            f"the chat template ends an answer with {student.decode(after[:1])!r}, but the tokenizer's end token, which is "
-            f"taught, is {student.eos_token!r}",
-            "Set eos_token of the tokenizer to the token that ends a turn",
+    lost = [what for what, text in _contents(row) if text.strip() not in whole]
+    if lost:
+        yield (
+            "chat-template-ignores",
+            f"the chat template leaves out {lost[0]} of row '{row.id}': neither model sees it",
+            "Another chat template, or rows without it",
         )
-    return None
+
+
+def _contents(row: Row) -> Iterator[tuple[str, str]]:
+    """What a template may not know, each with a text that must appear where it does."""
+    for message in row.conversation:
+        if message["role"] in ("system", "tool"):
+            yield f"the {message['role']} message", _plain(message.get("content"))
+        for call in message.get("tool_calls") or ():
+            yield "a tool call", _plain((call.get("function") or call).get("name"))
+    for tool in row.tools or ():
+        yield "the tools", _plain((tool.get("function") or tool).get("name"))
+    yield "the reasoning", _plain((row.answer or {}).get("reasoning_content"))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _from_difference(text: str, other: str) -> str:
@@ -275,74 +304,3 @@ def _from_difference(text: str, other: str) -> str:
     same = next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     start = max(0, same - 10)
     return repr(text[start : start + 40])
-
-
-# ------------------------------------------------------------------------------------------------------ the label mask
-
-
-def check_labels(check: Check, data: EncodedDataset, collator: Collate, end: int) -> None:
-    """Build real batches and look: the answer is learned, the prompt is not, and the end token is.
-
-    Args:
-        check: takes what is found.
-        data: tokenised rows.
-        collator: the trainer's own.
-        end: id of the end token.
-    """
-    rows = spaced(range(len(data)), LABELLED_ROWS)
-    learned = expected = ends = learned_ends = 0
-    for start in range(0, len(rows), 8):
-        chosen = rows[start : start + 8]
-        for index, (ids, labels, _) in zip(chosen, _split(collator([data[i] for i in chosen])), strict=True):
-            learned += int((labels != IGNORE_INDEX).sum())
-            expected += data.lengths[index] - data.prompt_lengths[index]
-            last = data.lengths[index] - 1
-            ends += int(ids[last] == end)
-            learned_ends += int(ids[last] == end and labels[last] == end)
-    counts = {"learned": learned, "expected": expected, "ends": ends, "learned_ends": learned_ends}
-    check.values = {"rows": len(rows), **counts}
-    mean = learned / max(len(rows), 1)
-    check.summary = f"{mean:.0f} tokens a row are learned, the end token in {learned_ends} of {len(rows)} rows"
-    if learned_ends < ends:
-        check.error(
-            "end-token-masked",
-            f"the end token has no label in {ends - learned_ends} of {ends} rows: the student would never learn to stop",
-            "Mask padding by length, not by token id (the end token is often the padding token, too)",
-        )
-    if learned - learned_ends < expected - ends:
-        check.error("answer-masked", f"{expected - ends - learned + learned_ends} tokens of answers have no label", "")
-    if learned > expected:
-        check.error("prompt-learned", f"{learned - expected} tokens of prompts or padding have a label", "")
-
-
-def _split(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The rows of a padded or packed batch, each as (ids, labels, whether it is a token and no padding)."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    if "position_ids" not in batch:
-        return list(zip(ids, labels, batch["attention_mask"].bool(), strict=True))
-    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-    ends = [*starts[1:], ids.shape[1]]
-    real = torch.ones_like(ids[0], dtype=torch.bool)
-    return [(ids[0, a:b], labels[0, a:b], real[a:b]) for a, b in zip(starts, ends, strict=True)]
-
-
-def picture(data: EncodedDataset, collator: Collate, tokenizer: PreTrainedTokenizerBase) -> list[PicturedRow]:
-    """Two rows of one batch as the loss sees them, a short and a long one."""
-    by_length = sorted(range(len(data)), key=data.lengths.__getitem__)
-    chosen = [by_length[len(data) // 4], by_length[3 * len(data) // 4]][: len(data)]
-    pictured = []
-    for index, (ids, labels, real) in zip(chosen, _split(collator([data[i] for i in chosen])), strict=True):
-        kinds = [
-            "padding" if not is_real else "masked" if label == IGNORE_INDEX else "learned"
-            for label, is_real in zip(labels.tolist(), real.tolist(), strict=True)
-        ]
-        last = data.lengths[index] - 1
-        if kinds[last] == "learned" and ids[last] == tokenizer.eos_token_id:
-            kinds[last] = "end"
-        segments = []
-        for kind, places in groupby(range(len(kinds)), key=kinds.__getitem__):
-            tokens = ids[list(places)].tolist()
-            text = "" if kind == "padding" else str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-            segments.append(Segment(kind, len(tokens), text))  # type: ignore[arg-type]
-        pictured.append(PicturedRow(data.row_ids[index], segments))
-    return pictured

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from dts_hf.console import say
-from dts_hf.data.chat_templates import get_template
+from dts_hf.data.chat_templates import AUTO, get_template
+from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_rows
+from dts_hf.data.sources import load_many, load_mixture, load_rows
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import canonical_name
@@ -138,7 +139,7 @@ def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Proto
         protocol = protocol_of(recipe)
     else:
         protocol = get_protocol(options.protocol or "minillm")
-    if options.template is not None:
+    if options.template not in (None, AUTO):
         get_template(options.template, "--template")
     protocol = protocol.changed(**options.protocol_changes())
     settings = generation_settings(protocol, options.batch_size)  # refuses values out of range
@@ -163,7 +164,14 @@ def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) ->
                 "--data FILE"
             )
         limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
-        rows[VALIDATION] = load_rows(recipe.data.validation, split=split, limit=min(limits, default=None))
+        limit, columns = min(limits, default=None), recipe.data.columns
+        if isinstance(recipe.data.validation, float):
+            train = load_mixture(
+                recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows, columns=columns
+            )
+            rows[VALIDATION] = split_off(train.rows, recipe.data.validation)[1][:limit]
+        else:
+            rows[VALIDATION] = load_many(recipe.data.validation, split=split, limit=limit, columns=columns)
     return rows
 
 

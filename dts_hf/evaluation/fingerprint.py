@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.data.chat_templates import get_template, leading_special_ids
+from dts_hf.data.chat_templates import leading_special_ids, resolve_template
 from dts_hf.data.rows import Row
 from dts_hf.evaluation.protocol import Protocol
 
@@ -30,8 +30,9 @@ def describe_protocol(protocol: Protocol, tokenizer: PreTrainedTokenizerBase) ->
     """The entry ``protocol`` of ``metrics.json``: ``fingerprint``, ``name``, ``tokenizer`` and ``protocol.values()``.
 
     Scores of equal ``fingerprint`` can be compared. The batch size is left out because the text does not depend on it
-    (in fp32; see ``generation.engine.generate``).
+    (in fp32; see ``generation.engine.generate``). The template ``auto`` is described as the one that it stands for.
     """
+    protocol = protocol.changed(template=resolve_template(protocol.template, tokenizer).name)
     described = {"tokenizer": tokenizer_digest(tokenizer, protocol.template), **protocol.values()}
     return {"fingerprint": digest_of(described), "name": protocol.name, **described}
 
@@ -45,7 +46,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             template; under another one only the tokens that the tokenizer puts before a text matter.
     """
     # Not the path, and not the padding: the same tokenizer in another folder, or with another pad token, gives one text
-    written = get_template(template).writes_special_tokens
+    written = resolve_template(template, tokenizer).is_chat
     parts = [
         sorted(tokenizer.get_vocab().items()),
         tokenizer.eos_token_id,

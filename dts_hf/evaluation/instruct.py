@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dts_hf.data.chat_templates import EncodedPrompt, Template, encode_prompts, get_template
+from dts_hf.data.chat_templates import EncodedPrompt, Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.distributed.sharding import is_sharded
@@ -86,7 +86,7 @@ def evaluate_instruct(
             Every process raises it.
         ValueError: the model is sharded and ``all_processes`` is not set.
     """
-    template = get_template(protocol.template)
+    template = resolve_template(protocol.template, tokenizer)
     questions = _encode(rows, tokenizer, protocol, template, set_name)
     prompts, ids = [question.prompt.ids for question in questions], [question.row.id for question in questions]
     if isinstance(model, torch.nn.Module):
@@ -117,6 +117,7 @@ def evaluate_instruct(
             tokenizer,
             prompts,
             generation_settings(protocol, batch_size, seed),
+            turn_ends=end_of_turn_ids(tokenizer, template),
             known={place for place, row_id in enumerate(ids) if Answer(seed, row_id) in known},
             on_finished=finished,
             rank=rank,

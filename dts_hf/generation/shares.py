@@ -28,6 +28,7 @@ def answer_share(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
+    turn_ends: Sequence[int] = (),
     known: Container[int],
     on_finished: Callable[[int, Generated], None],
     rank: int = 0,
@@ -43,6 +44,7 @@ def answer_share(
         tokenizer: of the model.
         prompts: token ids of every prompt, also of those that others answer.
         settings: limits and sampling.
+        turn_ends: tokens at which generation stops besides the end tokens of tokenizer and model.
         known: places in ``prompts`` that have an answer, the same on all processes.
         on_finished: called with the place in ``prompts`` and the answer as soon as a row has ended.
         rank: number of this process.
@@ -68,7 +70,7 @@ def answer_share(
                 model,
                 [prompts[place] for place in todo],
                 settings,
-                eos_token_ids=stop_token_ids(model, tokenizer),
+                eos_token_ids=stop_token_ids(model, tokenizer, turn_ends),
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,  # never attended to: any id does
                 row_keys=None if row_keys is None else [row_keys[place] for place in todo],
                 progress=None if rank or progress is None else progress + part,

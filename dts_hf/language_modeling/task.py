@@ -9,10 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from dts_hf.data.chat_templates import encode_prompts, get_template
+from dts_hf.data.chat_templates import Template, encode_prompts, resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.held_out_split import split_off
+from dts_hf.data.mixture import Mixture
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_many, load_rows, manifest
+from dts_hf.data.sources import load_mixture, manifest
+from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
@@ -21,7 +24,6 @@ from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_student, load_teacher
-from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
@@ -31,20 +33,25 @@ from dts_hf.training.trainer import DistillationTrainer
 class LanguageModeling(Task[DistillationTrainer]):
     """Causal language models: the kind of task of a recipe without a ``task:`` section."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self.template = get_template(recipe.data.prompt_template)
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """How rows become prompts for ``tokenizer``."""
+        return resolve_template(self.recipe.data.prompt_template, tokenizer)
 
     def load_rows(self) -> Rows:
         data, evaluation = self.recipe.data, self.recipe.evaluation
-        train = load_many(data.train, split=data.train_split, limit=data.max_train_rows)
-        validation: Sequence[Row] = ()
-        if data.validation is not None:
-            validation = load_rows(data.validation, split=data.validation_split, limit=data.max_validation_rows)
+        train = load_mixture(data.train, split=data.train_split, limit=data.max_train_rows, columns=data.columns)
+        held_out = Mixture([], ())
+        if isinstance(data.validation, float):
+            kept, split = split_off(train.rows, data.validation)
+            train, held_out = dataclasses.replace(train, rows=kept), Mixture(split[: data.max_validation_rows], ())
+        elif data.validation is not None:
+            held_out = load_mixture(
+                data.validation, split=data.validation_split, limit=data.max_validation_rows, columns=data.columns
+            )
         sets = load_sets(evaluation.sets, evaluation.set_rows)
         if VALIDATION in sets:
             raise UserError(f"evaluation.sets: {VALIDATION!r} is the name of the validation rows; rename the file")
-        return Rows(train, validation, sets)
+        return Rows(train.rows, held_out.rows, sets, train_parts=train.parts, validation_parts=held_out.parts)
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The sets stay text: their prompts are encoded when they are answered."""
@@ -54,8 +61,19 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
         limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows"})
-        encoded, _ = encode_rows(rows, tokenizer, self.template, name=name, **limits)
+        template = self.template(tokenizer)
+        encoded, _ = encode_rows(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
         return encoded
+
+    @property
+    def train_on(self) -> TrainOn | None:
+        """Which turns are learned; of answers by the teacher the last one, which alone is its own."""
+        data = self.recipe.data
+        return "last_turn" if data.train_on is None and data.responses == "teacher" else data.train_on
+
+    def cutter(self, tokenizer: PreTrainedTokenizerBase) -> TextCutter:
+        """What cuts rows into what is read and what is learned."""
+        return TextCutter(tokenizer, self.template(tokenizer), self.train_on)
 
     def load_teacher(self) -> PreTrainedModel | None:
         return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
@@ -72,7 +90,7 @@ class LanguageModeling(Task[DistillationTrainer]):
         evaluation, data = self.recipe.evaluation, self.recipe.data
         answered: list[Row] = [*rows.validation[: evaluation.rows]]
         answered += [row for of_set in rows.sets.values() for row in of_set]
-        prompts = encode_prompts(answered, tokenizer, self.template, data.max_prompt_length)
+        prompts = encode_prompts(answered, tokenizer, self.template(tokenizer), data.max_prompt_length)
         longest = max((len(prompt.ids) for prompt in prompts if prompt is not None), default=0)
         advice = f"Lower evaluation.max_new_tokens ({evaluation.max_new_tokens}) or data.max_prompt_length"
         for model in models:
@@ -83,12 +101,14 @@ class LanguageModeling(Task[DistillationTrainer]):
     def answer(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Rows:
         """Training and validation prompts are answered together: they share batches and one file in the cache."""
         prompts = [*rows.train, *rows.validation]
-        answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template, prompts)
+        answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template(tokenizer), prompts)
         count = len(rows.train)
         train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
         if not train:
             raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
-        return Rows(train, validation, rows.sets, record, unanswered=answered.count(None))
+        return dataclasses.replace(
+            rows, train=train, validation=validation, answers=record, unanswered=answered.count(None)
+        )
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
         recipe = self.recipe
@@ -103,17 +123,22 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
-        train = manifest(asked.train, rows.train, split=asked.train_split)
+        train = manifest(asked.train, rows.train, split=asked.train_split, parts=rows.train_parts)
         splits = {"train": {**train, **dataclasses.asdict(_report(data.train))}}
         if asked.validation is not None and data.validation is not None:
-            validation = manifest(asked.validation, rows.validation, split=asked.validation_split)
+            if isinstance(asked.validation, float):
+                validation = {**train, "share": asked.validation, "rows": len(rows.validation)}
+            else:
+                validation = manifest(
+                    asked.validation, rows.validation, split=asked.validation_split, parts=rows.validation_parts
+                )
             splits["validation"] = {**validation, **dataclasses.asdict(_report(data.validation))}
         # The names of the sets are in the order of the recipe
         sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)
         return {
             "splits": splits,
             "evaluation_sets": {name: manifest(resolve_set(source).path, of_set) for source, (name, of_set) in sets},
-            "template": asked.prompt_template,
+            "template": _report(data.train).template,
             "responses": asked.responses,
             "teacher_answers": rows.answers,
         }
@@ -121,6 +146,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
+        if mixed := Mixture([*rows.train], tuple(rows.train_parts)).summary():
+            yield f"data.train: {mixed}"
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"

@@ -105,6 +105,8 @@ def _node(schema: Schema, path: Sequence[Any]) -> Schema:
     for part in path:
         for branch in _branches(node, schema):
             inside = branch.get("items") if isinstance(part, int) else branch.get("properties", {}).get(part)
+            if inside is None and isinstance(branch.get("additionalProperties"), Mapping):
+                inside = branch["additionalProperties"]  # of a mapping whose keys are the user's
             if inside is not None:
                 node = inside
                 break

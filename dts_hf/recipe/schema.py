@@ -13,9 +13,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dts_hf.console import unusable_texts
+from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.errors import UserError
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import LARGEST, protocol_values, schema_problems
@@ -154,17 +155,71 @@ class Packing(Section):
     )
 
 
+#: ``{our name: their column}``; the editor offers our names.
+ColumnMap = Annotated[dict[str, str | None], Field(json_schema_extra={"propertyNames": {"enum": list(FIELDS)}})]
+
+
+class Source(Section):
+    """Rows of one place, and how much they count."""
+
+    source: str = Field(
+        min_length=1,
+        description="JSON lines, JSON, Parquet, CSV, TSV or Arrow (file, folder or pattern), or the name of a Hub data set: "
+        "owner/name or owner/name:configuration.",
+    )
+    split: str | None = Field(
+        default=None,
+        description="Split of a Hub data set or a folder; null: data.train_split or data.validation_split.",
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="How often each row counts in an epoch: 2 is twice, 0.5 is one half of the rows, always the same half.",
+    )
+    columns: ColumnMap | None = Field(
+        default=None, description="As data.columns, for this source alone; null: data.columns."
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, value: dict[str, str | None] | None) -> dict[str, str | None] | None:
+        if value and (problem := unknown_fields(value)):
+            raise ValueError(problem)
+        return value
+
+
+HeldOutShare = Annotated[float, Field(gt=0, lt=1)]
+
+
 class Data(Section):
     """The rows, and how they become tokens."""
 
-    train: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="JSONL, JSONL.gz or Parquet (file, folder or pattern), or the name of a Hub data set; or several."
+    train: str | Annotated[list[str | Source], Field(min_length=1)] | Source = Field(
+        description="JSON lines, JSON, Parquet, CSV, TSV or Arrow (file, folder or pattern), or the name of a Hub data set "
+        "(owner/name:configuration); or several, each alone or as a mapping with its split, weight and columns."
     )
-    validation: str | None = Field(default=None, description="Held-out rows, in the same forms; null: no evaluation.")
+    validation: str | Annotated[list[str | Source], Field(min_length=1)] | Source | HeldOutShare | None = Field(
+        default=None,
+        description="Held-out rows, in the same forms, without weights; or the share of the training rows that is held out "
+        "(0.05: always the same rows, none with the prompt of another); null: no evaluation.",
+    )
     train_split: str = Field(default="train", description="Split of a Hub data set that is trained on.")
     validation_split: str = Field(default="validation", description="Split of a Hub data set that is held out.")
-    prompt_template: Literal["alpaca", "chat", "plain"] = Field(
-        default="alpaca", description="How a row becomes a prompt."
+    columns: ColumnMap = Field(
+        default={},
+        description="Our names of columns, and yours: {prompt: question_text, completion: gold}. A dot leads inside "
+        "(answers.text.0); null leaves a column of ours out. See docs/data.md.",
+    )
+    prompt_template: Literal["auto", "alpaca", "chat", "plain"] = Field(
+        default="auto",
+        description="How a row becomes a prompt; auto: the tokenizer's chat template where it has one, else alpaca.",
+    )
+    train_on: Literal["last_turn", "all_turns", "completion"] | None = Field(
+        default=None,
+        description="What the assistant says that is learned: last_turn, its last message; all_turns, every message; "
+        "completion, those of the completion of a prompt/completion row, the last of other rows. null: completion for "
+        "prompt/completion rows, else all_turns; with responses: teacher last_turn.",
     )
     max_length: Count = Field(default=512, description="Prompt and response together, in tokens.")
     max_prompt_length: Count = Field(
@@ -191,6 +246,23 @@ class Data(Section):
     def pack_tokens(self) -> int | None:
         """To how many tokens each training batch is filled; None: it is a number of rows."""
         return None if isinstance(self.packing, bool) else self.packing.tokens
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+        if problem := unknown_fields(value):
+            raise ValueError(problem)
+        return value
+
+    @model_validator(mode="after")
+    def _no_weight_held_out(self) -> Data:
+        held_out = self.validation if isinstance(self.validation, list) else [self.validation]
+        for source in held_out:
+            if isinstance(source, Source) and source.weight != 1:
+                raise ValueError(
+                    f"validation: the weight of {source.source} is {source.weight:g}, but held-out rows count once each"
+                )
+        return self
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Data:
@@ -349,10 +421,15 @@ class Recipe(Section):
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
                 "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
+                "data.validation as a share": isinstance(self.data.validation, float),
+                "data.columns": bool(self.data.columns),
             }
             found = [key for key, given in unfit.items() if given]
             if found:
                 raise ValueError(f"{', '.join(found)}: belongs to generated answers, and a task has labels instead")
+            for key, value in (("train", self.data.train), ("validation", self.data.validation)):
+                if any(isinstance(one, Source) for one in (value if isinstance(value, list) else [value])):
+                    raise ValueError(f"data.{key}: got a mapping, but the sources of a task are names alone")
         return self
 
     @property

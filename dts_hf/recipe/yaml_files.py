@@ -258,6 +258,8 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolve(value: Any, folder: str | Path) -> Any:
+    if isinstance(value, dict) and "source" in value:  # a source of data.train with its weight
+        return {**value, "source": _resolve(value["source"], folder)}
     if not isinstance(value, str) or not value.startswith(("./", "../", "~/")):
         return value
     # Relative to the current folder where possible: a saved recipe then holds no home path.

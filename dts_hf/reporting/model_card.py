@@ -297,7 +297,8 @@ def _origin(facts: Facts) -> str | None:
 
 def _sources(facts: Facts) -> list[str]:
     train = facts.section("data").get("train") or []
-    return [train] if isinstance(train, str) else list(train)
+    listed = train if isinstance(train, list) else [train]
+    return [one["source"] if isinstance(one, dict) else one for one in listed]
 
 
 def _published(source: Any) -> str:

@@ -27,13 +27,14 @@ from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resu
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.lock import lock
+from dts_hf.runs.outline import outline
 from dts_hf.temperature import build_temperature
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
 #: two about the size of a batch are compared together with the number of processes, by the trainer's ``check_resumable``.
 MAY_CHANGE = (
-    "output.*", "data.train", "data.validation", "data.cache_dir", "student.lora.save", "teacher.placement",
-    "loss.logits_budget_mb",
+    "output.*", "data.train", "data.train.source", "data.validation", "data.validation.source",
+    "data.cache_dir", "student.lora.save", "teacher.placement", "loss.logits_budget_mb",
     *(f"training.{key}" for key in (
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
         "eval_accumulation_steps", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",
@@ -140,6 +141,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
     if args.process_index == 0 and not start.finished:
         say(where_it_trains(args))
+        say(outline(recipe, args))
     return start
 
 

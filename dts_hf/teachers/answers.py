@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.data.chat_templates import Template, encode_prompts
+from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.errors import UserError
@@ -70,14 +70,14 @@ def answer_rows(
         # Of this run alone: another one with the same teacher may be answering the same prompts right now
         run = hashlib.sha256(str(Path(recipe.output.dir).resolve()).encode()).hexdigest()[:8]
         unfinished = AnswerFile(folder / f"{fingerprint}-{run}.jsonl", rank)
-        answers = _generate(teacher, ids, settings, tokenizer, unfinished)
+        answers = _generate(teacher, ids, settings, tokenizer, end_of_turn_ids(tokenizer, template), unfinished)
         content = {"teacher": recipe.required_teacher.model, "answers": answers}
         on_first_process(lambda: write_json_atomic(path, content), rank, world)
         on_first_process(unfinished.remove_partial, rank, world)
     answered: list[Row | None] = [None] * len(rows)
     for index, text in zip(usable, answers, strict=True):
         if text:  # to learn from an empty answer would be to learn to say nothing
-            answered[index] = dataclasses.replace(rows[index], references=(text,))
+            answered[index] = dataclasses.replace(rows[index], references=(text,), answer=None)
     count = sum(row is not None for row in answered)
     return answered, {"fingerprint": fingerprint, "cached": cached, "answered": count}
 
@@ -96,6 +96,7 @@ def _generate(
     prompts: Sequence[list[int]],
     settings: GenerationSettings,
     tokenizer: PreTrainedTokenizerBase,
+    turn_ends: Sequence[int],
     unfinished: AnswerFile,
 ) -> list[str]:
     """The answer to every prompt, on every process; those in ``unfinished`` are not made again."""
@@ -114,6 +115,7 @@ def _generate(
         tokenizer,
         prompts,
         settings,
+        turn_ends=turn_ends,
         known=known,
         on_finished=finished,
         rank=rank,

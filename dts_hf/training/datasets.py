@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from dts_hf.data import tokenised
-from dts_hf.data.chat_templates import get_template
+from dts_hf.data.chat_templates import resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.distributed.processes import process
@@ -75,8 +75,8 @@ class LanguageRows(RowReader):
 
     Args:
         pair: the models that read the rows, their tokenizer and the ids that they share.
-        template: of text; None: ``chat`` where the tokenizer has a chat template, else ``alpaca``.
-        limits: of text, in tokens: ``max_length``, ``max_prompt_length`` and ``long_rows``; see ``encode_rows``.
+        template: the name of that of text, or ``auto``.
+        limits: of text: ``max_length``, ``max_prompt_length``, ``long_rows`` and ``train_on``; see ``encode_rows``.
         as_they_are: tokenised rows go to a collator of the user's, which gets every column.
         args: of the trainer, which know how many processes share out the rows.
     """
@@ -84,15 +84,15 @@ class LanguageRows(RowReader):
     def __init__(
         self,
         pair: Pair,
-        template: str | None,
+        template: str,
         limits: Mapping[str, Any],
         *,
         as_they_are: bool,
         args: TrainingArguments,
     ) -> None:
         super().__init__()
-        template = template or ("chat" if pair.tokenizer.chat_template else "alpaca")
-        self.encode_options = {"tokenizer": pair.tokenizer, "template": get_template(template), **limits}
+        named = resolve_template(template, pair.tokenizer, "prompt_template")
+        self.encode_options = {"tokenizer": pair.tokenizer, "template": named, **limits}
         self.vocab_size, self.models = pair.vocabulary.size, pair.models()
         self.as_they_are, self.processes = as_they_are, args.world_size
 

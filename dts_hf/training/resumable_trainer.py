@@ -78,6 +78,7 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_get_output_dir": "(self, trial)",
     "_save_checkpoint": "(self, model, trial)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_issue_warnings_after_load": "(self, load_result)",
     # The Hub
     "_save": "(self, output_dir=None, state_dict=None)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
@@ -401,6 +402,14 @@ class ResumableTrainer(EvenBatchesTrainer):
         if checkpoint is not None:
             self.load_progress(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights are saved once, under one of their names: the others are missing in every checkpoint, and no harm."""
+        tied = getattr(self.model, "_tied_weights_keys", None) or ()
+        missing = [key for key in load_result.missing_keys if not key.endswith(tuple(tied))]
+        if len(missing) < len(load_result.missing_keys):
+            self.model.tie_weights()  # type: ignore[operator, union-attr]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def load_progress(self, folder: Path) -> None:
         """Restore what ``save_progress`` wrote; the step is finished when training begins.

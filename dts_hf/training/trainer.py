@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
+from dts_hf.data.targets import TrainOn
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
@@ -57,7 +58,9 @@ class DistillationTrainer(DistillationBase):
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
         logits_budget_mb, kernels, logits_dtype: memory for one chunk of logits, MiB, and who computes it in what (see
             ``DistillationLoss``).
-        prompt_template: for rows; ``chat`` where the tokenizer has a chat template, else ``alpaca``.
+        prompt_template: for rows; ``auto``: the tokenizer's chat template where it has one, else ``alpaca``.
+        train_on: for rows: ``last_turn``, ``all_turns`` or ``completion``; None: ``completion`` for prompt/completion
+            rows, else ``all_turns``. See ``data.targets.TextCutter``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
         packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
@@ -101,7 +104,7 @@ class DistillationTrainer(DistillationBase):
         *,
         temperature_scaling: str = "squared",
         logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
-        prompt_template: str | None = None,
+        prompt_template: str = "auto", train_on: TrainOn | None = None,
         max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
         packing: bool | Mapping[str, int] = False,
@@ -122,7 +125,8 @@ class DistillationTrainer(DistillationBase):
         self.router = pair.router(router_aux_loss)
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
-        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows}
+        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
+                  "train_on": train_on}  # fmt: skip
         rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip

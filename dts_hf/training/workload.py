@@ -110,12 +110,13 @@ def workload_of(
     fused = cuda and recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl"
     fused = fused and importlib.util.find_spec("triton") is not None
     batch = min(args.per_device_train_batch_size, len(data))
-    responses = [length - prompt for length, prompt in zip(data.lengths, data.prompt_lengths, strict=True)]
+    responses = data.target_counts
     lengths = list(data.lengths)
     if recipe.data.responses == "teacher":  # its answers may be longer than those of the data
         longest = recipe.data.teacher_max_new_tokens
         responses = [longest] * len(data)
-        lengths = [min(prompt + longest, recipe.data.max_length) for prompt in data.prompt_lengths]
+        prompts = [data.spans(row)[-1][0] for row in range(len(data))]
+        lengths = [min(prompt + longest, recipe.data.max_length) for prompt in prompts]
     order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
     packed, budget = bool(recipe.data.packing), recipe.data.pack_tokens
     tokens = sum(lengths[index] for index in order) if packed else lengths[order[0]]

@@ -65,12 +65,18 @@ def talk(*messages: object) -> dict:
 
 USER = {"role": "user", "content": "Hi"}
 BAD_ROWS = {
-    "list": ([1], r"expected an object \{id, .* got a list"),
-    "no output": (without("output"), r"field 'output' is missing; found the fields 'id', 'instruction', 'input'"),
-    "misspelt": ({**without("instruction"), "instrction": "x"}, r"Rename 'instrction' to 'instruction'\?"),
-    "other name": ({**without("output"), "answer": "x"}, r"Rename 'answer' to 'output'\?"),
-    "input kept": (without("instruction"), r"field 'instruction' is missing.*messages\}\.$"),
-    "null": ({**GOOD, "output": None}, r"field 'output' is null"),
+    "list": ([1], r"expected an object \{instruction, .* got a list"),
+    "no output": (
+        without("output"),
+        r"\('output'\) is missing; found the columns 'id', 'instruction', 'input', expected",
+    ),
+    "misspelt": (
+        {**without("instruction"), "instrction": "x"},
+        r"Did you mean 'instruction'\?.*\{instruction: instrction\}",
+    ),
+    "other name": ({**without("output"), "reply": "x"}, r"data\.columns, such as \{output: reply\}$"),
+    "input kept": (without("instruction"), r"\('instruction'\) is missing[^?]*\{instruction: NAME\}$"),
+    "null": ({**GOOD, "output": None}, r"field 'output' is null or an empty cell"),
     "number": ({**GOOD, "output": 5}, r"field 'output': got the int 5, expected a string"),
     "bool": ({**GOOD, "input": True}, r"field 'input': got true or false, expected a string"),
     "empty instruction": ({**GOOD, "instruction": " \n"}, r"field 'instruction' is empty"),
@@ -80,7 +86,10 @@ BAD_ROWS = {
     "id list": ({**GOOD, "id": ["a"]}, r"field 'id': got \['a'\], expected a string"),
     "id empty": ({**GOOD, "id": ""}, r"field 'id': got ''"),
     "surrogate": ({**GOOD, "input": "\ud83d"}, r"field 'input' holds half of a surrogate pair"),
-    "messages text": ({"messages": "hello"}, r"field 'messages': expected a list of at least two"),
+    "messages text": (
+        {"messages": "hello"},
+        r"field 'messages': got a string, expected a list of messages \{role, content\}",
+    ),
     "one message": (talk(USER), r"field 'messages': expected a list of at least two"),
     "message text": (talk(USER, "x"), r"message 2: expected an object \{role, content\}, got a string"),
     "role": (talk({"role": "usr", "content": "x"}, USER), r"message 1: role: got 'usr'.* Did you mean 'user'\?"),
@@ -151,12 +160,12 @@ def test_a_line_ends_at_a_line_feed_only_and_a_byte_order_mark_is_no_text(tmp_pa
         ("rows.jsonl", b'{"instruction": "a", "output": "b"}\n{"x": \n', r"line 2: broken JSON: .* at column \d"),
         ("rows.jsonl", b"[" * 100_000 + b"\n", r"one JSON list"),
         ("rows.jsonl", b'{"instruction": "a", "output": "b"}\n' + b"[" * 100_000, r"line 2: broken JSON"),
-        ("rows.json", b'[{"instruction": "a"}]', r"rows\.json: this is one JSON list, expected JSON lines"),
+        ("rows.jsonl", b'[{"instruction": "a"}]', r"rows\.jsonl: this is one JSON list, expected JSON lines"),
         ("rows.jsonl", b'{"instruction": "a\xff"}', r"line 1: byte 19 is not UTF-8"),
         ("rows.jsonl.gz", b"no gzip", r"rows\.jsonl\.gz: the gzip file is broken after line 0"),
         ("rows.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:-9], r"the gzip file is broken"),
         ("rows.parquet", b"no parquet", r"rows\.parquet: not a readable Parquet file"),
-        ("rows.csv", b"a,b", r"rows\.csv: expected a file ending in \.jsonl"),
+        ("rows.txt", b"a,b", r"rows\.txt: expected a file ending in \.jsonl"),
     ],
 )
 def test_broken_files(name, content, message, tmp_path):
