@@ -71,7 +71,8 @@ def check(name: str, split: str, rows: Iterator[tuple[str, Any]], task: Task) ->
     """Rows in our format.
 
     Args:
-        name, split: of the task; they make the ids.
+        name: of the task; it begins the ids.
+        split: of the rows; it stands behind the name.
         rows: (place, row) of the source.
         task: what a row must have.
 
@@ -170,7 +171,8 @@ def read(job: Job, task_name: str, split: str, task: Task) -> Iterator[tuple[str
 
     Args:
         job: has the source.
-        task_name, split: which rows.
+        task_name: which task.
+        split: which of its rows.
         task: its folder and columns in GLUE's own files.
     """
     tsv = TSV_NAMES[split]
