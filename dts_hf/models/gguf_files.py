@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,10 +196,9 @@ def cache_folder(kind: str, sources: Sequence[Path], *versions: str) -> Path:
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file; a large one is converted once (262,144 entries: a minute) and read back afterwards."""
-    import tokenizers
     import transformers
 
-    kept = cache_folder("tokenizers", [path], transformers.__version__, tokenizers.__version__)
+    kept = cache_folder("tokenizers", [path], transformers.__version__, version("tokenizers"))
     if kept.is_dir():
         try:
             tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(kept)
