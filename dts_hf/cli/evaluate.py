@@ -21,7 +21,9 @@ EPILOG = (
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|RUN", help="Hub name, folder, or run directory (its student).")
+        str, typer.Argument(
+            metavar="MODEL|RUN", help="Hub name, folder, or run directory (its student). All three give one score."
+        )
     ],
     sets: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Prepared sets (dts-hf list sets) or row files.")
@@ -32,12 +34,17 @@ def command(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="See dts-hf list protocols; default: minillm for prepared sets and models, else the run's."),
+        typer.Option(
+            help="See dts-hf list protocols; default: the student's own (dts_hf.json), for prepared sets and foreign models "
+            "minillm in the student's own template."
+        ),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N,N", help="Sample once per seed; default: as the protocol says.")
     ] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt template; default: the protocol's.")] = None,
+    template: Annotated[str | None, typer.Option(
+            help="Prompt template; default: the protocol's, for a foreign model its chat template where it has one."
+        )] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens; default: the protocol's.")
     ] = None,
@@ -48,7 +55,7 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Type of the weights; default: as the run answers or trains, for a model float32."),
+        typer.Option(help="Type of the weights; default: as the student was scored, for a foreign model float32."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for metrics and predictions; a killed evaluation goes on from there.")
