@@ -17,6 +17,7 @@ from dts_hf.console import gb, say
 from dts_hf.errors import UploadError, UserError
 from dts_hf.hub.faults import explained, patiently
 from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, RECIPE, REPLACED, Staged, stage
+from dts_hf.reporting.facts import anchored
 from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import card_of_a_folder, models_of, render_model_card
 from dts_hf.runs.directory import RunDirectory
@@ -153,7 +154,7 @@ def staged_source(source: Path, repository: str, *, online: bool) -> Iterator[St
         if run is None:
             yield _stage_folder(student, folder, repository)
             return
-        recipe = run.read_recipe().model_dump(mode="json")
+        recipe = anchored(run, run.read_recipe().model_dump(mode="json"))
         origins = inherited(models_of(recipe), online=online)
         for warning in origins.warnings:
             say(warning)

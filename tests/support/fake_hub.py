@@ -77,7 +77,11 @@ class FakeHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.blobs: dict[str, bytes] = {}
-        self.who: dict[str, Any] = {"name": USER, "orgs": [{"name": "team"}], "auth": {"accessToken": {"role": "write"}}}
+        self.who: dict[str, Any] = {
+            "name": USER,
+            "orgs": [{"name": "team"}],
+            "auth": {"accessToken": {"role": "write"}},
+        }
         self.lock = threading.Lock()
         hub = self
 
@@ -145,7 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(self.command, path, body, authorization.removeprefix("Bearer ") or None)
         with self.hub.lock:
             self.hub.requests.append(request)
-            fault = next((f for f in self.hub.faults if f.times and re.search(f.pattern, f"{self.command} {path}")), None)
+            fault = next(
+                (f for f in self.hub.faults if f.times and re.search(f.pattern, f"{self.command} {path}")), None
+            )
             if fault is not None:
                 fault.times -= 1
         if fault is not None and fault.status == 0:
@@ -221,7 +227,9 @@ class _Handler(BaseHTTPRequestHandler):
             objects.append(entry if entry["oid"] in self.hub.blobs else {**entry, "actions": actions})
         self._send(200, {"transfer": "basic", "objects": objects})
 
-    def _repository(self, request: Request, name: str, what: str | None, revision: str | None, rest: str | None) -> None:
+    def _repository(
+        self, request: Request, name: str, what: str | None, revision: str | None, rest: str | None
+    ) -> None:
         repository = self.hub.repositories.get(name)
         if repository is None:
             return self._missing("RepoNotFound")
@@ -308,8 +316,8 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[FakeHub]:
     """A Hub that this process, too, takes for the real one; nobody waits between two tries."""
-    import huggingface_hub.constants as constants
     import huggingface_hub.utils._http as http
+    from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
     from dts_hf.hub import faults

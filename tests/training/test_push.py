@@ -87,7 +87,7 @@ def test_the_card_from_python_is_the_one_of_a_recipe(tmp_path: Path, hub: FakeHu
     trainer.train()
     trainer.push_to_hub(tags="mytag", dataset="org/rows", language="fr")
     card = hub.text("me/words", "README.md")
-    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`", "| teacher | a model made in",
+    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`", "| teacher | a model made",
                   "2 optimizer steps", "held-out KL at T = 1", 'student = "me/words"', "apply_chat_template",
                   "Google's Gemma terms", "One training run"):  # fmt: skip
         assert words in card, words
@@ -177,9 +177,7 @@ def test_a_student_in_pieces_is_not_replaced_by_a_checkpoint(
     assert not hub.commits and not list((tmp_path / "words").iterdir())
 
 
-def test_a_failing_hub_does_not_end_training(
-    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_hub_does_not_end_training(tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = trainer_for(tmp_path / "words")
     hub.faults.append(Fault("/commit/", 403))
     trainer.train()
