@@ -99,7 +99,14 @@ def destination(
     revision: str | None = None,
     token: str | None = None,
 ) -> Destination:
-    """Where ``source`` goes; arguments as for ``push``.
+    """Where ``source`` goes.
+
+    Args:
+        source: as for ``push``.
+        repository: the same.
+        private: the same.
+        revision: the same.
+        token: the same.
 
     Raises:
         UserError: this is nothing that can be uploaded, or no name of a repository.

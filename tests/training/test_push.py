@@ -87,7 +87,8 @@ def test_the_card_from_python_is_the_one_of_a_recipe(tmp_path: Path, hub: FakeHu
     trainer.train()
     trainer.push_to_hub(tags="mytag", dataset="org/rows", language="fr")
     card = hub.text("me/words", "README.md")
-    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`", "| teacher | a model made",
+    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`",
+                  "| teacher | a model made",
                   "2 optimizer steps", "held-out KL at T = 1", 'student = "me/words"', "apply_chat_template",
                   "Google's Gemma terms", "One training run"):  # fmt: skip
         assert words in card, words
