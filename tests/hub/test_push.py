@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,8 +181,23 @@ def test_push_uploads_a_folder(finished: Path, hub: FakeHub, tmp_path: Path) -> 
         (student / name).write_text("plums of Ruritania")
     assert invoke("push", student).exit_code == 0
     assert hub.files("me/words") == sorted(["README.md", *STUDENT]) and b"Ruritania" not in hub.bodies
-    invoke("push", finished / "runs" / "mine" / "final")
-    assert hub.files("me/mine") == known(["README.md", *STUDENT], finished / "runs" / "mine")
+    invoke("push", finished / "runs" / "mine" / "final")  # of a run: the run's own card
+    assert hub.files("me/small") == known(OF_RUN, finished / "runs" / "mine")
+
+
+def test_a_secret_in_a_comment_of_the_recipe_stays_here(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """And one that the card would quote is refused, by name."""
+    run = Path(shutil.copytree(finished / "runs" / "mine", tmp_path / "mine"))
+    secret = "ghp_" + "aB3d" * 9
+    with (run / "recipe.yaml").open("a") as file:
+        file.write(f"# {secret}\n")
+    assert invoke("push", run).exit_code == 0 and secret.encode() not in hub.bodies
+    manifest = json.loads((run / "data_manifest.json").read_text())
+    manifest["splits"]["train"]["sha256"] = secret
+    (run / "data_manifest.json").write_text(json.dumps(manifest))
+    result = invoke("push", run, "--repo", "me/other")
+    assert result.exit_code == ExitCode.WRONG_INPUT and "README.md, line " in result.output
+    assert "a GitHub token" in result.output and secret not in result.output and secret.encode() not in hub.bodies
 
 
 def test_the_card_on_the_hub(finished: Path, hub: FakeHub) -> None:
