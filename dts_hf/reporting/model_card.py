@@ -37,6 +37,7 @@ from dts_hf.runs.directory import RunDirectory
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLE_QUESTION = "Name three things that float on water."
 FIGURES = ("temperature", "losses", "rouge", "scores")
+STUDENT_FILE = "dts_hf.json"  # in a student's folder: what it was trained and scored with
 AUTO = "auto"  # the prompt template that the tokenizer decides on
 VERSIONS_SHOWN = ("dts-hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
 
@@ -341,6 +342,8 @@ def limits(facts: Facts, origins: Inherited | None = None) -> list[str]:
 def example_prompt(facts: Facts, student: Path | None = None) -> str | None:
     """The example question in the prompt template, as a Python string; None for ``chat``, which the tokenizer has."""
     name = facts.section("data").get("prompt_template")
+    if name in (None, AUTO) and student is not None:
+        name = read_json(student / STUDENT_FILE).get("prompt_template") or name
     if name == AUTO and student is not None and student.is_dir() and not has_chat_template(student):
         name = "alpaca"
     if facts.task or name in (AUTO, "chat"):

@@ -214,6 +214,25 @@ def test_a_licence_of_its_own_keeps_its_name_and_languages_add_up(tmp_path: Path
     assert inherited([(one, None), ("not/here", None)]) == Inherited((Origin(one), Origin("not/here")))
 
 
+def test_a_gguf_file_says_its_licence_at_a_push(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.add_languages(["en"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = str(tmp_path / "small.gguf")
+    assert inherited([(model, None)], online=True).metadata() == {"license": "apache-2.0", "language": ["en"]}
+    assert (
+        inherited([(model, None)]).metadata()
+        == {}
+        == inherited([("package:no_such/x.gguf", None)], online=True).metadata()
+    )
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with fake_hub(monkeypatch, tmp_path / "home") as running:
