@@ -220,8 +220,10 @@ def check_login(to: Destination) -> str:
     Raises:
         UserError: there is none, it is wrong, it may only read, or the Hub cannot be asked.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
 
+    if is_offline_mode():  # without a token the client would speak of that first
+        raise UserError("training.push_to_hub: this machine is offline (HF_HUB_OFFLINE is set)")
     try:
         who = patiently(lambda: HfApi(library_name="dts-hf").whoami(token=to.token), "login")
     except Exception as error:

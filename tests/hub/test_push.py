@@ -310,6 +310,15 @@ def test_a_login_that_will_not_do_is_found_before_training(
     assert check["problems"][0]["code"] == "hub-login" and words in check["problems"][0]["text"]
 
 
+def test_no_login_at_all_is_found_before_training(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN")
+    result = invoke("train", recipe(tmp_path))
+    assert result.exit_code == 2 and "training.push_to_hub: there is no login on this machine" in result.output
+
+
 def test_doctor_says_whose_login_it_is(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("doctor", recipe(tmp_path, hub_model_id="team/small"), "--json")
