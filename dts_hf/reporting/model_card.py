@@ -200,7 +200,7 @@ def eval_results(facts: Facts) -> list[Any]:
                 EvalResult(
                     task_type="text-classification" if facts.task else "text-generation",
                     # The Hub wants one of its own names here; of a file there is none
-                    dataset_type=hub_id(str(source).partition(":")[0]) or set_name,
+                    dataset_type=(hub_id(source.partition(":")[0]) if isinstance(source, str) else None) or set_name,
                     dataset_name=f"{_published(source)} ({set_name})" if source else set_name,
                     dataset_split=set_name,
                     metric_type="rouge" if measure.key == "rougeL" else measure.key,
