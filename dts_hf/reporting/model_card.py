@@ -187,7 +187,7 @@ def eval_results(facts: Facts) -> list[Any]:
     protocol = facts.metrics.get("protocol") or {}
     # Beside each score, because the Hub puts scores of many cards into one table
     shown = {key: protocol[key] for key in ("fingerprint", "template", "max_new_tokens") if key in protocol}
-    results = []
+    results = [] if facts.sets else _loss_results(facts)
     for set_name in facts.sets:
         source = (facts.manifest.get("splits") or {}).get(set_name, {}).get("source")
         for measure in MEASURES:
@@ -210,6 +210,21 @@ def eval_results(facts: Facts) -> list[Any]:
                 )
             )
     return results
+
+
+def _loss_results(facts: Facts) -> list[Any]:
+    """Held-out losses: all that a student has that was not evaluated by generation."""
+    from huggingface_hub import EvalResult
+
+    entry = facts.model("student").get("teacher_forced") or {}
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type="held-out", dataset_name="held-out rows", metric_type=measure.key,
+            metric_name=measure.label, metric_value=round(value, 4), metric_args={"labels": entry.get("n_tokens")},
+        )
+        for measure in MEASURES
+        if measure.where == "teacher_forced" and (value := measure.value(facts, "student")) is not None
+    ]  # fmt: skip
 
 
 def softens(facts: Facts) -> bool:
