@@ -56,8 +56,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         UserError: wrong input, named by key, row or file; nothing has been written then.
         UploadError: all is done and written, but ``training.push_to_hub`` failed; its ``result`` is the run directory.
     """
-    started = time.monotonic()
-    task = task_of(recipe)
+    started, task = time.monotonic(), task_of(recipe)
 
     # 1. What can be refused without loading anything; and where the run starts: this may be its second attempt, or done.
     args = task.training_arguments(recipe.output.dir)

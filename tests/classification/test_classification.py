@@ -680,3 +680,17 @@ def test_a_classifier_needs_a_padding_token(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     with pytest.raises(UserError, match="processing_class: has no padding token"):
         trainer_of(tmp_path, processing_class=tokenizer)
+
+
+def test_the_card_from_python_is_that_of_a_classifier(tmp_path):
+    from huggingface_hub import ModelCard
+
+    for task, metric in ((SST2, "accuracy"), (STSB, "pearson")):
+        trainer = trainer_of(tmp_path / task.subset, task, eval_dataset=rows_of(task, 8))
+        trainer.train()
+        trainer.evaluate()
+        trainer.create_model_card()
+        card = ModelCard.load(tmp_path / task.subset / "README.md")
+        assert card.data.pipeline_tag == "text-classification" and f"glue-{task.subset}" in card.data.tags
+        assert metric in {result.metric_type for result in card.data.eval_results}
+        assert "AutoModelForSequenceClassification" in card.content and "None" not in card.content
