@@ -114,7 +114,9 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
         raise KeyboardInterrupt
 
     stub(monkeypatch, "dts_hf.distill", distill=interrupt)
-    assert invoke("train", recipe_path).exit_code == 130
+    result = invoke("train", recipe_path)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("Stopped: Ctrl-C.") and "--resume" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
