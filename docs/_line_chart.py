@@ -23,8 +23,8 @@ class Line:
     high: Sequence[float] | None = None
 
 
-def chart(lines: Sequence[Line], y_label: str, title: str) -> str:
-    """The chart of up to two lines. Coordinates are rounded to a tenth of a pixel."""
+def chart(lines: Sequence[Line], y_label: str, title: str, start: float = 0.0) -> str:
+    """The chart of up to two lines, whose first points lie at ``start``. Coordinates are rounded to a tenth of a pixel."""
     values = [value for line in lines for part in (line.mean, line.low, line.high) for value in part or ()]
     ticks = _ticks(min(values), max(values))
 
@@ -35,7 +35,7 @@ def chart(lines: Sequence[Line], y_label: str, title: str) -> str:
         return HEIGHT - BOTTOM - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (HEIGHT - TOP - BOTTOM)
 
     def points(curve: Sequence[float]) -> list[str]:
-        return [f"{x(k / (len(curve) - 1)):.1f},{y(value):.1f}" for k, value in enumerate(curve)]
+        return [f"{x(start + (1 - start) * k / (len(curve) - 1)):.1f},{y(value):.1f}" for k, value in enumerate(curve)]
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '

@@ -1,10 +1,11 @@
-"""What mkdocs does to a page beside rendering it: links out of docs/ become links to the repository.
+"""What mkdocs does beside rendering pages: links out of docs/ become links to the repository, and the schema is published.
 
 On GitHub ``[head.py](../dts_hf/models/head.py)`` leads to the file; a site holds the pages alone.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -30,3 +31,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         return f"{link[1]}{config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}{link[3]}"
 
     return LINK.sub(to_repository, markdown)
+
+
+def on_post_build(*, config: Any, **_: Any) -> None:
+    """Called by mkdocs at the end: writes the schema that the first line of every recipe names."""
+    from dts_hf.recipe.editor_schema import SCHEMA_URL, editor_schema
+
+    text = json.dumps(editor_schema(), indent=1, ensure_ascii=False)
+    (Path(config.site_dir) / SCHEMA_URL.rpartition("/")[2]).write_text(text + "\n", encoding="utf-8")

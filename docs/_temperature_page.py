@@ -13,6 +13,7 @@ from _line_chart import Line, chart
 from _simulated_run import Curves, simulate
 from torch import Tensor
 
+from dts_hf.registry import split_docstring
 from dts_hf.temperature import TemperaturePolicy, build_temperature, temperature_policies
 from dts_hf.temperature.parts import auto_range, decoupled, dts_rules, gap_source, granularity
 
@@ -179,21 +180,6 @@ def _options(kind: type[TemperaturePolicy], described: dict[str, str]) -> str:
         for option, parameter in parameters.items()
     )
     return f"\n| option | default | meaning |\n|---|---|---|\n{rows}"
-
-
-def split_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """A class docstring as (markdown of what stands before ``Args:``, option -> meaning)."""
-    about, _, args = text.replace("``", "`").partition("\nArgs:\n")
-    options: dict[str, str] = {}
-    names: list[str] = []
-    for line in args.splitlines():
-        start = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
-        if start:
-            names = start[1].split(", ")
-            options |= dict.fromkeys(names, start[2])
-        elif line.strip():
-            options |= {name: f"{options[name]} {line.strip()}" for name in names}
-    return about.strip(), options
 
 
 def _cell(text: str) -> str:

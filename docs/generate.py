@@ -1,4 +1,4 @@
-"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md,
+"""Writes the generated pages: docs/temperature.md with its figures, docs/figures/run.svg, docs/divergences.md, docs/models.md,
 docs/log_columns.md, the tables of docs/scale.md, and the layers of docs/architecture.md.
 
 python docs/generate.py            write them
@@ -20,6 +20,7 @@ from _architecture_page import architecture_page  # noqa: E402
 from _divergences_page import divergences_page  # noqa: E402
 from _log_columns_page import log_columns_page  # noqa: E402
 from _models_page import models_page  # noqa: E402
+from _run_figure import run_figure  # noqa: E402
 from _scale_page import scale_page  # noqa: E402
 from _temperature_page import temperature_figures, temperature_page  # noqa: E402
 
@@ -27,6 +28,7 @@ from _temperature_page import temperature_figures, temperature_page  # noqa: E40
 def generated() -> dict[Path, str]:
     """Every generated file with its text."""
     figures = {DOCS / "figures" / name: text for name, text in temperature_figures().items()}
+    figures[DOCS / "figures" / "run.svg"] = run_figure()
     pages = {
         "temperature.md": temperature_page(),
         "divergences.md": divergences_page(),

@@ -5,15 +5,58 @@ A new policy or divergence is a new file in its folder; no list is edited. A fil
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import math
 import pkgutil
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from dts_hf.errors import UserError, nearest
 
 Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Between:
+    """The range of an option, as its annotation says it: ``Annotated[float, Between(0.0, 1.0)]``.
+
+    The check of the value and the schema for editors both read it there, so that a range stands once.
+
+    Attributes:
+        low, high: its ends, which may be infinite.
+        ends: which of them belong to it.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: Literal["both", "low", "high", "none"] = "both"
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        above = value > self.low or (value == self.low and self.ends in ("both", "low"))
+        return above and (value < self.high or (value == self.high and self.ends in ("both", "high")))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a mapping that is an option, as its annotation says them: ``Annotated[Mapping[str, Any], Keys(...)]``.
+
+    Attributes:
+        types: (key, annotation of its value).
+    """
+
+    types: tuple[tuple[str, Any], ...]
+
+
+#: An option that is finite and above 0, and one that is a share.
+PositiveFloat = Annotated[float, Between(low=0.0, ends="none")]
+Share = Annotated[float, Between(0.0, 1.0)]
 
 
 def classes_beside(package: str, path: Iterable[str], base: type[Kind]) -> dict[str, type[Kind]]:
@@ -40,6 +83,50 @@ def classes_beside(package: str, path: Iterable[str], base: type[Kind]) -> dict[
 def options_of(kind: type) -> list[str]:
     """The names of a class's options: the parameters of its ``__init__``."""
     return list(inspect.signature(kind).parameters)
+
+
+@functools.cache
+def annotations_of(kind: type) -> dict[str, Any]:
+    """The annotations of a class's options, with what ``Annotated`` adds to them."""
+    return typing.get_type_hints(kind.__init__, include_extras=True)  # type: ignore[misc]
+
+
+def range_of(kind: type, option: str) -> Between:
+    """The range that the annotation of an option says; without one, all finite numbers."""
+
+    def ranges(hint: Any) -> Iterator[Between]:
+        yield from (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Between))
+        for inner in typing.get_args(hint):
+            yield from ranges(inner)
+
+    return next(ranges(annotations_of(kind)[option]), Between())
+
+
+def split_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """A class docstring as (markdown of what stands before ``Args:``, option -> meaning)."""
+    about, _, args = text.replace("``", "`").partition("\nArgs:\n")
+    options: dict[str, str] = {}
+    names: list[str] = []
+    for line in args.splitlines():
+        start = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
+        if start:
+            names = start[1].split(", ")
+            options |= dict.fromkeys(names, start[2])
+        elif line.strip():
+            options |= {name: f"{options[name]} {line.strip()}" for name in names}
+    return about.strip(), options
+
+
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The options of a class with the values that are in force when none is given; None: nothing is."""
+    defaults = {
+        name: None if parameter.default is parameter.empty else parameter.default
+        for name, parameter in inspect.signature(kind).parameters.items()
+    }
+    try:
+        return {**defaults, **{name: value for name, value in kind().describe().items() if name in defaults}}
+    except UserError:  # a policy that cannot do without an option
+        return defaults
 
 
 def build(

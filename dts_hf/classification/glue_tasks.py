@@ -94,7 +94,7 @@ def load_labelled(
     """Load and check the rows of one or several sources (as ``data.sources.load_rows``: file, folder, pattern, Hub name).
 
     A row is an object with the task's fields, ``label`` and, where it has one, ``id`` or ``idx``: what
-    ``data_prep/glue.py`` writes and what the Hub's ``nyu-mll/glue`` holds.
+    ``dts-hf prepare glue`` writes and what the Hub's ``nyu-mll/glue`` holds.
 
     Args:
         sources: one or several.

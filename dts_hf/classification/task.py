@@ -59,7 +59,7 @@ class Classification(Task[ClassificationDistillationTrainer]):
     def load_rows(self) -> Rows:
         data = self.recipe.data
         train = load_labelled(_names(data.train), self.glue, split=data.train_split, limit=data.max_train_rows)
-        validation = [] if data.validation is None else self._held_out(data.validation)
+        validation = [] if data.validation is None else self._held_out(str(data.validation))
         mismatched = self.settings.mismatched
         return Rows(train, validation, {} if mismatched is None else {MISMATCHED: self._held_out(mismatched)})
 

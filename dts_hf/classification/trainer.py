@@ -6,6 +6,7 @@ are its logits, and the head is the identity. Only what a batch is and how model
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,11 +42,12 @@ from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import checked_arguments
+from dts_hf.training.arguments import check_for_classifiers, check_keywords, checked_arguments
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import check_whole
+from dts_hf.training.tracking import model_facts
 
 
 class ClassificationDistillationTrainer(DistillationBase):
@@ -83,7 +85,7 @@ class ClassificationDistillationTrainer(DistillationBase):
         model: nn.Module | str,
         teacher: nn.Module | str | None,
         task: GlueTask | str,
-        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = 2.0,
+        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = "dts",
         divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
         kd_ratio: float = 0.5,
         args: TrainingArguments | None = None,
@@ -99,6 +101,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         # 1. Arguments that cannot be honoured, before anything is loaded.
+        check_keywords(kwargs, inspect.signature(ClassificationDistillationTrainer.__init__).parameters)
+        check_for_classifiers(kwargs)
         args = checked_arguments(args, kwargs)
         check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
@@ -131,6 +135,7 @@ class ClassificationDistillationTrainer(DistillationBase):
             loss_options=loss_options,
             columns=LogColumns(teacher=teacher is not None, regression=task.regression),
             rows=LabelledRows(task, encode_options, models),
+            facts=model_facts("teacher", teacher),
             **kwargs,
         )
         if teacher_placement == "sharded" and teacher is not None:
@@ -138,6 +143,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         self.classifier.to(self.args.device)
         if teacher is not None:
             self.compile_layers(teacher, "the teacher")
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.classifier.model
 
     # ------------------------------------------------------------------------------------------------------- the batch
 

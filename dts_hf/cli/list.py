@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
@@ -58,9 +59,13 @@ def list_choices(kind: Kind) -> list[dict[str, str]]:
         from dts_hf.evaluation.benchmark_sets import list_sets
 
         return list_sets()
-    from dts_hf.recipe.loading import find_recipes
+    from dts_hf.recipe.shipped import find_recipes, shipped_folder, shipped_recipes
 
-    return [{"name": str(path), "about": comment} for path, comment in find_recipes("recipes").items()]
+    listed = {}
+    if Path("recipes").resolve() != shipped_folder():  # your own
+        listed = {str(path): comment for path, comment in find_recipes("recipes").items()}
+    listed |= {name: comment for name, (_, comment) in shipped_recipes().items()}
+    return [{"name": name, "about": comment} for name, comment in listed.items()]
 
 
 def _class_row(name: str, kind: type) -> dict[str, str]:

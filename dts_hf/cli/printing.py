@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from dts_hf.console import printable
 
+WIDEST = 10_000  # columns of a table in a pipe
 #: Arguments that several commands take.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
@@ -30,6 +32,13 @@ def print_json(values: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=str))
 
 
+def print_answer(answer: Mapping[str, Any], alone: bool) -> None:
+    """Print the answer to a prompt, below the prompt unless it is the only one."""
+    if not alone:
+        typer.echo(f"> {printable(answer['prompt'])}")
+    typer.echo(printable(answer["prediction"]) + ("" if alone else "\n"))
+
+
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Print ``rows`` under the column names of the first one; what the user's files hold cannot act on the terminal."""
     from rich.console import Console
@@ -41,4 +50,5 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row.values()))
-    Console().print(table)
+    # A pipe has no width: rich would take it for a terminal of 80 columns and cut or fold what another program reads.
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDEST).print(table)

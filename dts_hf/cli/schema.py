@@ -9,6 +9,6 @@ EPILOG = "Example: [bold]dts-hf schema > recipe.schema.json[/bold]"
 
 def command() -> None:
     """Print the JSON schema of a recipe, for the completion and checks of an editor."""
-    from dts_hf.recipe.schema import editor_schema
+    from dts_hf.recipe.editor_schema import editor_schema
 
     print_json(editor_schema())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from dts_hf.divergences.base import Distributions, Divergence, check_option, dot
 from dts_hf.divergences.kl import forward_teacher_grad, mixed_kl
+from dts_hf.registry import Between
 
 #: Halvings of the search for the head before the rest is sorted: each is three passes over V, and halves the octaves left.
 _HALVINGS = 8
@@ -39,9 +42,9 @@ class AdaptiveKL(Divergence):
         "says nothing about where the student is wrong. As in its paper."
     )
 
-    def __init__(self, mu: float = 0.5) -> None:
+    def __init__(self, mu: Annotated[float, Between(0.0, 1.0, "none")] = 0.5) -> None:
         hint = "the share of the teacher's probability that makes up the head"
-        self.mu = check_option(self.name, "mu", mu, 0.0, 1.0, ends="none", hint=hint)
+        self.mu = check_option(self, "mu", mu, hint=hint)
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         return mixed_kl(d.log_ratio(), d, 1.0 - self.forward_weight(d))

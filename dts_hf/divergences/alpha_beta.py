@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from typing import Annotated
 
 from torch import Tensor
 
 from dts_hf.divergences.base import Distribution, Distributions, Divergence, centred_, check_option, dot
+from dts_hf.registry import Between
 
 
 class AlphaBeta(Divergence):
@@ -35,10 +36,12 @@ class AlphaBeta(Divergence):
     gradient = "e - q sum(e), e = (q^(a + b) - p^a q^b) / a"
     use = "To tune between forward (1, 0) and reverse KL (0, 1); exponents that add up to less than 1 raise the tail."
 
-    def __init__(self, alpha: float = 0.2, beta: float = 0.7) -> None:
+    def __init__(
+        self, alpha: Annotated[float, Between(low=0.0)] = 0.2, beta: Annotated[float, Between(low=0.0)] = 0.7
+    ) -> None:
         hint = "negative powers of a vocabulary's tail overflow"
-        self.alpha = check_option(self.name, "alpha", alpha, 0.0, math.inf, hint=hint)
-        self.beta = check_option(self.name, "beta", beta, 0.0, math.inf, hint=hint)
+        self.alpha = check_option(self, "alpha", alpha, hint=hint)
+        self.beta = check_option(self, "beta", beta, hint=hint)
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         a, b = self.alpha, self.beta

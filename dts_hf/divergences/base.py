@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.errors import UserError
+from dts_hf.registry import range_of
 
 
 class Distribution(NamedTuple):
@@ -138,32 +139,28 @@ class Divergence:
         return {"name": self.name, **{option: getattr(self, option) for option in options}}
 
 
-def check_option(
-    divergence: str, option: str, value: object, low: float, high: float, *, ends: str = "both", hint: str = ""
-) -> float:
-    """Return ``value`` as a float between ``low`` and ``high``.
+def check_option(divergence: Divergence, option: str, value: object, *, hint: str = "") -> float:
+    """Return ``value`` as a float within the range that the annotation of ``option`` says.
 
     Args:
-        divergence: its name, for the message.
-        option: the option's name, for the message.
+        divergence: the option is a parameter of its ``__init__``.
+        option: the option's name.
         value: what the recipe has.
-        low: the lower end.
-        high: the upper end, may be infinite.
-        ends: which of them belong to the range: both, low or none.
         hint: the end of the message.
 
     Raises:
         UserError: not a finite number, or out of range.
     """
-    excluded = {"both": (), "low": (high,), "none": (low, high)}[ends]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and low <= value <= high and value not in excluded:  # type: ignore[operator]
+    limits = range_of(type(divergence), option)
+    if value in limits:
         return float(value)  # type: ignore[arg-type]
-    if math.isinf(high):
-        expected = f"a number from {low:g} on"
+    if math.isinf(limits.high):
+        expected = f"a number from {limits.low:g} on"
     else:
-        without = {"both": "", "low": f", {high:g} excluded", "none": ", ends excluded"}[ends]
-        expected = f"a number between {low:g} and {high:g}{without}"
+        low, high = f"{limits.low:g}", f"{limits.high:g}"
+        without = {"both": "", "low": f", {high} excluded", "high": f", {low} excluded", "none": ", ends excluded"}
+        expected = f"a number between {low} and {high}{without[limits.ends]}"
     raise UserError(
-        f"loss.divergence.{option}: got {value!r} for '{divergence}', expected {expected}{f' ({hint})' if hint else ''}"
+        f"loss.divergence.{option}: got {value!r} for '{divergence.name}', expected {expected}"
+        f"{f' ({hint})' if hint else ''}"
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
 from dts_hf.divergences.base import Distribution, Distributions, Divergence, check_option, dot
 from dts_hf.errors import UserError
+from dts_hf.registry import Between
 
 
 class DKD(Divergence):
@@ -38,9 +39,11 @@ class DKD(Divergence):
     gradient = "alpha (q_y - p_y) at y; q^ (alpha (p_y - q_y) + beta) - beta p^ elsewhere"
     use = "A sure teacher whose ranking of the other tokens should count; on text whose tokens are trusted as targets."
 
-    def __init__(self, alpha: float = 1.0, beta: float = 0.5) -> None:
-        self.alpha = check_option(self.name, "alpha", alpha, 0.0, math.inf)
-        self.beta = check_option(self.name, "beta", beta, 0.0, math.inf)
+    def __init__(
+        self, alpha: Annotated[float, Between(low=0.0)] = 1.0, beta: Annotated[float, Between(low=0.0)] = 0.5
+    ) -> None:
+        self.alpha = check_option(self, "alpha", alpha)
+        self.beta = check_option(self, "beta", beta)
         if self.alpha == self.beta == 0.0:
             raise UserError("loss.divergence.beta: got 0 for 'dkd' with alpha 0, expected one of them above 0")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from dts_hf.divergences.base import Distributions, Divergence, centred_, check_option, dot
+from dts_hf.registry import Between
 
 
 class JSD(Divergence):
@@ -26,9 +29,9 @@ class JSD(Divergence):
     gradient = "(1 - beta) q (log(q / m) - KL(q || m))"
     use = "Bounded, so no token can dominate; the usual choice on text that the student wrote."
 
-    def __init__(self, beta: float = 0.5) -> None:
+    def __init__(self, beta: Annotated[float, Between(0.0, 1.0, "none")] = 0.5) -> None:
         hint = "the divergence is 0 there; for the KL limits use 'forward_kl' or 'reverse_kl'"
-        self.beta = check_option(self.name, "beta", beta, 0.0, 1.0, ends="none", hint=hint)
+        self.beta = check_option(self, "beta", beta, hint=hint)
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         log_m = d.mixture(self.beta).log_()

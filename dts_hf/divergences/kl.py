@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.divergences.base import Distributions, Divergence, check_option, dot
+from dts_hf.registry import Share
 
 
 class ForwardKL(Divergence):
@@ -67,8 +68,8 @@ class SymmetricKL(Divergence):
     gradient = "(1 - weight) (q - p) + weight q (log(q / p) - KL(q || p))"
     use = "A fixed compromise between covering and keeping to the modes."
 
-    def __init__(self, weight: float = 0.5) -> None:
-        self.weight = check_option(self.name, "weight", weight, 0.0, 1.0)
+    def __init__(self, weight: Share = 0.5) -> None:
+        self.weight = check_option(self, "weight", weight)
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         return mixed_kl(d.log_ratio(), d, d.q.log_norm.new_full((), self.weight))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from dts_hf.divergences.base import Distributions, Divergence, centred_, check_option, dot
 from dts_hf.divergences.kl import ForwardKL, ReverseKL
+from dts_hf.registry import Between
 
 _HINT = "at 1 the mixture is the distribution itself and the divergence is 0"
 
@@ -28,8 +31,8 @@ class SkewKL(Divergence):
     gradient = "(1 - alpha) (q sum(w) - w), w = p q / m"
     use = "Forward KL that stays bounded (by log 1 / alpha) where the student gives a teacher's token no probability."
 
-    def __init__(self, alpha: float = 0.1) -> None:
-        self.alpha = check_option(self.name, "alpha", alpha, 0.0, 1.0, ends="low", hint=_HINT)
+    def __init__(self, alpha: Annotated[float, Between(0.0, 1.0, "low")] = 0.1) -> None:
+        self.alpha = check_option(self, "alpha", alpha, hint=_HINT)
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         if self.alpha == 0.0:  # the mixture is q, which may underflow where p does not
@@ -67,8 +70,8 @@ class SkewReverseKL(Divergence):
     gradient = "e - q sum(e), e = q (log(q / m) - alpha q / m)"
     use = "Reverse KL that stays bounded (by log 1 / alpha) where the teacher gives a student's token no probability."
 
-    def __init__(self, alpha: float = 0.1) -> None:
-        self.alpha = check_option(self.name, "alpha", alpha, 0.0, 1.0, ends="low", hint=_HINT)
+    def __init__(self, alpha: Annotated[float, Between(0.0, 1.0, "low")] = 0.1) -> None:
+        self.alpha = check_option(self, "alpha", alpha, hint=_HINT)
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         if self.alpha == 0.0:  # the mixture is p, which may underflow where q does not

@@ -1,6 +1,6 @@
 """The known evaluation sets: where their prepared files lie, what their manifests say, how to prepare them.
 
-The scripts in ``data_prep/`` write ``<data folder>/<set>/{train,valid,test}.jsonl`` and, last of all,
+``dts-hf prepare NAME`` writes ``<data folder>/<set>/{train,valid,test}.jsonl`` and, last of all,
 ``manifest.json``: a set without a manifest is not prepared. The data folder is ``$DTS_HF_DATA``, else ``./data``.
 """
 
@@ -23,20 +23,20 @@ ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A set that a script of ``data_prep/`` writes.
+    """A set that ``dts-hf prepare`` writes.
 
     Attributes:
         name: canonical name, and its folder below the data folder.
         about: one line for ``dts-hf list sets``.
-        script: file name in ``data_prep/``.
+        prepare: what ``dts-hf prepare`` calls it.
         rows: split -> rows of the published protocol (``reference`` counts; a GLUE split counts GLUE's own rows).
         split: the split that scores are reported on.
-        options: what the script needs besides ``--output``.
+        options: what that command needs besides ``--output``.
     """
 
     name: str
     about: str
-    script: str
+    prepare: str
     rows: Mapping[str, int]
     split: str = "test"
     options: str = ""
@@ -44,25 +44,23 @@ class KnownSet:
     @property
     def command(self) -> str:
         """The command that prepares this set."""
-        return " ".join(filter(None, ("python", f"data_prep/{self.script}", self.options)))
+        return " ".join(filter(None, ("dts-hf prepare", self.prepare, self.options)))
 
 
 def _glue(task: str, about: str, train: int, **validation: int) -> KnownSet:
     return KnownSet(
-        f"glue/{task}", about, "glue.py", {"train": train, **validation}, next(iter(validation)), f"--tasks {task}"
+        f"glue/{task}", about, "glue", {"train": train, **validation}, next(iter(validation)), f"--tasks {task}"
     )
 
 
 KNOWN_SETS: dict[str, KnownSet] = {
     known.name: known
     for known in (
-        KnownSet("dolly", "Dolly (DollyEval)", "dolly.py", {"train": 11_435, "valid": 1_000, "test": 500}),
-        KnownSet("self_instruct", "Self-Instruct (SelfInst)", "self_instruct.py", {"test": 242}),
-        KnownSet("vicuna", "Vicuna questions (VicunaEval)", "vicuna.py", {"test": 80}),
-        KnownSet(
-            "s_ni", "Super-NaturalInstructions [11, inf) (S-NI)", "super_natural_instructions.py", {"test": 1_694}
-        ),
-        KnownSet("unni", "Unnatural Instructions [11, inf) (UnNI)", "unnatural_instructions.py", {"test": 10_000}),
+        KnownSet("dolly", "Dolly (DollyEval)", "dolly", {"train": 11_435, "valid": 1_000, "test": 500}),
+        KnownSet("self_instruct", "Self-Instruct (SelfInst)", "self_instruct", {"test": 242}),
+        KnownSet("vicuna", "Vicuna questions (VicunaEval)", "vicuna", {"test": 80}),
+        KnownSet("s_ni", "Super-NaturalInstructions [11, inf) (S-NI)", "s_ni", {"test": 1_694}),
+        KnownSet("unni", "Unnatural Instructions [11, inf) (UnNI)", "unni", {"test": 10_000}),
         _glue("cola", "acceptability: Matthews", 8_551, validation=1_043),
         _glue("sst2", "sentiment: accuracy", 67_349, validation=872),
         _glue("mrpc", "paraphrase: F1, accuracy", 3_668, validation=408),
@@ -98,7 +96,7 @@ class PreparedSet:
         name: canonical name of the set, or the stem of a file given by path.
         path: a row file that ``dts_hf.data.sources.load_rows`` reads.
         rows: number of rows in it.
-        manifest: what ``data_prep`` recorded; for a file given by path only ``source``, ``sha256`` and ``rows``.
+        manifest: what ``dts-hf prepare`` recorded; for a file given by path only ``source``, ``sha256`` and ``rows``.
     """
 
     name: str
@@ -223,7 +221,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: broken JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object, the manifest that data_prep writes")
+        raise UserError(f"{path}: expected an object, the manifest that dts-hf prepare writes")
     return values
 
 

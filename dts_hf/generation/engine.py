@@ -130,6 +130,7 @@ def generate(
     row_keys: Sequence[str] | None = None,
     progress: str | None = None,
     on_finished: Callable[[int, Generated], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
     fixed_shapes: bool | None = None,
 ) -> list[Generated]:
     """Answer every prompt; the answers come in the order of the prompts.
@@ -152,6 +153,7 @@ def generate(
         row_keys: one name per prompt; sampling noise follows it. Default: the prompt's position in ``prompts``.
         progress: title of the progress bar, shown once the work has lasted two seconds; None for no bar.
         on_finished: called with the position in ``prompts`` and the answer as soon as a row has ended.
+        on_token: called with the position in ``prompts`` and each token of its answer.
         fixed_shapes: decode whole batches in shapes that never change, which a GPU records as a CUDA graph; a model that
             this does not suit goes on in the other way, with a warning. None: on a GPU alone. See ``fixed_batch``.
 
@@ -163,7 +165,7 @@ def generate(
         raise UserError(f"row_keys: got {len(row_keys)} keys for {len(prompts)} prompts, expected one for each")
     keys = [str(key) for key in (range(len(prompts)) if row_keys is None else row_keys)]
     inputs = checked_prompts(model, prompts, settings.max_new_tokens, row_keys)
-    job = _Job(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished)
+    job = _Job(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished, on_token)
     # Longest first (taken from the end): later prompts always fit into the columns in use, and memory that does not
     # suffice shows at once
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
@@ -199,6 +201,7 @@ class _Job:
     eos: frozenset[int]
     pad: int
     on_finished: Callable[[int, Generated], None] | None
+    on_token: Callable[[int, int], None] | None = None
     rows_done: int = 0
     tokens_made: int = 0
     together: bool = field(init=False)
@@ -223,6 +226,8 @@ class _Job:
         if not self.finished[row]:
             tokens.append(token)
             self.tokens_made += 1
+            if self.on_token is not None:
+                self.on_token(row, token)
         if self.finished[row] or len(tokens) >= self.settings.max_new_tokens:
             self.done[row] = True
             self.rows_done += 1

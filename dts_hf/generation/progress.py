@@ -1,4 +1,4 @@
-"""The progress bar of generation: on stderr, and only where the work lasts."""
+"""The progress of generation on stderr, where the work lasts: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dts_hf.console import say, working
 
 SECONDS_BEFORE_BAR = 2.0
 
@@ -25,13 +27,19 @@ def progress_bar(title: str | None, total: int) -> Iterator[Callable[[int, int],
 
     def show(rows: int, tokens: int) -> None:
         seconds = time.monotonic() - began
+        work.done, work.note = rows, f", {tokens / max(seconds, 1e-9):.0f} tokens/s"
+        if not bar.console.is_terminal:
+            return  # ``working`` says it, a line at a time
         if seconds >= SECONDS_BEFORE_BAR:
             if not bar.live.is_started:
                 bar.start()
             bar.update(task, completed=rows, rate=f"{tokens / seconds:.0f} tokens/s")
 
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+    with working(title, total, live=True) as work:
+        try:
+            yield show
+        finally:
+            if bar.live.is_started:
+                bar.stop()
+            elif not bar.console.is_terminal and time.monotonic() - began >= SECONDS_BEFORE_BAR:
+                say(str(work))

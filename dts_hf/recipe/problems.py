@@ -6,46 +6,20 @@ message cannot disagree with the check that failed. Problems are ``{dotted key: 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import EnumMeta
-from typing import Any, Literal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic import ValidationError
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import nearest
+from dts_hf.recipe.training_keys import training_fields
 from dts_hf.recipe.yaml_files import shown
 
 Schema = Mapping[str, Any]
 LARGEST = 2**31 - 1  # beyond it tokenizers, tensors and random generators overflow, in words that name no key
-RESERVED_TRAINING_KEYS = {
-    "output_dir": "not allowed here: it is the run directory, set output.dir",
-    "label_smoothing_factor": "not supported: the loss takes the labels as they are; the teacher does the smoothing",
-    "hub_token": "not allowed here: recipes are saved and shared. Run 'hf auth login' or set HF_TOKEN",
-}
-RENAMED_TRAINING_KEYS = {  # keys of older versions that many recipes still carry
-    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-}
-# TrainingArguments takes any number for these and the run fails later, in words that do not name the key.
-POSITIVE_TRAINING_KEYS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-    "seed",
-    "data_seed",
-)
-ALSO_ZERO = ("learning_rate", "seed", "data_seed")
+UNSAID = (LARGEST, sys.float_info.max)  # ends of a range that go without saying
 
 
 # ------------------------------------------------------------------------------------- problems of keys, types, ranges
@@ -65,7 +39,7 @@ def schema_problems(error: ValidationError, values: Mapping[str, Any], schema: S
             problems[key] = str(found["ctx"]["error"])
         else:
             value = functools.reduce(lambda holder, part: holder[part], path, values)
-            problems[key] = _wrong_value(value, _node(schema, path), schema)
+            problems[key] = wrong_value(value, _node(schema, path), schema)
     # A union reports the whole value for one branch and the item inside for the other: the item says more.
     return {key: text for key, text in problems.items() if not any(other.startswith(f"{key}.") for other in problems)}
 
@@ -86,7 +60,7 @@ def _unknown_key(path: Sequence[Any], schema: Schema) -> str:
     word = str(path[-1])
     if hint := nearest(word, siblings):
         return f"unknown key.{hint}"
-    elsewhere = [key for key in _keys(schema, schema) if key.rpartition(".")[2] == word]
+    elsewhere = [key for key in all_keys(schema, schema) if key.rpartition(".")[2] == word]
     if not elsewhere and word in training_fields():
         elsewhere = [f"training.{word}"]
     return f"unknown key, expected one of {', '.join(siblings)}." + (
@@ -94,12 +68,15 @@ def _unknown_key(path: Sequence[Any], schema: Schema) -> str:
     )
 
 
-def _wrong_value(value: Any, node: Schema, schema: Schema) -> str:
+def wrong_value(value: Any, node: Schema, schema: Schema) -> str:
+    """What is wrong with ``value``, which ``node`` of ``schema`` does not allow."""
     choices = _choices(node, schema)
     hint = nearest(value, choices) if isinstance(value, str) and len(choices) > 1 else ""
     expected = _expected(node, schema)
-    if isinstance(value, (bool, int, float)) and expected.startswith("text"):
+    if isinstance(value, (bool, int, float)) and expected.startswith("text") and "a mapping" not in expected:
         hint = " Put it in quotes."
+    elif isinstance(value, float) and value == float("inf"):
+        hint = " It must be finite."
     elif isinstance(value, int) and value > LARGEST:
         hint = f" The largest is {LARGEST}."
     return f"got {shown(value)}, expected {expected}{'.' if hint else ''}{hint}"
@@ -136,11 +113,12 @@ def _node(schema: Schema, path: Sequence[Any]) -> Schema:
     return node
 
 
-def _keys(node: Schema, schema: Schema, prefix: str = "") -> Iterator[str]:
+def all_keys(node: Schema, schema: Schema, prefix: str = "") -> Iterator[str]:
+    """The dotted keys below ``node`` of ``schema``, each behind ``prefix``."""
     for branch in _branches(node, schema):
         for key, inside in branch.get("properties", {}).items():
             yield f"{prefix}{key}"
-            yield from _keys(inside, schema, f"{prefix}{key}.")
+            yield from all_keys(inside, schema, f"{prefix}{key}.")
 
 
 def _choices(node: Schema, schema: Schema) -> list[str]:
@@ -173,7 +151,7 @@ def _expected_one(node: Schema, schema: Schema) -> str:
 
 def _describe_range(node: Schema) -> str:
     low, high = node.get("minimum"), node.get("maximum")
-    if low is not None and high is not None and high < LARGEST:
+    if low is not None and high is not None and high not in UNSAID:
         return f" between {low:,g} and {high:,g}" if high < 1e6 else f" between {low:,} and {high:,}"  # :g: 1e+06
     words = [
         f" {name} {node[key]:g}"
@@ -183,114 +161,9 @@ def _describe_range(node: Schema) -> str:
             ("maximum", "of at most"),
             ("exclusiveMaximum", "below"),
         )
-        if key in node and node[key] != LARGEST  # that one goes without saying
+        if key in node and node[key] not in UNSAID
     ]
     return " and".join(words)
-
-
-# ------------------------------------------------------------------------------ problems that other modules must judge
-
-
-def deep_problems(values: Mapping[str, Any], schema: Schema) -> dict[str, str]:
-    """Problems of the policy, the divergence and the training keys; what is no mapping is left to pydantic."""
-    from dts_hf.divergences import build_divergence
-    from dts_hf.temperature import build_temperature
-
-    problems: dict[str, str] = {}
-    loss = values.get("loss")
-    temperature = _choice(values.get("temperature"))
-    divergence = _choice(loss.get("divergence")) if isinstance(loss, Mapping) else {}
-    if temperature:
-        problems |= _refusal("temperature", lambda: build_temperature(**temperature))
-    if divergence:
-        problems |= _refusal("loss.divergence", lambda: build_divergence(divergence))
-    if isinstance(training := values.get("training"), Mapping):
-        problems |= _training_problems(training, schema)
-    return problems
-
-
-def _choice(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) and isinstance(value.get("name"), str) else {}
-
-
-def _refusal(section: str, build: Callable[[], object]) -> dict[str, str]:
-    try:
-        build()
-    except UserError as error:
-        key, colon, text = str(error).partition(": ")
-        return {key: text} if colon and key.startswith(section) else {section: str(error)}
-    return {}
-
-
-def _training_problems(training: Mapping[str, Any], schema: Schema) -> dict[str, str]:
-    known = training_fields()
-    problems = {}
-    for key, value in training.items():
-        if key in RESERVED_TRAINING_KEYS:
-            text = RESERVED_TRAINING_KEYS[key]
-        elif key in RENAMED_TRAINING_KEYS and key not in known:
-            text = f"transformers no longer has this key, use {RENAMED_TRAINING_KEYS[key]}"
-        elif key not in known:
-            elsewhere = [name for name in _keys(schema, schema) if name.rpartition(".")[2] == key]
-            hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else nearest(key, known)
-            text = f"transformers.TrainingArguments has no such key.{hint}"
-        else:
-            text = _training_value_problem(key, value)
-        if text:
-            problems[f"training.{key}"] = text
-    return problems
-
-
-def _training_value_problem(key: str, value: Any) -> str:
-    adapter = _adapter(key)
-    try:
-        adapter.validate_python(value)
-    except ValidationError:
-        node = adapter.json_schema()
-        return _wrong_value(value, node, node)
-    number = isinstance(value, (int, float)) and key in POSITIVE_TRAINING_KEYS
-    if number and not (value > 0 or (value == 0 and key in ALSO_ZERO)):
-        return f"got {shown(value)}, expected a number {'of at least' if key in ALSO_ZERO else 'above'} 0"
-    if number and key in ("seed", "data_seed") and value >= 2**32:
-        return f"got {shown(value)}, expected a number below 2^32"
-    return ""
-
-
-@functools.cache
-def training_fields() -> dict[str, dataclasses.Field[Any]]:
-    """The fields of the installed ``transformers.TrainingArguments`` by name."""
-    from transformers import TrainingArguments
-
-    return {field.name: field for field in dataclasses.fields(TrainingArguments)}
-
-
-@functools.cache
-def _adapter(key: str) -> TypeAdapter[Any]:
-    """A strict check of one ``TrainingArguments`` field; where pydantic knows no check, everything passes."""
-    from transformers import TrainingArguments
-
-    hint = typing.get_type_hints(TrainingArguments)[key]
-    options = typing.get_args(hint) or [hint]
-    enums: list[Any] = [option for option in options if isinstance(option, EnumMeta)]
-    choices = training_fields()[key].metadata.get("choices") or [member.value for enum in enums for member in enum]
-    if key == "fsdp":  # the constructor takes more than its annotation says
-        hint = Any
-    elif choices:
-        hint = Literal[tuple(choices)]
-    try:
-        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except (PydanticSchemaGenerationError, PydanticUserError):
-        return TypeAdapter(Any)
-
-
-def training_schema() -> dict[str, Any]:
-    """The JSON schema of each ``training:`` key, with the help text of the installed ``TrainingArguments``."""
-    schema = {}
-    for key, field in training_fields().items():
-        if key not in RESERVED_TRAINING_KEYS:
-            text = " ".join(str(field.metadata.get("help", "")).split())
-            schema[key] = {**_adapter(key).json_schema(), "description": text}
-    return schema
 
 
 # ------------------------------------------------------------------------------------------- what other modules define

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.errors import UserError
-from dts_hf.recipe.problems import LARGEST, deep_problems, protocol_values, schema_problems, training_schema
+from dts_hf.recipe.deep_problems import deep_problems
+from dts_hf.recipe.problems import LARGEST, protocol_values, schema_problems
 from dts_hf.recipe.yaml_files import dump_values, expand
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -188,6 +189,9 @@ class Source(Section):
         return value
 
 
+HeldOutShare = Annotated[float, Field(gt=0, lt=1)]
+
+
 class Data(Section):
     """The rows, and how they become tokens."""
 
@@ -195,8 +199,10 @@ class Data(Section):
         description="JSON lines, JSON, Parquet, CSV, TSV or Arrow (file, folder or pattern), or the name of a Hub data set "
         "(owner/name:configuration); or several, each alone or as a mapping with its split, weight and columns."
     )
-    validation: str | Annotated[list[str | Source], Field(min_length=1)] | Source | None = Field(
-        default=None, description="Held-out rows, in the same forms, without weights; null: no evaluation."
+    validation: str | Annotated[list[str | Source], Field(min_length=1)] | Source | HeldOutShare | None = Field(
+        default=None,
+        description="Held-out rows, in the same forms, without weights; or the share of the training rows that is held out "
+        "(0.05: always the same rows, none with the prompt of another); null: no evaluation.",
     )
     train_split: str = Field(default="train", description="Split of a Hub data set that is trained on.")
     validation_split: str = Field(default="validation", description="Split of a Hub data set that is held out.")
@@ -301,7 +307,7 @@ class Loss(Section):
 class Task(Section):
     """Classification or regression in the place of answers to instructions."""
 
-    name: Literal["glue"] = Field(description="Family of tasks; the rows are those of data_prep/glue.py.")
+    name: Literal["glue"] = Field(description="Family of tasks; the rows are those of `dts-hf prepare glue`.")
     subset: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = Field(
         description="Which task: it fixes the fields of a row, the labels and the metrics."
     )
@@ -381,7 +387,7 @@ class Recipe(Section):
     )
     temperature: NamedOptions = Field(
         default=NamedOptions.model_validate({"name": "dts", "rule": "gap"}),
-        description="The temperature policy, its options.",
+        description="The temperature policy and its options; a number alone: the policy constant.",
     )
     loss: Loss = Field(default=Loss(), description="What is minimised.")
     training: dict[str, Any] = Field(default={}, description="Passed to transformers.TrainingArguments as it is.")
@@ -415,6 +421,7 @@ class Recipe(Section):
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
                 "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
+                "data.validation as a share": isinstance(self.data.validation, float),
                 "data.columns": bool(self.data.columns),
             }
             found = [key for key, given in unfit.items() if given]
@@ -496,10 +503,3 @@ def _schema() -> dict[str, Any]:
     schema["$defs"]["NamedOptions"] = {"anyOf": [{"type": "string"}, mapping], "description": mapping["description"]}
     schema["properties"]["extends"] = {"type": "string", "description": "Another recipe file that this one changes."}
     return schema
-
-
-def editor_schema() -> dict[str, Any]:
-    """``recipe_json_schema`` with the keys of the installed ``TrainingArguments``; imports transformers."""
-    schema = recipe_json_schema()
-    schema["properties"]["training"] |= {"properties": training_schema(), "additionalProperties": False}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dts_hf recipe"}

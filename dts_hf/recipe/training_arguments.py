@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +43,9 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
         "dataloader_pin_memory": torch.accelerator.is_available(),
         **worker_defaults(recipe.training, torch.cuda.is_available()),
     }
+    asked = recipe.training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if asked and importlib.util.find_spec("deepspeed") is None:  # transformers would speak of object.__init__
+        raise UserError("training: DeepSpeed is asked for and not installed: pip install 'dts-hf[deepspeed]'")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout while it is imported
             return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))

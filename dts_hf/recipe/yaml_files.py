@@ -26,6 +26,7 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("temperature", "match_mean_of"),
     ("temperature", "gap_source", "replay"),
 )
+_NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 # A recipe has some hundred bytes, three levels and a few bases. What is far beyond is no recipe, and takes for ever.
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_BASES = 200_000, 20_000, 20, 20
@@ -228,6 +229,8 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """Write short forms out, and resolve ``./``, ``../`` and ``~/`` against ``folder``."""
     expanded = _copied(values)
+    if (number := _as_number(expanded.get("temperature"))) is not None:
+        expanded["temperature"] = {"name": "constant", "value": number}
     for holder, key in ((expanded, "temperature"), (expanded.get("loss"), "divergence")):
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = {"name": holder[key]}
@@ -240,6 +243,13 @@ def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
             paths = [_resolve(item, folder) for item in (at[key] if many else [at[key]])]
             at[key] = paths if many else paths[0]
     return expanded
+
+
+def _as_number(value: Any) -> float | None:
+    """``value`` where it is a number, also one in quotes; None where it is anything else."""
+    if isinstance(value, str) and re.fullmatch(_NUMBER, value.strip()):
+        return float(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:

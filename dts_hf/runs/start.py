@@ -21,11 +21,13 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
 from dts_hf.models.quantization import check_quantization
+from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.lock import lock
+from dts_hf.runs.outline import outline
 from dts_hf.temperature import build_temperature
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
@@ -139,6 +141,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
     if args.process_index == 0 and not start.finished:
         say(where_it_trains(args))
+        say(outline(recipe, args))
     return start
 
 
@@ -161,7 +164,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
     def write() -> None:
         RunDirectory.create(run.path, recipe.output.overwrite, resume=start.keep)
         lock(run.path)
-        run.save_recipe(recipe)
+        run.save_recipe(effective(recipe, args))
         run.write_environment(environment(args.device))
         run.write_data_manifest(made_from)
         if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
@@ -200,8 +203,11 @@ def _newest(run: RunDirectory) -> Path | None:
 
 def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirectory) -> None:
     """Refuse where the recipe of the run directory gives other numbers than ``now``; names what differs."""
-    before, after = _leaves(was.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
-    changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    before, asked = _leaves(was.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    after = _leaves(effective(now, args).model_dump(mode="json"))
+    # A run of an older version has not written all defaults: what it does not say, and nobody asks for, is the same.
+    unsaid = {key for key in after if key not in before and key not in asked}
+    changed = sorted(key for key in {*before, *after} - unsaid if before.get(key) != after.get(key))
     free = list(MAY_CHANGE)
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.registry import Between, PositiveFloat
+from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
 from dts_hf.temperature.parts.logit_statistics import bhattacharyya
 
 #: log s is counted in bins of 1/16 nat from e^-8 (where fp32 cannot tell two distributions apart) to e^0 = 1.
@@ -48,10 +50,10 @@ class AdaKD(TemperaturePolicy):
     cost = "one exponential and 3 plain passes over both logits"
     state_fields = ("log_median",)
 
-    def __init__(self, t_base: float = 1.0, c: float = 0.5) -> None:
+    def __init__(self, t_base: PositiveFloat = 1.0, c: Annotated[float, Between(-5.0, 5.0)] = 0.5) -> None:
         super().__init__()
-        self.t_base = check_number(self.name, "t_base", t_base, low=0.0, high=math.inf, low_open=True)
-        self.c = check_number(self.name, "c", c, low=-5.0, high=5.0)
+        self.t_base = self.checked("t_base", t_base)
+        self.c = self.checked("c", c)
         self.log_median: float | None = None
 
     @property

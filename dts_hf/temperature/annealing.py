@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dts_hf.errors import UserError
-from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number
+from dts_hf.registry import Between
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
 
 
 class Annealing(TemperaturePolicy):
@@ -40,12 +41,14 @@ class Annealing(TemperaturePolicy):
     )
     cost = "none"
 
-    def __init__(self, t_max: int = 10, phase_share: float = 0.77) -> None:
+    def __init__(
+        self,
+        t_max: Annotated[int, Between(low=1)] = 10,
+        phase_share: Annotated[float, Between(0.0, 1.0, "high")] = 0.77,
+    ) -> None:
         super().__init__()
-        if isinstance(t_max, bool) or not isinstance(t_max, int) or t_max < 1:
-            raise UserError(f"temperature.t_max: got {t_max!r} for policy 'annealing', expected a whole number from 1")
-        self.t_max = t_max
-        self.phase_share = check_number(self.name, "phase_share", phase_share, low=0.0, high=1.0, low_open=True)
+        self.t_max = self.checked_whole("t_max", t_max)
+        self.phase_share = self.checked("phase_share", phase_share)
 
     @property
     def in_phase_one(self) -> bool:

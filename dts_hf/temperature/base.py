@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dts_hf.errors import UserError, nearest
+from dts_hf.registry import Between, range_of
 
 #: What an answer of a policy is made of, each with all before it: nothing of the chunk, so that it is the same for all
 #: chunks of a step; the statistics of the rows; ``LogitSummary``, which is less than the logits; the logits.
@@ -226,6 +227,27 @@ class TemperaturePolicy(nn.Module):
         values = ((option, getattr(holder, option, None)) for option in options for holder in holders)
         return {option: value for option, value in values if value is not None}
 
+    def checked(self, option: str, value: object) -> float:
+        """``value`` as a float within the range that the annotation of ``option`` in ``__init__`` says.
+
+        Raises:
+            UserError: not a finite number, or out of range.
+        """
+        return check_between(self.name, option, value, range_of(type(self), option))
+
+    def checked_whole(self, option: str, value: object) -> int:
+        """``value`` where it is a whole number in the range that the annotation of ``option`` says, which has a lower end.
+
+        Raises:
+            UserError: it is none.
+        """
+        low = range_of(type(self), option).low
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise UserError(
+                f"temperature.{option}: got {value!r} for policy '{self.name}', expected a whole number from {low:g}"
+            )
+        return value
+
     def state(self) -> dict[str, Any]:
         """Everything that must survive a checkpoint, as JSON-ready numbers."""
         return {field: copy.deepcopy(getattr(holder, field)) for field, holder in self._state_holders().items()}
@@ -278,9 +300,25 @@ def check_number(policy: str, option: str, value: object, *, low: float, high: f
     Raises:
         UserError: ``value`` is not a finite number, or out of range.
     """
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not usable or value < low or value > high or (low_open and value == low):  # type: ignore[operator]
-        bound = f"{'above' if low_open else 'from'} {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")
+    return check_between(policy, option, value, Between(low, high, "high" if low_open else "both"))
+
+
+def check_between(policy: str, option: str, value: object, limits: Between) -> float:
+    """Return ``value`` as a float within ``limits``.
+
+    Args:
+        policy: its name, for the message.
+        option: the option's name, for the message.
+        value: what the recipe has.
+        limits: the range.
+
+    Raises:
+        UserError: not a finite number, or out of range.
+    """
+    if value not in limits:
+        bound = f"{'from' if limits.ends in ('both', 'low') else 'above'} {limits.low:g}"
+        if math.isfinite(limits.high):
+            bound += f" to {'' if limits.ends in ('both', 'high') else 'below '}{limits.high:g}"
         raise UserError(f"temperature.{option}: got {value!r} for policy '{policy}', expected a number {bound}")
     return float(value)  # type: ignore[arg-type]
 

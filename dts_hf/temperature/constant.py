@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 
 
@@ -30,7 +31,7 @@ class Constant(TemperaturePolicy):
     )
     cost = "none"
 
-    def __init__(self, value: float = 2.0, teacher_value: float | None = None) -> None:
+    def __init__(self, value: PositiveFloat = 2.0, teacher_value: PositiveFloat | None = None) -> None:
         super().__init__()
         self.value = check_temperature(self.name, "value", value)
         self.teacher_value = teacher_value

@@ -7,6 +7,7 @@ from statistics import fmean
 from torch import Tensor
 
 from dts_hf.errors import UserError
+from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import (
     RowStats,
     TemperaturePolicy,
@@ -50,7 +51,9 @@ class Cosine(TemperaturePolicy):
     )
     cost = "none"
 
-    def __init__(self, t_init: float | None = None, t_min: float = 1.0, match_mean_of: str | None = None) -> None:
+    def __init__(
+        self, t_init: PositiveFloat | None = None, t_min: PositiveFloat = 1.0, match_mean_of: str | None = None
+    ) -> None:
         super().__init__()
         self.t_init: float | None = None
         self.match_mean_of: str | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_number, check_temperature, half_cosine, sigmoid
+from dts_hf.registry import Between, PositiveFloat, Share
+from dts_hf.temperature.base import StepStats, TemperaturePolicy, check_temperature, half_cosine, sigmoid
 
 
 class CTKD(TemperaturePolicy):
@@ -48,22 +50,31 @@ class CTKD(TemperaturePolicy):
 
     def __init__(
         self,
-        t_start: float = 1.0,
-        t_end: float = 3.0,
-        theta: float = 0.0,
-        learning_rate: float = 0.01,
-        betas: Sequence[float] = (0.9, 0.999),
-        ramp: float = 0.1,
+        t_start: PositiveFloat = 1.0,
+        t_end: PositiveFloat = 3.0,
+        theta: Annotated[float, Between(-20.0, 20.0)] = 0.0,
+        learning_rate: Share = 0.01,
+        betas: Sequence[Annotated[float, Between(0.0, 1.0, "low")]] = (0.9, 0.999),
+        ramp: Share = 0.1,
     ) -> None:
         super().__init__()
         self.t_start = check_temperature(self.name, "t_start", t_start)
         self.t_end = check_temperature(self.name, "t_end", t_end)
-        self.theta = check_number(self.name, "theta", theta, low=-20.0, high=20.0)
-        self.learning_rate = check_number(self.name, "learning_rate", learning_rate, low=0.0, high=1.0)
-        self.betas = _check_betas(self.name, betas)
-        self.ramp = check_number(self.name, "ramp", ramp, low=0.0, high=1.0)
+        self.theta = self.checked("theta", theta)
+        self.learning_rate = self.checked("learning_rate", learning_rate)
+        self.betas = self._checked_betas(betas)
+        self.ramp = self.checked("ramp", ramp)
         self.first_moment = self.second_moment = 0.0
         self.steps = self.ignored_gradients = 0
+
+    def _checked_betas(self, betas: object) -> tuple[float, float]:
+        """Two decay rates from 0 to below 1; at 1 the correction of the start would divide by 0."""
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise UserError(
+                f"temperature.betas: got {betas!r} for policy '{self.name}', expected two numbers from 0 to 1"
+            )
+        first, second = (self.checked("betas", beta) for beta in betas)
+        return first, second
 
     @property
     def temperature(self) -> float:
@@ -98,11 +109,3 @@ class CTKD(TemperaturePolicy):
         mean = self.first_moment / (1.0 - first**self.steps)
         size = math.sqrt(self.second_moment / (1.0 - second**self.steps))
         self.theta += self.adversary * self.learning_rate * mean / (size + 1e-8)  # plus: ascent
-
-
-def _check_betas(policy: str, betas: object) -> tuple[float, float]:
-    """Two decay rates from 0 to below 1; at 1 the correction of the start would divide by 0."""
-    if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise UserError(f"temperature.betas: got {betas!r} for policy '{policy}', expected two numbers from 0 to 1")
-    first, second = (check_number(policy, "betas", beta, low=0.0, high=1.0 - 1e-9) for beta in betas)
-    return first, second

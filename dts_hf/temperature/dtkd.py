@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_number, check_temperature
+from dts_hf.registry import Between, PositiveFloat
+from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 from dts_hf.temperature.parts.logit_statistics import sharpness
 
 
@@ -53,11 +54,16 @@ class DTKD(TemperaturePolicy):
     )
     cost = "2 reading passes per model (maximum, mean); with w_kd > 0 a second softmax of both models"
 
-    def __init__(self, tau: float = 2.0, clamp: float = 3.0, w_kd: float = 0.0) -> None:
+    def __init__(
+        self,
+        tau: PositiveFloat = 2.0,
+        clamp: Annotated[float, Between(low=1.0)] = 3.0,
+        w_kd: Annotated[float, Between(low=0.0)] = 0.0,
+    ) -> None:
         super().__init__()
         self.tau = check_temperature(self.name, "tau", tau)
-        self.clamp = check_number(self.name, "clamp", clamp, low=1.0, high=math.inf)
-        self.w_kd = check_number(self.name, "w_kd", w_kd, low=0.0, high=math.inf)
+        self.clamp = self.checked("clamp", clamp)
+        self.w_kd = self.checked("w_kd", w_kd)
 
     @property
     def temperature(self) -> float:

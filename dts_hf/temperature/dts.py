@@ -9,15 +9,18 @@ With gap = student CE - teacher CE in nats per label, and p the share of the run
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures, half_cosine
 from dts_hf.temperature.parts import dts_rules
-from dts_hf.temperature.parts.auto_range import temperature_range
+from dts_hf.temperature.parts.auto_range import SUPPORT, RangeKind, temperature_range
 from dts_hf.temperature.parts.decoupled import Decoupled
-from dts_hf.temperature.parts.gap_source import GapSource, gap_source_of
-from dts_hf.temperature.parts.granularity import check_granularity, row_gaps
+from dts_hf.temperature.parts.gap_source import SEED, GapSource, gap_source_of
+from dts_hf.temperature.parts.granularity import Granularity, check_granularity, row_gaps
 
 
 class DTS(TemperaturePolicy):
@@ -59,10 +62,12 @@ class DTS(TemperaturePolicy):
 
     def __init__(
         self,
-        rule: str = "gap", t_init: float | None = None, t_min: float | None = None, t_max: float | None = None,
-        momentum: float = 0.9, granularity: str = "batch", epochs: int | None = None, decoupled: bool = False,
-        range: str = "manual", support_max: float | None = None, support_min: float | None = None,
-        gap_source: GapSource = "measured", seed: int | None = None,
+        rule: dts_rules.Rule = "gap", t_init: PositiveFloat | None = None, t_min: PositiveFloat | None = None,
+        t_max: PositiveFloat | None = None, momentum: Annotated[float, dts_rules.MOMENTUM] = 0.9,
+        granularity: Granularity = "batch", epochs: Annotated[int, dts_rules.EPOCHS] | None = None,
+        decoupled: bool = False, range: RangeKind = "manual", support_max: Annotated[float, SUPPORT] | None = None,
+        support_min: Annotated[float, SUPPORT] | None = None, gap_source: GapSource = "measured",
+        seed: Annotated[int, SEED] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.rule, self.granularity = dts_rules.check_rule(rule), check_granularity(granularity)

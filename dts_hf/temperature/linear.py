@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import TemperaturePolicy, check_temperature
 
 
@@ -19,7 +20,7 @@ class Linear(TemperaturePolicy):
     use = "A schedule with no parts to tune: falling as an annealing, rising as a curriculum."
     cost = "none"
 
-    def __init__(self, t_init: float = 3.0, t_end: float = 1.0) -> None:
+    def __init__(self, t_init: PositiveFloat = 3.0, t_end: PositiveFloat = 1.0) -> None:
         super().__init__()
         self.t_init = check_temperature(self.name, "t_init", t_init)
         self.t_end = check_temperature(self.name, "t_end", t_end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 from dts_hf.temperature.parts.logit_statistics import deviation_of
 
@@ -39,7 +40,7 @@ class LogitStd(TemperaturePolicy):
         "4 and 2 % of the loss"
     )
 
-    def __init__(self, value: float = 2.0) -> None:
+    def __init__(self, value: PositiveFloat = 2.0) -> None:
         super().__init__()
         self.value = check_temperature(self.name, "value", value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_temperature
 from dts_hf.temperature.parts.logit_statistics import deviation_of
 
@@ -34,7 +35,7 @@ class NormKD(TemperaturePolicy):
         "4 and 2 % of the loss"
     )
 
-    def __init__(self, t_norm: float = 1.5) -> None:
+    def __init__(self, t_norm: PositiveFloat = 1.5) -> None:
         super().__init__()
         self.t_norm = check_temperature(self.name, "t_norm", t_norm)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
-from dts_hf.errors import UserError
-from dts_hf.temperature.base import TemperaturePolicy, check_flag, check_number, check_temperature
+from dts_hf.registry import Between, PositiveFloat, Share
+from dts_hf.temperature.base import TemperaturePolicy, check_flag, check_temperature
 
 
 class POCL(TemperaturePolicy):
@@ -40,21 +41,20 @@ class POCL(TemperaturePolicy):
 
     def __init__(
         self,
-        t_start: float = 1.0,
-        t_end: float = 2.0,
-        stages: int = 4,
+        t_start: PositiveFloat = 1.0,
+        t_end: PositiveFloat = 2.0,
+        stages: Annotated[int, Between(low=1)] = 4,
         schedule_kd_ratio: bool = True,
-        kd_start: float = 0.7,
-        kd_end: float = 1.0,
+        kd_start: Share = 0.7,
+        kd_end: Share = 1.0,
     ) -> None:
         super().__init__()
         self.t_start = check_temperature(self.name, "t_start", t_start)
         self.t_end = check_temperature(self.name, "t_end", t_end)
-        if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-            raise UserError(f"temperature.stages: got {stages!r} for policy 'pocl', expected a whole number from 1")
-        self.stages, self.schedule_kd_ratio = stages, check_flag("schedule_kd_ratio", schedule_kd_ratio)
-        self.kd_start = check_number(self.name, "kd_start", kd_start, low=0.0, high=1.0)
-        self.kd_end = check_number(self.name, "kd_end", kd_end, low=0.0, high=1.0)
+        self.stages = self.checked_whole("stages", stages)
+        self.schedule_kd_ratio = check_flag("schedule_kd_ratio", schedule_kd_ratio)
+        self.kd_start = self.checked("kd_start", kd_start)
+        self.kd_end = self.checked("kd_end", kd_end)
 
     @property
     def temperature(self) -> float:

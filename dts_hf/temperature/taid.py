@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from dts_hf.registry import Between, PositiveFloat, Share
 from dts_hf.temperature.base import (
     RowStats,
     StepStats,
     TemperaturePolicy,
     Temperatures,
-    check_number,
     check_temperature,
     sigmoid,
 )
@@ -63,11 +64,17 @@ class TAID(TemperaturePolicy):
     cost = "the mix of the logits: 2 passes"
     state_fields = ("share", "momentum", "last_loss")
 
-    def __init__(self, t_start: float = 0.4, alpha: float = 5e-4, beta: float = 0.99, value: float = 1.0) -> None:
+    def __init__(
+        self,
+        t_start: Annotated[float, Between(0.0, 1.0, "high")] = 0.4,
+        alpha: Share = 5e-4,
+        beta: Share = 0.99,
+        value: PositiveFloat = 1.0,
+    ) -> None:
         super().__init__()
-        self.t_start = check_number(self.name, "t_start", t_start, low=0.0, high=1.0, low_open=True)
-        self.alpha = check_number(self.name, "alpha", alpha, low=0.0, high=1.0)
-        self.beta = check_number(self.name, "beta", beta, low=0.0, high=1.0)
+        self.t_start = self.checked("t_start", t_start)
+        self.alpha = self.checked("alpha", alpha)
+        self.beta = self.checked("beta", beta)
         self.value = check_temperature(self.name, "value", value)
         self.share = self.t_start
         self.momentum = 0.0

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from dts_hf import console
+from dts_hf.console import duration, say
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.training.signals import at_once, stopped_at
+
+#: A narrower terminal shows no bar: the numbers say more.
+WIDTH_OF_A_BAR = 110
 
 
 class InterruptionCallback(TrainerCallback):
@@ -114,26 +129,71 @@ class GenerationEvalCallback(TrainerCallback):
                 self.record(state.global_step, float(state.epoch or 0.0), scores)
 
 
+def _columns(width: int) -> list[ProgressColumn]:
+    """What the live line shows: on a narrow terminal it gives up the bar, and then the text, before the time left."""
+    fixed = [Column(no_wrap=True, min_width=least) for least in (7, 4, 7)]
+    left: list[ProgressColumn] = [
+        TimeElapsedColumn(table_column=fixed[0]),
+        TextColumn("left", table_column=fixed[1]),
+        TimeRemainingColumn(table_column=fixed[2]),
+    ]
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    bar: list[ProgressColumn] = [BarColumn(bar_width=20)] if width >= WIDTH_OF_A_BAR else []
+    return [TextColumn("distil"), *bar, MofNCompleteColumn(table_column=Column(no_wrap=True)), text, *left]
+
+
 class ProgressCallback(TrainerCallback):
-    """One live line on the main process: steps, loss, temperature, gap, tokens per second, time left."""
+    """The main process: a live line on a terminal, elsewhere one for each line of the log, and one every 30 s.
+
+    Steps, loss, temperature, gap, tokens per second, time left.
+    """
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.task: Any = None
+        self.said = self.began = 0.0  # monotonic seconds of the last line off a terminal, and of the first step
+        self.first_step = self.batches = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or args.disable_tqdm:
             return
-        columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        # On a terminal the line is live; in a file or a CI log rich prints it once, at the end.
-        columns += (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # type: ignore[assignment]
-        self.progress = Progress(*columns, console=Console(stderr=True))  # stdout is for results
+        screen = Console(stderr=True)  # stdout is for results
+        self.said = self.began = time.monotonic()
+        self.first_step, self.batches = state.global_step, 0
+        self.progress = Progress(*_columns(screen.width), console=screen, disable=not screen.is_terminal)
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
+            self._say_now_and_then(f"step {state.global_step}/{state.max_steps}", self._left(state))
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """A held-out evaluation may take minutes between two steps."""
+        self.batches += 1
+        self._say_now_and_then(
+            f"step {state.global_step}/{state.max_steps}: held-out rows, batch {self.batches:,}", ""
+        )
+
+    def on_evaluate(self, *_: Any, **kwargs: Any) -> None:
+        self.batches = 0
+
+    def _say_now_and_then(self, text: str, left: str) -> None:
+        """A line off a terminal, unless there was one in the last 30 s."""
+        now = time.monotonic()
+        if (
+            self.progress is None
+            or self.progress.console.is_terminal
+            or now - self.said < console.SECONDS_BETWEEN_LINES
+        ):
+            return
+        self.said = now
+        say(f"{text}, {duration(now - self.began)} so far{left}")
+
+    def _left(self, state: TrainerState) -> str:
+        done, seconds = state.global_step - self.first_step, time.monotonic() - self.began
+        return f", about {duration(seconds / done * (state.max_steps - state.global_step))} left" if done else ""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -147,12 +207,16 @@ class ProgressCallback(TrainerCallback):
             text = f"loss {float(logs['loss']):.3f}  {distance}{logs['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, description=text)
             if not self.progress.console.is_terminal:
-                self.progress.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+                self.said = time.monotonic()
+                say(f"step {state.global_step}/{state.max_steps}  {text}{self._left(state)}")
         elif "eval_ce_loss" in logs:
             text = f"step {state.global_step}/{state.max_steps}  held out: loss {logs['eval_loss']:.3f}"
             if "eval_kl" in logs:
                 text += f"  kl {logs['eval_kl']:.3f}  top-1 agreement {logs['eval_top1_agreement']:.1%}"
-            self.progress.console.print(text)
+            if self.progress.console.is_terminal:
+                self.progress.console.print(text)
+            else:
+                say(text)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self.close()

@@ -22,7 +22,7 @@ from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
-COMMANDS = ("train", "doctor", "evaluate", "score", "report", "list", "schema")
+COMMANDS = ("train", "doctor", "evaluate", "score", "report", "prepare", "list", "schema")
 RECIPE = """\
 student: {init: {from: teacher, layers: 2}}
 teacher: {model: some/teacher}
@@ -244,7 +244,9 @@ def test_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     policies = {row["name"]: row for row in listed["temperatures"]}
     assert {"constant", "linear", "cosine", "dts"} <= set(policies) and "rule='gap'" in policies["dts"]["options"]
     assert all(row["about"] for rows in listed.values() for row in rows)
-    assert listed["recipes"] == [{"name": "recipes/one.yaml", "about": "The first one"}]
+    names = [row["name"] for row in listed["recipes"]]
+    assert listed["recipes"][0] == {"name": "recipes/one.yaml", "about": "The first one"}
+    assert {"quickstart", "dolly/gpt2-xl_to_gpt2/kd", "glue/sst2/dts"} <= set(names) and "glue/_base" not in names
     table = invoke("list", "templates").stdout
     assert "alpaca" in table and "constant" not in table
     assert invoke("list", "template").exit_code == 2

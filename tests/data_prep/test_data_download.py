@@ -18,16 +18,10 @@ import pytest
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import read_manifest
 
-DATA_PREP = Path(__file__).resolve().parents[2] / "data_prep"
-
-pytestmark = pytest.mark.skipif(not DATA_PREP.is_dir(), reason="needs the repository's data_prep/ folder")
-
 
 @pytest.fixture(scope="module")
-def fetcher() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DATA_PREP))
-        yield importlib.import_module("_download")
+def fetcher() -> ModuleType:
+    return importlib.import_module("dts_hf.data_prep.download")
 
 
 class Server(ThreadingHTTPServer):
@@ -166,7 +160,7 @@ def test_answers_of_the_server(fetcher: ModuleType, server: Server, tmp_path: Pa
 
 
 def test_a_set_from_a_url(fetcher: ModuleType, server: Server, tmp_path: Path) -> None:
-    vicuna = importlib.import_module("vicuna")
+    vicuna = importlib.import_module("dts_hf.data_prep.vicuna")
     rows = [{"instruction": f"Do {k}", "output": "Done"} for k in range(80)]
     server.files["folder/valid.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
     server.breaks = [1_000]
@@ -181,7 +175,7 @@ def test_a_set_from_a_url(fetcher: ModuleType, server: Server, tmp_path: Path) -
 
 
 def test_task_files_from_a_base_url(fetcher: ModuleType, server: Server, tmp_path: Path) -> None:
-    script = importlib.import_module("super_natural_instructions")
+    script = importlib.import_module("dts_hf.data_prep.s_ni")
     server.files["repo/splits/default/test_tasks.txt"] = b"task1_x\n"
     task = {"Definition": ["Do."], "Instances": [{"id": "task1-a", "input": "i", "output": ["one and a half", "two"]}]}
     server.files["repo/tasks/task1_x.json"] = json.dumps(task).encode()

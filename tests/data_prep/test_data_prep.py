@@ -13,7 +13,7 @@ import subprocess
 import sys
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,18 +27,15 @@ from dts_hf.evaluation.benchmark_sets import KNOWN_SETS, PreparedSet, list_sets,
 from dts_hf.files import file_sha256
 from tests.support.tiny import tiny_tokenizer
 
-DATA_PREP = Path(__file__).resolve().parents[2] / "data_prep"
-SCRIPTS = ("dolly", "self_instruct", "unnatural_instructions", "super_natural_instructions", "vicuna", "glue")
-
-pytestmark = pytest.mark.skipif(not DATA_PREP.is_dir(), reason="needs the repository's data_prep/ folder")
+ROOT = Path(__file__).resolve().parents[2]
+DATA_PREP = ROOT / "data_prep"
+SCRIPTS = ("dolly", "self_instruct", "unni", "s_ni", "vicuna", "glue")
 
 
 @pytest.fixture(scope="module")
-def prep() -> Iterator[SimpleNamespace]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DATA_PREP))
-        names = (*SCRIPTS, "_prepare", "_download")
-        yield SimpleNamespace(**{name.strip("_"): importlib.import_module(name) for name in names})
+def prep() -> SimpleNamespace:
+    names = (*SCRIPTS, "job", "lengths", "reading", "same_question", "download", "upstream")
+    return SimpleNamespace(**{name: importlib.import_module(f"dts_hf.data_prep.{name}") for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +247,16 @@ def test_the_quickstart_trains_on_no_held_out_question(prep: SimpleNamespace) ->
         [json.loads(line) for line in (data / f"quickstart_{split}.jsonl").read_text(encoding="utf-8").splitlines()]
         for split in ("train", "validation")
     )
-    asked = {key for r in held_out for key in prep.prepare.identity(r)}
-    assert len(asked) == 2 * len(held_out) and prep.prepare.without(train, asked) == train
-    assert len(prep.prepare.without([*train, held_out[0] | {"output": "?"}], asked)) == len(train)
+    asked = {key for r in held_out for key in prep.same_question.identity(r)}
+    assert len(asked) == 2 * len(held_out) and prep.same_question.without(train, asked) == train
+    assert len(prep.same_question.without([*train, held_out[0] | {"output": "?"}], asked)) == len(train)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_a_question_is_the_same_in_every_form_of_unicode(prep: SimpleNamespace, form: Any) -> None:
     text = "Who wrote É\ufb01n, and where?[3]"
-    assert prep.prepare.plain(unicodedata.normalize(form, text)) == prep.prepare.plain(text) == "whowroteéfinandwhere"
+    plain = prep.same_question.plain
+    assert plain(unicodedata.normalize(form, text)) == plain(text) == "whowroteéfinandwhere"
 
 
 def test_rows_that_leave_train_do_not_count_against_the_published_number(
@@ -324,7 +322,7 @@ def test_vicuna(prep: SimpleNamespace, out: Path, tmp_path: Path, capsys: pytest
 def test_unnatural_instructions(
     prep: SimpleNamespace, out: Path, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    length = prep.prepare.Lengths(tokenizer).of_texts
+    length = prep.lengths.Lengths(tokenizer).of_texts
     eleven, ten = "abcdefghijk", "bcdfghjklm"
     while length([eleven])[0] > 11:
         eleven = eleven[:-1]
@@ -341,8 +339,8 @@ def test_unnatural_instructions(
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr("core_data.jsonl", "".join(json.dumps(item) + "\n" for item in core))
         archive.writestr("__MACOSX/._core_data.jsonl", b"\0junk")
-    monkeypatch.setattr(prep.unnatural_instructions, "MAX_ROWS", 2)
-    assert call(prep.unnatural_instructions, out, source, "--tokenizer", tokenizer) == 0
+    monkeypatch.setattr(prep.unni, "MAX_ROWS", 2)
+    assert call(prep.unni, out, source, "--tokenizer", tokenizer) == 0
     rows = rows_of(resolve_set("unni", out))
     assert [(r["id"], r["input"]) for r in rows] == [("unni-00000", "b"), ("unni-00003", "d")]
     manifest = read_manifest(out / "unni")
@@ -366,7 +364,7 @@ def test_super_natural_instructions(
     for name, content in tasks.items():
         (checkout / "tasks").mkdir(exist_ok=True)
         (checkout / "tasks" / f"{name}.json").write_text(json.dumps(content))
-    script = prep.super_natural_instructions
+    script = prep.s_ni
     assert call(script, out, checkout, "--tokenizer", tokenizer, "--bins", "11_,0_2") == 0
     rows = rows_of(resolve_set("s_ni", out))
     assert len(rows) == 100 and rows[0]["id"] == "task2_b-00000" and rows[1]["output"] == [long, short]
@@ -390,12 +388,12 @@ def test_super_natural_instructions_from_a_folder_with_one_file(
 ) -> None:
     rows = [row(k, output=["a long enough reference text", "ab"]) for k in range(3)]
     source = write_lines(tmp_path / "sinst" / name, rows).parent
-    assert call(prep.super_natural_instructions, out, source, "--tokenizer", tokenizer) == 0
+    assert call(prep.s_ni, out, source, "--tokenizer", tokenizer) == 0
     assert [r["instruction"] for r in rows_of(resolve_set("s_ni", out))] == ["Do 0", "Do 1", "Do 2"]
     assert [file["name"] for file in read_manifest(out / "s_ni")["source"]["files"]] == [name]
 
 
-@pytest.mark.parametrize("script", ["unnatural_instructions", "super_natural_instructions"])
+@pytest.mark.parametrize("script", ["unni", "s_ni"])
 def test_short_answers_are_no_long_ones_even_if_nothing_is_counted(
     prep: SimpleNamespace, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str
 ) -> None:
@@ -413,7 +411,7 @@ def test_short_answers_are_no_long_ones_even_if_nothing_is_counted(
 def test_help_shows_the_examples(prep: SimpleNamespace, capsys: pytest.CaptureFixture[str], script: str) -> None:
     with pytest.raises(SystemExit):
         getattr(prep, script).main(["--help"])
-    assert f"\n    python data_prep/{script}.py --" in capsys.readouterr().out
+    assert f"\n    dts-hf prepare {script} --" in capsys.readouterr().out
 
 
 TSV = {
@@ -560,7 +558,7 @@ def test_truncated_files_are_refused(
     else:
         write_lines(source, rows)
     source.write_bytes(source.read_bytes()[: -9 if kind == "jsonl" else -60])
-    assert call(prep.unnatural_instructions, out, source, "--tokenizer", "none") == 2
+    assert call(prep.unni, out, source, "--tokenizer", "none") == 2
     message = capsys.readouterr().err
     assert f"rows.{kind}" in message and no_files(out)
     if kind.startswith("jsonl"):
@@ -577,7 +575,7 @@ def test_zip_members_that_lead_outside_are_refused(
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr("core.jsonl", json.dumps(row(1)) + "\n")
         archive.writestr(name, json.dumps(row(2)) + "\n")
-    assert call(prep.unnatural_instructions, out, source, "--tokenizer", "none") == 2
+    assert call(prep.unni, out, source, "--tokenizer", "none") == 2
     assert "leads out of its folder" in capsys.readouterr().err and no_files(out)
 
 
@@ -681,16 +679,16 @@ def test_kill_between_two_files(prep: SimpleNamespace, out: Path, tmp_path: Path
     for number, split in enumerate(("train", "valid", "test")):
         write_lines(source / f"{split}.jsonl", [row(10 + number)])
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import dolly\n"
+        "import os, signal, sys; from dts_hf.data_prep import dolly\n"
         "replace, done = os.replace, []\n"
         "def killing(*a):\n"
         "    done.append(a)\n"
         "    if len(done) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return replace(*a)\n"
         "os.replace = killing\n"
-        "dolly.main(['--source', sys.argv[2], '--output', sys.argv[3], '--tokenizer', 'none', '--allow-other-counts'])"
+        "dolly.main(['--source', sys.argv[1], '--output', sys.argv[2], '--tokenizer', 'none', '--allow-other-counts'])"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(DATA_PREP), str(source), str(out)], timeout=120)
+    killed = subprocess.run([sys.executable, "-c", code, str(source), str(out)], timeout=120, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert not read_manifest(out / "dolly") and list((out / "dolly").glob(".*.tmp"))
     assert call(prep.dolly, out, source, "--tokenizer", "none") == 0
@@ -703,9 +701,7 @@ def test_kill_between_two_files(prep: SimpleNamespace, out: Path, tmp_path: Path
 
 
 def test_resolve_set(prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        UserError, match=r"self_instruct: this set is not prepared.*\n  python data_prep/self_instruct"
-    ):
+    with pytest.raises(UserError, match=r"self_instruct: this set is not prepared.*\n  dts-hf prepare self_instruct"):
         resolve_set("SelfInst", out)
     source = write_lines(tmp_path / "mine.jsonl.gz", [row(1), row(2)])
     assert call(prep.self_instruct, out, source, "--tokenizer", "none") == 0
@@ -737,7 +733,7 @@ def test_list_sets(prep: SimpleNamespace, out: Path, tmp_path: Path) -> None:
     assert set(listed) == set(KNOWN_SETS) and all(item["about"] for item in listed.values())
     assert listed["vicuna"]["state"] == "prepared, other counts than published"
     assert listed["vicuna"]["rows"] == "test 1" and listed["vicuna"]["where"] == str(out / "vicuna")
-    assert listed["glue/sst2"]["where"] == "python data_prep/glue.py --tasks sst2"
+    assert listed["glue/sst2"]["where"] == "dts-hf prepare glue --tasks sst2"
     assert listed["dolly"]["rows"] == "train 11,435, valid 1,000, test 500"
     (out / "vicuna" / "test.jsonl").write_text("")
     assert {item["name"]: item for item in list_sets(out)}["vicuna"]["state"].startswith("broken: test.jsonl")
@@ -750,12 +746,57 @@ def test_list_sets(prep: SimpleNamespace, out: Path, tmp_path: Path) -> None:
     assert {item["name"]: item for item in list_sets(out)}["dolly"]["state"].startswith("broken: ")
 
 
-def test_every_set_has_its_script(prep: SimpleNamespace) -> None:
+def test_every_set_is_in_the_tables(prep: SimpleNamespace) -> None:
     readme = (DATA_PREP / "README.md").read_text(encoding="utf-8")
     for known in KNOWN_SETS.values():
-        assert (DATA_PREP / known.script).is_file() and known.script in readme
+        assert importlib.import_module(f"dts_hf.data_prep.{known.prepare}").arguments() is not None
         for count in known.rows.values():
             assert f"{count:,}" in readme, f"{known.name}: the README must state {count:,} rows"
+    for name, upstream in prep.upstream.UPSTREAM.items():
+        for word in (name, upstream.address, upstream.original, upstream.blob, upstream.revision or "not pinned"):
+            assert word is None or word in readme, f"{name}: the README must name {word}"
+
+
+@pytest.mark.parametrize("script", sorted(DATA_PREP.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_of_earlier_versions_still_work(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0 and "dts-hf prepare" in done.stdout
+
+
+def test_another_edition_of_the_default_file_is_said(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(tmp_path / "valid.jsonl", [row(k) for k in range(80)])
+    known = prep.upstream.UPSTREAM["vicuna"]
+    for blob, said in ((prep.download.git_blob(source), False), (known.blob, True)):
+        monkeypatch.setitem(prep.upstream.UPSTREAM, "vicuna", known._replace(address=str(source), blob=blob))
+        assert prep.vicuna.main(["--output", str(out)]) == 0
+        assert any("another edition" in rule for rule in read_manifest(out / "vicuna")["rules"]) is said
+
+
+def test_a_row_without_the_field_names_those_it_has(
+    prep: SimpleNamespace, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "glue" / "sst2" / "train.jsonl", [{"text": "fine", "label": 1}])
+    write_lines(tmp_path / "glue" / "sst2" / "validation.jsonl", [{"sentence": "fine", "label": 1}])
+    assert call(prep.glue, out, tmp_path / "glue", "--tasks", "sst2") == 2
+    assert "no field 'sentence'; found 'text', 'label'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "file"),
+    [("self_instruct", "user_oriented_instructions.jsonl"), ("unni", "test.jsonl"), ("vicuna", "test.jsonl"),
+     ("s_ni", "valid.jsonl")],
+)  # fmt: skip
+def test_every_set_reads_a_folder(prep: SimpleNamespace, out: Path, tmp_path: Path, script: str, file: str) -> None:
+    rows = [row(k, output="a reference of more than eleven bytes") for k in range(3)]
+    write_lines(tmp_path / "folder" / file, rows)
+    options = [] if script == "vicuna" else ["--tokenizer", "none"]
+    assert call(getattr(prep, script), out, tmp_path / "folder", *options) == 0
+    assert len(rows_of(resolve_set(script, out))) == 3
 
 
 # ------------------------------------------------------------------------------------------------------ the real rows
@@ -768,8 +809,8 @@ def test_every_set_has_its_script(prep: SimpleNamespace) -> None:
         ("dolly", "dolly", "dolly", {"train": 13_947, "valid": 500, "test": 450}, False),
         ("self_instruct", "self_instruct", "self_inst/test.jsonl", {"test": 252}, False),
         ("vicuna", "vicuna", "vicuna/test.jsonl", {"test": 80}, True),
-        ("super_natural_instructions", "s_ni", "s_ni/test_11plus.jsonl", {"test": 1_525}, False),
-        ("unnatural_instructions", "unni", "uinst/test_11plus_head.jsonl", {"test": 44}, False),
+        ("s_ni", "s_ni", "s_ni/test_11plus.jsonl", {"test": 1_525}, False),
+        ("unni", "unni", "uinst/test_11plus_head.jsonl", {"test": 44}, False),
     ],
 )
 def test_the_five_sets_from_real_rows(
@@ -823,7 +864,7 @@ def test_the_real_file_of_short_answers_is_refused(
     prep: SimpleNamespace, out: Path, shared_data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = shared_data_dir / "uinst" / "test_short.jsonl"
-    assert call(prep.unnatural_instructions, out, source, "--tokenizer", "none") == 2
+    assert call(prep.unni, out, source, "--tokenizer", "none") == 2
     assert "of 945 rows have a first reference of fewer than 11 bytes" in capsys.readouterr().err
 
 
@@ -837,7 +878,7 @@ def test_gpt2_length_rule_on_real_rows(prep: SimpleNamespace, out: Path, shared_
     manifest = read_manifest(out / "self_instruct")
     assert manifest["counts_as_expected"] is True and manifest["tokenizer"]["is_gpt2"] is True
     source = shared_data_dir / "s_ni" / "test_11plus.jsonl"
-    assert call(prep.super_natural_instructions, out, source, "--tokenizer", folder) == 0
+    assert call(prep.s_ni, out, source, "--tokenizer", folder) == 0
     assert read_manifest(out / "s_ni")["dropped"] == {}
 
 

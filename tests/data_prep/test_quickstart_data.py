@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "data_prep" / "quickstart_instructions.py"
-FIELDS = {"id", "kind", "instruction", "input", "output"}
+from dts_hf.data_prep import quickstart
 
-pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the repository's data_prep/ folder")
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "recipes" / "data"
+FIELDS = {"id", "kind", "instruction", "input", "output"}
 
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart_instructions", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return quickstart
 
 
 @pytest.fixture(scope="module")
 def splits(generator: ModuleType) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     train, validation = (
-        [json.loads(line) for line in (generator.OUTPUT / name).read_text(encoding="utf-8").splitlines()]
+        [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
         for name in (generator.TRAIN, generator.VALIDATION)
     )
     return train, validation
@@ -43,7 +37,7 @@ def prompt(row: dict[str, str]) -> tuple[str, str]:
 
 def test_committed_files_are_what_the_generator_writes(generator: ModuleType) -> None:
     for name, text in generator.build().items():
-        assert (generator.OUTPUT / name).read_bytes() == text.encode("utf-8"), f"{name}: run {SCRIPT.name} again"
+        assert (DATA / name).read_bytes() == text.encode("utf-8"), f"{name}: run dts-hf prepare quickstart"
 
 
 def test_sizes_and_kinds(splits: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
@@ -104,28 +98,24 @@ def test_word_problems_are_right(splits: tuple[list[dict[str, str]], list[dict[s
             assert result > 0, row
 
 
-def test_main_writes_and_checks(
-    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["quickstart_instructions.py", "--output", str(tmp_path), "--check"])
-    assert generator.main() == 1
-    assert "differs" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["quickstart_instructions.py", "--output", str(tmp_path)])
-    assert generator.main() == 0
+def test_main_writes_and_checks(generator: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--output", str(tmp_path)]
+    assert generator.main([*options, "--check"]) == 2
+    assert "differs" in capsys.readouterr().err
+    assert generator.main(options) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([generator.TRAIN, generator.VALIDATION])
-    monkeypatch.setattr(sys, "argv", ["quickstart_instructions.py", "--output", str(tmp_path), "--check"])
-    assert generator.main() == 0
+    assert generator.main([*options, "--check"]) == 0
 
 
 def test_readme_states_counts_and_sums(
     generator: ModuleType, splits: tuple[list[dict[str, str]], list[dict[str, str]]]
 ) -> None:
-    readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "data_prep" / "README.md").read_text(encoding="utf-8")
     train, validation = (Counter(row["kind"] for row in rows) for rows in splits)
     for kind, count in train.items():
         line = next(line for line in readme.splitlines() if line.startswith(f"| {kind} |"))
         assert line.endswith(f"| {count} | {validation[kind]} |"), line
     assert f"{sum(train.values()):,} for training, {sum(validation.values())} held out" in readme
     for name in (generator.TRAIN, generator.VALIDATION):
-        checksum = hashlib.sha256((generator.OUTPUT / name).read_bytes()).hexdigest()
+        checksum = hashlib.sha256((DATA / name).read_bytes()).hexdigest()
         assert checksum in readme, f"{name}: the README must state sha256 {checksum}"

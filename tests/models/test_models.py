@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -585,11 +586,16 @@ def test_a_model_that_is_not_there(name: str, says: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> dict[str, Tensor]:
-    """Write ``model`` in 8-bit blocks (vectors in full); returns the weights that a reader must find."""
+def write_gguf(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path, tensors_per_file: int = 0
+) -> dict[str, Tensor]:
+    """Write ``model`` in 8-bit blocks (vectors in full); returns the weights that a reader must find.
+
+    ``tensors_per_file``: several files as llama.cpp splits them, ``NAME-00001-of-00003.gguf``; 0: one.
+    """
     gguf = pytest.importorskip("gguf")
     config, kept = model.config, {}
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_per_file)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -681,6 +687,89 @@ def test_a_gguf_file_is_read_dequantised_trainable_and_savable(tmp_path: Path) -
         save_student(saved, words, tmp_path / name)
         assert torch.equal(logits_of(load_model(str(tmp_path / name), key="model")), logits_of(saved.eval()))
         assert AutoTokenizer.from_pretrained(tmp_path / name)("Name.")["input_ids"] == words("Name.")["input_ids"]
+
+
+@pytest.fixture
+def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf"
+
+
+def test_a_split_gguf_file_is_the_whole_one(tmp_path: Path, hf_home: Path) -> None:
+    weights = write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "tiny.gguf", tensors_per_file=8)
+    parts = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(parts) > 2
+    for _ in range(2):  # put together once, then found
+        model = load_model(str(parts[0]), key="teacher.model")
+        for name, expected in weights.items():
+            torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-6)
+    assert [path.name for path in hf_home.rglob("*.gguf")] == ["tiny.gguf"]
+    assert load_tokenizer(str(parts[0]), key="k")("Name.")["input_ids"] == tiny_tokenizer()("Name.")["input_ids"]
+    parts[1].unlink()
+    with pytest.raises(
+        UserError, match=r"^teacher.model: .*tiny-00001-of.* is in parts, of which there is no part 2$"
+    ):
+        load_model(str(parts[0]), key="teacher.model")
+
+
+@pytest.mark.parametrize("name", ["package:big-llm/big.gguf", "package:big_llm"])
+def test_pieces_in_several_packages_are_joined(
+    name: str, tmp_path: Path, hf_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "big.gguf")
+    content = (tmp_path / "big.gguf").read_bytes()
+    third = len(content) // 3 + 1
+    for number in range(4):
+        folder = tmp_path / "site" / f"big_llm{f'_part{number}' if number else ''}" / "data"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()
+        if number:
+            (folder / f"big.gguf.part0{number - 1}").write_bytes(content[(number - 1) * third : number * third])
+    sums = tmp_path / "site" / "big_llm" / "data" / "SHA256SUMS"
+    sums.write_text(f"{hashlib.sha256(content).hexdigest()}  big.gguf\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    source = ModelSource.resolve(name, "k")
+    assert (Path(source.location) / "big.gguf").read_bytes() == content and source.gguf_file == "big.gguf"
+    assert Path(source.location).is_relative_to(hf_home)
+    (tmp_path / "site" / "big_llm_part2" / "data" / "big.gguf.part01").unlink()
+    with pytest.raises(UserError, match=r"^k: 'package:big.llm.*' is in parts, of which there is no part 1$"):
+        ModelSource.resolve(name, "k")
+    (tmp_path / "site" / "big_llm_part2" / "data" / "big.gguf.part01").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"the parts do not make the file of .*SHA256SUMS: one is damaged or missing"):
+        ModelSource.resolve(name, "k")
+    assert not list(hf_home.rglob("*.tmp"))
+
+
+def test_a_large_tokenizer_of_a_gguf_file_is_converted_once(
+    tmp_path: Path, hf_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import gguf as conversion
+
+    write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    converted = []
+    convert = conversion.convert_gguf_tokenizer
+    monkeypatch.setattr(conversion, "convert_gguf_tokenizer", lambda *a: converted.append(a) or convert(*a))
+    source = str(tmp_path / "tiny.gguf")
+    load_tokenizer(source, key="k")
+    assert len(converted) == 1 and not hf_home.exists()  # a small one is not worth a file
+    monkeypatch.setattr("dts_hf.models.gguf_files.LARGE_VOCABULARY", 10)
+    first, second = (load_tokenizer(source, key="k") for _ in range(2))
+    assert len(converted) == 2
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str() and type(first) is type(second)
+    assert first.name_or_path == second.name_or_path
+    for number, tokenizer in enumerate((first, second)):
+        tokenizer.save_pretrained(tmp_path / str(number))
+    saved = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("0", "1")]
+    assert saved[0]["tokenizer.json"] == saved[1]["tokenizer.json"]
+    configs = [json.loads(files["tokenizer_config.json"]) for files in saved]
+    assert configs[0] == configs[1]
+    os.utime(source, ns=(1, 1))  # another file, for all we know
+    load_tokenizer(source, key="k")
+    assert len(converted) == 3
+    for file in hf_home.rglob("tokenizer.json"):
+        file.write_text("{")
+    load_tokenizer(source, key="k")
+    assert len(converted) == 4
 
 
 def test_gguf_weights_are_asked_for_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

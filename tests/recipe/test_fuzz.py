@@ -31,9 +31,10 @@ from dts_hf.data.sources import load_many, load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.held_out import load_sets
 from dts_hf.evaluation.score import score_file
-from dts_hf.recipe.loading import find_recipes, load_recipe
+from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.problems import training_fields
 from dts_hf.recipe.schema import Recipe, recipe_json_schema
+from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.yaml_files import parse_yaml, read_values
 from tests.support.fuzzing import WORDS, damaged, fence, limited, mutated, put, values
 from tests.support.tiny import tiny_llama, tiny_tokenizer

@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from dts_hf.errors import UserError
-from dts_hf.recipe.loading import find_recipes, load_recipe
-from dts_hf.recipe.schema import Recipe, editor_schema, recipe_json_schema
+from dts_hf.recipe.editor_schema import editor_schema
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.schema import Recipe, recipe_json_schema
+from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.training_arguments import training_arguments
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -226,7 +228,7 @@ def test_problems_name_the_file_that_brought_them(tmp_path: Path) -> None:
         ("training.kd_ratio=1", "Did you mean 'loss.kd_ratio'?"),
         ("training.learning_rate=fast", 'training.learning_rate: got "fast", expected a number'),
         ("training.learning_rate=-1", "training.learning_rate: got -1, expected a number of at least 0"),
-        ("training.per_device_train_batch_size=0", "got 0, expected a number above 0"),
+        ("training.per_device_train_batch_size=0", "got 0, expected a whole number of at least 1"),
         ("training.per_device_train_batch_size=1.5", "got 1.5, expected a whole number"),
         ("training.bf16=1", "training.bf16: got 1, expected true or false"),
         ("training.lr_scheduler_type=cosin", "Did you mean 'cosine'?"),
@@ -365,7 +367,8 @@ def test_editor_schema_knows_the_training_keys() -> None:
     assert training["learning_rate"]["type"] == "number" and training["learning_rate"]["description"]
     assert "cosine" in training["lr_scheduler_type"]["enum"]
     assert "output_dir" not in training and "extends" in schema["properties"]
-    assert '"required"' not in json.dumps(schema)  # a recipe that extends another one leaves things out
+    # A recipe that extends another one leaves things out
+    assert not any("required" in section for section in (schema, *schema["$defs"].values()))
     assert json.loads(json.dumps(schema)) == schema
 
 
@@ -418,3 +421,10 @@ def test_keys_of_gap_source_are_checked_by_name(minimal: Path) -> None:
     assert "temperature.gap_source: got 'shuffled', expected measured, or {replay: RUN, order: permuted}" in text
     mapping = recipe_json_schema()["$defs"]["NamedOptions"]["anyOf"][1]
     assert mapping["additionalProperties"] is True  # the options of a policy are its own matter
+
+
+def test_a_missing_deepspeed_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"^training: DeepSpeed is asked for .* pip install 'dts-hf\[deepspeed\]'$"):
+        training_arguments(load_recipe(RECIPES / "quickstart.yaml"), tmp_path)

@@ -28,9 +28,12 @@ def wheel(tmp_path_factory):
 def test_it_carries_the_package_alone(wheel):
     names = set(wheel.namelist())
     assert {"dts_hf/py.typed", "dts_hf/reporting/templates/report.html.jinja"} <= names
+    assert {"dts_hf/data_prep/quickstart_lists/capitals.txt", "dts_hf/_recipes/accelerate/ddp.yaml"} <= names
     assert {name.split("/")[0] for name in names} == {"dts_hf", f"dts_hf-{dts_hf.__version__}.dist-info"}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "dts_hf").rglob("*.py")}
     assert sources <= names
+    shipped = subprocess.run(["git", "ls-files", "recipes"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert {f"dts_hf/_{path}" for path in shipped.stdout.split()} <= names
 
 
 def test_its_metadata(wheel):
@@ -55,6 +58,24 @@ def test_public_names_load_and_unknown_ones_do_not():
     assert set(dts_hf.__all__) <= set(dir(dts_hf))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dts_hf.nonsense  # noqa: B018
+
+
+def test_import_is_light() -> None:
+    """Nothing heavy is imported, and the time says so too (0.03 s; the best of three, for a machine that is busy)."""
+    code = (
+        "import sys, time\nstart = time.perf_counter()\nimport dts_hf\nspent = time.perf_counter() - start\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'typer', 'rich', 'yaml', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nprint(spent)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.1
+
+
+@pytest.mark.parametrize("extra", ["gguf", "quantization", "deepspeed"])
+def test_a_missing_extra_is_named(extra: str) -> None:
+    """Whoever lacks an optional package reads what to install; the tests of the rooms see the messages appear."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "dts_hf").rglob("*.py"))
+    assert f"pip install 'dts-hf[{extra}]'" in sources
 
 
 def test_distill_is_the_function_also_once_its_module_is_loaded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -48,3 +49,11 @@ def test_links_to_source_files_lead_to_the_repository(site: Path) -> None:
     assert 'href="https://github.com/dts-hf/dts_hf/blob/main/dts_hf/models/head.py"' in page
     assert 'href="https://github.com/dts-hf/dts_hf/tree/main/dts_hf/loss"' in page
     assert not re.findall(r'href="[^"]*\.(?:py|yaml)"', re.sub(r'href="https://[^"]*"', "", page))
+
+
+def test_the_schema_of_recipes_is_published(site: Path) -> None:
+    from dts_hf.recipe.editor_schema import SCHEMA_URL
+
+    assert SCHEMA_URL.startswith(re.findall(r"^site_url: (.*)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)[0])
+    schema = json.loads((site / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert schema["$id"] == SCHEMA_URL and "dts" in schema["properties"]["temperature"]["oneOf"][1]["enum"]

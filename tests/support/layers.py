@@ -25,11 +25,14 @@ LAYERS = (
     ("rows and models", ("data", "models")),
     ("text", ("generation", "teachers")),
     ("runs", ("runs",)),
+    ("publication", ("reporting", "hub")),
     ("training", ("training",)),
-    ("results", ("evaluation", "reporting")),
+    ("results", ("evaluation", "inference")),
+    ("sets", ("data_prep",)),
     ("tasks", ("task", "language_modeling", "classification")),
     ("the line", ("distill",)),
     ("judges", ("doctor",)),
+    ("first recipe", ("starter",)),
     ("commands", ("cli", "__main__", "dts_hf")),
 )
 MOST_TOP_LEVEL_MODULES = 8

@@ -12,16 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import Mechanism, StepStats, check_choice, check_number, check_range, check_temperature
+from dts_hf.registry import Between
+from dts_hf.temperature.base import (
+    Mechanism,
+    StepStats,
+    check_between,
+    check_choice,
+    check_number,
+    check_range,
+    check_temperature,
+)
 
 #: Where the teacher's entropy is measured: three temperatures an octave, from 1/4 to 16.
 SUPPORT_GRID = tuple(0.25 * 2.0 ** (k / 3) for k in range(19))
+RangeKind = Literal["manual", "auto"]
+#: An effective support, in tokens.
+SUPPORT = Between(low=1.0)
 #: The first step of ``range: auto`` runs here: nothing is known of the teacher yet.
 _AUTO_START = 1.0
 
@@ -82,7 +94,7 @@ class AutoRange(TemperatureRange):
 
     def __init__(self, policy: str, support_max: object = None, support_min: object = None) -> None:
         low, high = 10.0 if support_min is None else support_min, 50.0 if support_max is None else support_max
-        self.support_min = check_number(policy, "support_min", low, low=1.0, high=math.inf)
+        self.support_min = check_between(policy, "support_min", low, SUPPORT)
         self.support_max = check_number(
             policy, "support_max", high, low=self.support_min, high=math.inf, low_open=True
         )
@@ -160,7 +172,7 @@ def temperature_range(
     Raises:
         UserError: an option that belongs to the other kind, or is out of range.
     """
-    manual = check_choice("range", kind, ("manual", "auto")) == "manual"
+    manual = check_choice("range", kind, get_args(RangeKind)) == "manual"
     expected = "or range 'auto'" if manual else "support_max and support_min set the range"
     options = ("support_max", "support_min") if manual else ("t_init", "t_min", "t_max")
     for option, value in zip(options, supports if manual else limits, strict=True):

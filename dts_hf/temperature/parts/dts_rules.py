@@ -24,14 +24,18 @@ epoch has S = 0.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import check_choice, check_number, check_whole
+from dts_hf.registry import Between
+from dts_hf.temperature.base import check_between, check_choice, check_whole
 
-RULES = ("paper", "code", "gap")
+Rule = Literal["paper", "code", "gap"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+EPOCHS, MOMENTUM = Between(low=1), Between(0.0, 1.0, "low")
 #: eps in the denominator of alpha. It does not remove the pole at d = -1, it only moves it.
 _EPS = {"paper": 1e-8, "code": 1e-4}
 #: The released scripts replace a multiplier above 2 by 1.35, so the boost jumps down as the gap passes the pole.
@@ -45,7 +49,7 @@ def check_rule(rule: object) -> str:
 
 def check_epochs(epochs: object) -> int | None:
     """Return ``epochs`` where it is a whole number from 1 or None; else a ``UserError`` says why not."""
-    return check_whole("epochs", epochs, 1, "a whole number from 1, or null for every step")
+    return check_whole("epochs", epochs, int(EPOCHS.low), "a whole number from 1, or null for every step")
 
 
 def check_momentum(momentum: object) -> float:
@@ -54,10 +58,9 @@ def check_momentum(momentum: object) -> float:
     Raises:
         UserError: it is not one.
     """
-    checked = check_number("dts", "momentum", momentum, low=0.0, high=1.0)
-    if checked == 1.0:
+    if momentum == MOMENTUM.high:
         raise UserError("temperature.momentum: got 1, expected a number from 0 to below 1; at 1 T would never move")
-    return checked
+    return check_between("dts", "momentum", momentum, MOMENTUM)
 
 
 def target(rule: str, t_init: float, schedule: float, gap: Tensor) -> Tensor:

@@ -11,19 +11,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from dts_hf.errors import UserError, nearest
+from dts_hf.registry import Between, Keys
 from dts_hf.temperature.base import Mechanism, StepStats, check_whole
 from dts_hf.temperature.parts.recorded_run import RecordedRun, read_trace, step_at
 
-#: ``measured``, or ``{replay: RUN, order: ORDER, block: STEPS}``.
-GapSource: TypeAlias = str | Mapping[str, Any]
-
-ORDERS = ("recorded", "permuted", "blocks")
+Order = Literal["recorded", "permuted", "blocks"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+#: Steps in a block, and the seed of a permutation.
+BLOCK, SEED = Between(low=1), Between(low=0)
 #: ``order: blocks`` cuts the run into so many blocks where no length is given.
 BLOCKS = 20
-_KEYS = ("replay", "order", "block")
+_REPLAY = Keys((("replay", str), ("order", Order), ("block", Annotated[int, BLOCK] | None)))
+_KEYS = tuple(key for key, _ in _REPLAY.types)
+#: ``measured``, or ``{replay: RUN, order: ORDER, block: STEPS}``.
+GapSource: TypeAlias = Literal["measured"] | Annotated[Mapping[str, Any], _REPLAY]
 
 
 class MeasuredGaps(Mechanism):
@@ -87,7 +91,7 @@ class ReplayedGaps(RecordedRun, MeasuredGaps):
                 f"temperature.gap_source.order: got {self.order!r}, expected one of {', '.join(ORDERS)}."
                 f"{nearest(str(self.order), ORDERS)}"
             )
-        check_whole("gap_source.block", self.block, 1, "a whole number of steps from 1")
+        check_whole("gap_source.block", self.block, int(BLOCK.low), "a whole number of steps from 1")
         if self.block is not None and self.order != "blocks":
             raise UserError(
                 f"temperature.gap_source.block: got {self.block} with order '{self.order}', expected it left out, or "
@@ -140,7 +144,7 @@ def gap_source_of(value: object, seed: object, granularity: str = "batch") -> Me
             f"temperature.gap_source: got {value!r}, expected measured, or {{replay: RUN, order: permuted}} with the "
             f"run directory of a finished run.{hint}"
         )
-    seed = check_whole("seed", seed, 0, "a whole number from 0")
+    seed = check_whole("seed", seed, int(SEED.low), "a whole number from 0")
     source = ReplayedGaps(value, seed) if isinstance(value, Mapping) else MeasuredGaps()
     if isinstance(source, ReplayedGaps) and granularity != "batch":
         raise UserError(

@@ -21,11 +21,14 @@ nats (standard deviation 1.05 over tokens, a third of them below 0) mean alpha i
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
 from dts_hf.temperature.base import RowStats, check_choice
 
-GRANULARITIES = ("batch", "sequence", "token")
+Granularity = Literal["batch", "sequence", "token"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 def check_granularity(granularity: object) -> str:

@@ -38,14 +38,15 @@ def check_checksum(path: Path, expected: str, name: str) -> None:
     wanted = expected.lower()
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", wanted):
         raise UserError(f"--checksum: got '{expected}', expected 64 hexadecimal digits (SHA-256) or 40 (git blob)")
-    kind, actual = ("sha256", file_sha256(path)) if len(wanted) == 64 else ("git blob", _git_blob(path))
+    kind, actual = ("sha256", file_sha256(path)) if len(wanted) == 64 else ("git blob", git_blob(path))
     if actual != wanted:
         raise UserError(
             f"{name}: wrong checksum: {kind} {actual}, expected {wanted}. The file is damaged or another one"
         )
 
 
-def _git_blob(path: Path) -> str:
+def git_blob(path: Path) -> str:
+    """The id that git gives to the content of a file."""
     # sha1 names git's content here, it protects nothing
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:

@@ -1,0 +1,143 @@
+"""``dts-hf generate``: a model answers prompts, and that is all; ``dts-hf score`` can score what it wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dts_hf.data.row_files import read_objects
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_rows
+from dts_hf.errors import UserError
+from dts_hf.files import write_jsonl_atomic
+from dts_hf.generation.engine import Generated, GenerationSettings
+from dts_hf.inference.speakers import load_speaker, locate
+
+#: Columns that hold a question or an answer: a row with the first alone has no reference.
+ASKED = ("instruction", "prompt", "question", "messages")
+ANSWERED = ("output", "response", "completion", "answer", "references")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What is asked, and how it is answered.
+
+    Args:
+        prompts: texts, each a message of the user.
+        data: rows in any form that training takes; those of a JSON lines file may lack the answer.
+        output: where the answers go, one JSON object a line; None: they are returned alone.
+        max_new_tokens: longest answer, in tokens.
+        temperature: of sampling; 0: the most likely token each time.
+        seed: of sampling.
+        batch_size: prompts answered at once.
+        template: name of the prompt template; None: that of the run, or of the folder.
+        dtype: of the weights; None: as the run evaluates, for a model float32.
+        rows: answer the first so many; None: all.
+    """
+
+    prompts: tuple[str, ...] = ()
+    data: str | None = None
+    output: Path | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 10
+    batch_size: int = 16
+    template: str | None = None
+    dtype: str | None = None
+    rows: int | None = None
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """For the engine."""
+        return GenerationSettings(
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0,
+            seed=self.seed,
+        )
+
+
+def generate_answers(
+    model: str, options: GenerateOptions, on_answer: Callable[[Mapping[str, Any]], None] = lambda answer: None
+) -> list[dict[str, Any]]:
+    """Answer prompts with a saved model or a run's student.
+
+    Args:
+        model: Hub name, model folder, or run directory.
+        options: what is asked, how, and where the answers go.
+        on_answer: called with each answer as it is made, in the order in which they end.
+
+    Returns:
+        ``{id, prompt, prediction, tokens, finished}`` for each prompt, in order, with ``references`` where the row has one.
+
+    Raises:
+        UserError: nothing is asked, a wrong option, or a model or rows that cannot be read.
+    """
+    if bool(options.prompts) == (options.data is not None):
+        raise UserError("generate: give either --prompt TEXT (once or more) or --data FILE")
+    settings, asked = options.settings, list(_asked(options))[: options.rows]
+    location = locate(model)
+    dtype = options.dtype or (location.recipe and (location.recipe.evaluation.dtype or location.recipe.student.dtype))
+    template = options.template or location.template
+    speaker = load_speaker("model", location.path, template=template, key="model", dtype=dtype or "float32")
+    rows = [row for row, _ in asked]
+
+    def answer_of(place: int, generated: Generated) -> dict[str, Any]:
+        row, references = asked[place]
+        values = {
+            "id": row.id, "prompt": row.instruction, "prediction": speaker.text(generated.tokens),
+            "tokens": len(generated.tokens), "finished": generated.finished,
+        }  # fmt: skip
+        return {**values, "references": list(row.references)} if references else values
+
+    finished = lambda place, generated: on_answer(answer_of(place, generated))  # noqa: E731
+    generated = speaker.answer(rows, settings, progress="answers", on_finished=finished)
+    answers = [answer_of(place, one) for place, one in enumerate(generated)]
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl_atomic(options.output, answers)
+    return answers
+
+
+def _asked(options: GenerateOptions) -> Iterator[tuple[Row, bool]]:
+    """Each row, and whether it has a reference."""
+    for number, text in enumerate(options.prompts, start=1):
+        if not text.strip():
+            raise UserError("--prompt: got an empty text")
+        yield Row(f"prompt-{number}", text, "", ("",)), False
+    if options.data is None:
+        return
+    path = Path(options.data)
+    if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file() and (rows := _without_answers(path)):
+        yield from ((row, False) for row in rows)
+        return
+    for row in load_rows(options.data):
+        yield row, True
+
+
+def _without_answers(path: Path) -> list[Row]:
+    """The rows of a file whose first row has a question and no answer; none where it is another file."""
+    rows: list[Row] = []
+    for number, where, found in read_objects(path):
+        given = found if isinstance(found, Mapping) else {}
+        messages: Any = given.get("messages")
+        key = next((name for name in ASKED if given.get(name)), None)
+        ends_asking = isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "user"
+        if key is None or any(given.get(name) for name in ANSWERED) or (key == "messages" and not ends_asking):
+            if not rows:
+                return []
+            raise UserError(
+                f"{where}: got {json.dumps(found)[:80]}, expected a prompt without an answer, as in line 1"
+            )
+        name = str(given.get("id") or f"{path.name.split('.')[0]}-{number}")
+        if key == "messages":
+            rows.append(Row(name, str(messages[-1]["content"]), "", ("",), messages=tuple(messages)))
+        elif isinstance(given[key], str):
+            rows.append(Row(name, given[key], str(given.get("input") or ""), ("",)))
+        else:
+            raise UserError(f"{where}: {key}: expected a text")
+    return rows

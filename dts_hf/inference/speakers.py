@@ -1,0 +1,168 @@
+"""Who answers: a run's student, its teacher, or any saved model, with the prompt template it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dts_hf.console import working
+from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
+from dts_hf.data.rows import Row
+from dts_hf.errors import UserError
+from dts_hf.files import read_json
+from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
+from dts_hf.generation.shares import decode_answer
+from dts_hf.models.loading import load_model, load_tokenizer
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
+
+#: What ``save_student`` may leave beside a student: the template that it was trained with.
+CARRIED = "dts_hf.json"
+#: A prompt of this many tokens and no more, where the model names no limit of its own.
+LONGEST_PROMPT = 8192
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model's files are, and what is known of it.
+
+    Attributes:
+        name: what the user called it.
+        path: Hub name or folder.
+        recipe: of the run that made it, where ``name`` is a run directory.
+        template: name of its prompt template.
+    """
+
+    name: str
+    path: str
+    recipe: Recipe | None
+    template: str
+
+
+def locate(model: str) -> Location:
+    """Find a model by Hub name, folder, or run directory (its student).
+
+    Raises:
+        UserError: the run has no student, or one that classifies.
+    """
+    folder = Path(model)
+    if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
+        return Location(model, model, None, _carried_template(folder))
+    run = RunDirectory.open(model)
+    recipe = run.read_recipe()
+    if recipe.task is not None:
+        raise UserError(f"{model}: this run classifies ({recipe.task.subset}), so its student writes no text")
+    if not run.final_path.is_dir():
+        raise UserError(
+            f"{model}: this run holds no student ({run.final_path} is missing): its training has not ended"
+        )
+    return Location(model, str(run.final_path), recipe, recipe.data.prompt_template)
+
+
+def _carried_template(folder: Path) -> str:
+    carried = read_json(folder / CARRIED) if (folder / CARRIED).is_file() else {}
+    found = carried.get("template") or carried.get("prompt_template") or "auto"
+    return found if isinstance(found, str) else "auto"
+
+
+@dataclass
+class Speaker:
+    """A model that answers, on its device.
+
+    Attributes:
+        label: ``student``, ``teacher`` or ``model``.
+        model: causal language model.
+        tokenizer: of the model.
+        template: how a prompt is worded.
+    """
+
+    label: str
+    model: Any
+    tokenizer: Any
+    template: Template
+
+    def encode(self, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
+        """The tokens of each prompt.
+
+        Raises:
+            UserError: a prompt leaves no room for its answer.
+        """
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT
+        limit = positions - max_new_tokens
+        if limit < 1:
+            raise UserError(
+                f"--max-new-tokens: {max_new_tokens} of the {positions} positions of {self.label} are too many"
+            )
+        prompts = encode_prompts(list(rows), self.tokenizer, self.template, limit)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if prompt is None:
+                raise UserError(
+                    f"row '{row.id}': its prompt leaves no room for {max_new_tokens} new tokens in the {positions} "
+                    f"positions of {self.label}"
+                )
+        return [prompt.ids for prompt in prompts if prompt is not None]
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        settings: GenerationSettings,
+        *,
+        progress: str | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+        on_finished: Callable[[int, Generated], None] | None = None,
+    ) -> list[Generated]:
+        """Answer the prompts of ``rows``.
+
+        Args:
+            rows: their responses are not looked at; the sampling noise of each follows its id.
+            settings: limits and sampling.
+            progress: title of the progress bar, or None.
+            on_token: called with the place of a row and its next token.
+            on_finished: called with the place of a row and its answer.
+
+        Raises:
+            UserError: a prompt leaves no room for its answer.
+        """
+        stops = {*stop_token_ids(self.model, self.tokenizer), *end_of_turn_ids(self.tokenizer, self.template)}
+        return generate(
+            self.model,
+            self.encode(rows, settings.max_new_tokens),
+            settings,
+            eos_token_ids=sorted(stops),
+            pad_token_id=self.tokenizer.pad_token_id or 0,  # never attended to: any id does
+            row_keys=[row.id for row in rows],
+            progress=progress,
+            on_token=on_token,
+            on_finished=on_finished,
+        )
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of an answer."""
+        return decode_answer(self.tokenizer, tokens)
+
+
+def load_speaker(
+    label: str, path: str, *, template: str, key: str, dtype: str = "float32", tokenizer: str | None = None
+) -> Speaker:
+    """Load a model to answer with, on the GPU where there is one.
+
+    Args:
+        label: ``student``, ``teacher`` or ``model``.
+        path: Hub name, folder, or GGUF file.
+        template: name of its prompt template; ``auto``: the tokenizer's chat template, else Alpaca.
+        key: what the user calls this choice, for messages.
+        dtype: of the weights.
+        tokenizer: where its tokenizer is; None: where the model is.
+
+    Raises:
+        UserError: it cannot be loaded, or knows no such template.
+    """
+    with working(f"loading {label} {path}"):
+        words = load_tokenizer(tokenizer or path, key=key)
+        model: Any = load_model(path, key=key, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Speaker(label, model.to(device).eval(), words, resolve_template(template, words, "--template"))

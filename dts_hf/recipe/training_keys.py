@@ -1,0 +1,109 @@
+"""The keys of ``training:``, which are those of ``transformers.TrainingArguments``, and ranges that it does not check."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import typing
+from enum import EnumMeta
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from dts_hf.registry import Between
+
+RESERVED_TRAINING_KEYS = {
+    "output_dir": "not allowed here: it is the run directory, set output.dir",
+    "label_smoothing_factor": "not supported: the loss takes the labels as they are; the teacher does the smoothing",
+    "hub_token": "not allowed here: recipes are saved and shared. Run 'hf auth login' or set HF_TOKEN",
+}
+RENAMED_TRAINING_KEYS = {  # keys of older versions that many recipes still carry
+    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+}
+FROM_ONE, FROM_ZERO, ABOVE_ZERO = Between(low=1), Between(low=0), Between(low=0, ends="none")
+DECAY, SEED = Between(0.0, 1.0, "low"), Between(0, 2**32 - 1)
+#: TrainingArguments takes any number for these and the run fails later, in words that do not name the key, or never learns.
+TRAINING_RANGES = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
+         "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), FROM_ONE,
+    ),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), ABOVE_ZERO),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "eval_delay",
+         "neftune_noise_alpha"), FROM_ZERO,
+    ),
+    "max_steps": Between(low=-1), "adam_beta1": DECAY, "adam_beta2": DECAY, "seed": SEED, "data_seed": SEED,
+    "dataloader_num_workers": Between(0, 512),  # processes: what is far beyond the cores takes the machine down
+}  # fmt: skip
+#: No other number may be infinite: ``max_grad_norm: .inf`` measures the gradient and does not clip it.
+MAY_BE_INFINITE = ("max_grad_norm",)
+
+
+@functools.cache
+def training_fields() -> dict[str, dataclasses.Field[Any]]:
+    """The fields of the installed ``transformers.TrainingArguments`` by name."""
+    from transformers import TrainingArguments
+
+    return {field.name: field for field in dataclasses.fields(TrainingArguments)}
+
+
+@functools.cache
+def adapter(key: str) -> TypeAdapter[Any]:
+    """A strict check of one ``TrainingArguments`` field; where pydantic knows no check, everything passes."""
+    from transformers import TrainingArguments
+
+    hint = typing.get_type_hints(TrainingArguments)[key]
+    options = typing.get_args(hint) or [hint]
+    enums: list[Any] = [option for option in options if isinstance(option, EnumMeta)]
+    choices = training_fields()[key].metadata.get("choices") or [member.value for enum in enums for member in enum]
+    if key == "fsdp":  # the constructor takes more than its annotation says
+        hint = Any
+    elif choices:
+        hint = Literal[tuple(choices)]
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return TypeAdapter(Any)
+
+
+@functools.cache
+def key_schema(key: str) -> dict[str, Any]:
+    """The JSON schema of one key, with its range."""
+    node = adapter(key).json_schema()
+    if "$defs" in node:  # they would have to stand at the root of the whole schema
+        return {"type": ["object", "null"]}
+    limits = TRAINING_RANGES.get(key, Between())
+    ranges = range_schema(limits, may_be_infinite=key in MAY_BE_INFINITE)
+    for branch in (node, *node.get("anyOf", ())):
+        if branch.get("type") in ("number", "integer"):
+            branch.update(ranges)
+    return node
+
+
+def range_schema(limits: Between, may_be_infinite: bool = False) -> dict[str, float]:
+    """``limits`` in the words of a JSON schema, where infinity is a number: a finite one has a maximum."""
+    low, high = limits.low, limits.high
+    words = {}
+    if low != -float("inf"):
+        words["minimum" if limits.ends in ("both", "low") else "exclusiveMinimum"] = low
+    if high != float("inf"):
+        words["maximum" if limits.ends in ("both", "high") else "exclusiveMaximum"] = high
+    elif not may_be_infinite:
+        words["maximum"] = sys.float_info.max
+    return words
+
+
+def training_schema() -> dict[str, Any]:
+    """The JSON schema of each ``training:`` key, with the help text of the installed ``TrainingArguments``."""
+    schema = {}
+    for key, field in training_fields().items():
+        if key not in RESERVED_TRAINING_KEYS:
+            text = " ".join(str(field.metadata.get("help", "")).split())
+            schema[key] = {**key_schema(key), "description": text}
+    return schema

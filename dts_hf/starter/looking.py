@@ -1,0 +1,144 @@
+"""What the starter looks at: the teacher's configuration and tokenizer, and the rows as the teacher's tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from dts_hf.console import quiet, working
+from dts_hf.data.chat_templates import encode_prompts, resolve_template
+from dts_hf.data.rows import Row
+from dts_hf.data.sources import load_rows
+from dts_hf.errors import UserError
+from dts_hf.models.loading import ModelSource, load_tokenizer
+from dts_hf.training.model_shape import ModelShape
+
+#: So many rows are tokenised at most, spread over all of them.
+LOOKED_AT = 2000
+#: What a file of held-out rows beside ``train.jsonl`` is called.
+HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "eval")
+#: A model without a limit of its own is given this one.
+POSITIONS = 4096
+
+
+@dataclass(frozen=True)
+class TeacherLook:
+    """What its files say of the teacher, without its weights.
+
+    Attributes:
+        name: as the user gave it.
+        tokenizer: its own.
+        layers, vocabulary, positions, parameters: of the model; parameters are 0 where the files do not tell.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    layers: int
+    vocabulary: int
+    positions: int
+    parameters: int
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it was trained on conversations."""
+        return bool(self.tokenizer.chat_template)
+
+
+@dataclass(frozen=True)
+class DataLook:
+    """What the rows are, in the teacher's tokens.
+
+    Attributes:
+        source: as the user gave it.
+        rows: how many.
+        kinds: how many of each kind.
+        held_out: a file of held-out rows that lies beside it, or None.
+        prompts, responses, totals: tokens of the rows that were looked at, sorted.
+    """
+
+    source: str
+    rows: int
+    kinds: dict[str, int]
+    held_out: str | None
+    prompts: Sequence[int]
+    responses: Sequence[int]
+    totals: Sequence[int]
+
+
+def look_at_teacher(name: str) -> TeacherLook:
+    """Read configuration and tokenizer of the teacher.
+
+    Raises:
+        UserError: it cannot be read, or is no language model with layers.
+    """
+    with working(f"looking at {name}"):
+        tokenizer = load_tokenizer(name, key="--teacher")
+        source = ModelSource.resolve(name, "--teacher")
+        try:
+            config: Any = AutoConfig.from_pretrained(source.location, **source.options)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--teacher: {name}: its configuration cannot be read: {str(error)[:300]}") from error
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(f"--teacher: {name}: its configuration names no layers, expected a causal language model")
+    parameters = 0
+    with contextlib.suppress(Exception), quiet():  # an architecture that the estimator does not know
+        parameters = ModelShape.from_config(config).parameters
+    positions = getattr(text, "max_position_embeddings", None) or POSITIONS
+    return TeacherLook(name, tokenizer, layers, int(text.vocab_size), int(positions), parameters)
+
+
+def look_at_data(source: str, teacher: TeacherLook) -> DataLook:
+    """Read the rows, and measure them in the teacher's tokens.
+
+    Raises:
+        UserError: there are none, or one is wrong.
+    """
+    with working(f"looking at {source}"):
+        rows = load_rows(source)
+        tokenizer = teacher.tokenizer
+        template = resolve_template("auto", tokenizer)
+        sample = rows[:: max(1, len(rows) // LOOKED_AT)][:LOOKED_AT]
+        encoded = encode_prompts(sample, tokenizer, template, teacher.positions)
+        kept = [(row, len(prompt.ids)) for row, prompt in zip(sample, encoded, strict=True) if prompt is not None]
+        if not kept:
+            raise UserError(
+                f"--data: {source}: every prompt is longer than the {teacher.positions} positions of the teacher"
+            )
+        texts = [row.response for row, _ in kept]
+        written = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    responses = [len(ids) + 2 for ids in written]  # the end of a turn, and what a template writes behind it
+    prompts = [length for _, length in kept]
+    totals = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    kinds = dict(Counter(_kind(row) for row in rows).most_common())
+    return DataLook(
+        source, len(rows), kinds, held_out_beside(source), sorted(prompts), sorted(responses), sorted(totals)
+    )
+
+
+def _kind(row: Row) -> str:
+    return "messages" if row.messages is not None and row.kind == "instruction" else row.kind
+
+
+def held_out_beside(source: str) -> str | None:
+    """The file of held-out rows beside ``train.jsonl`` or ``NAME_train.jsonl``, where there is one."""
+    path = Path(source)
+    if not path.is_file() or "train" not in path.name:
+        return None
+    beside = (path.with_name(path.name.replace("train", name)) for name in HELD_OUT_NAMES)
+    found = next((file for file in beside if file.is_file()), None)
+    if found is None:
+        return None
+    return f"./{found}" if source.startswith("./") and not found.is_absolute() else str(found)
+
+
+def percentile(lengths: Sequence[int], share: float) -> int:
+    """The length that ``share`` of the sorted ``lengths`` do not exceed."""
+    return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
