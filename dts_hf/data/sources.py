@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from dts_hf.data.columns import Columns
 from dts_hf.data.formats import ROW_FORMAT, parse_row
-from dts_hf.data.mixture import Mixture, Part, weighted
+from dts_hf.data.mixture import Mixture, Part, is_mixed, weighted
 from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
@@ -345,7 +345,7 @@ def manifest(
         "sha256": digests[0][0] if len(digests) == 1 else _sha256(lines),
         "rows": len(rows),
     }
-    if len(parts) > 1 or any(part.weight != 1 for part in parts):
+    if is_mixed(parts):
         described["mixture"] = [part.described() for part in parts]
     return described
 

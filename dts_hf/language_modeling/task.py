@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.held_out_split import split_off
-from dts_hf.data.mixture import Mixture
+from dts_hf.data.mixture import Mixture, is_mixed, summary
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_mixture, manifest
 from dts_hf.data.targets import TextCutter, TrainOn
@@ -157,8 +157,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
-        if mixed := Mixture([*rows.train], tuple(rows.train_parts)).summary():
-            yield f"data.train: {mixed}"
+        if is_mixed(rows.train_parts):
+            yield f"data.train: {summary(rows.train_parts)}"
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"

@@ -68,14 +68,14 @@ BAD_ROWS = {
     "list": ([1], r"expected an object \{instruction, .* got a list"),
     "no output": (
         without("output"),
-        r"\('output'\) is missing; found the columns 'id', 'instruction', 'input', expected",
+        r"field 'output' is missing, the response; found the columns 'id', 'instruction', 'input', expected",
     ),
     "misspelt": (
         {**without("instruction"), "instrction": "x"},
         r"Did you mean 'instruction'\?.*\{instruction: instrction\}",
     ),
     "other name": ({**without("output"), "reply": "x"}, r"data\.columns, such as \{output: reply\}$"),
-    "input kept": (without("instruction"), r"\('instruction'\) is missing[^?]*\{instruction: NAME\}$"),
+    "input kept": (without("instruction"), r"field 'instruction' is missing[^?]*\{instruction: NAME\}$"),
     "null": ({**GOOD, "output": None}, r"field 'output' is null or an empty cell"),
     "number": ({**GOOD, "output": 5}, r"field 'output': got the int 5, expected a string"),
     "bool": ({**GOOD, "input": True}, r"field 'input': got true or false, expected a string"),
