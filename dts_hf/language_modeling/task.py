@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.held_out_split import split_off
-from dts_hf.data.mixture import Mixture
+from dts_hf.data.mixture import Mixture, is_mixed, summary
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_mixture, manifest
 from dts_hf.data.targets import TextCutter, TrainOn
@@ -120,6 +120,8 @@ class LanguageModeling(Task[DistillationTrainer]):
             logits_budget_mb=recipe.loss.logits_budget_mb,
             router_aux_loss=recipe.loss.router_aux_loss,
             packing=recipe.data.model_dump()["packing"],
+            prompt_template=recipe.data.prompt_template,
+            train_on=self.train_on,
             vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
             **self.trainer_options(models, data),
         )
@@ -157,8 +159,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
-        if mixed := Mixture([*rows.train], tuple(rows.train_parts)).summary():
-            yield f"data.train: {mixed}"
+        if is_mixed(rows.train_parts):
+            yield f"data.train: {summary(rows.train_parts)}"
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from dts_hf.data import tokenised
 from dts_hf.data.chat_templates import resolve_template
+from dts_hf.data.collators import Collator
 from dts_hf.data.containers import as_rows
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.sources import rows_from_dataset
@@ -118,7 +119,7 @@ class LanguageRows(RowReader):
         pair: the models that read the rows, their tokenizer and the ids that they share.
         template: the name of that of text, or ``auto``.
         limits: of text: ``max_length``, ``max_prompt_length``, ``long_rows`` and ``train_on``; see ``encode_rows``.
-        as_they_are: tokenised rows go to a collator of the user's, which gets every column.
+        collator: of the batches; one of the user's gets every column of tokenised rows.
         columns: of text, as ``data.columns``: our names and theirs.
     """
 
@@ -127,15 +128,14 @@ class LanguageRows(RowReader):
         pair: Pair,
         template: str,
         limits: Mapping[str, Any],
-        *,
-        as_they_are: bool,
+        collator: Any,
         columns: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
         named = resolve_template(template, pair.tokenizer, "prompt_template")
         self.encode_options = {"tokenizer": pair.tokenizer, "template": named, **limits}
         self.vocab_size, self.models = pair.vocabulary.size, pair.models()
-        self.as_they_are, self.columns = as_they_are, columns
+        self.as_they_are, self.columns = not isinstance(collator, Collator), columns
 
     def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
         """Text is encoded, tokens are checked: at once or, of a stream, as they come.

@@ -115,8 +115,7 @@ class DistillationTrainer(GeneratingTrainer):
         temperature_scaling: str = "squared",
         logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
         prompt_template: str = "auto", train_on: TrainOn | None = None,
-        max_length: int = 512, max_prompt_length: int = 256,
-        long_rows: str = "drop",
+        max_length: int = 512, max_prompt_length: int = 256, long_rows: str = "drop",
         columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
@@ -143,8 +142,7 @@ class DistillationTrainer(GeneratingTrainer):
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
-        own = not isinstance(collator, Collator)
-        rows = LanguageRows(pair, prompt_template, limits, as_they_are=own, columns=columns)
+        rows = LanguageRows(pair, prompt_template, limits, collator, columns)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dts_hf.errors import UserError
+from dts_hf.training.non_finite import local_shard
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.launching import leave, training_arguments
 from tests.support.streams import FIT, IN_ORDER, MIXED, Stream, as_function, as_stream, rows_of_steps
@@ -20,9 +21,11 @@ from tests.support.trainers import ROWS, plain
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
-def trainer_of(folder: Path, rows: Any, held_out: Any = None, seed: int = 0, **settings: Any) -> DistillationTrainer:
+def trainer_of(
+    folder: Path, rows: Any, held_out: Any = None, seed: int = 0, strategy: str = "ddp", **settings: Any
+) -> DistillationTrainer:
     args = training_arguments(
-        "ddp", output_dir=str(folder), **{
+        strategy, output_dir=str(folder), **{
             "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 5, "learning_rate": 0.1,
             "optim": "sgd", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "per_device_eval_batch_size": 3, **settings},
@@ -40,7 +43,7 @@ def result_of(trainer: DistillationTrainer, checkpoint: Path | None = None) -> d
     logs = [log for log in trainer.state.log_history if "kl" in log]
     steps = [seen[k] + seen[k + 1] for k in range(0, len(seen), 2)]
     result = {
-        "weights": [weight.detach().double().norm().item() for weight in trainer.model.parameters()],
+        "weights": [local_shard(weight).detach().double().norm().item() for weight in trainer.model.parameters()],
         "losses": [log["loss"] for log in logs],
         "temperature": [log["temperature"] for log in logs],
         "held_out": [held_out[name] for name in ("eval_loss", "eval_kl", "eval_rows", "eval_labels")],
@@ -59,8 +62,21 @@ def message_of(work: Any) -> str:
     return "nothing was raised"
 
 
-def main(out: Path) -> None:
+def sharded(out: Path, strategy: str, rank: int) -> None:
+    """List and stream alone."""
+    results = {}
+    for name, rows in (("list", MIXED), ("torch", Stream(MIXED))):
+        settings = IN_ORDER if name == "list" else {}
+        results[name] = result_of(trainer_of(out / name, rows, rows, strategy=strategy, **settings))
+        del results[name]["report"]
+    (out / f"result.{rank}.json").write_text(json.dumps(results))
+
+
+def main(out: Path, strategy: str = "ddp") -> None:
     rank = int(os.environ["RANK"])
+    if strategy != "ddp":
+        sharded(out, strategy, rank)
+        leave()
     results: dict[str, Any] = {"list": result_of(trainer_of(out / "list", MIXED, MIXED, **IN_ORDER))}
     for name, make in (("torch", Stream), ("datasets", as_stream), ("function", as_function)):
         results[name] = result_of(
@@ -86,4 +102,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
