@@ -1,5 +1,5 @@
-"""Writes the generated pages: docs/temperature.md with its figures, docs/figures/run.svg, docs/divergences.md, docs/models.md,
-docs/log_columns.md, the tables of docs/scale.md, and the layers of docs/architecture.md.
+"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md,
+docs/log_columns.md, docs/figures/run.svg, the tables of docs/scale.md, and the layers of docs/architecture.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    write nothing; exit 1 and name the files that are not up to date
