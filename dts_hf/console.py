@@ -29,12 +29,26 @@ LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message
 MASK = "***"
 SECONDS_BETWEEN_LINES = 30.0  # of work that would be silent
 _TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{10,}")
+#: What the keys of well-known services look like, from the rules of gitleaks: long and odd enough to be nothing else.
+KINDS_OF_SECRETS = {  # a name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix
+    "a Hugging Face token": r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{30,}",
+    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an AWS key": r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b",
+    "an OpenAI or Anthropic key": r"\bsk-(?:proj-|svcacct-|admin-|ant-(?:api|admin)\d\d-)?[A-Za-z0-9_-]{32,}",
+    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}",
+    "a Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "a Stripe key": r"\b[rs]k_(?:live|test|prod)_[A-Za-z0-9]{10,}",
+    "a package registry's token": r"\b(?:npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_-]{50,})",
+    "a JSON web token": r"\beyJ[A-Za-z0-9_-]{14,}\.eyJ[A-Za-z0-9_-]{14,}\.[A-Za-z0-9_-]{10,}",
+    "a signed URL": r"(?<=[?&])(?:X-Amz-(?:Signature|Security-Token)|X-Goog-Signature|sig)=[A-Za-z0-9%/+_.-]{20,}={0,2}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+_SECRET = re.compile("|".join(f"(?:{pattern})" for pattern in KINDS_OF_SECRETS.values()))
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _TOKEN_IN_QUERY = re.compile(
     r"(?<=[?&])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
 )
-# A name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix.
-_SURE_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
 # Control characters (a terminal acts on ESC), marks that reverse the reading direction, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
@@ -44,9 +58,24 @@ def masked(text: str) -> str:
     """``text`` with access tokens of the Hub, of the environment and in URLs replaced by stars."""
     for value in sorted(_secrets_of_the_environment(), key=len, reverse=True):
         text = text.replace(value, MASK)
-    for token in (_SURE_TOKEN, _TOKEN):
-        text = token.sub(rf"\g<1>{MASK}", text)
+    text = _SECRET.sub(MASK, _TOKEN.sub(rf"\g<1>{MASK}", text))
     return _TOKEN_IN_QUERY.sub(rf"\1={MASK}", _USER_IN_URL.sub(MASK, text))
+
+
+def secrets_in(text: str, urls: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield (line, what it looks like) of every access token in ``text``, the environment's own included.
+
+    Args:
+        text: of a file.
+        urls: look for names and passwords in URLs, too; a vocabulary holds ``://`` and ``@`` for themselves.
+    """
+    for number, line in enumerate(text.splitlines(), start=1):
+        if any(secret in line for secret in _secrets_of_the_environment()):
+            yield number, "a token of this machine's environment"
+        elif _SECRET.search(line):
+            yield number, next(kind for kind, pattern in KINDS_OF_SECRETS.items() if re.search(pattern, line))
+        elif urls and (_USER_IN_URL.search(line) or _TOKEN_IN_QUERY.search(line)):
+            yield number, "a URL with a user name, password or token in it"
 
 
 def printable(text: str) -> str:
@@ -72,7 +101,8 @@ def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     character or half of a surrogate pair is part of no name, and PyYAML reads some of them back as a space.
     """
     if isinstance(value, str):
-        if _SURE_TOKEN.search(value) or any(secret in value for secret in _secrets_of_the_environment()):
+        own = any(secret in value for secret in _secrets_of_the_environment())
+        if own or _SECRET.search(value):
             yield place, "holds an access token. Recipes are saved and shared: run 'hf auth login' or set HF_TOKEN"
         elif _USER_IN_URL.search(value) or _TOKEN_IN_QUERY.search(value):
             yield (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -18,7 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from dts_hf.classification.task import Classification
 from dts_hf.console import say, working
+from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import place_teacher
+from dts_hf.errors import UploadError, UserError
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
@@ -50,6 +53,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     Raises:
         UserError: wrong input, named by key, row or file; nothing has been written then.
+        UploadError: all is done and written, but ``training.push_to_hub`` failed; its ``result`` is the run directory.
     """
     started = time.monotonic()
     task = task_of(recipe)
@@ -59,6 +63,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     start = begin(recipe, args, resume)
     if start.finished:
         return end_early(recipe, args)
+    check_hub(recipe, args)
     set_seed(args.seed)
     transformers_logging.disable_progress_bar()
 
@@ -101,12 +106,12 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
     merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
-    save_student(student, tokenizer, run.final_path, merge_lora=merge)
+    save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
     if trainer.is_world_process_zero():
         scorer.finish(training_facts(trainer, started))
         run.clean_up()
         report(recipe, run)
-    push(trainer, run)
+    push(args, run)
     return run
 
 
@@ -123,6 +128,24 @@ def read_rows(task: Task[Any]) -> tuple[Rows, tuple[PreTrainedTokenizerBase, Pre
         rows = task.load_rows()
         tokenizers = load_tokenizers(task.recipe)
         return rows, tokenizers, task.encode(rows, tokenizers[0])
+
+
+def check_hub(recipe: Recipe, args: TrainingArguments) -> None:
+    """Look at the login before anything is loaded, where ``training.push_to_hub`` will need it; one process does it.
+
+    Raises:
+        UserError: it is missing, wrong, or may only read; or the Hub cannot be asked.
+    """
+
+    def look() -> None:
+        from dts_hf.hub import push as hub
+
+        hub.check_login(
+            hub.Destination(args.hub_model_id or Path(recipe.output.dir).resolve().name, token=args.hub_token)
+        )
+
+    if args.push_to_hub:
+        on_first_process(look, args.process_index, args.world_size)
 
 
 def load_models(task: Task[Any], args: TrainingArguments, *tokenizers: PreTrainedTokenizerBase) -> Models:
@@ -201,27 +224,44 @@ def report(recipe: Recipe, run: RunDirectory) -> None:
         write_report(run)
 
 
-def push(trainer: DistillationBase, run: RunDirectory) -> None:
-    """Upload ``final/`` with the card of the run, where ``training.push_to_hub`` asks for it; all processes call it."""
-    if not trainer.args.push_to_hub:
-        return
-    from dts_hf.reporting.model_card import render_model_card
+def push(args: TrainingArguments, run: RunDirectory) -> None:
+    """Upload the student with the card of the run, where ``training.push_to_hub`` asks for it; one process does it.
 
-    trainer.model_card = lambda: render_model_card(run)
-    trainer.push_to_hub(finished=run.final_path)
+    Raises:
+        UploadError: the run is complete, and its student was not uploaded; ``result`` is the run.
+    """
+    if not args.push_to_hub or args.process_index != 0:
+        return
+    from dts_hf.hub import push as hub
+
+    try:
+        hub.push(
+            run.path,
+            args.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
+        )
+    except (UploadError, UserError) as error:
+        what = (
+            str(error) if isinstance(error, UploadError) else f"upload refused: {error}; then: dts-hf push {run.path}"
+        )
+        raise UploadError(f"run complete, {what}", run) from error
 
 
 def end_early(recipe: Recipe, args: TrainingArguments) -> RunDirectory:
-    """A run that is done already: its report is written where it is still missing. Nothing is uploaded: it says how."""
+    """A run that is done already: its report is written where it is missing, and what the recipe uploads is uploaded.
+
+    That costs a few requests where it was uploaded before: the Hub has the files by then.
+
+    Raises:
+        UploadError: see ``push``.
+    """
     run = RunDirectory.open(recipe.output.dir)
     if args.process_index != 0:
         return run
     run.clean_up()
     if not run.report_path.is_file():
         report(recipe, run)
-    if args.push_to_hub:
-        repository = args.hub_model_id or run.path.resolve().name
-        private = "" if args.hub_private_repo is False else "--private "
-        upload = f"hf upload {private}{repository} {run.final_path}"
-        say(f"training.push_to_hub: unless it was uploaded, do it with: {upload}")
+    push(args, run)
     return run

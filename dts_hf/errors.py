@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     FAILED = 1
     #: The recipe, the rows or the command line are wrong; nothing was trained.
     WRONG_INPUT = 2
+    #: The run is complete and its student was not uploaded: ``dts-hf push`` does it. ``EX_UNAVAILABLE`` of sysexits.h.
+    NOT_UPLOADED = 69
     #: SIGTERM or SIGUSR1 (pre-emption): nothing is wrong, ``--resume`` goes on. ``EX_TEMPFAIL`` of sysexits.h.
     INTERRUPTED = 75
     #: Ctrl-C (128 + SIGINT).
@@ -54,8 +56,21 @@ class RunError(RuntimeError):
         self.everywhere = everywhere
 
 
+class UploadError(RunError):
+    """Nothing is wrong with the student; it could not be uploaded. The command line exits with status 69.
+
+    Args:
+        message: what the Hub said, and the command that uploads.
+        result: what was finished before, such as the run directory, for whoever catches it.
+    """
+
+    def __init__(self, message: object = "", result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class Interrupted(SystemExit):
-    """The run was asked to stop and can go on later. Not caught, it ends Python with the exit status 75.
+    """The run was asked to stop and can go on later. Not caught, it ends Python with the exit status 75 (Ctrl-C: 130).
 
     Args:
         message: what was asked for, what was saved, and how to go on.

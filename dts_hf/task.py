@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import Part
+from dts_hf.models.saving import Carried
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
@@ -201,6 +202,10 @@ class Task(ABC, Generic[TrainerT]):
             "divergence": loss.divergence.model_dump(), "temperature_scaling": loss.temperature_scaling,
             "kernels": loss.kernels, "logits_dtype": loss.logits_dtype,
         }  # fmt: skip
+
+    def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:  # noqa: ARG002 (for language models)
+        """What goes into the student's folder beside its weights and ``tokenizer``."""
+        return Carried()
 
     @abstractmethod
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:

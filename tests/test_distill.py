@@ -11,7 +11,6 @@ from statistics import fmean
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dts_hf.data.encoding import EncodedDataset
@@ -48,10 +47,12 @@ def test_the_run_directory_holds_exactly_this(workplace):
         "data_manifest.json",
         "environment.json",
         "figures/losses.png",
+        "figures/optimizer.png",
         "figures/rouge.png",
         "figures/temperature.png",
         "final/chat_template.jinja",
         "final/config.json",
+        "final/dts_hf.json",
         "final/generation_config.json",
         "final/model.safetensors",
         "final/tokenizer.json",
@@ -233,35 +234,6 @@ def test_metrics_say_in_what_each_model_answered(workplace):
     assert metrics["models"]["teacher"]["dtype"] == "bfloat16"
     assert metrics["models"]["student"]["dtype"] == metrics["protocol"]["dtype"] == "bfloat16 autocast"
     assert metrics["protocol"]["batch_size"] == 32
-
-
-def test_push_uploads_our_card_and_the_student(workplace, monkeypatch):
-    """HF's own push_to_hub with the network replaced: what would be uploaded is the student with our card."""
-    import transformers.trainer as hf
-
-    uploaded = {}
-
-    def upload_folder(*, folder_path, **kwargs):
-        import pathlib
-
-        folder = pathlib.Path(folder_path)
-        uploaded.update({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
-
-    class Hub:
-        def create_repo(self, *args, **kwargs):
-            return type("Repo", (), {"repo_id": "someone/student"})()
-
-        def upload_folder(self, **kwargs):
-            return upload_folder(**kwargs)
-
-    monkeypatch.setattr(hf, "hf_api", Hub)
-    training = {"push_to_hub": True, "hub_model_id": "someone/student", "hub_strategy": "end"}
-    distill(recipe(training=training))
-    card = uploaded["README.md"].decode()
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert "model.safetensors" in uploaded and "config.json" in uploaded
-    assert metadata["model-index"][0]["results"] and "dts_hf" in metadata["tags"]
-    assert str(workplace) not in card
 
 
 def test_bf16_weights_come_back_bit_for_bit():

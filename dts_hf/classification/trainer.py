@@ -6,6 +6,7 @@ are its logits, and the head is the identity. Only what a batch is and how model
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from dts_hf.classification.models import (
     load_classifier,
     takes_type_ids,
 )
+from dts_hf.data.containers import as_rows
 from dts_hf.data.encoding import EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.tokenised import rows_of
@@ -40,11 +42,12 @@ from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import checked_arguments
+from dts_hf.training.arguments import check_for_classifiers, check_keywords, checked_arguments
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.pair import check_whole
+from dts_hf.training.tracking import model_facts
 
 
 class ClassificationDistillationTrainer(DistillationBase):
@@ -59,7 +62,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         teacher: a sequence classifier with the same tokenizer, its name or folder; None learns from labels alone.
         task: the name of a GLUE task, or a ``GlueTask``.
         temperature, divergence, kd_ratio, args: as in ``DistillationTrainer``.
-        train_dataset: rows with the task's fields and ``label``, or a ``LabelledDataset``.
+        train_dataset: rows with the task's fields and ``label`` in a list, a data set or a data frame, or a
+            ``LabelledDataset``; a stream is read whole, before training.
         eval_dataset: the same kinds; ``evaluate`` adds the task's metrics, as ``eval_accuracy``, and the teacher's.
         processing_class: the tokenizer; by default the student's own.
         max_length: for rows, tokens.
@@ -81,7 +85,7 @@ class ClassificationDistillationTrainer(DistillationBase):
         model: nn.Module | str,
         teacher: nn.Module | str | None,
         task: GlueTask | str,
-        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = 2.0,
+        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = "dts",
         divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
         kd_ratio: float = 0.5,
         args: TrainingArguments | None = None,
@@ -97,6 +101,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         # 1. Arguments that cannot be honoured, before anything is loaded.
+        check_keywords(kwargs, inspect.signature(ClassificationDistillationTrainer.__init__).parameters)
+        check_for_classifiers(kwargs)
         args = checked_arguments(args, kwargs)
         check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
@@ -129,6 +135,7 @@ class ClassificationDistillationTrainer(DistillationBase):
             loss_options=loss_options,
             columns=LogColumns(teacher=teacher is not None, regression=task.regression),
             rows=LabelledRows(task, encode_options, models),
+            facts=model_facts("teacher", teacher),
             **kwargs,
         )
         if teacher_placement == "sharded" and teacher is not None:
@@ -136,6 +143,10 @@ class ClassificationDistillationTrainer(DistillationBase):
         self.classifier.to(self.args.device)
         if teacher is not None:
             self.compile_layers(teacher, "the teacher")
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.classifier.model
 
     # ------------------------------------------------------------------------------------------------------- the batch
 
@@ -247,7 +258,7 @@ class LabelledRows(RowReader):
                 row
                 if isinstance(row, LabelledRow)
                 else parse_labelled(row, self.task, f"{name}: row {k}", f"{name}-{k}")
-                for k, row in enumerate(rows_of(dataset), 1)
+                for k, row in enumerate(rows_of(as_rows(dataset, name)), 1)
             ]
             if not rows:
                 raise UserError(f"{name}: there are no rows in it; expected rows {self.task.row_format}")

@@ -15,17 +15,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, report, schema, score, train
+from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, pull, push, report, schema, score, train
 from dts_hf.cli import list as list_
 from dts_hf.cli.printing import is_main_process
 from dts_hf.console import masked
-from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
+from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError
 from dts_hf.runs.failures import GO_ON, one_sentence
 
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
-COMMANDS = (init, doctor, train, chat, generate, evaluate, score, report, prepare, list_, schema, env)
+COMMANDS = (init, doctor, train, chat, generate, evaluate, score, report, push, pull, prepare, list_, schema, env)
 
 
 class CommandGroup(TyperGroup):
@@ -37,10 +37,13 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             _leave(ExitCode.WRONG_INPUT, "" if _is_said_elsewhere(error) else f"Error{_who()}: {error}")
+        except UploadError as error:
+            _leave(ExitCode.NOT_UPLOADED, f"Error: {error}")
         except Interrupted as error:
-            _leave(ExitCode.INTERRUPTED, f"Stopped: {error}" if is_main_process() else "")
+            _leave(ExitCode(int(str(error.code))), f"Stopped: {error}" if is_main_process() else "")
         except KeyboardInterrupt:
-            _leave(ExitCode.CTRL_C, "")
+            train_again = f" {GO_ON}" if ctx.invoked_subcommand == "train" else ""
+            _leave(ExitCode.CTRL_C, f"Stopped: Ctrl-C.{train_again}" if is_main_process() else "")
         except Exception as error:
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
                 raise  # typer's own

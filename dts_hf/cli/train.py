@@ -10,7 +10,7 @@ import typer
 
 from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json, table_console
 from dts_hf.console import printable
-from dts_hf.errors import UserError
+from dts_hf.errors import UploadError, UserError
 
 if TYPE_CHECKING:
     from dts_hf.doctor.dry_run import DryRun
@@ -51,13 +51,22 @@ def command(
         print_plan(make_plan(checked), as_json)
         return
     from dts_hf.distill import distill  # after the recipe is checked: a wrong one must not wait for torch
+    from dts_hf.runs.directory import RunDirectory
 
-    run = distill(checked, resume=resume)
+    not_uploaded: UploadError | None = None
+    try:
+        run = distill(checked, resume=resume)
+    except UploadError as error:
+        if not isinstance(error.result, RunDirectory):
+            raise
+        run, not_uploaded = error.result, error
     if is_main_process():
         if as_json:
             print_json(run.read_metrics())
         else:
             print_end_of_run(run)
+    if not_uploaded is not None:
+        raise not_uploaded
 
 
 def print_plan(found: DryRun, as_json: bool) -> None:

@@ -186,6 +186,7 @@ def get_template(name: str, key: str = "data.prompt_template") -> Template:
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, key: str = "data.prompt_template") -> Template:
     """Return the template called ``name``; ``auto``: ``chat`` where the tokenizer has a chat template, else ``alpaca``.
 
+    A chat template that we wrote into a student's folder (``written_template``) is the text template it stands for.
     A template that was named wraps finished prompts (rows of kind ``prompt``), too; under ``auto`` they stay as they are.
 
     Raises:
@@ -193,8 +194,17 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, key: str = "
     """
     if name != AUTO:
         return get_template(name, key)
-    found = TEMPLATES["chat" if tokenizer.chat_template else "alpaca"]
+    written = _WRITTEN.match(str(tokenizer.chat_template))
+    found = TEMPLATES[written[1] if written else "chat" if tokenizer.chat_template else "alpaca"]
     return dataclasses.replace(found, wraps_prompts=False)
+
+
+def written_mark(name: str) -> str:
+    """What a chat template begins with that stands for our text template ``name``: a comment of Jinja."""
+    return f"{{# dts_hf: {name} #}}"
+
+
+_WRITTEN = re.compile(r"\{# dts_hf: (alpaca|plain) #\}")
 
 
 #: What the assistant says in the conversation that shows how a chat template ends a turn.

@@ -45,7 +45,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "images": ("image",),
     "videos": ("video",),
     "audio": ("audios",),
+    "tools": ("functions",),
 }
+_FIELD_OF = {name: field for field, names in ALIASES.items() for name in names}
+
+_PLAIN = frozenset((str, int, bool, list, dict, type(None)))
 
 #: ``{our name: their column}``; None: the field is left out, whatever the rows have.
 Columns = Mapping[str, str | None]
@@ -72,16 +76,15 @@ class Record:
         if problem := unknown_fields(columns):
             raise UserError(f"data.columns: {problem}")
         self.where = where
-        self._found = [str(key) for key in obj]
+        self._obj = obj
         self.mapped = frozenset(field for field, name in columns.items() if name is not None)
         renamed = {name for name in columns.values() if name is not None}
         self._values = {str(key): _given(obj[key]) for key in obj if key not in renamed and key not in columns}
         self._names: dict[str, str] = {}
-        for field, names in ALIASES.items():
-            for name in names:
-                value = self._values.pop(name, None) if field != name else None
-                if field not in columns and self._values.get(field) is None and value is not None:
-                    self._values[field], self._names[field] = value, name
+        for name in [key for key in self._values if key in _FIELD_OF]:
+            value, field = self._values.pop(name), _FIELD_OF[name]
+            if field not in columns and self._values.get(field) is None and value is not None:
+                self._values[field], self._names[field] = value, name
         for field, column in columns.items():
             if column is not None:
                 self._values[field], self._names[field] = _given(_value_at(obj, column, field, where)), column
@@ -110,7 +113,7 @@ class Record:
 
     def found(self) -> str:
         """The columns of the row as it was read, for errors."""
-        return listed(self._found)
+        return listed(self._obj)
 
 
 def unknown_fields(columns: Columns) -> str:
@@ -129,6 +132,8 @@ def listed(names: Iterable[object], most: int = 30) -> str:
 
 def _given(value: Any) -> Any:
     """``value`` in Python's own types, as pandas does not have them: arrays, and NaN where there is nothing."""
+    if type(value) in _PLAIN:
+        return value
     value = value.tolist() if hasattr(value, "tolist") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 

@@ -154,6 +154,7 @@ def encode_rows(
     train_on: TrainOn | None = None,
     progress: str | None = None,
     name: str = "data",
+    may_be_empty: bool = False,
 ) -> tuple[EncodedDataset, EncodingReport]:
     """Tokenise rows, with labels on what is learned: ``TextCutter`` says what that is, and docs/targets.md shows it.
 
@@ -173,6 +174,7 @@ def encode_rows(
         train_on: which turns are learned; see ``TextCutter``.
         progress: the title of a progress bar on stderr, shown for more than 2,000 rows; None shows none.
         name: what errors call these rows, such as ``data.train``.
+        may_be_empty: no row has to be left, for the rows are some of many.
 
     Raises:
         UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, a row that the template
@@ -199,7 +201,7 @@ def encode_rows(
     report.response_tokens = sum(dataset.target_counts)
     report.prompt_tokens = sum(dataset.lengths) - report.response_tokens
     dataset.report = report
-    if not len(dataset):
+    if not len(dataset) and not may_be_empty:
         raise UserError(
             f"{name}: no row left: all {len(rows)} rows are too long for data.max_prompt_length = {max_prompt_length} and "
             f"data.max_length = {max_length} (in tokens). Raise the limits, or use data.long_rows: cut."

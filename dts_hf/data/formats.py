@@ -12,7 +12,7 @@ silence: the user says so with ``data.columns: {images: null}``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,13 @@ PAIRS = (
     ("problem", "solution"),
     ("prompt", "completion"),
 )
+#: The formats in order, with the fields that make them.
+FORMATS = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "pair": PROMPTS + RESPONSES,
+    "text": ("text",),
+}
 #: Fields that a finished text has no place for: the pair that has.
 _OF_CHATS = ("system", "history", "tools", "reasoning_content", "input")
 
@@ -67,15 +74,9 @@ def parse_row(obj: Mapping[str, Any], where: str, default_id: str, columns: Colu
     raise _no_format(record)
 
 
-def _by_precedence(record: Record) -> list[str]:
+def _by_precedence(record: Record) -> Iterable[str]:
     """The formats in order; what ``data.columns`` names was chosen by somebody, so it comes first."""
-    fields = {
-        "messages": ["messages"],
-        "conversations": ["conversations"],
-        "pair": [*PROMPTS, *RESPONSES],
-        "text": ["text"],
-    }
-    return sorted(fields, key=lambda name: record.mapped.isdisjoint(fields[name]))
+    return sorted(FORMATS, key=lambda name: record.mapped.isdisjoint(FORMATS[name])) if record.mapped else FORMATS
 
 
 def _row_id(record: Record, default_id: str) -> str:
@@ -324,10 +325,10 @@ def _no_format(record: Record) -> UserError:
     missing, wanted = "no row format is whole", [*PROMPTS, *RESPONSES, "messages", "conversations", "text"]
     if asked and not responded:
         partner = dict(PAIRS)[asked[0]]
-        missing, wanted = f"the response ('{partner}') is missing", [partner, *RESPONSES]
+        missing, wanted = f"field '{partner}' is missing, the response", [partner, *RESPONSES]
     elif responded and not asked:
         partner = next(prompt for prompt, response in PAIRS if response == responded[0])
-        missing, wanted = f"the prompt ('{partner}') is missing", [partner, *PROMPTS]
+        missing, wanted = f"field '{partner}' is missing, the prompt", [partner, *PROMPTS]
     # "input" is no misspelt "instruction"; a field of ours is never offered for another.
     others = [name for name in record.names if name not in FIELDS]
     hint = next(filter(None, (nearest(name, wanted) for name in others)), "")

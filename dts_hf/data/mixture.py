@@ -48,11 +48,15 @@ class Mixture:
     rows: list[Row]
     parts: tuple[Part, ...]
 
-    def summary(self) -> str:
-        """One line for people; empty where there is one source that counts once."""
-        if len(self.parts) < 2 and all(part.weight == 1 for part in self.parts):
-            return ""
-        return f"mixed {len(self.rows):,} rows: {'; '.join(map(str, self.parts))}"
+
+def is_mixed(parts: Sequence[Part]) -> bool:
+    """Whether there is more to say than the name of one source that counts once."""
+    return len(parts) > 1 or any(part.weight != 1 for part in parts)
+
+
+def summary(parts: Sequence[Part]) -> str:
+    """What was mixed, in one line for people."""
+    return f"mixed {sum(part.used for part in parts):,} rows: {'; '.join(map(str, parts))}"
 
 
 def weighted(rows: Sequence[Row], weight: float, source: str) -> list[Row]:

@@ -18,7 +18,8 @@ DATA_SUFFIXES = (
     ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow",
 )  # fmt: skip
 _ENDING = re.compile(r"\.(jsonl|json|csv|tsv)(\.gz)?$|\.(parquet|arrow)$")
-_READERS = {
+#: How the objects of a file are read, by the ending of its name without ``.gz``.
+READERS = {
     "jsonl": json_lines,
     "json": json_objects,
     "csv": csv_objects,
@@ -44,7 +45,7 @@ def read_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
     Raises:
         UserError: the file cannot be read, or is not what its name says.
     """
-    return _READERS[_form(file)](file)
+    return READERS[_form(file)](file)
 
 
 def count_rows(file: Path) -> int:

@@ -10,11 +10,12 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -78,6 +79,37 @@ class PadToMultiple(Dataset[dict[str, Any]]):
         if index < len(self.order):
             return dict(self.dataset[self.order[index]])
         return self.without_label(self.dataset[0])
+
+
+class FilledStream(IterableDataset[dict[str, Any]]):
+    """The rows of a stream, then dummy rows up to a multiple of a step's rows: ``PadToMultiple`` for rows without a number.
+
+    They are passed on a step at a time. So where the stream raises, all processes do so in the same step.
+
+    Args:
+        stream: rows with ``input_ids``; each time that it is iterated over is a pass.
+        multiple: rows of an optimizer step of all processes together.
+        without_label: makes a dummy row of the first row.
+        whole: of an incomplete last step, the rows beyond a multiple of this are left out.
+    """
+
+    def __init__(
+        self, stream: Any, multiple: int, without_label: Callable[[Mapping[str, Any]], dict[str, Any]], whole: int = 1
+    ) -> None:
+        self.stream, self.multiple, self.without_label, self.whole = stream, multiple, without_label, whole
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin this pass next."""
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows, first = iter(self.stream), None
+        while step := list(islice(rows, self.multiple)):
+            first = step[0] if first is None else first
+            if len(step) < self.multiple:
+                step = step[: len(step) - len(step) % self.whole]
+                step += [self.without_label(first) for _ in range(-len(step) % self.multiple)]
+            yield from step
 
 
 class DummyRowsLast(Sampler[int]):

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from dts_hf.data.columns import Columns
 from dts_hf.data.formats import ROW_FORMAT, parse_row
-from dts_hf.data.mixture import Mixture, Part, weighted
+from dts_hf.data.mixture import Mixture, Part, is_mixed, weighted
 from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
@@ -287,8 +287,15 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
             f"or load the data set once with network access so that it is cached."
         ) from error
     stem = _own_stem(path.replace("/", "-"), Counter() if stems is None else stems)
-    for number, obj in enumerate(dataset, 1):
-        where = f"{name}, split '{split}': row {number}"
+    rows, number = iter(dataset), 0
+    while True:
+        where = f"{name}, split '{split}': row {(number := number + 1)}"
+        try:
+            obj = next(rows, None)
+        except Exception as error:  # whatever a reader of images or sounds raises, or lacks
+            raise UserError(f"{where}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+        if obj is None:
+            return
         yield f"{stem}-{number}", where, obj
 
 
@@ -345,7 +352,7 @@ def manifest(
         "sha256": digests[0][0] if len(digests) == 1 else _sha256(lines),
         "rows": len(rows),
     }
-    if len(parts) > 1 or any(part.weight != 1 for part in parts):
+    if is_mixed(parts):
         described["mixture"] = [part.described() for part in parts]
     return described
 

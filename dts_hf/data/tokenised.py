@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from dts_hf.data.collators import NO_ROW
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.errors import UserError
@@ -257,23 +256,6 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         return self.form.read(self.rows[index], index)
-
-
-class TokenisedStream(IterableDataset[dict[str, Any]]):
-    """The rows of an iterable data set, each checked as it comes."""
-
-    def __init__(self, rows: Any, form: RowForm) -> None:
-        self.rows, self.form = rows, form
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(self.rows):
-            self.form.check(self.form.columns([row], number), number)
-            yield self.form.read(row, NO_ROW)  # of workers each would count for itself
-
-    def set_epoch(self, epoch: int) -> None:
-        """Passed on to the data set, where it shuffles by epoch."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
 
 
 @dataclass

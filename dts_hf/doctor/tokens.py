@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template, end_of_turn, leading_special_ids, render_messages
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.mixture import is_mixed, summary
 from dts_hf.data.rows import Row
 from dts_hf.data.targets import TextCutter
 from dts_hf.doctor.diagnosis import Check
@@ -49,6 +50,9 @@ def check_rows(check: Check, rows: Rows) -> None:
     """Rows that are held out must not be trained on."""
     check.summary = f"{len(rows.train):,} to train on, {len(rows.validation):,} held out"
     check.values = {"train": len(rows.train), "validation": len(rows.validation)}
+    if is_mixed(rows.train_parts):
+        check.summary += f"; {summary(rows.train_parts)}"
+        check.values["mixture"] = [part.described() for part in rows.train_parts]
     seen = {_question(row) for row in rows.train}
     leaked = [row.id for row in rows.validation if _question(row) in seen]
     check_leak(check, leaked, len(rows.validation), "prompts")

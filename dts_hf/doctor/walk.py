@@ -21,6 +21,7 @@ from dts_hf.distill import task_of
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
+from dts_hf.doctor.hub import check_hub
 from dts_hf.doctor.models import check_faithful, check_step_size, check_weights
 from dts_hf.doctor.resources import check_output
 from dts_hf.doctor.steps import check_steps, check_training
@@ -121,6 +122,9 @@ class Walk(ABC):
             self.diagnosis.device = device_of(self.args)
             check_training(check, self.recipe, self.args, self.diagnosis.device["name"])
             checked_arguments(self.args, {})  # the trainer below is given others, that upload nothing
+        if self.args is not None and self.args.push_to_hub:
+            with self.diagnosis.check("hub") as check:
+                check_hub(check, self.recipe, self.args)
 
     def look_at_rows(self) -> None:
         """Rows, tokenizers, and rows as tokens."""

@@ -14,24 +14,21 @@ from typing import Any, NamedTuple
 import torch
 
 from dts_hf.console import say
-from dts_hf.data.chat_templates import AUTO, get_template
 from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_many, load_mixture, load_rows
 from dts_hf.distributed.processes import process
 from dts_hf.errors import UserError
-from dts_hf.evaluation.benchmark_sets import canonical_name
 from dts_hf.evaluation.fingerprint import describe_protocol, files_digest, model_digest, rows_digest
-from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load_sets, protocol_of
-from dts_hf.evaluation.instruct import evaluate_instruct, generation_settings
+from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load_sets
+from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.evaluation.output_folder import OutputFolder
-from dts_hf.evaluation.protocol import Protocol, get_protocol
+from dts_hf.evaluation.subject import choose_protocol, find_subject, notes_on, with_template
 from dts_hf.generation.engine import Generated, generate
-from dts_hf.generation.vllm_backend import check_vllm_settings, load_vllm, vllm_generate
+from dts_hf.generation.vllm_backend import load_vllm, vllm_generate
 from dts_hf.models.loading import load_model, load_tokenizer
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.directory import RunDirectory
 
 
 class _Answerer(NamedTuple):
@@ -49,7 +46,8 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     Launched on several processes (``torchrun``), they share out the rows, and each returns the whole result.
 
     Args:
-        model: Hub name, model folder, or run directory.
+        model: Hub name, model folder, or run directory. A student that says how it was trained and scored
+            (``dts_hf.json``) is asked in that way wherever it lies.
         options: what is asked, how it is answered, and where the answers go.
 
     Returns:
@@ -62,12 +60,15 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     """
     options = options or EvaluationOptions()
     # All that can be wrong shows before the model is loaded
-    location, recipe = _find(model)
-    protocol = _choose_protocol(recipe, options)
+    subject = find_subject(model)
+    location, recipe = subject.location, subject.recipe
+    protocol = choose_protocol(subject, options)
     rows = _load_rows(model, recipe, options)
-    dtype = options.dtype or (recipe and (recipe.evaluation.dtype or recipe.student.dtype)) or "float32"
+    dtype = options.dtype or subject.dtype or "float32"
     device = _join_processes()
     tokenizer = load_tokenizer(location, key="model")
+    asked = with_template(protocol, subject, options, tokenizer)
+    protocol = asked.protocol
     # vLLM batches as it likes, so the batch size says nothing about its text
     batch_size = None if protocol.backend == "vllm" else batch_size_that_matters([dtype], options.batch_size)
     described = {**describe_protocol(protocol, tokenizer), "dtype": dtype}
@@ -88,6 +89,8 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
         folder.open({**identity, "model": answerer.digest})
     if process()[0] == 0:
         say(f"{model}: {', '.join(rows)} under the protocol {protocol.name}, weights in {dtype}")
+        for note in notes_on(asked, subject, tokenizer, options):
+            say(note)
         if recipe is not None and VALIDATION in rows and recipe.data.responses == "teacher":
             say("The run's own scores are against the teacher's answers, these are against the data's")
     scores: dict[str, Any] = {}
@@ -98,6 +101,7 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
             tokenizer,
             of_set,
             protocol,
+            template=asked.template,
             batch_size=options.batch_size,
             set_name=name,
             progress=name,
@@ -110,42 +114,14 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
         scores[name] = result.scores
     if folder is not None:
         scores = {**folder.earlier_scores(), **scores}
-    models = {"model" if recipe is None else "student": {"parameters": answerer.parameters, "sets": scores}}
+    models = {
+        "model" if subject.own_protocol is None else "student": {"parameters": answerer.parameters, "sets": scores}
+    }
     protocol_entry = {**described, "batch_size": batch_size}
     metrics = {"format": 1, "source": model, "protocol": protocol_entry, "models": models}
     if folder is not None:
         folder.write_metrics(metrics)
     return metrics
-
-
-def _find(model: str) -> tuple[str, Recipe | None]:
-    """Where the weights are, and the recipe where ``model`` is a run directory and no model itself."""
-    if not (Path(model) / "recipe.yaml").is_file():
-        return model, None
-    run = RunDirectory.open(model)
-    recipe = run.read_recipe()
-    if not run.final_path.is_dir():
-        raise UserError(
-            f"{model}: this run holds no student ({run.final_path} is missing): its training has not ended"
-        )
-    if recipe.task is not None:
-        raise UserError(f"{model}: this run classifies ({recipe.task.subset}): its scores are in {run.metrics_path}")
-    return str(run.final_path), recipe
-
-
-def _choose_protocol(recipe: Recipe | None, options: EvaluationOptions) -> Protocol:
-    """The protocol that was named, else the published one for models and prepared sets, else the run's own."""
-    if recipe is not None and options.protocol is None and not any(canonical_name(name) for name in options.sets):
-        protocol = protocol_of(recipe)
-    else:
-        protocol = get_protocol(options.protocol or "minillm")
-    if options.template not in (None, AUTO):
-        get_template(options.template, "--template")
-    protocol = protocol.changed(**options.protocol_changes())
-    settings = generation_settings(protocol, options.batch_size)  # refuses values out of range
-    if protocol.backend == "vllm":
-        check_vllm_settings(settings)
-    return protocol
 
 
 def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) -> dict[str, list[Row]]:

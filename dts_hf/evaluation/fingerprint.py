@@ -32,7 +32,7 @@ def describe_protocol(protocol: Protocol, tokenizer: PreTrainedTokenizerBase) ->
     Scores of equal ``fingerprint`` can be compared. The batch size is left out because the text does not depend on it
     (in fp32; see ``generation.engine.generate``). The template ``auto`` is described as the one that it stands for.
     """
-    protocol = protocol.changed(template=resolve_template(protocol.template, tokenizer).name)
+    protocol = protocol.resolved(resolve_template(protocol.template, tokenizer).name)
     described = {"tokenizer": tokenizer_digest(tokenizer, protocol.template), **protocol.values()}
     return {"fingerprint": digest_of(described), "name": protocol.name, **described}
 

@@ -51,6 +51,7 @@ def evaluate_instruct(
     rows: Sequence[Row],
     protocol: Protocol,
     *,
+    template: Template | None = None,
     batch_size: int = 32,
     set_name: str = "validation",
     progress: str | None = None,
@@ -67,6 +68,7 @@ def evaluate_instruct(
         tokenizer: of the model.
         rows: prompts and their references; their ids are unique.
         protocol: how to answer. A row whose prompt cannot be cut to its limit is left out and counted.
+        template: of the prompts; None: the protocol's.
         batch_size: prompts answered at the same time.
         set_name: name of the data set, written into the predictions.
         progress: title of the progress bar, or None.
@@ -86,7 +88,7 @@ def evaluate_instruct(
             Every process raises it.
         ValueError: the model is sharded and ``all_processes`` is not set.
     """
-    template = resolve_template(protocol.template, tokenizer)
+    template = resolve_template(protocol.template, tokenizer) if template is None else template
     questions = _encode(rows, tokenizer, protocol, template, set_name)
     prompts, ids = [question.prompt.ids for question in questions], [question.row.id for question in questions]
     if isinstance(model, torch.nn.Module):
@@ -163,6 +165,12 @@ def _encode(
     """The rows whose prompts fit, with their tokens."""
     if not rows:
         raise UserError(f"evaluation on '{set_name}': no rows, expected at least one")
+    texts = [row.id for row in rows if row.kind == "text"]
+    if texts:
+        raise UserError(
+            f"evaluation on '{set_name}': row '{texts[0]}' is a text, which asks nothing that could be answered "
+            f"({len(texts)} of {len(rows)} rows are); expected rows with a question: instruction, messages or prompt"
+        )
     name, count = Counter(row.id for row in rows).most_common(1)[0]
     if count > 1:
         raise UserError(f"evaluation on '{set_name}': {count} rows have the id {name!r}, expected unique ids")

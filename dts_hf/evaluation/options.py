@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dts_hf.errors import UserError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class EvaluationOptions:
@@ -30,6 +34,9 @@ class EvaluationOptions:
         overwrite: begin anew where ``output`` holds another evaluation.
         backend: ``dts_hf``, or ``vllm`` (a variant of the protocol: other samples, no n-gram rule).
         data_dir: folder of the prepared sets; None: the default of ``benchmark_sets.resolve_set``.
+
+    Raises:
+        UserError: there is no such dtype.
     """
 
     sets: Sequence[str] = ()
@@ -46,6 +53,11 @@ class EvaluationOptions:
     overwrite: bool = False
     backend: str = "dts_hf"
     data_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            expected = f"expected one of {', '.join(DTYPES)}.{nearest(str(self.dtype), DTYPES)}"
+            raise UserError(f"dtype: got {self.dtype!r}, {expected}")
 
     def protocol_changes(self) -> dict[str, Any]:
         """What these options change in a protocol, for ``Protocol.changed``; None: nothing. Seeds mean sampling."""

@@ -26,7 +26,7 @@ class Protocol:
     Args:
         name: of a variant in ``PROTOCOLS``; ``changed`` adds what differs from it.
         about: one line for ``dts-hf list protocols``.
-        template: ``alpaca``, ``chat`` or ``plain``.
+        template: ``alpaca``, ``chat`` or ``plain``; ``auto`` until the tokenizer is known (``resolved``).
         max_prompt_length: in tokens; with ``max_new_tokens`` it makes the 512 of the literature.
         max_new_tokens: longest answer in tokens, for every prompt.
         do_sample: sample from the whole softmax (top_p 1, top_k 0); otherwise the most likely token each time.
@@ -78,6 +78,12 @@ class Protocol:
         before = self.values()
         differences = [f"{key}={_text(value)}" for key, value in new.values().items() if value != before[key]]
         return _named(new, ", ".join([self.name, *differences]))
+
+    def resolved(self, template: str) -> Protocol:
+        """The same protocol with the template that ``auto`` stands for: no change, so the name stays."""
+        return _named(
+            dataclasses.replace(self, template=template), self.name.replace("template=auto", f"template={template}")
+        )
 
     # What is written here is hashed into the fingerprint: a value that is not used must not make two protocols of one
     def values(self) -> dict[str, Any]:

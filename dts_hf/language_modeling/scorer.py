@@ -34,7 +34,8 @@ class GenerationScorer:
         run: takes predictions, log lines and ``metrics.json``.
         trainer: gives the teacher-forced loss and the state of training.
         tokenizer: of student and teacher.
-        rows: the held-out rows; ``evaluation.rows`` says how many of ``validation`` are answered.
+        rows: the held-out rows; ``evaluation.rows`` says how many of ``validation`` are answered. Of texts there is the
+            loss alone.
         kept: entries that an earlier attempt of the run made, by model; these models are not scored again.
     """
 
@@ -49,12 +50,15 @@ class GenerationScorer:
     ) -> None:
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.protocol = protocol_of(recipe)
-        self.rows, self.sets = rows.validation[: recipe.evaluation.rows], rows.sets
+        # A text asks nothing: it has a loss, and no answer
+        questions = [row for row in rows.validation if row.kind != "text"]
+        self.rows, self.sets = questions[: recipe.evaluation.rows], rows.sets
+        self.has_losses = bool(rows.validation)
         self.entries = dict(kept)
 
     def callbacks(self) -> list[TrainerCallback]:
         """What scores the student every so many steps, where the recipe says how many."""
-        every_steps = self.recipe.evaluation.every_steps
+        every_steps = self.recipe.evaluation.every_steps if self.rows else None
         return [] if every_steps is None else [GenerationEvalCallback(self.during, every_steps, self.record)]
 
     def score(self, name: str, model: nn.Module) -> None:
@@ -67,10 +71,10 @@ class GenerationScorer:
         sets: dict[str, Sequence[Row]] = {VALIDATION: self.rows} if self.rows else {}
         if name != "student_before":  # the student before training is a control, not a result
             sets |= self.sets
-        if not sets or name not in self.recipe.evaluation.models or name in self.entries:
+        if not (sets or self.has_losses) or name not in self.recipe.evaluation.models or name in self.entries:
             return
         entry: dict[str, Any] = {"parameters": parameter_count(model)}
-        if name != "teacher" and self.rows:
+        if name != "teacher" and self.has_losses:
             entry["teacher_forced"] = self._teacher_forced()
         title = name.replace("_", " ")
         with weights_as(model, self.recipe.evaluation.dtype):

@@ -9,21 +9,24 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from dts_hf.data.chat_templates import Template, encode_prompts, resolve_template
+from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.held_out_split import split_off
-from dts_hf.data.mixture import Mixture
+from dts_hf.data.mixture import Mixture, is_mixed, summary
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_mixture, manifest
 from dts_hf.data.targets import TextCutter, TrainOn
+from dts_hf.data.written_template import as_chat_template
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
+from dts_hf.evaluation.student_file import student_facts
 from dts_hf.generation.engine import cache_argument
 from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_student, load_teacher
+from dts_hf.models.saving import Carried
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
@@ -88,7 +91,7 @@ class LanguageModeling(Task[DistillationTrainer]):
         self, models: Sequence[nn.Module], tokenizer: PreTrainedTokenizerBase, rows: Rows
     ) -> None:
         evaluation, data = self.recipe.evaluation, self.recipe.data
-        answered: list[Row] = [*rows.validation[: evaluation.rows]]
+        answered = [row for row in rows.validation if row.kind != "text"][: evaluation.rows]
         answered += [row for of_set in rows.sets.values() for row in of_set]
         prompts = encode_prompts(answered, tokenizer, self.template(tokenizer), data.max_prompt_length)
         longest = max((len(prompt.ids) for prompt in prompts if prompt is not None), default=0)
@@ -121,6 +124,14 @@ class LanguageModeling(Task[DistillationTrainer]):
             **self.trainer_options(models, data),
         )
 
+    def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:
+        template = self.template(tokenizer)
+        return Carried(
+            facts=student_facts(self.recipe, tokenizer),
+            turn_ends=end_of_turn_ids(tokenizer, template),
+            chat_template=as_chat_template(template, tokenizer),
+        )
+
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
         train = manifest(asked.train, rows.train, split=asked.train_split, parts=rows.train_parts)
@@ -146,8 +157,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
-        if mixed := Mixture([*rows.train], tuple(rows.train_parts)).summary():
-            yield f"data.train: {mixed}"
+        if is_mixed(rows.train_parts):
+            yield f"data.train: {summary(rows.train_parts)}"
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"

@@ -30,7 +30,7 @@ from dts_hf.loss.road import (
 )
 from dts_hf.loss.row_loss import LossSettings
 from dts_hf.models.head import Head
-from dts_hf.temperature.base import TemperaturePolicy
+from dts_hf.temperature import TemperaturePolicy, build_policy
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         divergence: a name, or ``{"name": "jsd", "beta": 0.5}``.
-        temperature: the policy asked once per chunk.
+        temperature: the policy asked once per chunk; anything that ``build_policy`` takes, such as a number (constant).
         kd_ratio: weight of the soft part, 0 (cross-entropy alone) to 1 (divergence alone).
         temperature_scaling: ``squared`` multiplies D by T_s T_t, so that its gradient keeps its size when T moves
             (Hinton et al. 2015, section 2); ``none`` leaves it out, as TRL, DSKD and Liger do.
@@ -73,7 +73,7 @@ class DistillationLoss(nn.Module):
         self,
         divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
         *,
-        temperature: TemperaturePolicy,
+        temperature: TemperaturePolicy | Mapping[str, Any] | str | float,
         kd_ratio: float = 0.5,
         temperature_scaling: str = "squared",
         logits_budget_mb: float | None = None,
@@ -95,7 +95,7 @@ class DistillationLoss(nn.Module):
                 expected = f"expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
                 raise UserError(f"loss.{option}: got {value!r}, {expected}")
         self.divergence = build_divergence(divergence)
-        self.temperature = temperature
+        self.temperature = build_policy(temperature)
         self.kd_ratio = float(kd_ratio)
         self.temperature_scaling = temperature_scaling
         self.logits_budget_mb, self._chooses_budget = logits_budget_mb, logits_budget_mb is None

@@ -28,6 +28,12 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """Tokens that a row of ``model`` may have; None where its configuration names no limit."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    return positions
+
+
 def check_positions(model: PreTrainedModel, name: str, tokens: int, advice: str) -> None:
     """Refuse ``tokens`` tokens in one row where ``model`` has fewer positions.
 
@@ -42,7 +48,7 @@ def check_positions(model: PreTrainedModel, name: str, tokens: int, advice: str)
     Raises:
         UserError: it does not fit.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions is not None and tokens > positions:
         raise UserError(
             f"{name} ({type(model).__name__}) has {positions} positions, but the longest row needs {tokens}. {advice}"

@@ -15,6 +15,7 @@ from dts_hf.runs.directory import RunDirectory
 
 MODELS = ("teacher", "student_before", "student")
 MODEL_LABELS = {"teacher": "teacher", "student_before": "student before", "student": "student after"}
+UNNAMED = "a model made in memory, without a name"
 PACKAGE_PREFIX = "package:"
 _LOCAL_SUFFIXES = (".gguf", ".jsonl", ".json", ".gz", ".parquet", ".safetensors")
 
@@ -159,7 +160,7 @@ def describe_teacher(facts: Facts) -> str:
     if facts.recipe and not teacher:
         return "none: it learnt from labels alone"
     if not teacher.get("model"):
-        return "unknown (the run has no recipe)"
+        return UNNAMED if facts.recipe else "unknown (the run has no recipe)"
     words = describe_model(teacher["model"], teacher.get("revision"))
     kind = teacher.get("quantization")
     if kind in QUANTIZED_BY:
@@ -177,6 +178,8 @@ def describe_student(facts: Facts) -> str:
         words = f"pruned from the teacher ({kept} kept)"
     elif student.get("model"):
         words = describe_model(student["model"], student.get("revision"))
+    elif facts.recipe:
+        words = UNNAMED
     else:
         return "unknown (the run has no recipe)"
     lora = student.get("lora")

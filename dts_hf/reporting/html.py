@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dts_hf.recipe.yaml_files import dump_values
+from dts_hf.reporting.canvas import DARK, LIGHT
 from dts_hf.reporting.facts import (
     MODEL_LABELS,
     MODELS,
@@ -21,7 +22,7 @@ from dts_hf.reporting.facts import (
     teacher_is_reference,
 )
 from dts_hf.reporting.model_card import limits, rendered, settings, summary
-from dts_hf.reporting.plots import DARK, LIGHT, draw
+from dts_hf.reporting.plots import draw
 from dts_hf.reporting.tables import MEASURES, format_counts, score_lines
 from dts_hf.runs.directory import RunDirectory
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from dts_hf.files import read_json
 from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.reporting.facts import (
     Facts,
@@ -27,31 +30,74 @@ from dts_hf.reporting.facts import (
     teacher_is_reference,
     temperature,
 )
+from dts_hf.reporting.licences import Inherited, inherited
 from dts_hf.reporting.tables import MEASURES, format_counts, markdown_scores, score_lines
 from dts_hf.runs.directory import RunDirectory
 
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLE_QUESTION = "Name three things that float on water."
 FIGURES = ("temperature", "losses", "rouge", "scores")
+AUTO = "auto"  # the prompt template that the tokenizer decides on
 VERSIONS_SHOWN = ("dts-hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
 
 
-def render_model_card(run: RunDirectory) -> str:
-    """The card as markdown with YAML metadata that the Hub accepts.
+@dataclass(frozen=True)
+class Setting:
+    """Where a card stands, and what its reader finds beside it.
+
+    Attributes:
+        repository: full name on the Hub; None: a run directory of this machine.
+        student: folder of the student; it tells whether there is a chat template. None: not written yet.
+        origins: licence and languages.
+        figures: those of ``FIGURES`` that lie beside the card.
+        has_recipe: whether recipe.yaml does.
+        note: a paragraph under the summary.
+        metadata: for the head of the card, in the place of what the run says; ``tags`` and ``datasets`` are added.
+    """
+
+    repository: str | None = None
+    student: Path | None = None
+    origins: Inherited = field(default_factory=Inherited)
+    figures: Sequence[str] = ()
+    has_recipe: bool = True
+    note: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def render_model_card(
+    run: RunDirectory, *, repository: str | None = None, origins: Inherited | None = None, student: Path | None = None
+) -> str:
+    """The card of a run as markdown with YAML metadata that the Hub accepts.
 
     Names of local folders and files appear without the folders that hold them. Pieces that the run does not have
     (scores, figures, a recipe) are left out, in words.
+
+    Args:
+        run: what the card is of.
+        repository: where it will stand; None: in the run directory.
+        origins: licence and languages; None: what this machine knows of them.
+        student: folder of the student; None: ``final/``.
     """
+    facts = gather(run)
+    figures = [name for name in FIGURES if (run.figures_path / f"{name}.png").is_file()]
+    origins = inherited(models_of(facts.recipe)) if origins is None else origins
+    where = Setting(repository, student or run.final_path, origins, figures, run.recipe_path.is_file())
+    return render_card(facts, where)
+
+
+def render_card(facts: Facts, where: Setting) -> str:
+    """The card of ``facts``, whoever gathered them: a run directory or a trainer."""
     from huggingface_hub import ModelCard
 
-    facts = gather(run)
     policy = policy_facts(facts) if softens(facts) else Policy({}, "", None)
     # Markdown, not HTML: escaping would put &lt; into code blocks. No text written by a model enters the card.
     text = rendered(
         "model_card.md.jinja",
         autoescape=False,
         facts=facts,
-        metadata=card_data(facts).to_yaml(),
+        title=where.metadata.get("model_name") or (where.repository or facts.name).rpartition("/")[2],
+        where=where,
+        metadata=card_data(facts, where).to_yaml(),
         scores=markdown_scores(facts),
         counts=format_counts(facts),
         teacher_is_reference=teacher_is_reference(facts),
@@ -62,15 +108,20 @@ def render_model_card(run: RunDirectory) -> str:
         summary=summary(facts),
         measures=list(dict.fromkeys(line.measure for line in score_lines(facts))),
         regression=facts.task.get("subset") == "stsb",
-        figures=[name for name in FIGURES if (run.figures_path / f"{name}.png").is_file()],
         adapter=is_adapter(facts),
-        prompt=example_prompt(facts),
+        prompt=example_prompt(facts, where.student),
         question=EXAMPLE_QUESTION,
         protocol=facts.metrics.get("protocol") or {},
-        limits=limits(facts),
+        limits=limits(facts, where.origins),
     )
     # Parsed once more: metadata that the Hub would refuse fail here, and not after an upload
     return str(ModelCard(text).content)
+
+
+def card_of_a_folder(student: Path, repository: str) -> str:
+    """A short card for a student whose run is not there."""
+    nothing = Facts(student.resolve().name, {}, {}, [], {}, {}, {})
+    return render_card(nothing, Setting(repository, student, has_recipe=False))
 
 
 def rendered(template: str, *, autoescape: bool, **values: Any) -> str:
@@ -93,28 +144,39 @@ def rendered(template: str, *, autoescape: bool, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def card_data(facts: Facts) -> Any:
-    """The metadata block as ``huggingface_hub.ModelCardData``. Only what the run itself knows is stated."""
+def card_data(facts: Facts, where: Setting) -> Any:
+    """The metadata block as ``huggingface_hub.ModelCardData``. Only what the run and its models' cards know is stated."""
     from huggingface_hub import ModelCardData
+
+    given = dict(where.metadata)
 
     policy, loss = temperature(facts)[0], divergence(facts)[0]
     kind = [f"glue-{facts.task['subset']}"] if facts.task else []
     tags = ["dts_hf", *kind, *(["knowledge-distillation", policy, loss] if facts.learns_from_teacher else [])]
     # The Hub draws its tree of models from this and refuses a card with a name that is none, such as a local folder's
-    base_model = hub_id(_origin(facts))
+    base_model = given.pop("base_model", None) or hub_id(_origin(facts))
     results = eval_results(facts)
-    relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter(facts) else "finetune"}
+    relation = {"base_model_relation": _relation(facts, where.student)} if base_model else {}
+    datasets = [name for source in _sources(facts) if (name := hub_id(source.partition(":")[0]))]
     return ModelCardData(
         base_model=base_model,
         library_name="peft" if is_adapter(facts) else "transformers",
         pipeline_tag="text-classification" if facts.task else "text-generation",
-        tags=[tag for tag in tags if tag != "unknown"],
-        datasets=[name for source in _sources(facts) if (name := hub_id(source))] or None,
+        tags=list(dict.fromkeys(tag for tag in (*tags, *given.pop("tags", ())) if tag != "unknown")),
+        datasets=list(dict.fromkeys([*datasets, *given.pop("datasets", ())])) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        model_name=facts.name,
+        model_name=given.pop("model_name", None) or (where.repository or facts.name).rpartition("/")[2],
         eval_results=results or None,
-        **(relation if base_model else {}),
+        **{**relation, **where.origins.metadata(), **given},
     )
+
+
+def _relation(facts: Facts, student: Path | None) -> str:
+    """What the student is to its base model, in the Hub's words."""
+    if is_adapter(facts):
+        return "adapter"
+    config = read_json(student / "config.json") if student is not None else {}
+    return "quantized" if config.get("quantization_config") else "finetune"
 
 
 def eval_results(facts: Facts) -> list[Any]:
@@ -136,7 +198,8 @@ def eval_results(facts: Facts) -> list[Any]:
             results.append(
                 EvalResult(
                     task_type="text-classification" if facts.task else "text-generation",
-                    dataset_type=_published(source) if source else set_name,
+                    # The Hub wants one of its own names here; of a file there is none
+                    dataset_type=hub_id(str(source).partition(":")[0]) or set_name,
                     dataset_name=f"{_published(source)} ({set_name})" if source else set_name,
                     dataset_split=set_name,
                     metric_type="rouge" if measure.key == "rougeL" else measure.key,
@@ -238,19 +301,20 @@ def _describe_loss(facts: Facts, hard: str, soft: str) -> str:
     return words + (f"{start:.3g}" if start == end else f"{start:.3g} at the start, {end:.3g} at the end")
 
 
-def limits(facts: Facts) -> list[str]:
+def limits(facts: Facts, origins: Inherited | None = None) -> list[str]:
     """What the scores do not tell, in plain sentences."""
     found = ["One training run with one seed: another seed gives other numbers, and their spread was not measured."]
     counts = [(name, n) for name in facts.sets if (n := facts.rows_in(name))]
     source = "its teacher" if facts.learns_from_teacher else "the model that gave it its first weights"
     # For people who meet the model without its makers: what a licence or a safety test would need is not known here
     inherits = f"The student inherits the errors and biases of {source} and of its data."
-    licence = f"Its licence follows from that of {source} and from that of the data; `dts_hf` does not set one."
+    unknown = f"Its licence follows from that of {source} and from that of the data; `dts_hf` does not set one."
+    licence = (origins.sentences() if origins else []) or [unknown]
     protocol = facts.metrics.get("protocol") or {}
     if facts.task:
         rows = ", ".join(f"{n} rows ({name})" for name, n in counts) or "no rows: it was not evaluated"
         chosen = " The rows of validation also chose the weights that are kept, which flatters their scores a little."
-        return [*found, f"The scores rest on {rows}.{chosen if kept_best(facts) else ''}", inherits, licence]
+        return [*found, f"The scores rest on {rows}.{chosen if kept_best(facts) else ''}", inherits, *licence]
     if counts:
         prompts = ", ".join(f"{n} prompts ({name})" for name, n in counts)
         found.append(f"The scores rest on {prompts}; differences of a few points are within chance at such sizes.")
@@ -271,20 +335,38 @@ def limits(facts: Facts) -> list[str]:
         )
     else:
         found.append("ROUGE-L measures shared wording with a reference answer, not whether an answer is true.")
-    return [*found, f"{inherits} It was not tested for safety.", licence]
+    return [*found, f"{inherits} It was not tested for safety.", *licence]
 
 
-def example_prompt(facts: Facts) -> str | None:
+def example_prompt(facts: Facts, student: Path | None = None) -> str | None:
     """The example question in the prompt template, as a Python string; None for ``chat``, which the tokenizer has."""
     name = facts.section("data").get("prompt_template")
-    if name in (None, "chat") or facts.task:
+    if name == AUTO and student is not None and student.is_dir() and not has_chat_template(student):
+        name = "alpaca"
+    if facts.task or name in (AUTO, "chat"):
         return None
+    if name is None:  # a student whose run is not there
+        return None if student is None or has_chat_template(student) else repr(EXAMPLE_QUESTION)
     from dts_hf.data.chat_templates import get_template
     from dts_hf.data.rows import Row
 
     row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)
     # As a Python literal: quotes and line breaks of the template cannot end the string of the example
     return repr(get_template(name).render(row, cast(Any, None)))  # these templates ask no tokenizer
+
+
+def has_chat_template(student: Path) -> bool:
+    """Whether a student's folder says how a conversation is written."""
+    if (student / "chat_template.jinja").is_file() or (student / "chat_template.json").is_file():
+        return True
+    return bool(read_json(student / "tokenizer_config.json").get("chat_template"))
+
+
+def models_of(recipe: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """First weights and teacher of a recipe, each with its revision."""
+    student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}
+    base = teacher if student.get("init") else student
+    return [(entry["model"], entry.get("revision")) for entry in (base, teacher) if entry.get("model")]
 
 
 # -------------------------------------------------------------------------------------------------------- helpers
@@ -297,8 +379,8 @@ def _origin(facts: Facts) -> str | None:
 
 def _sources(facts: Facts) -> list[str]:
     train = facts.section("data").get("train") or []
-    listed = train if isinstance(train, list) else [train]
-    return [one["source"] if isinstance(one, dict) else one for one in listed]
+    listed = [train] if isinstance(train, (str, Mapping)) else list(train)
+    return [str(entry.get("source") if isinstance(entry, Mapping) else entry) for entry in listed]
 
 
 def _published(source: Any) -> str:

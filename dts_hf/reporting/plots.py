@@ -1,89 +1,63 @@
-"""The three figures of a run: temperature and gap, losses, ROUGE-L. Readable in grey and by the colour-blind."""
+"""The figures of a run: temperature and gap, losses, scores, and what the optimizer did."""
 
 from __future__ import annotations
 
-import io
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from dts_hf.loss.statistics import CE, GAP, KD, KL, TEACHER_CE, TEMPERATURE
+from dts_hf.reporting.canvas import (
+    LIGHT,
+    Theme,
+    describe_smoothing,
+    finish,
+    line,
+    panels,
+    points,
+    set_range,
+    to_png,
+)
+from dts_hf.reporting.curves import Curve, curve, difference, in_words, share_of_soft_loss
 from dts_hf.reporting.facts import MODEL_LABELS, Facts, gather, kept_best, number
 from dts_hf.reporting.tables import MEASURES
 from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STEP_LABEL = "optimizer step"
-SMOOTH_FROM = 60  # with fewer points than this the raw values alone are readable
-MARKERS_UP_TO = 30
+    from dts_hf.reporting.tables import Measure
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure. The lines are told apart by dash and marker as well (colours: Okabe and Ito)."""
-
-    background: str
-    text: str
-    grid: str
-    blue: str
-    orange: str
-    green: str
-    purple: str
-
-
-LIGHT = Theme("#ffffff", "#1f2328", "#d9dde2", "#0072b2", "#d55e00", "#00805c", "#a4427f")
-DARK = Theme("#181b20", "#e6e8eb", "#363b44", "#56b4e9", "#ff9f4a", "#3fcfa4", "#e59ac6")
+#: A temperature closer to its plain cosine than this follows it: the log is rounded to about that.
+SAME_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, or the reason why the run has none. ``name`` is the file name without its ending."""
+    """A figure, or the reason why the run has none.
+
+    Attributes:
+        name: the file name without its ending.
+        title: the heading above it.
+        caption: how to read it.
+        figure: what was drawn; None where there was nothing to draw.
+        note: why there is no figure.
+        alt: what it shows, in words, for those who cannot see it.
+    """
 
     name: str
     title: str
     caption: str
     figure: Figure | None
     note: str = ""
+    alt: str = ""
 
     def png(self) -> bytes:
         """The figure as a PNG file."""
         assert self.figure is not None
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=160, facecolor=self.figure.get_facecolor())
-        return buffer.getvalue()
-
-
-class Curve(NamedTuple):
-    """Values over optimizer steps; a step without a number is NaN and leaves a hole in the line."""
-
-    steps: list[float]
-    values: list[float]
-
-    @property
-    def empty(self) -> bool:
-        return all(math.isnan(value) for value in self.values)
-
-
-def curve(records: Sequence[Mapping[str, Any]], key: str, kind: str = "train") -> Curve:
-    """The values of ``key`` over the steps of the log records of one kind.
-
-    The log of a run that was resumed has the steps since the checkpoint twice: the last record of a step counts.
-    """
-    found: dict[float, float] = {}
-    for record in records:
-        if record.get("kind") == kind and "step" in record:
-            step, value = float(record["step"]), number(record.get(key))
-            # Another record of the same step may hold other columns: it does not make a hole in this one
-            if key in record or step not in found:
-                found[step] = math.nan if value is None else value
-    steps = sorted(found)
-    return Curve(steps, [found[step] for step in steps])
+        return to_png(self.figure)
 
 
 def write_figures(run: RunDirectory) -> list[Path]:
@@ -106,45 +80,59 @@ def write_figures(run: RunDirectory) -> list[Path]:
 def draw(facts: Facts, theme: Theme = LIGHT) -> list[Drawing]:
     """Draw every figure of the run."""
     scores = draw_task_scores if facts.task else draw_rouge
-    return [draw_temperature(facts, theme), draw_losses(facts, theme), scores(facts, theme)]
+    return [part(facts, theme) for part in (draw_temperature, draw_losses, scores, draw_optimizer)]
 
 
 def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
-    """The temperature over steps, the plain cosine beside it, and the gap that drives it in a panel below."""
+    """The temperature over steps beside the plain cosine, what separates the two, and the gap that drives it."""
     title = "Temperature"
     used, cosine, gap = (curve(facts.log, key) for key in (TEMPERATURE.log, "temperature_cosine", GAP.log))
     if used.empty:
         return Drawing("temperature", title, "", None, "The log holds no temperature, so there is nothing to draw.")
-    if gap.empty:
-        figure, (top,) = _panels([1], theme)
-    else:
-        figure, (top, bottom) = _panels([3, 2], theme)
-        bottom.axhline(0, color=theme.text, linewidth=0.8, linestyle=(0, (1, 2)))
-        _line(bottom, gap, "gap", theme.green)
-        bottom.set_ylabel("gap\n(nats per label)")
-    _line(top, used, "temperature used", theme.blue, smooth=False)
+    added = difference(used, cosine)
+    follows = not added.empty and max(map(abs, added.finite)) < SAME_TEMPERATURE
+    lower = [
+        (label, data, colour)
+        for label, data, colour in (
+            ("T - cosine", added, theme.purple),
+            ("gap\n(nats per label)", gap, theme.green),
+        )
+        if not data.empty and not (data is added and follows)
+    ]
+    figure, (top, *below) = panels([3, *(2 for _ in lower)], theme)
+    line(top, used, "temperature used", theme.blue, smooth=False)
+    caption = "Top: the temperature that divided the logits at each step"
     if not cosine.empty:
-        _line(top, cosine, "plain cosine, for comparison", theme.orange, "--", smooth=False)
+        line(top, cosine, "plain cosine", theme.orange, "--", smooth=False)
+        caption += ", and the plain cosine schedule it would follow if nothing reacted to training"
+    caption += "."
     top.set_ylabel("temperature")
-    _room(top, [*used.values, *cosine.values])
-    _finish(figure, used.steps)
-    caption = (
-        "Top: the temperature that divided the logits at each step"
-        + ("" if cosine.empty else ", and the plain cosine schedule it would follow if nothing reacted to training")
-        + "."
-    )
+    set_range(top, [used, cosine])
+    for axis, (label, data, colour) in zip(below, lower, strict=True):
+        axis.axhline(0, color=theme.text, linewidth=0.8, linestyle=(0, (1, 2)))
+        line(axis, data, label, colour, smooth=data is gap)
+        axis.set_ylabel(label)
+        note = set_range(axis, [data], tame=True)
+        if data is added:
+            caption += (
+                " T - cosine: how far what happened in training moved the temperature from that schedule." + note
+            )
+        else:
+            caption += (
+                " Gap: the student's cross-entropy minus the teacher's on the training answers; above 0 the student is "
+                f"the worse of the two.{note}{describe_smoothing(gap)}"
+            )
+    finish(figure, used.steps)
+    if follows:
+        caption += " The two are the same throughout: nothing moved the temperature from its schedule."
     if gap.empty:
         caption += " The log holds no gap."
-    else:
-        caption += (
-            " Bottom: the gap, the student's cross-entropy minus the teacher's on the training answers; "
-            "above 0 the student is the worse of the two."
-        ) + _describe_smoothing(gap)
-    return Drawing("temperature", title, caption, figure)
+    shown = (("temperature", used), ("plain cosine", cosine), ("gap", gap))
+    return Drawing("temperature", title, caption, figure, alt=_alt(title, used.steps, shown))
 
 
 def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
-    """Hard-label losses (student, teacher, held-out) above, soft ones (KD loss, KL at T = 1, held-out KL) below."""
+    """Hard-label losses above, soft ones below (KD loss, KL at T = 1), and how the loss is shared between them."""
     title = "Losses"
     columns, hard_label, unit = (CE.log, TEACHER_CE.log, CE.held_out_log), "cross-entropy", "nats per label"
     if facts.task.get("subset") == "stsb":  # a regression
@@ -152,44 +140,73 @@ def draw_losses(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     hard = [
         (curve(facts.log, columns[0]), "student", theme.blue, "-"),
         (curve(facts.log, columns[1]), "teacher", theme.orange, "--"),
-        (curve(facts.log, columns[2], "eval"), "student, held-out", theme.purple, "points"),
+        (curve(facts.log, columns[2], "eval"), "held-out", theme.purple, "points"),
     ]
     soft = [
         (curve(facts.log, KD.log), "KD loss", theme.blue, "-"),
         (curve(facts.log, KL.log), "KL at T = 1", theme.green, "-."),
-        (curve(facts.log, KL.held_out_log, "eval"), "held-out KL at T = 1", theme.purple, "points"),
+        (curve(facts.log, KL.held_out_log, "eval"), "held-out KL", theme.purple, "points"),
     ]
     groups = [
         (label, group)
         for label, lines in ((hard_label, hard), ("distance to the teacher", soft))
-        if (group := [line for line in lines if not line[0].empty])
+        if (group := [one for one in lines if not one[0].empty])
     ]
     if not groups:
         return Drawing("losses", title, "", None, "The log holds no losses, so there is nothing to draw.")
-    figure, axes = _panels([1] * len(groups), theme)
-    for axis, (label, group) in zip(axes, groups, strict=True):
+    share = _share_of_soft_loss(facts, soft[0][0], hard[0][0])
+    figure, axes = panels([3] * len(groups) + [2] * (not share.empty), theme)
+    notes = []
+    for axis, (label, group) in zip(axes, groups, strict=False):
         for data, name, colour, style in group:
             if style == "points":
-                axis.plot(data.steps, data.values, "D", color=colour, markersize=4.5, label=name, zorder=4)
+                points(axis, data, name, colour)
             else:
-                _line(axis, data, name, colour, style)
+                line(axis, data, name, colour, style)
         axis.set_ylabel(f"{label}\n({unit})")
-        _room(axis, [value for data, *_ in group for value in data.values], floor=0.0)
-    _finish(figure, [step for _, group in groups for data, *_ in group for step in data.steps])
+        notes.append(set_range(axis, [data for data, *_ in group], floor=0.0, tame=True))
+    if not share.empty:
+        line(axes[-1], share, "share", theme.blue)
+        axes[-1].set_ylabel("KD's share\nof the loss (%)")
+        axes[-1].set_ylim(-3, 103)
+    drawn = [data for _, group in groups for data, *_ in group]
+    finish(figure, [step for data in drawn for step in data.steps])
+    caption = _caption_of_losses(facts, [label for label, _ in groups], hard_label, notes)
+    if not share.empty:
+        caption += (
+            " KD's share: what part of the loss that was minimised is the KD loss, with its weight; the rest is the "
+            "loss on the labels. It is a share of the loss, not of its gradient."
+        )
+    caption += describe_smoothing(*(data for _, group in groups for data, *_, style in group if style != "points"))
+    shown = [(name, data) for _, group in groups for data, name, *_ in group]
+    return Drawing("losses", title, caption.strip(), figure, alt=_alt(title, drawn[0].steps, shown))
+
+
+def _share_of_soft_loss(facts: Facts, soft: Curve, hard: Curve) -> Curve:
+    """The KD loss's share of the loss, where both parts have a weight."""
+    weight = curve(facts.log, "kd_ratio")
+    ratio = number(facts.section("loss").get("kd_ratio"))
+    if soft.empty or hard.empty or (weight.empty and (ratio is None or not 0 < ratio < 1)):
+        return Curve([], [])
+    return share_of_soft_loss(soft, hard, (ratio or 0.0) if weight.empty else weight)
+
+
+def _caption_of_losses(facts: Facts, labels: Sequence[str], hard_label: str, notes: Sequence[str]) -> str:
     caption = ""
-    if groups[0][0] == "cross-entropy":
-        what = "label" if facts.task else "token of the reference answers"
-        caption += (
-            f"Cross-entropy: how surprised a model is by each {what}, on training batches "
-            "(lines) and held-out rows (points). "
-        )
-    if groups[-1][0] != hard_label and hard_label != "error":
-        caption += (
-            "Distance to the teacher: the KD loss that is minimised depends on the temperature (and its T² factor), "
-            "so its fall is partly the schedule's; KL at T = 1 is the same yardstick for every step and every run."
-        )
-    caption = caption.strip() + _describe_smoothing(*(d for _, g in groups for d, *_, style in g if style != "points"))
-    return Drawing("losses", title, caption, figure)
+    for label, note in zip(labels, notes, strict=True):
+        if label == "cross-entropy":
+            what = "label" if facts.task else "token of the reference answers"
+            caption += (
+                f" Cross-entropy: how surprised a model is by each {what}, on training batches "
+                "(lines) and held-out rows (points)."
+            )
+        elif label != "error" and hard_label != "error":
+            caption += (
+                " Distance to the teacher: the KD loss that is minimised depends on the temperature (and its T² factor), "
+                "so its fall is partly the schedule's; KL at T = 1 is the same yardstick for every step and every run."
+            )
+        caption += note
+    return caption
 
 
 def draw_rouge(facts: Facts, theme: Theme = LIGHT) -> Drawing:
@@ -198,38 +215,39 @@ def draw_rouge(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     measure = next(measure for measure in MEASURES if measure.key == "rougeL")
     set_name = facts.sets[0] if facts.sets else ""
     of_student = [record for record in facts.log if record.get("model", "student") == "student"]
-    during = curve(of_student, "rougeL", "generation")
-    during = Curve(during.steps, [value * measure.scale for value in during.values])
+    during = _scaled(curve(of_student, "rougeL", "generation"), measure)
     final = measure.value(facts, "student", set_name)
     if during.empty and final is None:
         return Drawing("rouge", title, "", None, "No answers were generated, so there is no ROUGE-L to draw.")
     last = _last_step(facts)  # the final score stands there, whatever was logged last
-    figure, (axis,) = _panels([1], theme)
-    shown = list(during.values)
+    figure, (axis,) = panels([4], theme)
+    shown, words = [during], [("student during training", during)]
     for model, colour, style in (("teacher", theme.orange, "--"), ("student_before", theme.purple, ":")):
         value = measure.value(facts, model, set_name)
         if value is not None:
             label = f"{MODEL_LABELS[model]} ({value:.1f})"
             axis.axhline(value, color=colour, linestyle=style, linewidth=1.8, label=label)
-            shown.append(value)
+            shown.append(Curve([last], [value]))
+            words.append((MODEL_LABELS[model], shown[-1]))
     if not during.empty:
-        axis.plot(during.steps, during.values, "o-", color=theme.blue, markersize=4.5, label="student during training")
+        line(axis, during, "during training", theme.blue, smooth=False)
     if final is not None:
         spread = measure.spread(facts, "student", set_name)
         axis.errorbar(
             [last], [final], yerr=None if spread is None else [spread], fmt="s", color=theme.blue, markersize=8,
             markeredgecolor=theme.background, capsize=4, label=f"student after ({final:.1f})", zorder=5,
         )  # fmt: skip
-        shown.append(final)
+        shown.append(Curve([last], [final]))
+        words.append((MODEL_LABELS["student"], shown[-1]))
     axis.set_ylabel("ROUGE-L\n(0 to 100)")
-    _room(axis, shown, floor=0.0, ceiling=100.0)
-    _finish(figure, [0.0, *during.steps, last])
+    set_range(axis, shown, floor=0.0, ceiling=100.0)
+    finish(figure, [0.0, *during.steps, last])
     rows = facts.rows_in(set_name)
     caption = "Word overlap of generated answers with the reference answers"
     caption += f", {rows} prompts of the set {set_name!r} at the end of training. " if rows else ". "
     if not during.empty:
         caption += "Points during training may rest on fewer prompts than the final score. "
-    return Drawing("rouge", title, caption.strip(), figure)
+    return Drawing("rouge", title, caption.strip(), figure, alt=_alt(title, [0.0, last], words))
 
 
 def draw_task_scores(facts: Facts, theme: Theme = LIGHT) -> Drawing:
@@ -237,28 +255,69 @@ def draw_task_scores(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     title = "Scores on held-out rows"
     names = list((facts.metrics.get("task") or {}).get("metrics") or ())
     measures = [measure for name in names for measure in MEASURES if measure.key == name]
-    curves = [curve(facts.log, f"eval_{measure.key}", "eval") for measure in measures]
+    curves = [_scaled(curve(facts.log, f"eval_{measure.key}", "eval"), measure) for measure in measures]
     drawn = [(measure, found) for measure, found in zip(measures, curves, strict=True) if not found.empty]
     if not drawn:
         return Drawing("scores", title, "", None, "No held-out rows were scored, so there is nothing to draw.")
-    figure, (axis,) = _panels([1], theme)
-    shown = []
+    figure, (axis,) = panels([4], theme)
+    shown, words = [], []
     for (measure, found), colour in zip(drawn, (theme.blue, theme.green), strict=False):
-        values, short = [value * measure.scale for value in found.values], measure.label.removesuffix(" correlation")
-        axis.plot(found.steps, values, "o-", color=colour, markersize=4.5, label=f"student, {short}")
-        shown += values
+        label = f"student, {measure.label.removesuffix(' correlation')}"
+        line(axis, found, label, colour, smooth=False)
+        shown.append(found)
+        words.append((label, found))
     teacher = drawn[0][0].value(facts, "teacher", facts.sets[0] if facts.sets else "")
     if teacher is not None:
         label = f"teacher ({teacher:.1f})"
         axis.axhline(teacher, color=theme.orange, linestyle="--", linewidth=1.8, label=label)
-        shown.append(teacher)
+        shown.append(Curve([0.0], [teacher]))
+        words.append(("teacher", shown[-1]))
     axis.set_ylabel("score\n(x 100)")
-    _room(axis, shown, ceiling=100.0)
-    _finish(figure, drawn[0][1].steps)
+    set_range(axis, shown, ceiling=100.0)
+    finish(figure, drawn[0][1].steps)
     caption = "Each point is one pass over the held-out rows."
     if kept_best(facts):
         caption += " The student that is kept is that of the best first metric."
-    return Drawing("scores", title, caption, figure)
+    return Drawing("scores", title, caption, figure, alt=_alt(title, drawn[0][1].steps, words))
+
+
+def draw_optimizer(facts: Facts, theme: Theme = LIGHT) -> Drawing:
+    """Learning rate, gradient norm and speed: what to look at when a loss does not fall."""
+    title = "Optimizer and speed"
+    kinds = [
+        ("learning rate", "learning_rate", theme.blue, False),
+        ("gradient norm", "grad_norm", theme.purple, True),
+        ("tokens\nper second", "tokens_per_second", theme.green, True),
+    ]
+    drawn = [
+        (label, data, colour, smooth)
+        for label, key, colour, smooth in kinds
+        if not (data := curve(facts.log, key)).empty
+    ]
+    if not drawn:
+        return Drawing(
+            "optimizer", title, "", None, "The log holds neither learning rate nor gradient norm nor speed."
+        )
+    figure, axes = panels([1.7] * len(drawn), theme)
+    caption = ""
+    for axis, (label, data, colour, smooth) in zip(axes, drawn, strict=True):
+        line(axis, data, label, colour, smooth=smooth)
+        axis.set_ylabel(label)
+        if label == "learning rate":
+            # Its values are far below the air that set_range leaves around a constant
+            axis.set_ylim(0, 1.1 * max(data.finite) or 1.0)
+            axis.yaxis.set_major_formatter("{x:g}")
+            caption += "The learning rate as the schedule set it."
+        elif label == "gradient norm":
+            caption += " The gradient's norm before clipping: spikes are batches that pull hard."
+            caption += set_range(axis, [data], floor=0.0, tame=True)
+        else:
+            set_range(axis, [data], floor=0.0)
+            caption += " Tokens per second are prompt and answer, over all processes."
+    finish(figure, [step for _, data, *_ in drawn for step in data.steps])
+    caption += describe_smoothing(*(data for _, data, _, smooth in drawn if smooth))
+    words = [(label.replace("\n", " "), data) for label, data, *_ in drawn]
+    return Drawing("optimizer", title, caption.strip(), figure, alt=_alt(title, drawn[0][1].steps, words))
 
 
 # -------------------------------------------------------------------------------------------------------- helpers
@@ -269,93 +328,10 @@ def _last_step(facts: Facts) -> float:
     return max([*steps, number((facts.metrics.get("training") or {}).get("steps")) or 0.0])
 
 
-def _panels(heights: Sequence[int], theme: Theme) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(6.0, 1.2 + 1.95 * len(heights)), layout="constrained", facecolor=theme.background)
-    # One x axis for all panels: a jump of the gap is found above as one of the temperature
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
-    for axis in axes:
-        axis.set_facecolor(theme.background)
-        axis.grid(color=theme.grid, linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=theme.text, labelsize=10)
-        axis.yaxis.label.set(color=theme.text, fontsize=10.5)
-        axis.xaxis.label.set(color=theme.text, fontsize=10.5)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(theme.text)
-    return figure, list(axes)
+def _scaled(data: Curve, measure: Measure) -> Curve:
+    return Curve(data.steps, [value * measure.scale for value in data.values])
 
 
-def _line(axis: Axes, data: Curve, label: str, colour: str, style: str = "-", smooth: bool = True) -> None:
-    values, marker = data.values, "o" if len(data.values) <= MARKERS_UP_TO else ""
-    if smooth and len(values) >= SMOOTH_FROM:
-        axis.plot(data.steps, values, color=colour, linewidth=0.7, alpha=0.35)
-        values = moving_mean(values)
-    axis.plot(data.steps, values, color=colour, ls=style, lw=1.9, marker=marker, markersize=4, label=label)
-
-
-def moving_mean(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a twentieth of the points; the window narrows at both ends and beside holes (NaN).
-
-    It stays symmetric, because a one-sided mean would bend a falling line upwards before every hole.
-    """
-    most = max(1, len(values) // 40)  # on either side
-    means = []
-    for index, value in enumerate(values):
-        window = [value]
-        for reach in range(1, min(most, index, len(values) - 1 - index) + 1):
-            pair = (values[index - reach], values[index + reach])
-            if any(map(math.isnan, pair)):
-                break
-            window += pair
-        means.append(math.nan if math.isnan(value) else sum(window) / len(window))
-    return means
-
-
-def _describe_smoothing(*curves: Curve) -> str:
-    smoothed = any(len(data.values) >= SMOOTH_FROM for data in curves)
-    return " Thin lines are the logged values, thick ones their moving mean." if smoothed else ""
-
-
-def _room(axis: Axes, values: Sequence[float], floor: float | None = None, ceiling: float | None = None) -> None:
-    """Set the y range: from ``floor`` if all data lie above it, with some air, never hair-thin around a constant."""
-    finite = [value for value in values if not math.isnan(value)]
-    low, high = min(finite), max(finite)
-    # Without the last two a policy that holds its temperature would be drawn as noise of the last bits
-    air = max(0.08 * (high - low), 0.1 * abs(high), 0.05)
-    bottom, top = low - air, high + air
-    if floor is not None and low >= floor:
-        bottom = floor - 0.03 * (top - floor)
-    if ceiling is not None and high <= ceiling:
-        top = min(top, ceiling + 0.04 * (ceiling - bottom))
-    axis.set_ylim(bottom, top)
-
-
-def _finish(figure: Figure, steps: Sequence[float]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in figure.axes:
-        colour = axis.yaxis.label.get_color()
-        entries = len(axis.get_legend_handles_labels()[0])
-        if entries > 1:
-            # Above the axes: a legend inside covers data sooner or later.
-            axis.legend(
-                loc="lower left",
-                bbox_to_anchor=(-0.02, 1.0),
-                ncols=2 if entries == 4 else 3,
-                frameon=False,
-                fontsize=10,
-                labelcolor=colour,
-                borderaxespad=0.2,
-                handlelength=2.3,
-                handletextpad=0.5,
-                columnspacing=1.1,
-            )
-    bottom = figure.axes[-1]
-    bottom.set_xlabel(STEP_LABEL)
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    first, last = min(steps, default=0.0), max(steps, default=1.0)
-    air = 0.02 * (last - first) if last > first else 1.0
-    bottom.set_xlim(first - air, last + air)
+def _alt(title: str, steps: Sequence[float], curves: Sequence[tuple[str, Curve]]) -> str:
+    span = f"steps {min(steps):.0f} to {max(steps):.0f}" if steps else "the run"
+    return f"{title}, {span}: " + "; ".join(filter(None, (in_words(label, data) for label, data in curves))) + "."

@@ -75,7 +75,7 @@ MEASURES = (
     Measure("label_mse", "held-out squared error", "lower", "set", digits=3),
     Measure("teacher_kl", "held-out KL from the teacher at T = 1", "lower", "set", digits=4, unit="nats per row"),
     Measure("teacher_agreement", "same class as the teacher", "higher", "set", scale=100.0, unit="%"),
-    Measure("exact_match", "exact match", "higher", "set", scale=100.0, unit="%", in_summary=False),
+    Measure("exact_match", "exact match", "higher", "set", scale=100.0, unit="%"),
     Measure("kl", "held-out KL at T = 1", "lower", "teacher_forced", digits=3, unit="nats per label"),
     Measure("ce", "held-out cross-entropy", "lower", "teacher_forced", digits=3, unit="nats per label"),
     Measure("top1_agreement", "same first choice as the teacher", "higher", "teacher_forced", scale=100.0, unit="%"),

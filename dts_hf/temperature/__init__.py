@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from dts_hf.errors import UserError
 from dts_hf.registry import build, classes_beside
 from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
 
-__all__ = ["RowStats", "StepStats", "TemperaturePolicy", "Temperatures", "build_temperature", "temperature_policies"]
+__all__ = [
+    "RowStats",
+    "StepStats",
+    "TemperaturePolicy",
+    "Temperatures",
+    "build_policy",
+    "build_temperature",
+    "temperature_policies",
+]
 
 
 @cache
@@ -24,3 +34,22 @@ def build_temperature(name: str, **options: Any) -> TemperaturePolicy:
         UserError: unknown name, unknown option, or a value out of range; the message names the nearest right word.
     """
     return build(temperature_policies(), name, options, name_key="temperature.name", key="temperature", noun="policy")
+
+
+def build_policy(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:
+    """A policy from itself, ``{"name": "dts", "rule": "gap"}``, its name, or a number (constant).
+
+    Raises:
+        UserError: a mapping without a name, or see ``build_temperature``.
+    """
+    if isinstance(spec, TemperaturePolicy):
+        return spec
+    if isinstance(spec, str):
+        return build_temperature(spec)
+    if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise UserError(
+                f"temperature: got {dict(spec)!r}, expected a mapping with a name, as in {{'name': 'dts'}}"
+            )
+        return build_temperature(**spec)
+    return build_temperature("constant", value=spec)

@@ -2,16 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers import Trainer, TrainingArguments
 
 from dts_hf.distributed.launch import check_launch
 from dts_hf.errors import UserError, nearest
+
+Init = TypeVar("Init", bound=Callable[..., None])
+#: What goes to ``transformers.Trainer`` as it is, and to our own bases.
+PASSED_ON = frozenset({*inspect.signature(Trainer.__init__).parameters, "model_card"}) - {"self"}
+#: Words of other releases and other libraries for what is here under another name.
+RENAMED = {
+    "tokenizer": "processing_class",
+    "training_args": "args",
+    "teacher_model": "teacher",
+    "teacher_model_name_or_path": "teacher",
+    "student": "model",
+    "student_model": "model",
+    "alpha": "kd_ratio",
+    "beta": "divergence={'name': 'jsd', 'beta': ...}",
+    "max_seq_length": "max_length",
+}
+
+
+def in_order(init: Init) -> Init:
+    """``check_order`` before ``init``, the ``__init__`` of a trainer: Python would say that it got several teachers."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_order(args, kwargs)
+        init(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def check_order(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse the arguments of a trainer that stand in each other's places.
+
+    Args:
+        args: those by place: the student, the teacher, ...
+        kwargs: those by name.
+
+    Raises:
+        UserError: arguments or data stand where the teacher is expected, or a teacher is given twice.
+    """
+    second = args[1] if len(args) > 1 else kwargs.get("teacher")
+    if isinstance(second, TrainingArguments):
+        raise UserError(
+            f"teacher: got {type(second).__name__}; here the second argument is the teacher, and what transformers.Trainer "
+            "has there is given by name: DistillationTrainer(model, teacher, args=args, train_dataset=rows)"
+        )
+    if len(args) > 1 and "teacher" in kwargs:
+        raise UserError(
+            "teacher: got two, by its place and by its name; give DistillationTrainer(model, teacher, ...)"
+        )
+    first = args[0] if args else kwargs.get("model")
+    if isinstance(first, TrainingArguments):
+        raise UserError(
+            f"model: got {type(first).__name__}, expected the student: DistillationTrainer(model, teacher, args=args)"
+        )
+
+
+def check_keywords(kwargs: Mapping[str, Any], own: Iterable[str]) -> None:
+    """Refuse a keyword that neither a trainer of ours nor ``transformers.Trainer`` has.
+
+    Args:
+        kwargs: what the trainer would pass on.
+        own: the trainer's own parameters, for the nearest right word.
+
+    Raises:
+        UserError: names the keyword and the nearest right word.
+    """
+    known = sorted({*own, *PASSED_ON} - {"self", "kwargs"})
+    for name in kwargs:
+        if name in known:
+            continue
+        if name in RENAMED:
+            raise UserError(f"{name}: no argument of this trainer, expected {RENAMED[name]}")
+        if name in TrainingArguments.__dataclass_fields__:
+            raise UserError(f"{name}: no argument of the trainer, expected it in args=TrainingArguments({name}=...)")
+        raise UserError(f"{name}: no argument of this trainer.{nearest(name, known) or ' See its documentation.'}")
 
 
 def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> TrainingArguments:
@@ -22,34 +99,22 @@ def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any])
         kwargs: everything else that goes to ``transformers.Trainer`` as it is.
 
     Returns:
-        The arguments, which are those of a launch that is what it claims to be.
+        A copy of the arguments, which are those of a launch that is what it claims to be: the Trainer writes into its own,
+        and the caller's may serve another trainer.
 
     Raises:
         UserError: names the argument, or see ``check_launch``.
     """
-    args = args or TrainingArguments(output_dir="runs/distillation")
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise UserError(f"args: got {type(args).__name__}, expected transformers.TrainingArguments")
+    args = TrainingArguments(output_dir="runs/distillation") if args is None else copy.copy(args)
     check_launch(args)
-    if kwargs.get("model_init") is not None:
-        raise UserError(
-            "model_init: teacher and student are compared before training, so it is not supported; expected the student as "
-            "model. For a search over hyperparameters make one trainer for each setting"
-        )
-    if "peft_config" in kwargs:
-        raise UserError(
-            "peft_config: expected the student with its adapter: model = peft.get_peft_model(model, peft_config); in a "
-            "recipe, student.lora"
-        )
-    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+    for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(f"{name}: the loss needs no logits, so it would never be called; expected None")
     if args.label_smoothing_factor:
         raise UserError(
             f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
-        )
-    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise UserError(
-            f"args.hub_strategy: got '{HubStrategy(args.hub_strategy).value}', expected 'end': a checkpoint lies among logs "
-            "and held-out answers and is not uploaded; the finished student is, once"
         )
     check_compilation(args)
     # Our dummy rows make the batches of an epoch even; with these, accelerate counts steps and shares rows out otherwise.
@@ -87,3 +152,19 @@ def check_compilation(args: TrainingArguments) -> None:
             raise UserError(
                 f"training.{name}: got '{value}', expected one of {', '.join(words)}.{nearest(value, words)}"
             )
+
+
+def check_for_classifiers(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what ``DistillationTrainer`` takes and a trainer of classifiers does not.
+
+    Raises:
+        UserError: names the argument and what to give instead.
+    """
+    instead = {
+        "model_init": "the student as model; for a search over hyperparameters make one trainer for each setting",
+        "peft_config": "the student with its adapter: model = peft.get_peft_model(model, peft_config)",
+        "compute_metrics": "None: evaluate gives the metrics of the task, and trainer.predicted the logits",
+    }
+    for name, expected in instead.items():
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name}: is not supported for classifiers; expected {expected}")

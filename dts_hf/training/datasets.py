@@ -8,20 +8,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback
 
 from dts_hf.data import tokenised
 from dts_hf.data.chat_templates import resolve_template
+from dts_hf.data.containers import as_rows
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.sources import rows_from_dataset
-from dts_hf.distributed.processes import process
+from dts_hf.data.streams import RowStream
+from dts_hf.distributed.processes import gathered, process
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
-from dts_hf.models.checks import check_positions
+from dts_hf.models.checks import check_positions, positions_of
 from dts_hf.training.pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -32,12 +35,15 @@ class RowReader:
 
     Attributes:
         dummy_labels: labels of a row that only fills a batch, of which no loss takes any.
-        reports: what became of the rows, by the name of the data set.
+        reports: what became of the rows, by the name of the data set; of streams, of the rows that were read so far.
+        streams: the data sets that are streams, by name.
     """
 
     def __init__(self) -> None:
         self.dummy_labels: Any = [IGNORE_INDEX]
         self.reports: dict[str, EncodingReport] = {}
+        self.streams: dict[str, RowStream] = {}
+        self._told: dict[str, str] = {}
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """``dataset`` as the data loaders take it, checked; what became of its rows is kept, and said if any was lost.
@@ -51,9 +57,12 @@ class RowReader:
         """
         if isinstance(dataset, dict):
             return {key: self.prepare(value, f"{name}['{key}']") for key, value in dataset.items()}
-        if dataset is None or isinstance(dataset, (tokenised.TokenisedDataset, tokenised.TokenisedStream)):
+        if dataset is None or isinstance(dataset, (tokenised.TokenisedDataset, RowStream)):
             return dataset
         ready, report = self.read(dataset, name)
+        self.streams.pop(name, None)
+        if isinstance(ready, RowStream):
+            self.streams[name] = ready
         if report is not None:
             self.reports[name] = report
             known = isinstance(dataset, EncodedDataset) and dataset.report is not None  # to whoever encoded it
@@ -69,6 +78,38 @@ class RowReader:
         """
         raise NotImplementedError
 
+    def tell_of_streams(self, names: Callable[[str], bool] = lambda name: True) -> None:
+        """Say what became of the rows of streams, where any was lost since it was said last; bring ``reports`` up to date.
+
+        Args:
+            names: which of them.
+        """
+        for name, stream in self.streams.items():
+            report = stream.refresh()
+            text = report.summary()
+            if names(name) and not report.is_whole and self._told.get(name) != text and process()[0] == 0:
+                logger.warning("%s, as far as it was read: %s", name, text)
+                self._told[name] = text
+
+
+class StreamReportCallback(TrainerCallback):
+    """Says at checkpoints, after evaluations and at the end which rows of streams were dropped, cut, or teach nothing."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self.tell = tell
+
+    def on_save(self, *_: Any, **kwargs: Any) -> None:
+        self.tell()
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self.tell()
+
+    def on_evaluate(self, *_: Any, **kwargs: Any) -> None:
+        self.tell(lambda name: name != "train_dataset")
+
+    def on_predict(self, *_: Any, **kwargs: Any) -> None:
+        self.tell(lambda name: name != "train_dataset")
+
 
 class LanguageRows(RowReader):
     """Rows of language models: text that is to be encoded, or tokens from elsewhere.
@@ -78,7 +119,7 @@ class LanguageRows(RowReader):
         template: the name of that of text, or ``auto``.
         limits: of text: ``max_length``, ``max_prompt_length``, ``long_rows`` and ``train_on``; see ``encode_rows``.
         as_they_are: tokenised rows go to a collator of the user's, which gets every column.
-        args: of the trainer, which know how many processes share out the rows.
+        columns: of text, as ``data.columns``: our names and theirs.
     """
 
     def __init__(
@@ -88,16 +129,16 @@ class LanguageRows(RowReader):
         limits: Mapping[str, Any],
         *,
         as_they_are: bool,
-        args: TrainingArguments,
+        columns: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
         named = resolve_template(template, pair.tokenizer, "prompt_template")
         self.encode_options = {"tokenizer": pair.tokenizer, "template": named, **limits}
         self.vocab_size, self.models = pair.vocabulary.size, pair.models()
-        self.as_they_are, self.processes = as_they_are, args.world_size
+        self.as_they_are, self.columns = as_they_are, columns
 
     def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
-        """Text is encoded; tokens are checked, at once or, of a stream, as they come.
+        """Text is encoded, tokens are checked: at once or, of a stream, as they come.
 
         Raises:
             UserError: a row is wrong, none has a label, or the data set cannot be read as training reads it.
@@ -107,30 +148,22 @@ class LanguageRows(RowReader):
         if isinstance(dataset, EncodedDataset):
             report = self._check_encoded(dataset, form)
             return dataset, dataset.report or report
-        streamed = isinstance(dataset, IterableDataset)
-        self._check_kind(dataset, name)
-        if tokenised.has_arrow_rows(dataset) and dataset.format["type"] in tokenised.TABLES:
-            dataset = dataset.with_format(None)
+        dataset = as_rows(dataset, name, keep_format=self.as_they_are)
         # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
         rows = tokenised.rows_of(dataset)
         first = next(rows, None)
-        if not isinstance(first, Mapping) or "input_ids" not in first:
-            if streamed:
-                columns = ", ".join(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
-                raise UserError(
-                    f"{name}: an iterable data set must give tokenised rows (input_ids, labels), found {columns}; expected "
-                    "list(dataset), a datasets.Dataset, or rows that are tokenised as they come"
-                )
-            raw = rows_from_dataset(rows if first is None else chain([first], rows), name)
+        tokens = isinstance(first, Mapping) and "input_ids" in first
+        if self.as_they_are and isinstance(first, Mapping) and tokens and first.get("labels") is None:
+            form = dataclasses.replace(form, labelled=False)  # a collator of the user's may make them
+        if isinstance(dataset, IterableDataset):
+            stream = self._stream(dataset, first, form, tokens)
+            return stream, stream.report
+        if not tokens:
+            raw = rows_from_dataset(rows if first is None else chain([first], rows), name, self.columns)
             encoded, report = encode_rows(raw, name=name, **self.encode_options)
             self._check_encoded(encoded, form)
             return encoded, report
-        # 3. Tokens. A collator of the user's may make the labels.
-        if self.as_they_are and first.get("labels") is None:
-            form = dataclasses.replace(form, labelled=False)
-        if streamed:
-            form.check(form.columns([first], 0), 0)
-            return tokenised.TokenisedStream(dataset, form), None
+        # 3. Tokens.
         if not hasattr(dataset, "__getitem__"):
             raise UserError(
                 f"{name}: got {type(dataset).__name__}, expected a list or a data set that is read by number"
@@ -139,29 +172,24 @@ class LanguageRows(RowReader):
         self._check_positions(max(ready.lengths), "Shorten the rows")
         return ready, ready.report
 
-    def _check_kind(self, dataset: Any, name: str) -> None:
-        """Refuse what cannot be read as often, or shared out as evenly, as training does."""
-        if not isinstance(dataset, IterableDataset):
-            if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
-                raise UserError(
-                    f"{name}: got {type(dataset).__name__}, which has no length; expected a list, or __len__"
-                )
-            return
-        if name != "train_dataset":
+    def _stream(self, dataset: Any, first: Any, form: tokenised.RowForm, tokens: bool) -> RowStream:
+        """Rows that are read while training runs, by every process in the same order.
+
+        Raises:
+            UserError: the first row is wrong, or another one on another process.
+        """
+        limits = [(positions_of(model), f"{role} ({type(model).__name__})") for model, role in self.models]
+        positions = min(((limit, role) for limit, role in limits if limit is not None), default=None)
+        encode = None if tokens else partial(encode_rows, name=form.name, may_be_empty=True, **self.encode_options)
+        stream = RowStream(dataset, first, form, encode, self.columns, positions)
+        if len(set(gathered(stream.first_row, process()[1]))) > 1:
             raise UserError(
-                f"{name}: got an iterable data set, but held-out rows are counted, sorted by length and read again at every "
-                "evaluation; expected a list of its rows, as list(dataset.take(1000))"
+                f"{form.name}: its first row is another one on each process, so rows would be taken twice or never; "
+                "expected the same data set on all of them, in the same order (shuffle with a seed; do not split it by "
+                "node: the trainer shares its rows out)",
+                everywhere=True,
             )
-        if self.processes > 1:
-            raise UserError(
-                f"{name}: got an iterable data set on {self.processes} processes, which could not share out its rows "
-                "evenly; expected one process, or a data set with a length"
-            )
-        if iter(dataset) is iter(dataset):
-            raise UserError(
-                f"{name}: got an iterable data set that can be read once, and this check would take its first row; "
-                "expected one that begins anew each time (__iter__ as a generator function)"
-            )
+        return stream
 
     def _check_encoded(self, dataset: EncodedDataset, form: tokenised.RowForm) -> EncodingReport:
         report = tokenised.check_encoded(dataset, form)

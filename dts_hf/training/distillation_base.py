@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, default_hp_search_backend
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.divergences import Divergence
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.logged_sums import LogColumns, StepSums, SumMeter
 from dts_hf.loss.statistics import CE, KD, ROWS
-from dts_hf.temperature import TemperaturePolicy, build_temperature
+from dts_hf.reporting.licences import inherited
+from dts_hf.reporting.model_card import Setting, models_of, render_card
+from dts_hf.temperature import TemperaturePolicy, build_policy
 from dts_hf.temperature.constant import Constant
+from dts_hf.training.card import facts_of_training
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
+from dts_hf.training.hub_upload import UPLOAD, card_metadata
 from dts_hf.training.resumable_trainer import ResumableTrainer
 from dts_hf.training.temperature_callback import TemperatureCallback
+from dts_hf.training.tracking import loss_facts, model_facts
 
 TEMPERATURE_STATE = "temperature.json"
 
@@ -37,13 +44,16 @@ class DistillationBase(ResumableTrainer):
     """A ``ResumableTrainer`` whose loss has a temperature.
 
     Args:
-        positional: what ``EvenBatchesTrainer`` takes by its place.
+        model: the student.
+        args: of the trainer.
+        positional: what else ``EvenBatchesTrainer`` takes by its place.
         temperature: see ``build_policy``.
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
         classes: of the logits that both models give.
         loss_options: what ``DistillationLoss`` takes besides.
         columns: the statistics that are logged in this kind of run.
+        facts: what trackers and callbacks are told of the run besides policy and divergence, such as the teacher's name.
         kwargs: everything else that ``ResumableTrainer`` takes.
 
     Attributes:
@@ -51,6 +61,8 @@ class DistillationBase(ResumableTrainer):
         loss: of training.
         eval_loss: of held-out rows, at T = 1.
         sums: of the step and of the evaluation that run, and since the last log line.
+        facts: policy, divergence, ``kd_ratio``, teacher and student as flat words. Callbacks find them in
+            ``args.distillation``, trackers among their parameters.
 
     Raises:
         UserError: anything that does not fit together.
@@ -58,6 +70,8 @@ class DistillationBase(ResumableTrainer):
 
     def __init__(
         self,
+        model: nn.Module,
+        args: TrainingArguments,
         *positional: Any,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float,
         divergence: Divergence | Mapping[str, Any] | str,
@@ -65,19 +79,101 @@ class DistillationBase(ResumableTrainer):
         classes: int,
         loss_options: Mapping[str, Any],
         columns: LogColumns,
+        facts: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.temperature = build_policy(temperature)
-        options = {"kd_ratio": kd_ratio, **loss_options}
-        self.loss = DistillationLoss(divergence, temperature=self.temperature, **options)
-        # Held-out losses are taken at T = 1: they must not move because the schedule did.
-        self.eval_loss = DistillationLoss(divergence, temperature=Constant(1.0), **options)
-        self.temperature.check_classes(classes)
+        self._loss_spec: dict[str, Any] = {
+            "temperature": temperature, "divergence": divergence, "kd_ratio": kd_ratio, **loss_options
+        }  # fmt: skip
+        self._classes, self._facts = classes, {**model_facts("student", model), **(facts or {})}
         self.sums = StepSums(columns)
+        self._make_loss(self._loss_spec)
+        self._first_state = self._fresh_state
+        vars(args)["distillation"] = self.facts
+        super().__init__(model, args, *positional, **kwargs)
+        self.loss.to(self.args.device)
+
+    def _make_loss(self, spec: Mapping[str, Any]) -> None:
+        options = {name: value for name, value in spec.items() if name != "temperature"}
+        self.temperature = build_policy(spec["temperature"])
+        self.loss = DistillationLoss(temperature=self.temperature, **options)
+        # Held-out losses are taken at T = 1: they must not move because the schedule did.
+        self.eval_loss = DistillationLoss(temperature=Constant(1.0), **options)
+        self.temperature.check_classes(self._classes)
         self._fresh_state = copy.deepcopy(self.temperature.state())
         self._budget_asked_for = self.loss.logits_budget_mb  # memory may run out, and the loss then lowers its own
-        super().__init__(*positional, **kwargs)
-        self.loss.to(self.args.device)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What makes this run a distillation; see the class."""
+        return {**loss_facts(self.loss), **self._facts}
+
+    def facts_for_trackers(self) -> dict[str, Any]:
+        return self.facts
+
+    # --------------------------------------------------------------------------------------------------------- a search
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """The Trainer's; every trial has a fresh student (``model_init``) and a policy that begins anew.
+
+        Args:
+            hp_space: takes the trial; with optuna it may give, besides training arguments, ``temperature``, ``divergence``,
+                ``kd_ratio`` and the other options of the loss. ``eval_loss`` has another meaning for another ``kd_ratio``
+                or divergence: let ``compute_objective`` take ``eval_kl`` or ``eval_ce_loss`` then.
+            compute_objective: of the metrics of ``evaluate``; None: ``eval_loss``, or the sum of the other metrics.
+            n_trials: how many.
+            direction: ``minimize`` or ``maximize``, or a list of them.
+            backend: ``optuna``, ``ray`` or ``wandb``.
+            hp_name: makes the name of a trial.
+            kwargs: for the backend.
+
+        Raises:
+            UserError: there is no ``model_init``, no package for the search, or no such argument.
+        """
+        if self.model_init is None:
+            raise UserError("hyperparameter_search: every trial needs a student of its own; expected model_init")
+        try:
+            backend = HPSearchBackend(backend or default_hp_search_backend())
+            ALL_HYPERPARAMETER_SEARCH_BACKENDS[backend]().ensure_available()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"hyperparameter_search: {' '.join(str(error).split())}") from error
+        if hp_space is not None and backend == HPSearchBackend.OPTUNA:
+            hp_space = self._with_loss_options(hp_space)
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+        )
+
+    def _with_loss_options(self, hp_space: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        """``hp_space`` without the options of the loss, which each trial's loss is made of."""
+
+        def of_trainer(trial: Any) -> dict[str, Any]:
+            values = hp_space(trial)
+            if not isinstance(values, dict):
+                raise UserError(f"hp_space: returned {type(values).__name__}, expected a dictionary of values")
+            ours = {name: value for name, value in values.items() if name in self._loss_spec}
+            unknown = [name for name in values if name not in ours and not hasattr(self.args, name)]
+            if unknown:  # the Trainer would warn, and search for nothing
+                known = [*self._loss_spec, *type(self.args).__dataclass_fields__]
+                raise UserError(f"hp_space: {unknown[0]} is no argument of this trainer.{nearest(unknown[0], known)}")
+            given = self._loss_spec["temperature"]
+            if isinstance(given, TemperaturePolicy):  # an object, which has moved in the trial before
+                given.load_state(copy.deepcopy(self._first_state))
+            self._make_loss({**self._loss_spec, **ours})
+            self.loss.to(self.args.device)
+            self._temperature_callback.policy = self.temperature
+            vars(self.args)["distillation"] = self.facts
+            return {name: value for name, value in values.items() if name not in ours}
+
+        return of_trainer
 
     # ------------------------------------------------------------------------------------------------ one batch's sums
 
@@ -124,29 +220,26 @@ class DistillationBase(ResumableTrainer):
             output: Any = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        rows = self.num_examples(dataloader)  # the Trainer counts what fills the last batches, too
-        output = output._replace(num_samples=rows)
         totals = self.sums.eval_meter.reduce(self.accelerator)
         if totals:
             loss = (1 - self.loss.kd_ratio) * CE.number(totals) + self.loss.kd_ratio * KD.number(totals)
             values = self.sums.columns.means(totals, held_out=True)
-            values.update(loss=loss, labels=int(totals[ROWS]), rows=rows)
+            values.update(loss=loss, labels=int(totals[ROWS]), rows=output.num_samples)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
     # -------------------------------------------------------------------------------------------- the step and its log
 
     def step_callbacks(self) -> list[TrainerCallback]:
-        return [
-            TemperatureCallback(
-                self.temperature,
-                self.sums,
-                totals_of_step=lambda: self.sums.step_meter.reduce(self.accelerator),
-                prepare_run=self._prepare_run,
-                agree_to_stop=self.interruption.agree,
-                observe_loss=self.non_finite.observe,
-            )
-        ]
+        self._temperature_callback = TemperatureCallback(
+            self.temperature,
+            self.sums,
+            totals_of_step=lambda: self.sums.step_meter.reduce(self.accelerator),
+            prepare_run=self._prepare_run,
+            agree_to_stop=self.interruption.agree,
+            observe_loss=self.non_finite.observe,
+        )
+        return [self._temperature_callback]
 
     def _prepare_run(self, step: int, steps: int) -> None:
         if step == 0:  # a second train(), or a retry with a smaller batch, is a new run
@@ -185,12 +278,34 @@ class DistillationBase(ResumableTrainer):
                 logs.update({**values, **{k: n for k, n in self.temperature.counters().items() if n}})
         super().log(logs, start_time)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run's own card where there is one, else the Trainer's with our tags."""
-        tags = kwargs.get("tags") or []
-        ours = ["dts_hf", "knowledge-distillation", self.temperature.name]
-        kwargs["tags"] = [*ours, *([tags] if isinstance(tags, str) else tags)]
-        super().create_model_card(*args, **kwargs)
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        """The teacher where it is a model of this process: the card tells its name and its size."""
+        return None
+
+    @property
+    def answers_with(self) -> str:
+        template = getattr(self.rows, "encode_options", {}).get("template")
+        return "" if template is None else str(template.name)
+
+    def card(self, repository: str | None, note: str = "", **metadata: Any) -> str:
+        """``model_card``'s text where it was given, else what a recipe's card says, as far as the trainer knows it."""
+        if self.model_card is not None:
+            return self.model_card()
+        student, saved = cast(nn.Module, self.model), Path(str(self.args.output_dir)) / UPLOAD
+        done = {"steps": self.state.global_step, "seconds": self.clock.seconds, "tokens": int(self.tokens_seen)}
+        facts = facts_of_training(
+            student, self.teacher_model, self.loss, self.args,
+            taught=self.sums.columns.teacher, rows=getattr(self.rows, "encode_options", {}),
+            task=getattr(getattr(self.rows, "task", None), "name", None),
+            log=self.state.log_history, done=done,
+        )  # fmt: skip
+        given = card_metadata(metadata)
+        given["tags"] = [*(getattr(student, "model_tags", None) or []), *given.get("tags", [])]
+        online = repository is not None
+        origins = inherited(models_of(facts.recipe), online=online)
+        where = Setting(repository, saved, origins, has_recipe=False, note=note, metadata=given)
+        return render_card(facts, where)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -224,22 +339,3 @@ class DistillationBase(ResumableTrainer):
 
     def scheduled_over_run(self) -> list[str]:
         return [] if isinstance(self.temperature, Constant) else [f"temperature ({self.temperature.name})"]
-
-
-def build_policy(spec: TemperaturePolicy | Mapping[str, Any] | str | float) -> TemperaturePolicy:
-    """A policy from itself, ``{"name": "dts", "rule": "gap"}``, its name, or a number (constant).
-
-    Raises:
-        UserError: a mapping without a name, or see ``build_temperature``.
-    """
-    if isinstance(spec, TemperaturePolicy):
-        return spec
-    if isinstance(spec, str):
-        return build_temperature(spec)
-    if isinstance(spec, Mapping):
-        if "name" not in spec:
-            raise UserError(
-                f"temperature: got {dict(spec)!r}, expected a mapping with a name, as in {{'name': 'dts'}}"
-            )
-        return build_temperature(**spec)
-    return build_temperature("constant", value=spec)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -21,6 +21,7 @@ from dts_hf.data.collators import Collator, PackedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import (
     DummyRowsLast,
+    FilledStream,
     LengthGroupedSampler,
     Packs,
     PackSampler,
@@ -30,11 +31,12 @@ from dts_hf.data.samplers import (
     real_tokens,
     total_steps,
 )
+from dts_hf.data.streams import RowStream, errors_of_workers
 from dts_hf.data.tokenised import NUM_LABELS, CountingCollator, NumberedCollator, TokenisedDataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import count_targets
 from dts_hf.runs.failures import one_sentence
-from dts_hf.training.datasets import RowReader
+from dts_hf.training.datasets import RowReader, StreamReportCallback
 from dts_hf.training.signals import ignore_signals_in_worker
 
 
@@ -78,11 +80,12 @@ class EvenBatchesTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if isinstance(train_dataset, dict):
-            raise UserError(f"train_dataset: got several ({', '.join(map(str, train_dataset))}), expected one of them")
+            raise UserError(one_of_several("train_dataset", train_dataset))
         self.rows, self.encoding_reports, self.pack_tokens = rows, rows.reports, pack_tokens
         self.train_sampler: LengthGroupedSampler | PackSampler | None = None
         self._counted = WeakIdKeyDictionary()  # labels of the step's batches, with their version
         self._prepared_train_dataset = rows.prepare(train_dataset, "train_dataset")
+        check_stream(args, self._prepared_train_dataset)
         if pack_tokens is not None:
             check_packs(args, self._prepared_train_dataset, pack_tokens)
         held_out = rows.prepare(eval_dataset, "eval_dataset")
@@ -101,6 +104,7 @@ class EvenBatchesTrainer(Trainer):
             if one_sentence(error):  # out of memory, a full disk: nothing is wrong with the input
                 raise
             raise UserError(f"training: transformers.Trainer refuses this: {error}") from error
+        self.add_callback(StreamReportCallback(rows.tell_of_streams))
 
     # ------------------------------------------------------------------------------------- what a kind of trainer adds
 
@@ -128,10 +132,16 @@ class EvenBatchesTrainer(Trainer):
         """
         if self.train_dataset is not self._prepared_train_dataset:  # set from outside since
             self._prepared_train_dataset = self.train_dataset = self.rows.prepare(self.train_dataset, "train_dataset")
+            check_stream(self.args, self.train_dataset)
             if self.pack_tokens is not None:
                 check_packs(self.args, self.train_dataset, self.pack_tokens)
         dataset: Any = self.train_dataset
         world = self.accelerator.num_processes
+        if isinstance(dataset, RowStream):
+            batch = self._train_batch_size * world
+            whole = batch if self.args.dataloader_drop_last else 1
+            steps = FilledStream(dataset, batch * self.args.gradient_accumulation_steps, self.without_label, whole)
+            return self._get_dataloader(steps, "Training", self._train_batch_size, is_training=True)
         if self.pack_tokens is not None:
             self.train_sampler = sampler = PackSampler(dataset.lengths, self.pack_tokens, self._order_seed, world)
             packs = Packs(dataset, self.without_label)
@@ -162,7 +172,7 @@ class EvenBatchesTrainer(Trainer):
         1 is a plain shuffle or no shuffle at all; None is an order that is not ours.
         """
         strategy = self.args.train_sampling_strategy
-        if strategy in ("sequential", "random") and hasattr(dataset, "__len__"):
+        if strategy in ("sequential", "random") and (hasattr(dataset, "__len__") or isinstance(dataset, RowStream)):
             return 1
         if not hasattr(dataset, "lengths") or strategy != "group_by_length":
             return None
@@ -179,6 +189,13 @@ class EvenBatchesTrainer(Trainer):
             packs = len(best_fit(self.train_dataset.lengths, self.pack_tokens))  # type: ignore[union-attr]
         return total_steps(self.args, len(self.train_dataset), devices, packs)  # type: ignore[arg-type]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; where a stream has no more, its pass is over, long before the steps that the Trainer counts on."""
+        with errors_of_workers():
+            samples, count = super().get_batch_samples(*args, **kwargs)
+        self.control.should_epoch_stop |= not samples
+        return samples, count
+
     # ----------------------------------------------------------------------------------------- the held-out rows
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -193,7 +210,7 @@ class EvenBatchesTrainer(Trainer):
         if dataset is None:
             raise UserError("eval_dataset: got None, expected held-out rows to evaluate on")
         ours = dataset is self.eval_dataset or isinstance(eval_dataset, str)
-        if not ours or not isinstance(dataset, (EncodedDataset, TokenisedDataset)):
+        if not ours or not isinstance(dataset, (EncodedDataset, TokenisedDataset, RowStream)):
             dataset = self.rows.prepare(dataset, "eval_dataset" if ours else "evaluate")
         key = eval_dataset if isinstance(eval_dataset, str) else "eval"
         return self._held_out_loader(dataset, key if ours else None)
@@ -202,6 +219,8 @@ class EvenBatchesTrainer(Trainer):
         """As for evaluation: ``predict`` is one that leaves no line in the log; its ``predictions`` are None."""
         if test_dataset is None:
             raise UserError("predict: got None, expected rows")
+        if isinstance(test_dataset, dict):
+            raise UserError(one_of_several("predict", test_dataset))
         return self._held_out_loader(self.rows.prepare(test_dataset, "predict"), None)
 
     def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader[Any]:
@@ -209,6 +228,10 @@ class EvenBatchesTrainer(Trainer):
         if key in kept and cast(Any, kept[key].dataset).dataset is dataset:
             return cast("DataLoader[Any]", kept[key])
         size = self.args.eval_batch_size
+        if isinstance(dataset, RowStream):
+            dataset.set_epoch(0)  # held-out rows are the same ones each time
+            stream = FilledStream(dataset, size * self.accelerator.num_processes, self.without_label)
+            return self._get_dataloader(stream, "Evaluation", size)
         filled = PadToMultiple(dataset, size * self.accelerator.num_processes, self.without_label, longest_first=True)
         return self._get_dataloader(filled, "Evaluation", size, sampler_fn=self._get_eval_sampler, dataloader_key=key)
 
@@ -216,9 +239,19 @@ class EvenBatchesTrainer(Trainer):
         return SequentialSampler(eval_dataset)  # PadToMultiple has sorted the rows already
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Rows of the data set behind a loader, without what only fills its batches."""
+        """Rows of the data set behind a loader, without what only fills its batches; of a stream, those it has given."""
         dataset = getattr(dataloader, "dataset", None)
+        stream = getattr(dataset, "dataset", dataset)  # accelerate's shard of one process
+        if isinstance(dataset, FilledStream) or isinstance(stream, FilledStream):
+            filled: Any = dataset if isinstance(dataset, FilledStream) else stream
+            return int(filled.stream.counts.kept_in_pass)
         return len(dataset.order) if isinstance(dataset, PadToMultiple) else super().num_examples(dataloader)
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loop; what only fills the last batches is no sample."""
+        with errors_of_workers():
+            output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
+        return output._replace(num_samples=self.num_examples(dataloader))
 
     def prediction_step(
         self,
@@ -241,8 +274,17 @@ class EvenBatchesTrainer(Trainer):
         """Makes of a row its first token, which only fills a batch."""
         return partial(dummy_row, labels=self.rows.dummy_labels)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        loader: DataLoader[Any] = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        config, workers = self.accelerator.dataloader_config, self.args.dataloader_num_workers
+        dispatch = config.dispatch_batches
+        if isinstance(dataset, IterableDataset):
+            # Its batches are those of a list: each process takes its part of them, and does not wait for the first one. A
+            # second worker would read the same rows once more, and data sets that share rows out among workers lose some.
+            config.dispatch_batches, self.args.dataloader_num_workers = False, min(workers, 1)
+        try:
+            loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            config.dispatch_batches, self.args.dataloader_num_workers = dispatch, workers
         context = loader.multiprocessing_context or torch.multiprocessing
         if loader.num_workers and context.get_start_method() == "fork":
             initialise = partial(ignore_signals_in_worker, loader.worker_init_fn)
@@ -276,6 +318,43 @@ class EvenBatchesTrainer(Trainer):
         count = count_tokens if self.args.include_num_input_tokens_seen == "non_padding" else count_cells
         seen = self.accelerator.gather(count(inputs).to(self.args.device).reshape(1))
         self.state.num_input_tokens_seen += int(seen.sum())
+
+
+def one_of_several(name: str, datasets: Mapping[Any, Any]) -> str:
+    """What to say to a dictionary of data sets, such as a ``DatasetDict``, where one is expected."""
+    names = [*map(str, datasets)]
+    chosen = "train" if "train" in names else names[0] if names else "train"
+    return (
+        f"{name}: got several data sets ({', '.join(names) or 'none'}), expected one of them, such as data['{chosen}']"
+    )
+
+
+def check_stream(args: TrainingArguments, dataset: Any) -> None:
+    """Refuse arguments that a stream's rows cannot follow.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if not isinstance(dataset, RowStream):
+        return
+    for name, wrong, expected in (
+        ("max_steps", args.max_steps <= 0, "a number of steps: nobody knows how many rows an epoch has"),
+        (
+            "train_sampling_strategy",
+            args.train_sampling_strategy not in ("random", "sequential"),
+            "random: its rows come in an order of their own (dataset.shuffle(buffer_size=..., seed=...))",
+        ),
+    ):
+        if wrong:
+            raise UserError(
+                f"training.{name}: got {getattr(args, name)}, expected {expected}, as train_dataset is a stream"
+            )
+    config: Any = args.accelerator_config
+    if config.dispatch_batches and args.world_size > 1:
+        raise UserError(
+            "args.accelerator_config: got dispatch_batches: true, expected None or false, as train_dataset is a stream: "
+            "every process reads it and takes its own rows"
+        )
 
 
 def check_packs(args: TrainingArguments, dataset: Any, tokens: int) -> None:

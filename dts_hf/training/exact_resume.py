@@ -105,6 +105,30 @@ def read_progress(folder: Path, rank: int, world: int) -> Progress:
     return Progress(shared, ranks[0] if writers == world else None, unlogged_loss)
 
 
+def place_in_stream(checkpoint: Path, first_row: str) -> tuple[int, int] | None:
+    """Which pass over a stream the run of ``checkpoint`` was in, and how many of its steps it had taken.
+
+    Args:
+        checkpoint: its folder.
+        first_row: digest of the first row as it is now.
+
+    Returns:
+        None where an older version, which does not tell, wrote it.
+
+    Raises:
+        UserError: the stream begins with another row than then.
+    """
+    place = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")).get("stream")
+    if place is None:
+        return None
+    if place["first_row"] != first_row:
+        raise UserError(
+            f"{checkpoint}: train_dataset begins with another row than when it was written, so where it stood cannot be "
+            "told; expected the same rows in the same order (shuffle with a seed)"
+        )
+    return int(place["pass"]), int(place["steps"])
+
+
 def number_or_nan(value: float | None) -> float:
     """JSON has no NaN."""
     return math.nan if value is None else value
@@ -323,6 +347,8 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
             f"batches are made of {together[0]} rows of similar length, and would be of {together[1]} (rows per device "
             "times processes; training.train_sampling_strategy: random does not depend on it)"
         )
+    if drop_last and now["rows"] is None:
+        return "rows at the end of a stream are dropped by the size of a batch"
     if drop_last and now["rows"] % before:
         return f"{now['rows']} rows are no multiple of {before}, so other rows would be dropped at the end of an epoch"
     return None

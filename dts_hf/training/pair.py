@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.data.collators import PackedCollator, PaddedCollator
 from dts_hf.distributed.launch import prepare_deepspeed
+from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.models.checks import check_apart
@@ -21,9 +23,16 @@ from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
 from dts_hf.recipe.schema import MOST_TOKENS
+from dts_hf.recipe.schema import Teacher as TeacherSection
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
+from dts_hf.training.student import with_adapter
+from dts_hf.training.tracking import model_facts
+
+logger = logging.getLogger(__name__)
+#: Of a teacher that is given by name, as in a recipe.
+TEACHER_DTYPE: str = TeacherSection.model_fields["dtype"].default
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,47 @@ class Pair:
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     vocabulary: VocabularyPlan
+
+    def with_student(self, student: nn.Module, peft_config: Any = None) -> Pair:
+        """The same with another student, which must fit the teacher as the first one did.
+
+        Args:
+            student: a new one.
+            peft_config: of the adapter that it gets.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        check_whole(student)
+        student = with_adapter(unwrapped(student), peft_config)
+        if isinstance(self.teacher, LiveTeacher):
+            check_apart(student, self.teacher.model)
+        check_head(student, role="student")
+        before, now = head_of(self.student).vocab_size, head_of(student).vocab_size
+        if before != now:
+            raise UserError(f"model_init: this student has {now:,} tokens, expected {before:,} as the first one has")
+        return replace(self, student=student)
+
+    def facts(self) -> dict[str, Any]:
+        """What trackers are told of the teacher."""
+        if isinstance(self.teacher, LiveTeacher):
+            return {
+                **model_facts("teacher", self.teacher.model),
+                "teacher_dtype": str(next(self.teacher.model.parameters()).dtype).removeprefix("torch."),
+            }
+        return {"teacher": type(self.teacher).__name__} if self.taught else model_facts("teacher", None)
+
+    def warn_if_swapped(self) -> None:
+        """Say it where the student is larger than its teacher, as when the two stand in each other's places."""
+        if not isinstance(self.teacher, LiveTeacher) or process()[0] != 0:
+            return
+        student, teacher = (facts_of["x_parameters"] for facts_of in (model_facts("x", self.student),
+                            model_facts("x", self.teacher.model)))  # fmt: skip
+        if student > teacher:
+            logger.warning(
+                "the student has %s parameters and the teacher %s: are they in each other's places? The order is "
+                "DistillationTrainer(model, teacher)", f"{student:,}", f"{teacher:,}"
+            )  # fmt: skip
 
     def models(self) -> list[tuple[nn.Module, str]]:
         """The models that read the rows, with what errors call them."""
@@ -138,6 +188,7 @@ def set_up_models(
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     vocab_alignment: str,
     args: TrainingArguments,
+    peft_config: Any = None,
 ) -> Pair:
     """Load what is a name, undo what an earlier trainer has done to a model, and check that the two can be compared.
 
@@ -148,6 +199,7 @@ def set_up_models(
         teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.
         vocab_alignment: see ``align_vocabularies``.
         args: of the trainer.
+        peft_config: of the adapter that the student gets; None: it is trained as it is.
 
     Raises:
         UserError: a model or the tokenizer is missing or in pieces, they share weights, one does something to its logits
@@ -161,12 +213,12 @@ def set_up_models(
         student = load_model(student, key="model")
     if isinstance(teacher, str):
         teacher_tokenizer = teacher_tokenizer or load_tokenizer(teacher, key="teacher")
-        teacher = load_model(teacher, key="teacher", dtype=str(next(student.parameters()).dtype).split(".")[-1])
+        teacher = load_model(teacher, key="teacher", dtype=TEACHER_DTYPE)
     if tokenizer is None:
         raise UserError("processing_class: got None, expected the student's tokenizer")
     check_whole(student)
     # 2. Without what an earlier trainer has put around them; the teacher may be the student of one.
-    student = unwrapped(student)
+    student = with_adapter(unwrapped(student), peft_config)
     teacher = unwrapped(teacher) if isinstance(teacher, nn.Module) else teacher
     held = teacher.model if isinstance(teacher, LiveTeacher) else teacher
     if isinstance(held, nn.Module):
@@ -181,7 +233,9 @@ def set_up_models(
     if not is_sharded(teacher):  # otherwise it was checked when it was whole
         check_head(teacher, role="teacher")
     plan = align_vocabularies(student, teacher, tokenizer, teacher_tokenizer or tokenizer, vocab_alignment)
-    return Pair(student, LiveTeacher(teacher), tokenizer, plan)
+    pair = Pair(student, LiveTeacher(teacher), tokenizer, plan)
+    pair.warn_if_swapped()
+    return pair
 
 
 def check_whole(student: nn.Module) -> None:

@@ -10,27 +10,30 @@ modules beside them need none.
 
 from __future__ import annotations
 
+import inspect
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from dts_hf.data.streams import RowStream
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.models.compilation import compile_layers
+from dts_hf.models.saving import ready_for_generation
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
@@ -38,9 +41,10 @@ from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.clock import TrainingClock
 from dts_hf.training.even_batches import EvenBatchesTrainer
-from dts_hf.training.hub_upload import UPLOAD, staged
+from dts_hf.training.hub_upload import UPLOAD, HubUploads, remove_all_of
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
 from dts_hf.training.signals import at_step_end
+from dts_hf.training.tracking import facts_for_trackers
 from dts_hf.training.unused_parameters import may_leave_unused
 
 #: Every private name of ``transformers.Trainer`` that this package overrides or reads: a method with its signature, or an
@@ -61,6 +65,9 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_eval_dataloaders": None,
     # The loop
     "_build_accelerator_args": "(self, **kwargs)",
+    "_init_training_state": (
+        "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)"
+    ),
     "_run_epoch": (
         "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
@@ -82,7 +89,6 @@ PRIVATE_NAMES: dict[str, str | None] = {
     # The Hub
     "_save": "(self, output_dir=None, state_dict=None)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
-    "_finish_current_push": "(self)",
 }
 
 
@@ -123,9 +129,9 @@ class ResumableTrainer(EvenBatchesTrainer):
         )
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
         self._filters_loss = False  # an epoch runs, and args.logging_nan_inf_filter was set when it began
+        self._pass_began = (0, 0)  # of a stream: the number of the pass that runs, and the step that it began behind
         self._grad_norm: Any = None  # of the last step, for its log line
         self._learning_rate: float | None = None
-        self._finished: str | Path | None = None  # what push_to_hub uploads in place of the model, while it does
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
@@ -133,6 +139,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         self.compile_layers(model, "the student")
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
+
+    @cached_property
+    def hub_uploads(self) -> HubUploads:
+        """Made when the Trainer's own ``__init__`` asks for the repository."""
+        return HubUploads(self.args)
 
     # ------------------------------------------------------------------------------------- what a kind of trainer adds
 
@@ -146,6 +157,15 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def load_extra_state(self, folder: Path, progress: exact_resume.Progress) -> None:
         """Restore what ``extra_state`` gave when the checkpoint in ``folder`` was written."""
+
+    def facts_for_trackers(self) -> dict[str, Any]:
+        """What trackers are to know of the run besides its arguments and the model's configuration."""
+        return {}
+
+    def end_token_ids(self) -> list[int]:
+        """The tokens that end an answer, which a saved student must know of."""
+        token = getattr(self.processing_class, "eos_token_id", None)
+        return [] if token is None else [token]
 
     def scheduled_over_run(self) -> list[str]:
         """What besides the learning rate has values that depend on how many steps the run has."""
@@ -187,10 +207,21 @@ class ResumableTrainer(EvenBatchesTrainer):
                     handler.find_unused_parameters = may_leave_unused(cast(nn.Module, self.model))
         return args
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The Trainer's; where a run stood in a stream, whose passes it takes for one long epoch, the checkpoint tells."""
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        if self.resumed_from is None or not isinstance(self.train_dataset, RowStream):
+            return epoch, batches
+        place = exact_resume.place_in_stream(self.resumed_from, self.train_dataset.first_row)
+        return (epoch, batches) if place is None else (place[0], place[1] * self.args.gradient_accumulation_steps)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed where training had come to its end: the Trainer would take one more step.
         if self.control.should_training_stop:
             return
+        resumed = kwargs["epoch"] == kwargs["epochs_trained"]
+        steps = resumed * kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps
+        self._pass_began = (kwargs["epoch"], self.state.global_step - steps)
         if self.train_sampler is not None:  # accelerate's own set_epoch does not reach it on a resume with processes
             self.train_sampler.set_epoch(int(self.state.epoch or 0))
         # The Trainer's filter of the logged loss asks the device twice for every micro-batch: training_step has another.
@@ -245,12 +276,12 @@ class ResumableTrainer(EvenBatchesTrainer):
         if folder is not None:
             self.check_resumable(folder)
         try:
-            with at_step_end():
+            with at_step_end(), facts_for_trackers(self.callback_handler.callbacks, self.facts_for_trackers):
                 output = super().train(str(folder) if folder else None, *args, **kwargs)
                 self._check_weights()  # of the last steps: no checkpoint has to follow them
                 return output
         finally:
-            if self._use_cache is not None:  # off for training; what is saved now is for generation
+            if self._use_cache is not None:  # off for training; what follows is for generation
                 self.model.config.use_cache = self._use_cache  # type: ignore[union-attr]
             for callback in self._callbacks_of(ProgressCallback):
                 callback.close()
@@ -356,6 +387,14 @@ class ResumableTrainer(EvenBatchesTrainer):
             # What is written behind it is cut off on a resume
             "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
         }
+        if isinstance(self.train_dataset, RowStream):
+            number, began = self._pass_began
+            over = self._resume.epoch_ended
+            extra.shared["stream"] = {
+                "pass": number + over,
+                "steps": 0 if over else self.state.global_step - began,
+                "first_row": self.train_dataset.first_row,
+            }
         exact_resume.write_progress(folder, extra, rank=self.args.process_index, shared_too=self.args.should_save)
 
     def layout(self) -> dict[str, Any]:
@@ -460,9 +499,15 @@ class ResumableTrainer(EvenBatchesTrainer):
     # -------------------------------------------------------------------------------------------------------- the Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False."""
-        given = self.args.hub_private_repo if private is None else private
-        super().init_hf_repo(token, True if given is None else given)
+        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False.
+
+        Raises:
+            UserError: the Hub refuses, or cannot be asked.
+        """
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            self.hub_model_id = self.hub_uploads.open(name, token, private)  # type: ignore[assignment]
+            self.push_in_progress = None
 
     def push_to_hub(
         self,
@@ -471,68 +516,85 @@ class ResumableTrainer(EvenBatchesTrainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        *,
-        finished: str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload the student, its tokenizer and its card, from a folder made for it that holds nothing else.
+        """Upload the student, its tokenizer and its card, from a folder that ``hub.staging`` has made.
 
         Never ``args.output_dir`` itself: logs, checkpoints and answers to held-out rows lie there. All processes call it.
 
         Args:
             commit_message: as for ``Trainer.push_to_hub``.
-            blocking: the same.
-            token: the same.
+            blocking: wait for the end of the upload.
+            token: as for ``Trainer.push_to_hub``.
             revision: the same.
             private: of a repository that has to be made; None: ``args.hub_private_repo``, and where that is None, True.
-            finished: folder with the finished student and its tokenizer, uploaded in place of the model as it is in memory
-                (an adapter is merged in one and not in the other); None: the model is saved.
-            kwargs: as for ``Trainer.push_to_hub``, with ``tags`` a list or one tag.
+            kwargs: for the card, as for ``Trainer.create_model_card``.
 
         Returns:
-            As ``Trainer.push_to_hub``.
+            The address of the repository; where ``blocking`` is False, a future of it; None on the other processes.
+
+        Raises:
+            UserError: there is nothing to upload, or a text holds an access token.
+            UploadError: the Hub or the network failed; the student is saved and can be pushed again.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)  # its name may be that of the folder
-        if isinstance(kwargs.get("tags"), str):
-            kwargs["tags"] = [kwargs["tags"]]
-        folder = Path(str(self.args.output_dir))
-        name = kwargs.pop("model_name", None) or Path(self.args.hub_model_id or folder.absolute()).name
-        self._finish_current_push()
-        self._finished = finished
+        saved = Path(str(self.args.output_dir)) / UPLOAD
+        if self.is_world_process_zero():
+            remove_all_of(saved)  # of a killed process
+        self.accelerator.wait_for_everyone()
         try:
-            with staged(self.args, self.is_world_process_zero(), self.accelerator.wait_for_everyone) as futures:
-                done = super().push_to_hub(
-                    commit_message, blocking, token, revision, private, model_name=name, **kwargs
-                )
-                if done is not None and not blocking:
-                    futures.append(done)
+            self.save_model(str(saved), _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            repository = str(self.hub_model_id)
+            ready = self.hub_uploads.stage(saved, self.card(repository, **kwargs), self.answers_with)
         finally:
-            self._finished = None
-        if futures:
-            self.push_in_progress = PushInProgress(futures)  # type: ignore[assignment, arg-type]
-        return done
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's; while ``push_to_hub`` uploads a finished student, a copy of its folder."""
-        if self._finished is None:
-            super().save_model(output_dir, _internal_call)
-        elif self.is_world_process_zero():
-            shutil.copytree(self._finished, output_dir or str(self.args.output_dir), dirs_exist_ok=True)
+            if self.is_world_process_zero():
+                remove_all_of(saved)
+        to = self.hub_uploads.destination(repository, token, private, revision)
+        future = self.hub_uploads.start(ready, to, commit_message or "End of training")
+        if blocking:
+            return future.result()
+        self.push_in_progress = PushInProgress([future])  # type: ignore[assignment, arg-type]
+        return future
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: the Trainer's would upload ``args.output_dir`` as it is. Only the finished student leaves."""
+        """Upload the student of a checkpoint while training goes on, unless ``args.hub_strategy`` is ``end``.
+
+        ``checkpoint`` and ``all_checkpoints`` upload no more than ``every_save`` does: optimizer states stay here.
+        """
+        last = cast(PushInProgress | None, self.push_in_progress)
+        busy = last is not None and not last.is_done()
+        later = busy and not self.args.hub_always_push
+        if (
+            self._interrupting
+            or later
+            or not self.is_world_process_zero()
+            or self.args.hub_strategy == HubStrategy.END
+        ):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        repository, step = str(self.hub_model_id), self.state.global_step
+        message = f"Training in progress, step {step}"
+        card = self.card(
+            repository, note=f"Training was in progress at step {step}: this is not the finished student."
+        )
+        to = self.hub_uploads.destination(repository, None, None, None)
+        future = self.hub_uploads.push_checkpoint(Path(checkpoint_folder), to, card, self.answers_with, message)
+        if future is not None:
+            jobs: list[Any] = [*last.jobs, future] if last is not None and busy else [future]  # type: ignore[misc]
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment, arg-type]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The Trainer's, but ``training_args.bin`` holds nobody's token and is not uploaded.
+        """The Trainer's, ready for ``generate``; ``training_args.bin`` holds nobody's token.
 
         Raises:
             UserError: the weights to upload are split over processes, and DeepSpeed does not gather them.
         """
-        folder = Path(output_dir or str(self.args.output_dir))
-        uploaded = folder.name == UPLOAD
-        if uploaded and state_dict == {}:  # in its place the Trainer would put a checkpoint there
-            raise UserError(
+        if Path(output_dir or str(self.args.output_dir)).name == UPLOAD and state_dict == {}:
+            raise UserError(  # in its place the Trainer would put a checkpoint there
                 "deepspeed: stage3_gather_16bit_weights_on_model_save is false, expected true: the student is in pieces "
                 "and cannot be uploaded"
             )
@@ -540,15 +602,35 @@ class ResumableTrainer(EvenBatchesTrainer):
         while_running = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter |= self._filters_loss  # as it was given: see _run_epoch
         try:
-            super()._save(output_dir, state_dict)
+            tokenizer = cast(Any, self.processing_class)
+            with ready_for_generation(cast(nn.Module, self.model), tokenizer, self.end_token_ids()):
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token, self.args.logging_nan_inf_filter = token, while_running
-        if uploaded:
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    @property
+    def answers_with(self) -> str:
+        """Prompt template of what the student generates; empty: nothing is generated, or nobody knows how."""
+        return ""
+
+    def card(self, repository: str | None, note: str = "", **metadata: Any) -> str:
+        """Text of the model card: ``model_card``'s where it was given.
+
+        Args:
+            repository: where it will stand on the Hub; None: beside a saved model.
+            note: a paragraph for it, such as that training goes on.
+            metadata: as for ``Trainer.create_model_card``.
+
+        Raises:
+            NotImplementedError: there is none, and this kind of trainer makes none.
+        """
+        if self.model_card is None:
+            raise NotImplementedError
+        return self.model_card()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run's own card where there is one, else the Trainer's."""
-        if self.model_card is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.model_card())
+        """Write README.md into ``args.output_dir``: the card that ``push_to_hub`` uploads. Arguments as the Trainer's."""
+        if self.is_world_process_zero():
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+            given.pop("self")
+            write_text_atomic(Path(str(self.args.output_dir)) / "README.md", self.card(None, **given))

@@ -1,4 +1,6 @@
-"""Leaving when the cluster asks: SIGTERM and SIGUSR1 end a run with a checkpoint and the exit status 75.
+"""Leaving when somebody asks: SIGTERM, SIGUSR1 and the first Ctrl-C end a run with a checkpoint.
+
+The exit status is 75, after Ctrl-C 130.
 
 transformers has ``enable_jit_checkpoint`` for this. It is not used, because it lets each process act on its own signal
 (one of several that is signalled saves alone, and hangs), saves in the middle of gradient accumulation, returns from
@@ -24,8 +26,8 @@ from dts_hf.errors import ExitCode, Interrupted
 from dts_hf.runs.failures import is_lost_peer
 
 Work = TypeVar("Work", bound=Callable[..., Any])
-#: SLURM's ``--signal=USR1@300`` and Kubernetes, torchrun and most others (SIGTERM).
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+#: SLURM's ``--signal=USR1@300``, Kubernetes, torchrun and most others (SIGTERM), and Ctrl-C (SIGINT).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 #: srun and torchrun both hand the same signal to a process: what follows so soon is not a second request, seconds.
 SAME_REQUEST_SECONDS = 3.0
 
@@ -40,15 +42,28 @@ class _Request:
         self.waits = False  # training ends its step first
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if self.signal is None:
             self.signal, self.asked_at = name, time.monotonic()
             if not self.waits:
-                raise Interrupted(f"{name} outside of training. {_GO_ON}")
+                raise _interrupted(f"{name} outside of training. {_GO_ON}")
             _print(f"{name}: this optimizer step and a checkpoint, then the run stops (once more: it ends unsaved)")
-        elif time.monotonic() - self.asked_at > SAME_REQUEST_SECONDS:
+        elif time.monotonic() - self.asked_at > (0.0 if _by_hand(number) else SAME_REQUEST_SECONDS):
             _print(f"{name} for the second time: stopped at once. {_GO_ON}")
-            os._exit(ExitCode.INTERRUPTED)
+            os._exit(ExitCode.CTRL_C if number == signal.SIGINT else ExitCode.INTERRUPTED)
+
+
+def _by_hand(number: int) -> bool:
+    """Whether a signal comes from a person alone: a launcher gets Ctrl-C as well, and hands it on."""
+    return number == signal.SIGINT and "LOCAL_RANK" not in os.environ
+
+
+def _interrupted(message: str, *, everywhere: bool = False) -> Interrupted:
+    """The exception of a run that was asked to stop, with the exit status of what asked."""
+    error = Interrupted(message, everywhere=everywhere)
+    if _request.signal == "Ctrl-C":
+        error.code = int(ExitCode.CTRL_C)
+    return error
 
 
 _request = _Request()
@@ -65,7 +80,7 @@ def asked_to_stop() -> str | None:
 
 
 def stops_on_signal(work: Work) -> Work:
-    """Let SIGTERM and SIGUSR1 raise ``Interrupted`` while ``work`` runs.
+    """Let SIGTERM, SIGUSR1 and Ctrl-C raise ``Interrupted`` while ``work`` runs.
 
     During ``at_step_end`` it is raised as soon as the training loop asks, otherwise at once. A second signal ends the
     process. Both act as soon as Python runs again: a call into a library (a collective, a kernel, a long write) comes to
@@ -86,7 +101,7 @@ def stops_on_signal(work: Work) -> Work:
             # A launcher signals all; one that left first makes the collectives of the others fail.
             if _request.signal is None or not is_lost_peer(error):
                 raise
-            raise Interrupted(f"{_request.signal}, and another process has left. {_GO_ON}") from error
+            raise _interrupted(f"{_request.signal}, and another process has left. {_GO_ON}") from error
         finally:
             _leaving[0] = 1
             for number, handler in before.items():
@@ -109,7 +124,7 @@ def at_step_end() -> Iterator[None]:
     finally:
         _request.waits = False
     if _request.caught and _request.signal is not None:
-        raise Interrupted(f"{_request.signal} at the end of training. {_GO_ON}")
+        raise _interrupted(f"{_request.signal} at the end of training. {_GO_ON}")
 
 
 @contextmanager
@@ -122,7 +137,7 @@ def at_once() -> Iterator[None]:
     waits, _request.waits = _request.waits, False
     try:
         if _request.caught and _request.signal is not None:
-            raise Interrupted(f"{_request.signal} before the first step. {_GO_ON}")
+            raise _interrupted(f"{_request.signal} before the first step. {_GO_ON}")
         yield
     finally:
         _request.waits = waits
@@ -132,7 +147,7 @@ def stopped_at(step: int, checkpoint: object | None) -> Interrupted:
     """The exception to raise once the checkpoint of ``step`` is complete; None: this step could not be saved."""
     name = _request.signal or "another process was asked to stop"
     saved = f"{checkpoint} is complete" if checkpoint is not None else "the newest checkpoint is from before"
-    return Interrupted(f"{name}: stopped after step {step}, {saved}. {_GO_ON}", everywhere=True)
+    return _interrupted(f"{name}: stopped after step {step}, {saved}. {_GO_ON}", everywhere=True)
 
 
 def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: int) -> None:

@@ -6,16 +6,22 @@ name that cannot be confused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
 
+from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
+from dts_hf.data.streams import RowStream, Sample
 from dts_hf.data.targets import TrainOn
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
@@ -30,11 +36,23 @@ from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import checked_arguments
+from dts_hf.training.arguments import check_keywords, checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
+from dts_hf.training.generated import (
+    OPTIONS,
+    Predictions,
+    asks_for_generation,
+    check_metrics,
+    checked_options,
+    decoded,
+    metrics_of,
+    predict_answers,
+    questions_of,
+)
 from dts_hf.training.pair import Pair, pack_tokens, set_up_models
+from dts_hf.training.student import first_student, made_by
 
 #: Columns of a batch that neither model is given.
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS})
@@ -44,16 +62,17 @@ class DistillationTrainer(DistillationBase):
     """Distil ``teacher`` into ``model``.
 
     Args:
-        model: the student, or the name or folder of one.
-        teacher: a causal language model, its name or folder, or anything with the ``Teacher`` interface; None with
-            ``kd_ratio`` 0 is plain fine-tuning.
+        model: the student, or the name or folder of one; None with ``model_init``.
+        teacher: a causal language model, its name or folder (then its weights are in bfloat16, as in a recipe), or anything
+            with the ``Teacher`` interface; None with ``kd_ratio`` 0 is plain fine-tuning.
         temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
-        args: ``transformers.TrainingArguments``.
+        args: ``transformers.TrainingArguments``; the trainer works on a copy.
         train_dataset: rows (``instruction``/``input``/``output`` or ``messages``), or tokenised rows with unshifted
-            ``input_ids`` and ``labels`` (see ``data.tokenised``); on one process also an iterable data set of such rows.
-        eval_dataset: the same kinds but an iterable one, or a dictionary of several.
+            ``input_ids`` and ``labels`` (see ``data.tokenised``): a list, a data set, a data frame; or a stream, that is an
+            iterable data set or a generator function. docs/datasets.md has them all.
+        eval_dataset: the same kinds, or a dictionary of several.
         processing_class: the tokenizer; by default the student's own.
         temperature_scaling: ``"squared"`` or ``"none"`` (see ``DistillationLoss``).
         logits_budget_mb, kernels, logits_dtype: memory for one chunk of logits, MiB, and who computes it in what (see
@@ -62,6 +81,7 @@ class DistillationTrainer(DistillationBase):
         train_on: for rows: ``last_turn``, ``all_turns`` or ``completion``; None: ``completion`` for prompt/completion
             rows, else ``all_turns``. See ``data.targets.TextCutter``.
         max_length, max_prompt_length, long_rows: for rows; see ``data.encoding.encode_rows`` (tokens).
+        columns: for rows; our names of columns and theirs, as ``{"instruction": "ask", "output": "gold"}``.
         packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
@@ -74,27 +94,37 @@ class DistillationTrainer(DistillationBase):
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
+        peft_config: of an adapter that the student gets, such as ``peft.LoraConfig``; the output layer has none.
+        model_init: makes the student, anew for every ``train``; takes nothing, or the trial of a
+            ``hyperparameter_search``.
+        predict_with_generate: ``predict``, and with ``compute_metrics`` ``evaluate``, also answer the prompts of the rows;
+            true in ``Seq2SeqTrainingArguments`` does the same.
+        generation: options of ``generation.engine.GenerationSettings``, such as ``{"max_new_tokens": 64}``; greedy and 128
+            tokens without.
+        compute_metrics: takes an ``EvalPrediction`` whose ``predictions`` and ``label_ids`` are token ids ``[rows, T]`` of
+            generated answers and references, in the order of the rows, filled up with -100.
         kwargs: everything else that ``Trainer`` takes, and ``model_card``, which returns the text of the model card that
-            ``push_to_hub`` uploads. With ``args.push_to_hub`` nothing is uploaded while training runs, whatever
-            ``args.hub_strategy``: ``push_to_hub`` does it, and ``save_model``.
+            ``push_to_hub`` uploads, in the place of ours. With ``args.push_to_hub`` a student is uploaded at saves too,
+            unless ``args.hub_strategy`` is ``end``; never more than ``hub.staging`` lets go.
 
     Attributes:
         encoding_reports: what became of the rows, by data set: ``"train_dataset"``, ``"eval_dataset"`` or
             ``"eval_dataset['name']"``, and of the last call ``"evaluate"`` and ``"predict"``. Where rows are dropped, cut,
             or kept without a label that counts, it is logged as a warning.
 
-    There are no logits: ``compute_loss(..., return_outputs=True)`` returns the loss alone beside the loss, and
-    ``predict(...).predictions`` is None; its ``metrics`` are those of ``evaluate``.
+    There are no logits: ``compute_loss(..., return_outputs=True)`` returns ``{"loss": loss}`` beside the loss,
+    ``prediction_step`` the loss and two None, and the ``predictions`` of ``predict`` are None or generated token ids.
 
     Raises:
         UserError: anything that does not fit together, before the first step.
     """
 
+    @in_order
     def __init__(
         self,
-        model: nn.Module | str,
-        teacher: nn.Module | Teacher | str | None,
-        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = 2.0,
+        model: nn.Module | str | None = None,
+        teacher: nn.Module | Teacher | str | None = None,
+        temperature: TemperaturePolicy | Mapping[str, Any] | str | float = "dts",
         divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
         kd_ratio: float = 0.5,
         args: TrainingArguments | None = None,
@@ -107,27 +137,43 @@ class DistillationTrainer(DistillationBase):
         prompt_template: str = "auto", train_on: TrainOn | None = None,
         max_length: int = 512, max_prompt_length: int = 256,
         long_rows: str = "drop",
+        columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_placement: str = "replicated",
         router_aux_loss: str = "model",
         data_collator: Any = None,
+        peft_config: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        predict_with_generate: bool = False,
+        generation: Mapping[str, Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         # 1. Two models that can be compared, and batches that both read.
+        check_keywords(kwargs, inspect.signature(DistillationTrainer.__init__).parameters)
         args = checked_arguments(args, kwargs)
+        self.predict_with_generate = predict_with_generate or asks_for_generation(args)
+        self.generation = checked_options(generation or {}, args.per_device_eval_batch_size)
+        check_metrics(compute_metrics, self.predict_with_generate, args)
         check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
+        self.peft_config, self._generating = peft_config, self.generation
+        model = first_student(model, model_init, args, **kwargs)
         shard = teacher_placement == "sharded" and isinstance(teacher, (str, nn.Module))
-        pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args)
+        pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
+                             peft_config)  # fmt: skip
+        self.pair, self.router_choice = pair, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
+        self.template = resolve_template(prompt_template or "auto", pair.tokenizer, "prompt_template")
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
-        rows = LanguageRows(pair, prompt_template, limits, as_they_are=not isinstance(collator, Collator), args=args)
+        own = not isinstance(collator, Collator)
+        rows = LanguageRows(pair, prompt_template, limits, as_they_are=own, columns=columns)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
@@ -145,11 +191,34 @@ class DistillationTrainer(DistillationBase):
             columns=LogColumns(teacher=pair.taught),
             rows=rows,
             pack_tokens=pack_tokens(packing),
+            facts=pair.facts(),
+            compute_metrics=compute_metrics,
             **kwargs,
         )
+        self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
+
+        Raises:
+            UserError: it is no model, or does not fit.
+        """
+        assert self.model_init is not None
+        self.pair = self.pair.with_student(made_by(self.model_init, trial), self.peft_config)
+        self.router = self.pair.router(self.router_choice)
+        if isinstance(self.rows, LanguageRows):
+            self.rows.models = self.pair.models()
+        self.compile_layers(self.pair.student, "the student")
+        config: Any = self.pair.student.config
+        config.use_cache = self.args.use_cache  # as the Trainer's __init__ does
+        return self.pair.student
 
     def _place_teacher(self, shard: bool) -> None:
         if shard and isinstance(self.teacher, LiveTeacher):
@@ -164,12 +233,132 @@ class DistillationTrainer(DistillationBase):
             return
         held_out: Any = self.eval_dataset
         smallest = min(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        for dataset in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
-            if not isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+        for given in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
+            dataset: Any = given.sample() if isinstance(given, RowStream) else given
+            if not isinstance(dataset, (TokenisedDataset, EncodedDataset, Sample)) or not len(dataset):
                 continue
             end_to_end = try_collator(self.data_collator, self.collate, dataset, smallest)
             if end_to_end:
                 pair.check_packing(self.args, own_mask=False)
+
+    # --------------------------------------------------------------------------------------------- generated answers
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **generation: Any,
+    ) -> dict[str, float]:
+        """The Trainer's: losses and distances to the teacher, and what ``compute_metrics`` makes of generated answers.
+
+        Args:
+            eval_dataset: rows of any kind that the trainer takes, a dictionary of several, or the name of one of its own.
+            ignore_keys: no use: there are no outputs.
+            metric_key_prefix: before the name of every number.
+            generation: options for this call, as ``max_new_tokens=64``.
+
+        Raises:
+            UserError: see ``checked_options`` and ``questions_of``.
+        """
+        with self._with_options(generation):
+            values: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return values
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        *,
+        predict_with_generate: bool | None = None,
+        **generation: Any,
+    ) -> PredictionOutput:
+        """Losses on ``test_dataset``, and with ``predict_with_generate`` its prompts' answers.
+
+        Args:
+            test_dataset: rows of any kind that the trainer takes.
+            ignore_keys: no use: there are no outputs.
+            metric_key_prefix: before the name of every number.
+            predict_with_generate: for this call; None: as the trainer has it. Options of generation are for it, too.
+            generation: options for this call, as ``max_new_tokens=64``.
+
+        Returns:
+            ``predictions`` and ``label_ids``: token ids ``[rows, T]`` of answers and references in the order of the rows,
+            filled up with -100, or None; ``metrics`` as those of ``evaluate``.
+
+        Raises:
+            UserError: see ``checked_options`` and ``questions_of``.
+        """
+        before = self.predict_with_generate
+        if predict_with_generate is None:
+            predict_with_generate = before or bool(generation)
+        self.predict_with_generate = predict_with_generate
+        try:
+            with self._with_options(generation):
+                return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.predict_with_generate = before
+
+    def generate(self, rows: Any, **generation: Any) -> list[str]:
+        """The student's answers to the prompts of ``rows``, as text, in their order.
+
+        Args:
+            rows: of any kind that the trainer takes, with an answer, which is not looked at.
+            generation: options for this call, as ``max_new_tokens=64``.
+
+        Raises:
+            UserError: see ``checked_options`` and ``questions_of``.
+        """
+        with self._with_options(generation):
+            prepared = self.rows.prepare(rows, "generate")
+            return decoded(self.processing_class, self._answers(prepared, "generate").answers)
+
+    @contextmanager
+    def _with_options(self, generation: Mapping[str, Any]) -> Iterator[None]:
+        before = self._generating
+        given = {name: getattr(self.generation, name) for name in OPTIONS}
+        self._generating = checked_options({**given, **generation}, self.generation.batch_size)
+        try:
+            yield
+        finally:
+            self._generating = before
+
+    def _answers(self, dataset: Any, name: str) -> Predictions:
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        return predict_answers(
+            model,
+            self.processing_class,
+            questions_of(dataset, name),
+            self._generating,
+            row_keys=getattr(dataset, "row_ids", None),
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The losses of ``DistillationBase``, then the answers where predictions are asked for."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        losses_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        if losses_only or not self.predict_with_generate:
+            return output
+        dataset: Any = dataloader.dataset
+        found = self._answers(getattr(dataset, "dataset", dataset), description.lower())
+        if self.compute_metrics is not None:
+            with_inputs = "inputs" in (self.args.include_for_metrics or ())
+            values = metrics_of(self.compute_metrics, found, with_inputs)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output._replace(predictions=found.answers, label_ids=found.references)
+
+    def end_token_ids(self) -> list[int]:
+        return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, self.template)]
 
     # ------------------------------------------------------------------------------------------------------- the batch
 

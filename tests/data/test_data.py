@@ -68,14 +68,14 @@ BAD_ROWS = {
     "list": ([1], r"expected an object \{instruction, .* got a list"),
     "no output": (
         without("output"),
-        r"\('output'\) is missing; found the columns 'id', 'instruction', 'input', expected",
+        r"field 'output' is missing, the response; found the columns 'id', 'instruction', 'input', expected",
     ),
     "misspelt": (
         {**without("instruction"), "instrction": "x"},
         r"Did you mean 'instruction'\?.*\{instruction: instrction\}",
     ),
     "other name": ({**without("output"), "reply": "x"}, r"data\.columns, such as \{output: reply\}$"),
-    "input kept": (without("instruction"), r"\('instruction'\) is missing[^?]*\{instruction: NAME\}$"),
+    "input kept": (without("instruction"), r"field 'instruction' is missing[^?]*\{instruction: NAME\}$"),
     "null": ({**GOOD, "output": None}, r"field 'output' is null or an empty cell"),
     "number": ({**GOOD, "output": 5}, r"field 'output': got the int 5, expected a string"),
     "bool": ({**GOOD, "input": True}, r"field 'input': got true or false, expected a string"),
@@ -252,6 +252,21 @@ def test_hub_rows(monkeypatch):
     assert calls == [("owner/set", "small", "test")] and [row.id for row in rows] == ["owner-set-1"]
     described = manifest("owner/set:small", rows)
     assert described["source"] == "owner/set:small" and len(described["sha256"]) == 64
+
+
+def test_a_hub_row_that_cannot_be_read(monkeypatch):
+    """As one with an image, where the library that reads it is not installed."""
+    import datasets
+
+    def rows():
+        yield without("id")
+        raise ImportError("To support decoding images,\nplease install 'Pillow'.")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    with pytest.raises(
+        UserError, match=r"owner/set, split 'train': row 2: cannot be read: To support decoding images, pl"
+    ):
+        load_rows("owner/set")
 
 
 def test_rows_from_python():

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dts_hf.data.columns import FIELDS
 from dts_hf.data.formats import PAIRS, PROMPTS, RESPONSES, parse_row
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import rows_from_dataset
+from dts_hf.data.sources import load_rows, rows_from_dataset
 from dts_hf.errors import UserError
+from dts_hf.recipe.schema import Source
+from tests.support.tiny import tiny_tokenizer
+from tests.support.trainers import trainer_for
+
+DATA_PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -232,6 +242,42 @@ def test_a_list_may_be_written_as_json() -> None:
     assert parsed.messages == (Q,) and parsed.chat_template_kwargs == {"enable_thinking": False}
 
 
+# ------------------------------------------------------------------------------------------ docs/data.md
+
+
+EXAMPLES = re.findall(r"^\| `(\{.*?\})` \| (\w+) \|", DATA_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_examples_of_the_documentation() -> None:
+    page = DATA_PAGE.read_text(encoding="utf-8")
+    assert len(EXAMPLES) == 7
+    for example, kind in EXAMPLES:
+        assert parse_row(json.loads(example), "here", "d").kind == kind
+    described = {
+        name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([\w.]+)`", line)
+    }
+    assert {"context", "system", "system_prompt", "history", "tools", "reasoning", "chat_template_kwargs"} <= described
+    assert all(f"`{name}`" in page for name in (*PROMPTS, *RESPONSES))
+    sources = yaml.safe_load(page.partition("## A mixture\n\n```yaml\n")[2].partition("```")[0])["data"]["train"]
+    assert [Source(**one) for one in sources[1:]][1].columns == {"instruction": "ask", "output": "said"}
+
+
+def test_what_is_learned_of_them(tmp_path: Path) -> None:
+    """All of them together, through the trainer: what goes in around the text, and the targets."""
+    trainer = trainer_for(tmp_path, rows=[json.loads(example) for example, _ in EXAMPLES], prompt_template="auto")
+    tokenizer, found = tiny_tokenizer(), []
+    for row in trainer.train_dataset:
+        labels = [label for label in row["labels"] if label >= 0]
+        before = row["input_ids"][: len(row["labels"]) - len(labels)]
+        found.append((tokenizer.decode(before), tokenizer.decode(labels, skip_special_tokens=True).strip()))
+    questions = ["2 and 3", "6 x 7?", "The sky is", "Hi", "Hi", "Hi", ""]
+    # Nothing foretells the first token of a text: this tokenizer writes none before it.
+    assert [answer for _, answer in found] == ["5", "42", "blue.", "Hello.", "Hello.", "Hello.", "nce upon a time."]
+    assert all(question in before for question, (before, _) in zip(questions, found, strict=True))
+    assert (found[2][0], found[6][0]) == ("The sky is", "O")  # as they are, without a template
+    assert trainer.train().global_step == 1
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -252,8 +298,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"'question', 'prompt' for the prompt and 'answer', 'completion' for the response.*\{question: question, answer:",
     ),
     "two responses": ({"prompt": "a", "answer": "b", "response": "c"}, r"found the columns 'prompt' for the prompt and"),
-    "no response": ({"prompt": "a", "gold": "b"}, r"the response \('completion'\) is missing.*\{completion: gold\}"),
-    "no prompt": ({"completion": "a"}, r"the prompt \('prompt'\) is missing; found the columns 'completion', expected"),
+    "no response": ({"prompt": "a", "gold": "b"}, r"field 'completion' is missing, the response.*\{completion: gold\}"),
+    "no prompt": ({"completion": "a"}, r"field 'prompt' is missing, the prompt; found the columns 'completion', expected"),
     "nothing": ({"ask": "a", "reply": "b"}, r"no row format is whole; found the columns 'ask', 'reply', expected \{instr"),
     "nothing at all": ({}, r"found the columns none"),
     "misspelt messages": ({"mesages": [Q, A]}, r"Did you mean 'messages'\?"),
@@ -407,3 +453,26 @@ def test_rows_of_pandas() -> None:
     assert row(messages=talk, tools=float("nan")) == row(messages=[Q, A])
     assert row(instruction="a", input=float("nan"), output=np.array(["b", "c"])).references == ("b", "c")
     assert row(id=np.int64(3), instruction=np.str_("a"), output="b").id == "3"
+
+
+# ------------------------------------------------------------------------------------------ real rows
+
+
+@pytest.mark.shared_data
+def test_real_rows_in_every_form(shared_data_dir: Path, tmp_path: Path) -> None:
+    """Dolly's rows, and the same ones as other people would have them."""
+    plain = load_rows(shared_data_dir / "dolly" / "valid.jsonl", limit=200)
+    talks = [
+        {"id": row.id, "conversations": [{"from": "human", "value": row.prompt_messages[0]["content"]},
+                                         {"from": "gpt", "value": row.response}]}
+        for row in plain
+    ]  # fmt: skip
+    (tmp_path / "talks.json").write_text(json.dumps(talks), encoding="utf-8")
+    read = load_rows(tmp_path / "talks.json")
+    assert [row.conversation for row in read] == [row.conversation for row in plain]
+    assert all(len(row.references) == 1 and row.kind == "messages" for row in read)
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "instruction", "context", "response"])
+        writer.writerows([row.id, row.instruction, row.input, row.response] for row in plain)
+    assert load_rows(tmp_path / "rows.csv") == [replace(row, references=row.references[:1]) for row in plain]

@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dts_hf.data.mixture import weighted
+from dts_hf.data.mixture import is_mixed, summary, weighted
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_many, load_mixture, load_rows, manifest
+from dts_hf.distill import distill
+from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
-from dts_hf.recipe.schema import Source
+from dts_hf.evaluation.evaluate import _load_rows
+from dts_hf.evaluation.options import EvaluationOptions
+from dts_hf.language_modeling.task import LanguageModeling
+from dts_hf.recipe.schema import Recipe, Source
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.start import _check_same, check_same_rows
+from tests.support.recipes import recipe
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
 def rows(count: int) -> list[Row]:
@@ -64,10 +73,10 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
     mixture = load_mixture([Source(source=first, weight=0.5), second, Source(source=first, weight=2)])
     assert Counter(row.id.split("-")[0] for row in mixture.rows) == {"a": 2, "b": 3, "a.2": 8}
     assert [(part.rows, part.used) for part in mixture.parts] == [(4, 2), (3, 3), (4, 8)]
-    assert mixture.summary() == (
+    assert is_mixed(mixture.parts) and summary(mixture.parts) == (
         f"mixed 13 rows: 2 of {Path(first).name} (4 rows x 0.5); 3 of b.jsonl; 8 of a.jsonl (4 rows x 2)"
     )
-    assert load_mixture(first).summary() == "" and load_mixture([first]).rows == load_rows(first)
+    assert not is_mixed(load_mixture(first).parts) and load_mixture([first]).rows == load_rows(first)
     # A limit is of them all, the first ones, and does not change which half is taken.
     assert load_many([Source(source=first, weight=0.5), second], limit=3) == mixture.rows[:3]
     assert load_many([Source(source=first, weight=0.5)], limit=1) == mixture.rows[:1]
@@ -130,3 +139,75 @@ def test_the_manifest_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     assert len(digests) == 5
     assert described(Source(source="a.jsonl"), "b.jsonl") == described("a.jsonl", "b.jsonl")
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A teacher on the disk, and rows as people have them."""
+    tiny_llama(layers=2).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text("ask,gold\n" + "".join(f"Say {k},It is {k}.\n" for k in range(8)))
+    write(Path("theirs.jsonl"), 4)
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    Path("held.json").write_text(json.dumps([{"conversations": talk}, {"conversations": talk}]))
+    return tmp_path
+
+
+def mixed_recipe(**data: Any) -> Recipe:
+    columns = {"instruction": "ask", "output": "gold"}
+    first = {"source": "mine.csv", "weight": 0.5, "columns": columns}
+    values = {"train": [first, {"source": "theirs.jsonl", "weight": 2}], "validation": "held.json", **data}
+    return recipe(data=values, training={"max_steps": 2}, evaluation={"models": [], "every_steps": None},
+                  output={"report": False})  # fmt: skip
+
+
+def test_a_run_on_a_mixture(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = mixed_recipe()
+    run = distill(made)
+    train = run.read_data_manifest()["splits"]["train"]
+    assert (train["rows"], train["source"]) == (12, ["mine.csv", "theirs.jsonl"])
+    assert [(part["rows"], part["used"], part["weight"]) for part in train["mixture"]] == [(8, 4, 0.5), (4, 8, 2.0)]
+    line = "data.train: mixed 12 rows: 4 of mine.csv (8 rows x 0.5); 8 of theirs.jsonl (4 rows x 2)"
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert run.read_recipe().data == made.data
+    # A weight is not changed in the middle of a run, whatever the number of rows.
+    other = mixed_recipe(train=[{"source": "mine.csv", "weight": 1, "columns": {"instruction": "ask", "output": "gold"}},
+                                {"source": "theirs.jsonl"}])  # fmt: skip
+    again = load_mixture(other.data.train)
+    assert len(again.rows) == 12
+    with pytest.raises(UserError, match="the rows of 'train' have changed since this run was started"):
+        check_same_rows(run, {"splits": {"train": manifest(other.data.train, again.rows, parts=again.parts)}})
+
+
+def test_a_moved_file_is_the_same_run_and_another_weight_is_not(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"source": "theirs.jsonl", "weight": 2, "columns": {"question": "question"}}
+    was = mixed_recipe(train=source)
+    args = LanguageModeling(was).training_arguments("run")
+    _check_same(was, mixed_recipe(train={**source, "source": "moved.jsonl"}), args, RunDirectory(workplace / "run"))
+    assert "resumed with data.train.source" in capsys.readouterr().err
+    for change in ({"weight": 1}, {"split": "test"}, {"columns": {"question": "answer"}}):
+        with pytest.raises(UserError, match=rf"data\.train\.{next(iter(change))}"):
+            _check_same(was, mixed_recipe(train={**source, **change}), args, RunDirectory(workplace / "run"))
+
+
+def test_held_out_rows_are_read_with_their_columns_again(workplace: Path) -> None:
+    """When a finished run is evaluated."""
+    held_out = {"source": "mine.csv", "columns": {"instruction": "ask", "output": "gold"}}
+    made = mixed_recipe(validation=held_out)
+    rows = LanguageModeling(made).load_rows()
+    assert [row.response for row in rows.validation] == [f"It is {k}." for k in range(8)]
+    read = _load_rows("run", made, EvaluationOptions())
+    assert [row.id for row in read["validation"]] == [row.id for row in rows.validation]
+
+
+def test_the_doctor_tells_what_was_mixed(workplace: Path) -> None:
+    Path("recipe.yaml").write_text(mixed_recipe().to_yaml())
+    check = diagnose("recipe.yaml")["rows"]
+    assert "4 of mine.csv (8 rows x 0.5); 8 of theirs.jsonl (4 rows x 2)" in check.summary
+    assert [part["used"] for part in check.values["mixture"]] == [4, 8]

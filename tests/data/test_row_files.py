@@ -96,7 +96,8 @@ BROKEN = {
     "no bytes": ("a.csv", b"", r"a\.csv: the file holds no rows"),
     "not UTF-8": ("a.csv", b"question,answer\na,\xff\n", r"line 2: byte 3 is not UTF-8"),
     "zero byte": ("a.csv", b"question,answer\na,\x00\n\x00", r"a\.csv: line 3: "),
-    "commas in tabs": ("a.tsv", b"question,answer\na,b\n", r"no row format is whole; found the columns 'question,answer'"),
+    "commas in tabs": ("a.tsv", b"question,answer\na,b\n", r"line 1: got one column 'question,answer'.* separated by tabs"),
+    "semicolons": ("a.csv", b"question;answer\na;b\n", r"line 1: got one column 'question;answer'.* separated by commas"),
     "other key": ("a.json", b'{\n"train": [],\n"test": []}', r"expected a list of rows, or .* keys 'train', 'test'"),
     "list of lists": ("a.json", b"[[1], [2]]", r"a\.json: row 1: expected an object"),
     "a number": ("a.json", b"5", r"a\.json: line 1: expected an object"),
@@ -129,20 +130,20 @@ def test_broken_files(name: str, tmp_path: Path) -> None:
 def test_offsets_of_an_arrow_file_that_lead_outside(tmp_path: Path) -> None:
     """Read as they are, they would read the memory of the process."""
     path = tmp_path / "a.arrow"
-    content = as_arrow(pa.table({"text": ["a", "b"]}))
-    offsets = b"\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00"
+    content = as_arrow(pa.table({"text": ["abc", "defg"]}))
+    offsets = b"\x00\x00\x00\x00\x03\x00\x00\x00\x07\x00\x00\x00"
     assert content.count(offsets) == 1
-    path.write_bytes(content.replace(offsets, b"\x00\x00\x00\x00\xff\xff\xff\x7f\x02\x00\x00\x00"))
+    path.write_bytes(content.replace(offsets, b"\x00\x00\x00\x00\xff\xff\xff\x7f\x07\x00\x00\x00"))
     with pytest.raises(UserError, match=r"a\.arrow: not a readable Arrow file"):
         load_rows(path)
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_limits, "FREE_BYTES", 1 << 20)
-    again = pa.DictionaryArray.from_arrays([0] * 2000, ["x" * (1 << 16)])
+    monkeypatch.setattr(file_limits, "FREE_BYTES", 1 << 16)
+    again = pa.DictionaryArray.from_arrays([0] * 1000, ["x" * (1 << 17)])
     (tmp_path / "a.arrow").write_bytes(as_arrow(pa.table({"text": again})))
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + b" " * (8 << 20) + b"]"))
-    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\n" + b"\n" * (8 << 20)))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + b" " * (1 << 20) + b"]"))
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\n" + b"\n" * (1 << 19)))
     for name in ("a.arrow", "b.json.gz", "c.csv.gz"):
         with pytest.raises(UserError, match="unpacks to more than 200 times its size"):
             list(read_objects(tmp_path / name))

@@ -398,12 +398,7 @@ FAULTS: dict[str, tuple[str, str, str, Sections | Callable[[], Sections]]] = {
         {"training": {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"}},
     ),
     "run_directory_in_use": ("output", "output-not-empty", "warning", run_directory_in_use),
-    "checkpoints_that_are_never_uploaded": (
-        "training",
-        "refused",
-        "error",
-        {"training": {"push_to_hub": True, "hub_strategy": "checkpoint"}},
-    ),
+    "upload_without_a_hub": ("hub", "hub-not-checked", "warning", {"training": {"push_to_hub": True}}),
     "misspelt_key": ("recipe", "refused", "error", {"loss": {"kd_rate": 0.5}}),
 }
 #: What is planted in the package itself, for the length of a test.

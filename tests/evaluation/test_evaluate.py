@@ -172,9 +172,16 @@ def test_what_a_run_is_answered_with(place: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().err
     assert "validation under the protocol custom, weights in bfloat16" in said and "teacher's answers" in said
     benchmark = evaluated("run", ["Vicuna"], data_dir=folder.parent, max_new_tokens=2, dtype="float32")
-    assert benchmark["protocol"]["name"] == "minillm, max_new_tokens=2" and benchmark["protocol"]["batch_size"] is None
+    assert (
+        benchmark["protocol"]["name"] == "minillm, template=chat, max_new_tokens=2"
+        and benchmark["protocol"]["batch_size"] is None
+    )
     said = capsys.readouterr().err
-    assert "vicuna under the protocol minillm, max_new_tokens=2" in said and "teacher's answers" not in said
+    assert "this student was scored with custom" in said and "do_sample True instead of False" in said
+    assert (
+        "vicuna under the protocol minillm, template=chat, max_new_tokens=2" in said
+        and "teacher's answers" not in said
+    )
 
 
 def prepared_set(folder: Path, count: int) -> Path:

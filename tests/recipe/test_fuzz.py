@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -26,8 +27,9 @@ from typer.testing import CliRunner
 from dts_hf.classification.glue_tasks import TASKS, load_labelled
 from dts_hf.cli import app as cli
 from dts_hf.data.chat_templates import TEMPLATES, get_template
+from dts_hf.data.columns import FIELDS
 from dts_hf.data.encoding import encode_rows
-from dts_hf.data.sources import load_many, load_rows
+from dts_hf.data.sources import load_many, load_rows, rows_from_dataset
 from dts_hf.errors import UserError
 from dts_hf.evaluation.held_out import load_sets
 from dts_hf.evaluation.score import score_file
@@ -278,6 +280,56 @@ INSTRUCTION_ROWS = [
             ]
         }
     ],
+    [{"prompt": "The sky is", "completion": " blue."}, {"text": "Once."}, {"question": "6 x 7?", "answer": "42"}],
+    [
+        {
+            "instruction": "Add.",
+            "context": "2",
+            "response": "2",
+            "system": "s",
+            "history": [["a", "b"]],
+            "reasoning": "r",
+        }
+    ],
+    [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}],
+    [
+        {
+            "messages": [
+                {"role": "developer", "content": "x"},
+                {"role": "user", "content": "x"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
+                },
+                {"role": "tool", "content": "y", "tool_call_id": "1"},
+                {"role": "assistant", "content": "z", "reasoning_content": "r"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    ],
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "x"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                {"from": "observation", "value": "y"},
+                {"from": "gpt", "value": "z"},
+            ],
+            "tools": '[{"name": "f"}]',
+            "images": [],
+        }
+    ],
+    [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x"}]},
+                {"role": "assistant", "content": ["y"]},
+            ]
+        }
+    ],
+    [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "completion": "b", "label": False}],
 ]
 LABELLED_ROWS = [
     [{"id": "a/../b", "sentence": "good", "label": 1}, {"idx": 7, "sentence": "bad", "label": 0}],
@@ -323,6 +375,11 @@ LINES = [
 ]
 
 
+def as_list(rows: Any) -> bytes:
+    """One JSON value, as ``.json`` files may be; lines of it may be damaged, too."""
+    return json.dumps({"data": rows} if isinstance(rows, list) and len(rows) == 1 else rows, indent=1).encode()
+
+
 def as_lines(rows: Any, end: str = "\n") -> bytes:
     listed = rows if isinstance(rows, list) else [rows]
     return "".join(json.dumps(row) + end for row in listed).encode()
@@ -331,7 +388,8 @@ def as_lines(rows: Any, end: str = "\n") -> bytes:
 def lines(bases: Sequence[Any]) -> st.SearchStrategy[bytes]:
     """Files with wrong objects in right lines, and with wrong lines."""
     mended = mutated(bases).map(as_lines)
-    return st.one_of(mended, mended, st.sampled_from(bases).map(as_lines).flatmap(lambda text: damaged(text, LINES)))
+    broken = st.sampled_from(bases).map(as_lines).flatmap(lambda text: damaged(text, LINES))
+    return st.one_of(mended, mended, mutated(bases).map(as_list), broken)
 
 
 @st.composite
@@ -341,7 +399,7 @@ def packed(draw: st.DrawFn, bases: Sequence[Any]) -> tuple[str, bytes]:
     kind = draw(st.integers(0, 5))
     if kind < 4:
         return draw(
-            st.sampled_from(["f.jsonl", "f.json", "f.jsonl", "train.jsonl", "ä b.jsonl", "f.jsonl.gz"])
+            st.sampled_from(["f.jsonl", "f.json", "f.jsonl", "train.json", "ä b.jsonl", "f.jsonl.gz"])
         ), content
     squeezed = gzip.compress(content, mtime=0)
     if kind == 5:
@@ -422,6 +480,72 @@ def test_parquet(content: bytes, template: str, tokenizer: Any) -> None:
     check_instruction_rows("f.parquet", content, template, tokenizer)
 
 
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A CSV or TSV file, with wrong cells or with wrong bytes."""
+    names = st.sampled_from(["id", "question", "answer", "prompt", "completion", "messages", "text", "tools", "x", ""])
+    header = draw(st.lists(names, min_size=1, max_size=4))
+    texts = st.one_of(st.sampled_from(WORDS), st.sampled_from(INSTRUCTION_ROWS).map(json.dumps), st.text(max_size=9))
+    rows = draw(st.lists(st.lists(texts, min_size=len(header), max_size=len(header)), max_size=3))
+    delimiter = draw(st.sampled_from(",\t"))
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter=delimiter).writerows([header, *rows])
+    content = stream.getvalue().encode(errors="surrogatepass")
+    if draw(st.booleans()):
+        content = draw(damaged(content, [b'"', b",", b"\t", b"\r", b"\n", b"\x00", content]))
+    return ("f.csv" if delimiter == "," else "f.tsv"), content
+
+
+@cases(500)
+@given(file=cells(), template=templates)
+def test_cells(file: tuple[str, bytes], template: str, tokenizer: Any) -> None:
+    check_instruction_rows(*file, template, tokenizer)
+
+
+ONE_TYPE_A_COLUMN = [rows for rows in INSTRUCTION_ROWS if len(rows) == 1 and '"content": [' not in json.dumps(rows)]
+
+
+@st.composite
+def arrow(draw: st.DrawFn) -> bytes:
+    """An Arrow file of rows, as a stream or with a footer, plain or compressed, as it is or damaged."""
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(draw(st.sampled_from(ONE_TYPE_A_COLUMN)))
+    if draw(st.booleans()):
+        table = pa.table({name: pa.array(["a", "b", "a"]).dictionary_encode() for name in ("question", "answer")})
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=draw(st.sampled_from([None, None, "lz4", "zstd"])))
+    with draw(st.sampled_from([pa.ipc.new_stream, pa.ipc.new_file]))(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    return (
+        draw(damaged(content, [b"\xff" * 4, b"\x00" * 8, b"ARROW1\0\0", content])) if draw(st.booleans()) else content
+    )
+
+
+@cases(500)
+@given(content=arrow(), template=templates)
+def test_arrow(content: bytes, template: str, tokenizer: Any) -> None:
+    check_instruction_rows("f.arrow", content, template, tokenizer)
+
+
+@cases(500)
+@given(
+    rows=mutated(INSTRUCTION_ROWS),
+    columns=st.dictionaries(
+        st.one_of(st.sampled_from(sorted(FIELDS)), st.sampled_from(WORDS)),
+        st.one_of(
+            st.none(),
+            st.sampled_from(["prompt", "messages", "messages.0.content", "x", "history.0.1", "text.a.b"]),
+            st.text(),
+        ),
+        max_size=3,
+    ),
+)
+def test_columns(rows: Any, columns: dict[str, str | None]) -> None:
+    survive(lambda: rows_from_dataset(rows if isinstance(rows, list) else [rows], "train_dataset", columns))
+
+
 @cases(1000)
 @given(file=packed(LABELLED_ROWS), subset=st.sampled_from(sorted(TASKS)))
 def test_labelled_rows(file: tuple[str, bytes], subset: str) -> None:
@@ -497,7 +621,8 @@ CHOICES: dict[str, list[Any]] = {
     "student.lora": [{}, {"r": 1, "save": "merged"}, {"r": 3, "alpha": BIG, "dropout": 0.99}, {"target_modules": "q_proj"}],
     "teacher.dtype": ["bfloat16", "float16"],
     "teacher.vocab_alignment": ["intersect", "truncate_to_tokenizer"],
-    "data.train": [["train.jsonl", "valid.jsonl"], "*.jsonl", ".", "train.jsonl"],
+    "data.train": [["train.jsonl", "valid.jsonl"], "*.jsonl", ".", [{"source": "train.jsonl", "weight": 0.5}, "."]],
+    "data.columns": [{"output": "output"}, {"input": None}, {"text": "output"}],
     "data.validation": [None, "train.jsonl"],
     "data.prompt_template": ["alpaca", "chat"],
     "data.max_length": [2, 25, 10**6, BIG],

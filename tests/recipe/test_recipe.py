@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
+from dts_hf.data.columns import FIELDS
 from dts_hf.errors import UserError
 from dts_hf.recipe.editor_schema import editor_schema
 from dts_hf.recipe.loading import load_recipe
-from dts_hf.recipe.schema import Recipe, recipe_json_schema
+from dts_hf.recipe.schema import Recipe, Source, recipe_json_schema
 from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.training_arguments import training_arguments
 
@@ -145,6 +146,10 @@ def test_dot_paths_belong_to_the_file_and_overrides_to_the_current_folder(
     assert recipe.teacher.tokenizer == "tok" and recipe.evaluation.sets == ["dolly", str(tmp_path.parent / "x.jsonl")]
     sets = write(tmp_path / "recipes", "extends: recipe.yaml\nevaluation: {sets: [./x.jsonl, y.jsonl]}\n", "sets.yaml")
     assert load_recipe(sets).evaluation.sets == ["recipes/x.jsonl", "y.jsonl"]
+    mixed = "extends: recipe.yaml\ndata: {train: [{source: ./a.jsonl, weight: 2}, ../b.jsonl], validation: {source: ./c}}\n"
+    data = load_recipe(write(tmp_path / "recipes", mixed, "mixed.yaml")).data
+    assert data.train == [Source(source="recipes/a.jsonl", weight=2), "b.jsonl"]
+    assert data.validation == Source(source="recipes/c")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_recipe("../recipes/recipe.yaml").data.train == str(tmp_path / "recipes/data/rows.jsonl")
 
@@ -204,6 +209,21 @@ def test_problems_name_the_file_that_brought_them(tmp_path: Path) -> None:
         ("data.train=5", "data.train: got 5, expected text or a list of at least one item, each text"),
         ("data.train=[]", "data.train: got [], expected text or a list of at least one item, each text"),
         ("data.train=null", "data.train: got null, expected text"),
+        ("data.train=[{source: a, wieght: 2}]", "data.train.0.wieght: unknown key. Did you mean 'weight'?"),
+        ("data.train=[a, {weight: 2}]", "data.train.1.source: is missing, expected text that is not empty"),
+        (
+            "data.train=[{source: a, weight: 0}]",
+            "data.train.0.weight: got 0, expected a number above 0 and of at most 1000",
+        ),
+        ("data.train={source: a, columns: {promt: x}}", "data.train.columns: 'promt' is no field of ours"),
+        (
+            "data.validation={source: a, weight: 2}",
+            "data: validation: the weight of a is 2, but held-out rows count once",
+        ),
+        ("data.columns={promt: x}", "data.columns: 'promt' is no field of ours, expected one of instruction, "),
+        ("data.columns={promt: x}", "Did you mean 'prompt'?"),
+        ("data.columns.prompt=5", "data.columns.prompt: got 5, expected text or null. Put it in quotes."),
+        ("data.columns=[prompt]", 'data.columns: got ["prompt"], expected a mapping'),
         ("data=null", "data: got null, expected a mapping with train, validation"),
         ("data=rows.jsonl", 'data: got "rows.jsonl", expected a mapping with train, validation'),
         ("teacher.revision=1234567", "teacher.revision: got 1234567, expected text or null. Put it in quotes."),
@@ -242,6 +262,23 @@ def test_wrong_values(minimal: Path, override: str, expected: str) -> None:
     text = message(minimal, override)
     assert expected in text
     assert text.startswith(("command line: ", f"{minimal}: ")) and "\n" not in text
+
+
+def test_a_task_has_no_columns_and_no_weights(minimal: Path) -> None:
+    task = "task={name: glue, subset: rte}"
+    assert "data.columns: belongs to generated answers" in message(minimal, task, "data.columns={prompt: x}")
+    assert "data.train: got a mapping, but" in message(minimal, task, "data.train=[a, {source: b}]")
+    assert "data.validation: got a mapping, but" in message(minimal, task, "data.validation={source: b}")
+
+
+def test_columns_and_sources_in_the_editor(minimal: Path) -> None:
+    """What an editor marks is what the loader refuses."""
+    schema = recipe_json_schema()["$defs"]
+    assert schema["Data"]["properties"]["columns"]["propertyNames"]["enum"] == list(FIELDS)
+    assert all("description" in value for value in schema["Source"]["properties"].values())
+    made = load_recipe(minimal, ["data.columns={prompt: question_text, completion: gold, images: null}"])
+    assert made.data.columns == {"prompt": "question_text", "completion": "gold", "images": None}
+    assert Recipe.from_dict(yaml.safe_load(made.to_yaml())) == made
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dts_hf.reporting import facts, html, model_card, plots, report, tables
+from dts_hf.reporting import curves, facts, html, model_card, plots, report, tables
 from dts_hf.runs.directory import RunDirectory
 
 RECIPE: dict[str, Any] = {
@@ -105,6 +105,8 @@ def make_log(steps: int) -> list[dict[str, Any]]:
                 "kind": "train", "step": step, "epoch": 3 * p, "loss": gap + 1.2, "ce_loss": gap + 0.8 + wobble,
                 "teacher_ce": 0.8 + wobble / 2, "kd_loss": 2.2 * gap + 0.4, "kl": gap + 0.1, "gap": gap,
                 "temperature": min(3.0, cosine + (3 - cosine) * gap / (gap + 1)), "temperature_cosine": cosine,
+                "learning_rate": 5e-4 * (1 - p), "grad_norm": 1.5 + wobble + 90 * math.exp(-80 * p),
+                "tokens_per_second": 3000 * (1 + wobble),
             }
         )  # fmt: skip
         if step % max(1, steps // 4) == 0:
@@ -233,6 +235,7 @@ def test_a_report_writes_exactly_these_files(run: RunDirectory) -> None:
     assert page == run.path / "report.html"
     assert {str(path.relative_to(run.path)) for path in written} == {
         "README.md", "report.html", "figures/temperature.png", "figures/losses.png", "figures/rouge.png",
+        "figures/optimizer.png",
     }  # fmt: skip
 
 
@@ -244,9 +247,7 @@ def test_the_page_loads_nothing_and_is_well_formed(page_text: str) -> None:
     assert page.open == []
     assert page.addresses and all(address.startswith(("data:", "#")) for address in page.addresses)
     assert "url(" not in text and "@import" not in text
-    assert (
-        sum(address.startswith("data:image/png;base64,") for address in page.addresses) == 6
-    )  # three, light and dark
+    assert sum(address.startswith("data:image/png;base64,") for address in page.addresses) == 8  # four, light and dark
     assert "viewport" in text and "prefers-color-scheme: dark" in text
 
 
@@ -427,7 +428,7 @@ def test_the_tables_hold_every_measure_with_its_change(run: RunDirectory) -> Non
     assert markdown[0] == "|  | teacher | student before | student after | change | better |"
     assert len({row.count("|") for row in markdown}) == 1
     table = tables.summary_table(run)
-    assert table.row_count == 8
+    assert table.row_count == 9
     assert list(table.columns[0].cells)[1].plain == "ROUGE-L"  # type: ignore[union-attr]
 
 
@@ -480,8 +481,9 @@ def test_no_legend_lies_over_data(tmp_path: Path, steps: int) -> None:
 
 def test_every_axis_names_its_unit(run: RunDirectory) -> None:
     labels = {name: [axis.get_ylabel() for axis in drawing.figure.axes] for name, drawing in figures_of(run).items()}
-    assert labels["temperature"] == ["temperature", "gap\n(nats per label)"]
-    assert labels["losses"] == ["cross-entropy\n(nats per label)", "distance to the teacher\n(nats per label)"]
+    assert labels["temperature"] == ["temperature", "T - cosine", "gap\n(nats per label)"]
+    assert labels["losses"] == ["cross-entropy\n(nats per label)", "distance to the teacher\n(nats per label)",
+                                "KD's share\nof the loss (%)"]  # fmt: skip
     assert labels["rouge"] == ["ROUGE-L\n(0 to 100)"]
     assert all(drawing.figure.axes[-1].get_xlabel() == "optimizer step" for drawing in figures_of(run).values())
 
@@ -510,21 +512,21 @@ def test_nan_in_the_log_leaves_a_hole(tmp_path: Path) -> None:
         if record["kind"] == "train" and 40 <= record["step"] < 60:
             record.update(gap=math.nan, ce_loss=None)
     figures = figures_of(make_run(tmp_path / "nan", log=log))
-    drawn = figures["temperature"].figure.axes[1].get_lines()[-1].get_ydata()
+    drawn = figures["temperature"].figure.axes[2].get_lines()[-1].get_ydata()
     assert sum(math.isnan(value) for value in drawn) == 20
     assert all(drawing.png().startswith(b"\x89PNG") for drawing in figures.values())
 
 
 def test_the_moving_mean_is_symmetric_and_keeps_holes() -> None:
     line = [float(value) for value in range(100)]
-    assert plots.moving_mean(line) == pytest.approx(line)
+    assert curves.moving_mean(line) == pytest.approx(line)
     line[50] = math.nan
-    smoothed = plots.moving_mean(line)
+    smoothed = curves.moving_mean(line)
     assert math.isnan(smoothed[50]) and smoothed[49] == 49 and smoothed[:49] == pytest.approx(line[:49])
 
 
 def test_a_figure_without_data_is_not_kept_from_an_earlier_run(run: RunDirectory) -> None:
-    assert len(plots.write_figures(run)) == 3
+    assert len(plots.write_figures(run)) == 4
     (run.path / "log.jsonl").write_text("", encoding="utf-8")
     assert [path.name for path in plots.write_figures(run)] == ["rouge.png"]
     assert sorted(path.name for path in (run.path / "figures").iterdir()) == ["rouge.png"]
@@ -563,7 +565,7 @@ def test_one_model_alone_is_enough(tmp_path: Path, model: str) -> None:
     report.write_report(run)
     page = Page((run.path / "report.html").read_text(encoding="utf-8"))
     assert page.open == [] and "12 of 64 prompts" in page.text
-    assert tables.summary_table(run).row_count == 8
+    assert tables.summary_table(run).row_count == 9
 
 
 def test_scores_without_teacher_forcing_and_predictions_are_enough(tmp_path: Path) -> None:
@@ -609,10 +611,10 @@ def test_a_resumed_run_is_one_line_over_the_steps(tmp_path: Path) -> None:
     log += [{"kind": "eval", "step": 2, "eval_kl": 5.0}]
     log += [{"kind": "train", "step": step, "kl": float(step)} for step in (3, 4, 5)]
     log += [{"kind": "train", "step": 5, "train_runtime": 1.0}]  # without the key: hides nothing
-    found = plots.curve(log, "kl")
+    found = curves.curve(log, "kl")
     assert (found.steps, found.values) == ([1, 2, 3, 4, 5], [9, 9, 3, 4, 5])
-    assert plots.curve(log, "eval_kl", "eval").steps == [2]
-    assert plots.curve(log, "gap").empty
+    assert curves.curve(log, "eval_kl", "eval").steps == [2]
+    assert curves.curve(log, "gap").empty
 
 
 @pytest.mark.parametrize(

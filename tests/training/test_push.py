@@ -1,190 +1,172 @@
-"""What goes to the Hub: the finished student, its tokenizer and its card, privately; from every door the same files."""
+"""What a trainer uploads, over HTTP against a Hub in a thread: the staged student alone, whatever the strategy."""
 
 from __future__ import annotations
 
-import json
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from transformers import TrainingArguments
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from dts_hf.cli import app as cli
-from dts_hf.distill import distill
-from dts_hf.errors import UserError
+from dts_hf.errors import UploadError, UserError
 from dts_hf.models.adapters import add_lora
-from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Lora
 from dts_hf.training.hub_upload import UPLOAD
 from dts_hf.training.trainer import DistillationTrainer
+from tests.support.fake_hub import TOKEN, FakeHub, Fault, fake_hub
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
-TOKEN = "hf_" + "OfMyOwnAndOfNobodyElse0"
 STUDENT = [
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json",
 ]  # fmt: skip
-HELD_OUT = [
-    {
-        "id": f"secret-{i}",
-        "instruction": f"Whisper word {i}",
-        "input": f"context {i}",
-        "output": f"plums of Ruritania {i}",
-    }
-    for i in range(3)
-]
 ROWS = [{"id": f"r{i}", "instruction": f"Say {i}", "input": "", "output": "yes and no"} for i in range(8)]
-
-
-class Hub:
-    """Hugging Face's client without a network: keeps what it is asked for."""
-
-    def __init__(self) -> None:
-        self.created: list[dict[str, Any]] = []
-        self.commits: list[tuple[str, dict[str, bytes]]] = []
-        self.tokens: list[Any] = []
-
-    def create_repo(self, name: str, *, token: Any = None, private: bool | None = None, exist_ok: bool = False) -> Any:
-        self.created.append({"name": name, "private": private})
-        self.tokens.append(token)
-        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
-
-    def upload_folder(
-        self, *, repo_id: str, folder_path: str, commit_message: str, token: Any, run_as_future: bool, **_: Any
-    ) -> Any:
-        folder = Path(folder_path)
-        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        self.commits.append((f"{repo_id}: {commit_message}", files))
-        self.tokens.append(token)
-        if run_as_future:
-            future: Future[str] = Future()
-            future.set_result("url")
-            return future
-        return "url"
+HELD_OUT = [
+    {"id": f"secret-{i}", "instruction": f"Whisper word {i}", "input": f"context {i}", "output": f"plums of Ruritania {i}"}
+    for i in range(3)
+]  # fmt: skip
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    import transformers.trainer
-
-    client = Hub()
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: client)
-    return client
-
-
-def files(hub: Hub) -> list[str]:
-    """The names in the only commit."""
-    assert len(hub.commits) == 1, [message for message, _ in hub.commits]
-    return sorted(hub.commits[0][1])
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    with fake_hub(monkeypatch, tmp_path_factory.mktemp("home")) as running:
+        yield running
 
 
 def trainer_for(folder: Path, student: Any = None, **options: Any) -> DistillationTrainer:
     values = {
-        "use_cpu": True, "report_to": "none", "save_strategy": "steps", "save_steps": 1, "max_steps": 2,
-        "per_device_train_batch_size": 4, "disable_tqdm": True, "push_to_hub": True, "hub_token": TOKEN,
+        "use_cpu": True, "report_to": "none", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "eval_steps": 2,
+        "eval_strategy": "steps", "per_device_train_batch_size": 4, "disable_tqdm": True, "push_to_hub": True,
+        "hub_token": TOKEN, "hub_always_push": True,
     }  # fmt: skip
     return DistillationTrainer(
-        student or tiny_llama(), tiny_llama(seed=1), args=TrainingArguments(str(folder), **{**values, **options}),
+        student or tiny_llama(), tiny_llama(seed=1), {"name": "dts", "rule": "gap"},
+        args=TrainingArguments(str(folder), **{**values, **options}),
         train_dataset=ROWS, eval_dataset=HELD_OUT, processing_class=tiny_tokenizer(),
     )  # fmt: skip
 
 
-def test_the_trainer_pushes_the_student_alone(tmp_path: Path, hub: Hub) -> None:
-    trainer = trainer_for(tmp_path / "words", save_total_limit=1)
+def metadata(card: str) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(card.split("---")[1])
+    return values
+
+
+def nothing_private_was_sent(hub: FakeHub, *more: str) -> None:
+    sent = hub.bodies
+    for word in ("Ruritania", "Whisper", "secret-", TOKEN, "exp_avg", "training_args", *more):
+        assert word.encode() not in sent, word
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+def test_every_strategy_uploads_the_student_alone(tmp_path: Path, hub: FakeHub, strategy: str) -> None:
+    trainer = trainer_for(tmp_path / "words", hub_strategy=strategy, save_total_limit=1)
     trainer.train()
-    assert not hub.commits  # checkpoints stay here
-    assert trainer.push_to_hub() == "url"
-    assert files(hub) == STUDENT and hub.commits[0][0] == "me/words: End of training"
-    assert hub.created == [{"name": "words", "private": True}] and set(hub.tokens) == {TOKEN}
+    expected = [] if strategy == "end" else ["Training in progress, step 1", "Training in progress, step 2"]
+    assert [commit.message for commit in hub.commits] == expected
+    assert trainer.push_to_hub() == f"{hub.endpoint}/me/words"
+    assert hub.files("me/words") == STUDENT and hub.repositories["me/words"].private
+    for commit in hub.commits:  # what was there already is not in it
+        assert set(commit.added) <= set(STUDENT) and not commit.deleted
+    assert len(hub.sent("PUT /lfs/")) == max(len(expected), 1)  # nor are large files sent that the Hub has
+    if expected:
+        assert "in progress at step 1" in hub.commits[0].added["README.md"].decode()
+    assert "in progress" not in hub.text("me/words", "README.md")
+    nothing_private_was_sent(hub, str(tmp_path))
     # Nothing is left behind, and the trainer goes on where it was.
     assert trainer.args.output_dir == str(tmp_path / "words") and trainer.args.hub_token == TOKEN
     assert sorted(path.name for path in (tmp_path / "words").iterdir()) == ["checkpoint-2"]
-    assert "# words" in hub.commits[0][1]["README.md"].decode()
 
 
-def test_a_finished_folder_is_pushed_in_place_of_the_model(tmp_path: Path, hub: Hub) -> None:
-    trainer = trainer_for(tmp_path / "words")
-    tiny_llama(seed=5).save_pretrained(tmp_path / "final")
-    trainer.push_to_hub(finished=tmp_path / "final")
-    saved = (tmp_path / "final" / "model.safetensors").read_bytes()
-    assert hub.commits[0][1]["model.safetensors"] == saved and "tokenizer.json" not in files(hub)
-    trainer.push_to_hub()  # only that once
-    assert hub.commits[1][1]["model.safetensors"] != saved
+def test_the_card_from_python_is_the_one_of_a_recipe(tmp_path: Path, hub: FakeHub) -> None:
+    tiny_llama(seed=1).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: gemma\nlanguage: [en, de]\n---\n# Base\n")
+    trainer = trainer_for(tmp_path / "words", AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    trainer.train()
+    trainer.push_to_hub(tags="mytag", dataset="org/rows", language="fr")
+    card = hub.text("me/words", "README.md")
+    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`", "| teacher | a model made in",
+                  "2 optimizer steps", "held-out KL at T = 1", 'student = "me/words"', "apply_chat_template",
+                  "Google's Gemma terms", "One training run"):  # fmt: skip
+        assert words in card, words
+    values = metadata(card)
+    assert {"dts_hf", "knowledge-distillation", "dts", "forward_kl", "mytag"} <= set(values["tags"])
+    assert values["license"] == "gemma" and values["language"] == "fr" and values["datasets"] == ["org/rows"]
+    assert "recipe.yaml" not in card and "base_model" not in values
+    nothing_private_was_sent(hub, str(tmp_path))
+    trainer.create_model_card(model_name="other", license="mit")
+    written = (tmp_path / "words" / "README.md").read_text()
+    assert "# other" in written and metadata(written)["license"] == "mit" and "`dts(rule=gap" in written
 
 
-def test_nobodys_token_is_written(tmp_path: Path, hub: Hub) -> None:
-    trainer = trainer_for(tmp_path)
+def test_save_model_and_a_background_push_upload_the_same(tmp_path: Path, hub: FakeHub) -> None:
+    trainer = trainer_for(tmp_path / "words", hub_strategy="end")
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))  # uploads as well, as the Trainer's does
-    trainer.push_to_hub(blocking=False).result()
+    assert hub.files("me/words") == STUDENT and hub.commits[0].message == "Model save"
+    trainer.model.lm_head.weight.data += 1  # type: ignore[union-attr, operator]
+    assert trainer.push_to_hub(blocking=False).result() == f"{hub.endpoint}/me/words"
+    assert len(hub.commits) == 2 and hub.files("me/words") == STUDENT
+    nothing_private_was_sent(hub, str(tmp_path))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.parent.name for path in written if path.name == "training_args.bin"} == {
         "checkpoint-1", "checkpoint-2", "saved",
     }  # fmt: skip
-    args = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    args = torch.load(tmp_path / "words" / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert args.hub_token is None and args.max_steps == 2
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
-    assert [sorted(commit) for _, commit in hub.commits] == [STUDENT, STUDENT]
 
 
 @pytest.mark.parametrize(("given", "private"), [(None, True), (True, True), (False, False)])
 def test_a_repository_is_private_unless_somebody_says_otherwise(
-    tmp_path: Path, hub: Hub, given: bool | None, private: bool
+    tmp_path: Path, hub: FakeHub, given: bool | None, private: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer_for(tmp_path / "a", hub_private_repo=given)
     trainer_for(tmp_path / "b", push_to_hub=False).push_to_hub(private=given)
-    assert [made["private"] for made in hub.created] == [private, private]
+    assert [hub.repositories[f"me/{name}"].private for name in "ab"] == [private, private]
+    assert f"me/a: the repository is {'private' if private else 'public'}" in capsys.readouterr().err
 
 
-def test_one_tag_is_one_tag(tmp_path: Path, hub: Hub) -> None:
-    trainer = trainer_for(tmp_path, hub_model_id="me/small")
-    trainer.push_to_hub(tags="mytag")
-    card = hub.commits[0][1]["README.md"].decode()
-    tags = yaml.safe_load(card.split("---")[1])["tags"]
-    assert {"mytag", "dts_hf", "knowledge-distillation", "constant"} <= set(tags) and not set("mytag") & set(tags)
-    trainer.push_to_hub(tags=["one", "two"])
-    assert {"one", "two"} <= set(yaml.safe_load(hub.commits[1][1]["README.md"].decode().split("---")[1])["tags"])
+def test_a_public_repository_that_was_there_is_said(
+    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer_for(tmp_path / "a", hub_private_repo=False)
+    trainer_for(tmp_path / "a")
+    assert "me/a: this repository was there already, and it is PUBLIC" in capsys.readouterr().err
 
 
-def test_an_adapter_is_pushed_alone_too(tmp_path: Path, hub: Hub) -> None:
-    trainer_for(tmp_path, add_lora(tiny_llama(), Lora(r=2))).push_to_hub()
+def test_an_adapter_takes_the_place_of_whole_weights(tmp_path: Path, hub: FakeHub) -> None:
+    trainer_for(tmp_path / "words").push_to_hub()
+    trainer_for(tmp_path / "words", add_lora(tiny_llama(), Lora(r=2))).push_to_hub()
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    assert set(files(hub)) == adapter | set(STUDENT) - {"config.json", "generation_config.json", "model.safetensors"}
+    # config.json and generation_config.json of the first are left; they load nothing by themselves
+    assert set(hub.files("me/words")) == adapter | set(STUDENT) - {"model.safetensors"}
+    assert metadata(hub.text("me/words", "README.md"))["library_name"] == "peft"
 
 
-def test_what_lies_where_the_upload_is_made_is_not_uploaded(tmp_path: Path, hub: Hub) -> None:
+def test_what_lies_where_the_upload_is_made_is_not_uploaded(tmp_path: Path, hub: FakeHub) -> None:
     """Left by a killed process, or a link to somewhere else."""
     trainer, elsewhere = trainer_for(tmp_path / "mine"), tmp_path / "elsewhere"
-    staged = tmp_path / "mine" / UPLOAD
+    saved = tmp_path / "mine" / UPLOAD
     elsewhere.mkdir()
-    (elsewhere / "answers.jsonl").write_text("plums of Ruritania")
-    staged.parent.mkdir(exist_ok=True)
-    staged.symlink_to(elsewhere)
+    (elsewhere / "vocab.txt").write_text("plums of Ruritania")
+    saved.parent.mkdir(exist_ok=True)
+    saved.symlink_to(elsewhere)
     trainer.push_to_hub()
-    staged.mkdir()
-    (staged / "answers.jsonl").write_text("plums of Ruritania")
+    saved.mkdir()
+    (saved / "vocab.txt").write_text("plums of Ruritania")
     trainer.push_to_hub()
-    assert [sorted(commit) for _, commit in hub.commits] == [STUDENT, STUDENT]
-    assert [path.name for path in elsewhere.iterdir()] == ["answers.jsonl"] and not staged.exists()
-
-
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_checkpoints_are_not_for_the_hub(tmp_path: Path, hub: Hub, strategy: str) -> None:
-    with pytest.raises(UserError, match=f"hub_strategy: got '{strategy}', expected 'end'"):
-        trainer_for(tmp_path, hub_strategy=strategy)
-    assert not hub.created
+    assert hub.files("me/mine") == STUDENT
+    assert [path.name for path in elsewhere.iterdir()] == ["vocab.txt"] and not saved.exists()
 
 
 def test_a_student_in_pieces_is_not_replaced_by_a_checkpoint(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the Trainer does under ZeRO-3 where DeepSpeed may not gather the weights."""
-    trainer = trainer_for(tmp_path)
+    trainer = trainer_for(tmp_path / "words")
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
         trainer._save(output_dir, state_dict={})
@@ -192,76 +174,23 @@ def test_a_student_in_pieces_is_not_replaced_by_a_checkpoint(
     monkeypatch.setattr(trainer, "save_model", save_model)
     with pytest.raises(UserError, match="stage3_gather_16bit_weights_on_model_save is false"):
         trainer.push_to_hub()
-    assert not hub.commits and not list(tmp_path.iterdir())
+    assert not hub.commits and not list((tmp_path / "words").iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------- from a recipe
+def test_a_failing_hub_does_not_end_training(tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = trainer_for(tmp_path / "words")
+    hub.faults.append(Fault("/commit/", 403))
+    trainer.train()
+    assert trainer.state.global_step == 2 and not hub.commits
+    assert "step 1: me/words: upload failed: this login may not write there (403)" in capsys.readouterr().err
+    with pytest.raises(UploadError, match="may not write there"):
+        trainer.push_to_hub()
+    hub.faults.clear()
+    trainer.push_to_hub()
+    assert hub.files("me/words") == STUDENT
+    assert sorted(path.name for path in (tmp_path / "words").iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
-def recipe(folder: Path, **training: Any) -> Path:
-    teacher = tiny_llama(layers=3)
-    teacher.save_pretrained(folder / "teacher")
-    tiny_tokenizer().save_pretrained(folder / "teacher")
-    for name, rows in (("train", ROWS), ("valid", HELD_OUT)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
-        "student": {"init": {"from": "teacher", "layers": 2}},
-        "teacher": {"model": "teacher", "dtype": "float32"},
-        "data": {"train": "train.jsonl", "validation": "valid.jsonl", "prompt_template": "chat"},
-        "training": {"use_cpu": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "no",
-                     "per_device_train_batch_size": 4, "disable_tqdm": True, "push_to_hub": True, **training},
-        "evaluation": {"max_new_tokens": 4, "every_steps": 1},
-        "output": {"dir": "runs/mine"},
-    }  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-@pytest.mark.parametrize("door", ["command", "python"])
-def test_a_recipe_pushes_the_student_alone(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, door: str
-) -> None:
-    """With checkpoints, scores and answers in the run directory, and no word of a held-out row in the card."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    path = recipe(tmp_path)
-    if door == "command":
-        result = CliRunner().invoke(cli.app, ["train", str(path)])
-        assert result.exit_code == 0, result.output
-    else:
-        distill(load_recipe(path))
-    run = tmp_path / "runs" / "mine"
-    assert (run / "checkpoint-2").is_dir() and (run / "predictions" / "student.jsonl").is_file()
-    assert not list(run.glob(".hub*"))
-    assert files(hub) == STUDENT and hub.created == [{"name": "mine", "private": True}]
-    uploaded = hub.commits[0][1]
-    for name in STUDENT[1:]:
-        assert uploaded[name] == (run / "final" / name).read_bytes()
-    card = uploaded["README.md"].decode()
-    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
-    answers = [
-        json.loads(line) for path in (run / "predictions").glob("*.jsonl") for line in path.read_text().splitlines()
-    ]
-    assert len(answers) == 3 * len(HELD_OUT)
-    told = {row[name] for row in HELD_OUT for name in row} | {
-        a["prediction"] for a in answers if len(a["prediction"]) > 3
-    }
-    assert not [text for text in told if text in card]
-    assert str(tmp_path) not in card
-    assert not [p for p in run.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
-
-
-def test_a_recipe_says_by_name_that_checkpoints_are_not_for_the_hub(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli.app, ["train", str(recipe(tmp_path, hub_strategy="all_checkpoints"))])
-    assert result.exit_code == 2 and "hub_strategy: got 'all_checkpoints'" in result.output
-    assert not hub.created and not (tmp_path / "runs").exists()
-
-
-def test_a_recipe_may_be_public(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    distill(load_recipe(recipe(tmp_path, hub_private_repo=False, hub_model_id="me/open", save_strategy="no")))
-    assert hub.created == [{"name": "me/open", "private": False}] and files(hub) == STUDENT
+def test_a_trainer_whose_login_is_refused_says_so_before_training(tmp_path: Path, hub: FakeHub) -> None:
+    with pytest.raises(UserError, match=r"training.push_to_hub: words: the Hub does not know this login \(401\)"):
+        trainer_for(tmp_path / "words", hub_token="hf_" + "somebodyElses")

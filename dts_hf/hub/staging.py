@@ -1,0 +1,220 @@
+"""The one place that says which files leave the machine. Every upload is a folder that ``stage`` has made.
+
+It is a list of what may go, not of what may not: a file that nobody thought of stays here. Predictions, rows, logs,
+checkpoints, optimizer states, ``training_args.bin``, the command line and the environment of this machine have no name in
+it. What is text is cleaned of local paths, and refused by name where something in it looks like an access token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dts_hf.console import secrets_in
+from dts_hf.errors import UserError
+from dts_hf.files import jsonable
+from dts_hf.recipe.yaml_files import dump_values
+from dts_hf.reporting.facts import publishable, short_name
+
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+PROTOCOL = "dts_hf.json"  # template and protocol that the student was trained and scored with
+#: What is taken from a student's folder as ``save_pretrained`` left it.
+OF_STUDENT = (*WEIGHTS, *ADAPTER, *CONFIGS, *TOKENIZER, PROTOCOL)
+CARD, RECIPE, METRICS = "README.md", "recipe.yaml", "metrics.json"
+FIGURES = tuple(f"figures/{name}.png" for name in ("temperature", "losses", "rouge", "scores"))
+#: Everything that is ever uploaded; a download takes no other file either.
+ALLOWED = (*OF_STUDENT, CARD, RECIPE, METRICS, *FIGURES)
+#: What an older upload may have left in a repository, and what another form of the student must not find there.
+REPLACED = (*WEIGHTS, *ADAPTER, *FIGURES)
+#: JSON in which any text may be a path of this machine. Not the tokenizer's: its vocabulary holds "/" and "~" as tokens.
+_CLEANED = (*CONFIGS, "adapter_config.json", PROTOCOL)
+#: Of tokenizer_config.json, which keeps where it was read.
+_PATH_KEYS = (
+    "name_or_path",
+    "_name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "special_tokens_map_file",
+)
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+_BINARY = (".safetensors", ".model", ".png")
+#: What ``metrics.json`` has that says how good the student is.
+_METRICS = ("format", "protocol", "models", "training", "task")
+
+
+class Staged(NamedTuple):
+    """A folder that holds what is uploaded and nothing else; ``files`` are (name, bytes), by name."""
+
+    folder: Path
+    files: list[tuple[str, int]]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.files]
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a file of this name, with ``/`` between folders, may be uploaded or downloaded."""
+    # fnmatch takes "/" for any other character: no pattern of ours may reach into a folder that it does not name
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED)
+
+
+def stage(
+    student: Path,
+    target: Path,
+    *,
+    card: str,
+    recipe: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    figures: Iterable[Path] = (),
+    end_tokens: Iterable[int] = (),
+) -> Staged:
+    """Make the folder that is uploaded. Weights are linked, not copied, where the disk can; all else is written anew.
+
+    Args:
+        student: a folder as ``save_pretrained`` leaves it, or a checkpoint; whatever else lies in it stays there.
+        target: an empty folder, or none yet.
+        card: text of README.md.
+        recipe: the effective recipe; names of local files lose their folders.
+        metrics: the contents of ``metrics.json``; scores and sizes are taken, and no text of a row.
+        figures: pictures that the card shows.
+        end_tokens: that generation stops at, beside those of ``generation_config.json``.
+
+    Raises:
+        UserError: there are no weights, a file is a link out of its folder, or a text holds an access token.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    names = list(_names_in(student))
+    if not any(
+        fnmatchcase(name, pattern) for name in names for pattern in (*WEIGHTS, *ADAPTER) if "json" not in pattern
+    ):
+        raise UserError(f"{student}: holds no weights that can be uploaded, expected model.safetensors or an adapter")
+    for name in names:
+        _place(student, name, target / name)
+    for name in _CLEANED:
+        if (target / name).is_file():
+            values = _read_json(target / name)
+            if (cleaned := publishable(values)) != values:
+                _write_json(target / name, cleaned)
+    _clean_tokenizer_config(target / "tokenizer_config.json")
+    _stop_at(target / "generation_config.json", list(end_tokens))
+    for figure in figures:
+        if is_allowed(name := f"figures/{figure.name}"):
+            _place(figure.parent, figure.name, target / name)
+    (target / CARD).write_text(card, encoding="utf-8")
+    if recipe is not None:
+        (target / RECIPE).write_text(public_recipe(recipe), encoding="utf-8")
+    if metrics:
+        _write_json(target / METRICS, publishable({key: metrics[key] for key in _METRICS if key in metrics}))
+    check_no_secret(target)
+    files = sorted((path.relative_to(target).as_posix(), path.stat().st_size) for path in _files(target))
+    return Staged(target, files)
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> str:
+    """The recipe as YAML without comments, tokens and folders of this machine: names of local files stand alone."""
+    header = "# What this student was trained with. Local files and folders are named without those around them.\n"
+    return header + dump_values(_without_folders(publishable(jsonable(recipe))))
+
+
+def check_no_secret(folder: Path) -> None:
+    """Refuse a folder in which a text looks like it holds an access token.
+
+    Raises:
+        UserError: names the file and the line, and not the token.
+    """
+    for path in sorted(_files(folder)):
+        if path.suffix in _BINARY:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for line, kind in secrets_in(text, urls=path.name not in _VOCABULARIES):
+            raise UserError(
+                f"{path.relative_to(folder).as_posix()}, line {line}: holds what looks like {kind}, so nothing is uploaded. "
+                "Take it out of the file that this one is made from, and revoke it"
+            )
+
+
+def _names_in(student: Path) -> Iterator[str]:
+    """The names in ``student`` that may go."""
+    for pattern in OF_STUDENT:
+        yield from (path.relative_to(student).as_posix() for path in sorted(student.glob(pattern)) if path.is_file())
+
+
+def _place(folder: Path, name: str, target: Path) -> None:
+    """Link or copy a file; a link that leads out of the folder would publish what somebody else has pointed it at.
+
+    Raises:
+        UserError: it is such a link.
+    """
+    source = (folder / name).resolve()
+    if not source.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{folder / name}: is a link to a file elsewhere, so nothing is uploaded. Put the file in its place"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.suffix != ".safetensors":  # what is rewritten below must not be the original
+            raise OSError
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _clean_tokenizer_config(path: Path) -> None:
+    if path.is_file():
+        values = _read_json(path)
+        cleaned = {key: short_name(values[key]) for key in _PATH_KEYS if isinstance(values.get(key), str)}
+        if any(values[key] != name for key, name in cleaned.items()):
+            _write_json(path, {**values, **cleaned})
+
+
+def _stop_at(path: Path, end_tokens: list[int]) -> None:
+    """Add ``end_tokens`` to what generation stops at, first, and keep what stood there."""
+    if not end_tokens or not path.is_file():
+        return
+    values = _read_json(path)
+    given = values.get("eos_token_id")
+    known = [] if given is None else given if isinstance(given, list) else [given]
+    tokens = list(dict.fromkeys([*end_tokens, *known]))
+    if set(tokens) - set(known):
+        values["eos_token_id"] = tokens[0] if len(tokens) == 1 else tokens
+        _write_json(path, values)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    # An address on the web is as good elsewhere as here
+    return short_name(value) if isinstance(value, str) and not re.match(r"[a-z][a-z0-9+.-]*://", value) else value
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path.name}: broken JSON: {error}") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

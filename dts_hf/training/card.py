@@ -1,0 +1,92 @@
+"""What a trainer knows of its student, as ``reporting.facts.Facts``: the card from Python is the one of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.reporting.facts import Facts
+from dts_hf.runs.environment import installed_packages
+
+#: Held-out losses as the Trainer logs them, and their names in ``metrics.json``.
+HELD_OUT = {"eval_ce_loss": "ce", "eval_kl": "kl", "eval_top1_agreement": "top1_agreement", "eval_labels": "n_tokens"}
+
+
+def facts_of_training(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loss: DistillationLoss,
+    args: TrainingArguments,
+    *,
+    taught: bool,
+    rows: Mapping[str, Any],
+    task: str | None,
+    log: Sequence[Mapping[str, Any]],
+    done: Mapping[str, Any],
+) -> Facts:
+    """Everything that a card says, as far as a trainer knows it.
+
+    Args:
+        student: as it is trained; where it came from is in its configuration.
+        teacher: the same; None: there is none, or one whose name is not known.
+        loss: with its temperature.
+        args: of the trainer.
+        taught: there is a teacher.
+        rows: how rows became tokens: a template and limits.
+        task: of classifiers, by name.
+        log: lines of the Trainer; the last held-out losses among them are the scores.
+        done: ``steps``, ``seconds``, ``tokens`` so far.
+    """
+    lora = getattr(student, "peft_config", {}).get("default")
+    recipe: dict[str, Any] = {
+        "student": {"model": _name(student)} | ({"lora": {"r": lora.r, "save": "adapter"}} if lora else {}),
+        "data": _described(rows),
+        "temperature": {"name": loss.temperature.name, **loss.temperature.describe()},
+        "loss": {
+            "divergence": loss.divergence.describe(),
+            "kd_ratio": loss.kd_ratio,
+            "temperature_scaling": loss.temperature_scaling,
+        },
+        "training": {
+            key: getattr(args, key) for key in ("learning_rate", "num_train_epochs", "max_steps", "seed")
+            if key != "max_steps" or args.max_steps > 0
+        },
+    }  # fmt: skip
+    if task is not None:
+        recipe["task"] = {"subset": task, "max_length": rows.get("max_length")}
+    models: dict[str, Any] = {"student": {"parameters": _parameters(student)}}
+    if taught:
+        recipe["teacher"] = {"model": "" if teacher is None else _name(teacher)}
+        if teacher is not None:
+            models["teacher"] = {"parameters": _parameters(teacher)}
+    held_out: Mapping[str, Any] = next((line for line in reversed(log) if "eval_ce_loss" in line), {})
+    if held_out:
+        models["student"]["teacher_forced"] = {
+            name: held_out[key] for key, name in HELD_OUT.items() if key in held_out
+        }
+    name = Path(str(args.output_dir)).absolute().name
+    metrics = {"models": models, "training": dict(done)}
+    return Facts(name, recipe, metrics, list(log), {}, {"packages": installed_packages()}, {})
+
+
+def _described(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Template and limits by name; a tokenizer and other objects are left out."""
+    known = {"max_length", "max_prompt_length"} & rows.keys()
+    template = getattr(rows.get("template"), "name", None)
+    return ({"prompt_template": template} if template else {}) | {key: rows[key] for key in known}
+
+
+def _name(model: nn.Module) -> str:
+    """Name or folder that the model was loaded from; empty: it was made in memory."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or "")
+
+
+def _parameters(model: nn.Module) -> int:
+    """How many weights, those counted whole that ZeRO-3 has spread over processes."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
