@@ -31,7 +31,7 @@ from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, check_same_rows, open_run
-from dts_hf.task import Models, Task
+from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.callbacks import BeforeTrainingCallback, RunLogCallback
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.signals import stops_on_signal
@@ -68,14 +68,10 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     transformers_logging.disable_progress_bar()
 
     # 2. Rows, and their tokens. They come before the models because they are cheap to check.
-    with working("reading and encoding the rows"):
-        rows = task.load_rows()
-        tokenizer, teacher_tokenizer = load_tokenizers(recipe)
-        data = task.encode(rows, tokenizer)
+    rows, (tokenizer, teacher_tokenizer), data = read_rows(task)
 
     # 3. Teacher and student. What generation would refuse later is refused now.
-    with working("loading the models"):
-        models = load_models(task, args, tokenizer, teacher_tokenizer)
+    models = load_models(task, args, tokenizer, teacher_tokenizer)
     teacher, student = models.teacher, models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
@@ -121,6 +117,18 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 # ------------------------------------------------------------------------------------------------------- its pieces
 
 
+def read_rows(task: Task[Any]) -> tuple[Rows, tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], Data]:
+    """The rows, the tokenizers of student and teacher, and the rows as tokens.
+
+    Raises:
+        UserError: a row, a tokenizer or a limit is wrong.
+    """
+    with working("reading and encoding the rows"):
+        rows = task.load_rows()
+        tokenizers = load_tokenizers(task.recipe)
+        return rows, tokenizers, task.encode(rows, tokenizers[0])
+
+
 def check_hub(recipe: Recipe, args: TrainingArguments) -> None:
     """Look at the login before anything is loaded, where ``training.push_to_hub`` will need it; one process does it.
 
@@ -150,10 +158,11 @@ def load_models(task: Task[Any], args: TrainingArguments, *tokenizers: PreTraine
     Raises:
         UserError: one of them cannot be loaded, or the loss cannot represent its outputs.
     """
-    teacher = task.load_teacher()
-    if teacher is not None:
-        task.check_head(teacher, "teacher")
-    student = task.load_student(teacher, args.seed)
+    with working("loading the models"):
+        teacher = task.load_teacher()
+        if teacher is not None:
+            task.check_head(teacher, "teacher")
+        student = task.load_student(teacher, args.seed)
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     if teacher is not None:
         place_teacher(teacher, task.recipe.required_teacher.placement, args.device)

@@ -207,6 +207,7 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         else:
             tokenizer.name_or_path = str(path.parent)
             return tokenizer
+    logger.info("reading the tokenizer of %s, which takes a while when it is large", path.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     if len(tokenizer) >= LARGE_VOCABULARY:
         _keep(tokenizer, kept)

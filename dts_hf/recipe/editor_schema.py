@@ -12,12 +12,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
-from dts_hf.divergences import DIVERGENCES
 from dts_hf.recipe.schema import recipe_json_schema
 from dts_hf.recipe.training_keys import range_schema, training_schema
 from dts_hf.registry import Between, Keys, annotations_of, defaults_of, range_of, split_docstring
-from dts_hf.temperature import temperature_policies
-from dts_hf.temperature.constant import Constant
 
 #: Where the documentation's site has it (docs/_site.py writes it there).
 SCHEMA_URL = "https://dts-hf.github.io/dts_hf/recipe.schema.json"
@@ -28,13 +25,20 @@ _TYPES = {float: "number", int: "integer", bool: "boolean", str: "string", type(
 
 def editor_schema() -> dict[str, Any]:
     """``recipe_json_schema`` with all that the installed packages define; imports torch and transformers."""
+    from dts_hf.divergences import DIVERGENCES
+    from dts_hf.temperature import temperature_policies
+
     schema = recipe_json_schema()
     schema["properties"]["training"] |= {"properties": training_schema(), "additionalProperties": False}
     policies, divergences = temperature_policies(), DIVERGENCES
     for kinds, prefix in ((policies, "temperature"), (divergences, "divergence")):
         schema["$defs"] |= {f"{prefix}.{name}": _options(name, kind) for name, kind in kinds.items()}
     del schema["$defs"]["NamedOptions"]
-    constant = {"type": "number", **range_schema(range_of(Constant, "value")), "description": "The policy constant."}
+    constant = {
+        "type": "number",
+        **range_schema(range_of(policies["constant"], "value")),
+        "description": "The policy constant.",
+    }
     _replace(schema["properties"]["temperature"], [constant, *_choices("temperature", policies)])
     _replace(schema["$defs"]["Loss"]["properties"]["divergence"], _choices("divergence", divergences))
     about: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_URL}

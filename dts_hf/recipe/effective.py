@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
-
-from dts_hf.divergences import build_divergence
 from dts_hf.recipe.schema import NamedOptions, Recipe
-from dts_hf.temperature import build_temperature
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 #: The keys of ``training:`` that the numbers of a run depend on, its log and evaluations included. Not what depends on the
 #: machine (``use_cpu``, workers), where results go, or how work is cut up without changing them.
@@ -35,6 +34,9 @@ def effective(recipe: Recipe, args: TrainingArguments) -> Recipe:
         recipe: as it was loaded.
         args: made of it; what the recipe does not say is taken from here.
     """
+    from dts_hf.divergences import build_divergence
+    from dts_hf.temperature import build_temperature
+
     policy = build_temperature(recipe.temperature.name, **recipe.temperature.options).describe()
     loss = recipe.loss.model_copy(
         update={"divergence": _named(build_divergence(recipe.loss.divergence.model_dump()).describe())}

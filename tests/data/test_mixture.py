@@ -17,8 +17,12 @@ from dts_hf.data.sources import load_many, load_mixture, load_rows, manifest
 from dts_hf.distill import distill
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
+from dts_hf.evaluation.evaluate import _load_rows
+from dts_hf.evaluation.options import EvaluationOptions
+from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.recipe.schema import Recipe, Source
-from dts_hf.runs.start import check_same_rows
+from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.start import _check_same, check_same_rows
 from tests.support.recipes import recipe
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -177,6 +181,29 @@ def test_a_run_on_a_mixture(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert len(again.rows) == 12
     with pytest.raises(UserError, match="the rows of 'train' have changed since this run was started"):
         check_same_rows(run, {"splits": {"train": manifest(other.data.train, again.rows, parts=again.parts)}})
+
+
+def test_a_moved_file_is_the_same_run_and_another_weight_is_not(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"source": "theirs.jsonl", "weight": 2, "columns": {"question": "question"}}
+    was = mixed_recipe(train=source)
+    args = LanguageModeling(was).training_arguments("run")
+    _check_same(was, mixed_recipe(train={**source, "source": "moved.jsonl"}), args, RunDirectory(workplace / "run"))
+    assert "resumed with data.train.source" in capsys.readouterr().err
+    for change in ({"weight": 1}, {"split": "test"}, {"columns": {"question": "answer"}}):
+        with pytest.raises(UserError, match=rf"data\.train\.{next(iter(change))}"):
+            _check_same(was, mixed_recipe(train={**source, **change}), args, RunDirectory(workplace / "run"))
+
+
+def test_held_out_rows_are_read_with_their_columns_again(workplace: Path) -> None:
+    """When a finished run is evaluated."""
+    held_out = {"source": "mine.csv", "columns": {"instruction": "ask", "output": "gold"}}
+    made = mixed_recipe(validation=held_out)
+    rows = LanguageModeling(made).load_rows()
+    assert [row.response for row in rows.validation] == [f"It is {k}." for k in range(8)]
+    read = _load_rows("run", made, EvaluationOptions())
+    assert [row.id for row in read["validation"]] == [row.id for row in rows.validation]
 
 
 def test_the_doctor_tells_what_was_mixed(workplace: Path) -> None:

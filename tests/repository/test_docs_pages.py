@@ -97,8 +97,4 @@ def test_arguments_of_the_trl_page_exist() -> None:
     keys = set(re.findall(r"`(?:student|teacher|data|loss|evaluation)\.([a-z_]+)", column))
     assert {"temperature", "kd_ratio", "divergence"} <= used and len(keys) > 8
     missing = {name for name in (used - ours) | keys if f'"{name}"' not in schema}
-    assert missing <= COMING
-
-
-#: Named by the page and made by other parts of the same version.
-COMING = {"columns", "train_on"}
+    assert not missing
