@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dts_hf.reporting import curves, facts, plots
+from dts_hf.reporting import curves, facts, plots, report
 from tests.support.made_run import RECIPE, changed, make_log, make_run
 
 
@@ -159,3 +159,11 @@ def test_a_picture_is_told_in_words(tmp_path: Path) -> None:
     assert drawn["temperature"].alt.startswith("Temperature, steps 1 to 100: temperature from 3 to 1.")
     assert "gap from 5.48" in drawn["temperature"].alt and "student after 46.3" in drawn["rouge"].alt
     assert all(drawing.alt.endswith(".") for drawing in drawn.values())
+
+
+@pytest.mark.soak
+def test_a_report_on_a_hundred_thousand_log_lines_takes_seconds(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "long", log=make_log(100_000))
+    started = time.process_time()
+    page = report.write_report(run)
+    assert time.process_time() - started < 60 and page.stat().st_size < 2_000_000
