@@ -11,7 +11,6 @@ from statistics import fmean
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dts_hf.data.encoding import EncodedDataset
