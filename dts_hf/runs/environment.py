@@ -35,15 +35,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "device": device_name(device),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "packages": packages(),
+        "packages": installed_packages(),
         "git_commit": _git_commit(),
         "argv": [_public(argument) for argument in sys.argv],
     }
 
 
-def packages() -> dict[str, str]:
-    """The versions that numbers depend on, by name."""
-    return {name: version for name in PACKAGES if (version := _version(name))} | {"torch": str(torch.__version__)}
+def installed_packages() -> dict[str, str]:
+    """The versions of those of ``PACKAGES`` that are there, by name."""
+    found = {name: version for name in PACKAGES if (version := _version(name))}
+    return found | {"torch": str(torch.__version__)}
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.reporting.facts import Facts
-from dts_hf.runs.environment import packages
+from dts_hf.runs.environment import installed_packages
 
 #: Held-out losses as the Trainer logs them, and their names in ``metrics.json``.
 HELD_OUT = {"eval_ce_loss": "ce", "eval_kl": "kl", "eval_top1_agreement": "top1_agreement", "eval_labels": "n_tokens"}
@@ -84,7 +84,7 @@ def facts_of_training(
     metrics: dict[str, Any] = {"models": models, "training": dict(done)}
     if task is not None:
         metrics |= {"protocol": {"pair": None}, "task": {"metrics": list(TASK_METRICS)}}
-    return Facts(name, recipe, metrics, list(log), {}, {"packages": packages()}, {})
+    return Facts(name, recipe, metrics, list(log), {}, {"packages": installed_packages()}, {})
 
 
 def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:
