@@ -397,8 +397,8 @@ def _origin(facts: Facts) -> str | None:
 
 def _sources(facts: Facts) -> list[str]:
     train = facts.section("data").get("train") or []
-    listed = [train] if isinstance(train, (str, Mapping)) else list(train)
-    return [str(entry.get("source") if isinstance(entry, Mapping) else entry) for entry in listed]
+    listed = train if isinstance(train, list) else [train]
+    return [one["source"] if isinstance(one, dict) else one for one in listed]
 
 
 def _published(source: Any) -> str:
