@@ -10,9 +10,10 @@ from typing import Any
 from dts_hf.console import say
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
+from dts_hf.evaluation.subject import find_subject
 from dts_hf.generation.engine import GenerationSettings
 from dts_hf.inference.screens import Screen, lines_of_stdin, screen_for
-from dts_hf.inference.speakers import Speaker, load_speaker, locate
+from dts_hf.inference.speakers import Speaker, load_speaker, template_of
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -141,11 +142,11 @@ def load_speakers(
     """
     if teacher is not None and no_teacher:
         raise UserError("chat: give one of --teacher and --no-teacher")
-    location = locate(model)
-    recipe, words = location.recipe, template or location.template
-    of_run = recipe and (recipe.evaluation.dtype or recipe.student.dtype)
+    subject = find_subject(model)
+    recipe, words = subject.recipe, template or template_of(subject)
     label = "model" if recipe is None and teacher is None else "student"
-    speakers = [load_speaker(label, location.path, template=words, key="model", dtype=dtype or of_run or "float32")]
+    weights = dtype or subject.dtype or "float32"
+    speakers = [load_speaker(label, subject.location, template=words, key="model", dtype=weights)]
     own = recipe.teacher if recipe is not None else None
     if teacher is not None:
         speakers.append(load_speaker("teacher", teacher, template=template or "auto", key="--teacher"))

@@ -12,9 +12,10 @@ from dts_hf.data.row_files import read_objects
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import UserError
+from dts_hf.evaluation.subject import find_subject
 from dts_hf.files import write_jsonl_atomic
 from dts_hf.generation.engine import Generated, GenerationSettings
-from dts_hf.inference.speakers import load_speaker, locate
+from dts_hf.inference.speakers import load_speaker, template_of
 
 #: Columns that hold a question or an answer: a row with the first alone has no reference.
 ASKED = ("instruction", "prompt", "question", "messages")
@@ -80,10 +81,9 @@ def generate_answers(
     if bool(options.prompts) == (options.data is not None):
         raise UserError("generate: give either --prompt TEXT (once or more) or --data FILE")
     settings, asked = options.settings, list(_asked(options))[: options.rows]
-    location = locate(model)
-    dtype = options.dtype or (location.recipe and (location.recipe.evaluation.dtype or location.recipe.student.dtype))
-    template = options.template or location.template
-    speaker = load_speaker("model", location.path, template=template, key="model", dtype=dtype or "float32")
+    subject = find_subject(model)
+    template, dtype = options.template or template_of(subject), options.dtype or subject.dtype or "float32"
+    speaker = load_speaker("model", subject.location, template=template, key="model", dtype=dtype)
     rows = [row for row, _ in asked]
 
     def answer_of(place: int, generated: Generated) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,60 +13,20 @@ from dts_hf.console import working
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
-from dts_hf.files import read_json
+from dts_hf.evaluation.subject import Subject
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
 from dts_hf.generation.shares import decode_answer
 from dts_hf.models.loading import load_model, load_tokenizer
-from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.directory import RunDirectory
 
-#: What ``save_student`` may leave beside a student: the template that it was trained with.
-CARRIED = "dts_hf.json"
 #: A prompt of this many tokens and no more, where the model names no limit of its own.
 LONGEST_PROMPT = 8192
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where a model's files are, and what is known of it.
-
-    Attributes:
-        name: what the user called it.
-        path: Hub name or folder.
-        recipe: of the run that made it, where ``name`` is a run directory.
-        template: name of its prompt template.
-    """
-
-    name: str
-    path: str
-    recipe: Recipe | None
-    template: str
-
-
-def locate(model: str) -> Location:
-    """Find a model by Hub name, folder, or run directory (its student).
-
-    Raises:
-        UserError: the run has no student, or one that classifies.
-    """
-    folder = Path(model)
-    if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
-        return Location(model, model, None, _carried_template(folder))
-    run = RunDirectory.open(model)
-    recipe = run.read_recipe()
-    if recipe.task is not None:
-        raise UserError(f"{model}: this run classifies ({recipe.task.subset}), so its student writes no text")
-    if not run.final_path.is_dir():
-        raise UserError(
-            f"{model}: this run holds no student ({run.final_path} is missing): its training has not ended"
-        )
-    return Location(model, str(run.final_path), recipe, recipe.data.prompt_template)
-
-
-def _carried_template(folder: Path) -> str:
-    carried = read_json(folder / CARRIED) if (folder / CARRIED).is_file() else {}
-    found = carried.get("template") or carried.get("prompt_template") or "auto"
-    return found if isinstance(found, str) else "auto"
+def template_of(subject: Subject) -> str | Template:
+    """The template that a student was trained with; ``auto`` for a foreign model."""
+    if subject.student is not None:
+        return subject.student.template
+    return "auto" if subject.recipe is None else subject.recipe.data.prompt_template
 
 
 @dataclass
@@ -147,14 +106,14 @@ class Speaker:
 
 
 def load_speaker(
-    label: str, path: str, *, template: str, key: str, dtype: str = "float32", tokenizer: str | None = None
+    label: str, path: str, *, template: str | Template, key: str, dtype: str = "float32", tokenizer: str | None = None
 ) -> Speaker:
     """Load a model to answer with, on the GPU where there is one.
 
     Args:
         label: ``student``, ``teacher`` or ``model``.
         path: Hub name, folder, or GGUF file.
-        template: name of its prompt template; ``auto``: the tokenizer's chat template, else Alpaca.
+        template: its prompt template, or the name of it; ``auto``: the tokenizer's chat template, else Alpaca.
         key: what the user calls this choice, for messages.
         dtype: of the weights.
         tokenizer: where its tokenizer is; None: where the model is.
@@ -166,5 +125,6 @@ def load_speaker(
     with working(f"loading {label} {path}"):
         words = load_tokenizer(tokenizer or path, key=key)
         model: Any = load_model(path, key=key, dtype=dtype)
+    found = template if isinstance(template, Template) else resolve_template(template, words, "--template")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Speaker(label, model.to(device).eval(), words, resolve_template(template, words, "--template"))
+    return Speaker(label, model.to(device).eval(), words, found)
