@@ -1,5 +1,6 @@
-"""Writes the generated pages: docs/temperature.md with its figures, docs/figures/run.svg, docs/divergences.md, docs/models.md,
-docs/log_columns.md, the tables of docs/scale.md, and the layers of docs/architecture.md.
+"""Writes the generated pages: docs/temperature.md with its figures, docs/divergences.md, docs/models.md,
+docs/log_columns.md, docs/figures/run.svg, the tables of docs/scale.md and docs/trainer.md, and the
+layers of docs/architecture.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    write nothing; exit 1 and name the files that are not up to date
@@ -23,6 +24,7 @@ from _models_page import models_page  # noqa: E402
 from _run_figure import run_figure  # noqa: E402
 from _scale_page import scale_page  # noqa: E402
 from _temperature_page import temperature_figures, temperature_page  # noqa: E402
+from _trainer_page import trainer_page  # noqa: E402
 
 
 def generated() -> dict[Path, str]:
@@ -36,6 +38,7 @@ def generated() -> dict[Path, str]:
         "log_columns.md": log_columns_page(),
         "scale.md": scale_page(),
         "architecture.md": architecture_page(),
+        "trainer.md": trainer_page(),
     }
     return {**{DOCS / name: text for name, text in pages.items()}, **figures}
 

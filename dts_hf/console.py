@@ -44,6 +44,7 @@ KINDS_OF_SECRETS = {  # a name such as hf_llama7b is no token: the Hub's have 34
     "a signed URL": r"(?<=[?&])(?:X-Amz-(?:Signature|Security-Token)|X-Goog-Signature|sig)=[A-Za-z0-9%/+_.-]{20,}={0,2}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
+_HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
 _SECRET = re.compile("|".join(f"(?:{pattern})" for pattern in KINDS_OF_SECRETS.values()))
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _TOKEN_IN_QUERY = re.compile(
@@ -58,7 +59,9 @@ def masked(text: str) -> str:
     """``text`` with access tokens of the Hub, of the environment and in URLs replaced by stars."""
     for value in sorted(_secrets_of_the_environment(), key=len, reverse=True):
         text = text.replace(value, MASK)
-    text = _SECRET.sub(MASK, _TOKEN.sub(rf"\g<1>{MASK}", text))
+    for token in (_HUB_TOKEN, _TOKEN):
+        text = token.sub(rf"\g<1>{MASK}", text)
+    text = _SECRET.sub(MASK, text)
     return _TOKEN_IN_QUERY.sub(rf"\1={MASK}", _USER_IN_URL.sub(MASK, text))
 
 

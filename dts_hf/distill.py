@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -55,8 +56,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         UserError: wrong input, named by key, row or file; nothing has been written then.
         UploadError: all is done and written, but ``training.push_to_hub`` failed; its ``result`` is the run directory.
     """
-    started = time.monotonic()
-    task = task_of(recipe)
+    started, task = time.monotonic(), task_of(recipe)
 
     # 1. What can be refused without loading anything; and where the run starts: this may be its second attempt, or done.
     args = task.training_arguments(recipe.output.dir)
@@ -109,8 +109,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     scorer.score("student", student)
 
     # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
-    merge = recipe.student.lora is None or recipe.student.lora.save == "merged"
-    save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
+    save(task, student, tokenizer, run)
     if trainer.is_world_process_zero():
         scorer.finish(training_facts(trainer, started))
         run.clean_up()
@@ -189,6 +188,20 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_fr
         trainer.check_resumable(start.checkpoint)
     else:
         trainer.prepare_temperature(trainer.planned_steps())
+
+
+def save(task: Task[Any], student: nn.Module, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
+    """The student into ``final/``, with what says how it is asked; all processes call it.
+
+    Args:
+        task: knows its recipe and its template.
+        student: trained.
+        tokenizer: the student's.
+        run: takes it.
+    """
+    lora = task.recipe.student.lora
+    merge = lora is None or lora.save == "merged"
+    save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
 
 
 def training_facts(trainer: DistillationBase, started: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     NOT_UPLOADED = 69
     #: SIGTERM or SIGUSR1 (pre-emption): nothing is wrong, ``--resume`` goes on. ``EX_TEMPFAIL`` of sysexits.h.
     INTERRUPTED = 75
-    #: Ctrl-C (128 + SIGINT).
+    #: Ctrl-C (128 + SIGINT): saved like INTERRUPTED, unless it came twice.
     CTRL_C = 130
 
 

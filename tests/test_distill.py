@@ -23,7 +23,7 @@ from dts_hf.language_modeling.scorer import weights_as
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Rows, Task
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.recipes import recipe, write_rows
+from tests.support.recipes import in_full, recipe, write_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -65,7 +65,7 @@ def test_the_run_directory_holds_exactly_this(workplace):
         "recipe.yaml",
         "report.html",
     ]
-    assert run.read_recipe() == wanted
+    assert run.read_recipe() == in_full(wanted)
     kinds = [record["kind"] for record in run.read_log()]
     assert kinds.count("train") == 2 and kinds.count("generation") == 3  # before, at step 2, at the end
     metrics = run.read_metrics()
@@ -211,7 +211,7 @@ def test_evaluation_sets_are_answered_at_the_end_under_a_named_protocol(workplac
     assert len(student) == 5 * 5 and {row["seed"] for row in student} == {10, 20, 30, 40, 50}
     found = evaluate(str(run.path), EvaluationOptions(["other.jsonl"], rows=3))
     assert found["models"]["student"]["sets"]["other"] == metrics["models"]["student"]["sets"]["other"]
-    assert run.read_recipe() == wanted
+    assert run.read_recipe() == in_full(wanted)
 
 
 def test_a_set_with_the_name_of_the_validation_rows_is_refused_before_anything(workplace):
@@ -272,7 +272,7 @@ def test_a_finished_run_is_replayed_in_every_way(recorded):
     def again(folder, **temperature):
         output = {"dir": f"runs/{folder}", "report": folder == "replay"}
         run = distill(recipe(temperature=temperature, output=output, **QUICK))
-        assert run.read_recipe().temperature.model_dump() == temperature
+        assert run.read_recipe().temperature.model_dump().items() >= temperature.items()
         return [line["temperature"] for line in train_lines(run)]
 
     wanted = [line["temperature"] for line in recorded]

@@ -6,7 +6,6 @@ are its logits, and the head is the identity. Only what a batch is and how model
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import check_for_classifiers, check_keywords, checked_arguments
+from dts_hf.training.arguments import check_for_classifiers, checked_arguments
 from dts_hf.training.datasets import RowReader
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
@@ -101,9 +100,8 @@ class ClassificationDistillationTrainer(DistillationBase):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         # 1. Arguments that cannot be honoured, before anything is loaded.
-        check_keywords(kwargs, inspect.signature(ClassificationDistillationTrainer.__init__).parameters)
         check_for_classifiers(kwargs)
-        args = checked_arguments(args, kwargs)
+        args = checked_arguments(args, kwargs, type(self))
         check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
         self.task = task = get_task(task) if isinstance(task, str) else task
@@ -122,22 +120,12 @@ class ClassificationDistillationTrainer(DistillationBase):
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
-            model,
-            args,
-            LabelledCollator(int(tokenizer.pad_token_id), task.regression),
-            train_dataset,
-            eval_dataset,
-            tokenizer,
-            temperature=temperature if softened else 1.0,
-            divergence=divergence,
-            kd_ratio=kd_ratio,
-            classes=task.outputs,
-            loss_options=loss_options,
+            model, args, LabelledCollator(int(tokenizer.pad_token_id), task.regression), train_dataset, eval_dataset, tokenizer,
+            temperature=temperature if softened else 1.0, divergence=divergence, kd_ratio=kd_ratio,
+            classes=task.outputs, loss_options=loss_options,
             columns=LogColumns(teacher=teacher is not None, regression=task.regression),
-            rows=LabelledRows(task, encode_options, models),
-            facts=model_facts("teacher", teacher),
-            **kwargs,
-        )
+            rows=LabelledRows(task, encode_options, models), facts=model_facts("teacher", teacher), **kwargs,
+        )  # fmt: skip
         if teacher_placement == "sharded" and teacher is not None:
             shard_teacher(teacher, self.args.device)
         self.classifier.to(self.args.device)

@@ -12,6 +12,11 @@ from dts_hf.cli.printing import AsJson, is_main_process, print_json, print_table
 from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Dtype
 
+PROTOCOL_HELP = (
+    "See dts-hf list protocols; default: the student's own (dts_hf.json); for prepared sets and foreign models minillm, in "
+    "the student's template."
+)
+TEMPLATE_HELP = "Prompt template; default: the protocol's; for a foreign model its chat template where it has one."
 Backend = Literal["dts_hf", "vllm"]
 EPILOG = (
     "Example: [bold]dts-hf evaluate runs/first --sets dolly,self_instruct,vicuna --protocol minillm"
@@ -21,7 +26,7 @@ EPILOG = (
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|RUN", help="Hub name, folder, or run directory (its student).")
+        str, typer.Argument(metavar="MODEL|RUN", help="Hub name, folder, or run directory: one score for all.")
     ],
     sets: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Prepared sets (dts-hf list sets) or row files.")
@@ -32,12 +37,12 @@ def command(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="See dts-hf list protocols; default: minillm for prepared sets and models, else the run's."),
+        typer.Option(help=PROTOCOL_HELP),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N,N", help="Sample once per seed; default: as the protocol says.")
     ] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt template; default: the protocol's.")] = None,
+    template: Annotated[str | None, typer.Option(help=TEMPLATE_HELP)] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens; default: the protocol's.")
     ] = None,
@@ -48,7 +53,7 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Type of the weights; default: as the run answers or trains, for a model float32."),
+        typer.Option(help="Type of the weights; default: as the student was scored, for a foreign model float32."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for metrics and predictions; a killed evaluation goes on from there.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import re
+import json
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
 
 from dts_hf.cli.printing import AsJson, print_json, print_table
+from dts_hf.registry import defaults_of
 
 EPILOG = "Example: [bold]dts-hf list temperatures[/bold]"
 
@@ -69,6 +70,11 @@ def list_choices(kind: Kind) -> list[dict[str, str]]:
 
 
 def _class_row(name: str, kind: type) -> dict[str, str]:
-    options = ", ".join(str(option) for option in inspect.signature(kind).parameters.values())
+    """The options with the values that are in force when none is given; null: nothing is."""
+    options = ", ".join(f"{option}={_as_typed(value)}" for option, value in defaults_of(kind).items())
     about = (inspect.getdoc(kind) or "").partition("\n")[0]
-    return {"name": name, "options": re.sub(r": [^=,]+ = ", "=", options), "about": about}
+    return {"name": name, "options": options, "about": about}
+
+
+def _as_typed(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -7,18 +7,49 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dts_hf.console import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 WIDEST = 10_000  # columns of a table in a pipe
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Recipe files and folders below what was typed, and the names of shipped recipes."""
+    from dts_hf.recipe.shipped import shipped_recipes
+
+    folder, _, start = incomplete.rpartition("/")
+    inside = Path(folder or ("/" if incomplete.startswith("/") else "."))
+    prefix = f"{folder}/" if incomplete.count("/") else ""
+    found = sorted(path for path in inside.glob(f"{start}*") if not path.name.startswith((".", "_")))
+    files = [
+        f"{prefix}{path.name}{'/' if path.is_dir() else ''}"
+        for path in found
+        if path.is_dir() or path.suffix == ".yaml"
+    ]
+    return [*files, *(name for name in shipped_recipes() if name.startswith(incomplete))]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Keys of a recipe, and the values of those that have a choice."""
+    from dts_hf.recipe.completion import completions
+
+    return completions(incomplete)
+
+
 #: Arguments that several commands take.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", autocompletion=complete_recipe, help="Recipe file (YAML).")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.", autocompletion=complete_override),
 ]
 
 
@@ -41,7 +72,6 @@ def print_answer(answer: Mapping[str, Any], alone: bool) -> None:
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Print ``rows`` under the column names of the first one; what the user's files hold cannot act on the terminal."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -50,5 +80,11 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row.values()))
-    # A pipe has no width: rich would take it for a terminal of 80 columns and cut or fold what another program reads.
-    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDEST).print(table)
+    table_console().print(table)
+
+
+def table_console() -> Console:
+    """Stdout for tables. A pipe has no width: rich would fold for 80 columns what another program reads."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDEST)

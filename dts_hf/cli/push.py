@@ -31,10 +31,9 @@ def command(
         typer.echo(push.push(source, repo, private=private, revision=revision))
         return
     from dts_hf.cli.printing import print_table
-    from dts_hf.console import gb
 
     to = push.destination(source, repo, private=private, revision=revision)
     with push.staged_source(source, to.repository, online=False) as ready:
         rows = [{"file": name, "bytes": f"{size:,}"} for name, size in ready.files]
-        total = gb(sum(size for _, size in ready.files))
+        total = ready.size
     print_table(f"{to.repository} ({'private' if to.private else 'public'}): {len(rows)} files, {total}", rows)

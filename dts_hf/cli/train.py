@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json
+from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json, table_console
 from dts_hf.console import printable
 from dts_hf.errors import UploadError, UserError
 
@@ -83,11 +83,9 @@ def print_plan(found: DryRun, as_json: bool) -> None:
 
 def print_end_of_run(run: RunDirectory) -> None:
     """Print the scores of ``run``, and where report, model card and student are."""
-    from rich.console import Console
-
     from dts_hf.reporting.tables import summary_table
 
-    Console().print(summary_table(run))
+    table_console().print(summary_table(run))
     for label, path in (("report", run.report_path), ("card", run.card_path), ("student", run.final_path)):
         if path.exists():
             typer.echo(f"{label}: {path}")

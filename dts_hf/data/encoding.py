@@ -115,7 +115,7 @@ class EncodingReport:
     unlabelled_ids: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     response_tokens: int = 0
-    template: str = ""
+    template: str = field(default="", compare=False)
 
     @property
     def is_whole(self) -> bool:

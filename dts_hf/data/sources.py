@@ -287,8 +287,15 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
             f"or load the data set once with network access so that it is cached."
         ) from error
     stem = _own_stem(path.replace("/", "-"), Counter() if stems is None else stems)
-    for number, obj in enumerate(dataset, 1):
-        where = f"{name}, split '{split}': row {number}"
+    rows, number = iter(dataset), 0
+    while True:
+        where = f"{name}, split '{split}': row {(number := number + 1)}"
+        try:
+            obj = next(rows, None)
+        except Exception as error:  # whatever a reader of images or sounds raises, or lacks
+            raise UserError(f"{where}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+        if obj is None:
+            return
         yield f"{stem}-{number}", where, obj
 
 

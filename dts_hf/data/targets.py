@@ -7,6 +7,7 @@ template's end of turn, whatever ``eos_token`` is. See docs/targets.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dts_hf.data.chat_templates import (
@@ -27,6 +28,10 @@ TRAIN_ON: tuple[TrainOn, ...] = ("last_turn", "all_turns", "completion")
 Span = tuple[int, int]
 
 
+class TurnsDiffer(UserError):
+    """The chat template writes earlier turns otherwise than they were said: only the last one has a sound mask."""
+
+
 class RowTexts(NamedTuple):
     """The text of one row.
 
@@ -39,6 +44,17 @@ class RowTexts(NamedTuple):
     texts: list[str]
     ends: bool
     is_one: bool
+
+
+def all_turns_are_sound(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
+    """Whether every row has a sound mask with the default ``train_on``."""
+    cutter = TextCutter(tokenizer, template, None)
+    try:
+        for row in rows:
+            cutter.cut(row)
+    except TurnsDiffer:
+        return False
+    return True
 
 
 class TextCutter:
@@ -99,7 +115,7 @@ class TextCutter:
                 spans = [self._span(whole, len(prompt))]
             else:
                 spans = [self._turn(row, turn, whole) for turn in turns]
-        ends = self.end is not None and whole[: spans[-1][1]].endswith(self.end)
+        ends = whole[: spans[-1][1]].endswith(self.end or str(self.tokenizer.eos_token))
         texts, last = [], 0
         for start, stop in spans:
             texts += [whole[last:start], whole[start:stop]]
@@ -153,14 +169,15 @@ class TextCutter:
     def _adjusted(self, row: Row, whole: str, spans: list[Span]) -> list[Span]:
         """Marked spans from where generation begins up to the end of turn, wherever the template's author set the markers.
 
-        Some enclose the header that generation is given (SmolLM3), some the line break behind the end of turn, and some
-        leave the end of turn out.
+        Some enclose the header that generation is given (SmolLM3) or its line break, some the line break behind the end of
+        turn, and some leave the end of turn out.
         """
         asking = self._asks(row)
         adjusted: list[Span] = []
         for begin, end in spans:
             text = whole[begin:end]
-            start, stop = begin + len(asking) * text.startswith(asking), end
+            asked = whole.find(asking, max(0, begin - len(asking))) if asking else -1
+            start, stop = max(begin, asked + len(asking)) if 0 <= asked <= begin else begin, end
             if self.end is not None:
                 kept, behind = text.rstrip(), whole[end:].lstrip()
                 if kept.endswith(self.end):
@@ -182,9 +199,9 @@ class TextCutter:
             self._asking[key] = asked[len(plain) :] if asked.startswith(plain) else ""
         return self._asking[key]
 
-    def _differs(self, row: Row, turn: int, whole: str, said: str, advice: str | None = None) -> UserError:
+    def _differs(self, row: Row, turn: int, whole: str, said: str, advice: str | None = None) -> TurnsDiffer:
         if not turn:
-            return UserError(
+            return TurnsDiffer(
                 f"row '{row.id}': the conversation begins with the assistant, so nothing asks for its first message: "
                 "leave that out, or use data.train_on: last_turn"
             )
@@ -193,7 +210,7 @@ class TextCutter:
         # The last message may be the one that differs: then nothing else helps
         helps = turn < len(row.conversation) - 1 or len(self._turns(row)) > 1
         advice = ("data.train_on: last_turn" if helps else "another chat template") if advice is None else advice
-        return UserError(
+        return TurnsDiffer(
             f"row '{row.id}': this chat template renders earlier turns differently: message {turn + 1} was "
             f"{said[start : start + 40]!r} and becomes {whole[start : start + 40]!r}, so the tokens that are learned "
             f"would not be those that are generated." + (f" Expected {advice}" if advice else "")

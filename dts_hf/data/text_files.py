@@ -179,7 +179,7 @@ def csv_objects(file: Path) -> Iterator[tuple[int, str, dict[str, str | None]]]:
         if cells is None:
             return
         if header is None:
-            header = _header(cells, file) if cells else None
+            header = _header(cells, file, delimiter) if cells else None
         elif cells:
             number += 1
             where = f"{file}: line {began}"
@@ -193,8 +193,11 @@ def delimiter_name(delimiter: str) -> str:
     return "TSV" if delimiter == "\t" else "CSV"
 
 
-def _header(cells: list[str], file: Path) -> list[str]:
+def _header(cells: list[str], file: Path, delimiter: str) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if len(names) == 1 and any(mark in names[0] for mark in ",;\t|"):
+        separated = "tabs" if delimiter == "\t" else "commas"
+        raise UserError(f"{file}: line 1: got one column {names[0][:80]!r}, expected names separated by {separated}")
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{file}: line 1: two columns are called '{min(twice)}', expected names that differ")
     return names

@@ -70,6 +70,12 @@ TSV_NAMES = {
 def check(name: str, split: str, rows: Iterator[tuple[str, Any]], task: Task) -> list[JsonObject]:
     """Rows in our format.
 
+    Args:
+        name: of the task; it begins the ids.
+        split: of the rows; it stands behind the name.
+        rows: (place, row) of the source.
+        task: what a row must have.
+
     Raises:
         UserError: a field is missing, a label is out of range, or an index appears twice.
     """
@@ -104,7 +110,17 @@ def _label(value: Any, task: Task, where: str) -> int | float:
 
 
 def read_tsv(content: bytes, name: str, task: Task, job: Job) -> Iterator[tuple[str, JsonObject]]:
-    """Rows of one of GLUE's TSV files; ``idx`` counts the file's rows from 0, dropped ones included."""
+    """Rows of one of GLUE's TSV files; ``idx`` counts the file's rows from 0, dropped ones included.
+
+    Args:
+        content: the bytes of the file.
+        name: what messages call it.
+        task: its columns and labels.
+        job: counts the lines that are dropped.
+
+    Raises:
+        UserError: it is not UTF-8, or lacks a column.
+    """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,7 +167,14 @@ def _tsv_label(text: str, task: Task, where: str) -> int | float:
 
 
 def read(job: Job, task_name: str, split: str, task: Task) -> Iterator[tuple[str, Any]]:
-    """The rows of a split, in whichever of the layouts the source has."""
+    """The rows of a split, in whichever of the layouts the source has.
+
+    Args:
+        job: has the source.
+        task_name: which task.
+        split: which of its rows.
+        task: its folder and columns in GLUE's own files.
+    """
     tsv = TSV_NAMES[split]
     parquet = [f"{task_name}/{split}-00000-of-00001.parquet", f"{task_name}/{split}.parquet"]
     rows = [f"{task_name}/{split}.jsonl", f"{task_name}/{split}.jsonl.gz"]

@@ -92,7 +92,11 @@ class Job:
                             lambda length: length <= MAX_PROMPT_TOKENS)  # fmt: skip
 
     def keep_bin(self, rows: list[JsonObject], name: str = "11_") -> list[JsonObject]:
-        """The protocol's second rule: only rows whose FIRST reference has so many tokens."""
+        """The protocol's second rule: only rows whose FIRST reference has so many tokens.
+
+        Raises:
+            UserError: without a tokenizer, most references are too short to have that many.
+        """
         low, high = BINS[name]
         bound = "inf)" if high is None else f"{high}]"
         if not self.lengths and high is None:  # a token has a byte at least, so this much can be told without counting

@@ -30,7 +30,11 @@ NAMES = ("valid.jsonl", "valid.jsonl.gz", "test.jsonl", "test.jsonl.gz")  # a fo
 
 
 def from_tasks(job: Job) -> Iterator[tuple[str, Any]]:
-    """The first 100 instances of every test task, in the order of the list of test tasks."""
+    """The first 100 instances of every test task, in the order of the list of test tasks.
+
+    Raises:
+        UserError: the list or a task file is none.
+    """
     path = job.source.get("splits/default/test_tasks.txt", "test_tasks.txt")
     tasks = path.read_text(encoding="utf-8").split()
     wrong = [task for task in tasks if not re.fullmatch(r"[\w-]+", task)]

@@ -25,7 +25,11 @@ NAMES = ("valid.jsonl", "test.jsonl", "user_oriented_instructions.jsonl")  # in 
 
 
 def read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows; of the original file, the one instance of each instruction."""
+    """Rows; of the original file, the one instance of each instruction.
+
+    Raises:
+        UserError: an instruction has not exactly one.
+    """
     for where, row in objects(path):
         if not isinstance(row, dict) or "instances" not in row:
             yield where, row

@@ -31,7 +31,11 @@ NAMES = (  # in a folder
 
 
 def read(path: Path, rules: list[str]) -> Iterator[tuple[str, Any]]:
-    """Rows; of the core set one for each instance."""
+    """Rows; of the core set one for each instance.
+
+    Raises:
+        UserError: an instruction has no list of instances.
+    """
     rule = "made from the core set in its order: not the same rows as in MiniLLM's release"
     for where, row in objects(path):
         if not isinstance(row, dict) or "instances" not in row:

@@ -1,4 +1,4 @@
-"""The doctor's screen: one line per check, what is wrong and what to do below it, two rows in colour, memory by strategy."""
+"""The doctor's screen: one line per check, what is wrong and what to do below it, rows in colour, memory by strategy."""
 
 from __future__ import annotations
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template, end_of_turn, leading_special_ids, render_messages
+from dts_hf.data.conversations import REASONING
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import is_mixed, summary
 from dts_hf.data.rows import Row
@@ -164,10 +166,11 @@ def check_special_tokens(
         others += [("end-token-unknown", who, "its model stops", *theirs, where)]
     for code, who, other, stops, first, where in others:
         tokenizer = tokenizers[who]
-        known = {tokenizer.eos_token_id, *turn_ends}  # generation stops at each of them
+        swapped = tokenizer.eos_token_id in first
+        # Generation stops at the template's end of turn, too: where that is known, another eos_token does no harm
+        known = {tokenizer.eos_token_id} if swapped else {tokenizer.eos_token_id, *turn_ends}
         if not stops or known & stops or check.problems:  # one cause, said once
             continue
-        swapped = tokenizer.eos_token_id in first
         (check.error if swapped else check.warn)(
             "special-tokens-swapped" if swapped else code,
             f"the {who}'s tokenizer ends with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but {other} at "
@@ -270,7 +273,9 @@ def _chat_problems(
         )
     read, response = "".join(texts[:-1]), row.response.strip()  # many templates strip it, too
     expected = prompt + response
-    if not whole.startswith(prompt) or read != prompt:
+    # Before the answer there may be a thought, and nothing that asks for an answer
+    opening = re.sub("<think>.*?</think>", "", texts[-1].partition(response)[0], flags=re.DOTALL)
+    if not whole.startswith(prompt) or read != prompt or (row.answer is None and opening.strip()):
         yield (
             "chat-template-prompt",
             f"the chat template writes a finished conversation otherwise than prompt and answer: it has "
@@ -296,7 +301,8 @@ def _contents(row: Row) -> Iterator[tuple[str, str]]:
             yield "a tool call", _plain((call.get("function") or call).get("name"))
     for tool in row.tools or ():
         yield "the tools", _plain((tool.get("function") or tool).get("name"))
-    yield "the reasoning", _plain((row.answer or {}).get("reasoning_content"))
+    for key in REASONING:
+        yield "the reasoning", _plain((row.answer or {}).get(key))
 
 
 def _plain(value: Any) -> str:

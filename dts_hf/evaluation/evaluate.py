@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dts_hf.console import say
 from dts_hf.data.held_out_split import split_off
@@ -24,7 +25,7 @@ from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load
 from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.evaluation.output_folder import OutputFolder
-from dts_hf.evaluation.subject import choose_protocol, find_subject, notes_on, with_template
+from dts_hf.evaluation.subject import Asked, choose_protocol, find_subject, notes_on, with_template
 from dts_hf.generation.engine import Generated, generate
 from dts_hf.generation.vllm_backend import load_vllm, vllm_generate
 from dts_hf.models.loading import load_model, load_tokenizer
@@ -93,25 +94,9 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
             say(note)
         if recipe is not None and VALIDATION in rows and recipe.data.responses == "teacher":
             say("The run's own scores are against the teacher's answers, these are against the data's")
-    scores: dict[str, Any] = {}
-    for name, of_set in rows.items():
-        answers = None if folder is None else folder.answer_file(name)
-        result = evaluate_instruct(
-            answerer.model,
-            tokenizer,
-            of_set,
-            protocol,
-            template=asked.template,
-            batch_size=options.batch_size,
-            set_name=name,
-            progress=name,
-            answers=answers,
-            all_processes=True,
-            answer=answerer.generate,
-        )
-        if folder is not None and answers is not None:
-            folder.finish_set(answers, result.predictions)
-        scores[name] = result.scores
+    scores = {
+        name: _answer_set(name, of_set, answerer, tokenizer, asked, options, folder) for name, of_set in rows.items()
+    }
     if folder is not None:
         scores = {**folder.earlier_scores(), **scores}
     models = {
@@ -122,6 +107,35 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     if folder is not None:
         folder.write_metrics(metrics)
     return metrics
+
+
+def _answer_set(
+    name: str,
+    rows: list[Row],
+    answerer: _Answerer,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
+    options: EvaluationOptions,
+    folder: OutputFolder | None,
+) -> dict[str, Any]:
+    """The scores of one set; its answers go into the folder, where there is one."""
+    answers = None if folder is None else folder.answer_file(name)
+    result = evaluate_instruct(
+        answerer.model,
+        tokenizer,
+        rows,
+        asked.protocol,
+        template=asked.template,
+        batch_size=options.batch_size,
+        set_name=name,
+        progress=name,
+        answers=answers,
+        all_processes=True,
+        answer=answerer.generate,
+    )
+    if folder is not None and answers is not None:
+        folder.finish_set(answers, result.predictions)
+    return result.scores
 
 
 def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) -> dict[str, list[Row]]:

@@ -23,7 +23,19 @@ def digest_of(values: Any) -> str:
 
 def rows_digest(rows: Sequence[Row]) -> str:
     """Digest of what is asked and what counts as right, in order."""
-    return digest_of([[row.id, row.instruction, row.input, row.messages, list(row.references)] for row in rows])
+    return digest_of([_asked_in(row) for row in rows])
+
+
+def _asked_in(row: Row) -> list[Any]:
+    asked: list[Any] = [row.id, row.instruction, row.input, row.messages, list(row.references)]
+    # Only where there is more: the digest of an ordinary row is in metrics.json of earlier versions
+    more = {
+        "kind": row.kind if row.kind == "prompt" else None,
+        "tools": row.tools,
+        "chat_template_kwargs": row.chat_template_kwargs,
+    }
+    given = {key: value for key, value in more.items() if value}
+    return [*asked, given] if given else asked
 
 
 def describe_protocol(protocol: Protocol, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -20,15 +20,16 @@ class EvaluationOptions:
         sets: names of prepared sets (``dts-hf list sets``) or row files.
         data: further rows in any form that ``data.sources.load_rows`` takes. Without ``sets`` and ``data``: the
             validation rows of the run, with the data's own answers as references.
-        protocol: name of a variant (``dts-hf list protocols``); None: ``minillm`` for a model and where ``sets`` names a
-            prepared set, else the run's own.
+        protocol: name of a variant (``dts-hf list protocols``); None: the student's own, as its ``dts_hf.json`` or its run
+            has it. A foreign model, and prepared sets, have ``minillm`` in the template of the student's training.
         seeds: sample once per seed.
-        template: name of the prompt template.
+        template: name of the prompt template; None: the protocol's. Of a foreign model: ``auto``, its chat template where
+            it has one.
         max_new_tokens: longest answer, in tokens.
         no_repeat_ngram_size: no n-gram of prompt and answer twice; 0: no rule.
         rows: answer the first so many of each set; None: all.
         batch_size: prompts answered at once.
-        dtype: of the weights; None: the run's ``evaluation.dtype``, else its ``student.dtype``; float32 for a model.
+        dtype: of the weights; None: the run's ``evaluation.dtype``, else its ``student.dtype``; float32 for a foreign model.
             There is no autocast: a run with ``training.bf16`` answers under it, and scores differ in near-ties.
         output: folder for metrics, predictions and what a killed evaluation needs to go on; None: nothing is written.
         overwrite: begin anew where ``output`` holds another evaluation.

@@ -10,10 +10,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from dts_hf import __version__
 from dts_hf.data.chat_templates import AUTO, Template, get_template, resolve_template
 from dts_hf.errors import UserError
 from dts_hf.evaluation.fingerprint import describe_protocol
@@ -69,7 +69,7 @@ def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     policy["divergence"] = loss.divergence.model_dump(mode="json")
     return {
         "format": FORMAT,
-        "dts_hf": __version__,
+        "dts_hf": _version(),
         "prompt_template": resolve_template(data.prompt_template, tokenizer).name,
         "wraps_prompts": data.prompt_template != AUTO,
         "train_on": data.train_on,
@@ -109,6 +109,13 @@ def read_student_file(model: str) -> StudentFile | None:
             f"{model}: {STUDENT_FILE} has format {facts['format']}, this version of dts-hf reads {FORMAT}: update it"
         )
     return student
+
+
+def _version() -> str | None:
+    try:
+        return version("dts-hf")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return None
 
 
 def _find(model: str) -> Path | None:

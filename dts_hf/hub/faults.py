@@ -70,7 +70,7 @@ def explained(error: BaseException) -> str:
     if any(type(link).__name__ == "OfflineModeIsEnabled" for link in links):
         return "this machine is offline (HF_HUB_OFFLINE is set)"
     if any(type(link).__name__ == "LocalTokenNotFoundError" for link in links):
-        return _REASONS[401]
+        return "there is no login on this machine: run 'hf auth login', or set HF_TOKEN"
     if link := next((link for link in links if is_connection(link)), None):
         return f"the connection to the Hub broke off ({type(link).__name__}: {_first_line(link)})"
     first = links[-1] if error.__cause__ is not None else error  # a wrapper says which file, and not why

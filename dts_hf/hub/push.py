@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dts_hf.console import gb, say
+from dts_hf.console import say
 from dts_hf.errors import UploadError, UserError
 from dts_hf.hub.faults import explained, patiently
-from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, RECIPE, REPLACED, Staged, stage
+from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, REPLACED, Staged, stage
+from dts_hf.reporting.facts import anchored
 from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import card_of_a_folder, models_of, render_model_card
 from dts_hf.runs.directory import RunDirectory
@@ -98,7 +99,14 @@ def destination(
     revision: str | None = None,
     token: str | None = None,
 ) -> Destination:
-    """Where ``source`` goes; arguments as for ``push``.
+    """Where ``source`` goes.
+
+    Args:
+        source: as for ``push``.
+        repository: the same.
+        private: the same.
+        revision: the same.
+        token: the same.
 
     Raises:
         UserError: this is nothing that can be uploaded, or no name of a repository.
@@ -106,8 +114,8 @@ def destination(
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     training: Mapping[str, Any] = {}
-    if is_run(source):
-        training = RunDirectory(source).read_recipe().training
+    if run := run_of(source):
+        training = run.read_recipe().training
     elif not source.is_dir():
         RunDirectory.open(source)  # says that there is none, and the nearest name
     name = repository or training.get("hub_model_id") or name_of(source)
@@ -126,9 +134,11 @@ def name_of(source: Path) -> str:
     return path.parent.name if path.name == "final" else path.name
 
 
-def is_run(source: Path) -> bool:
-    """Whether ``source`` is a run directory, and no folder with a student that was uploaded or downloaded."""
-    return (source / RECIPE).is_file() and not (source / "config.json").is_file()
+def run_of(source: Path) -> RunDirectory | None:
+    """The run that ``source`` is, or whose ``final/`` it is; None: a student without its run, such as a downloaded one."""
+    run = RunDirectory(source.parent if source.name == "final" else source)
+    is_run = run.recipe_path.is_file() and (run.final_path.is_dir() or not (run.path / "config.json").is_file())
+    return run if is_run else None
 
 
 @contextmanager
@@ -143,7 +153,7 @@ def staged_source(source: Path, repository: str, *, online: bool) -> Iterator[St
     Raises:
         UserError: see ``stage``; or the run is not finished.
     """
-    run = RunDirectory(source) if is_run(source) else None
+    run = run_of(source)
     student = source if run is None else run.final_path
     if run is not None and not student.is_dir():
         raise UserError(
@@ -153,7 +163,7 @@ def staged_source(source: Path, repository: str, *, online: bool) -> Iterator[St
         if run is None:
             yield _stage_folder(student, folder, repository)
             return
-        recipe = run.read_recipe().model_dump(mode="json")
+        recipe = anchored(run, run.read_recipe().model_dump(mode="json"))
         origins = inherited(models_of(recipe), online=online)
         for warning in origins.warnings:
             say(warning)
@@ -210,8 +220,10 @@ def check_login(to: Destination) -> str:
     Raises:
         UserError: there is none, it is wrong, it may only read, or the Hub cannot be asked.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
 
+    if is_offline_mode():  # without a token the client would speak of that first
+        raise UserError("training.push_to_hub: this machine is offline (HF_HUB_OFFLINE is set)")
     try:
         who = patiently(lambda: HfApi(library_name="dts-hf").whoami(token=to.token), "login")
     except Exception as error:
@@ -260,8 +272,7 @@ def upload(ready: Staged, to: Destination, message: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dts-hf", token=to.token)
-    total = sum(size for _, size in ready.files)
-    say(f"{to.repository}: uploading {len(ready.files)} files, {gb(total)}")
+    say(f"{to.repository}: uploading {len(ready.files)} files, {ready.size}")
     patiently(
         lambda: api.upload_folder(
             repo_id=to.repository,

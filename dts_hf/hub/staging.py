@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dts_hf.console import secrets_in
+from dts_hf.console import gb, secrets_in
 from dts_hf.errors import UserError
 from dts_hf.files import jsonable
 from dts_hf.recipe.yaml_files import dump_values
@@ -65,6 +65,12 @@ class Staged(NamedTuple):
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.files]
+
+    @property
+    def size(self) -> str:
+        """Bytes of all files, for people."""
+        total = sum(size for _, size in self.files)
+        return gb(total) if total >= 1e6 else f"{total / 1e3:,.0f} kB"
 
 
 def is_allowed(name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from dts_hf.console import working
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
@@ -161,6 +162,7 @@ def load_speaker(
     Raises:
         UserError: it cannot be loaded, or knows no such template.
     """
+    transformers_logging.disable_progress_bar()  # it would stand between the answers
     with working(f"loading {label} {path}"):
         words = load_tokenizer(tokenizer or path, key=key)
         model: Any = load_model(path, key=key, dtype=dtype)

@@ -120,6 +120,8 @@ class LanguageModeling(Task[DistillationTrainer]):
             logits_budget_mb=recipe.loss.logits_budget_mb,
             router_aux_loss=recipe.loss.router_aux_loss,
             packing=recipe.data.model_dump()["packing"],
+            prompt_template=recipe.data.prompt_template,
+            train_on=self.train_on,
             vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
             **self.trainer_options(models, data),
         )

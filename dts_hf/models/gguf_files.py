@@ -15,11 +15,15 @@ import re
 import secrets
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.files import file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 PACKAGE_PREFIX = "package:"
@@ -190,15 +194,14 @@ def cache_folder(kind: str, sources: Sequence[Path], *versions: str) -> Path:
     return Path(constants.HF_HOME) / "dts_hf" / kind / digest
 
 
-def load_gguf_tokenizer(path: Path) -> Any:
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file; a large one is converted once (262,144 entries: a minute) and read back afterwards."""
-    import tokenizers
     import transformers
 
-    kept = cache_folder("tokenizers", [path], transformers.__version__, tokenizers.__version__)
+    kept = cache_folder("tokenizers", [path], transformers.__version__, version("tokenizers"))
     if kept.is_dir():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(kept)
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(kept)
         except (OSError, ValueError):  # damaged: made again
             shutil.rmtree(kept, ignore_errors=True)
         else:
@@ -210,7 +213,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _keep(tokenizer: Any, kept: Path) -> None:
+def _keep(tokenizer: PreTrainedTokenizerBase, kept: Path) -> None:
     """Save ``tokenizer``, if it comes back the same; a cache that cannot be written is no reason to fail."""
     import transformers
 

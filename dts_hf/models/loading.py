@@ -70,7 +70,7 @@ def load_tokenizer(
     source = ModelSource.resolve(name, key)
     try:
         if source.gguf_file is not None:
-            tokenizer = load_gguf_tokenizer(Path(source.location) / source.gguf_file)
+            tokenizer: PreTrainedTokenizerBase = load_gguf_tokenizer(Path(source.location) / source.gguf_file)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 source.location, revision=revision, trust_remote_code=trust_remote_code

@@ -116,6 +116,7 @@ def ready_to_generate(
         "bos_token_id": generation.bos_token_id,
     }
     generation.update(use_cache=True, **tokens)
+    generation._from_model_config = False  # or ``generate`` may make it anew out of the config, without the end of a turn
     try:
         generation.validate(strict=True)
     except ValueError:

@@ -94,7 +94,14 @@ def line(axis: Axes, data: Curve, label: str, colour: str, style: str = "-", smo
 
 
 def points(axis: Axes, data: Curve, label: str, colour: str) -> None:
-    """Draw single points, such as held-out scores; the dotted line between them only from three on."""
+    """Draw single points, such as held-out scores; the dotted line between them only from three on.
+
+    Args:
+        axis: where.
+        data: the points.
+        label: their name in the legend.
+        colour: one of a ``Theme``.
+    """
     style = ":" if len(data.finite) >= LINE_FROM else ""
     data = thinned(data)
     marker = "D" if len(data.values) <= MARKERS_UP_TO else ""

@@ -69,7 +69,7 @@ class Facts:
 def gather(run: RunDirectory) -> Facts:
     """Read everything that ``run`` has."""
     # A trainer used from Python, without a recipe, also asks for a card.
-    recipe = run.read_recipe().model_dump(mode="json") if run.recipe_path.is_file() else {}
+    recipe = anchored(run, run.read_recipe().model_dump(mode="json")) if run.recipe_path.is_file() else {}
     return Facts(
         name=run.path.resolve().name,
         recipe=recipe,
@@ -79,6 +79,28 @@ def gather(run: RunDirectory) -> Facts:
         environment=run.read_environment(),
         predictions={name: run.read_predictions(name) for name in run.predictions_names()},
     )
+
+
+def anchored(run: RunDirectory, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``recipe`` with ``./`` before relative paths that are there where the run was started.
+
+    ``models/small`` is a folder there, and a name on the Hub for whoever looks at the run from somewhere else.
+    """
+    output = PurePosixPath(str((recipe.get("output") or {}).get("dir") or "."))
+    here = run.path.resolve()
+    if output.is_absolute() or here.parts[-len(output.parts) :] != output.parts:
+        return recipe
+    root = Path(*here.parts[: -len(output.parts)])
+
+    def anchor(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: anchor(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [anchor(item) for item in value]
+        relative = isinstance(value, str) and "/" in value and not is_local(value) and hub_id(value) is not None
+        return f"./{value}" if relative and (root / value).exists() else value
+
+    return {key: anchor(value) for key, value in recipe.items()}
 
 
 def number(value: object) -> float | None:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dts_hf.reporting.facts import hub_id, short_name
+from dts_hf.reporting.facts import PACKAGE_PREFIX, hub_id, short_name
 
 #: Licences that ask more of a student than to be named, and what. The first pattern that fits.
 RESTRICTIONS = (
@@ -106,7 +106,7 @@ def inherited(models: Iterable[tuple[str, str | None]], *, online: bool = False)
 
     Args:
         models: name or folder, and revision, of the first weights and of the teacher; one that is named twice counts once.
-        online: ask the Hub, too. Where it does not answer the card is silent: no upload fails for that.
+        online: ask the Hub and GGUF files, too. Where none answers the card is silent: no upload fails for that.
     """
     unique = dict.fromkeys((name, revision) for name, revision in models)
     return Inherited(tuple(_origin(name, revision, online) for name, revision in unique))
@@ -131,6 +131,8 @@ def _metadata(model: str, revision: str | None, online: bool) -> Mapping[str, An
 
     if (folder := Path(model)).is_dir():
         return card_metadata(folder / "README.md")
+    if model.startswith(PACKAGE_PREFIX) or model.endswith(".gguf"):
+        return _of_gguf(model) if online else {}  # seconds: the file's index of tokens is read, too
     name = hub_id(model)
     if name is None:
         return {}
@@ -144,6 +146,23 @@ def _metadata(model: str, revision: str | None, online: bool) -> Mapping[str, An
     except Exception:
         return {}
     return {} if card is None else card.to_dict()
+
+
+def _of_gguf(model: str) -> Mapping[str, Any]:
+    """What a GGUF file says of itself; nothing where it cannot be read."""
+    from dts_hf.errors import UserError
+    from dts_hf.models.loading import ModelSource
+
+    try:
+        source = ModelSource.resolve(model, "model")
+        from gguf import GGUFReader
+
+        fields = GGUFReader(Path(source.location) / str(source.gguf_file)).fields
+        names = {"license": "license", "license.name": "license_name", "license.link": "license_link"}
+        names["languages"] = "language"
+        return {name: fields[f"general.{key}"].contents() for key, name in names.items() if f"general.{key}" in fields}
+    except (UserError, ImportError, OSError, ValueError, KeyError):
+        return {}
 
 
 def card_metadata(path: Path) -> Mapping[str, Any]:

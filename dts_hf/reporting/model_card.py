@@ -37,6 +37,7 @@ from dts_hf.runs.directory import RunDirectory
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLE_QUESTION = "Name three things that float on water."
 FIGURES = ("temperature", "losses", "rouge", "scores")
+STUDENT_FILE = "dts_hf.json"  # in a student's folder: what it was trained and scored with
 AUTO = "auto"  # the prompt template that the tokenizer decides on
 VERSIONS_SHOWN = ("dts-hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
 
@@ -186,7 +187,7 @@ def eval_results(facts: Facts) -> list[Any]:
     protocol = facts.metrics.get("protocol") or {}
     # Beside each score, because the Hub puts scores of many cards into one table
     shown = {key: protocol[key] for key in ("fingerprint", "template", "max_new_tokens") if key in protocol}
-    results = []
+    results = [] if facts.sets else _loss_results(facts)
     for set_name in facts.sets:
         source = (facts.manifest.get("splits") or {}).get(set_name, {}).get("source")
         for measure in MEASURES:
@@ -199,7 +200,7 @@ def eval_results(facts: Facts) -> list[Any]:
                 EvalResult(
                     task_type="text-classification" if facts.task else "text-generation",
                     # The Hub wants one of its own names here; of a file there is none
-                    dataset_type=hub_id(str(source).partition(":")[0]) or set_name,
+                    dataset_type=(hub_id(source.partition(":")[0]) if isinstance(source, str) else None) or set_name,
                     dataset_name=f"{_published(source)} ({set_name})" if source else set_name,
                     dataset_split=set_name,
                     metric_type="rouge" if measure.key == "rougeL" else measure.key,
@@ -209,6 +210,21 @@ def eval_results(facts: Facts) -> list[Any]:
                 )
             )
     return results
+
+
+def _loss_results(facts: Facts) -> list[Any]:
+    """Held-out losses: all that a student has that was not evaluated by generation."""
+    from huggingface_hub import EvalResult
+
+    entry = facts.model("student").get("teacher_forced") or {}
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type="held-out", dataset_name="held-out rows", metric_type=measure.key,
+            metric_name=measure.label, metric_value=round(value, 4), metric_args={"labels": entry.get("n_tokens")},
+        )
+        for measure in MEASURES
+        if measure.where == "teacher_forced" and (value := measure.value(facts, "student")) is not None
+    ]  # fmt: skip
 
 
 def softens(facts: Facts) -> bool:
@@ -341,6 +357,8 @@ def limits(facts: Facts, origins: Inherited | None = None) -> list[str]:
 def example_prompt(facts: Facts, student: Path | None = None) -> str | None:
     """The example question in the prompt template, as a Python string; None for ``chat``, which the tokenizer has."""
     name = facts.section("data").get("prompt_template")
+    if name in (None, AUTO) and student is not None:
+        name = read_json(student / STUDENT_FILE).get("prompt_template") or name
     if name == AUTO and student is not None and student.is_dir() and not has_chat_template(student):
         name = "alpaca"
     if facts.task or name in (AUTO, "chat"):

@@ -15,6 +15,7 @@ from dts_hf.console import quiet, working
 from dts_hf.data.chat_templates import encode_prompts, resolve_template
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
+from dts_hf.data.targets import all_turns_are_sound
 from dts_hf.errors import UserError
 from dts_hf.models.loading import ModelSource, load_tokenizer
 from dts_hf.training.model_shape import ModelShape
@@ -60,6 +61,7 @@ class DataLook:
         kinds: how many of each kind.
         held_out: a file of held-out rows that lies beside it, or None.
         prompts, responses, totals: tokens of the rows that were looked at, sorted.
+        all_turns: every turn can be learned; otherwise the chat template writes earlier ones anew, as Qwen3's does.
     """
 
     source: str
@@ -69,6 +71,7 @@ class DataLook:
     prompts: Sequence[int]
     responses: Sequence[int]
     totals: Sequence[int]
+    all_turns: bool = True
 
 
 def look_at_teacher(name: str) -> TeacherLook:
@@ -112,15 +115,15 @@ def look_at_data(source: str, teacher: TeacherLook) -> DataLook:
             raise UserError(
                 f"--data: {source}: every prompt is longer than the {teacher.positions} positions of the teacher"
             )
+        all_turns = all_turns_are_sound((row for row, _ in kept), tokenizer, template)
         texts = [row.response for row, _ in kept]
         written = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     responses = [len(ids) + 2 for ids in written]  # the end of a turn, and what a template writes behind it
     prompts = [length for _, length in kept]
     totals = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     kinds = dict(Counter(_kind(row) for row in rows).most_common())
-    return DataLook(
-        source, len(rows), kinds, held_out_beside(source), sorted(prompts), sorted(responses), sorted(totals)
-    )
+    lengths = sorted(prompts), sorted(responses), sorted(totals)
+    return DataLook(source, len(rows), kinds, held_out_beside(source), *lengths, all_turns)
 
 
 def _kind(row: Row) -> str:

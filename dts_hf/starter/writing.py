@@ -76,6 +76,8 @@ def _lines(c: Choices, teacher: TeacherLook, data: DataLook, output: str) -> Ite
     yield f"  train: {_scalar(data.source)}"
     yield _line("validation", c.validation)
     yield _line("prompt_template", c.template)
+    if not data.all_turns:
+        yield "  train_on: last_turn # this chat template writes earlier answers otherwise once others follow"
     yield _line("max_length", c.max_length)
     yield _line("max_prompt_length", c.max_prompt_length)
     yield "  responses: data # teacher: learn from what the teacher itself answers; slower to begin, often better"

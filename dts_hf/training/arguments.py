@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,8 @@ from dts_hf.errors import UserError, nearest
 Init = TypeVar("Init", bound=Callable[..., None])
 #: What goes to ``transformers.Trainer`` as it is, and to our own bases.
 PASSED_ON = frozenset({*inspect.signature(Trainer.__init__).parameters, "model_card"}) - {"self"}
+#: Of our bases, which our own trainers fill.
+NOT_KEYWORDS = {"self", "kwargs", "positional", "rows", "pack_tokens", "classes", "loss_options", "columns", "facts"}
 #: Words of other releases and other libraries for what is here under another name.
 RENAMED = {
     "tokenizer": "processing_class",
@@ -70,17 +72,18 @@ def check_order(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def check_keywords(kwargs: Mapping[str, Any], own: Iterable[str]) -> None:
+def check_keywords(kwargs: Mapping[str, Any], kind: type) -> None:
     """Refuse a keyword that neither a trainer of ours nor ``transformers.Trainer`` has.
 
     Args:
         kwargs: what the trainer would pass on.
-        own: the trainer's own parameters, for the nearest right word.
+        kind: the trainer; its own parameters and those of its bases are known, too.
 
     Raises:
         UserError: names the keyword and the nearest right word.
     """
-    known = sorted({*own, *PASSED_ON} - {"self", "kwargs"})
+    own = {name for base in kind.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+    known = sorted({*own, *PASSED_ON} - NOT_KEYWORDS)
     for name in kwargs:
         if name in known:
             continue
@@ -91,12 +94,15 @@ def check_keywords(kwargs: Mapping[str, Any], own: Iterable[str]) -> None:
         raise UserError(f"{name}: no argument of this trainer.{nearest(name, known) or ' See its documentation.'}")
 
 
-def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> TrainingArguments:
+def checked_arguments(
+    args: TrainingArguments | None, kwargs: Mapping[str, Any], kind: type | None = None
+) -> TrainingArguments:
     """Refuse what the Trainer would take and this loss would ignore without a word, and say what to give instead.
 
     Args:
         args: of the trainer; None: those of a run in ``runs/distillation``.
         kwargs: everything else that goes to ``transformers.Trainer`` as it is.
+        kind: the trainer, whose keywords these are; None: they are none of a caller's.
 
     Returns:
         A copy of the arguments, which are those of a launch that is what it claims to be: the Trainer writes into its own,
@@ -105,6 +111,8 @@ def checked_arguments(args: TrainingArguments | None, kwargs: Mapping[str, Any])
     Raises:
         UserError: names the argument, or see ``check_launch``.
     """
+    if kind is not None:
+        check_keywords(kwargs, kind)
     if args is not None and not isinstance(args, TrainingArguments):
         raise UserError(f"args: got {type(args).__name__}, expected transformers.TrainingArguments")
     args = TrainingArguments(output_dir="runs/distillation") if args is None else copy.copy(args)

@@ -5,20 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import Task as RichTask
+from rich.text import Text
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from dts_hf import console
@@ -129,17 +123,36 @@ class GenerationEvalCallback(TrainerCallback):
                 self.record(state.global_step, float(state.epoch or 0.0), scores)
 
 
-def _columns(width: int) -> list[ProgressColumn]:
-    """What the live line shows: on a narrow terminal it gives up the bar, and then the text, before the time left."""
-    fixed = [Column(no_wrap=True, min_width=least) for least in (7, 4, 7)]
-    left: list[ProgressColumn] = [
-        TimeElapsedColumn(table_column=fixed[0]),
-        TextColumn("left", table_column=fixed[1]),
-        TimeRemainingColumn(table_column=fixed[2]),
-    ]
-    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-    bar: list[ProgressColumn] = [BarColumn(bar_width=20)] if width >= WIDTH_OF_A_BAR else []
-    return [TextColumn("distil"), *bar, MofNCompleteColumn(table_column=Column(no_wrap=True)), text, *left]
+class StepColumn(ProgressColumn):
+    """Steps, text and times of the live line: where the terminal is narrow the text is cut, and never the time left.
+
+    Args:
+        screen: whose width it has.
+        beside: columns of the terminal that other columns of the line take.
+    """
+
+    max_refresh = 0.5
+
+    def __init__(self, screen: Console, beside: int) -> None:
+        super().__init__()
+        self.screen, self.beside = screen, beside
+
+    def render(self, task: RichTask) -> Text:
+        """The line as it is now."""
+        count = f"{task.completed:.0f}/{task.total or 0:.0f}"
+        elapsed, left = (None if seconds is None else timedelta(seconds=int(seconds)) for seconds in
+                         (task.elapsed, task.time_remaining))  # fmt: skip
+        times = f"{elapsed or '-:--:--'} left {'-:--:--' if left is None else left}"
+        room = max(0, self.screen.width - self.beside - len(count) - len(times) - 3)
+        text = task.description if len(task.description) <= room else task.description[: max(0, room - 1)] + "…"
+        return Text(" ".join(filter(None, (count, text if room > 1 else "", times))), no_wrap=True)
+
+
+def _columns(screen: Console) -> list[ProgressColumn]:
+    """What the live line shows; a narrow terminal has no bar."""
+    if screen.width < WIDTH_OF_A_BAR:
+        return [TextColumn("distil"), StepColumn(screen, len("distil "))]
+    return [TextColumn("distil"), BarColumn(bar_width=20), StepColumn(screen, len("distil ") + 21)]
 
 
 class ProgressCallback(TrainerCallback):
@@ -160,7 +173,7 @@ class ProgressCallback(TrainerCallback):
         screen = Console(stderr=True)  # stdout is for results
         self.said = self.began = time.monotonic()
         self.first_step, self.batches = state.global_step, 0
-        self.progress = Progress(*_columns(screen.width), console=screen, disable=not screen.is_terminal)
+        self.progress = Progress(*_columns(screen), console=screen, disable=not screen.is_terminal)
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
         self.progress.start()
 

@@ -15,6 +15,14 @@ from dts_hf.runs.environment import installed_packages
 
 #: Held-out losses as the Trainer logs them, and their names in ``metrics.json``.
 HELD_OUT = {"eval_ce_loss": "ce", "eval_kl": "kl", "eval_top1_agreement": "top1_agreement", "eval_labels": "n_tokens"}
+#: Of classifiers: what is measured in fractions, and the losses.
+TASK_METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
+LABEL_LOSSES = {
+    "ce_loss": "label_ce",
+    "mse_loss": "label_mse",
+    "kl": "teacher_kl",
+    "top1_agreement": "teacher_agreement",
+}
 
 
 def facts_of_training(
@@ -64,14 +72,26 @@ def facts_of_training(
         recipe["teacher"] = {"model": "" if teacher is None else _name(teacher)}
         if teacher is not None:
             models["teacher"] = {"parameters": _parameters(teacher)}
-    held_out: Mapping[str, Any] = next((line for line in reversed(log) if "eval_ce_loss" in line), {})
-    if held_out:
+    held_out: Mapping[str, Any] = next((line for line in reversed(log) if "eval_loss" in line), {})
+    if task is not None:
+        for model, entry in models.items():
+            entry["sets"] = {"held-out": _scores(held_out, "" if model == "student" else f"{model}_")}
+    elif held_out:
         models["student"]["teacher_forced"] = {
             name: held_out[key] for key, name in HELD_OUT.items() if key in held_out
         }
     name = Path(str(args.output_dir)).absolute().name
-    metrics = {"models": models, "training": dict(done)}
+    metrics: dict[str, Any] = {"models": models, "training": dict(done)}
+    if task is not None:
+        metrics |= {"protocol": {"pair": None}, "task": {"metrics": list(TASK_METRICS)}}
     return Facts(name, recipe, metrics, list(log), {}, {"packages": installed_packages()}, {})
+
+
+def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Of classifiers: the metrics of the task and, of the student, the losses, as ``metrics.json`` has them."""
+    names = {f"{prefix}{name}": name for name in TASK_METRICS} | ({} if prefix else LABEL_LOSSES)
+    found = {name: {"mean": held_out[f"eval_{key}"]} for key, name in names.items() if f"eval_{key}" in held_out}
+    return {"n": held_out.get("eval_rows", 0), **found} if found else {}
 
 
 def _described(rows: Mapping[str, Any]) -> dict[str, Any]:

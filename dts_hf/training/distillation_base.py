@@ -297,7 +297,7 @@ class DistillationBase(ResumableTrainer):
         facts = facts_of_training(
             student, self.teacher_model, self.loss, self.args,
             taught=self.sums.columns.teacher, rows=getattr(self.rows, "encode_options", {}),
-            task=getattr(getattr(self.rows, "task", None), "name", None),
+            task=getattr(getattr(self.rows, "task", None), "subset", None),
             log=self.state.log_history, done=done,
         )  # fmt: skip
         given = card_metadata(metadata)

@@ -144,6 +144,7 @@ def predict_answers(
     asked: Sequence[Asked],
     settings: GenerationSettings,
     *,
+    turn_ends: Sequence[int] = (),
     row_keys: Sequence[str] | None = None,
     rank: int = 0,
     world: int = 1,
@@ -155,6 +156,7 @@ def predict_answers(
         tokenizer: of the model.
         asked: the questions.
         settings: limits and sampling.
+        turn_ends: tokens that end an answer, besides the end tokens of tokenizer and model.
         row_keys: one name for each, which the noise of sampling follows.
         rank: number of this process.
         world: number of processes.
@@ -166,10 +168,11 @@ def predict_answers(
 
     prompts = [one.prompt for one in asked]
     answer_share(
-        model, tokenizer, prompts, settings, known=(), on_finished=finished, rank=rank, world=world, row_keys=row_keys
-    )
+        model, tokenizer, prompts, settings,
+        turn_ends=turn_ends, known=(), on_finished=finished, rank=rank, world=world, row_keys=row_keys,
+    )  # fmt: skip
     answers = {place: tokens for part in gathered(mine, world) for place, tokens in part.items()}
-    ends = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id, *turn_ends}
     return Predictions(
         padded([answers[place] for place in range(len(asked))]),
         padded([[token for token in one.reference if token not in ends] for one in asked]),

@@ -38,7 +38,14 @@ class HubUploads:
     def destination(
         self, repository: str, token: str | None, private: bool | None, revision: str | None
     ) -> Destination:
-        """Where the next upload goes; None: as ``args`` say, and private where they say nothing."""
+        """Where the next upload goes.
+
+        Args:
+            repository: its name.
+            token: None: the one of ``args``, else of this machine.
+            private: None: as ``args`` say, and True where they say nothing.
+            revision: None: as ``args`` say, else the main branch.
+        """
         private = self.args.hub_private_repo if private is None else private
         return Destination(
             repository,

@@ -30,6 +30,7 @@ from transformers.utils import PushInProgress
 
 from dts_hf.data.streams import RowStream
 from dts_hf.distributed.launch import strategy_of
+from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.models.compilation import compile_layers
@@ -499,15 +500,16 @@ class ResumableTrainer(EvenBatchesTrainer):
     # -------------------------------------------------------------------------------------------------------- the Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False.
+        """The Trainer's, private unless ``private`` or ``args.hub_private_repo`` is False; all processes call it.
 
         Raises:
             UserError: the Hub refuses, or cannot be asked.
         """
-        if self.is_world_process_zero():
-            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-            self.hub_model_id = self.hub_uploads.open(name, token, private)  # type: ignore[assignment]
-            self.push_in_progress = None
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        self.hub_model_id = on_first_process(  # type: ignore[assignment]
+            lambda: self.hub_uploads.open(name, token, private), self.args.process_index, self.args.world_size
+        )
+        self.push_in_progress = None
 
     def push_to_hub(
         self,

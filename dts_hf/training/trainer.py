@@ -6,18 +6,14 @@ name that cannot be confused.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
+from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.samplers import real_tokens
@@ -36,21 +32,10 @@ from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import TemperaturePolicy
-from dts_hf.training.arguments import check_keywords, checked_arguments, in_order
+from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
-from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.even_batches import count_tokens
-from dts_hf.training.generated import (
-    OPTIONS,
-    Predictions,
-    asks_for_generation,
-    check_metrics,
-    checked_options,
-    decoded,
-    metrics_of,
-    predict_answers,
-    questions_of,
-)
+from dts_hf.training.generating_trainer import GeneratingTrainer
 from dts_hf.training.pair import Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
@@ -58,7 +43,7 @@ from dts_hf.training.student import first_student, made_by
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS})
 
 
-class DistillationTrainer(DistillationBase):
+class DistillationTrainer(GeneratingTrainer):
     """Distil ``teacher`` into ``model``.
 
     Args:
@@ -97,13 +82,8 @@ class DistillationTrainer(DistillationBase):
         peft_config: of an adapter that the student gets, such as ``peft.LoraConfig``; the output layer has none.
         model_init: makes the student, anew for every ``train``; takes nothing, or the trial of a
             ``hyperparameter_search``.
-        predict_with_generate: ``predict``, and with ``compute_metrics`` ``evaluate``, also answer the prompts of the rows;
-            true in ``Seq2SeqTrainingArguments`` does the same.
-        generation: options of ``generation.engine.GenerationSettings``, such as ``{"max_new_tokens": 64}``; greedy and 128
-            tokens without.
-        compute_metrics: takes an ``EvalPrediction`` whose ``predictions`` and ``label_ids`` are token ids ``[rows, T]`` of
-            generated answers and references, in the order of the rows, filled up with -100.
-        kwargs: everything else that ``Trainer`` takes, and ``model_card``, which returns the text of the model card that
+        kwargs: ``predict_with_generate``, ``generation`` and ``compute_metrics`` (see ``GeneratingTrainer``), everything
+            else that ``Trainer`` takes, and ``model_card``, which returns the text of the model card that
             ``push_to_hub`` uploads, in the place of ours. With ``args.push_to_hub`` a student is uploaded at saves too,
             unless ``args.hub_strategy`` is ``end``; never more than ``hub.staging`` lets go.
 
@@ -145,28 +125,19 @@ class DistillationTrainer(DistillationBase):
         data_collator: Any = None,
         peft_config: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
-        predict_with_generate: bool = False,
-        generation: Mapping[str, Any] | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         # 1. Two models that can be compared, and batches that both read.
-        check_keywords(kwargs, inspect.signature(DistillationTrainer.__init__).parameters)
-        args = checked_arguments(args, kwargs)
-        self.predict_with_generate = predict_with_generate or asks_for_generation(args)
-        self.generation = checked_options(generation or {}, args.per_device_eval_batch_size)
-        check_metrics(compute_metrics, self.predict_with_generate, args)
+        args = checked_arguments(args, kwargs, type(self))
         check_placement(teacher_placement)
         check_has_teacher(teacher is not None, kd_ratio)
-        self.peft_config, self._generating = peft_config, self.generation
         model = first_student(model, model_init, args, **kwargs)
         shard = teacher_placement == "sharded" and isinstance(teacher, (str, nn.Module))
         pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
                              peft_config)  # fmt: skip
-        self.pair, self.router_choice = pair, router_aux_loss
+        self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
-        self.template = resolve_template(prompt_template or "auto", pair.tokenizer, "prompt_template")
         collator = pair.collator(bool(packing), data_collator, args)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
@@ -175,24 +146,11 @@ class DistillationTrainer(DistillationBase):
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
-            pair.student,
-            args,
-            collator,
-            train_dataset,
-            eval_dataset,
-            pair.tokenizer,
-            temperature=temperature if pair.taught else 1.0,
-            divergence=divergence,
-            kd_ratio=kd_ratio,
-            classes=self.vocab_size,
-            loss_options=loss_options,
-            columns=LogColumns(teacher=pair.taught),
-            rows=rows,
-            pack_tokens=pack_tokens(packing),
-            facts=pair.facts(),
-            compute_metrics=compute_metrics,
-            **kwargs,
-        )
+            pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
+            temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
+            classes=self.vocab_size, loss_options=loss_options, columns=LogColumns(teacher=pair.taught),
+            rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
+        )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
@@ -239,124 +197,9 @@ class DistillationTrainer(DistillationBase):
             if end_to_end:
                 pair.check_packing(self.args, own_mask=False)
 
-    # --------------------------------------------------------------------------------------------- generated answers
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **generation: Any,
-    ) -> dict[str, float]:
-        """The Trainer's: losses and distances to the teacher, and what ``compute_metrics`` makes of generated answers.
-
-        Args:
-            eval_dataset: rows of any kind that the trainer takes, a dictionary of several, or the name of one of its own.
-            ignore_keys: no use: there are no outputs.
-            metric_key_prefix: before the name of every number.
-            generation: options for this call, as ``max_new_tokens=64``.
-
-        Raises:
-            UserError: see ``checked_options`` and ``questions_of``.
-        """
-        with self._with_options(generation):
-            values: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            return values
-
-    def predict(
-        self,
-        test_dataset: Any,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-        *,
-        predict_with_generate: bool | None = None,
-        **generation: Any,
-    ) -> PredictionOutput:
-        """Losses on ``test_dataset``, and with ``predict_with_generate`` its prompts' answers.
-
-        Args:
-            test_dataset: rows of any kind that the trainer takes.
-            ignore_keys: no use: there are no outputs.
-            metric_key_prefix: before the name of every number.
-            predict_with_generate: for this call; None: as the trainer has it. Options of generation are for it, too.
-            generation: options for this call, as ``max_new_tokens=64``.
-
-        Returns:
-            ``predictions`` and ``label_ids``: token ids ``[rows, T]`` of answers and references in the order of the rows,
-            filled up with -100, or None; ``metrics`` as those of ``evaluate``.
-
-        Raises:
-            UserError: see ``checked_options`` and ``questions_of``.
-        """
-        before = self.predict_with_generate
-        if predict_with_generate is None:
-            predict_with_generate = before or bool(generation)
-        self.predict_with_generate = predict_with_generate
-        try:
-            with self._with_options(generation):
-                return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self.predict_with_generate = before
-
-    def generate(self, rows: Any, **generation: Any) -> list[str]:
-        """The student's answers to the prompts of ``rows``, as text, in their order.
-
-        Args:
-            rows: of any kind that the trainer takes, with an answer, which is not looked at.
-            generation: options for this call, as ``max_new_tokens=64``.
-
-        Raises:
-            UserError: see ``checked_options`` and ``questions_of``.
-        """
-        with self._with_options(generation):
-            prepared = self.rows.prepare(rows, "generate")
-            return decoded(self.processing_class, self._answers(prepared, "generate").answers)
-
-    @contextmanager
-    def _with_options(self, generation: Mapping[str, Any]) -> Iterator[None]:
-        before = self._generating
-        given = {name: getattr(self.generation, name) for name in OPTIONS}
-        self._generating = checked_options({**given, **generation}, self.generation.batch_size)
-        try:
-            yield
-        finally:
-            self._generating = before
-
-    def _answers(self, dataset: Any, name: str) -> Predictions:
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        return predict_answers(
-            model,
-            self.processing_class,
-            questions_of(dataset, name),
-            self._generating,
-            row_keys=getattr(dataset, "row_ids", None),
-            rank=self.args.process_index,
-            world=self.args.world_size,
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """The losses of ``DistillationBase``, then the answers where predictions are asked for."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        losses_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        if losses_only or not self.predict_with_generate:
-            return output
-        dataset: Any = dataloader.dataset
-        found = self._answers(getattr(dataset, "dataset", dataset), description.lower())
-        if self.compute_metrics is not None:
-            with_inputs = "inputs" in (self.args.include_for_metrics or ())
-            values = metrics_of(self.compute_metrics, found, with_inputs)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
-        return output._replace(predictions=found.answers, label_ids=found.references)
-
     def end_token_ids(self) -> list[int]:
-        return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, self.template)]
+        rows: Any = self.rows  # LanguageRows
+        return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, rows.encode_options["template"])]
 
     # ------------------------------------------------------------------------------------------------------- the batch
 

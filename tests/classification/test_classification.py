@@ -38,6 +38,7 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.temperature import build_temperature, temperature_policies
 from tests.support import reference
 from tests.support.classifiers import MNLI, SST2, STSB, classifier, rows_of
+from tests.support.recipes import in_full
 from tests.support.recorded import options_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -442,7 +443,7 @@ def test_fine_tune_then_distil(workplace: Path) -> None:
         output={"dir": "student"},
     )  # fmt: skip
     run = distill(wanted)
-    assert run.read_recipe() == wanted
+    assert run.read_recipe() == in_full(wanted)
     metrics = run.read_metrics()
     teacher = metrics["models"]["teacher"]["sets"]["validation"]
     assert teacher["accuracy"] == first.read_metrics()["models"]["student"]["sets"]["validation"]["accuracy"]
@@ -679,3 +680,17 @@ def test_a_classifier_needs_a_padding_token(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     with pytest.raises(UserError, match="processing_class: has no padding token"):
         trainer_of(tmp_path, processing_class=tokenizer)
+
+
+def test_the_card_from_python_is_that_of_a_classifier(tmp_path):
+    from huggingface_hub import ModelCard
+
+    for task, metric in ((SST2, "accuracy"), (STSB, "pearson")):
+        trainer = trainer_of(tmp_path / task.subset, task, eval_dataset=rows_of(task, 8))
+        trainer.train()
+        trainer.evaluate()
+        trainer.create_model_card()
+        card = ModelCard.load(tmp_path / task.subset / "README.md")
+        assert card.data.pipeline_tag == "text-classification" and f"glue-{task.subset}" in card.data.tags
+        assert metric in {result.metric_type for result in card.data.eval_results}
+        assert "AutoModelForSequenceClassification" in card.content and "None" not in card.content

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -22,7 +24,7 @@ from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
-COMMANDS = ("train", "doctor", "evaluate", "score", "report", "prepare", "list", "schema")
+COMMANDS = tuple(module.__name__.rpartition(".")[2] for module in cli.COMMANDS)
 RECIPE = """\
 student: {init: {from: teacher, layers: 2}}
 teacher: {model: some/teacher}
@@ -112,7 +114,9 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
         raise KeyboardInterrupt
 
     stub(monkeypatch, "dts_hf.distill", distill=interrupt)
-    assert invoke("train", recipe_path).exit_code == 130
+    result = invoke("train", recipe_path)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("Stopped: Ctrl-C.") and "--resume" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
@@ -242,7 +246,8 @@ def test_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     listed = json.loads(invoke("list", "--json").stdout)
     assert set(listed) == {"temperatures", "divergences", "templates", "recipes", "sets", "protocols"}
     policies = {row["name"]: row for row in listed["temperatures"]}
-    assert {"constant", "linear", "cosine", "dts"} <= set(policies) and "rule='gap'" in policies["dts"]["options"]
+    assert {"constant", "linear", "cosine", "dts"} <= set(policies)
+    assert policies["dts"]["options"].startswith("rule=gap, t_init=3.0, t_min=1.0, t_max=3.0, momentum=0.9")
     assert all(row["about"] for rows in listed.values() for row in rows)
     names = [row["name"] for row in listed["recipes"]]
     assert listed["recipes"][0] == {"name": "recipes/one.yaml", "about": "The first one"}
@@ -258,3 +263,36 @@ def test_schema_is_json() -> None:
 
 def test_user_error_is_a_value_error() -> None:
     assert issubclass(UserError, ValueError)
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.startswith("dts-hf ")
+
+
+def test_env_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    monkeypatch.chdir(tmp_path)
+    shown = invoke("env").stdout
+    assert all(f"\n{name}:" in shown for name in ("python", "torch", "memory", "extras", "gpu", "hub cache"))
+    secrets = {"hf_a", str(tmp_path), str(Path.home()), platform.node(), getpass.getuser() + "@"}
+    assert not [secret for secret in secrets if secret and len(secret) > 2 and secret in shown]
+    assert json.loads(invoke("env", "--json").stdout)["torch"]
+
+
+def test_tables_are_not_folded_in_a_pipe() -> None:
+    lines = invoke("list", "temperatures").stdout.splitlines()
+    (dts,) = [line for line in lines if line.startswith("│ dts ")]
+    assert "gap_source=measured, seed=null" in dts and dts.rstrip().endswith("│")
+
+
+@pytest.mark.parametrize("value", ["2.0", "2", "'2.0'", "1e0"])
+def test_a_number_is_a_constant_temperature(trained: list[Recipe], recipe_path: Path, value: str) -> None:
+    assert invoke("train", recipe_path, f"temperature={value}").exit_code == 0
+    assert trained[0].temperature.model_dump() == {"name": "constant", "value": float(value.strip("'"))}
+
+
+def test_a_wrong_number_is_told_as_a_temperature(recipe_path: Path) -> None:
+    message = invoke("train", recipe_path, "temperature=-1").stderr
+    assert "temperature.value: got -1 for policy 'constant', expected a number above 0" in message
+    message = invoke("train", recipe_path, "loss.divergence=2").stderr
+    assert "loss.divergence: got 2, expected" in message and "quotes" not in message

@@ -254,6 +254,21 @@ def test_hub_rows(monkeypatch):
     assert described["source"] == "owner/set:small" and len(described["sha256"]) == 64
 
 
+def test_a_hub_row_that_cannot_be_read(monkeypatch):
+    """As one with an image, where the library that reads it is not installed."""
+    import datasets
+
+    def rows():
+        yield without("id")
+        raise ImportError("To support decoding images,\nplease install 'Pillow'.")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    with pytest.raises(
+        UserError, match=r"owner/set, split 'train': row 2: cannot be read: To support decoding images, pl"
+    ):
+        load_rows("owner/set")
+
+
 def test_rows_from_python():
     import datasets
 

@@ -61,7 +61,9 @@ def test_chat_ids_are_those_of_the_tokenizer():
 
 
 def test_unknown_template_names_the_nearest():
-    with pytest.raises(UserError, match=r"got 'alpca', expected one of alpaca, chat, plain\. Did you mean 'alpaca'\?"):
+    with pytest.raises(
+        UserError, match=r"got 'alpca', expected one of auto, alpaca, chat, plain\. Did you mean 'alpaca'\?"
+    ):
         get_template("alpca")
 
 

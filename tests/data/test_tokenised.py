@@ -397,7 +397,7 @@ def test_a_column_of_text_does_not_reach_the_users_collator(tmp_path, make):
         eval_dataset=make(rows), processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer),
     )  # fmt: skip
     trainer.train()
-    assert args.remove_unused_columns and trainer.args is args
+    assert args.remove_unused_columns and trainer.args.remove_unused_columns
     expected = trainer_for(tmp_path, teacher=tiny_llama(seed=1), rows=plain(), eval_dataset=plain(),
                            options={"max_steps": 2, "per_device_eval_batch_size": 3})  # fmt: skip
     expected.train()
@@ -547,11 +547,9 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end(tmp_path):
 
 def test_students_that_are_made_or_wrapped_elsewhere(tmp_path):
     more = {"args": arguments(tmp_path), "train_dataset": ROWS, "processing_class": tiny_tokenizer()}
-    with pytest.raises(UserError, match=r"model_init: .* expected the student as model"):
-        DistillationTrainer(None, tiny_llama(), model_init=tiny_llama, **more)
     with pytest.raises(UserError, match="model: got None, expected the student"):
         DistillationTrainer(None, tiny_llama(), **more)
-    with pytest.raises(UserError, match=r"peft_config: .*get_peft_model\(model, peft_config\)"):
+    with pytest.raises(UserError, match=r"peft_config: got object, expected one of peft's"):
         DistillationTrainer(tiny_llama(), tiny_llama(), peft_config=object(), **more)
 
 

@@ -69,14 +69,14 @@ def special_tokens_swapped_in_the_only_tokenizer() -> dict[str, Any]:
 def other_end_token() -> dict[str, Any]:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|pad|>"
-    return {"student": own_student(tokenizer)}
+    return {"student": own_student(tokenizer), "data": {"prompt_template": "plain"}}
 
 
 def end_token_that_the_model_does_not_stop_at() -> dict[str, Any]:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|pad|>"
     tokenizer.save_pretrained("teacher")
-    return {}
+    return {"data": {"prompt_template": "plain"}}
 
 
 def end_token_written_into_the_rows() -> dict[str, Any]:
@@ -130,10 +130,33 @@ def other_chat_template() -> dict[str, Any]:
     return {"student": own_student(tokenizer)}
 
 
-def template_that_ends_with_another_token() -> dict[str, Any]:
+def template_that_ends_no_turn() -> dict[str, Any]:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|pad|>")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "")
     tokenizer.save_pretrained("teacher")
+    return {}
+
+
+def template_that_ignores_the_system() -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+    tokenizer.save_pretrained("teacher")
+    rows = rows_between(0, 24)
+    write_rows(Path("train.jsonl"), [{"id": row["id"], "messages": [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": row["instruction"]},
+        {"role": "assistant", "content": row["output"]}]} for row in rows])  # fmt: skip
+    return {}
+
+
+def template_that_marks_the_user() -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ '<|im_start|>' +", "{% generation %}{{ '<|im_start|>' +").replace(
+        "{% endfor %}", "{% endgeneration %}{% endfor %}")  # fmt: skip
+    tokenizer.save_pretrained("teacher")
+    rows = rows_between(0, 24)
+    write_rows(Path("train.jsonl"), [{"id": row["id"], "messages": [
+        {"role": "user", "content": row["instruction"]},
+        {"role": "assistant", "content": row["output"]}]} for row in rows])  # fmt: skip
     return {}
 
 
@@ -289,12 +312,14 @@ FAULTS: dict[str, tuple[str, str, str, Sections | Callable[[], Sections]]] = {
     "validation_rows_in_training": ("rows", "leak", "warning", validation_rows_in_training),
     "broken_row": ("rows", "refused", "error", broken_row),
     "other_chat_template": ("template", "chat-templates-differ", "warning", other_chat_template),
-    "template_that_ends_with_another_token": (
+    "template_that_ends_no_turn": ("template", "chat-template-no-end", "warning", template_that_ends_no_turn),
+    "template_that_ignores_the_system": (
         "template",
-        "chat-template-end",
+        "chat-template-ignores",
         "warning",
-        template_that_ends_with_another_token,
+        template_that_ignores_the_system,
     ),
+    "template_that_marks_the_user": ("labels", "other-role-learned", "error", template_that_marks_the_user),
     "template_without_generation_prompt": (
         "template",
         "chat-template-prompt",

@@ -167,7 +167,7 @@ def test_a_student_stops_at_the_end_of_turn_of_its_template(tmp_path: Path) -> N
     assert saved.eos_token_id == [tokenizer.eos_token_id, *turn, 5] and turn == [
         tokenizer.convert_tokens_to_ids("<|im_end|>")
     ]
-    assert saved.pad_token_id == tokenizer.pad_token_id and saved.use_cache is True
+    assert saved.pad_token_id == tokenizer.pad_token_id and saved.use_cache is True and not saved._from_model_config
     assert json.loads((tmp_path / "student" / "config.json").read_text())["use_cache"] is True
     assert not (tmp_path / "student" / STUDENT_FILE).exists()
 

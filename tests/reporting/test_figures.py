@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dts_hf.reporting import curves, facts, plots
-from tests.reporting.test_reporting import RECIPE, changed, make_log, make_run
+from tests.support.made_run import RECIPE, changed, make_log, make_run
 
 
 def figures_of(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dts_hf.reporting import report
-from tests.reporting.test_reporting import make_log, make_predictions, make_run
 from tests.support.browser import Tab, browser_tab, find_browser
+from tests.support.made_run import make_log, make_predictions, make_run
 
 BROWSER = find_browser()
 pytestmark = [

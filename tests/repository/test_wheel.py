@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -110,10 +111,32 @@ def test_schema_and_help(installed: Installed) -> None:
     assert "vicuna" in installed.run("dts-hf", "list", "sets").stdout
 
 
+ROWS = [
+    {"prompt": f"Name {n} things that are {colour}.", "completion": f"Here are {n} things that are {colour}."}
+    for n in ("two", "three", "four", "five") for colour in ("red", "blue", "green", "white", "black")
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def teacher(installed: Installed) -> str:
-    tiny_llama(layers=4, max_positions=512).save_pretrained(installed.work / "teacher")
-    tiny_tokenizer().save_pretrained(installed.work / "teacher")
+    """A folder with a small model that has read the rows: `doctor` refuses a teacher that knows nothing of them."""
+    model, tokenizer = tiny_llama(layers=4, hidden=64, max_positions=512), tiny_tokenizer(pad="own")
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}],
+            tokenize=False,
+        )
+        for row in ROWS
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
+    for _ in range(60):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(installed.work / "teacher")
+    tokenizer.save_pretrained(installed.work / "teacher")
     return "teacher"
 
 
@@ -137,11 +160,7 @@ def test_own_data_to_own_student_in_five_minutes(installed: Installed, teacher: 
     commands = installed.run("dts-hf", "--help").stdout
     if " init " not in commands or " chat " not in commands:
         pytest.skip("this version has neither init nor chat")
-    rows = [
-        {"prompt": f"Name {n} things that are {colour}.", "completion": f"Here are {n} things that are {colour}."}
-        for n in ("two", "three", "four", "five") for colour in ("red", "blue", "green", "white", "black")
-    ]  # fmt: skip
-    (installed.work / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (installed.work / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     before = _user_seconds()
     installed.run(
         "dts-hf", "init", "--teacher", teacher, "--data", "my.jsonl", "--output", "my.yaml", "--preset", "quick"

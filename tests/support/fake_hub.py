@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 TOKEN = "hf_" + "OfMyOwnAndOfNobodyElse0"
 USER = "me"
@@ -254,6 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "_id": "1", "id": name, "modelId": name, "private": repository.private, "sha": repository.sha(branch),
                 "siblings": [{"rfilename": path} for path in sorted(files)], "tags": [], "downloads": 0,
+                "cardData": _metadata(files.get("README.md", b"").decode()),
             },
         )  # fmt: skip
 
@@ -298,6 +300,11 @@ class _Handler(BaseHTTPRequestHandler):
         branch = next(key for key, value in repository.branches.items() if value is files)
         headers = {"ETag": f'"{_oid(path, files[path])}"', "X-Repo-Commit": repository.sha(branch)}
         return self._send(200, files[path], headers)
+
+
+def _metadata(card: str) -> Any:
+    parts = card.split("---")
+    return yaml.safe_load(parts[1]) if len(parts) > 2 else None
 
 
 def _oid(path: str, data: bytes) -> str:

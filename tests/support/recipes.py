@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 
+from dts_hf.distill import task_of
+from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
 
 INSTRUCTIONS = ["Name a fruit", "Say yes", "Count to three", "Name a colour", "Say no", "Write a word"]
+
+
+def in_full(recipe: Recipe) -> Recipe:
+    """``recipe`` as the run directory has it."""
+    return effective(recipe, task_of(recipe).training_arguments(recipe.output.dir))
 
 
 def write_rows(path, start, count):

@@ -261,9 +261,25 @@ def test_data_loader_workers_outlive_a_signal_to_the_group(lives: Lives) -> None
 
 def test_ctrl_c(lives: Lives) -> None:
     folder = lives.folder()
-    run = lives.one(folder, step=3).until_reached().kill(signal.SIGINT)
-    assert run.wait(10) == ExitCode.CTRL_C == 130
+    run = lives.one(folder, step=2).until_reached().kill(signal.SIGINT).open_gate()
+    assert run.wait(60) == ExitCode.CTRL_C == 130
     assert "Traceback" not in run.err
+    assert "Ctrl-C: this optimizer step and a checkpoint, then the run stops (once more: it ends unsaved)" in run.err
+    assert "stopped after step 3" in run.err and "Go on with the same command and --resume" in run.err
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-3"
+    assert lives.one(folder, "--resume").wait() == ExitCode.DONE
+
+
+def test_ctrl_c_twice(lives: Lives) -> None:
+    """The second one does not wait: it is a person who presses it."""
+    folder = lives.folder()
+    run = lives.one(folder, step=3).until_reached().kill(signal.SIGINT)
+    end = time.monotonic() + 30
+    while "Ctrl-C: this optimizer step" not in run.err and time.monotonic() < end:
+        time.sleep(0.02)
+    assert run.kill(signal.SIGINT).wait(10) == ExitCode.CTRL_C
+    assert "Ctrl-C for the second time: stopped at once. Go on with the same command and --resume" in run.err
     saved = newest_complete(folder / "run")
     assert saved is not None and saved.name == "checkpoint-2"
 

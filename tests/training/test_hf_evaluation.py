@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Seq2SeqTrainingArguments
 
 from dts_hf.data.encoding import EncodedDataset
@@ -221,14 +222,36 @@ def test_answers_leave_training_as_it_was(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(plain(HELD_OUT))
+
+
 @pytest.mark.parametrize("rows, says", [
     ([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}], "row 0 has labels from its first token on"),
-])  # fmt: skip
+    (Stream(), "answers are generated for rows with a number; expected a list of rows"),
+], ids=["labels alone", "a stream"])  # fmt: skip
 def test_rows_without_a_prompt(trainer: DistillationTrainer, rows: Any, says: str) -> None:
-    """refused: answers for rows whose every token is a label: there is no prompt"""
+    """refused: answers for rows whose every token is a label (there is no prompt), and for streams"""
     with pytest.raises(UserError, match=says):
         trainer.predict(rows, predict_with_generate=True)
     assert trainer.predict(rows).predictions is None  # their losses are there
+
+
+def test_an_answer_ends_with_its_turn(tmp_path: Path) -> None:
+    """works: answers end at the end of turn of the chat template, which is in neither answers nor references"""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # the template ends turns with <|im_end|>, id 2
+    student = tiny_llama(seed=0)
+    student.generation_config.eos_token_id = student.config.eos_token_id = 0
+    trainer = trainer_for(tmp_path, student, processing_class=tokenizer)
+    assert trainer.end_token_ids() == [0, 2]
+    with torch.no_grad():
+        student.lm_head.weight.zero_()  # tied: the end of turn is then as likely as all others; make it the likeliest
+        student.lm_head.weight[2] = 1.0
+        student.model.norm.weight.fill_(1.0)
+    output = trainer.predict(HELD_OUT, max_new_tokens=3)
+    assert not {0, 2} & {*np.asarray(output.label_ids).ravel(), *np.asarray(output.predictions).ravel()}
 
 
 def test_a_row_of_several_turns_is_asked_for_its_last_answer() -> None:

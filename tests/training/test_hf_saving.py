@@ -143,12 +143,3 @@ def test_the_folder_of_the_run_by_default(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, tiny_gpt2(seed=0), tiny_gpt2(seed=1))
     trainer.save_model()
     assert (tmp_path / "model.safetensors").is_file()
-
-
-def test_should_save_is_respected(tmp_path: Path) -> None:
-    """works: the model card of transformers, with our tags; create_model_card takes one tag or several"""
-    trainer = trainer_for(tmp_path, options={"max_steps": 1})
-    trainer.train()
-    trainer.create_model_card(tags="mine")
-    text = (tmp_path / "README.md").read_text()
-    assert "- mine" in text and "- knowledge-distillation" in text and "- dts" in text

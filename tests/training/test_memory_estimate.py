@@ -338,6 +338,9 @@ class DataOf:
 
     def __init__(self, data: Any) -> None:
         self.lengths, self.prompt_lengths = data.lengths, data.prompt_lengths
+        self.target_counts = [
+            length - prompt for length, prompt in zip(self.lengths, self.prompt_lengths, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.lengths)

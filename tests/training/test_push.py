@@ -87,13 +87,16 @@ def test_the_card_from_python_is_the_one_of_a_recipe(tmp_path: Path, hub: FakeHu
     trainer.train()
     trainer.push_to_hub(tags="mytag", dataset="org/rows", language="fr")
     card = hub.text("me/words", "README.md")
-    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`", "| teacher | a model made in",
+    for words in ("`dts(rule=gap", "`forward_kl`", "0.5 x cross-entropy", "the local folder `base`",
+                  "| teacher | a model made",
                   "2 optimizer steps", "held-out KL at T = 1", 'student = "me/words"', "apply_chat_template",
                   "Google's Gemma terms", "One training run"):  # fmt: skip
         assert words in card, words
     values = metadata(card)
     assert {"dts_hf", "knowledge-distillation", "dts", "forward_kl", "mytag"} <= set(values["tags"])
     assert values["license"] == "gemma" and values["language"] == "fr" and values["datasets"] == ["org/rows"]
+    results = values["model-index"][0]["results"][0]["metrics"]
+    assert {result["type"] for result in results} == {"kl", "ce", "top1_agreement"} and "None" not in card
     assert "recipe.yaml" not in card and "base_model" not in values
     nothing_private_was_sent(hub, str(tmp_path))
     trainer.create_model_card(model_name="other", license="mit")
