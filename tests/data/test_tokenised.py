@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -583,5 +584,6 @@ def test_a_report_of_nothing_lost(tmp_path, caplog):
         trainer = trainer_for(tmp_path, eval_dataset=plain(), max_length=128, max_prompt_length=64)
     assert not [record for record in caplog.records if record.name.startswith("dts_hf")]
     raw, tokenised = trainer.encoding_reports["train_dataset"], trainer.encoding_reports["eval_dataset"]
-    assert raw == tokenised and raw.is_whole and math.isfinite(raw.response_tokens)
+    assert raw.template == "chat" and dataclasses.replace(raw, template="") == tokenised
+    assert raw.is_whole and math.isfinite(raw.response_tokens)
     assert isinstance(trainer.eval_dataset, TokenisedDataset)

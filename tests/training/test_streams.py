@@ -20,6 +20,7 @@ from tests.support.launching import WORKERS, launch
 from tests.support.streams import FIT, IN_ORDER, LONG, MIXED, Stream, as_function, as_stream, rows_of_steps
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, encoded, losses, plain, trainer_for
+from tests.workers.stream_worker import SAVED, trainer_of
 
 EVAL = ("eval_loss", "eval_kl", "eval_ce_loss", "eval_teacher_ce", "eval_rows", "eval_labels")
 
@@ -381,6 +382,18 @@ def test_two_processes_share_a_stream_out_as_one_takes_it(tmp_path: Path) -> Non
     for result in (first, second):
         assert "its first row is another one on each process" in result["unseeded"]
         assert result["wrong"].startswith("train_dataset: row 14: ")
+    # One process goes on from their third step, with as many rows in a step
+    alone = trainer_of(
+        tmp_path / "torch",
+        Stream(MIXED),
+        Stream(MIXED),
+        seed=5,
+        strategy="single",
+        per_device_train_batch_size=4,
+        **SAVED,
+    )
+    alone.train(resume_from_checkpoint=tmp_path / "torch" / "checkpoint-3")
+    assert losses(alone) == pytest.approx(first["list"]["losses"], rel=1e-5)
 
 
 @pytest.mark.soak
