@@ -96,7 +96,7 @@ RECIPE_CASES = [
     Case("unknown training key", "training.learnin_rate=1e-4", ("training.learnin_rate", "'learning_rate'?")),
     Case("old training key", "training.evaluation_strategy=no", ("training.evaluation_strategy", "eval_strategy")),
     Case("bad training value", "training.learning_rate=fast", ("training.learning_rate", '"fast"', "a number")),
-    Case("negative batch", "training.per_device_train_batch_size=-1", ("per_device_train_batch_size", "above 0")),
+    Case("negative batch", "training.per_device_train_batch_size=-1", ("per_device_train_batch_size", "at least 1")),
     Case("unknown scheduler", "training.lr_scheduler_type=cosin", ("training.lr_scheduler_type", "'cosine'?")),
     Case("run directory in training", "training.output_dir=x", ("training.output_dir", "output.dir")),
     Case("a token in the recipe", "training.hub_token=abc", ("training.hub_token", "hf auth login")),
@@ -309,7 +309,7 @@ MODEL_CASES = [
 
 TRAINING_CASES = [
     Case("no checkpoint to resume from", "training.resume_from_checkpoint=nope", ("resume_from_checkpoint", "nope")),
-    Case("negative seed", "training.seed=-1", ("training.seed", "got -1", "at least 0")),
+    Case("negative seed", "training.seed=-1", ("training.seed", "got -1", "between 0 and")),
     Case("no such DeepSpeed file", "training.deepspeed=zero9.json", ("training", "deepspeed")),
     Case("reporter not installed", "training.report_to=clearml", ("training", "ClearML")),
     Case("optimizer not installed", "training.optim=adamw_bnb_8bit", ("training", "bitsandbytes")),

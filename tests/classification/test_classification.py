@@ -468,7 +468,12 @@ def test_fine_tune_then_distil(workplace: Path) -> None:
     assert "AutoModelForSequenceClassification" in card and "ROUGE" not in card and "| accuracy |" in card
     page = run.report_path.read_text(encoding="utf-8")
     assert "accuracy" in page and "ROUGE-L" not in page
-    assert sorted(path.name for path in run.figures_path.iterdir()) == ["losses.png", "scores.png", "temperature.png"]
+    assert sorted(path.name for path in run.figures_path.iterdir()) == [
+        "losses.png",
+        "optimizer.png",
+        "scores.png",
+        "temperature.png",
+    ]
     card = first.card_path.read_text(encoding="utf-8")
     assert "labels alone" in card and "Citation" not in card
     assert "its teacher" not in card and "the model that gave it its first weights" in card

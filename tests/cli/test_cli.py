@@ -279,7 +279,8 @@ def test_env_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert json.loads(invoke("env", "--json").stdout)["torch"]
 
 
-def test_tables_are_not_folded_in_a_pipe() -> None:
+def test_tables_are_not_folded_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
     lines = invoke("list", "temperatures").stdout.splitlines()
     (dts,) = [line for line in lines if line.startswith("│ dts ")]
     assert "gap_source=measured, seed=null" in dts and dts.rstrip().endswith("│")

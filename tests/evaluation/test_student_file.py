@@ -258,12 +258,10 @@ def test_conversations_are_asked_for_their_last_turn_and_texts_are_refused() -> 
         evaluate_instruct(model, tokenizer, [*rows, Row("story", "", "", ("Once.",), kind="text")], protocol)
 
 
-def test_validation_rows_that_are_texts_have_a_loss_and_no_answers(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = [Row(f"t-{i}", "", "", (f"Once upon a time there were {i} pears.",), kind="text") for i in range(6)]
-    monkeypatch.setattr("dts_hf.language_modeling.task.load_rows", lambda *_, **__: texts)
-    run = distill(recipe(data={"prompt_template": "auto"}))
+def test_validation_rows_that_are_texts_have_a_loss_and_no_answers(workplace: Path) -> None:
+    texts = [f"Once upon a time there were {i} pears." for i in range(6)]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    run = distill(recipe(data={"prompt_template": "auto", "validation": "texts.jsonl"}))
     entry = run.read_metrics()["models"]["student"]
     assert entry["sets"] == {} and entry["teacher_forced"]["kl"] >= 0
     assert "held-out KL" in run.report_path.read_text()

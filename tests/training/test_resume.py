@@ -276,7 +276,7 @@ def test_killed_before_the_first_checkpoint_scores_are_not_made_again(workplace,
     finish(resumed)
     says = resumed.says()
     assert "there is no complete checkpoint, so the run starts from the beginning" in says
-    assert "student before" not in says and "teacher: ROUGE" not in says
+    assert "student before: ROUGE" not in says and "teacher: ROUGE" not in says
     assert end_of(run) == straight[1, "single"]
 
 
