@@ -27,7 +27,8 @@ def split_off(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     """
     digests = _digests(rows)
     of_ids = {row.id: digest for row, digest in zip(rows, digests, strict=True)}
-    copies = {row.id for row in rows if of_ids.get(row.id.rpartition("#")[0]) == of_ids[row.id]}  # ``weighted`` names them
+    # As ``weighted`` names them
+    copies = {row.id for row in rows if of_ids.get(row.id.rpartition("#")[0]) == of_ids[row.id]}
     sizes = Counter(digest for row, digest in zip(rows, digests, strict=True) if row.id not in copies)
     left = max(1, round(share * sizes.total()))
     chosen = set()
@@ -55,7 +56,9 @@ def _digests(rows: Sequence[Row]) -> list[str]:
     openings = [_digest(_opening(row)) for row in rows]
     sizes = Counter(openings)
     return [
-        _digest([row.instruction, row.input, row.messages]) if row.messages and 2 * sizes[opening] > len(rows) else opening
+        _digest([row.instruction, row.input, row.messages])
+        if row.messages and 2 * sizes[opening] > len(rows)
+        else opening
         for row, opening in zip(rows, openings, strict=True)
     ]
 
