@@ -99,6 +99,8 @@ class EncodingReport:
         rows, kept, dropped: counts of rows; ``rows == kept + dropped``.
         cut: rows whose end was cut, so that the last response lacks its end of turn.
         prompts_cut: rows whose input was shortened to fit ``max_prompt_length``.
+        ignored: rows kept of which the chat template leaves something out, such as their tools.
+        ignored_example: the first such part.
         unlabelled: rows kept of which no label counts, so that nothing is learned from them.
         dropped_ids, unlabelled_ids: the first five ids of such rows (of tokenised rows: their numbers, from 0).
         prompt_tokens, response_tokens: tokens kept; those of responses carry the labels.
@@ -110,17 +112,19 @@ class EncodingReport:
     dropped: int = 0
     cut: int = 0
     prompts_cut: int = 0
+    ignored: int = 0
     unlabelled: int = 0
     dropped_ids: list[str] = field(default_factory=list)
     unlabelled_ids: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     response_tokens: int = 0
     template: str = field(default="", compare=False)
+    ignored_example: str = field(default="", compare=False)
 
     @property
     def is_whole(self) -> bool:
         """Whether every row is learned from as it was given."""
-        return not (self.dropped or self.cut or self.prompts_cut or self.unlabelled)
+        return not (self.dropped or self.cut or self.prompts_cut or self.ignored or self.unlabelled)
 
     def summary(self) -> str:
         """Return one line for people."""
@@ -135,6 +139,9 @@ class EncodingReport:
             parts.append(f"responses cut: {self.cut:,}")
         if self.prompts_cut:
             parts.append(f"inputs shortened: {self.prompts_cut:,}")
+        if self.ignored:
+            example = f" (such as {self.ignored_example})" if self.ignored_example else ""
+            parts.append(f"the chat template leaves something out of {self.ignored:,}{example}")
         parts.append(f"{self.prompt_tokens:,} prompt and {self.response_tokens:,} response tokens")
         return "; ".join(parts)
 
@@ -193,6 +200,9 @@ def encode_rows(
                 continue
             report.cut += encoded.cut
             report.prompts_cut += encoded.prompt_cut
+            if encoded.ignored is not None:
+                report.ignored += 1
+                report.ignored_example = report.ignored_example or f"{encoded.ignored} of row '{row.id}'"
             row_ids.append(row.id)
             kept.append(encoded)
     spans = {k: row.spans for k, row in enumerate(kept) if list(row.spans) != [row.spans[0], len(row.ids)]}

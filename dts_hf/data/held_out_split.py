@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 
 from dts_hf.data.rows import Row
@@ -13,8 +14,9 @@ from dts_hf.errors import UserError
 def split_off(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     """(rows to train on, held-out rows), each in the order of ``rows``.
 
-    A row is held out for the hash of its prompt, so the choice depends neither on the order of the file nor on a seed, and
-    rows with one prompt stay together.
+    A row is held out for the hash of its prompt, so the choice depends neither on the order of the file nor on a seed.
+    Rows with one prompt stay together, and so do those of one conversation, which may be there once for each of its turns.
+    Those that would be too many are trained on. Of a row that a weight repeats the first copy alone is held out.
 
     Args:
         rows: all of them.
@@ -23,19 +25,52 @@ def split_off(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     Raises:
         UserError: nothing would be left to train on.
     """
-    digests = [_digest(row) for row in rows]
-    count = max(1, round(share * len(rows)))
-    last = sorted(digests)[min(count, len(rows)) - 1]
-    held_out = [row for row, digest in zip(rows, digests, strict=True) if digest <= last]
-    train = [row for row, digest in zip(rows, digests, strict=True) if digest > last]
+    digests = _digests(rows)
+    of_ids = {row.id: digest for row, digest in zip(rows, digests, strict=True)}
+    # As ``weighted`` names them
+    copies = {row.id for row in rows if of_ids.get(row.id.rpartition("#")[0]) == of_ids[row.id]}
+    sizes = Counter(digest for row, digest in zip(rows, digests, strict=True) if row.id not in copies)
+    left = max(1, round(share * sizes.total()))
+    chosen = set()
+    for digest in sorted(sizes):
+        if sizes[digest] <= left:
+            chosen.add(digest)
+            left -= sizes[digest]
+    if not chosen:  # every prompt has more rows than that
+        chosen.add(min(sizes, key=lambda digest: (sizes[digest], digest)))
+    train = [row for row, digest in zip(rows, digests, strict=True) if digest not in chosen]
     if not train:
         raise UserError(
             f"data.validation: {share:g} of {len(rows)} rows leaves none to train on (rows with one prompt stay together); "
             "expected more rows, or a file of held-out rows"
         )
+    held_out = [row for row, digest in zip(rows, digests, strict=True) if digest in chosen and row.id not in copies]
     return train, held_out
 
 
-def _digest(row: Row) -> bytes:
-    asked = json.dumps([row.instruction, row.input, row.messages], default=str)
-    return hashlib.blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _digests(rows: Sequence[Row]) -> list[str]:
+    """What rows share that stay together: the opening of their conversation, up to its first question.
+
+    What most of the rows begin with is an example or a greeting, and no conversation: their whole prompt counts.
+    """
+    openings = [_digest(_opening(row)) for row in rows]
+    sizes = Counter(openings)
+    return [
+        _digest([row.instruction, row.input, row.messages])
+        if row.messages and 2 * sizes[opening] > len(rows)
+        else opening
+        for row, opening in zip(rows, openings, strict=True)
+    ]
+
+
+def _opening(row: Row) -> list[object]:
+    if row.kind == "text":
+        return [row.response]
+    messages = row.messages or ()
+    asked = next((place for place, message in enumerate(messages, 1) if message["role"] == "user"), None)
+    return [row.instruction, row.input, row.messages] if asked is None else list(messages[:asked])
+
+
+def _digest(content: list[object]) -> str:
+    text = json.dumps(content, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -28,12 +28,14 @@ class EncodedRow(NamedTuple):
         spans: starts and ends of what is learned, at least one of each.
         cut: the row was longer.
         prompt_cut: its input was shortened.
+        ignored: what of it the chat template does not write.
     """
 
     ids: array[int]
     spans: array[int]
     cut: bool
     prompt_cut: bool
+    ignored: str | None
 
 
 class RowEncoder:
@@ -112,7 +114,9 @@ class RowEncoder:
         cut = len(ids) > self.max_length
         ids = ids[: self.max_length]
         bounds = [bound for start, stop in spans if start < len(ids) for bound in (start, min(stop, len(ids)))]
-        return EncodedRow(ids, array("i", bounds), cut, prompt.cut) if bounds else None
+        if not bounds:
+            return None
+        return EncodedRow(ids, array("i", bounds), cut, prompt.cut, self.cutter.left_out(row, texts))
 
     def _tokens(self, rows: Sequence[RowTexts]) -> list[list[list[int]]]:
         """The tokens of every text of every row."""

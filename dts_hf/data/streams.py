@@ -27,7 +27,7 @@ from dts_hf.errors import UserError
 
 BLOCK = 128  # rows that are encoded and checked together, so that many are read ahead
 NAMED = 5  # rows that a report names
-COUNTS = ("rows", "kept", "dropped", "cut", "prompts_cut", "unlabelled", "prompt_tokens", "response_tokens")
+COUNTS = ("rows", "kept", "dropped", "cut", "prompts_cut", "ignored", "unlabelled", "prompt_tokens", "response_tokens")
 
 #: Makes tokens of rows whose ids are their numbers in the stream; none of them has to be left.
 EncodeBlock = Callable[[Sequence[Row]], tuple[EncodedDataset, EncodingReport]]

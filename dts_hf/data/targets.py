@@ -7,7 +7,10 @@ template's end of turn, whatever ``eos_token`` is. See docs/targets.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dts_hf.data.chat_templates import (
@@ -17,7 +20,9 @@ from dts_hf.data.chat_templates import (
     render_messages,
     render_with_markers,
 )
-from dts_hf.data.rows import Row
+from dts_hf.data.conversations import REASONING
+from dts_hf.data.left_out import contents, is_written
+from dts_hf.data.rows import Message, Row
 from dts_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +31,17 @@ if TYPE_CHECKING:
 TrainOn = Literal["last_turn", "all_turns", "completion"]
 TRAIN_ON: tuple[TrainOn, ...] = ("last_turn", "all_turns", "completion")
 Span = tuple[int, int]
+#: Prompts that show whom a template's markers enclose: texts that stand nowhere else, so what is found was said by them.
+_PROBES: tuple[tuple[Message, ...], ...] = (
+    ({"role": "system", "content": "probe rule"}, {"role": "user", "content": "probe question"}),
+    ({"role": "user", "content": "probe question"},),
+    (
+        {"role": "user", "content": "probe question"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "id": "probecall", "function": {"name": "probe", "arguments": {}}}]},
+        {"role": "tool", "name": "probe", "tool_call_id": "probecall", "content": "probe result"},
+    ),
+)  # fmt: skip
 
 
 class TurnsDiffer(UserError):
@@ -76,7 +92,7 @@ class TextCutter:
             raise UserError(f"data.train_on: got {train_on!r}, expected {', '.join(TRAIN_ON)}, or null")
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.end = end_of_turn(tokenizer, template)
-        self._asking: dict[str, str] = {}
+        self._sound_marks: set[bool] = set()
 
     def cut(self, row: Row) -> RowTexts:
         """Cut one row.
@@ -93,34 +109,45 @@ class TextCutter:
         texts = [self.template.render(row, self.tokenizer), row.response]
         return RowTexts(texts, finished and row.response.endswith(eos), finished)
 
+    def left_out(self, row: Row, texts: RowTexts) -> str | None:
+        """What of ``row`` the chat template does not write into ``texts``, such as ``a tool call``; None: nothing."""
+        if not (self.template.is_chat and self.template.words(row) and (row.messages or row.tools)):
+            return None
+        whole, learned, turns = "".join(texts.texts), "".join(texts.texts[1::2]), self._turns(row)
+        for what, text, turn in contents(row):
+            if what == "the reasoning" and turn not in turns:
+                continue  # templates drop earlier thoughts on purpose
+            # A tool has its name in the prompt, too: what is to be learned must stand where it is
+            if not is_written(text, learned if turn in turns else whole):
+                return what
+        return None
+
     def _cut_conversation(self, row: Row) -> RowTexts:
         messages, turns = row.conversation, self._turns(row)
+        marks: list[Span] | None = None
         if has_markers(row, self.tokenizer):
-            whole, spans = render_with_markers(row, self.tokenizer)
-            spans = self._adjusted(row, whole, spans)
-            if len(turns) < sum(message["role"] == "assistant" for message in messages):
-                start = len(self._prompt(row, turns[0], whole))
-                spans = [(max(a, start), b) for a, b in spans if b > start]
-            if not spans:
-                raise UserError(
-                    f"row '{row.id}': the chat template marks nothing of this conversation with {{% generation %}}, so "
-                    "nothing would be learned from it"
-                )
+            self._check_marks(row)
+            whole, marks = render_with_markers(row, self.tokenizer)
         else:
             whole = render_messages(row, messages, self.tokenizer)
-            if len(turns) == 1 and turns[0] == len(messages) - 1:
-                prompt = render_messages(row, row.prompt_messages, self.tokenizer, for_answer=True)
-                if not whole.startswith(prompt):
-                    return self._behind(row, prompt, whole)
-                spans = [self._span(whole, len(prompt))]
-            else:
-                spans = [self._turn(row, turn, whole) for turn in turns]
-        ends = whole[: spans[-1][1]].endswith(self.end or str(self.tokenizer.eos_token))
+        if turns == [len(messages) - 1]:
+            prompt = render_messages(row, row.prompt_messages, self.tokenizer, for_answer=True)
+            if not whole.startswith(prompt):
+                return self._behind(row, prompt, whole)
+            starts: Iterator[int] = iter([len(prompt)])
+        else:
+            starts = (len(self._prompt(row, turn, whole)) for turn in turns)
+        if marks is None:
+            spans = [[self._turn(row, turn, start, whole)] for turn, start in zip(turns, starts, strict=True)]
+        else:
+            spans = self._marked(row, whole, marks, turns, list(starts))
+        for turn, of_turn in zip(turns, spans, strict=True):
+            self._check_said(row, turn, "".join(whole[start:stop] for start, stop in of_turn))
         texts, last = [], 0
-        for start, stop in spans:
+        for start, stop in (span for of_turn in spans for span in of_turn):
             texts += [whole[last:start], whole[start:stop]]
             last = stop
-        return RowTexts(texts, ends, True)
+        return RowTexts(texts, whole[:last].endswith(self.end or str(self.tokenizer.eos_token)), True)
 
     def _turns(self, row: Row) -> list[int]:
         """The places in the conversation of the messages that are learned."""
@@ -137,10 +164,9 @@ class TextCutter:
             raise self._differs(row, turn, whole, prompt)
         return prompt
 
-    def _turn(self, row: Row, turn: int, whole: str) -> Span:
+    def _turn(self, row: Row, turn: int, start: int, whole: str) -> Span:
         """Where message ``turn`` stands in the whole conversation, from where generation begins to the end of turn."""
         messages = row.conversation
-        start = len(self._prompt(row, turn, whole))
         if turn == len(messages) - 1:
             return self._span(whole, start)
         # As it was said: a template may write a message otherwise once others follow, and then it was never generated so
@@ -166,38 +192,86 @@ class TextCutter:
         end = self.end or ""
         return RowTexts([prompt, row.response + end], bool(end), True)
 
-    def _adjusted(self, row: Row, whole: str, spans: list[Span]) -> list[Span]:
-        """Marked spans from where generation begins up to the end of turn, wherever the template's author set the markers.
+    def _marked(
+        self, row: Row, whole: str, marks: Sequence[Span], turns: Sequence[int], starts: Sequence[int]
+    ) -> list[list[Span]]:
+        """What is marked of each turn, from where generation begins up to the end of turn, wherever the markers are set.
 
         Some enclose the header that generation is given (SmolLM3) or its line break, some the line break behind the end of
         turn, and some leave the end of turn out.
+
+        Args:
+            row: it is cut.
+            whole: the conversation as it is written.
+            marks: what the markers enclose.
+            turns: the messages that are learned.
+            starts: where generation of each of them begins.
         """
-        asking = self._asks(row)
-        adjusted: list[Span] = []
-        for begin, end in spans:
-            text = whole[begin:end]
-            asked = whole.find(asking, max(0, begin - len(asking))) if asking else -1
-            start, stop = max(begin, asked + len(asking)) if 0 <= asked <= begin else begin, end
+        spans: list[list[Span]] = [[] for _ in turns]
+        for begin, end in marks:
+            place = bisect_left(starts, end) - 1  # a mark may begin before its turn, with the header
+            if place < 0:
+                continue
+            start, stop = max(begin, starts[place]), end
             if self.end is not None:
-                kept, behind = text.rstrip(), whole[end:].lstrip()
+                kept, behind = whole[start:end].rstrip(), whole[end:].lstrip()
                 if kept.endswith(self.end):
-                    stop = begin + len(kept)
+                    stop = start + len(kept)
                 elif behind.startswith(self.end):
                     stop = len(whole) - len(behind) + len(self.end)
-            if adjusted and adjusted[-1][1] >= start:
-                start = adjusted.pop()[0]
+            if spans[place] and spans[place][-1][1] >= start:
+                start = spans[place].pop()[0]
             if start < stop:
-                adjusted.append((start, stop))
-        return adjusted
+                spans[place].append((start, stop))
+        unmarked = [turn for turn, of_turn in zip(turns, spans, strict=True) if not of_turn]
+        if len(unmarked) == len(turns):
+            raise UserError(
+                f"row '{row.id}': the chat template marks nothing of this conversation with {{% generation %}}, so "
+                "nothing would be learned from it"
+            )
+        if unmarked:
+            raise TurnsDiffer(
+                f"row '{row.id}': the chat template marks nothing of message {unmarked[0] + 1} with {{% generation %}}, so "
+                "it would not be learned. Expected data.train_on: last_turn, or a chat template that marks every message "
+                "of the assistant"
+            )
+        return spans
 
-    def _asks(self, row: Row) -> str:
-        """What the template writes to ask for an answer, such as ``<|im_start|>assistant``."""
-        key = repr(row.chat_template_kwargs)
-        if key not in self._asking:
-            plain = render_messages(row, row.prompt_messages, self.tokenizer)
-            asked = render_messages(row, row.prompt_messages, self.tokenizer, for_answer=True)
-            self._asking[key] = asked[len(plain) :] if asked.startswith(plain) else ""
-        return self._asking[key]
+    def _check_marks(self, row: Row) -> None:
+        """Refuse markers round what others than the assistant say; looked at once, for it is the template's doing."""
+        if (row.tools is not None) in self._sound_marks:
+            return
+        for probe in _PROBES:
+            probed = dataclasses.replace(
+                row, kind="messages", messages=probe, answer=None, references=("probe answer",)
+            )
+            try:
+                whole, marks = render_with_markers(probed, self.tokenizer)
+            except UserError:  # no template knows every role
+                continue
+            marked = " ".join(whole[start:stop] for start, stop in marks)
+            for message in probe:
+                if message["role"] != "assistant" and message["content"] in marked:
+                    raise UserError(
+                        f"row '{row.id}': the chat template's {{% generation %}} markers enclose what the "
+                        f"{message['role']} says, so that would be learned. Expected markers round the assistant's "
+                        "messages alone, or a chat template without them"
+                    )
+        self._sound_marks.add(row.tools is not None)
+
+    def _check_said(self, row: Row, turn: int, learned: str) -> None:
+        """Refuse to teach the end of turn alone where the template leaves the rest of a message out."""
+        message = row.conversation[turn]
+        what = "tool calls" if message.get("tool_calls") else "thoughts"
+        if what == "thoughts" and not any(message.get(key) for key in REASONING):
+            return
+        said = learned.removesuffix(self.end or str(self.tokenizer.eos_token))
+        if not re.sub(r"<think>\s*</think>", "", said).strip():
+            raise UserError(
+                f"row '{row.id}': the chat template writes nothing of message {turn + 1}, for it leaves {what} out: the "
+                f"student would learn to end its turn at once. Expected a chat template that knows {what}, or rows without "
+                "such messages"
+            )
 
     def _differs(self, row: Row, turn: int, whole: str, said: str, advice: str | None = None) -> TurnsDiffer:
         if not turn:

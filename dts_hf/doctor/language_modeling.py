@@ -103,7 +103,6 @@ class LanguageModelWalk(Walk):
             cutter = self.task.cutter(tokenizer)
             ends = {*end_of_turn_ids(tokenizer, cutter.template), int(tokenizer.eos_token_id)}
             masks.check_labels(check, data, collator, ends)
-            masks.check_roles(check, tokens.spaced(self.kept, SAMPLE_ROWS), cutter)
             self.diagnosis.picture = masks.picture(data, collator, tokenizer, ends, self.kept)
         super().look_at_loss()
 

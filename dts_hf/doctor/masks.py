@@ -11,10 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
-from dts_hf.data.targets import TextCutter
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment
 from dts_hf.doctor.tokens import spaced
-from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
@@ -60,39 +58,6 @@ def check_labels(check: Check, data: EncodedDataset, collator: Collate, ends: Co
         check.error("answer-masked", f"{missing} tokens of answers have no label", "")
     if extra:
         check.error("prompt-learned", f"{extra} tokens of prompts or padding have a label", "")
-
-
-def check_roles(check: Check, rows: Sequence[Row], cutter: TextCutter) -> None:
-    """What users and tools say is never learned: a chat template's own markers may enclose it.
-
-    Args:
-        check: takes what is found.
-        rows: some training rows.
-        cutter: what encodes them.
-    """
-    for row in rows:
-        if row.kind != "messages" or not cutter.template.words(row):
-            continue
-        try:
-            learned = cutter.cut(row).texts[1::2]
-        except UserError:  # said where the rows are encoded
-            continue
-        own = [str(message.get("content")) for message in row.conversation if message["role"] == "assistant"]
-        for message in row.conversation:
-            text = message.get("content")
-            if message["role"] == "assistant" or not isinstance(text, str) or not text.strip():
-                continue
-            if any(text.strip() in part for part in learned) and not any(text.strip() in said for said in own):
-                # A short word may stand in a tool call, too
-                if len(text.strip()) < 8 and message["role"] != "tool":
-                    continue
-                check.error(
-                    "other-role-learned",
-                    f"row '{row.id}': what the {message['role']} says is learned, for the chat template's "
-                    "{% generation %} markers enclose it",
-                    "Correct the chat template, or use one without such markers",
-                )
-                return
 
 
 def _split(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

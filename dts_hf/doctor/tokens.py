@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template, end_of_turn, leading_special_ids, render_messages
-from dts_hf.data.conversations import REASONING
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import is_mixed, summary
 from dts_hf.data.rows import Row
@@ -260,7 +259,8 @@ def _chat_problems(
     try:
         prompt = template.render(row, student)
         whole = render_messages(row, row.conversation, student)
-        texts = TextCutter(student, template, "last_turn").cut(row).texts
+        cutter = TextCutter(student, template, "last_turn")
+        cut = cutter.cut(row)
         other = template.render(row, teacher) if teacher is not student and teacher.chat_template else prompt
     except UserError:  # encode_rows refuses the row, with the same words
         return
@@ -271,10 +271,12 @@ def _chat_problems(
             f"{_from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
             "Give the student the teacher's chat template (chat_template.jinja in its folder)",
         )
-    read, response = "".join(texts[:-1]), row.response.strip()  # many templates strip it, too
+    *given, learned = cut.texts
+    read, response = "".join(given), row.response.strip()  # many templates strip it, too
     expected = prompt + response
     # Before the answer there may be a thought, and nothing that asks for an answer
-    opening = re.sub("<think>.*?</think>", "", texts[-1].partition(response)[0], flags=re.DOTALL)
+    before = learned.partition(response)[0] if response else ""  # a tool call alone has no content
+    opening = re.sub("<think>.*?</think>", "", before, flags=re.DOTALL)
     if not whole.startswith(prompt) or read != prompt or (row.answer is None and opening.strip()):
         yield (
             "chat-template-prompt",
@@ -283,30 +285,13 @@ def _chat_problems(
             f"{_from_difference(expected, whole)} (row '{row.id}')",
             "Look at what the template does with add_generation_prompt",
         )
-    lost = [what for what, text in _contents(row) if text.strip() not in whole]
-    if lost:
+    lost = cutter.left_out(row, cut)
+    if lost is not None:
         yield (
             "chat-template-ignores",
-            f"the chat template leaves out {lost[0]} of row '{row.id}': neither model sees it",
+            f"the chat template leaves out {lost} of row '{row.id}': neither model sees it",
             "Another chat template, or rows without it",
         )
-
-
-def _contents(row: Row) -> Iterator[tuple[str, str]]:
-    """What a template may not know, each with a text that must appear where it does."""
-    for message in row.conversation:
-        if message["role"] in ("system", "tool"):
-            yield f"the {message['role']} message", _plain(message.get("content"))
-        for call in message.get("tool_calls") or ():
-            yield "a tool call", _plain((call.get("function") or call).get("name"))
-    for tool in row.tools or ():
-        yield "the tools", _plain((tool.get("function") or tool).get("name"))
-    for key in REASONING:
-        yield "the reasoning", _plain((row.answer or {}).get(key))
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _from_difference(text: str, other: str) -> str:

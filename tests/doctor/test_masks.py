@@ -10,10 +10,10 @@ from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
 from dts_hf.data.collators import PackedCollator, PaddedCollator
 from dts_hf.data.encoding import encode_rows
 from dts_hf.data.rows import Row
-from dts_hf.data.targets import TextCutter
 from dts_hf.doctor.diagnosis import Check, Diagnosis
-from dts_hf.doctor.masks import check_labels, check_roles, picture
+from dts_hf.doctor.masks import check_labels, picture
 from dts_hf.doctor.report import screen
+from dts_hf.doctor.tokens import check_template
 from tests.support.chats import chat, chat_tokenizer
 
 TOKENIZER = chat_tokenizer("chatml")  # its eos_token does not end a turn
@@ -68,14 +68,12 @@ def test_wrong_labels_of_a_collator_are_found():
     assert wrong(lambda b: b["labels"].masked_fill_(b["labels"] > 90, -100)) >= {"answer-masked"}
 
 
-def test_a_template_that_marks_what_others_say():
-    tokenizer = chat_tokenizer("marked")
-    other = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        other, f"{{%- generation %}}{other}{{% endgeneration %}}"
+def test_a_row_that_ends_with_a_tool_call_is_looked_at():
+    tokenizer = chat_tokenizer("qwen3")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    row = chat(("u", "Q1"), {"role": "assistant", "content": "", "tool_calls": [call]})
+    check = Check("template")
+    check_template(
+        check, resolve_template("auto", tokenizer), {"student": tokenizer, "teacher": tokenizer}, [row, row]
     )
-    for family, expected in ((tokenizer, {"other-role-learned"}), (chat_tokenizer("marked"), set())):
-        check = Check("labels")
-        row = chat(("u", "What is the weather?"), ("a", "A1"), ("t", "sunny"), ("a", "A2"))
-        check_roles(check, [row], TextCutter(family, resolve_template("auto", family), None))
-        assert {problem.code for problem in check.problems} == expected
+    assert check.problems == []

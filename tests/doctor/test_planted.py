@@ -319,7 +319,7 @@ FAULTS: dict[str, tuple[str, str, str, Sections | Callable[[], Sections]]] = {
         "warning",
         template_that_ignores_the_system,
     ),
-    "template_that_marks_the_user": ("labels", "other-role-learned", "error", template_that_marks_the_user),
+    "template_that_marks_the_user": ("data", "refused", "error", template_that_marks_the_user),
     "template_without_generation_prompt": (
         "template",
         "chat-template-prompt",
