@@ -22,10 +22,13 @@ def references_of(
     """The references of each row.
 
     Where the response is more than its content (thoughts, tool calls), the first one is the text that is learned of it,
-    decoded as an answer is. Of any other row they are the texts of the data, untouched.
+    decoded as an answer is. Of any other row they are the texts of the data, without an end token spelt out behind them.
     """
     cutter = TextCutter(tokenizer, template, "last_turn")
-    return [row.references if row.answer is None else _as_learned(row, cutter) for row in rows]
+    return [
+        tuple(map(cutter.without_end, row.references)) if row.answer is None else _as_learned(row, cutter)
+        for row in rows
+    ]
 
 
 def checked_references(
