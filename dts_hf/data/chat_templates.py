@@ -263,6 +263,11 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(full[:start])
 
 
+def behind_special_ids(before: list[int], ids: list[int]) -> list[int]:
+    """``ids`` with ``before`` in front, unless they begin so: text that was rendered elsewhere may bring its BOS token."""
+    return ids if ids[: len(before)] == before else before + ids
+
+
 def encode_prompts(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_length: int
 ) -> list[EncodedPrompt | None]:
@@ -295,7 +300,7 @@ def encode_prompts(
     before = leading_special_ids(tokenizer)
     prompts: list[EncodedPrompt | None] = []
     for row, whole, fit, ids in zip(rows, given, fits, encoded, strict=True):
-        prompt = ids if template.writes_special_tokens(row) else before + ids
+        prompt = ids if template.writes_special_tokens(row) else behind_special_ids(before, ids)
         if fit and len(prompt) > max_prompt_length:
             prompts.append(shortened_prompt(row, tokenizer, template, len(prompt), max_prompt_length))
         else:
@@ -331,9 +336,10 @@ def shortened_prompt(
         last = max(last - excess, 0)
         text = template.render(dataclasses.replace(row, input=row.input[: ends[last]].rstrip()), tokenizer)
         ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        excess = len(before) + len(ids) - max_prompt_length
+        prompt = behind_special_ids(before, ids)
+        excess = len(prompt) - max_prompt_length
         if excess <= 0:
-            return EncodedPrompt(before + ids, True)
+            return EncodedPrompt(prompt, True)
     return None
 
 

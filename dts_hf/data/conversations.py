@@ -24,6 +24,8 @@ OTHER_ROLES = {
 }  # fmt: skip
 #: Keys of a message that hold its thoughts; ``apply_chat_template`` knows all three.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Keys of a message that say whether it is learned: OpenAI's, ours of other sets, ms-swift's, Axolotl's.
+LEARNED = ("weight", "train", "loss", "training")
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "input_image")
 
 
@@ -93,11 +95,12 @@ def _message(message: Mapping[str, Any], where: str, text_key: str = "content") 
         near = OTHER_ROLES.get(role) if isinstance(role, str) else None
         hint = f" Did you mean '{near}'?" if near else nearest(role, ROLES) if isinstance(role, str) else ""
         raise UserError(f"{where}: role: got {role!r}, expected one of {', '.join(ROLES)}.{hint}")
-    if message.get("weight") == 0 or message.get("train") is False:
-        key = "weight" if "weight" in message else "train"
+    # Of other roles nothing is learned anyway
+    left_out = [key for key in LEARNED if key in message and message[key] in (0, False)]
+    if left_out and role == "assistant":
         raise UserError(
-            f"{where}: {key}: got {message[key]!r}, but a message cannot be left out of the targets alone: use "
-            "data.train_on: last_turn, or end the conversation before it"
+            f"{where}: {left_out[0]}: got {message[left_out[0]]!r}, but a message cannot be left out of the targets alone: "
+            "end the conversation before it, or leave the key out and use data.train_on: last_turn"
         )
     if "function_call" in message:
         raise UserError(f"{where}: function_call: expected tool_calls: [{{type, function: {{name, arguments}}}}]")
@@ -110,7 +113,7 @@ def _message(message: Mapping[str, Any], where: str, text_key: str = "content") 
     given = message.get("content")
     if given is not None or not ("tool_calls" in read or _thinks(message)):
         read["content"] = text(_joined(given, f"{where}: {text_key}"), f"{where}: {text_key}", empty=may_be_empty)
-    known = ("role", "content", "tool_calls", "weight", "train")
+    known = ("role", "content", "tool_calls", *LEARNED)
     others = {key: inner for key, inner in message.items() if key not in known}
     for key in {*REASONING} & others.keys():
         text(others[key], f"{where}: {key}", empty=True)

@@ -43,7 +43,7 @@ FORMATS = {
     "text": ("text",),
 }
 #: Fields that a finished text has no place for: the pair that has.
-_OF_CHATS = ("system", "history", "tools", "reasoning_content", "input")
+_OF_CHATS = ("system", "history", "tools", "reasoning_content")
 
 
 def parse_row(obj: Mapping[str, Any], where: str, default_id: str, columns: Columns | None = None) -> Row:
@@ -70,7 +70,9 @@ def parse_row(obj: Mapping[str, Any], where: str, default_id: str, columns: Colu
         elif record.has(name):
             if name != "text":
                 return _with_reasoning(record, _conversation(record, row_id, name))
-            return Row(row_id, "", "", (text(record.get("text"), record.place("text")),), kind="text")
+            learned = text(record.get("text"), record.place("text"))
+            _refuse_beside(record, _OF_CHATS, "a text is learned as it stands", "Write it into the text")
+            return Row(row_id, "", "", (learned,), kind="text")
     raise _no_format(record)
 
 
@@ -221,17 +223,26 @@ def _pair(record: Record) -> tuple[str, str] | None:
 def _answered(record: Record, row_id: str, asked: str, responded: str) -> Row:
     """A question or a finished prompt, and its response; or two lists of messages."""
     label = record.get("label")
-    if isinstance(label, bool):
+    # KTO's: true or false, which a table writes as text or as a number
+    if label is not None and str(label).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0"):
+        shown = str(label).lower() if isinstance(label, bool) else repr(label)
         raise UserError(
-            f"{record.place('label')}: got {str(label).lower()}: this is a preference set, whose responses are partly bad "
-            "ones. Keep the rows with true, without this column"
+            f"{record.place('label')}: got {shown}: this is a preference set, whose responses are partly bad "
+            "ones. Keep the rows with true, without this column; where it says something else: data.columns: "
+            "{label: null}"
         )
     if _is_messages(record.get(asked)) or _is_messages(record.get(responded)):
         return _continued_conversation(record, row_id, asked, responded)
     question = text(record.get(asked), record.place(asked))
     references = _references(record, responded)
     if (asked, responded) == ("prompt", "completion"):
-        _refuse_beside_a_finished_prompt(record)
+        _refuse_beside(
+            record,
+            (*_OF_CHATS, "input"),
+            "a finished prompt is continued as it stands",
+            "Where the prompt is a question: data.columns: {instruction: prompt, output: completion}; otherwise write it "
+            "into the prompt",
+        )
         kwargs = _template_arguments(record)
         return Row(row_id, question, "", references, kind="prompt", chat_template_kwargs=kwargs)
     given = record.get("input")
@@ -282,13 +293,12 @@ def _references(record: Record, field: str) -> tuple[str, ...]:
     return tuple(text(one, f"{place}, reference {number}") for number, one in enumerate(output, 1))
 
 
-def _refuse_beside_a_finished_prompt(record: Record) -> None:
-    for field in _OF_CHATS:
+def _refuse_beside(record: Record, fields: Sequence[str], why: str, advice: str) -> None:
+    for field in fields:
         if record.get(field) not in (None, "", [], ()):
             raise UserError(
-                f"{record.place(field)}: a finished prompt is continued as it stands, so there is no place for it. Where "
-                "the prompt is a question: data.columns: {instruction: prompt, output: completion}; otherwise write it "
-                f"into the prompt, or leave it out: data.columns: {{{field}: null}}"
+                f"{record.place(field)}: {why}, so there is no place for it. {advice}, or leave it out: data.columns: "
+                f"{{{field}: null}}"
             )
 
 

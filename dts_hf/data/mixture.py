@@ -49,6 +49,16 @@ class Mixture:
     parts: tuple[Part, ...]
 
 
+def parts_of(rows: Sequence[Row], mixture: Mixture) -> tuple[Part, ...]:
+    """What each source of ``mixture`` gave to ``rows``, which are some of its rows."""
+    kept, start, parts = {row.id for row in rows}, 0, []
+    for part in mixture.parts:
+        of_part = mixture.rows[start : start + part.used]
+        parts.append(dataclasses.replace(part, used=sum(row.id in kept for row in of_part)))
+        start += part.used
+    return tuple(parts)
+
+
 def is_mixed(parts: Sequence[Part]) -> bool:
     """Whether there is more to say than the name of one source that counts once."""
     return len(parts) > 1 or any(part.weight != 1 for part in parts)

@@ -93,7 +93,9 @@ class RowEncoder:
 
     def _row(self, row: Row, texts: RowTexts, parts: list[list[int]]) -> EncodedRow | None:
         template = self.cutter.template
-        prompt = EncodedPrompt(parts[0] if template.writes_special_tokens(row) else self.before + parts[0], False)
+        # Of a text all is learned, and its first token is the row's
+        opened = template.writes_special_tokens(row) or (parts[0] or parts[1])[: len(self.before)] == self.before
+        prompt = EncodedPrompt(parts[0] if opened else self.before + parts[0], False)
         if len(prompt.ids) > self.max_prompt_length:
             # Only an input is shortened: any other prompt, cut, would ask for something else
             length = len(prompt.ids)

@@ -27,6 +27,7 @@ from dts_hf.errors import UserError
 
 BLOCK = 128  # rows that are encoded and checked together, so that many are read ahead
 NAMED = 5  # rows that a report names
+NAME_BYTES = 80  # of such a name, as UTF-8
 COUNTS = ("rows", "kept", "dropped", "cut", "prompts_cut", "ignored", "unlabelled", "prompt_tokens", "response_tokens")
 
 #: Makes tokens of rows whose ids are their numbers in the stream; none of them has to be left.
@@ -43,7 +44,9 @@ class SharedCounts:
 
     def __init__(self) -> None:
         self._counts = torch.zeros(len(COUNTS), dtype=torch.int64).share_memory_()
-        self._dropped, self._unlabelled = (torch.zeros(NAMED, dtype=torch.int64).share_memory_() for _ in range(2))
+        self._dropped, self._unlabelled = (
+            torch.zeros(NAMED, NAME_BYTES, dtype=torch.uint8).share_memory_() for _ in range(2)
+        )
         self.epoch, self.kept_in_pass = (torch.zeros((), dtype=torch.int64).share_memory_() for _ in range(2))
 
     @property
@@ -51,25 +54,27 @@ class SharedCounts:
         return int(self._counts[0])
 
     def add(self, block: EncodingReport) -> None:
-        """Count a block; the ids in its report are numbers."""
+        """Count a block."""
         before = self._counts.tolist()
         for ids, names, counted in (
             (block.dropped_ids, self._dropped, before[COUNTS.index("dropped")]),
             (block.unlabelled_ids, self._unlabelled, before[COUNTS.index("unlabelled")]),
         ):
-            for place, number in enumerate(ids[: max(0, NAMED - counted)], counted):
-                names[place] = int(number)
+            for place, name in enumerate(ids[: max(0, NAMED - counted)], counted):
+                written = name.encode("utf-8", "replace")[:NAME_BYTES]
+                names[place, : len(written)] = torch.tensor(list(written), dtype=torch.uint8)
         self._counts += torch.tensor([getattr(block, name) for name in COUNTS])
 
-    def read_into(self, report: EncodingReport, first: int) -> None:
-        """Bring ``report`` up to date; rows are counted from ``first``, as in errors."""
+    def read_into(self, report: EncodingReport) -> None:
+        """Bring ``report`` up to date."""
         for name, count in zip(COUNTS, self._counts.tolist(), strict=True):
             setattr(report, name, count)
         for names, count, ids in (
             (self._dropped, report.dropped, report.dropped_ids),
             (self._unlabelled, report.unlabelled, report.unlabelled_ids),
         ):
-            ids[:] = [f"row {number + first}" for number in names[: min(count, NAMED)].tolist()]
+            written = (bytes(name).rstrip(b"\0") for name in names[: min(count, NAMED)].tolist())
+            ids[:] = [name.decode("utf-8", "ignore") for name in written]  # the last character may be cut
 
 
 class Sample(list[dict[str, Any]]):
@@ -129,7 +134,7 @@ class RowStream(IterableDataset[dict[str, Any]]):
 
     def refresh(self) -> EncodingReport:
         """``report``, with what was read since."""
-        self.counts.read_into(self.report, 0 if self.encode is None else 1)
+        self.counts.read_into(self.report)
         return self.report
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -171,8 +176,15 @@ class RowStream(IterableDataset[dict[str, Any]]):
             report = EncodingReport(rows=len(block), kept=len(block))
             report.response_tokens = int(targets.clip(min=0).sum())
             report.prompt_tokens = int(lengths.sum()) - report.response_tokens
+            own = {}
         else:
-            dataset, report = self.encode([self._parsed(row, number) for number, row in enumerate(block, first)])
+            parsed = [self._parsed(row, number) for number, row in enumerate(block, first)]
+            own = {number: row.id for number, row in enumerate(parsed, first) if row.id != str(number)}
+            # By its number a row is found again among those that are left: its own id may be there twice
+            dataset, report = self.encode(
+                [dataclasses.replace(row, id=str(number)) for number, row in enumerate(parsed, first)]
+            )
+            report.dropped_ids = [self._name(int(number), own) for number in report.dropped_ids]
             numbers = [int(name) for name in dataset.row_ids]
             rows = [{**dataset[place], "row_id": number} for place, number in enumerate(numbers)]
             lengths, targets = self._check_encoded(rows, [str(number + 1) for number in numbers])
@@ -183,7 +195,7 @@ class RowStream(IterableDataset[dict[str, Any]]):
                 f"{self.positions[0]:,} positions; shorten the rows (data.max_length)"
             )
         silent = [numbers[place] for place in np.flatnonzero(targets <= 0).tolist()]
-        report.unlabelled, report.unlabelled_ids = len(silent), [str(number) for number in silent[:NAMED]]
+        report.unlabelled, report.unlabelled_ids = len(silent), [self._name(number, own) for number in silent[:NAMED]]
         return rows, report
 
     def _check_encoded(self, rows: Sequence[dict[str, Any]], ids: Sequence[str]) -> tuple[Any, Any]:
@@ -194,13 +206,14 @@ class RowStream(IterableDataset[dict[str, Any]]):
         return form.check(form.columns(rows, 0), 0)
 
     def _parsed(self, row: Any, number: int) -> Row:
-        # By its number a row is found again among those that are left: its own id may be there twice.
-        if not isinstance(row, Row):
-            row = parse_row(row, self._place(number), str(number), self.columns)
-        return dataclasses.replace(row, id=str(number))  # type: ignore[no-any-return]
+        return row if isinstance(row, Row) else parse_row(row, self._place(number), str(number), self.columns)
+
+    def _name(self, number: int, own: Mapping[int, str]) -> str:
+        """What a report calls a row: its own id, which a shuffled stream does not change, else its place."""
+        return own.get(number) or f"row {number + (self.encode is not None)}"  # text is counted from 1, as in files
 
     def _place(self, number: int) -> str:
-        return f"{self.form.name}: row {number + (self.encode is not None)}"  # text is counted from 1, as in files
+        return f"{self.form.name}: {self._name(number, {})}"
 
 
 def digest(row: Any) -> str:

@@ -100,14 +100,28 @@ class TextCutter:
         Raises:
             UserError: the template cannot hold the row, or writes it so that no sound mask exists.
         """
-        eos = str(self.tokenizer.eos_token)
-        if row.kind == "text":
-            return RowTexts(["", row.response], row.response.endswith(eos), True)
-        if self.template.words(row) and self.template.is_chat:
+        worded = self.template.words(row)
+        said, end = self._spelt_end(row.response)
+        if not worded:  # a text, or a finished prompt and its completion
+            texts = [self.template.render(row, self.tokenizer), said + end if end else row.response]
+            return RowTexts(texts, bool(end), True)
+        if end and said:  # the template, or ``encode_rows``, writes one itself
+            answer = None if row.answer is None else {**row.answer, "content": said}
+            row = dataclasses.replace(row, references=(said, *row.references[1:]), answer=answer)
+        if self.template.is_chat:
             return self._cut_conversation(row)
-        finished = not self.template.words(row)
-        texts = [self.template.render(row, self.tokenizer), row.response]
-        return RowTexts(texts, finished and row.response.endswith(eos), finished)
+        return RowTexts([self.template.render(row, self.tokenizer), row.response], False, False)
+
+    def without_end(self, response: str) -> str:
+        """``response`` without an end token that is spelt out behind it."""
+        said, end = self._spelt_end(response)
+        return said if end and said else response
+
+    def _spelt_end(self, response: str) -> tuple[str, str]:
+        """``response`` as what is said, and the end token behind that; spaces that follow this are lost."""
+        stripped = response.rstrip()
+        end = next((end for end in (self.end, self.tokenizer.eos_token) if end and stripped.endswith(str(end))), "")
+        return (stripped.removesuffix(str(end)), str(end)) if end else (response, "")
 
     def left_out(self, row: Row, texts: RowTexts) -> str | None:
         """What of ``row`` the chat template does not write into ``texts``, such as ``a tool call``; None: nothing."""

@@ -25,6 +25,7 @@ from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load
 from dts_hf.evaluation.instruct import evaluate_instruct
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.evaluation.output_folder import OutputFolder
+from dts_hf.evaluation.references import note_on_references
 from dts_hf.evaluation.subject import Asked, choose_protocol, find_subject, notes_on, with_template
 from dts_hf.generation.engine import Generated, generate
 from dts_hf.generation.vllm_backend import load_vllm, vllm_generate
@@ -135,6 +136,8 @@ def _answer_set(
     )
     if folder is not None and answers is not None:
         folder.finish_set(answers, result.predictions)
+    if process()[0] == 0 and (note := note_on_references(result.scores, name)):
+        say(note)
     return result.scores
 
 
@@ -153,16 +156,28 @@ def _load_rows(model: str, recipe: Recipe | None, options: EvaluationOptions) ->
                 f"evaluate: {model!r} is no run directory with validation rows; say which: --sets NAME,NAME or "
                 "--data FILE"
             )
-        limits = [count for count in (options.rows, recipe.data.max_validation_rows) if count is not None]
-        limit, columns = min(limits, default=None), recipe.data.columns
-        if isinstance(recipe.data.validation, float):
-            train = load_mixture(
-                recipe.data.train, split=recipe.data.train_split, limit=recipe.data.max_train_rows, columns=columns
-            )
-            rows[VALIDATION] = split_off(train.rows, recipe.data.validation)[1][:limit]
-        else:
-            rows[VALIDATION] = load_many(recipe.data.validation, split=split, limit=limit, columns=columns)
+        rows[VALIDATION] = _held_out_questions(model, recipe, options.rows)
     return rows
+
+
+def _held_out_questions(model: str, recipe: Recipe, count: int | None) -> list[Row]:
+    """The held-out rows that the run itself was scored on; ``count``: the first so many instead of ``evaluation.rows``."""
+    data = recipe.data
+    if isinstance(data.validation, float):
+        train = load_mixture(data.train, split=data.train_split, limit=data.max_train_rows, columns=data.columns)
+        held_out = split_off(train.rows, data.validation)[1][: data.max_validation_rows]
+    else:
+        assert data.validation is not None
+        held_out = load_many(
+            data.validation, split=data.validation_split, limit=data.max_validation_rows, columns=data.columns
+        )
+    questions = [row for row in held_out if row.kind != "text"]
+    if not questions:
+        raise UserError(
+            f"evaluate: {model!r}: its held-out rows are texts, which ask nothing that could be answered; the student's "
+            "loss on them is in its metrics.json. Expected rows with a question: --sets NAME,NAME or --data FILE"
+        )
+    return questions[: recipe.evaluation.rows if count is None else count]
 
 
 def _set_name(data: str) -> str:

@@ -31,6 +31,7 @@ def _asked_in(row: Row) -> list[Any]:
     # Only where there is more: the digest of an ordinary row is in metrics.json of earlier versions
     more = {
         "kind": row.kind if row.kind == "prompt" else None,
+        "answer": row.answer,
         "tools": row.tools,
         "chat_template_kwargs": row.chat_template_kwargs,
     }

@@ -16,7 +16,8 @@ from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.protocol import Protocol
-from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
+from dts_hf.evaluation.references import checked_references
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, has_reference, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
 from dts_hf.generation.engine import Generated, GenerationSettings, generate
 from dts_hf.generation.prompts import checked_prompts
@@ -43,6 +44,7 @@ class InstructResult(NamedTuple):
 class _Question(NamedTuple):
     row: Row
     prompt: EncodedPrompt
+    references: tuple[str, ...]
 
 
 def evaluate_instruct(
@@ -81,11 +83,12 @@ def evaluate_instruct(
     Returns:
         Scores ``{measure: {"mean", "sd", "per_seed"}}``: ROUGE-L, exact match and the shares from 0 to 1,
         ``mean_tokens`` in tokens. ``sd`` is the sample standard deviation over seeds, None for a single one;
-        ``seeds`` is empty for greedy text.
+        ``seeds`` is empty for greedy text. A row without a reference text has no ROUGE-L and no exact match;
+        ``without_reference`` counts such rows, where there are any.
 
     Raises:
-        UserError: there are no rows, two have the same id, no prompt fits, or one leaves the model no room to answer.
-            Every process raises it.
+        UserError: there are no rows, two have the same id, no prompt fits, one leaves the model no room to answer, or none
+            has a reference text. Every process raises it.
         ValueError: the model is sharded and ``all_processes`` is not set.
     """
     template = resolve_template(protocol.template, tokenizer) if template is None else template
@@ -107,10 +110,12 @@ def evaluate_instruct(
 
         # `seed` and `new` as defaults: a closure would see those of the last pass
         def finished(place: int, generated: Generated, seed: int = seed, new: dict[Answer, Prediction] = new) -> None:
-            row, prompt = questions[place]
+            row, prompt, references = questions[place]
             asked = str(tokenizer.decode(prompt.ids)) if prompt.cut else template.render(row, tokenizer)
             text = decode_answer(tokenizer, generated.tokens)
-            new[Answer(seed, row.id)] = prediction = _prediction(row, asked, text, generated, set_name, seed)
+            new[Answer(seed, row.id)] = prediction = _prediction(
+                row, references, asked, text, generated, set_name, seed
+            )
             if answers is not None:  # scored already: a score that is read back is the one that was shown
                 answers.append(prediction)
 
@@ -175,16 +180,19 @@ def _encode(
     if count > 1:
         raise UserError(f"evaluation on '{set_name}': {count} rows have the id {name!r}, expected unique ids")
     encoded = encode_prompts(list(rows), tokenizer, template, protocol.max_prompt_length)
-    fitting = [_Question(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if prompt is not None]
+    fitting = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if prompt is not None]
     if not fitting:
         raise UserError(
             f"evaluation on '{set_name}': none of the {len(rows)} prompts fits into the protocol's max_prompt_length "
             f"of {protocol.max_prompt_length} tokens (in a recipe: data.max_prompt_length)"
         )
-    return fitting
+    references = checked_references([row for row, _ in fitting], tokenizer, template, set_name)
+    return [_Question(row, prompt, right) for (row, prompt), right in zip(fitting, references, strict=True)]
 
 
-def _prediction(row: Row, prompt: str, text: str, answer: Generated, set_name: str, seed: int) -> Prediction:
+def _prediction(
+    row: Row, references: Sequence[str], prompt: str, text: str, answer: Generated, set_name: str, seed: int
+) -> Prediction:
     return {
         "id": row.id,
         "set": set_name,
@@ -193,8 +201,8 @@ def _prediction(row: Row, prompt: str, text: str, answer: Generated, set_name: s
         "instruction": row.instruction,
         "input": row.input,
         "prediction": text,
-        "references": list(row.references),
-        "rougeL": best_rouge_l(text, row.references),
+        "references": list(references),
+        "rougeL": best_rouge_l(text, references) if has_reference(references) else None,
         "tokens": len(answer.tokens),
         "finished": answer.finished,
     }
@@ -212,6 +220,8 @@ def _scores(
         "rows_sha256": rows_digest([question.row for question in questions]),
         "seeds": list(protocol.seeds) if protocol.do_sample else [],
     }
+    if silent := sum(not has_reference(question.references) for question in questions):
+        scores["without_reference"] = silent
     # Means of each seed, then over seeds: papers report the mean of five runs and its spread, and the spread over all
     # answers would be that of easy and hard prompts. Every seed answers the same rows, so the mean itself is the same
     per_seed = [_means(predictions[start : start + count]) for start in range(0, len(predictions), count)]
@@ -219,9 +229,10 @@ def _scores(
 
 
 def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
+    compared = [row for row in predictions if has_reference(row["references"])]
     values = {
-        "rougeL": [row["rougeL"] for row in predictions],
-        "exact_match": [exact_match(row["prediction"], row["references"]) for row in predictions],
+        "rougeL": [row["rougeL"] for row in compared],
+        "exact_match": [exact_match(row["prediction"], row["references"]) for row in compared],
         "repeats_4gram": [repeats_ngram(row["prediction"]) for row in predictions],
         "cut_at_limit": [not row["finished"] for row in predictions],
         "empty": [not row["prediction"] for row in predictions],

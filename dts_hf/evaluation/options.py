@@ -27,7 +27,7 @@ class EvaluationOptions:
             it has one.
         max_new_tokens: longest answer, in tokens.
         no_repeat_ngram_size: no n-gram of prompt and answer twice; 0: no rule.
-        rows: answer the first so many of each set; None: all.
+        rows: answer the first so many of each set; None: all, of a run's own rows as many as its ``evaluation.rows`` says.
         batch_size: prompts answered at once.
         dtype: of the weights; None: the run's ``evaluation.dtype``, else its ``student.dtype``; float32 for a foreign model.
             There is no autocast: a run with ``training.bf16`` answers under it, and scores differ in near-ties.

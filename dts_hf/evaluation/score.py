@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, has_reference, repeats_ngram
 
 REFERENCE_FIELDS = ("references", "reference", "output")
 
@@ -24,10 +24,11 @@ def score_file(path: str | Path) -> dict[str, Any]:
     Returns:
         ``n`` rows, and the shares and means (0 to 1) ``rougeL``, ``exact_match``, ``empty`` (no text) and
         ``repeats_4gram``. Of several seeds: the means over ``seeds`` seeds, each of up to ``n`` rows. Of several sets:
-        ``{"sets": {name: these}}``.
+        ``{"sets": {name: these}}``. Rows whose references are empty count in neither of the first two.
 
     Raises:
-        UserError: the file or a line of it cannot be read; the message names the line.
+        UserError: no row of a set has a reference text, or the file or a line of it cannot be read; the message names
+            the line.
     """
     passes: dict[str, dict[str, list[_Row]]] = {}
     for row in _read(Path(path)):
@@ -38,8 +39,10 @@ def score_file(path: str | Path) -> dict[str, Any]:
     def scores(by_seed: dict[str, list[_Row]]) -> dict[str, Any]:
         each = [
             {
-                "rougeL": statistics.fmean(best_rouge_l(row.prediction, row.references) for row in rows),
-                "exact_match": statistics.fmean(exact_match(row.prediction, row.references) for row in rows),
+                "rougeL": statistics.fmean(best_rouge_l(row.prediction, row.references) for row in _compared(rows)),
+                "exact_match": statistics.fmean(
+                    exact_match(row.prediction, row.references) for row in _compared(rows)
+                ),
                 "empty": statistics.fmean(not row.prediction.strip() for row in rows),
                 "repeats_4gram": statistics.fmean(repeats_ngram(row.prediction) for row in rows),
             }
@@ -57,6 +60,14 @@ class _Row(NamedTuple):
     references: list[str]
     set_name: str
     seed: str
+
+
+def _compared(rows: list[_Row]) -> list[_Row]:
+    """The rows that have something to compare an answer with, as ``evaluate_instruct`` has it."""
+    compared = [row for row in rows if has_reference(row.references)]
+    if not compared:
+        raise UserError(f"none of the {len(rows)} rows has a reference with a text, expected at least one")
+    return compared
 
 
 def _read(path: Path) -> list[_Row]:

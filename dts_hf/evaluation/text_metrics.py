@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import string
 from collections.abc import Callable, Sequence
 
@@ -36,8 +37,27 @@ def _scorer(use_stemmer: bool) -> RougeScorer:
     return RougeScorer(["rougeL"], tokenizer=_StemOnceTokenizer() if use_stemmer else DefaultTokenizer())
 
 
+def without_thoughts(text: str) -> str:
+    """What is said in ``text``: nothing between ``<think>`` and ``</think>``, which chat templates write round thoughts.
+
+    Qwen3's template puts an empty pair before every answer. A prompt may have opened it already (DeepSeek-R1), and an
+    answer that was cut may never close it.
+    """
+    if "think>" not in text:
+        return text
+    said = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL).rpartition("</think>")[2]
+    return said.partition("<think>")[0].strip()
+
+
+def has_reference(references: Sequence[str]) -> bool:
+    """Whether there is a text that an answer can be compared with: an empty one would make silence right."""
+    return any(without_thoughts(reference).strip() for reference in references)
+
+
 def best_rouge_l(prediction: str, references: Sequence[str], use_stemmer: bool = True) -> float:
     """Return the F-measure of ROUGE-L (Lin 2004) against the best reference, as ``rouge_score`` computes it.
+
+    Thoughts (``without_thoughts``) count on neither side.
 
     Args:
         prediction: generated text.
@@ -48,7 +68,8 @@ def best_rouge_l(prediction: str, references: Sequence[str], use_stemmer: bool =
     Returns:
         Between 0 and 1; 0 where a text has no word of ASCII letters or digits: other scripts have none.
     """
-    return float(_scorer(use_stemmer).score_multi(references, prediction)["rougeL"].fmeasure)
+    said = [without_thoughts(reference) for reference in references]
+    return float(_scorer(use_stemmer).score_multi(said, without_thoughts(prediction))["rougeL"].fmeasure)
 
 
 def normalize(text: str) -> str:
@@ -57,9 +78,9 @@ def normalize(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Whether ``prediction`` equals one of ``references`` once case, punctuation and spaces are set aside."""
-    answer = normalize(prediction)
-    return any(answer == normalize(reference) for reference in references)
+    """Whether ``prediction`` equals one of ``references`` once thoughts, case, punctuation and spaces are set aside."""
+    answer = normalize(without_thoughts(prediction))
+    return any(answer == normalize(without_thoughts(reference)) for reference in references)
 
 
 def repeats_ngram(text: str, n: int = 4) -> bool:

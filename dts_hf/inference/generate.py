@@ -12,6 +12,7 @@ from dts_hf.data.row_files import read_objects
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import UserError
+from dts_hf.evaluation.references import references_of
 from dts_hf.evaluation.subject import find_subject
 from dts_hf.files import write_jsonl_atomic
 from dts_hf.generation.engine import Generated, GenerationSettings
@@ -85,14 +86,15 @@ def generate_answers(
     template, dtype = options.template or template_of(subject), options.dtype or subject.dtype or "float32"
     speaker = load_speaker("model", subject.location, template=template, key="model", dtype=dtype)
     rows = [row for row, _ in asked]
+    right = references_of(rows, speaker.tokenizer, speaker.template)
 
     def answer_of(place: int, generated: Generated) -> dict[str, Any]:
-        row, references = asked[place]
+        row, has_references = asked[place]
         values = {
             "id": row.id, "prompt": row.instruction, "prediction": speaker.text(generated.tokens),
             "tokens": len(generated.tokens), "finished": generated.finished,
         }  # fmt: skip
-        return {**values, "references": list(row.references)} if references else values
+        return {**values, "references": list(right[place])} if has_references else values
 
     finished = lambda place, generated: on_answer(answer_of(place, generated))  # noqa: E731
     generated = speaker.answer(rows, settings, progress="answers", on_finished=finished)

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dts_hf.console import say
+from dts_hf.data.chat_templates import resolve_template
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
+from dts_hf.evaluation.references import checked_references, note_on_references
 from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import BEFORE, RunDirectory
@@ -53,6 +55,11 @@ class GenerationScorer:
         # A text asks nothing: it has a loss, and no answer
         questions = [row for row in rows.validation if row.kind != "text"]
         self.rows, self.sets = questions[: recipe.evaluation.rows], rows.sets
+        # Found now, and not when the training is over
+        template = resolve_template(self.protocol.template, tokenizer)
+        for set_name, of_set in {VALIDATION: self.rows, **self.sets}.items():
+            if of_set:
+                checked_references(of_set, tokenizer, template, set_name)
         self.has_losses = bool(rows.validation)
         self.entries = dict(kept)
 
@@ -111,6 +118,8 @@ class GenerationScorer:
             self.run.write_scores(self.entries)
         for set_name, result in results.items():
             mean = means(result.scores)
+            if note := note_on_references(result.scores, set_name):
+                say(note)
             where = "" if set_name == VALIDATION else f" on {set_name}"
             say(
                 f"{name.replace('_', ' ')}{where}: ROUGE-L {100 * mean['rougeL']:.1f}, answers that repeat a 4-gram "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.held_out_split import split_off
-from dts_hf.data.mixture import Mixture, is_mixed, summary
+from dts_hf.data.mixture import Mixture, is_mixed, parts_of, summary
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_mixture, manifest
 from dts_hf.data.targets import TextCutter, TrainOn
@@ -46,7 +46,9 @@ class LanguageModeling(Task[DistillationTrainer]):
         held_out = Mixture([], ())
         if isinstance(data.validation, float):
             kept, split = split_off(train.rows, data.validation)
-            train, held_out = dataclasses.replace(train, rows=kept), Mixture(split[: data.max_validation_rows], ())
+            split = split[: data.max_validation_rows]
+            held_out = Mixture(split, parts_of(split, train))
+            train = Mixture(kept, parts_of(kept, train))
         elif data.validation is not None:
             held_out = load_mixture(
                 data.validation, split=data.validation_split, limit=data.max_validation_rows, columns=data.columns
@@ -141,6 +143,8 @@ class LanguageModeling(Task[DistillationTrainer]):
         if asked.validation is not None and data.validation is not None:
             if isinstance(asked.validation, float):
                 validation = {**train, "share": asked.validation, "rows": len(rows.validation)}
+                if "mixture" in train:
+                    validation["mixture"] = [part.described() for part in rows.validation_parts]
             else:
                 validation = manifest(
                     asked.validation, rows.validation, split=asked.validation_split, parts=rows.validation_parts

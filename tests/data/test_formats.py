@@ -78,6 +78,11 @@ def test_a_plain_prompt_and_its_completion() -> None:
     # TRL's unpaired preferences: half of the completions are bad ones
     with pytest.raises(UserError, match=r"here: field 'label': got false: this is a preference set"):
         row(prompt="The sky is", completion=" green.", label=False)
+    for label in ("False", "true", "0", 0, 1, 0.0):  # as tables write them
+        with pytest.raises(UserError, match=r"label': got .*preference set.* data\.columns: \{label: null\}$"):
+            row(prompt="The sky is", completion=" green.", label=label)
+    assert row({"label": None}, prompt="The sky is", completion=" blue.", label=0).references == (" blue.",)
+    assert row(prompt="The sky is", completion=" blue.", label="weather").references == (" blue.",)
 
 
 def test_text_is_learned_whole() -> None:
@@ -189,6 +194,8 @@ def test_nothing_of_a_conversation_is_null() -> None:
     """A data set fills messages up with the keys of others."""
     parsed = row(messages=[{**Q, "tool_calls": None, "name": None}, {**A, "tool_calls": [], "weight": 1}])
     assert parsed == row(messages=[Q, A])
+    # Axolotl's, where nothing is learned in any case
+    assert row(messages=[{**Q, "training": False}, {**A, "training": True}]) == row(messages=[Q, A])
 
 
 def test_conversational_prompts_and_completions() -> None:
@@ -335,6 +342,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty turn": ({"messages": [Q, assistant(""), Q, A]}, "message 2: content is empty"),
     "weight": ({"messages": [Q, assistant("x", weight=0), Q, A]}, r"message 2: weight: got 0.*data\.train_on: last_turn"),
     "train": ({"messages": [Q, assistant("x", train=False), Q, A]}, "message 2: train: got False"),
+    "loss": ({"messages": [Q, assistant("x", loss=False), Q, A]}, "message 2: loss: got False.*leave the key out"),
+    "training": ({"messages": [Q, assistant("x", training=False), Q, A]}, "message 2: training: got False"),
+    "text with tools": ({"text": "a", "tools": [TOOL]}, r"field 'tools': a text .*Write it into .*\{tools: null\}$"),
+    "text with a system prompt": ({"text": "a", "system": "Be brief."}, "field 'system': a text is learned as it stands"),
     "function_call": ({"messages": [Q, {"role": "assistant", "function_call": {}}]}, "function_call: expected tool_calls"),
     "arguments": (
         {"messages": [Q, assistant(None, tool_calls=[{"function": {"name": "f", "arguments": "{"}}])]},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import string
 
 import pytest
 
-from dts_hf.data.chat_templates import encode_prompt, end_of_turn_ids, resolve_template
+from dts_hf.data.chat_templates import encode_prompt, end_of_turn, end_of_turn_ids, resolve_template
 from dts_hf.data.encoding import encode_rows
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
@@ -334,3 +335,27 @@ def test_a_huge_row_is_not_tokenised_whole(monkeypatch):
     dataset, report = encode_rows(rows, tokenizer, resolve_template("auto", tokenizer), long_rows="cut", **limits)
     assert dataset.row_ids == ["b", "c", "d", "e"] and (report.dropped, report.cut) == (1, 2)
     assert max(sizes) < 2_000
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+@pytest.mark.parametrize(
+    "family", ["chatml", "smollm2", "llama3"]
+)  # eos_token is another token in the first and the last
+def test_an_end_that_the_response_spells_out_is_there_once(family: str, behind: str) -> None:
+    tokenizer = chat_tokenizer(family)
+    end = end_of_turn(tokenizer, resolve_template("auto", tokenizer))
+    spelt = f"Plum.{end}{behind}"
+    for row, template in (
+        (Row("r", "Name a fruit.", "", (spelt,)), "auto"),
+        (chat(("u", "Name a fruit."), ("a", spelt)), "auto"),
+        (Row("r", "The fruit is", "", (spelt,), kind="prompt"), "auto"),
+        (Row("r", "", "", (f"A fruit: {spelt}",), kind="text"), "auto"),
+        (Row("r", "Name a fruit.", "", (f"Plum.{tokenizer.eos_token}{behind}",)), "alpaca"),
+    ):
+        shown = marked(family, row, template=template)
+        last = tokenizer.eos_token if template == "alpaca" else end
+        assert shown.count("»") == 1 and shown.partition("»")[0].endswith(f"Plum.{last}"), shown
+        assert shown.partition("«")[2].count(last) == 1
+        plain = dataclasses.replace(row, references=("Plum.",))
+        if row.kind in ("instruction", "messages"):
+            assert shown == marked(family, plain, template=template)

@@ -202,7 +202,7 @@ def test_held_out_rows_are_read_with_their_columns_again(workplace: Path) -> Non
     made = mixed_recipe(validation=held_out)
     rows = LanguageModeling(made).load_rows()
     assert [row.response for row in rows.validation] == [f"It is {k}." for k in range(8)]
-    read = _load_rows("run", made, EvaluationOptions())
+    read = _load_rows("run", made, EvaluationOptions(rows=20))  # the recipe's evaluation.rows are fewer
     assert [row.id for row in read["validation"]] == [row.id for row in rows.validation]
 
 
@@ -211,3 +211,14 @@ def test_the_doctor_tells_what_was_mixed(workplace: Path) -> None:
     check = diagnose("recipe.yaml")["rows"]
     assert "4 of mine.csv (8 rows x 0.5); 8 of theirs.jsonl (4 rows x 2)" in check.summary
     assert [part["used"] for part in check.values["mixture"]] == [4, 8]
+
+
+def test_a_share_that_is_held_out_has_its_own_part_of_each_source(workplace: Path) -> None:
+    splits = distill(mixed_recipe(validation=0.3)).read_data_manifest()["splits"]
+    rows = LanguageModeling(mixed_recipe(validation=0.3)).load_rows()
+    for name, of_split in (("train", rows.train), ("validation", rows.validation)):
+        of_mine = sum(row.instruction.startswith("Say") for row in of_split)
+        described = splits[name]
+        assert described["rows"] == len(of_split) > 0
+        assert [part["used"] for part in described["mixture"]] == [of_mine, len(of_split) - of_mine]
+    assert splits["train"]["sha256"] == splits["validation"]["sha256"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dts_hf.data.chat_templates import TEMPLATES, encode_prompt, encode_prompts, get_template, leading_special_ids
+from dts_hf.data.encoding import encode_rows
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
+from dts_hf.loss.selection import IGNORE_INDEX
 from tests.support.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -152,3 +156,23 @@ def test_no_prompt_loses_its_marker(name, instruction, text_input, limit, bos):
     text = tokenizer.decode(prompt.ids)
     assert text.endswith(MARKERS[name])
     assert instruction in text
+
+
+def test_a_bos_that_the_text_brings_is_not_doubled():
+    """Text that was rendered elsewhere begins with it already."""
+    tokenizer, template = tiny_tokenizer(bos=True), get_template("plain")
+    bos, word = tokenizer.bos_token, dataclasses.replace(template, wraps_prompts=False)
+    limits = {"max_length": 40, "max_prompt_length": 20}
+    for mark in ("", bos):
+        text = Row("t", "", "", (f"{mark}Once upon",), kind="text")
+        prompt = Row("p", f"{mark}Hi", "", (" you",), kind="prompt")
+        encoded, _ = encode_rows([text, prompt], tokenizer, word, **limits)
+        asked = encode_prompt(prompt, tokenizer, word, 20).ids
+        rows = [encoded[number]["input_ids"] for number in (0, 1)]
+        assert [row.count(tokenizer.bos_token_id) for row in rows] == [1, 1] and asked.count(
+            tokenizer.bos_token_id
+        ) == 1
+        assert rows[0][0] == rows[1][0] == asked[0] == tokenizer.bos_token_id and rows[1][: len(asked)] == asked
+        assert encoded[0]["labels"] == [IGNORE_INDEX, *rows[0][1:]]
+    long = Row("l", f"{bos}Sum it up.", "word " * 40, ("x",))
+    assert encode_prompt(long, tokenizer, template, 20).ids.count(tokenizer.bos_token_id) == 1

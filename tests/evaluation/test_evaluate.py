@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from dts_hf.data.sources import load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.evaluate import evaluate
-from dts_hf.evaluation.fingerprint import model_digest
+from dts_hf.evaluation.fingerprint import model_digest, rows_digest
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.files import file_sha256
 from dts_hf.generation.answer_file import Answer, AnswerFile
@@ -182,6 +184,26 @@ def test_what_a_run_is_answered_with(place: Path, capsys: pytest.CaptureFixture[
         "vicuna under the protocol minillm, template=chat, max_new_tokens=2" in said
         and "teacher's answers" not in said
     )
+
+
+def test_a_run_is_answered_on_the_rows_it_was_scored_on(place: Path) -> None:
+    """Texts ask nothing, and ``evaluation.rows`` of the others are answered; ``--rows`` says another number."""
+    asked = [{"id": f"q{i}", "instruction": f"Name {i}", "output": "a pear"} for i in range(6)]
+    texts = [{"id": f"t{i}", "text": "Once upon a time."} for i in range(2)]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (texts[0], *asked, texts[1])))
+    Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    for held_out in ("mixed", "texts"):
+        run = RunDirectory.create(held_out)
+        data = {"train": "rows.jsonl", "validation": f"{held_out}.jsonl"}
+        evaluation = {"max_new_tokens": 1, "rows": 4}
+        values = {"student": {"model": "model"}, "teacher": {"model": "model"}, "data": data, "evaluation": evaluation}
+        run.save_recipe(Recipe.from_dict({**values, "output": {"dir": held_out}}))
+        shutil.copytree("model", run.final_path)
+    scores = evaluated("mixed")["models"]["student"]["sets"]["validation"]
+    assert (scores["n"], scores["rows_sha256"]) == (4, rows_digest(load_rows("mixed.jsonl")[1:5]))
+    assert evaluated("mixed", rows=6)["models"]["student"]["sets"]["validation"]["n"] == 6
+    with pytest.raises(UserError, match="its held-out rows are texts, which ask nothing"):
+        evaluated("texts")
 
 
 def prepared_set(folder: Path, count: int) -> Path:

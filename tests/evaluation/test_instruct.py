@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from typing import Any
 
 import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dts_hf.data.chat_templates import encode_prompt, get_template
+from dts_hf.data.chat_templates import encode_prompt, end_of_turn_ids, get_template, resolve_template
+from dts_hf.data.encoding import encode_rows
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.instruct import MEASURES, evaluate_instruct, generation_settings
 from dts_hf.evaluation.protocol import Protocol, custom_protocol
-from dts_hf.evaluation.text_metrics import best_rouge_l
-from dts_hf.generation.engine import generate
+from dts_hf.evaluation.references import note_on_references
+from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, without_thoughts
+from dts_hf.generation.engine import Generated, generate
 from dts_hf.generation.shares import decode_answer, rows_are_independent, share_out
+from dts_hf.training.generated import decoded, padded
+from tests.support.chats import chat, chat_tokenizer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 TEMPLATE = get_template("alpaca")
@@ -135,3 +140,86 @@ def test_the_digest_of_rows_follows_questions_and_references() -> None:
     assert base == rows_digest(list(ROWS)) != rows_digest(ROWS[:2])
     assert base != rows_digest([dataclasses.replace(ROWS[0], references=("Kiwis.",)), *ROWS[1:]])
     assert base != rows_digest(ROWS[::-1])
+
+
+THINKS = {"role": "assistant", "content": "Plum.", "reasoning_content": "Plums grow on trees and are fruits."}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def learned(tokenizer: Any, row: Row) -> list[int]:
+    """What is learned of ``row``, without the end of turn."""
+    template = resolve_template("auto", tokenizer)
+    limits = {"max_length": 700, "max_prompt_length": 600}
+    encoded, _ = encode_rows([row], tokenizer, template, **limits, train_on="last_turn")
+    ((start, stop),) = encoded.spans(0)
+    ids = encoded[0]["input_ids"]
+    assert encode_prompt(row, tokenizer, template, 600).ids == ids[:start]
+    assert ids[stop - 1] in end_of_turn_ids(tokenizer, template)
+    return ids[start : stop - 1]
+
+
+def scored(tokenizer: Any, rows: list[Row], tokens: list[int]) -> Any:
+    """The scores of a model that says ``tokens`` to everything."""
+
+    def answer(_model: Any, prompts: Any, _settings: Any, *, on_finished: Any, **_options: Any) -> list[Generated]:
+        answers = [Generated(tokens, True) for _ in prompts]
+        for place, one in enumerate(answers):
+            on_finished(place, one)
+        return answers
+
+    protocol = custom_protocol(template="auto", max_prompt_length=600, do_sample=False, max_new_tokens=8)
+    return evaluate_instruct(None, tokenizer, rows, protocol, answer=answer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("r", "Name a fruit.", "", ("Plum.",)),
+        Row("r", "Name a fruit.", "", ("Plum.",), chat_template_kwargs={"enable_thinking": False}),
+        chat(("u", "Name a fruit."), THINKS),
+        chat(("u", "Weather?"), CALLS),
+        chat(("u", "Weather?"), {**CALLS, "content": "I look.", "reasoning_content": "Rome it is."}),
+    ],
+)
+def test_who_says_just_what_was_learned_has_the_best_score(row: Row) -> None:
+    """Qwen3 writes thoughts, also empty ones, and calls round the content; ``predict`` has that text as reference."""
+    tokenizer = chat_tokenizer("qwen3")
+    tokens = learned(tokenizer, row)
+    scores, (prediction,) = scored(tokenizer, [row], tokens)
+    assert (scores["rougeL"]["mean"], scores["exact_match"]["mean"]) == (1.0, 1.0)
+    assert prediction["rougeL"] == 1.0 and "without_reference" not in scores
+    if row.answer is None and row.chat_template_kwargs is None:
+        assert prediction["prediction"] == "<think>\n\n</think>\n\nPlum."  # as it was said
+        assert prediction["references"] == ["Plum."]
+    # The labels that compute_metrics gets beside generated answers score the same
+    (label,) = decoded(tokenizer, padded([tokens]))
+    assert exact_match(label, prediction["references"]) and best_rouge_l(prediction["prediction"], [label]) == 1.0
+
+
+def test_a_thought_is_no_part_of_the_answer() -> None:
+    assert without_thoughts("A <thing>.") == "A <thing>."
+    assert without_thoughts("<think>\na\n</think>\n\nPlum. ") == "Plum."
+    assert without_thoughts("opened by the prompt</think> Plum.") == "Plum."
+    assert without_thoughts("<think>cut at the limit") == ""
+    assert not exact_match("<think>\n\n</think>\n\nPear.", ["Plum."])
+    assert best_rouge_l("<think>\n\n</think>\n\nPear.", ["<think>\n\n</think>\n\nPlum."]) == 0.0
+
+
+def test_rows_without_a_reference_text_are_left_out_and_counted() -> None:
+    """The template of Zephyr writes no calls: nothing is there to compare with, and silence is not right."""
+    tokenizer = chat_tokenizer("zephyr")
+    rows = [chat(("u", "Weather?"), CALLS), Row("q", "Name a fruit.", "", ("Plum.",))]
+    scores, (first, second) = scored(tokenizer, rows, [])
+    assert (scores["n"], scores["without_reference"]) == (2, 1) and (first["rougeL"], second["rougeL"]) == (None, 0.0)
+    assert (scores["rougeL"]["mean"], scores["exact_match"]["mean"], scores["empty"]["mean"]) == (0.0, 0.0, 1.0)
+    assert note_on_references(scores, "validation") == (
+        "validation: 1 of 2 rows have no reference text: left out of ROUGE-L and exact match"
+    )
+    with pytest.raises(UserError, match="evaluation on 'validation': none of the 1 rows has a reference"):
+        scored(tokenizer, rows[:1], [])
+
+
+def test_what_is_called_counts_in_the_digest() -> None:
+    other = {**CALLS, "tool_calls": [{**CALL, "function": {"name": "time", "arguments": {}}}]}
+    assert rows_digest([chat(("u", "Weather?"), CALLS)]) != rows_digest([chat(("u", "Weather?"), other)])

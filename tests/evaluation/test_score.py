@@ -119,3 +119,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "answers.jsonl").chmod(0)
         with pytest.raises(UserError, match="cannot be read"):
             score_file(tmp_path / "answers.jsonl")
+
+
+def test_a_row_without_a_reference_text_is_left_out(tmp_path: Path) -> None:
+    """A bare tool call has none, and an empty answer is not right."""
+    silent = '{"prediction": "", "references": [""]}'
+    scores = score_file(write(tmp_path / "a.jsonl", f'{silent}\n{{"prediction": "b", "references": ["a"]}}\n'))
+    assert (scores["n"], scores["exact_match"], scores["rougeL"], scores["empty"]) == (2, 0.0, 0.0, 0.5)
+    with pytest.raises(UserError, match="none of the 1 rows has a reference with a text"):
+        score_file(write(tmp_path / "b.jsonl", silent))

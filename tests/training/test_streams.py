@@ -164,6 +164,16 @@ def test_what_became_of_the_rows_is_said_at_checkpoints_and_at_the_end(
     assert report.response_tokens == sum(label != IGNORE_INDEX for row in plain(ROWS[:13]) for label in row["labels"])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_are_left_out_are_called_by_their_ids(tmp_path: Path, workers: int) -> None:
+    """Their place in a shuffled stream leads to another row; an id of any length and script is shown, or its beginning."""
+    names = ["Pflaume-é", "x" * 200]
+    rows = [{**row, "id": name} for row, name in zip([LONG, LONG], names, strict=True)] + list(MIXED[:3])
+    settings = options(max_steps=2, dataloader_num_workers=workers)
+    report = trained(tmp_path, Shuffled(rows), settings, **FIT).encoding_reports["train_dataset"]
+    assert report.dropped >= 2 and {"Pflaume-é", "x" * 80} <= {*report.dropped_ids}
+
+
 def test_rows_that_teach_nothing_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     masked = [{**row, "labels": [IGNORE_INDEX] * len(row["labels"])} for row in plain()]
     trainer = trained(tmp_path, Stream([*masked[:2], *plain()]), options(max_steps=2, per_device_train_batch_size=2))
