@@ -73,7 +73,8 @@ class ClassificationDistillationTrainer(DistillationBase):
     Attributes:
         task: what is learned.
         classifier: the teacher.
-        predicted: logits of the last evaluation by row: ``{"student": {row: [C]}, "teacher": ...}``.
+        predicted: logits of the last evaluation by row: ``{"student": {row: [C]}, "teacher": ...}``. ``predict`` returns
+            those of the student as ``predictions`` ``[rows, C]``, with ``label_ids`` ``[rows]``, in the order of the rows.
 
     Raises:
         UserError: anything that does not fit together, before the first step.
@@ -203,11 +204,24 @@ class ClassificationDistillationTrainer(DistillationBase):
         output: Any = super().evaluation_loop(*args, **kwargs)
         if self._seen:
             prefix = kwargs.get("metric_key_prefix", "eval")  # evaluate and predict give it by name
-            output.metrics.update({f"{prefix}_{name}": value for name, value in self._scores().items()})
+            rows, labels, student, teacher = (torch.cat(column) for column in zip(*self._seen, strict=True))
+            output.metrics.update(
+                {f"{prefix}_{name}": value for name, value in self._scores(rows, labels, student, teacher).items()}
+            )
+            # Batches come longest first: sorted by number the rows stand as they were given, behind those that only fill
+            order = rows.argsort()[int((rows == DUMMY_ROW).sum()) :]
+            output = output._replace(predictions=student[order].numpy(), label_ids=labels[order].numpy())
         return output
 
-    def _scores(self) -> dict[str, float]:
-        rows, labels, student, teacher = (torch.cat(column) for column in zip(*self._seen, strict=True))
+    def _scores(self, rows: Tensor, labels: Tensor, student: Tensor, teacher: Tensor) -> dict[str, float]:
+        """The task's metrics; ``predicted`` is set.
+
+        Args:
+            rows: numbers ``[N]``; ``DUMMY_ROW`` only fills a batch.
+            labels: ``[N]``.
+            student: logits ``[N, C]``.
+            teacher: logits ``[N, C]``; those of the student where there is no teacher.
+        """
         real = rows != DUMMY_ROW
         self.predicted = {}
         scores: dict[str, float] = {}

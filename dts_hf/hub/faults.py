@@ -55,6 +55,8 @@ def is_transient(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status in _TRANSIENT
+    if any(type(link).__name__ == "OfflineModeIsEnabled" for link in chain(error)):
+        return False  # a connection error by its class, which no waiting mends
     # A proxy in between answers with a page where JSON was expected
     return any(is_connection(link) or isinstance(link, json.JSONDecodeError) for link in chain(error))
 

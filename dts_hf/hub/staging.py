@@ -189,10 +189,11 @@ def _clean_tokenizer_config(path: Path) -> None:
 
 
 def _stop_at(path: Path, end_tokens: list[int]) -> None:
-    """Add ``end_tokens`` to what generation stops at, first, and keep what stood there."""
-    if not end_tokens or not path.is_file():
+    """Add ``end_tokens`` to what generation stops at, first, and keep what stood there; adapters may have no such file."""
+    adapter = (path.parent / "adapter_config.json").is_file()
+    if not end_tokens or not (path.is_file() or adapter):
         return
-    values = _read_json(path)
+    values = _read_json(path) if path.is_file() else {}
     given = values.get("eos_token_id")
     known = [] if given is None else given if isinstance(given, list) else [given]
     tokens = list(dict.fromkeys([*end_tokens, *known]))

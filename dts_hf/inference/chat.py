@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dts_hf.console import say
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest
 from dts_hf.evaluation.subject import find_subject
+from dts_hf.files import read_json
 from dts_hf.generation.engine import GenerationSettings
 from dts_hf.inference.screens import Screen, lines_of_stdin, screen_for
 from dts_hf.inference.speakers import Speaker, load_speaker, template_of
+from dts_hf.runs.directory import RunDirectory
 
 COMMANDS = {
     "/reset": "forget the conversation",
     "/system": "TEXT  what the system says, from a new conversation on; nothing: no system message",
     "/temperature": "NUMBER  of sampling; 0: the most likely token each time",
     "/help": "show these",
-    "/exit": "leave (so does the end of the input)",
+    "/exit": "leave (so do /quit and the end of the input)",
 }
+ALIASES = {"/quit": "/exit"}
 
 
 class Conversation:
@@ -87,7 +91,7 @@ class Conversation:
             UserError: no such command, or a wrong argument.
         """
         word, _, rest = line.partition(" ")
-        rest = rest.strip()
+        word, rest = ALIASES.get(word, word), rest.strip()
         if word not in COMMANDS:
             raise UserError(
                 f"{word}: no such command, expected one of {', '.join(COMMANDS)}.{nearest(word, COMMANDS)}"
@@ -120,6 +124,22 @@ def with_temperature(settings: GenerationSettings, text: str) -> GenerationSetti
     return dataclasses.replace(settings, do_sample=True, temperature=value)
 
 
+def check_can_chat(model: str) -> None:
+    """Refuse what is known to be a classifier: a run of one, or its folder.
+
+    Raises:
+        UserError: it is one.
+    """
+    folder = Path(model)
+    run = RunDirectory(folder)
+    is_run = run.recipe_path.is_file() and run.final_path.is_dir()
+    architectures = read_json((run.final_path if is_run else folder) / "config.json").get("architectures") or []
+    if any("SequenceClassification" in str(name) for name in architectures):
+        raise UserError(
+            f"{model}: is a classifier, which gives classes and writes no text, so it cannot chat; expected a language model"
+        )
+
+
 def load_speakers(
     model: str,
     *,
@@ -142,6 +162,7 @@ def load_speakers(
     """
     if teacher is not None and no_teacher:
         raise UserError("chat: give one of --teacher and --no-teacher")
+    check_can_chat(model)
     subject = find_subject(model)
     recipe, words = subject.recipe, template or template_of(subject)
     label = "model" if recipe is None and teacher is None else "student"

@@ -78,6 +78,7 @@ def save_student(
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         model.save_pretrained(unfinished)  # type: ignore[operator]
+        save_generation_config(model, unfinished)
         tokenizer.save_pretrained(unfinished)
         if carried.facts is not None:
             write_json_atomic(unfinished / STUDENT_FILE, carried.facts)
@@ -123,6 +124,13 @@ def ready_to_generate(
         # Published configs name sampling values without switching sampling on; transformers reads those and refuses to
         # write them once anything in them has changed, which would be at the end of the training
         model.generation_config = GenerationConfig(use_cache=True, **tokens)  # type: ignore[assignment]
+
+
+def save_generation_config(model: nn.Module, folder: Path) -> None:
+    """Beside an adapter too: PEFT does not write it, nor read it, but the card and ``GenerationConfig`` do."""
+    generation = getattr(without_adapters(model), "generation_config", None)
+    if generation is not None and (folder / "adapter_config.json").is_file():
+        generation.save_pretrained(folder)
 
 
 @contextmanager

@@ -174,7 +174,9 @@ def finish(figure: Figure, steps: Sequence[float]) -> None:
     for axis in figure.axes:
         colour = axis.yaxis.label.get_color()
         labels = axis.get_legend_handles_labels()[1]
-        if len(labels) > 1:
+        # The axis names a line that stands alone, unless the line's name says more: held-out points are no training loss
+        about = axis.get_ylabel()
+        if len(labels) > 1 or any(name not in about and about.partition("\n")[0] not in name for name in labels):
             # Above the axes: a legend inside covers data sooner or later.
             axis.legend(
                 loc="lower left",

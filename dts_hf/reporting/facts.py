@@ -60,6 +60,11 @@ class Facts:
         """The names of the evaluation sets, in the order of ``metrics.json``."""
         return list(dict.fromkeys(s for name in MODELS for s in self.model(name).get("sets") or {}))
 
+    @property
+    def loss_sets(self) -> list[str]:
+        """The names of the held-out sets that losses were taken on; one empty name where there is one set."""
+        return list((self.model("student").get("teacher_forced") or {}).get("sets") or [""])
+
     def rows_in(self, set_name: str) -> int | None:
         """How many prompts of ``set_name`` were answered (the smallest count over the models)."""
         counts = [self.model(name).get("sets", {}).get(set_name, {}).get("n") for name in MODELS]
@@ -207,7 +212,8 @@ def describe_student(facts: Facts) -> str:
     lora = student.get("lora")
     if lora:
         end = "merged into the weights" if lora.get("save") == "merged" else "saved as an adapter"
-        words += f", trained with LoRA of rank {lora.get('r')} ({end})"
+        kind = f"LoRA of rank {lora['r']}" if lora.get("r") else "an adapter"
+        words += f", trained with {kind} ({end})"
     return words
 
 

@@ -52,6 +52,7 @@ class Setting:
         origins: licence and languages.
         figures: those of ``FIGURES`` that lie beside the card.
         has_recipe: whether recipe.yaml does.
+        end_tokens: that answers end at; none: those of ``generation_config.json`` in the student's folder.
         note: a paragraph under the summary.
         metadata: for the head of the card, in the place of what the run says; ``tags`` and ``datasets`` are added.
     """
@@ -61,6 +62,7 @@ class Setting:
     origins: Inherited = field(default_factory=Inherited)
     figures: Sequence[str] = ()
     has_recipe: bool = True
+    end_tokens: Sequence[int] = ()
     note: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -110,6 +112,9 @@ def render_card(facts: Facts, where: Setting) -> str:
         measures=list(dict.fromkeys(line.measure for line in score_lines(facts))),
         regression=facts.task.get("subset") == "stsb",
         adapter=is_adapter(facts),
+        # PEFT loads the generation config of the base, which may not know the end of a turn
+        end_tokens=end_tokens(where) if is_adapter(facts) else [],
+        folder="final" if where.has_recipe else ".",
         prompt=example_prompt(facts, where.student),
         question=EXAMPLE_QUESTION,
         protocol=facts.metrics.get("protocol") or {},
@@ -216,14 +221,16 @@ def _loss_results(facts: Facts) -> list[Any]:
     """Held-out losses: all that a student has that was not evaluated by generation."""
     from huggingface_hub import EvalResult
 
-    entry = facts.model("student").get("teacher_forced") or {}
+    losses = facts.model("student").get("teacher_forced") or {}
     return [
         EvalResult(
-            task_type="text-generation", dataset_type="held-out", dataset_name="held-out rows", metric_type=measure.key,
-            metric_name=measure.label, metric_value=round(value, 4), metric_args={"labels": entry.get("n_tokens")},
+            task_type="text-generation", dataset_type=name or "held-out", dataset_name=name or "held-out rows",
+            metric_type=measure.key, metric_name=measure.label, metric_value=round(value, 4),
+            metric_args={"labels": (losses["sets"][name] if name else losses).get("n_tokens")},
         )
         for measure in MEASURES
-        if measure.where == "teacher_forced" and (value := measure.value(facts, "student")) is not None
+        for name in (facts.loss_sets if measure.where == "teacher_forced" else ())
+        if (value := measure.value(facts, "student", name)) is not None
     ]  # fmt: skip
 
 
@@ -371,6 +378,14 @@ def example_prompt(facts: Facts, student: Path | None = None) -> str | None:
     row = Row(id="example", instruction=EXAMPLE_QUESTION, input="", references=("",), messages=None)
     # As a Python literal: quotes and line breaks of the template cannot end the string of the example
     return repr(get_template(name).render(row, cast(Any, None)))  # these templates ask no tokenizer
+
+
+def end_tokens(where: Setting) -> list[int]:
+    """The tokens that end an answer of the student; none where nobody knows them."""
+    if where.end_tokens or where.student is None:
+        return list(where.end_tokens)
+    found = read_json(where.student / "generation_config.json").get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def has_chat_template(student: Path) -> bool:

@@ -39,7 +39,8 @@ class Measure:
         if self.where == "set":
             found = (entry.get("sets", {}).get(set_name, {}).get(self.key) or {}).get("mean")
         elif self.where == "teacher_forced":
-            found = (entry.get("teacher_forced") or {}).get(self.key)
+            losses = entry.get("teacher_forced") or {}
+            found = (losses.get("sets", {}).get(set_name, {}) if set_name else losses).get(self.key)
         else:
             found = entry.get(self.key)
         value = number(found)
@@ -147,14 +148,15 @@ class Line:
 def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: True) -> list[Line]:
     """The table of scores: a line for each measure (and evaluation set) that at least one model has."""
     lines = []
+    sets = {"set": facts.sets, "teacher_forced": facts.loss_sets, "model": [""]}
     for measure in filter(keep, MEASURES):
-        for set_name in facts.sets if measure.where == "set" else [""]:
+        for set_name in sets[measure.where]:
             values = tuple(measure.value(facts, model, set_name) for model in MODELS)
             if all(value is None for value in values):
                 continue
             before, after = values[1:]
             # A run with one set need not say its name in every line
-            label = measure.label + (f", {set_name}" if set_name and len(facts.sets) > 1 else "")
+            label = measure.label + (f", {set_name}" if set_name and len(sets[measure.where]) > 1 else "")
             lines.append(
                 Line(
                     measure,
@@ -182,6 +184,10 @@ def format_counts(facts: Facts) -> str:
             words += f", sampled with seed {seeds[0]}"
         parts.append(words)
     tokens = [n for m in MODELS if (n := number((facts.model(m).get("teacher_forced") or {}).get("n_tokens")))]
+    of_sets = [(name, facts.model("student")["teacher_forced"]["sets"][name]) for name in facts.loss_sets if name]
+    parts += [
+        f"losses over {losses['n_tokens']} tokens of {name}" for name, losses in of_sets if losses.get("n_tokens")
+    ]
     if tokens:
         measures = "KL, cross-entropy and agreement" if facts.learns_from_teacher else "cross-entropy"
         parts.append(f"{measures} over {tokens[0]:.0f} tokens")
@@ -213,8 +219,9 @@ def summary_table(run: RunDirectory) -> Table:
 def markdown_scores(facts: Facts) -> str:
     """The same scores as a markdown table; one sentence instead where the run was not evaluated."""
     lines = score_lines(facts)
+    unscored = "This student was not evaluated: it has no scores."
     if not lines:
-        return "This run was not evaluated: it has no scores."
+        return unscored
     rows = [
         ["", *(MODEL_LABELS[model] for model in MODELS), "change", "better"],
         ["---", *["---:"] * (len(MODELS) + 1), "---"],
@@ -223,4 +230,5 @@ def markdown_scores(facts: Facts) -> str:
         unit = f" ({line.measure.unit})" if line.measure.unit else ""
         rows.append([line.label + unit, *line.cells, line.change_text, line.measure.better])
     # A column's name may hold a bar (a set's name is a file's), which would start another cell
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return table if any(line.measure.where != "model" for line in lines) else f"{table}\n\n{unscored}"

@@ -92,7 +92,7 @@ def _lines(c: Choices, teacher: TeacherLook, data: DataLook, output: str) -> Ite
     yield "  divergence: forward_kl # dts-hf list divergences"
     yield "  kd_ratio: 0.5 # half from the teacher's distribution, half from the labels"
     yield ""
-    yield from _training(c)
+    yield from _training(c, data.rows)
     yield "evaluation:"
     yield _line("rows", c.evaluation_rows)
     yield _line("max_new_tokens", c.max_new_tokens)
@@ -101,7 +101,7 @@ def _lines(c: Choices, teacher: TeacherLook, data: DataLook, output: str) -> Ite
     yield f"  dir: {_scalar(output)} # must not exist yet; dts-hf train --resume goes on with a run that was stopped"
 
 
-def _training(c: Choices) -> Iterator[str]:
+def _training(c: Choices, rows: int) -> Iterator[str]:
     yield "training: # any key of transformers.TrainingArguments"
     if c.max_steps is None:
         yield _line("num_train_epochs", c.length)
@@ -116,9 +116,17 @@ def _training(c: Choices) -> Iterator[str]:
     yield _line("bf16", c.bf16)
     yield "  eval_strategy: epoch # losses on the held-out rows" if c.max_steps is None else '  eval_strategy: "no"'
     yield "  save_strategy: epoch # what --resume goes on from" if c.max_steps is None else '  save_strategy: "no"'
-    yield "  logging_steps: 10" if c.max_steps is None else "  logging_steps: 5"
+    yield f"  logging_steps: {_logging_steps(c, rows)} # so the figures of the report have points enough"
     yield "  seed: 42"
     yield ""
+
+
+def _logging_steps(c: Choices, rows: int) -> int:
+    """Of every tenth step a line; of a short run more often, for curves of about thirty points."""
+    held_out = c.validation.value if isinstance(c.validation.value, float) else 0.0
+    learned = rows * (1 - held_out) * float(str(c.length.value))
+    steps = c.max_steps or int(learned / (int(str(c.batch_size.value)) * int(str(c.accumulation.value))))
+    return max(1, min(10, steps // 30))
 
 
 def _line(key: str, choice: Choice, indent: int = 2) -> str:

@@ -14,7 +14,9 @@ from dts_hf.reporting.facts import Facts
 from dts_hf.runs.environment import installed_packages
 
 #: Held-out losses as the Trainer logs them, and their names in ``metrics.json``.
-HELD_OUT = {"eval_ce_loss": "ce", "eval_kl": "kl", "eval_top1_agreement": "top1_agreement", "eval_labels": "n_tokens"}
+HELD_OUT = {"ce_loss": "ce", "kl": "kl", "top1_agreement": "top1_agreement", "labels": "n_tokens"}
+#: In a line of the log: it is of rows that were given to ``evaluate``, and not of the trainer's own held-out ones.
+OTHER_ROWS = "other_rows"
 #: Of classifiers: what is measured in fractions, and the losses.
 TASK_METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
 LABEL_LOSSES = {
@@ -23,6 +25,34 @@ LABEL_LOSSES = {
     "kl": "teacher_kl",
     "top1_agreement": "teacher_agreement",
 }
+
+
+def held_out_scores(
+    log: Sequence[Mapping[str, Any]], step: int, sets: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """What ``evaluate`` found for the weights of ``step`` on the trainer's own held-out rows; nothing: they have no scores.
+
+    The newest line of the log may be one of other weights: those that ``load_best_model_at_end`` left behind, or those of an
+    evaluation before the last steps.
+
+    Args:
+        log: lines of the Trainer.
+        step: whose weights the student has.
+        sets: names of the held-out sets; none: there is one, without a name.
+
+    Returns:
+        by set (``held-out`` is one without a name) the values of its line, without the prefixes of their names.
+    """
+    own = [line for line in reversed(log) if line.get("step") == step and OTHER_ROWS not in line]
+    found: dict[str, dict[str, Any]] = {}
+    for name in sets or ("",):
+        prefix = f"eval_{name}_" if name else "eval_"
+        # By its rows: ``eval_a_ce_loss`` may be a value of the set "a", or the loss of a set "a_ce"
+        line = next((line for line in own if f"{prefix}rows" in line), None)
+        if line is not None:
+            values = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+            found[name or "held-out"] = values
+    return found
 
 
 def facts_of_training(
@@ -35,6 +65,7 @@ def facts_of_training(
     rows: Mapping[str, Any],
     task: str | None,
     log: Sequence[Mapping[str, Any]],
+    held_out: Mapping[str, Mapping[str, Any]],
     done: Mapping[str, Any],
 ) -> Facts:
     """Everything that a card says, as far as a trainer knows it.
@@ -47,12 +78,14 @@ def facts_of_training(
         taught: there is a teacher.
         rows: how rows became tokens: a template and limits.
         task: of classifiers, by name.
-        log: lines of the Trainer; the last held-out losses among them are the scores.
+        log: lines of the Trainer.
+        held_out: scores of the student as it is; see ``held_out_scores``.
         done: ``steps``, ``seconds``, ``tokens`` so far.
     """
-    lora = getattr(student, "peft_config", {}).get("default")
+    adapter = getattr(student, "peft_config", {}).get("default")
+    lora = {"r": getattr(adapter, "r", None), "save": "adapter"}  # other kinds have no rank
     recipe: dict[str, Any] = {
-        "student": {"model": _name(student)} | ({"lora": {"r": lora.r, "save": "adapter"}} if lora else {}),
+        "student": {"model": _name(student), **({"lora": lora} if adapter else {})},
         "data": _described(rows),
         "temperature": {"name": loss.temperature.name, **loss.temperature.describe()},
         "loss": {
@@ -72,14 +105,15 @@ def facts_of_training(
         recipe["teacher"] = {"model": "" if teacher is None else _name(teacher)}
         if teacher is not None:
             models["teacher"] = {"parameters": _parameters(teacher)}
-    held_out: Mapping[str, Any] = next((line for line in reversed(log) if "eval_loss" in line), {})
     if task is not None:
         for model, entry in models.items():
-            entry["sets"] = {"held-out": _scores(held_out, "" if model == "student" else f"{model}_")}
+            prefix = "" if model == "student" else f"{model}_"
+            entry["sets"] = {name: scores for name, line in held_out.items() if (scores := _scores(line, prefix))}
     elif held_out:
-        models["student"]["teacher_forced"] = {
-            name: held_out[key] for key, name in HELD_OUT.items() if key in held_out
+        losses = {
+            name: {ours: line[key] for key, ours in HELD_OUT.items() if key in line} for name, line in held_out.items()
         }
+        models["student"]["teacher_forced"] = losses.get("held-out", {"sets": losses})
     name = Path(str(args.output_dir)).absolute().name
     metrics: dict[str, Any] = {"models": models, "training": dict(done)}
     if task is not None:
@@ -90,8 +124,8 @@ def facts_of_training(
 def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Of classifiers: the metrics of the task and, of the student, the losses, as ``metrics.json`` has them."""
     names = {f"{prefix}{name}": name for name in TASK_METRICS} | ({} if prefix else LABEL_LOSSES)
-    found = {name: {"mean": held_out[f"eval_{key}"]} for key, name in names.items() if f"eval_{key}" in held_out}
-    return {"n": held_out.get("eval_rows", 0), **found} if found else {}
+    found = {name: {"mean": held_out[key]} for key, name in names.items() if key in held_out}
+    return {"n": held_out.get("rows", 0), **found} if found else {}
 
 
 def _described(rows: Mapping[str, Any]) -> dict[str, Any]:

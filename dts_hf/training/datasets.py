@@ -5,12 +5,14 @@ A ``RowReader`` is what a trainer knows of its rows' form; each kind of task has
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
@@ -37,8 +39,11 @@ class RowReader:
     Attributes:
         dummy_labels: labels of a row that only fills a batch, of which no loss takes any.
         reports: what became of the rows, by the name of the data set; of streams, of the rows that were read so far.
+        takes_every_row: a row that would be dropped is an error: something is to stand beside each.
         streams: the data sets that are streams, by name.
     """
+
+    takes_every_row = False
 
     def __init__(self) -> None:
         self.dummy_labels: Any = [IGNORE_INDEX]
@@ -78,6 +83,16 @@ class RowReader:
             UserError: a row is wrong, or none has a label.
         """
         raise NotImplementedError
+
+    def for_answers(self, *, losses: bool) -> RowReader:
+        """This reader for rows that are to be answered, which refuses a row that it would drop.
+
+        Args:
+            losses: taken as well, so the reference must fit, too; otherwise its length does not matter.
+        """
+        reader = copy.copy(self)
+        reader.takes_every_row = True
+        return reader
 
     def tell_of_streams(self, names: Callable[[str], bool] = lambda name: True) -> None:
         """Say what became of the rows of streams, where any was lost since it was said last; bring ``reports`` up to date.
@@ -160,7 +175,10 @@ class LanguageRows(RowReader):
             return stream, stream.report
         if not tokens:
             raw = rows_from_dataset(rows if first is None else chain([first], rows), name, self.columns)
-            encoded, report = encode_rows(raw, name=name, **self.encode_options)
+            every = self.takes_every_row
+            encoded, report = encode_rows(raw, name=name, may_be_empty=every, **self.encode_options)
+            if every and report.dropped:
+                raise UserError(self._too_long(report, name))
             self._check_encoded(encoded, form)
             return encoded, report
         # 3. Tokens.
@@ -171,6 +189,23 @@ class LanguageRows(RowReader):
         ready = tokenised.TokenisedDataset(dataset, form, chain([first], rows))
         self._check_positions(max(ready.lengths), "Shorten the rows")
         return ready, ready.report
+
+    def for_answers(self, *, losses: bool) -> LanguageRows:
+        reader = cast(LanguageRows, super().for_answers(losses=losses))
+        if not losses:  # no model reads the reference: it may be of any length
+            reader.encode_options = {**self.encode_options, "max_length": sys.maxsize, "long_rows": "cut"}
+            reader.models = []
+        return reader
+
+    def _too_long(self, report: EncodingReport, name: str) -> str:
+        limits = [f"max_prompt_length = {self.encode_options['max_prompt_length']}"]
+        if self.encode_options["long_rows"] == "drop":
+            limits.append(f"max_length = {self.encode_options['max_length']}")
+        rows = ", ".join(report.dropped_ids) + (", ..." if report.dropped > len(report.dropped_ids) else "")
+        return (
+            f"{name}: {report.dropped} of {report.rows} rows are too long for {' or '.join(limits)} ({rows}), so their "
+            "answers would be missing; expected shorter rows, or higher limits of the trainer"
+        )
 
     def _stream(self, dataset: Any, first: Any, form: tokenised.RowForm, tokens: bool) -> RowStream:
         """Rows that are read while training runs, by every process in the same order.

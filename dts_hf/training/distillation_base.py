@@ -30,7 +30,7 @@ from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import Setting, models_of, render_card
 from dts_hf.temperature import TemperaturePolicy, build_policy
 from dts_hf.temperature.constant import Constant
-from dts_hf.training.card import facts_of_training
+from dts_hf.training.card import facts_of_training, held_out_scores
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
 from dts_hf.training.hub_upload import UPLOAD, card_metadata
 from dts_hf.training.resumable_trainer import ResumableTrainer
@@ -294,17 +294,20 @@ class DistillationBase(ResumableTrainer):
             return self.model_card()
         student, saved = cast(nn.Module, self.model), Path(str(self.args.output_dir)) / UPLOAD
         done = {"steps": self.state.global_step, "seconds": self.clock.seconds, "tokens": int(self.tokens_seen)}
+        sets = [str(name) for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
         facts = facts_of_training(
             student, self.teacher_model, self.loss, self.args,
             taught=self.sums.columns.teacher, rows=getattr(self.rows, "encode_options", {}),
             task=getattr(getattr(self.rows, "task", None), "subset", None),
-            log=self.state.log_history, done=done,
+            log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
+            done=done,
         )  # fmt: skip
         given = card_metadata(metadata)
         given["tags"] = [*(getattr(student, "model_tags", None) or []), *given.get("tags", [])]
         online = repository is not None
         origins = inherited(models_of(facts.recipe), online=online)
-        where = Setting(repository, saved, origins, has_recipe=False, note=note, metadata=given)
+        ends = self.end_token_ids()
+        where = Setting(repository, saved, origins, has_recipe=False, end_tokens=ends, note=note, metadata=given)
         return render_card(facts, where)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -221,7 +221,11 @@ class EvenBatchesTrainer(Trainer):
             raise UserError("predict: got None, expected rows")
         if isinstance(test_dataset, dict):
             raise UserError(one_of_several("predict", test_dataset))
-        return self._held_out_loader(self.rows.prepare(test_dataset, "predict"), None)
+        return self._held_out_loader(self.read_test_rows(test_dataset), None)
+
+    def read_test_rows(self, test_dataset: Any) -> Any:
+        """The rows that ``predict`` was given, as the data loaders take them."""
+        return self.rows.prepare(test_dataset, "predict")
 
     def _held_out_loader(self, dataset: Any, key: str | None) -> DataLoader[Any]:
         kept = getattr(self, "_eval_dataloaders", {}) if self.args.dataloader_persistent_workers else {}

@@ -104,7 +104,7 @@ class GeneratingTrainer(DistillationBase):
             filled up with -100, or None; ``metrics`` as those of ``evaluate``.
 
         Raises:
-            UserError: see ``checked_options`` and ``questions_of``.
+            UserError: see ``checked_options`` and ``questions_of``; or a row is too long, whose answer would be missing.
         """
         before = self.predict_with_generate
         if predict_with_generate is None:
@@ -120,15 +120,19 @@ class GeneratingTrainer(DistillationBase):
         """The student's answers to the prompts of ``rows``, as text, in their order.
 
         Args:
-            rows: of any kind that the trainer takes, with an answer, which is not looked at.
+            rows: of any kind that the trainer takes, with an answer, which is not looked at, however long it is.
             generation: options for this call, as ``max_new_tokens=64``.
 
         Raises:
-            UserError: see ``checked_options`` and ``questions_of``.
+            UserError: see ``checked_options`` and ``questions_of``; or a prompt is too long.
         """
         with self._with_options(generation):
-            prepared = self.rows.prepare(rows, "generate")
+            prepared = self.rows.for_answers(losses=False).prepare(rows, "generate")
             return decoded(self.processing_class, self._answers(prepared, "generate").answers)
+
+    def read_test_rows(self, test_dataset: Any) -> Any:
+        reader = self.rows.for_answers(losses=True) if self.predict_with_generate else self.rows
+        return reader.prepare(test_dataset, "predict")
 
     @contextmanager
     def _with_options(self, generation: Mapping[str, Any]) -> Iterator[None]:

@@ -34,12 +34,13 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.models.compilation import compile_layers
-from dts_hf.models.saving import ready_for_generation
+from dts_hf.models.saving import ready_for_generation, save_generation_config
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
 from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
+from dts_hf.training.card import OTHER_ROWS
 from dts_hf.training.clock import TrainingClock
 from dts_hf.training.even_batches import EvenBatchesTrainer
 from dts_hf.training.hub_upload import UPLOAD, HubUploads, remove_all_of
@@ -294,10 +295,24 @@ class ResumableTrainer(EvenBatchesTrainer):
         """What happens inside does not count for ``tokens_per_second``, and before the first step for no clock at all."""
         return self.clock.exclude(from_total=self.state.global_step == 0)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; ``tokens_per_second`` is none the lower for it."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; ``tokens_per_second`` is none the lower for it. Lines of the log tell rows that are not its own."""
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None
+        before = len(self.state.log_history)
         with self.exclude_from_timing():
-            return super().evaluate(*args, **kwargs)
+            values = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            for line in self.state.log_history[before:]:
+                line[OTHER_ROWS] = True
+        return values
+
+    @property
+    def step_of_weights(self) -> int:
+        """The step that the student's weights are of: the best one where training has ended and put it back."""
+        # state.best_global_step may be one whose weights were not saved
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return int(best.rpartition("-")[2]) if best and not self.is_in_train else self.state.global_step
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -607,6 +622,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             tokenizer = cast(Any, self.processing_class)
             with ready_for_generation(cast(nn.Module, self.model), tokenizer, self.end_token_ids()):
                 super()._save(output_dir, state_dict)
+                save_generation_config(cast(nn.Module, self.model), Path(output_dir or str(self.args.output_dir)))
         finally:
             self.args.hub_token, self.args.logging_nan_inf_filter = token, while_running
 

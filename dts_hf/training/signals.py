@@ -49,7 +49,7 @@ class _Request:
                 raise _interrupted(f"{name} outside of training. {_GO_ON}")
             _print(f"{name}: this optimizer step and a checkpoint, then the run stops (once more: it ends unsaved)")
         elif time.monotonic() - self.asked_at > (0.0 if _by_hand(number) else SAME_REQUEST_SECONDS):
-            _print(f"{name} for the second time: stopped at once. {_GO_ON}")
+            _print(f"{name} for the second time: stopped at once. {_GO_ON}: from the last checkpoint, if there is one")
             os._exit(ExitCode.CTRL_C if number == signal.SIGINT else ExitCode.INTERRUPTED)
 
 

@@ -469,11 +469,8 @@ def test_fine_tune_then_distil(workplace: Path) -> None:
     page = run.report_path.read_text(encoding="utf-8")
     assert "accuracy" in page and "ROUGE-L" not in page
     assert sorted(path.name for path in run.figures_path.iterdir()) == [
-        "losses.png",
-        "optimizer.png",
-        "scores.png",
-        "temperature.png",
-    ]
+        "losses.png", "optimizer.png", "scores.png", "temperature.png",
+    ]  # fmt: skip
     card = first.card_path.read_text(encoding="utf-8")
     assert "labels alone" in card and "Citation" not in card
     assert "its teacher" not in card and "the model that gave it its first weights" in card
@@ -674,10 +671,13 @@ def test_shortened_rows_are_said_and_raw_rows_are_evaluated_and_predicted(
     assert report.prompts_cut == 8 == report.rows and report.prompt_tokens == sum(trainer.train_dataset.lengths) == 48
     assert "train_dataset: 8 of 8 rows kept; inputs shortened: 8" in caplog.text
     own, given = trainer.evaluate(), trainer.evaluate(rows_of(SST2, 5))
-    predicted = trainer.predict(rows_of(SST2, 5)).metrics
+    output = trainer.predict(rows_of(SST2, 5))
+    predicted = output.metrics
     for name in ("loss", "accuracy", "rows", "labels"):
         assert own[f"eval_a_{name}"] == given[f"eval_{name}"] == predicted[f"test_{name}"]
     assert own["eval_a_rows"] == own["eval_a_labels"] == 5
+    assert output.predictions.tolist() == [trainer.predicted["student"][row] for row in range(5)]
+    assert output.label_ids.tolist() == [row["label"] for row in rows_of(SST2, 5)]
 
 
 def test_a_classifier_needs_a_padding_token(tmp_path: Path) -> None:
@@ -693,6 +693,7 @@ def test_the_card_from_python_is_that_of_a_classifier(tmp_path):
     for task, metric in ((SST2, "accuracy"), (STSB, "pearson")):
         trainer = trainer_of(tmp_path / task.subset, task, eval_dataset=rows_of(task, 8))
         trainer.train()
+        assert "This student was not evaluated" in trainer.card(None)
         trainer.evaluate()
         trainer.create_model_card()
         card = ModelCard.load(tmp_path / task.subset / "README.md")

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from dts_hf.console import KINDS_OF_SECRETS, masked, secrets_in
 from dts_hf.errors import UserError
+from dts_hf.hub.faults import is_connection, is_transient
 from dts_hf.hub.push import end_tokens
 from dts_hf.hub.staging import ALLOWED, is_allowed, public_recipe, stage
 from dts_hf.recipe.schema import Recipe
@@ -146,6 +148,18 @@ def test_a_link_out_of_the_folder_is_refused(copy: Path, tmp_path: Path) -> None
 def test_generation_ends_where_the_chat_template_ends_a_turn(student: Path) -> None:
     assert end_tokens(student, "auto") == end_tokens(student, "chat") == [2]  # <|im_end|>
     assert end_tokens(student.parent, "auto") == []
+
+
+def test_the_end_of_a_turn_goes_with_an_adapter(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert "generation_config.json" in staged(tmp_path, tmp_path / "target", end_tokens=[2, 5])
+    assert json.loads((tmp_path / "target" / "generation_config.json").read_text()) == {"eos_token_id": [2, 5]}
+
+
+def test_nobody_waits_for_a_machine_that_is_to_stay_offline() -> None:
+    offline = OfflineModeIsEnabled("HF_HUB_OFFLINE=1")
+    assert is_connection(offline) and not is_transient(offline) and is_transient(ConnectionError())
 
 
 def test_the_recipe_has_no_folders_no_tokens_and_is_one() -> None:

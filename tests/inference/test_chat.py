@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from dts_hf.data.chat_templates import get_template
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import GenerationSettings
-from dts_hf.inference.chat import Conversation, talk
+from dts_hf.inference.chat import Conversation, load_speakers, talk
 from dts_hf.inference.screens import OneAfterTheOther, SideBySide
 from dts_hf.inference.speakers import Speaker
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -77,6 +78,13 @@ def test_commands() -> None:
     assert talked.histories == [[{"role": "system", "content": "Be brief"}]] * 2
     assert any("Did you mean '/temperature'?" in text for text in said) and any("got 'hot'" in text for text in said)
     assert "/reset" in said[-1]
+
+
+def test_quit_is_exit_and_a_classifier_cannot_chat(tmp_path: Path) -> None:
+    assert not list(talk(conversation(), ["/quit", "Name a fruit"], Recorder(), print))
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    with pytest.raises(UserError, match=r"is a classifier, .* so it cannot chat"):
+        load_speakers(str(tmp_path))
 
 
 def test_a_conversation_that_is_too_long_is_said_and_can_be_reset() -> None:

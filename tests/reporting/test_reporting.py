@@ -341,6 +341,14 @@ def test_a_constant_temperature_without_a_gap_is_one_calm_panel(tmp_path: Path) 
     assert "The log holds no gap." in drawing.caption and "cosine" not in drawing.caption
 
 
+def test_held_out_losses_alone_say_that_they_are(tmp_path: Path) -> None:
+    log = [{"kind": "eval", "step": step, "eval_ce_loss": 2.0, "eval_kl": 1.0} for step in (5, 10)]
+    above, below = figures_of(make_run(tmp_path / "held_out", log=log))["losses"].figure.axes
+    assert [text.get_text() for axis in (above, below) for text in axis.get_legend().get_texts()] == [
+        "held-out", "held-out KL",
+    ]  # fmt: skip
+
+
 def test_nan_in_the_log_leaves_a_hole(tmp_path: Path) -> None:
     log = make_log(100)
     for record in log:
@@ -384,7 +392,7 @@ def test_a_run_with_nothing_but_a_recipe_still_has_a_report(tmp_path: Path) -> N
     report.write_report(run)
     card = load_card(run)
     page = Page((path / "report.html").read_text(encoding="utf-8"))
-    assert not card.data.eval_results and "This run was not evaluated" in card.content
+    assert not card.data.eval_results and "This student was not evaluated" in card.content
     assert "This run was not evaluated" in page.text and "No answers were generated" in page.text
     assert "The log holds no temperature" in page.text
     assert not (path / "figures").exists()

@@ -279,7 +279,10 @@ def test_ctrl_c_twice(lives: Lives) -> None:
     while "Ctrl-C: this optimizer step" not in run.err and time.monotonic() < end:
         time.sleep(0.02)
     assert run.kill(signal.SIGINT).wait(10) == ExitCode.CTRL_C
-    assert "Ctrl-C for the second time: stopped at once. Go on with the same command and --resume" in run.err
+    assert (
+        "Ctrl-C for the second time: stopped at once. Go on with the same command and --resume: from the last"
+        in run.err
+    )
     saved = newest_complete(folder / "run")
     assert saved is not None and saved.name == "checkpoint-2"
 

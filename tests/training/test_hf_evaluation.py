@@ -75,7 +75,13 @@ def test_the_prefix_of_the_metrics(trainer: DistillationTrainer, prefix: str) ->
 
 def test_several_held_out_sets(tmp_path: Path) -> None:
     """works: a dictionary of held-out sets, each evaluated by its name, and load_best_model by one of them"""
-    trainer = trainer_for(tmp_path, eval_dataset={"a": HELD_OUT, "b": ROWS[5:7]})
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+               "load_best_model_at_end": True, "metric_for_best_model": "eval_b_kl", "greater_is_better": True}  # fmt: skip
+    trainer = trainer_for(tmp_path, eval_dataset={"a": HELD_OUT, "b": ROWS[5:7]}, options=options)
+    trainer.train()
+    found = logged(trainer, "eval_b_kl")
+    assert trainer.step_of_weights == 1 + found.index(max(found)) < 3  # of the three the one that moved least
+    assert trainer.evaluate()["eval_b_kl"] == pytest.approx(max(found), rel=1e-5)
     values = trainer.evaluate()
     assert values["eval_a_rows"] == 5 and values["eval_b_rows"] == 2
     assert trainer.evaluate("b")["eval_loss"] == pytest.approx(values["eval_b_loss"])
@@ -155,13 +161,35 @@ def test_speed_counts_real_rows(trainer: DistillationTrainer) -> None:
 
 
 def test_predictions_are_generated_answers(trainer: DistillationTrainer) -> None:
-    """works: predict(rows, predict_with_generate=True): ids of answers and references, in the order of the rows"""
+    """works: predict(rows, predict_with_generate=True): ids of answers and references, in the order of the rows, for each"""
     output = trainer.predict(HELD_OUT, predict_with_generate=True)
     assert output.predictions.shape == (5, 6) and output.label_ids.shape[0] == 5
     tokenizer = tiny_tokenizer()
     references = [tokenizer.decode([t for t in row if t >= 0]).strip() for row in np.asarray(output.label_ids)]
     assert references == [row["output"].strip() for row in HELD_OUT]
     assert not trainer.predict_with_generate  # for that call alone
+
+
+LONG = "word " * 600
+
+
+def test_a_long_answer_leaves_out_no_question(trainer: DistillationTrainer) -> None:
+    """works: trainer.generate answers every row, however long the answer of the data is"""
+    rows = [HELD_OUT[0], {**HELD_OUT[1], "output": LONG}, HELD_OUT[2]]
+    assert trainer.generate(rows) == trainer.generate(HELD_OUT[:3])
+
+
+def test_rows_whose_answer_would_be_missing(trainer: DistillationTrainer) -> None:
+    """refused: generate of a prompt, and predict with answers of a row, that are too long: something stands for each row"""
+    rows = [HELD_OUT[0], {**HELD_OUT[1], "instruction": LONG}, HELD_OUT[2]]
+    with pytest.raises(UserError, match=r"generate: 1 of 3 rows are too long for max_prompt_length = 256 \(r1\)"):
+        trainer.generate(rows)
+    for one in (rows, [{**HELD_OUT[1], "output": LONG}]):
+        with pytest.raises(
+            UserError, match=rf"predict: 1 of {len(one)} rows are too long .* or max_length = 512 \(r1\)"
+        ):
+            trainer.predict(one, max_new_tokens=2)
+    assert trainer.predict(rows).metrics["test_rows"] == 2  # type: ignore[index]
 
 
 def test_answers_are_those_of_generate(trainer: DistillationTrainer) -> None:

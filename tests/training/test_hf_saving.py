@@ -121,6 +121,9 @@ def test_an_adapter_is_saved_alone(tmp_path: Path, kind: str) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "saved" / "model.safetensors").exists()
+    ends = GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
+    assert set(trainer.end_token_ids()) <= {*(ends if isinstance(ends, list) else [ends])}
+    assert f"eos_token_id={trainer.end_token_ids()})" in trainer.card("org/name")
     again = peft.PeftModel.from_pretrained(tiny_llama(seed=0), tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(again(ids).logits, trainer.model(ids).logits)
