@@ -185,6 +185,18 @@ def test_push_uploads_a_folder(finished: Path, hub: FakeHub, tmp_path: Path) -> 
     assert hub.files("me/small") == known(OF_RUN, finished / "runs" / "mine")
 
 
+def test_a_second_student_leaves_nothing_of_the_first(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """Its template, protocol, recipe and scores would be those of another; what is not ours stays."""
+    invoke("push", finished / "runs" / "mine", "--repo", "me/both")
+    hub.repositories["me/both"].branches["main"]["notes.md"] = b"by hand"
+    student = tmp_path / "words"
+    tiny_llama().save_pretrained(student)
+    assert invoke("push", student, "--repo", "me/both").exit_code == 0
+    assert hub.files("me/both") == sorted(
+        ["README.md", "config.json", "generation_config.json", "model.safetensors", "notes.md"]
+    )
+
+
 def test_a_secret_in_a_comment_of_the_recipe_stays_here(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
     """And one that the card would quote is refused, by name."""
     run = Path(shutil.copytree(finished / "runs" / "mine", tmp_path / "mine"))
@@ -370,3 +382,47 @@ def test_pull_takes_no_code_and_no_pickles(hub: FakeHub, tmp_path: Path, finishe
     hub.faults = [Fault("/api/models/me/small", 503)]
     result = invoke("pull", "me/small", tmp_path / "other")
     assert result.exit_code == 1 and "download failed: the Hub is out of order (503)" in result.output
+
+
+def test_pull_touches_nothing_of_somebodys_and_goes_on_where_it_was(
+    hub: FakeHub, tmp_path: Path, finished: Path
+) -> None:
+    """A home has a folder ``.cache`` of its own; what a try that broke off has left is marked."""
+    invoke("push", finished / "runs" / "mine")
+    home = tmp_path / "home-of-anna"
+    for name in (".cache/huggingface/token", ".cache/huggingface/download/x", "README.md"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("precious")
+    result = invoke("pull", "me/small", home)
+    assert result.exit_code == ExitCode.WRONG_INPUT and "is there already" in result.output
+    assert {path.read_text() for path in home.rglob("*") if path.is_file()} == {"precious"}
+    hub.faults = [Fault("/resolve/.*/model.safetensors", 403)]
+    assert invoke("pull", "me/small", tmp_path / "got").exit_code == ExitCode.WRONG_INPUT
+    assert (tmp_path / "got" / "config.json").is_file()
+    (tmp_path / "got" / ".cache" / "huggingface" / "token").write_text("precious")
+    hub.faults = []
+    hub.repositories["me/other"] = hub.repositories["me/small"]
+    assert "is there already" in invoke("pull", "me/other", tmp_path / "got").output
+    result = invoke("pull", "me/small", tmp_path / "got")
+    assert result.exit_code == 0, result.output
+    left = {path.relative_to(tmp_path / "got").as_posix() for path in (tmp_path / "got").rglob("*") if path.is_file()}
+    assert left == {*hub.files("me/small"), ".cache/huggingface/token"}
+
+
+def test_files_of_strangers_are_described_as_far_as_they_go(hub: FakeHub, tmp_path: Path, finished: Path) -> None:
+    invoke("push", finished / "runs" / "mine")
+    hub.repositories["me/small"].branches["main"] |= {
+        "adapter_config.json": b"[]", "metrics.json": b"[1]", "dts_hf.json": b'{"protocol": 5}',
+    }  # fmt: skip
+    result = invoke("pull", "me/small", tmp_path / "got")
+    assert result.exit_code == 0 and "parameters: " in result.output and "adapter of: None" in result.output
+    assert "metrics.json: expected a JSON object, got list" in result.output
+
+
+def test_a_run_whose_scores_are_a_list_is_refused_by_name(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished / "runs" / "mine", tmp_path / "mine"))
+    (run / "metrics.json").write_text("[]")
+    result = invoke("push", run)
+    assert (
+        result.exit_code == ExitCode.WRONG_INPUT and "metrics.json: expected a JSON object, got list" in result.output
+    )
