@@ -245,3 +245,26 @@ def test_the_hub_is_asked_only_where_a_push_goes_on(hub: FakeHub) -> None:
     assert inherited([("org/teacher", None)]).metadata() == {} and not hub.requests
     assert inherited([("org/teacher", None)], online=True).metadata() == {"license": "llama3.2", "language": ["en"]}
     assert inherited([("org/gone", None)], online=True).metadata() == {}
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: other\nlicense_name: 1.1", {"license": "other", "license_name": "1.1"}),
+        ("license: other\nlicense_name: [a, b]", {"license": "other", "license_name": "a"}),
+        ("license: {a: b}\nlanguage: 5", {}),
+        ("language: {a: 1}", {}),
+        ("language: no", {"language": ["no"]}),
+        ("license: 'x` <b>\n\n  # Evil\n\n  '", {"license": "x b"}),
+        ("license: other\nlicense_name: |\n  a\n  # Evil", {"license": "other", "license_name": "a"}),
+        ("license: other\nlicense_link: /home/anna/LICENSE", {"license": "other"}),
+    ],
+)
+def test_a_strangers_card_neither_ends_a_run_nor_writes_ours(
+    tmp_path: Path, head: str, expected: dict[str, str]
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    found = inherited([(str(tmp_path), None)])
+    assert found.metadata() == expected
+    said = "\n".join((*found.sentences(), *found.warnings))
+    assert not re.search(r"[<>]|Evil|anna", said)
