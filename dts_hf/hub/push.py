@@ -261,8 +261,8 @@ def create_repository(to: Destination) -> str:
 def upload(ready: Staged, to: Destination, message: str) -> str:
     """Upload a staged folder in one commit and return the address of the repository.
 
-    Large files that the Hub has already, by their sha256, are not sent again. Weights of an earlier upload that are not
-    among these go, so that nobody loads a mixture of two students.
+    Large files that the Hub has already, by their sha256, are not sent again. What an earlier upload has
+    left and is not among these goes, so that nobody loads a mixture of two students.
 
     Args:
         ready: what ``stage`` made.

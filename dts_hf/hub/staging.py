@@ -37,8 +37,9 @@ CARD, RECIPE, METRICS = "README.md", "recipe.yaml", "metrics.json"
 FIGURES = tuple(f"figures/{name}.png" for name in ("temperature", "losses", "rouge", "scores"))
 #: Everything that is ever uploaded; a download takes no other file either.
 ALLOWED = (*OF_STUDENT, CARD, RECIPE, METRICS, *FIGURES)
-#: What an older upload may have left in a repository, and what another form of the student must not find there.
-REPLACED = (*WEIGHTS, *ADAPTER, *FIGURES)
+#: What an older upload may have left in a repository: another student's template or scores beside this one's weights would
+#: be wrong, and two forms of weights cannot be told apart. The card is always among what is new.
+REPLACED = tuple(name for name in ALLOWED if name != CARD)
 #: JSON in which any text may be a path of this machine. Not the tokenizer's: its vocabulary holds "/" and "~" as tokens.
 _CLEANED = (*CONFIGS, "adapter_config.json", PROTOCOL)
 #: Of tokenizer_config.json, which keeps where it was read.
@@ -219,7 +220,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path.name}: broken JSON: {error}") from None
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path.name}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
