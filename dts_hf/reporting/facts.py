@@ -18,6 +18,11 @@ MODEL_LABELS = {"teacher": "teacher", "student_before": "student before", "stude
 UNNAMED = "a model made in memory, without a name"
 PACKAGE_PREFIX = "package:"
 _LOCAL_SUFFIXES = (".gguf", ".jsonl", ".json", ".gz", ".parquet", ".safetensors")
+#: Where people and machines keep files. Other words behind a slash may be anything, such as a token or an address.
+_ROOTS = "home|Users|root|tmp|mnt|media|data|scratch|workspace|work|srv|opt|export|lustre|gpfs|nfs"
+_PATH_IN_TEXT = re.compile(
+    rf"(?<![\w/:.~\\-])(?:file://)?(?:~(?:[A-Za-z_][\w-]*)?/|/(?:{_ROOTS})/|[A-Za-z]:[\\/]Users[\\/])[^\s\"'`<>|()\[\]{{}},;]*"
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,20 @@ def short_name(value: str) -> str:
     return path.name or value
 
 
+def without_folders(text: str) -> str:
+    """``text`` in which paths of a machine, as a sentence names them, lose the folders around their last name."""
+    return _PATH_IN_TEXT.sub(lambda found: _last_name(found[0]), text)
+
+
+def _last_name(path: str) -> str:
+    bare = path.rstrip("/\\.,:;!?")
+    parts = re.split(r"[\\/]+", bare.removeprefix("file://"))
+    # Of somebody's home the last name is that of a person
+    nobody = len(parts) < 2 or (parts[0] == "" and len(parts) == 2)
+    name = "~" if nobody or (len(parts) == 3 and parts[1] in ("home", "Users")) else parts[-1]
+    return name + path[len(bare) :].lstrip("/\\")
+
+
 def publishable(value: Any) -> Any:
     """JSON-like ``value`` with every path outside the current folder cut to its last name and every token masked."""
     if isinstance(value, Mapping):
@@ -149,7 +168,7 @@ def publishable(value: Any) -> Any:
     # A path inside of the current folder stays, because who has the run has it too
     if re.match(r"(/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)", value):
         value = short_name(value)
-    return masked(value)
+    return masked(without_folders(value))
 
 
 def hub_id(value: str | None) -> str | None:
