@@ -21,6 +21,7 @@ from dts_hf.cli import app as cli
 from dts_hf.distill import distill
 from dts_hf.errors import ExitCode, UploadError
 from dts_hf.hub.pull import pull
+from dts_hf.hub.push import staged_source
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from tests.support.fake_hub import TOKEN, FakeHub, Fault, fake_hub
@@ -354,7 +355,33 @@ def test_what_cannot_be_pushed_is_refused(finished: Path, hub: FakeHub, tmp_path
     ):
         result = invoke(*words)
         assert result.exit_code == ExitCode.WRONG_INPUT and expected in result.output, result.output
-    assert not hub.commits
+    assert not hub.commits and not hub.repositories  # a typo makes none
+
+
+def test_a_folders_own_card_is_no_link_and_names_no_folder_of_this_machine(hub: FakeHub, tmp_path: Path) -> None:
+    student = tmp_path / "words"
+    tiny_llama().save_pretrained(student)
+    (tmp_path / "secret").write_text("of somebody")
+    (student / "README.md").symlink_to(tmp_path / "secret")
+    result = invoke("push", student)
+    assert result.exit_code == ExitCode.WRONG_INPUT and "is a link to a file elsewhere" in result.output.replace(
+        "\n", " "
+    )
+    assert not hub.repositories
+    (student / "README.md").unlink()
+    (student / "README.md").write_text("# Mine\n\nTrained on /home/anna/acme/rows.jsonl\n")
+    assert "lose their folders" in invoke("push", student).output
+    assert hub.text("me/words", "README.md") == "# Mine\n\nTrained on rows.jsonl\n"
+
+
+def test_a_resume_leaves_the_folder_of_an_upload_that_is_going_on(finished: Path, tmp_path: Path) -> None:
+    """And removes that of one that was killed."""
+    run = Path(shutil.copytree(finished / "runs" / "mine", tmp_path / "mine"))
+    (run / ".dts_hf-hub-killed").mkdir()
+    with staged_source(run, "me/mine", online=False) as ready:
+        RunDirectory.create(run, resume=True)
+        assert ready.folder.parent == run and (ready.folder / "model.safetensors").is_file()
+        assert not (run / ".dts_hf-hub-killed").exists()
 
 
 def test_pull_takes_no_code_and_no_pickles(hub: FakeHub, tmp_path: Path, finished: Path) -> None:
