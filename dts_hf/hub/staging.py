@@ -147,7 +147,14 @@ def stage(
 def public_recipe(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML without comments, tokens and folders of this machine: names of local files stand alone."""
     header = "# What this student was trained with. Local files and folders are named without those around them.\n"
-    return header + dump_values(_without_folders(publishable(jsonable(recipe))))
+    values = _without_folders(publishable(jsonable(recipe)))
+    # Always folders, whether they are there or not; of the arguments of training two are names on the Hub
+    for section, keys in (("output", ("dir",)), ("data", ("cache_dir",)), ("training", values.get("training") or ())):
+        for key in keys:
+            text = (values.get(section) or {}).get(key)
+            if isinstance(text, str) and "://" not in text and key not in ("hub_model_id", "hub_revision"):
+                values[section][key] = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return header + dump_values(values)
 
 
 def check_no_secret(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dts_hf.console import masked
 from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.local_names import with_names
 
 MODELS = ("teacher", "student_before", "student")
 MODEL_LABELS = {"teacher": "teacher", "student_before": "student before", "student": "student after"}
@@ -80,32 +81,38 @@ def gather(run: RunDirectory) -> Facts:
         recipe=recipe,
         metrics=run.read_metrics(),
         log=run.read_log(),
-        manifest=run.read_data_manifest(),
+        manifest=anchored(run, recipe, run.read_data_manifest()),
         environment=run.read_environment(),
         predictions={name: run.read_predictions(name) for name in run.predictions_names()},
     )
 
 
-def anchored(run: RunDirectory, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``recipe`` with ``./`` before relative paths that are there where the run was started.
+def anchored(
+    run: RunDirectory, recipe: Mapping[str, Any], values: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """``recipe`` with ``./`` before relative paths that were there where and when the run was started.
 
     ``models/small`` is a folder there, and a name on the Hub for whoever looks at the run from somewhere else.
+
+    Args:
+        run: noted them at its start (``runs.local_names``); of an older one the folder around it is asked.
+        recipe: of the run.
+        values: instead of the recipe, such as ``data_manifest.json``.
     """
+    known = set(run.read_environment().get("local_names") or ())
     output = PurePosixPath(str((recipe.get("output") or {}).get("dir") or "."))
     here = run.path.resolve()
-    if output.is_absolute() or here.parts[-len(output.parts) :] != output.parts:
-        return recipe
-    root = Path(*here.parts[: -len(output.parts)])
+    moved = output.is_absolute() or here.parts[-len(output.parts) :] != output.parts
+    root = None if moved else Path(*here.parts[: -len(output.parts)])
 
-    def anchor(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: anchor(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [anchor(item) for item in value]
-        relative = isinstance(value, str) and "/" in value and not is_local(value) and hub_id(value) is not None
-        return f"./{value}" if relative and (root / value).exists() else value
+    def anchor(value: str) -> str:
+        if value in known and not value.startswith((".", "~")):
+            return f"./{value}"
+        relative = root is not None and "/" in value and not is_local(value) and hub_id(value) is not None
+        return f"./{value}" if root is not None and relative and (root / value).exists() else value
 
-    return {key: anchor(value) for key, value in recipe.items()}
+    found: Mapping[str, Any] = with_names(recipe if values is None else values, anchor)
+    return found
 
 
 def number(value: object) -> float | None:

@@ -143,6 +143,25 @@ def test_a_relative_folder_is_none_of_the_hubs_names_from_anywhere(tmp_path: Pat
     assert yaml.safe_load(made)["teacher"]["model"] == "teacher" and "customers" not in made + card
 
 
+def test_a_folder_that_is_gone_is_none_of_the_hubs_names(tmp_path: Path, hub: FakeHub) -> None:
+    """Neither as teacher nor as rows, and the run stands elsewhere; the names were noted when it started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        path = recipe(tmp_path, push_to_hub=False, run_name="customers/logs")
+        (tmp_path / "customers" / "rows").mkdir()
+        shutil.copy("train.jsonl", "customers/rows/train.jsonl")
+        words = ["teacher.model=customers/teacher", "data.train=customers/rows", "data.cache_dir=customers/cache"]
+        distill(load_recipe(path, words))
+    shutil.rmtree(tmp_path / "customers")
+    run = shutil.move(tmp_path / "runs" / "mine", tmp_path / "elsewhere")
+    assert invoke("push", run).exit_code == 0
+    made, card = (hub.text("me/elsewhere", name) for name in ("recipe.yaml", "README.md"))
+    assert (
+        yaml.safe_load(made)["data"]["train"] == "rows" and "base_model" not in card and "customers" not in made + card
+    )
+    assert b"customers" not in hub.bodies
+
+
 def test_push_uploads_a_run_and_the_second_time_nothing(
     finished: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +201,8 @@ def test_push_uploads_a_folder(finished: Path, hub: FakeHub, tmp_path: Path) -> 
         (student / name).write_text("plums of Ruritania")
     assert invoke("push", student).exit_code == 0
     assert hub.files("me/words") == sorted(["README.md", *STUDENT]) and b"Ruritania" not in hub.bodies
+    card = hub.text("me/words", "README.md")  # who knows how it was made?
+    assert "# words" in card and "distill" not in card and "dts_hf" not in card and "training run" not in card
     invoke("push", finished / "runs" / "mine" / "final")  # of a run: the run's own card
     assert hub.files("me/small") == known(OF_RUN, finished / "runs" / "mine")
 
