@@ -53,14 +53,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty where there is no file.
 
     Raises:
-        UserError: it is broken.
+        UserError: it is broken, or no object.
     """
     if not path.is_file():
         return {}
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: broken JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
 
 

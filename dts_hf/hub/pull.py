@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from dts_hf.hub.staging import ADAPTER, CARD, METRICS, PROTOCOL, WEIGHTS, is_all
 from dts_hf.reporting.facts import format_count
 from dts_hf.reporting.licences import card_metadata
 
+#: In a folder that a download is filling: what there is came from us, and the next try may go on.
+UNFINISHED = ".dts_hf-pull"
+
 
 def pull(repository: str, target: Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """Download a student into ``target`` and return it. A download that broke off goes on where it was.
@@ -26,21 +30,22 @@ def pull(repository: str, target: Path, *, revision: str | None = None, token: s
         token: None: the one of ``hf auth login`` or of ``HF_TOKEN``.
 
     Raises:
-        UserError: there is no such repository for this login, it holds no safetensors, or the folder is taken.
+        UserError: there is no such repository for this login, it holds no safetensors, or the folder holds anything that
+            no earlier try of the same download has left.
         RunError: the Hub or the network failed.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import HFValidationError
 
-    trace = target / ".cache"  # where the client notes what it has
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not trace.is_dir())):
-        raise UserError(f"{target}: is there already, expected a folder that does not exist yet")
+    check_free(target, repository)
     api = HfApi(library_name="dts-hf", token=token)
     try:
         found = patiently(lambda: api.model_info(repository, revision=revision), repository)
         offered = [file.rfilename for file in found.siblings or []]
         names = [name for name in offered if is_allowed(name)]
         check_offer(repository, offered, names)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / UNFINISHED).write_text(repository, encoding="utf-8")
         patiently(
             lambda: snapshot_download(
                 repository, revision=found.sha, local_dir=target, allow_patterns=names, token=token
@@ -54,11 +59,38 @@ def pull(repository: str, target: Path, *, revision: str | None = None, token: s
     except Exception as error:
         kind = UserError if status_of(error) in (401, 403, 404) else RunError
         raise kind(f"{repository}: download failed: {explained(error)}") from error
-    shutil.rmtree(trace, ignore_errors=True)
+    _clean_up(target)
     left = sorted(set(offered) - set(names) - {".gitattributes"})
     if left:
         say(f"{repository}: left there: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}")
     return target
+
+
+def check_free(target: Path, repository: str) -> None:
+    """Refuse a folder in which a download would replace files of somebody's.
+
+    Raises:
+        UserError: it is a file, or holds something that no earlier try of the same download has left.
+    """
+    if target.is_dir():
+        marker = target / UNFINISHED
+        if not any(target.iterdir()) or (marker.is_file() and marker.read_text(encoding="utf-8") == repository):
+            return
+    if target.exists():
+        raise UserError(f"{target}: is there already, expected a folder that does not exist yet")
+
+
+def _clean_up(target: Path) -> None:
+    """Remove what a download needs to go on. The client's own folder of that name, in a home, has more in it: that stays."""
+    cache = target / ".cache" / "huggingface"
+    for name in ("download", "trees"):
+        shutil.rmtree(cache / name, ignore_errors=True)
+    for name in (".gitignore", "CACHEDIR.TAG"):
+        (cache / name).unlink(missing_ok=True)
+    for folder in (cache, cache.parent):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
+    (target / UNFINISHED).unlink(missing_ok=True)
 
 
 def check_offer(repository: str, offered: list[str], names: list[str]) -> None:
@@ -78,30 +110,46 @@ def check_offer(repository: str, offered: list[str], names: list[str]) -> None:
 
 def described(student: Path) -> Iterator[tuple[str, str]]:
     """What a downloaded student is, as (name, words), as far as its folder tells."""
-    card, config, metrics = (
-        card_metadata(student / CARD),
-        read_json(student / "config.json"),
-        read_json(student / METRICS),
+    card = card_metadata(student / CARD)
+    config, metrics, adapter, facts = (
+        _told(student / name) for name in ("config.json", METRICS, "adapter_config.json", PROTOCOL)
     )
     yield "student", str(student)
     if size := number_of_weights(student):
         yield "parameters", format_count(size)
-    if config.get("architectures"):
-        yield "model", str(config["architectures"][0])
+    if (kinds := config.get("architectures")) and isinstance(kinds, list):
+        yield "model", str(kinds[0])
     if (student / "adapter_config.json").is_file():
-        yield "adapter of", str(read_json(student / "adapter_config.json").get("base_model_name_or_path"))
+        yield "adapter of", str(adapter.get("base_model_name_or_path"))
     for key in ("license_name", "license", "base_model", "language"):
         if card.get(key):
             yield key, str(card[key])
-    protocol: Any = read_json(student / PROTOCOL).get("protocol") or metrics.get("protocol") or {}
-    if isinstance(protocol, dict) and protocol.get("fingerprint"):
+    protocol = _at(facts, "protocol") or _at(metrics, "protocol")
+    if protocol.get("fingerprint"):
         yield "protocol", str(protocol["fingerprint"])
-    for name, entry in (((metrics.get("models") or {}).get("student") or {}).get("sets") or {}).items():
-        mean = (entry.get("rougeL") or {}).get("mean")
+    sets = _at(metrics, "models", "student", "sets")
+    for name in sets:
+        mean = _at(sets, name, "rougeL").get("mean")
         if isinstance(mean, (int, float)):
-            yield f"ROUGE-L, {name}", f"{100 * mean:.1f} over {entry.get('n')} prompts"
+            yield f"ROUGE-L, {name}", f"{100 * mean:.1f} over {_at(sets, name).get('n')} prompts"
     if config.get("auto_map"):
         yield "note", "it needs code of its author's, which was not downloaded"
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a file of strangers says; nothing where it is broken: the download is there, whatever it is."""
+    try:
+        return read_json(path)
+    except UserError as error:
+        say(str(error))
+        return {}
+
+
+def _at(values: Any, *keys: str) -> dict[str, Any]:
+    """The object under ``keys``, empty where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 def number_of_weights(student: Path) -> int:

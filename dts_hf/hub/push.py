@@ -9,18 +9,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dts_hf.console import say
 from dts_hf.errors import UploadError, UserError
 from dts_hf.hub.faults import explained, patiently
-from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, REPLACED, Staged, stage
-from dts_hf.reporting.facts import anchored
+from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, REPLACED, Staged, inside, stage
+from dts_hf.reporting.facts import anchored, without_folders
 from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import card_of_a_folder, models_of, render_model_card
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.lock import in_use
 
 #: Prefix of folders that live as long as an upload; what a killed process leaves of them, the next run removes.
 STAGED = ".dts_hf-hub-"
@@ -67,8 +68,10 @@ def push(
     to = destination(source, repository, private=private, revision=revision, token=token)
     retry = retry_command(source, to)
     try:
-        to = Destination(create_repository(to), to.private, to.revision, to.token)
+        to = replace(to, repository=full_name(to))
+        # Staged first: what is refused has not made a repository
         with staged_source(source, to.repository, online=True) as ready:
+            to = replace(to, repository=create_repository(to))
             address = upload(ready, to, "Upload student")
     except UserError:
         raise
@@ -179,7 +182,12 @@ def staged_source(source: Path, repository: str, *, online: bool) -> Iterator[St
 def _stage_folder(student: Path, folder: Path, repository: str) -> Staged:
     """A student without its run: its own card where it has one."""
     card = student / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else card_of_a_folder(student, repository)
+    if card.is_file():
+        given = inside(student, CARD).read_text(encoding="utf-8", errors="replace")
+        if (text := without_folders(given)) != given:
+            say(f"{card}: paths of this machine in it lose their folders")
+    else:
+        text = card_of_a_folder(student, repository)
     return stage(student, folder, card=text, end_tokens=end_tokens(student, template_of(student)))
 
 
@@ -241,6 +249,16 @@ def check_login(to: Destination) -> str:
     return str(who.get("name"))
 
 
+def full_name(to: Destination) -> str:
+    """The repository with its owner, who is the login's own where none is named."""
+    from huggingface_hub import HfApi
+
+    if "/" in to.repository:
+        return to.repository
+    who = patiently(lambda: HfApi(library_name="dts-hf").whoami(token=to.token), "login")
+    return f"{who['name']}/{to.repository}"
+
+
 def create_repository(to: Destination) -> str:
     """Make the repository, private unless asked otherwise, or find it as it is; say which, and return its full name."""
     from huggingface_hub import HfApi
@@ -261,8 +279,8 @@ def create_repository(to: Destination) -> str:
 def upload(ready: Staged, to: Destination, message: str) -> str:
     """Upload a staged folder in one commit and return the address of the repository.
 
-    Large files that the Hub has already, by their sha256, are not sent again. Weights of an earlier upload that are not
-    among these go, so that nobody loads a mixture of two students.
+    Large files that the Hub has already, by their sha256, are not sent again. What an earlier upload has
+    left and is not among these goes, so that nobody loads a mixture of two students.
 
     Args:
         ready: what ``stage`` made.
@@ -294,6 +312,7 @@ def temporary_folder(beside: Path | None) -> Iterator[Path]:
     except OSError:  # read-only
         folder = Path(tempfile.mkdtemp(prefix=STAGED))
     try:
-        yield folder
+        with in_use(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

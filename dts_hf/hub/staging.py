@@ -20,7 +20,7 @@ from dts_hf.console import gb, secrets_in
 from dts_hf.errors import UserError
 from dts_hf.files import jsonable
 from dts_hf.recipe.yaml_files import dump_values
-from dts_hf.reporting.facts import publishable, short_name
+from dts_hf.reporting.facts import MODELS, publishable, short_name, without_folders
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -37,8 +37,9 @@ CARD, RECIPE, METRICS = "README.md", "recipe.yaml", "metrics.json"
 FIGURES = tuple(f"figures/{name}.png" for name in ("temperature", "losses", "rouge", "scores"))
 #: Everything that is ever uploaded; a download takes no other file either.
 ALLOWED = (*OF_STUDENT, CARD, RECIPE, METRICS, *FIGURES)
-#: What an older upload may have left in a repository, and what another form of the student must not find there.
-REPLACED = (*WEIGHTS, *ADAPTER, *FIGURES)
+#: What an older upload may have left in a repository: another student's template or scores beside this one's weights would
+#: be wrong, and two forms of weights cannot be told apart. The card is always among what is new.
+REPLACED = tuple(name for name in ALLOWED if name != CARD)
 #: JSON in which any text may be a path of this machine. Not the tokenizer's: its vocabulary holds "/" and "~" as tokens.
 _CLEANED = (*CONFIGS, "adapter_config.json", PROTOCOL)
 #: Of tokenizer_config.json, which keeps where it was read.
@@ -52,8 +53,16 @@ _PATH_KEYS = (
 )
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 _BINARY = (".safetensors", ".model", ".png")
-#: What ``metrics.json`` has that says how good the student is.
+#: What ``metrics.json`` has that says how good the student is; of the training these numbers.
 _METRICS = ("format", "protocol", "models", "training", "task")
+_TRAINING = (
+    "steps", "seconds", "total_seconds", "tokens", "peak_memory_gb", "vocabulary_note", "seed", "best_step", "best_epoch",
+)  # fmt: skip
+#: What ``dts_hf.json`` has, as ``evaluation.student_file`` writes it.
+_FACTS = (
+    "format", "dts_hf", "prompt_template", "wraps_prompts", "train_on", "max_length", "max_prompt_length", "protocol",
+    "dtype", "distillation",
+)  # fmt: skip
 
 
 class Staged(NamedTuple):
@@ -101,7 +110,8 @@ def stage(
         end_tokens: that generation stops at, beside those of ``generation_config.json``.
 
     Raises:
-        UserError: there are no weights, a file is a link out of its folder, or a text holds an access token.
+        UserError: there are no weights, a file is a link out of its folder, a text holds an access token, or the head of the
+            weights holds a text.
     """
     target.mkdir(parents=True, exist_ok=True)
     names = list(_names_in(student))
@@ -114,7 +124,8 @@ def stage(
     for name in _CLEANED:
         if (target / name).is_file():
             values = _read_json(target / name)
-            if (cleaned := publishable(values)) != values:
+            kept = {key: values[key] for key in _FACTS if key in values} if name == PROTOCOL else values
+            if (cleaned := publishable(kept)) != values:
                 _write_json(target / name, cleaned)
     _clean_tokenizer_config(target / "tokenizer_config.json")
     _stop_at(target / "generation_config.json", list(end_tokens))
@@ -125,8 +136,10 @@ def stage(
     if recipe is not None:
         (target / RECIPE).write_text(public_recipe(recipe), encoding="utf-8")
     if metrics:
-        _write_json(target / METRICS, publishable({key: metrics[key] for key in _METRICS if key in metrics}))
+        _write_json(target / METRICS, publishable(_public_metrics(metrics)))
     check_no_secret(target)
+    for path in sorted(target.glob("*.safetensors")):
+        check_head(path)
     files = sorted((path.relative_to(target).as_posix(), path.stat().st_size) for path in _files(target))
     return Staged(target, files)
 
@@ -134,7 +147,14 @@ def stage(
 def public_recipe(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML without comments, tokens and folders of this machine: names of local files stand alone."""
     header = "# What this student was trained with. Local files and folders are named without those around them.\n"
-    return header + dump_values(_without_folders(publishable(jsonable(recipe))))
+    values = _without_folders(publishable(jsonable(recipe)))
+    # Always folders, whether they are there or not; of the arguments of training two are names on the Hub
+    for section, keys in (("output", ("dir",)), ("data", ("cache_dir",)), ("training", values.get("training") or ())):
+        for key in keys:
+            text = (values.get(section) or {}).get(key)
+            if isinstance(text, str) and "://" not in text and key not in ("hub_model_id", "hub_revision"):
+                values[section][key] = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return header + dump_values(values)
 
 
 def check_no_secret(folder: Path) -> None:
@@ -154,14 +174,30 @@ def check_no_secret(folder: Path) -> None:
             )
 
 
-def _names_in(student: Path) -> Iterator[str]:
-    """The names in ``student`` that may go."""
-    for pattern in OF_STUDENT:
-        yield from (path.relative_to(student).as_posix() for path in sorted(student.glob(pattern)) if path.is_file())
+def check_head(weights: Path) -> None:
+    """Refuse a safetensors file whose head says more than the format needs: it is text that nobody looks at.
+
+    Raises:
+        UserError: it does, or the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt") as file:
+            told, names = file.metadata() or {}, set(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{weights.name}: cannot be read as safetensors: {error}") from None
+    for key, value in told.items():
+        # ``safetensors.torch.save_model`` notes under the name of a shared weight the one that it is stored as
+        if not (key == "format" and re.fullmatch(r"\w{1,8}", value)) and value not in names:
+            raise UserError(
+                f"{weights.name}: its head holds {key!r} beside the format, so nothing is uploaded. Save the weights "
+                "again: safetensors.torch.save_file(weights, file, metadata={'format': 'pt'})"
+            )
 
 
-def _place(folder: Path, name: str, target: Path) -> None:
-    """Link or copy a file; a link that leads out of the folder would publish what somebody else has pointed it at.
+def inside(folder: Path, name: str) -> Path:
+    """The file behind ``name``; a link that leads out of ``folder`` would publish what somebody else has pointed it at.
 
     Raises:
         UserError: it is such a link.
@@ -171,6 +207,27 @@ def _place(folder: Path, name: str, target: Path) -> None:
         raise UserError(
             f"{folder / name}: is a link to a file elsewhere, so nothing is uploaded. Put the file in its place"
         )
+    return source
+
+
+def _public_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``metrics.json`` what is known to be a score, a size or a setting."""
+    kept = {key: metrics[key] for key in _METRICS if key in metrics}
+    for key, names in (("training", _TRAINING), ("models", MODELS)):
+        if isinstance(values := kept.get(key), Mapping):
+            kept[key] = {name: values[name] for name in names if name in values}
+    return kept
+
+
+def _names_in(student: Path) -> Iterator[str]:
+    """The names in ``student`` that may go."""
+    for pattern in OF_STUDENT:
+        yield from (path.relative_to(student).as_posix() for path in sorted(student.glob(pattern)) if path.is_file())
+
+
+def _place(folder: Path, name: str, target: Path) -> None:
+    """Link or copy a file of ``folder``."""
+    source = inside(folder, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if source.suffix != ".safetensors":  # what is rewritten below must not be the original
@@ -183,9 +240,22 @@ def _place(folder: Path, name: str, target: Path) -> None:
 def _clean_tokenizer_config(path: Path) -> None:
     if path.is_file():
         values = _read_json(path)
-        cleaned = {key: short_name(values[key]) for key in _PATH_KEYS if isinstance(values.get(key), str)}
-        if any(values[key] != name for key, name in cleaned.items()):
-            _write_json(path, {**values, **cleaned})
+        cleaned = {
+            # A template is part of the model: it stays as it is
+            key: value if key in ("chat_template", "added_tokens_decoder") else _without_paths(value)
+            for key, value in values.items()
+        }
+        cleaned |= {key: short_name(values[key]) for key in _PATH_KEYS if isinstance(values.get(key), str)}
+        if cleaned != values:
+            _write_json(path, cleaned)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _stop_at(path: Path, end_tokens: list[int]) -> None:
@@ -220,7 +290,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path.name}: broken JSON: {error}") from None
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path.name}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

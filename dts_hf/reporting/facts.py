@@ -12,12 +12,18 @@ from typing import Any, NamedTuple
 from dts_hf.console import masked
 from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.local_names import with_names
 
 MODELS = ("teacher", "student_before", "student")
 MODEL_LABELS = {"teacher": "teacher", "student_before": "student before", "student": "student after"}
 UNNAMED = "a model made in memory, without a name"
 PACKAGE_PREFIX = "package:"
 _LOCAL_SUFFIXES = (".gguf", ".jsonl", ".json", ".gz", ".parquet", ".safetensors")
+#: Where people and machines keep files. Other words behind a slash may be anything, such as a token or an address.
+_ROOTS = "home|Users|root|tmp|mnt|media|data|scratch|workspace|work|srv|opt|export|lustre|gpfs|nfs"
+_PATH_IN_TEXT = re.compile(
+    rf"(?<![\w/:.~\\-])(?:file://)?(?:~(?:[A-Za-z_][\w-]*)?/|/(?:{_ROOTS})/|[A-Za-z]:[\\/]Users[\\/])[^\s\"'`<>|()\[\]{{}},;]*"
+)
 
 
 @dataclass(frozen=True)
@@ -80,32 +86,38 @@ def gather(run: RunDirectory) -> Facts:
         recipe=recipe,
         metrics=run.read_metrics(),
         log=run.read_log(),
-        manifest=run.read_data_manifest(),
+        manifest=anchored(run, recipe, run.read_data_manifest()),
         environment=run.read_environment(),
         predictions={name: run.read_predictions(name) for name in run.predictions_names()},
     )
 
 
-def anchored(run: RunDirectory, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``recipe`` with ``./`` before relative paths that are there where the run was started.
+def anchored(
+    run: RunDirectory, recipe: Mapping[str, Any], values: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """``recipe`` with ``./`` before relative paths that were there where and when the run was started.
 
     ``models/small`` is a folder there, and a name on the Hub for whoever looks at the run from somewhere else.
+
+    Args:
+        run: noted them at its start (``runs.local_names``); of an older one the folder around it is asked.
+        recipe: of the run.
+        values: instead of the recipe, such as ``data_manifest.json``.
     """
+    known = set(run.read_environment().get("local_names") or ())
     output = PurePosixPath(str((recipe.get("output") or {}).get("dir") or "."))
     here = run.path.resolve()
-    if output.is_absolute() or here.parts[-len(output.parts) :] != output.parts:
-        return recipe
-    root = Path(*here.parts[: -len(output.parts)])
+    moved = output.is_absolute() or here.parts[-len(output.parts) :] != output.parts
+    root = None if moved else Path(*here.parts[: -len(output.parts)])
 
-    def anchor(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: anchor(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [anchor(item) for item in value]
-        relative = isinstance(value, str) and "/" in value and not is_local(value) and hub_id(value) is not None
-        return f"./{value}" if relative and (root / value).exists() else value
+    def anchor(value: str) -> str:
+        if value in known and not value.startswith((".", "~")):
+            return f"./{value}"
+        relative = root is not None and "/" in value and not is_local(value) and hub_id(value) is not None
+        return f"./{value}" if root is not None and relative and (root / value).exists() else value
 
-    return {key: anchor(value) for key, value in recipe.items()}
+    found: Mapping[str, Any] = with_names(recipe if values is None else values, anchor)
+    return found
 
 
 def number(value: object) -> float | None:
@@ -139,6 +151,20 @@ def short_name(value: str) -> str:
     return path.name or value
 
 
+def without_folders(text: str) -> str:
+    """``text`` in which paths of a machine, as a sentence names them, lose the folders around their last name."""
+    return _PATH_IN_TEXT.sub(lambda found: _last_name(found[0]), text)
+
+
+def _last_name(path: str) -> str:
+    bare = path.rstrip("/\\.,:;!?")
+    parts = re.split(r"[\\/]+", bare.removeprefix("file://"))
+    # Of somebody's home the last name is that of a person
+    nobody = len(parts) < 2 or (parts[0] == "" and len(parts) == 2)
+    name = "~" if nobody or (len(parts) == 3 and parts[1] in ("home", "Users")) else parts[-1]
+    return name + path[len(bare) :].lstrip("/\\")
+
+
 def publishable(value: Any) -> Any:
     """JSON-like ``value`` with every path outside the current folder cut to its last name and every token masked."""
     if isinstance(value, Mapping):
@@ -154,7 +180,7 @@ def publishable(value: Any) -> Any:
     # A path inside of the current folder stays, because who has the run has it too
     if re.match(r"(/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)", value):
         value = short_name(value)
-    return masked(value)
+    return masked(without_folders(value))
 
 
 def hub_id(value: str | None) -> str | None:

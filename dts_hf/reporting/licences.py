@@ -114,16 +114,29 @@ def inherited(models: Iterable[tuple[str, str | None]], *, online: bool = False)
 
 def _origin(model: str, revision: str | None, online: bool) -> Origin:
     values = _metadata(model, revision, online)
-    language = values.get("language") or ()
-    words = [language] if isinstance(language, str) else language
-    licence = values.get("license")
+    language = values.get("language")
+    words = language if isinstance(language, list) else [language]
+    link = values.get("license_link")
     return Origin(
         model,
-        str(licence[0] if isinstance(licence, list) and licence else licence) if licence else None,
-        values.get("license_name"),
-        values.get("license_link"),
-        tuple(str(word) for word in words),
+        _plain(values.get("license")),
+        _plain(values.get("license_name")),
+        # Any other is a path of the folder, or of a machine
+        link if isinstance(link, str) and re.fullmatch(r"https?://[\w.:/?=&%+#~-]{1,300}", link) else None,
+        # YAML reads Norwegian, "no", as a denial
+        tuple(
+            filter(None, ("no" if word is False else _plain(word) for word in words if isinstance(word, (str, bool))))
+        ),
     )
+
+
+def _plain(value: Any) -> str | None:
+    """What a stranger's card says, as a name: it goes into a heading and a list of our own card, so no markup is left."""
+    value = value[0] if isinstance(value, list) and value else value
+    if value is None or isinstance(value, (list, dict, bool)):
+        return None
+    lines = str(value).strip().splitlines() or [""]
+    return re.sub(r"[^\w .+:/-]", "", lines[0])[:100].strip() or None
 
 
 def _metadata(model: str, revision: str | None, online: bool) -> Mapping[str, Any]:

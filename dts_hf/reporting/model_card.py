@@ -125,9 +125,21 @@ def render_card(facts: Facts, where: Setting) -> str:
 
 
 def card_of_a_folder(student: Path, repository: str) -> str:
-    """A short card for a student whose run is not there."""
+    """A short card for a student whose run is not there; of a folder that no run of ours has made it claims nothing."""
+    if not (student / STUDENT_FILE).is_file():
+        return _card_of_a_stranger(student, repository)
     nothing = Facts(student.resolve().name, {}, {}, [], {}, {}, {})
     return render_card(nothing, Setting(repository, student, has_recipe=False))
+
+
+def _card_of_a_stranger(folder: Path, repository: str) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    adapter = (folder / "adapter_config.json").is_file()
+    data = ModelCardData(library_name="peft" if adapter else "transformers")
+    name = repository.rpartition("/")[2]
+    said = f"The folder `{name}`, uploaded with `dts-hf push`. It has no card, so nothing is said here of how it was made."
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{said}\n").content)
 
 
 def rendered(template: str, *, autoescape: bool, **values: Any) -> str:

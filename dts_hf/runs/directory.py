@@ -21,7 +21,7 @@ from dts_hf import files
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
-from dts_hf.runs.lock import LOCK
+from dts_hf.runs.lock import LOCK, is_in_use
 
 RECIPE_HEADER = (
     "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
@@ -163,7 +163,8 @@ class RunDirectory:
         return [found for name in OUR_NAMES for found in sorted(self.path.glob(name))]
 
     def _leftovers(self) -> list[Path]:
-        return [found for name in LEFTOVERS for found in self.path.glob(name)]
+        found = [path for name in LEFTOVERS for path in self.path.glob(name)]
+        return [path for path in found if not (path.is_dir() and is_in_use(path))]  # else an upload is going on in it
 
     def clean_up(self) -> None:
         """Remove what only an unfinished run needs."""

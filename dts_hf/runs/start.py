@@ -26,6 +26,7 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
+from dts_hf.runs.local_names import local_names
 from dts_hf.runs.lock import lock
 from dts_hf.runs.outline import outline
 from dts_hf.temperature import build_temperature
@@ -165,7 +166,9 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
         RunDirectory.create(run.path, recipe.output.overwrite, resume=start.keep)
         lock(run.path)
         run.save_recipe(effective(recipe, args))
-        run.write_environment(environment(args.device))
+        # Of an attempt before this one, too: what was a folder then may be gone
+        local = {*run.read_environment().get("local_names", ()), *local_names(recipe.model_dump(mode="json"))}
+        run.write_environment({**environment(args.device), "local_names": sorted(local)})
         run.write_data_manifest(made_from)
         if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
             run.cut_log(start.log_bytes)

@@ -21,6 +21,7 @@ from dts_hf.cli import app as cli
 from dts_hf.distill import distill
 from dts_hf.errors import ExitCode, UploadError
 from dts_hf.hub.pull import pull
+from dts_hf.hub.push import staged_source
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from tests.support.fake_hub import TOKEN, FakeHub, Fault, fake_hub
@@ -142,6 +143,25 @@ def test_a_relative_folder_is_none_of_the_hubs_names_from_anywhere(tmp_path: Pat
     assert yaml.safe_load(made)["teacher"]["model"] == "teacher" and "customers" not in made + card
 
 
+def test_a_folder_that_is_gone_is_none_of_the_hubs_names(tmp_path: Path, hub: FakeHub) -> None:
+    """Neither as teacher nor as rows, and the run stands elsewhere; the names were noted when it started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        path = recipe(tmp_path, push_to_hub=False, run_name="customers/logs")
+        (tmp_path / "customers" / "rows").mkdir()
+        shutil.copy("train.jsonl", "customers/rows/train.jsonl")
+        words = ["teacher.model=customers/teacher", "data.train=customers/rows", "data.cache_dir=customers/cache"]
+        distill(load_recipe(path, words))
+    shutil.rmtree(tmp_path / "customers")
+    run = shutil.move(tmp_path / "runs" / "mine", tmp_path / "elsewhere")
+    assert invoke("push", run).exit_code == 0
+    made, card = (hub.text("me/elsewhere", name) for name in ("recipe.yaml", "README.md"))
+    assert (
+        yaml.safe_load(made)["data"]["train"] == "rows" and "base_model" not in card and "customers" not in made + card
+    )
+    assert b"customers" not in hub.bodies
+
+
 def test_push_uploads_a_run_and_the_second_time_nothing(
     finished: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,8 +201,22 @@ def test_push_uploads_a_folder(finished: Path, hub: FakeHub, tmp_path: Path) -> 
         (student / name).write_text("plums of Ruritania")
     assert invoke("push", student).exit_code == 0
     assert hub.files("me/words") == sorted(["README.md", *STUDENT]) and b"Ruritania" not in hub.bodies
+    card = hub.text("me/words", "README.md")  # who knows how it was made?
+    assert "# words" in card and "distill" not in card and "dts_hf" not in card and "training run" not in card
     invoke("push", finished / "runs" / "mine" / "final")  # of a run: the run's own card
     assert hub.files("me/small") == known(OF_RUN, finished / "runs" / "mine")
+
+
+def test_a_second_student_leaves_nothing_of_the_first(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """Its template, protocol, recipe and scores would be those of another; what is not ours stays."""
+    invoke("push", finished / "runs" / "mine", "--repo", "me/both")
+    hub.repositories["me/both"].branches["main"]["notes.md"] = b"by hand"
+    student = tmp_path / "words"
+    tiny_llama().save_pretrained(student)
+    assert invoke("push", student, "--repo", "me/both").exit_code == 0
+    assert hub.files("me/both") == sorted(
+        ["README.md", "config.json", "generation_config.json", "model.safetensors", "notes.md"]
+    )
 
 
 def test_a_secret_in_a_comment_of_the_recipe_stays_here(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
@@ -342,7 +376,33 @@ def test_what_cannot_be_pushed_is_refused(finished: Path, hub: FakeHub, tmp_path
     ):
         result = invoke(*words)
         assert result.exit_code == ExitCode.WRONG_INPUT and expected in result.output, result.output
-    assert not hub.commits
+    assert not hub.commits and not hub.repositories  # a typo makes none
+
+
+def test_a_folders_own_card_is_no_link_and_names_no_folder_of_this_machine(hub: FakeHub, tmp_path: Path) -> None:
+    student = tmp_path / "words"
+    tiny_llama().save_pretrained(student)
+    (tmp_path / "secret").write_text("of somebody")
+    (student / "README.md").symlink_to(tmp_path / "secret")
+    result = invoke("push", student)
+    assert result.exit_code == ExitCode.WRONG_INPUT and "is a link to a file elsewhere" in result.output.replace(
+        "\n", " "
+    )
+    assert not hub.repositories
+    (student / "README.md").unlink()
+    (student / "README.md").write_text("# Mine\n\nTrained on /home/anna/acme/rows.jsonl\n")
+    assert "lose their folders" in invoke("push", student).output
+    assert hub.text("me/words", "README.md") == "# Mine\n\nTrained on rows.jsonl\n"
+
+
+def test_a_resume_leaves_the_folder_of_an_upload_that_is_going_on(finished: Path, tmp_path: Path) -> None:
+    """And removes that of one that was killed."""
+    run = Path(shutil.copytree(finished / "runs" / "mine", tmp_path / "mine"))
+    (run / ".dts_hf-hub-killed").mkdir()
+    with staged_source(run, "me/mine", online=False) as ready:
+        RunDirectory.create(run, resume=True)
+        assert ready.folder.parent == run and (ready.folder / "model.safetensors").is_file()
+        assert not (run / ".dts_hf-hub-killed").exists()
 
 
 def test_pull_takes_no_code_and_no_pickles(hub: FakeHub, tmp_path: Path, finished: Path) -> None:
@@ -370,3 +430,47 @@ def test_pull_takes_no_code_and_no_pickles(hub: FakeHub, tmp_path: Path, finishe
     hub.faults = [Fault("/api/models/me/small", 503)]
     result = invoke("pull", "me/small", tmp_path / "other")
     assert result.exit_code == 1 and "download failed: the Hub is out of order (503)" in result.output
+
+
+def test_pull_touches_nothing_of_somebodys_and_goes_on_where_it_was(
+    hub: FakeHub, tmp_path: Path, finished: Path
+) -> None:
+    """A home has a folder ``.cache`` of its own; what a try that broke off has left is marked."""
+    invoke("push", finished / "runs" / "mine")
+    home = tmp_path / "home-of-anna"
+    for name in (".cache/huggingface/token", ".cache/huggingface/download/x", "README.md"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("precious")
+    result = invoke("pull", "me/small", home)
+    assert result.exit_code == ExitCode.WRONG_INPUT and "is there already" in result.output
+    assert {path.read_text() for path in home.rglob("*") if path.is_file()} == {"precious"}
+    hub.faults = [Fault("/resolve/.*/model.safetensors", 403)]
+    assert invoke("pull", "me/small", tmp_path / "got").exit_code == ExitCode.WRONG_INPUT
+    assert (tmp_path / "got" / "config.json").is_file()
+    (tmp_path / "got" / ".cache" / "huggingface" / "token").write_text("precious")
+    hub.faults = []
+    hub.repositories["me/other"] = hub.repositories["me/small"]
+    assert "is there already" in invoke("pull", "me/other", tmp_path / "got").output
+    result = invoke("pull", "me/small", tmp_path / "got")
+    assert result.exit_code == 0, result.output
+    left = {path.relative_to(tmp_path / "got").as_posix() for path in (tmp_path / "got").rglob("*") if path.is_file()}
+    assert left == {*hub.files("me/small"), ".cache/huggingface/token"}
+
+
+def test_files_of_strangers_are_described_as_far_as_they_go(hub: FakeHub, tmp_path: Path, finished: Path) -> None:
+    invoke("push", finished / "runs" / "mine")
+    hub.repositories["me/small"].branches["main"] |= {
+        "adapter_config.json": b"[]", "metrics.json": b"[1]", "dts_hf.json": b'{"protocol": 5}',
+    }  # fmt: skip
+    result = invoke("pull", "me/small", tmp_path / "got")
+    assert result.exit_code == 0 and "parameters: " in result.output and "adapter of: None" in result.output
+    assert "metrics.json: expected a JSON object, got list" in result.output
+
+
+def test_a_run_whose_scores_are_a_list_is_refused_by_name(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished / "runs" / "mine", tmp_path / "mine"))
+    (run / "metrics.json").write_text("[]")
+    result = invoke("push", run)
+    assert (
+        result.exit_code == ExitCode.WRONG_INPUT and "metrics.json: expected a JSON object, got list" in result.output
+    )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors.torch import save_file
 
 from dts_hf.console import KINDS_OF_SECRETS, masked, secrets_in
 from dts_hf.errors import UserError
@@ -18,6 +20,7 @@ from dts_hf.hub.faults import is_connection, is_transient
 from dts_hf.hub.push import end_tokens
 from dts_hf.hub.staging import ALLOWED, is_allowed, public_recipe, stage
 from dts_hf.recipe.schema import Recipe
+from dts_hf.reporting.facts import without_folders
 from dts_hf.reporting.licences import Inherited, Origin, inherited
 from tests.support.fake_hub import FakeHub, Repository, fake_hub
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -145,6 +148,65 @@ def test_a_link_out_of_the_folder_is_refused(copy: Path, tmp_path: Path) -> None
         staged(copy, tmp_path / "target")
 
 
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("rows in /home/anna/acme/rows.jsonl, and", "rows in rows.jsonl, and"),
+        ("at /home/anna.", "at ~."),
+        ("(~/acme/x)", "(x)"),
+        ("~/x", "x"),
+        ("see file:///Users/anna/a/b/", "see b"),
+        ("C:\\Users\\anna\\x.txt", "x.txt"),
+        ("https://host/home/anna/x and/or ~5/10 of a/b, ~~c/d~~, /think", None),
+    ],
+)
+def test_paths_within_a_text_lose_their_folders(text: str, cleaned: str | None) -> None:
+    assert without_folders(text) == (text if cleaned is None else cleaned)
+
+
+def test_what_nobody_looks_at_carries_nothing_out(copy: Path, tmp_path: Path) -> None:
+    """Keys that are none of ours, and paths in the middle of a text."""
+    facts = {
+        "format": 1,
+        "prompt_template": "chat",
+        "note": "rows of Ruritania",
+        "protocol": {"name": "in /home/anna/x"},
+    }
+    (copy / "dts_hf.json").write_text(json.dumps(facts))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "note": ["from /home/anna/x"]}))
+    metrics = {
+        "models": {"student": {"parameters": 1}, "Ruritania": {}},
+        "training": {"steps": 2, "rows": "Ruritania"},
+    }
+    target = tmp_path / "target"
+    staged(copy, target, metrics={**metrics, "rows": ["Ruritania"]})
+    texts = "".join(path.read_text() for path in target.iterdir() if path.suffix in (".json", ".md", ".jinja"))
+    assert "anna" not in texts and "Ruritania" not in texts
+    made = json.loads((target / "dts_hf.json").read_text())
+    assert made == {"format": 1, "prompt_template": "chat", "protocol": {"name": "in x"}}
+    expected = {"models": {"student": {"parameters": 1}}, "training": {"steps": 2}}
+    assert json.loads((target / "metrics.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "dts_hf.json"])
+def test_json_that_is_no_object_is_not_sent_as_it_is(copy: Path, tmp_path: Path, name: str) -> None:
+    (copy / name).write_text('["/home/anna"]')
+    with pytest.raises(UserError, match=f"^{name}: expected a JSON object, got list"):
+        staged(copy, tmp_path / "target")
+
+
+def test_text_in_the_head_of_the_weights_is_refused(copy: Path, tmp_path: Path) -> None:
+    weights = {"a": torch.zeros(2)}
+    save_file(
+        weights, copy / "model.safetensors", metadata={"format": "pt", "b": "a"}
+    )  # as save_model notes tied ones
+    staged(copy, tmp_path / "target")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt", "note": "rows of Ruritania"})
+    with pytest.raises(UserError, match=r"^model.safetensors: its head holds 'note' beside the format"):
+        staged(copy, tmp_path / "other")
+
+
 def test_generation_ends_where_the_chat_template_ends_a_turn(student: Path) -> None:
     assert end_tokens(student, "auto") == end_tokens(student, "chat") == [2]  # <|im_end|>
     assert end_tokens(student.parent, "auto") == []
@@ -259,3 +321,26 @@ def test_the_hub_is_asked_only_where_a_push_goes_on(hub: FakeHub) -> None:
     assert inherited([("org/teacher", None)]).metadata() == {} and not hub.requests
     assert inherited([("org/teacher", None)], online=True).metadata() == {"license": "llama3.2", "language": ["en"]}
     assert inherited([("org/gone", None)], online=True).metadata() == {}
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: other\nlicense_name: 1.1", {"license": "other", "license_name": "1.1"}),
+        ("license: other\nlicense_name: [a, b]", {"license": "other", "license_name": "a"}),
+        ("license: {a: b}\nlanguage: 5", {}),
+        ("language: {a: 1}", {}),
+        ("language: no", {"language": ["no"]}),
+        ("license: 'x` <b>\n\n  # Evil\n\n  '", {"license": "x b"}),
+        ("license: other\nlicense_name: |\n  a\n  # Evil", {"license": "other", "license_name": "a"}),
+        ("license: other\nlicense_link: /home/anna/LICENSE", {"license": "other"}),
+    ],
+)
+def test_a_strangers_card_neither_ends_a_run_nor_writes_ours(
+    tmp_path: Path, head: str, expected: dict[str, str]
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    found = inherited([(str(tmp_path), None)])
+    assert found.metadata() == expected
+    said = "\n".join((*found.sentences(), *found.warnings))
+    assert not re.search(r"[<>]|Evil|anna", said)
