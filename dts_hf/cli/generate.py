@@ -32,6 +32,7 @@ def command(
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows.")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt template; default: the run's, or auto.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a student or any model; dts-hf score can score what --output holds."""
@@ -48,6 +49,7 @@ def command(
         template=template,
         dtype=dtype,
         rows=rows,
+        overwrite=overwrite,
     )
     answers = generate_answers(model, options)
     if as_json:

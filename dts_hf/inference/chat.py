@@ -70,9 +70,10 @@ class Conversation:
             history.append({"role": "user", "content": text})
             try:
                 (answer,) = speaker.answer([self._row(history, speaker)], self.settings, on_token=on_token)
-            except UserError:
+            except UserError as error:
                 history.pop()
-                raise
+                words = str(error).replace(f"row 'turn-{self.turn}': its prompt", "what was said, with this message,")
+                raise UserError(words) from None
             shown[place] = speaker.text(answer.tokens)
             history.append({"role": "assistant", "content": shown[place]})
         screen.show(list(zip(labels, shown, strict=True)), True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class GenerateOptions:
         template: name of the prompt template; None: that of the run, or of the folder.
         dtype: of the weights; None: as the run evaluates, for a model float32.
         rows: answer the first so many; None: all.
+        overwrite: replace ``output`` where it is there.
     """
 
     prompts: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ class GenerateOptions:
     template: str | None = None
     dtype: str | None = None
     rows: int | None = None
+    overwrite: bool = False
 
     @property
     def settings(self) -> GenerationSettings:
@@ -77,10 +80,12 @@ def generate_answers(
         ``{id, prompt, prediction, tokens, finished}`` for each prompt, in order, with ``references`` where the row has one.
 
     Raises:
-        UserError: nothing is asked, a wrong option, or a model or rows that cannot be read.
+        UserError: nothing is asked, a wrong option, a file that would be replaced, or a model or rows that cannot be read.
     """
     if bool(options.prompts) == (options.data is not None):
         raise UserError("generate: give either --prompt TEXT (once or more) or --data FILE")
+    if options.output is not None:
+        _check_output(options.output, options.data, options.overwrite)
     settings, asked = options.settings, list(_asked(options))[: options.rows]
     subject = find_subject(model)
     template, dtype = options.template or template_of(subject), options.dtype or subject.dtype or "float32"
@@ -100,9 +105,26 @@ def generate_answers(
     generated = speaker.answer(rows, settings, progress="answers", on_finished=finished)
     answers = [answer_of(place, one) for place, one in enumerate(generated)]
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl_atomic(options.output, answers)
     return answers
+
+
+def _check_output(output: Path, data: str | None, overwrite: bool) -> None:
+    """Refuse, before anything is loaded, what cannot hold the answers or should not.
+
+    Raises:
+        UserError: a folder, the file of rows itself, a file that is there, or a folder that cannot be made.
+    """
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder, expected a file, such as {output / 'answers.jsonl'}")
+    if data is not None and os.path.realpath(output) == os.path.realpath(data):
+        raise UserError(f"--output: {output} is the file of --data, whose rows would be lost. Choose another file")
+    if os.path.lexists(output) and not overwrite:
+        raise UserError(f"--output: {output} is there already. Choose another file, or replace it with --overwrite")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {output.parent}: cannot make this folder: {error.strerror}") from None
 
 
 def _asked(options: GenerateOptions) -> Iterator[tuple[Row, bool]]:
@@ -118,6 +140,10 @@ def _asked(options: GenerateOptions) -> Iterator[tuple[Row, bool]]:
         yield from ((row, False) for row in rows)
         return
     for row in load_rows(options.data):
+        if row.kind == "text":
+            raise UserError(
+                f"--data: {options.data}: row '{row.id}' is a text, which asks nothing: expected rows with a prompt"
+            )
         yield row, True
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union
 
 from dts_hf.recipe.schema import recipe_json_schema
 from dts_hf.recipe.training_keys import range_schema, training_schema
+from dts_hf.recipe.yaml_files import NUMBER
 from dts_hf.registry import Between, Keys, annotations_of, defaults_of, range_of, split_docstring
 
 #: Where the documentation's site has it (docs/_site.py writes it there).
@@ -39,10 +40,24 @@ def editor_schema() -> dict[str, Any]:
         **range_schema(range_of(policies["constant"], "value")),
         "description": "The policy constant.",
     }
-    _replace(schema["properties"]["temperature"], [constant, *_choices("temperature", policies)])
+    quoted = {"type": "string", "pattern": rf"^(?=.*[1-9])\+?{NUMBER.removeprefix('[-+]?')}$"}
+    _replace(schema["properties"]["temperature"], [constant, quoted, *_choices("temperature", policies)])
     _replace(schema["$defs"]["Loss"]["properties"]["divergence"], _choices("divergence", divergences))
+    _require_sources(schema)
     about: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_URL}
     return {**about, **schema, "title": "dts_hf recipe"}
+
+
+def _require_sources(schema: dict[str, Any]) -> None:
+    """A mapping of ``data.train`` needs its source, but where a base may bring it: lists are replaced, mappings merged."""
+    keys = ("train", "validation")
+    for key in keys:
+        for branch in schema["$defs"]["Data"]["properties"][key]["anyOf"]:
+            for item in branch.get("items", {}).get("anyOf", ()):
+                if "$ref" in item:
+                    item["required"] = ["source"]
+    needed = {"properties": {"data": {"properties": {key: {"required": ["source"]} for key in keys}}}}
+    schema |= {"if": {"not": {"required": ["extends"]}}, "then": needed}
 
 
 def _replace(node: dict[str, Any], choices: list[dict[str, Any]]) -> None:

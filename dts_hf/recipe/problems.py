@@ -56,6 +56,8 @@ def _path_in(values: Any, location: Sequence[str | int], missing: bool) -> list[
 
 
 def _unknown_key(path: Sequence[Any], schema: Schema) -> str:
+    if list(path) == ["extends"]:  # of a file it is read, and taken out, before
+        return "belongs to a recipe file, which load_recipe reads: a mapping of values extends nothing"
     siblings = [key for branch in _branches(_node(schema, path[:-1]), schema) for key in branch.get("properties", {})]
     word = str(path[-1])
     if hint := nearest(word, siblings):

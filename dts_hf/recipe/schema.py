@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.errors import UserError
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import LARGEST, protocol_values, schema_problems
-from dts_hf.recipe.yaml_files import dump_values, expand
+from dts_hf.recipe.training_keys import whole_training_values
+from dts_hf.recipe.yaml_files import NUMBER, dump_values, expand, shown
 
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
+
+def whole(value: Any) -> Any:
+    """2.0 and 1e3 as whole numbers, which they are to a JSON schema and to people; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# The range stands first, or it would not be in the JSON schema
+Count = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(whole)]
+CountFromZero = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(whole)]
 MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
@@ -65,7 +75,7 @@ class Init(Section):
     """A student that is cut out of the teacher."""
 
     from_: Literal["teacher"] = Field(alias="from", description="Where the weights come from.")
-    layers: Count | Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
+    layers: Count | Annotated[list[CountFromZero], Field(min_length=1)] = Field(
         description="How many of the teacher's layers to keep, evenly spaced, or their indices (the first is 0)."
     )
 
@@ -147,9 +157,7 @@ class Teacher(Section):
 class Packing(Section):
     """Training batches that are filled to a number of tokens, so that steps cost the same."""
 
-    tokens: int = Field(
-        ge=1,
-        le=MOST_TOKENS,
+    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), BeforeValidator(whole)] = Field(
         description="Fill each device's training batch to so many tokens, by best fit, whatever "
         "training.per_device_train_batch_size; no row may be longer.",
     )
@@ -254,6 +262,15 @@ class Data(Section):
             raise ValueError(problem)
         return value
 
+    @field_validator("validation")
+    @classmethod
+    def _share_is_a_number(cls, value: Any) -> Any:
+        # "10%" would be looked for as a file, and then on the Hub
+        if isinstance(value, str) and (found := re.fullmatch(rf"({NUMBER})(\s*%)?", value.strip())):
+            number = float(found[1]) / (100 if found[0].endswith("%") else 1)
+            raise ValueError(f"got {shown(value)}, expected a share as a number without quotes: {number:g}")
+        return value
+
     @model_validator(mode="after")
     def _no_weight_held_out(self) -> Data:
         held_out = self.validation if isinstance(self.validation, list) else [self.validation]
@@ -341,11 +358,11 @@ class Evaluation(Section):
     batch_size: Count = Field(
         default=32, description="Prompts answered at once; in float32 it does not change the answers."
     )
-    no_repeat_ngram_size: int = Field(
-        default=0, ge=0, le=LARGEST, description="Forbid repeated n-grams of this size; 0: allow them."
+    no_repeat_ngram_size: CountFromZero = Field(
+        default=0, description="Forbid repeated n-grams of this size; 0: allow them."
     )
     do_sample: bool = Field(default=False, description="Sample the answers; false: the most likely token each time.")
-    seeds: Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)] = Field(
+    seeds: Annotated[list[CountFromZero], Field(min_length=1)] = Field(
         default=[10], description="One pass per seed; only used when sampling."
     )
     every_steps: Count | None = Field(default=None, description="Also score ROUGE-L every so many optimizer steps.")
@@ -476,6 +493,8 @@ def validated(values: Mapping[str, Any], source: Callable[[str], str], deep: boo
     """
     problems: dict[str, str] = {}
     recipe = None
+    if deep and isinstance(training := values.get("training"), Mapping):
+        values = {**values, "training": whole_training_values(training)}
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

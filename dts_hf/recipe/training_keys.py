@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import sys
 import typing
+from collections.abc import Mapping
 from enum import EnumMeta
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from dts_hf.registry import Between
@@ -72,18 +73,50 @@ def adapter(key: str) -> TypeAdapter[Any]:
         return TypeAdapter(Any)
 
 
+def whole_training_values(training: Mapping[str, Any]) -> dict[str, Any]:
+    """``training`` with 2.0 and 1e3 as whole numbers where a key takes nothing else."""
+    return {
+        key: int(value)
+        if isinstance(value, float) and value.is_integer() and key in training_fields() and not _takes(key, value)
+        else value
+        for key, value in training.items()
+    }
+
+
+def _takes(key: str, value: Any) -> bool:
+    try:
+        adapter(key).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
 @functools.cache
 def key_schema(key: str) -> dict[str, Any]:
     """The JSON schema of one key, with its range."""
     node = adapter(key).json_schema()
     if "$defs" in node:  # they would have to stand at the root of the whole schema
-        return {"type": ["object", "null"]}
+        definitions = node.pop("$defs")
+        if any("enum" not in definition for definition in definitions.values()):
+            return {"type": "null"}  # an object of Python, which no file can hold
+        return dict(_inlined(node, definitions))
     limits = TRAINING_RANGES.get(key, Between())
     ranges = range_schema(limits, may_be_infinite=key in MAY_BE_INFINITE)
     for branch in (node, *node.get("anyOf", ())):
         if branch.get("type") in ("number", "integer"):
             branch.update(ranges)
     return node
+
+
+def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
+    """``node`` with what it refers to written out."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    if "$ref" in node:
+        return definitions[node["$ref"].rpartition("/")[2]]
+    return {key: _inlined(value, definitions) for key, value in node.items()}
 
 
 def range_schema(limits: Between, may_be_infinite: bool = False) -> dict[str, float]:

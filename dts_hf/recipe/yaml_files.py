@@ -26,7 +26,8 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("temperature", "match_mean_of"),
     ("temperature", "gap_source", "replay"),
 )
-_NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+#: A number in quotes, as far as a recipe takes one.
+NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 # A recipe has some hundred bytes, three levels and a few bases. What is far beyond is no recipe, and takes for ever.
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_BASES = 200_000, 20_000, 20, 20
@@ -247,7 +248,7 @@ def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
 
 def _as_number(value: Any) -> float | None:
     """``value`` where it is a number, also one in quotes; None where it is anything else."""
-    if isinstance(value, str) and re.fullmatch(_NUMBER, value.strip()):
+    if isinstance(value, str) and re.fullmatch(NUMBER, value.strip()):
         return float(value)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 

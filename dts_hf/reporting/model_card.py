@@ -318,7 +318,8 @@ def _describe_rows(facts: Facts) -> list[tuple[str, str]]:
         answers = "the teacher's: it answered every training prompt once (sequence-level distillation)"
     return [
         ("answers learnt from", answers),
-        ("prompt template", f"`{data.get('prompt_template')}`"),
+        # What auto became: the rows were encoded with it
+        ("prompt template", f"`{facts.manifest.get('template') or data.get('prompt_template')}`"),
         ("limits", f"{data.get('max_length')} tokens a row, {data.get('max_prompt_length')} of them for the prompt"),
     ]
 

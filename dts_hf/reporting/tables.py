@@ -201,18 +201,19 @@ def summary_table(run: RunDirectory) -> Table:
 
     facts = gather(run)
     table = Table(title=f"{facts.name}: scores", caption=format_counts(facts) or None)
+    lines = score_lines(facts, keep=lambda measure: measure.in_summary)
+    if not lines:
+        table.add_column("This run has no scores yet: it was not evaluated.")
+        return table
     table.add_column("")
     for model in MODELS:
         table.add_column(MODEL_LABELS[model], justify="right")
     table.add_column("change", justify="right")
     table.add_column("better")
-    lines = score_lines(facts, keep=lambda measure: measure.in_summary)
     for line in lines:
         style = {True: "green", False: "red", None: ""}[line.improved]
         unit = f" ({line.measure.unit})" if line.measure.unit else ""
         table.add_row(Text(line.label + unit), *line.cells, Text(line.change_text, style), line.measure.better)
-    if not lines:
-        table.caption = "This run has no scores yet: it was not evaluated."
     return table
 
 

@@ -18,8 +18,8 @@ from dts_hf.starter.writing import Choice, Choices, recipe_text
 Preset = Literal["standard", "quick"]
 #: A batch of so many rows per optimizer step, made of micro-batches that fit into memory.
 ROWS_OF_A_STEP, MICRO_BATCHES = 16, (8, 4, 2, 1)
-#: Held-out rows: this share, and so many at least and at most.
-HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 500
+#: Answers of the evaluation, in tokens.
+LONGEST_ANSWER = 256
 #: Up to this size a teacher on a CPU is kept in float32, which is faster there.
 SMALL = 500e6
 #: Of a device's memory; the estimate is good to 20 %.
@@ -44,8 +44,7 @@ def choose(
     """
     kept = _layers(teacher, layers) if student is None else None
     on_gpu = torch.cuda.is_available()
-    prompt, total = _limits(teacher, data)
-    answer = min(256, max(16, _up(percentile(data.responses, 0.99), 16)))
+    prompt, total, long_rows = _limits(teacher, data)
     small = 0 < teacher.parameters < SMALL
     dtype = "bfloat16" if on_gpu or not small else "float32"
     learning_rate = _learning_rate(teacher, student)
@@ -59,6 +58,7 @@ def choose(
         template=Choice("auto", _template_reason(teacher)),
         max_length=total,
         max_prompt_length=prompt,
+        long_rows=long_rows,
         batch_size=Choice(MICRO_BATCHES[0], "rows at once on each device"),
         accumulation=Choice(
             ROWS_OF_A_STEP // MICRO_BATCHES[0], f"so an optimizer step learns from {ROWS_OF_A_STEP} rows"
@@ -68,7 +68,7 @@ def choose(
         length=Choice(1 if preset == "quick" else 3, "times through the rows"),
         max_steps=20 if preset == "quick" else None,
         evaluation_rows=Choice(16 if preset == "quick" else 64, "held-out prompts that teacher and student answer"),
-        max_new_tokens=Choice(answer, "99 % of the answers in your rows are shorter"),
+        max_new_tokens=_answer(data),
     )
     return _fitted(choices, teacher, data, output)
 
@@ -83,12 +83,47 @@ def _layers(teacher: TeacherLook, layers: int | None) -> Choice:
     )
 
 
-def _limits(teacher: TeacherLook, data: DataLook) -> tuple[Choice, Choice]:
-    """Of the prompt, and of prompt and response together: room for 99 % of the rows, within the teacher's positions."""
+def _limits(teacher: TeacherLook, data: DataLook) -> tuple[Choice, Choice, Choice | None]:
+    """Of the prompt, and of prompt and response together: room for 99 % of the rows, within the teacher's positions.
+
+    The third is what becomes of longer rows, where the positions leave room for less than 99 %.
+    """
     prompt = min(_up(percentile(data.prompts, 0.99) + 1, 16), teacher.positions - 16)
     total = min(max(_up(percentile(data.totals, 0.99) + 1, 32), prompt + 16), teacher.positions)
-    longest = f"99 % of the rows are shorter; the longest has {data.totals[-1]:,} tokens"
-    return Choice(prompt, f"the longest prompt has {data.prompts[-1]:,} tokens"), Choice(total, longest)
+    longest = f"the longest prompt has {data.prompts[-1]:,} tokens" if data.prompts[-1] else "a text has no prompt"
+    fitting, limit = len(data.totals), f"the teacher's {teacher.positions:,} positions"
+    left_out = data.unfit + sum(length > prompt for length in data.prompts)
+    longer = sum(length > total for length in data.totals)
+    if left_out > 0.01 * (fitting + data.unfit):
+        longest = (
+            f"{_percent(left_out, fitting + data.unfit)} of the rows are left out: their prompt is beyond {limit}"
+        )
+    if longer <= 0.01 * fitting:
+        others = "other rows" if data.unfit else "rows"
+        words = f"99 % of the {others} are shorter; the longest has {data.totals[-1]:,} tokens"
+        return Choice(prompt, longest), Choice(total, words), None
+    if longer == fitting and set(data.kinds) != {"text"}:
+        raise UserError(
+            f"--data: {data.source}: every row is longer than {limit}, so no answer would keep its end, and the student "
+            "would never learn to stop: expected shorter rows, or a teacher with more positions"
+        )
+    cut = Choice("cut", "so that their beginning is learned; drop: they are left out")
+    return Choice(prompt, longest), Choice(total, f"{limit}; {_percent(longer, fitting)} of the rows are longer"), cut
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{max(1, round(100 * part / whole))} %"
+
+
+def _answer(data: DataLook) -> Choice:
+    """How long an answer of the evaluation may be: as 99 % of those in the rows, within what is soon generated."""
+    wanted = max(16, _up(percentile(data.responses, 0.99), 16))
+    if wanted <= LONGEST_ANSWER:
+        return Choice(wanted, "99 % of the answers in your rows are shorter")
+    longer = sum(length > LONGEST_ANSWER for length in data.responses)
+    return Choice(
+        LONGEST_ANSWER, f"{_percent(longer, len(data.responses))} of the answers in your rows are longer; more: slower"
+    )
 
 
 def _up(number: int, step: int) -> int:
@@ -98,11 +133,9 @@ def _up(number: int, step: int) -> int:
 def _validation(data: DataLook) -> Choice:
     if data.held_out is not None:
         return Choice(data.held_out, "found beside the training rows")
-    wanted = min(max(HELD_OUT_SHARE * data.rows, LEAST_HELD_OUT), MOST_HELD_OUT, data.rows / 4)
-    share = max(round(wanted / data.rows, 4), 0.0001)
-    return Choice(
-        share, f"this share of the rows is held out, about {max(1, round(share * data.rows)):,}; or a file of them"
-    )
+    if data.share is None:
+        return Choice(None, "too few different prompts to hold any out: no evaluation; or a file of held-out rows")
+    return Choice(data.share, f"this share of the rows is held out, {data.share_rows:,} of them; or a file of them")
 
 
 def _template_reason(teacher: TeacherLook) -> str:

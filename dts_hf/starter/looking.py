@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dts_hf.console import quiet, working
 from dts_hf.data.chat_templates import encode_prompts, resolve_template
+from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
 from dts_hf.data.targets import all_turns_are_sound
@@ -24,6 +25,8 @@ from dts_hf.training.model_shape import ModelShape
 LOOKED_AT = 2000
 #: What a file of held-out rows beside ``train.jsonl`` is called.
 HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "eval")
+#: Held-out rows: this share, and so many at least and at most.
+HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 500
 #: A model without a limit of its own is given this one.
 POSITIONS = 4096
 
@@ -60,7 +63,10 @@ class DataLook:
         rows: how many.
         kinds: how many of each kind.
         held_out: a file of held-out rows that lies beside it, or None.
-        prompts, responses, totals: tokens of the rows that were looked at, sorted.
+        share: of the rows that can be held out, where there is no such file; None: they have too few prompts.
+        share_rows: how many rows that are.
+        unfit: rows that were looked at whose prompt is longer than the teacher's positions; they are not in what follows.
+        prompts, responses, totals: tokens of the other rows that were looked at, sorted. A text has no prompt.
         all_turns: every turn can be learned; otherwise the chat template writes earlier ones anew, as Qwen3's does.
     """
 
@@ -68,6 +74,9 @@ class DataLook:
     rows: int
     kinds: dict[str, int]
     held_out: str | None
+    share: float | None
+    share_rows: int
+    unfit: int
     prompts: Sequence[int]
     responses: Sequence[int]
     totals: Sequence[int]
@@ -82,11 +91,7 @@ def look_at_teacher(name: str) -> TeacherLook:
     """
     with working(f"looking at {name}"):
         tokenizer = load_tokenizer(name, key="--teacher")
-        source = ModelSource.resolve(name, "--teacher")
-        try:
-            config: Any = AutoConfig.from_pretrained(source.location, **source.options)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--teacher: {name}: its configuration cannot be read: {str(error)[:300]}") from error
+        config = read_config(name, "--teacher")
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     if not isinstance(layers, int) or layers < 1:
@@ -96,6 +101,19 @@ def look_at_teacher(name: str) -> TeacherLook:
         parameters = ModelShape.from_config(config).parameters
     positions = getattr(text, "max_position_embeddings", None) or POSITIONS
     return TeacherLook(name, tokenizer, layers, int(text.vocab_size), int(positions), parameters)
+
+
+def read_config(name: str, key: str) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        UserError: there is no such model, or it cannot be read.
+    """
+    source = ModelSource.resolve(name, key)
+    try:
+        return AutoConfig.from_pretrained(source.location, **source.options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {name}: its configuration cannot be read: {str(error)[:300]}") from error
 
 
 def look_at_data(source: str, teacher: TeacherLook) -> DataLook:
@@ -110,7 +128,11 @@ def look_at_data(source: str, teacher: TeacherLook) -> DataLook:
         template = resolve_template("auto", tokenizer)
         sample = rows[:: max(1, len(rows) // LOOKED_AT)][:LOOKED_AT]
         encoded = encode_prompts(sample, tokenizer, template, teacher.positions)
-        kept = [(row, len(prompt.ids)) for row, prompt in zip(sample, encoded, strict=True) if prompt is not None]
+        lengths = (
+            0 if row.kind == "text" else prompt and len(prompt.ids)
+            for row, prompt in zip(sample, encoded, strict=True)
+        )
+        kept = [(row, length) for row, length in zip(sample, lengths, strict=True) if length is not None]
         if not kept:
             raise UserError(
                 f"--data: {source}: every prompt is longer than the {teacher.positions} positions of the teacher"
@@ -122,8 +144,31 @@ def look_at_data(source: str, teacher: TeacherLook) -> DataLook:
     prompts = [length for _, length in kept]
     totals = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     kinds = dict(Counter(_kind(row) for row in rows).most_common())
-    lengths = sorted(prompts), sorted(responses), sorted(totals)
-    return DataLook(source, len(rows), kinds, held_out_beside(source), *lengths, all_turns)
+    share, share_rows = _share_to_hold_out(rows)
+    return DataLook(
+        source,
+        len(rows),
+        kinds,
+        held_out_beside(source),
+        share,
+        share_rows,
+        len(sample) - len(kept),
+        *(sorted(prompts), sorted(responses), sorted(totals)),
+        all_turns,
+    )
+
+
+def _share_to_hold_out(rows: Sequence[Row]) -> tuple[float | None, int]:
+    """Which share of ``rows`` to hold out, and how many rows that is; None where most of them would go with it."""
+    wanted = min(max(HELD_OUT_SHARE * len(rows), LEAST_HELD_OUT), MOST_HELD_OUT, len(rows) / 4)
+    share = max(round(wanted / len(rows), 4), 0.0001)
+    try:
+        _, held_out = split_off(
+            rows, share
+        )  # rows with one prompt stay together: only the split knows how many it takes
+    except UserError:
+        return None, 0
+    return (share, len(held_out)) if 2 * len(held_out) <= len(rows) else (None, 0)
 
 
 def _kind(row: Row) -> str:

@@ -12,7 +12,7 @@ from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.starter.choices import Preset, choose
-from dts_hf.starter.looking import look_at_data, look_at_teacher
+from dts_hf.starter.looking import look_at_data, look_at_teacher, read_config
 
 QUESTIONS = {
     "teacher": "Teacher: a name of the Hub, a folder, or a .gguf file",
@@ -71,14 +71,21 @@ def start(
     found = {name: given or _asked(name, ask) for name, given in (("teacher", teacher), ("data", data))}
     stem = _stem(found["data"])
     path = output or Path(f"{stem}.yaml")
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder, expected a file, such as {path / 'recipe.yaml'}")
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"--output: {path} is there already. Choose another file, or replace it with --overwrite")
     looked = look_at_teacher(found["teacher"])
+    if student is not None:
+        read_config(student, "--student")
     rows = look_at_data(found["data"], looked)
     run = f"runs/{path.stem}"
     _, text = choose(looked, rows, student=student, layers=layers, preset=preset, output=run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"--output: {path}: cannot be written: {error.strerror}") from None
     load_recipe(path)  # it is good, or this is a fault of ours, and said
     return Started(path, run, text)
 

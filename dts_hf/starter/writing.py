@@ -29,6 +29,7 @@ class Choices:
     template: Choice
     max_length: Choice
     max_prompt_length: Choice
+    long_rows: Choice | None
     batch_size: Choice
     accumulation: Choice
     bf16: Choice
@@ -80,6 +81,8 @@ def _lines(c: Choices, teacher: TeacherLook, data: DataLook, output: str) -> Ite
         yield "  train_on: last_turn # this chat template writes earlier answers otherwise once others follow"
     yield _line("max_length", c.max_length)
     yield _line("max_prompt_length", c.max_prompt_length)
+    if c.long_rows is not None:
+        yield _line("long_rows", c.long_rows)
     yield "  responses: data # teacher: learn from what the teacher itself answers; slower to begin, often better"
     yield ""
     yield "temperature:"
@@ -114,7 +117,8 @@ def _training(c: Choices, rows: int) -> Iterator[str]:
     yield "  warmup_steps: 0.03 # a share of all steps"
     yield "  max_grad_norm: 1.0"
     yield _line("bf16", c.bf16)
-    yield "  eval_strategy: epoch # losses on the held-out rows" if c.max_steps is None else '  eval_strategy: "no"'
+    evaluates = c.max_steps is None and c.validation.value is not None
+    yield "  eval_strategy: epoch # losses on the held-out rows" if evaluates else '  eval_strategy: "no"'
     yield "  save_strategy: epoch # what --resume goes on from" if c.max_steps is None else '  save_strategy: "no"'
     yield f"  logging_steps: {_logging_steps(c, rows)} # so the figures of the report have points enough"
     yield "  seed: 42"

@@ -152,6 +152,41 @@ def test_generated_answers_can_be_scored(trained: Path) -> None:
     assert "give either --prompt TEXT" in invoke("generate", str(trained)).stderr
 
 
+def test_generate_replaces_nothing_and_says_so_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, rows_between(0, 4))
+    Path("kept.jsonl").write_text("mine")
+    Path("folder").mkdir()
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    before = rows.read_bytes()
+    command = ("generate", "no-such-model", "--data", "rows.jsonl", "--output")
+    for output, words in (
+        ("folder", "is a folder"),
+        ("kept.jsonl", "is there already"),
+        ("rows.jsonl", "the file of --data"),
+        ("./link.jsonl", "the file of --data"),
+        ("kept.jsonl/answers.jsonl", "cannot make this folder"),
+    ):
+        for options in ((), ("--overwrite",)):
+            refused = invoke(*command, output, *options)
+            assert refused.exit_code == 2, refused.output
+            if not options or output != "kept.jsonl":
+                assert f"--output: {output.removeprefix('./').removesuffix('/answers.jsonl')}" in refused.stderr
+                assert words in refused.stderr
+            else:
+                assert "no-such-model" in refused.stderr
+    assert Path("kept.jsonl").read_text() == "mine" and rows.read_bytes() == before
+
+
+def test_text_that_asks_nothing_is_not_generated_from(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "Once upon a time"}\n')
+    refused = invoke("generate", "no-such-model", "--data", str(tmp_path / "text.jsonl"))
+    assert refused.exit_code == 2 and "is a text, which asks nothing" in refused.stderr
+
+
 def test_sampled_answers_follow_their_seed(trained: Path) -> None:
     options = ("--prompt", "Name a fruit 0", "--temperature", "2", "--max-new-tokens", "8", "--seed")
     first, again, other = (invoke("generate", str(trained), *options, seed).stdout for seed in ("1", "1", "2"))

@@ -45,9 +45,11 @@ MISTAKES = {
         {"learning_rate": float("inf")}, {"learning_rate": -1}, {"adam_beta1": 1.5}, {"dataloader_num_workers": 100_000},
         {"weight_decay": float("inf")}, {"warmup_steps": float("inf")}, {"lerning_rate": 1e-4}, {"bf16": "yes"},
         {"lr_scheduler_type": "cosin"}, {"per_device_train_batch_size": 0}, {"num_train_epochs": 0}, {"seed": -1},
-        {"output_dir": "x"},
+        {"output_dir": "x"}, {"max_steps": 2.5}, {"parallelism_config": {}}, {"debug": ["underflow"]},
     ],
-    "data": [{"max_length": 0}, {"max_lenght": 512}, {"long_rows": "crop"}],
+    "data": [
+        {"train": {}}, {"train": {"weight": 2}}, {"train": [{"weight": 2}]}, {"validation": {"split": "x"}},
+        {"max_length": 300.5},{"max_length": 0}, {"max_lenght": 512}, {"long_rows": "crop"}],
     "output": [{"dir": ""}],
 }  # fmt: skip
 PLANTED = [(section, mistake) for section, mistakes in MISTAKES.items() for mistake in mistakes]
@@ -81,9 +83,14 @@ def test_editor_and_loader_refuse_the_same_mistake(section: str, mistake: Any) -
         ("temperature", "dts"),
         ("temperature", {"name": "dts", "t_init": 4, "t_max": 5, "gap_source": "measured", "epochs": None}),
         ("temperature", {"name": "ctkd", "betas": [0.9, 0.99]}),
+        ("temperature", "1.5"),
+        ("temperature", "2e-1"),
         ("loss", {"divergence": "jsd"}),
         ("loss", {"divergence": {"name": "alpha_beta", "alpha": 3}}),
         ("training", {"max_grad_norm": float("inf"), "max_steps": -1, "adam_beta2": 0, "report_to": ["wandb"]}),
+        ("training", {"max_steps": 1e3, "per_device_train_batch_size": 2.0, "debug": "underflow_overflow"}),
+        ("data", {"max_length": 512.0, "train": {"source": "rows.jsonl", "weight": 2}}),
+        ("data", {"train": ["rows.jsonl", {"source": "more.jsonl"}], "max_train_rows": 1e3}),
     ],
     ids=str,
 )
@@ -97,6 +104,11 @@ def test_options_alone_belong_to_the_choice_of_an_extended_recipe() -> None:
     assert validator().is_valid({"extends": "base.yaml", "temperature": {"rule": "code"}})
     assert not validator().is_valid({"extends": "base.yaml", "temperature": {"rule": "gpa"}})
     assert not validator().is_valid({"extends": "base.yaml", "temperature": {"t_init": -1}})
+
+
+def test_the_source_of_a_mapping_may_stand_in_an_extended_recipe() -> None:
+    assert validator().is_valid({"extends": "base.yaml", "data": {"train": {"weight": 2}}})
+    assert not validator().is_valid({"extends": "base.yaml", "data": {"train": [{"weight": 2}]}})
 
 
 def one_two(text: str) -> Any:

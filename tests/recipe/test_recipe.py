@@ -465,3 +465,23 @@ def test_a_missing_deepspeed_names_its_extra(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match=r"^training: DeepSpeed is asked for .* pip install 'dts-hf\[deepspeed\]'$"):
         training_arguments(load_recipe(RECIPES / "quickstart.yaml"), tmp_path)
+
+
+def test_whole_numbers_may_be_written_as_floats(minimal: Path) -> None:
+    overrides = ["training.max_steps=1e3", "training.seed=3.0", "data.max_length=400.0", "evaluation.seeds=[1.0, 2]"]
+    recipe = load_recipe(minimal, [*overrides, "training.warmup_steps=2.0"])
+    written = recipe.training["max_steps"], recipe.training["seed"], recipe.data.max_length, *recipe.evaluation.seeds
+    assert written == (1000, 3, 400, 1, 2) and all(type(value) is int for value in written)
+    assert type(recipe.training["warmup_steps"]) is float  # a share of all steps is one, too
+
+
+@pytest.mark.parametrize(("value", "meant"), [("10%", "0.1"), ("'7.5 %'", "0.075"), ("'0.1'", "0.1")])
+def test_a_share_that_is_no_number_is_not_taken_for_a_file(minimal: Path, value: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"data.validation: got .*, expected a share as a number .*: {meant}$"):
+        load_recipe(minimal, [f"data.validation={value}"])
+
+
+def test_a_mapping_extends_nothing(minimal: Path) -> None:
+    with pytest.raises(UserError, match="extends: belongs to a recipe file") as caught:
+        Recipe.from_dict({"extends": "base.yaml", **yaml.safe_load(minimal.read_text())})
+    assert "Did you mean" not in str(caught.value)

@@ -201,6 +201,12 @@ def test_the_card_tells_what_made_the_student(run: RunDirectory) -> None:
     assert "{{" not in text and "{%" not in text and "None" not in text
 
 
+def test_the_card_says_which_template_auto_was(tmp_path: Path) -> None:
+    data = {**RECIPE["data"], "prompt_template": "auto"}
+    card = load_card(make_run(tmp_path / "auto", recipe=changed(data=data)))
+    assert re.search(r"prompt template \| `alpaca`", card.content)
+
+
 def test_the_code_of_the_card_is_python(run: RunDirectory) -> None:
     code = re.findall(r"```python\n(.*?)```", model_card.render_model_card(run), re.DOTALL)
     assert len(code) == 1
@@ -396,7 +402,10 @@ def test_a_run_with_nothing_but_a_recipe_still_has_a_report(tmp_path: Path) -> N
     assert "This run was not evaluated" in page.text and "No answers were generated" in page.text
     assert "The log holds no temperature" in page.text
     assert not (path / "figures").exists()
-    assert tables.summary_table(run).row_count == 0
+    table = tables.summary_table(run)
+    assert table.row_count == 0 and [column.header for column in table.columns] == [
+        "This run has no scores yet: it was not evaluated."
+    ]
 
 
 @pytest.mark.parametrize("model", ["teacher", "student_before", "student"])
