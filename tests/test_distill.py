@@ -279,7 +279,7 @@ def test_a_finished_run_is_replayed_in_every_way(recorded):
     assert len(set(wanted)) == 4
     assert again("replay", name="replay", run="runs/dts") == pytest.approx(wanted, rel=1e-6)
     card = Path("runs/replay/README.md").read_text(encoding="utf-8")
-    assert "replay(run=runs/dts)" in card
+    assert "replay(run=./runs/dts)" in card
     gaps = {"replay": "runs/dts", "order": "permuted"}
     permuted = again("permuted", name="dts", momentum=0.5, gap_source=gaps, seed=1)
     assert permuted[0] == 3.0 and permuted != pytest.approx(wanted, rel=1e-3)

@@ -43,7 +43,7 @@ class Case:
     tie: bool = True
     accumulation: int = 1
     packing: bool | dict[str, int] = False
-    steps: int = 12
+    steps: int = 8
     lora: bool = False
     rows: int = 40  # of the data; not a multiple of BATCH: the last step of an epoch has fewer
     strategies: tuple[str, ...] = ("single", *MULTI)

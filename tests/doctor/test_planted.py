@@ -81,7 +81,7 @@ def end_token_that_the_model_does_not_stop_at() -> dict[str, Any]:
 
 def end_token_written_into_the_rows() -> dict[str, Any]:
     rows = rows_between(0, 24)
-    write_rows(Path("train.jsonl"), [{**row, "output": row["output"] + "<|im_end|>"} for row in rows])
+    write_rows(Path("train.jsonl"), [{**row, "output": "Well,<|im_end|>" + row["output"]} for row in rows])
     return {}
 
 

@@ -170,7 +170,7 @@ def test_measured_memory_is_within_a_fifth(check: ModuleType, names: tuple[str, 
         assert name not in wrappers or found[name]["wrapper"] == wrappers[name]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_large_vocabulary_is_within_a_fifth(tmp_path: Path) -> None:
     """The doctor's own three steps, at 262,144 ids: the tokenizer and a head in fp32 were not in its estimate."""

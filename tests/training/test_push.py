@@ -144,8 +144,8 @@ def test_an_adapter_takes_the_place_of_whole_weights(tmp_path: Path, hub: FakeHu
     trainer_for(tmp_path / "words").push_to_hub()
     trainer_for(tmp_path / "words", add_lora(tiny_llama(), Lora(r=2))).push_to_hub()
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    # config.json and generation_config.json of the first are left; they load nothing by themselves
-    assert set(hub.files("me/words")) == adapter | set(STUDENT) - {"model.safetensors"}
+    # Nothing of the first is left; the configuration of the whole model goes with its weights
+    assert set(hub.files("me/words")) == adapter | set(STUDENT) - {"model.safetensors", "config.json"}
     assert metadata(hub.text("me/words", "README.md"))["library_name"] == "peft"
 
 
