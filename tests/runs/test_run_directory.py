@@ -21,7 +21,6 @@ from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
-from dts_hf.runs.memory import peak_memory_gb, peak_resident_bytes, reset_peak_resident
 
 VALUES = {
     "student": {"model": "small"},
@@ -350,18 +349,6 @@ def test_overwriting_that_is_cut_short_leaves_nothing_to_resume(run: RunDirector
     order = [path.relative_to(run.path).as_posix() for path in run._our_files()]
     assert order[:3] == ["metrics.json", "checkpoint-5/complete.json", "interrupted/checkpoint-6/complete.json"]
     assert order[-1] == "recipe.yaml" and {"final", "checkpoint-5", "interrupted"} <= {*order}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the mark cannot be set back")
-def test_the_high_water_mark_of_memory_rises_and_can_be_set_back() -> None:
-    reset_peak_resident()
-    before = peak_resident_bytes() or 0
-    block = b"x" * 80_000_000
-    high = peak_resident_bytes() or 0
-    assert high - before > 60_000_000 and peak_memory_gb() >= high / 1e9
-    del block
-    reset_peak_resident()
-    assert (peak_resident_bytes() or 0) < high - 60_000_000
 
 
 def test_a_finished_run_keeps_nothing_of_an_unfinished_one(run: RunDirectory) -> None:
