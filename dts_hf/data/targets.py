@@ -293,13 +293,18 @@ class TextCutter:
                 f"row '{row.id}': the conversation begins with the assistant, so nothing asks for its first message: "
                 "leave that out, or use data.train_on: last_turn"
             )
-        same = next((k for k, (a, b) in enumerate(zip(whole, said, strict=False)) if a != b), len(whole))
-        start = max(0, same - 10)
         # The last message may be the one that differs: then nothing else helps
         helps = turn < len(row.conversation) - 1 or len(self._turns(row)) > 1
         advice = ("data.train_on: last_turn" if helps else "another chat template") if advice is None else advice
         return TurnsDiffer(
             f"row '{row.id}': this chat template renders earlier turns differently: message {turn + 1} was "
-            f"{said[start : start + 40]!r} and becomes {whole[start : start + 40]!r}, so the tokens that are learned "
+            f"{from_difference(said, whole)} and becomes {from_difference(whole, said)}, so the tokens that are learned "
             f"would not be those that are generated." + (f" Expected {advice}" if advice else "")
         )
+
+
+def from_difference(text: str, other: str) -> str:
+    """``text`` from where it differs from ``other`` on, shortened, in quotes."""
+    same = next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    start = max(0, same - 10)
+    return repr(text[start : start + 40])

@@ -29,7 +29,7 @@ def check_labels(check: Check, data: EncodedDataset, collator: Collate, ends: Co
         collator: the trainer's own.
         ends: ids of the tokens that end an answer.
     """
-    rows = spaced(range(len(data)), LABELLED_ROWS)
+    rows, targets = spaced(range(len(data)), LABELLED_ROWS), data.target_counts
     learned = expected = extra = turns = learned_ends = 0
     for start in range(0, len(rows), 8):
         chosen = rows[start : start + 8]
@@ -37,7 +37,7 @@ def check_labels(check: Check, data: EncodedDataset, collator: Collate, ends: Co
             learns = labels != IGNORE_INDEX
             spans = data.spans(index)
             learned += int(learns.sum())
-            expected += data.target_counts[index]
+            expected += targets[index]
             extra += int(learns.sum()) - sum(int(learns[first:last].sum()) for first, last in spans)
             final = [last - 1 for _, last in spans if data.ids[index][last - 1] in ends]
             turns += len(final)

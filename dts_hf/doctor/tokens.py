@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from dts_hf.data.chat_templates import Template, end_of_turn, leading_special_ids, render_messages
+from dts_hf.data.chat_templates import Template, leading_special_ids, render_messages
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import is_mixed, summary
 from dts_hf.data.rows import Row
-from dts_hf.data.targets import TextCutter
+from dts_hf.data.targets import TextCutter, from_difference
 from dts_hf.doctor.diagnosis import Check
 from dts_hf.errors import UserError
 from dts_hf.models.pruning import evenly_spaced
@@ -236,8 +236,9 @@ def check_template(
                     "teacher_has_chat": bool(teacher.chat_template)}  # fmt: skip
     if not template.is_chat:
         return
-    check.values["end_of_turn"] = end_of_turn(student, template)
-    if check.values["end_of_turn"] is None:
+    cutter = TextCutter(student, template, "last_turn")
+    check.values["end_of_turn"] = cutter.end
+    if cutter.end is None:
         check.warn(
             "chat-template-no-end",
             f"the chat template writes no end of turn behind an answer: {student.eos_token!r} is appended to the last one, "
@@ -246,20 +247,18 @@ def check_template(
         )
     found: set[str] = set()
     for row in (row for row in rows if template.words(row)):
-        for problem in _chat_problems(row, template, student, teacher):
+        for problem in _chat_problems(row, cutter, teacher):
             if problem[0] not in found:  # each once, for the first row that has it
                 found.add(problem[0])
                 check.warn(*problem)
 
 
-def _chat_problems(
-    row: Row, template: Template, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, str, str]]:
+def _chat_problems(row: Row, cutter: TextCutter, teacher: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, str]]:
     """(code, text, advice) of what is wrong with ``row`` in the chat template."""
+    template, student = cutter.template, cutter.tokenizer
     try:
         prompt = template.render(row, student)
         whole = render_messages(row, row.conversation, student)
-        cutter = TextCutter(student, template, "last_turn")
         cut = cutter.cut(row)
         other = template.render(row, teacher) if teacher is not student and teacher.chat_template else prompt
     except UserError:  # encode_rows refuses the row, with the same words
@@ -267,8 +266,8 @@ def _chat_problems(
     if other != prompt:
         yield (
             "chat-templates-differ",
-            f"the student's chat template writes {_from_difference(prompt, other)}, the teacher's "
-            f"{_from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
+            f"the student's chat template writes {from_difference(prompt, other)}, the teacher's "
+            f"{from_difference(other, prompt)} (row '{row.id}'): the teacher answers a form it was not taught",
             "Give the student the teacher's chat template (chat_template.jinja in its folder)",
         )
     *given, learned = cut.texts
@@ -281,8 +280,8 @@ def _chat_problems(
         yield (
             "chat-template-prompt",
             f"the chat template writes a finished conversation otherwise than prompt and answer: it has "
-            f"{_from_difference(whole, expected)} where generation begins with "
-            f"{_from_difference(expected, whole)} (row '{row.id}')",
+            f"{from_difference(whole, expected)} where generation begins with "
+            f"{from_difference(expected, whole)} (row '{row.id}')",
             "Look at what the template does with add_generation_prompt",
         )
     lost = cutter.left_out(row, cut)
@@ -292,10 +291,3 @@ def _chat_problems(
             f"the chat template leaves out {lost} of row '{row.id}': neither model sees it",
             "Another chat template, or rows without it",
         )
-
-
-def _from_difference(text: str, other: str) -> str:
-    """``text`` from where it differs from ``other`` on, shortened, in quotes."""
-    same = next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    start = max(0, same - 10)
-    return repr(text[start : start + 40])
