@@ -14,6 +14,23 @@ from typing import Any
 from dts_hf.errors import UserError
 
 
+def check_output(path: Path, example: str, overwrite: bool) -> None:
+    """Refuse an ``--output`` that cannot hold a new file, or should not.
+
+    Args:
+        path: the file to be written.
+        example: name of such a file, for the message.
+        overwrite: a file that is there may be replaced.
+
+    Raises:
+        UserError: a folder, or a file that is there.
+    """
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder, expected a file, such as {path / example}")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"--output: {path} is there already. Choose another file, or replace it with --overwrite")
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either its old content or all of the new one."""
     path = Path(path)

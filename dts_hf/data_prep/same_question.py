@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
-JsonObject = dict[str, Any]
+from dts_hf.data_prep.lengths import JsonObject
 
 
 def plain(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from dts_hf.data.sources import load_rows
 from dts_hf.errors import UserError
 from dts_hf.evaluation.references import references_of
 from dts_hf.evaluation.subject import find_subject
-from dts_hf.files import write_jsonl_atomic
-from dts_hf.generation.engine import Generated, GenerationSettings
+from dts_hf.files import check_output, write_jsonl_atomic
+from dts_hf.generation.engine import GenerationSettings
 from dts_hf.inference.speakers import load_speaker, template_of
 
 #: Columns that hold a question or an answer: a row with the first alone has no reference.
@@ -66,15 +66,12 @@ class GenerateOptions:
         )
 
 
-def generate_answers(
-    model: str, options: GenerateOptions, on_answer: Callable[[Mapping[str, Any]], None] = lambda answer: None
-) -> list[dict[str, Any]]:
+def generate_answers(model: str, options: GenerateOptions) -> list[dict[str, Any]]:
     """Answer prompts with a saved model or a run's student.
 
     Args:
         model: Hub name, model folder, or run directory.
         options: what is asked, how, and where the answers go.
-        on_answer: called with each answer as it is made, in the order in which they end.
 
     Returns:
         ``{id, prompt, prediction, tokens, finished}`` for each prompt, in order, with ``references`` where the row has one.
@@ -92,18 +89,14 @@ def generate_answers(
     speaker = load_speaker("model", subject.location, template=template, key="model", dtype=dtype)
     rows = [row for row, _ in asked]
     right = references_of(rows, speaker.tokenizer, speaker.template)
-
-    def answer_of(place: int, generated: Generated) -> dict[str, Any]:
-        row, has_references = asked[place]
+    generated = speaker.answer(rows, settings, progress="answers")
+    answers: list[dict[str, Any]] = []
+    for (row, has_references), references, one in zip(asked, right, generated, strict=True):
         values = {
-            "id": row.id, "prompt": row.instruction, "prediction": speaker.text(generated.tokens),
-            "tokens": len(generated.tokens), "finished": generated.finished,
+            "id": row.id, "prompt": row.instruction, "prediction": speaker.text(one.tokens),
+            "tokens": len(one.tokens), "finished": one.finished,
         }  # fmt: skip
-        return {**values, "references": list(right[place])} if has_references else values
-
-    finished = lambda place, generated: on_answer(answer_of(place, generated))  # noqa: E731
-    generated = speaker.answer(rows, settings, progress="answers", on_finished=finished)
-    answers = [answer_of(place, one) for place, one in enumerate(generated)]
+        answers.append({**values, "references": list(references)} if has_references else values)
     if options.output is not None:
         write_jsonl_atomic(options.output, answers)
     return answers
@@ -115,12 +108,9 @@ def _check_output(output: Path, data: str | None, overwrite: bool) -> None:
     Raises:
         UserError: a folder, the file of rows itself, a file that is there, or a folder that cannot be made.
     """
-    if output.is_dir():
-        raise UserError(f"--output: {output} is a folder, expected a file, such as {output / 'answers.jsonl'}")
-    if data is not None and os.path.realpath(output) == os.path.realpath(data):
+    if data is not None and not output.is_dir() and os.path.realpath(output) == os.path.realpath(data):
         raise UserError(f"--output: {output} is the file of --data, whose rows would be lost. Choose another file")
-    if os.path.lexists(output) and not overwrite:
-        raise UserError(f"--output: {output} is there already. Choose another file, or replace it with --overwrite")
+    check_output(output, "answers.jsonl", overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -73,7 +73,6 @@ class Speaker:
         *,
         progress: str | None = None,
         on_token: Callable[[int, int], None] | None = None,
-        on_finished: Callable[[int, Generated], None] | None = None,
     ) -> list[Generated]:
         """Answer the prompts of ``rows``.
 
@@ -82,7 +81,6 @@ class Speaker:
             settings: limits and sampling.
             progress: title of the progress bar, or None.
             on_token: called with the place of a row and its next token.
-            on_finished: called with the place of a row and its answer.
 
         Raises:
             UserError: a prompt leaves no room for its answer.
@@ -97,7 +95,6 @@ class Speaker:
             row_keys=[row.id for row in rows],
             progress=progress,
             on_token=on_token,
-            on_finished=on_finished,
         )
 
     def text(self, tokens: Sequence[int]) -> str:

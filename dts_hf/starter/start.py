@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dts_hf.errors import UserError
-from dts_hf.files import write_text_atomic
+from dts_hf.files import check_output, write_text_atomic
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.starter.choices import Preset, choose
 from dts_hf.starter.looking import look_at_data, look_at_teacher, read_config
@@ -71,10 +70,7 @@ def start(
     found = {name: given or _asked(name, ask) for name, given in (("teacher", teacher), ("data", data))}
     stem = _stem(found["data"])
     path = output or Path(f"{stem}.yaml")
-    if path.is_dir():
-        raise UserError(f"--output: {path} is a folder, expected a file, such as {path / 'recipe.yaml'}")
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"--output: {path} is there already. Choose another file, or replace it with --overwrite")
+    check_output(path, "recipe.yaml", overwrite)
     looked = look_at_teacher(found["teacher"])
     if student is not None:
         read_config(student, "--student")
