@@ -12,7 +12,7 @@ from dts_hf.console import say
 from dts_hf.errors import RunError, UserError
 from dts_hf.files import read_json
 from dts_hf.hub.faults import explained, patiently, status_of
-from dts_hf.hub.staging import ADAPTER, CARD, METRICS, PROTOCOL, WEIGHTS, is_allowed
+from dts_hf.hub.staging import CARD, METRICS, PROTOCOL, has_weights, is_allowed
 from dts_hf.reporting.facts import format_count
 from dts_hf.reporting.licences import card_metadata
 
@@ -99,10 +99,7 @@ def check_offer(repository: str, offered: list[str], names: list[str]) -> None:
     Raises:
         UserError: says what it holds instead.
     """
-    from fnmatch import fnmatchcase
-
-    weights = [pattern for pattern in (*WEIGHTS, *ADAPTER) if pattern.endswith(".safetensors")]
-    if not any(fnmatchcase(name, pattern) for name in names for pattern in weights):
+    if not has_weights(names):
         pickles = [name for name in offered if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         what = f"only pickles ({pickles[0]}), which can run code" if pickles else "no weights"
         raise UserError(f"{repository}: holds {what}, expected model.safetensors or an adapter")

@@ -15,6 +15,7 @@ from typing import Any
 
 from dts_hf.console import say
 from dts_hf.errors import UploadError, UserError
+from dts_hf.files import read_json
 from dts_hf.hub.faults import explained, patiently
 from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, REPLACED, Staged, inside, stage
 from dts_hf.reporting.facts import anchored, without_folders
@@ -193,13 +194,10 @@ def _stage_folder(student: Path, folder: Path, repository: str) -> Staged:
 
 def template_of(student: Path) -> str:
     """The prompt template that a student's folder names; ``auto`` where it names none."""
-    import json
-
     try:
-        values = json.loads((student / PROTOCOL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(student / PROTOCOL).get("prompt_template") or "auto"
+    except (OSError, UserError):  # a broken file: ``stage`` says so
         return "auto"
-    found = values.get("prompt_template") or values.get("template") if isinstance(values, dict) else None
     return found if isinstance(found, str) else "auto"
 
 

@@ -20,6 +20,7 @@ from dts_hf.console import gb, secrets_in
 from dts_hf.errors import UserError
 from dts_hf.files import jsonable
 from dts_hf.recipe.yaml_files import dump_values
+from dts_hf.reporting import model_card
 from dts_hf.reporting.facts import MODELS, publishable, short_name, without_folders
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -30,11 +31,11 @@ TOKENIZER = (
     "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-PROTOCOL = "dts_hf.json"  # template and protocol that the student was trained and scored with
+PROTOCOL = model_card.STUDENT_FILE  # template and protocol that the student was trained and scored with
 #: What is taken from a student's folder as ``save_pretrained`` left it.
 OF_STUDENT = (*WEIGHTS, *ADAPTER, *CONFIGS, *TOKENIZER, PROTOCOL)
 CARD, RECIPE, METRICS = "README.md", "recipe.yaml", "metrics.json"
-FIGURES = tuple(f"figures/{name}.png" for name in ("temperature", "losses", "rouge", "scores"))
+FIGURES = tuple(f"figures/{name}.png" for name in model_card.FIGURES)
 #: Everything that is ever uploaded; a download takes no other file either.
 ALLOWED = (*OF_STUDENT, CARD, RECIPE, METRICS, *FIGURES)
 #: What an older upload may have left in a repository: another student's template or scores beside this one's weights would
@@ -88,6 +89,12 @@ def is_allowed(name: str) -> bool:
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED)
 
 
+def has_weights(names: Iterable[str]) -> bool:
+    """Whether there are weights among ``names``, whole or of an adapter."""
+    patterns = [pattern for pattern in (*WEIGHTS, *ADAPTER) if pattern.endswith(".safetensors")]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
 def stage(
     student: Path,
     target: Path,
@@ -115,9 +122,7 @@ def stage(
     """
     target.mkdir(parents=True, exist_ok=True)
     names = list(_names_in(student))
-    if not any(
-        fnmatchcase(name, pattern) for name in names for pattern in (*WEIGHTS, *ADAPTER) if "json" not in pattern
-    ):
+    if not has_weights(names):
         raise UserError(f"{student}: holds no weights that can be uploaded, expected model.safetensors or an adapter")
     for name in names:
         _place(student, name, target / name)
