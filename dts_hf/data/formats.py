@@ -201,17 +201,12 @@ def _pair(record: Record) -> tuple[str, str] | None:
     responded = [field for field in RESPONSES if record.has(field)]
     if not asked or not responded:
         return None
-    whole = [pair for pair in PAIRS if pair[0] in asked and pair[1] in responded]
     # What data.columns names was chosen by somebody.
-    named = (
-        [field for field in asked if field in record.mapped],
-        [field for field in responded if field in record.mapped],
-    )
-    if any(named):
-        asked, responded = named[0] or asked, named[1] or responded
-        whole = [pair for pair in whole if pair[0] in asked and pair[1] in responded]
+    asked = [field for field in asked if field in record.mapped] or asked
+    responded = [field for field in responded if field in record.mapped] or responded
     if len(asked) == len(responded) == 1:
         return asked[0], responded[0]
+    whole = [pair for pair in PAIRS if pair[0] in asked and pair[1] in responded]
     if len(whole) == 1:
         return whole[0]
     raise UserError(

@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from dts_hf.evaluation.protocol import Protocol, custom_protocol
 from dts_hf.models.loading import ModelSource
 from dts_hf.models.saving import STUDENT_FILE
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.environment import installed_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     policy["divergence"] = loss.divergence.model_dump(mode="json")
     return {
         "format": FORMAT,
-        "dts_hf": _version(),
+        "dts_hf": installed_version("dts-hf"),
         "prompt_template": resolve_template(data.prompt_template, tokenizer).name,
         "wraps_prompts": data.prompt_template != AUTO,
         "train_on": data.train_on,
@@ -109,13 +109,6 @@ def read_student_file(model: str) -> StudentFile | None:
             f"{model}: {STUDENT_FILE} has format {facts['format']}, this version of dts-hf reads {FORMAT}: update it"
         )
     return student
-
-
-def _version() -> str | None:
-    try:
-        return version("dts-hf")
-    except PackageNotFoundError:  # a checkout that was never installed
-        return None
 
 
 def _find(model: str) -> Path | None:

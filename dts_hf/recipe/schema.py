@@ -14,7 +14,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
@@ -163,8 +172,18 @@ class Packing(Section):
     )
 
 
+def _known_fields(value: dict[str, str | None]) -> dict[str, str | None]:
+    if problem := unknown_fields(value):
+        raise ValueError(problem)
+    return value
+
+
 #: ``{our name: their column}``; the editor offers our names.
-ColumnMap = Annotated[dict[str, str | None], Field(json_schema_extra={"propertyNames": {"enum": list(FIELDS)}})]
+ColumnMap = Annotated[
+    dict[str, str | None],
+    Field(json_schema_extra={"propertyNames": {"enum": list(FIELDS)}}),
+    AfterValidator(_known_fields),
+]
 
 
 class Source(Section):
@@ -188,13 +207,6 @@ class Source(Section):
     columns: ColumnMap | None = Field(
         default=None, description="As data.columns, for this source alone; null: data.columns."
     )
-
-    @field_validator("columns")
-    @classmethod
-    def _known_fields(cls, value: dict[str, str | None] | None) -> dict[str, str | None] | None:
-        if value and (problem := unknown_fields(value)):
-            raise ValueError(problem)
-        return value
 
 
 HeldOutShare = Annotated[float, Field(gt=0, lt=1)]
@@ -254,13 +266,6 @@ class Data(Section):
     def pack_tokens(self) -> int | None:
         """To how many tokens each training batch is filled; None: it is a number of rows."""
         return None if isinstance(self.packing, bool) else self.packing.tokens
-
-    @field_validator("columns")
-    @classmethod
-    def _known_fields(cls, value: dict[str, str | None]) -> dict[str, str | None]:
-        if problem := unknown_fields(value):
-            raise ValueError(problem)
-        return value
 
     @field_validator("validation")
     @classmethod

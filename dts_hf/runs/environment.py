@@ -43,7 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def installed_packages() -> dict[str, str]:
     """The versions of those of ``PACKAGES`` that are there, by name."""
-    found = {name: version for name in PACKAGES if (version := _version(name))}
+    found = {name: version for name in PACKAGES if (version := installed_version(name))}
     return found | {"torch": str(torch.__version__)}
 
 
@@ -71,7 +71,8 @@ def where_it_trains(args: TrainingArguments) -> str:
     return f"training on the CPU ({torch.get_num_threads()} threads{each}); {why}"
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed, as of a checkout that never was."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
