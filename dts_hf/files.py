@@ -1,17 +1,24 @@
-"""Files of our own: written whole or not at all, JSON and JSONL, checksums."""
+"""Files of our own: written whole or not at all, and onto the disk; JSON and JSONL; checksums."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from dts_hf.errors import UserError
+
+#: What a file system answers that cannot flush folders, or lets nobody open this one: there is nothing more to do then.
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
 def check_output(path: Path, example: str, overwrite: bool) -> None:
@@ -32,15 +39,75 @@ def check_output(path: Path, example: str, overwrite: bool) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either its old content or all of the new one."""
+    """Write ``text`` so that ``path`` holds either its old content or all of the new one, even after a power cut."""
     path = Path(path)
     # Containers that share a folder may share process numbers; `tempfile` would make the file unreadable for others
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
+            flush(temporary)  # before its name: else a power cut could leave the name and no content
+            os.replace(temporary, path)
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Within it an error of the operating system names ``path``, where it names no file by itself (as of a full disk)."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def flush(path: str | Path) -> None:
+    """Return once the content of a file, or the names in a folder, are on the disk: a power cut cannot take them back."""
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NO_FLUSH:
+            error.filename = error.filename or str(path)
+            raise
+
+
+def flush_tree(folder: str | Path) -> None:
+    """``flush`` every file below ``folder``, then the folders from the innermost out, and ``folder`` itself.
+
+    The name of ``folder`` is in its parent, which is the caller's to flush once it has its final name.
+    """
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if os.path.isfile(os.path.join(parent, name)):  # else a socket or a dead link
+                flush(os.path.join(parent, name))
+        flush(parent)
+
+
+def digest(path: str | Path, size: int | None = None) -> str:
+    """A checksum against rot, not against people: ``xxh3:`` and 16 hexadecimal digits. It is read at the disk's speed.
+
+    Args:
+        path: the file.
+        size: of the first so many bytes; None: of all.
+    """
+    xxh3, left = xxhash.xxh3_64(), math.inf if size is None else size
+    with open(path, "rb") as file, naming(path):
+        while piece := file.read(int(min(left, 1 << 20))):
+            xxh3.update(piece)
+            left -= len(piece)
+    return f"xxh3:{xxh3.hexdigest()}"
+
+
+def text_digest(text: str) -> str:
+    """``digest`` of a file that holds ``text``."""
+    return f"xxh3:{xxhash.xxh3_64(text.encode()).hexdigest()}"
 
 
 def write_json_atomic(path: str | Path, values: Any) -> None:
