@@ -27,10 +27,11 @@ from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
+from dts_hf.runs.comparison import ModelRecord, check_same_rows
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
-from dts_hf.runs.start import Start, begin, check_same_rows, open_run
+from dts_hf.runs.start import Start, begin, open_run
 from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.callbacks import BeforeTrainingCallback, RunLogCallback
 from dts_hf.training.distillation_base import DistillationBase
@@ -68,10 +69,11 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     transformers_logging.disable_progress_bar()
 
     # 2. Rows, and their tokens. They come before the models because they are cheap to check.
-    rows, (tokenizer, teacher_tokenizer), data = read_rows(task)
+    record = ModelRecord(recipe, args, goes_on=start.keep)
+    rows, (tokenizer, teacher_tokenizer), data = read_rows(task, record)
 
-    # 3. Teacher and student. What generation would refuse later is refused now.
-    models = load_models(task, args, tokenizer, teacher_tokenizer)
+    # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
+    models = load_models(task, args, record, tokenizer, teacher_tokenizer)
     teacher, student = models.teacher, models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
@@ -82,9 +84,10 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 5. The trainer, where teacher, student, temperature and loss meet. It checks that they fit together.
     trainer = task.make_trainer(args, models, data)
+    trainer.models_record = record.values
 
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
-    made_from = task.manifest(rows, data)
+    made_from = {**task.manifest(rows, data), "models": record.values}
     check_start(recipe, start, trainer, made_from)
     run = open_run(recipe, start, made_from, args)
     trainer.add_callback(RunLogCallback(run))
@@ -117,15 +120,18 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 # ------------------------------------------------------------------------------------------------------- its pieces
 
 
-def read_rows(task: Task[Any]) -> tuple[Rows, tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], Data]:
+def read_rows(
+    task: Task[Any], record: ModelRecord
+) -> tuple[Rows, tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], Data]:
     """The rows, the tokenizers of student and teacher, and the rows as tokens.
 
     Raises:
-        UserError: a row, a tokenizer or a limit is wrong.
+        UserError: a row, a tokenizer or a limit is wrong; or a resume finds other tokenizers.
     """
     with working("reading and encoding the rows"):
         rows = task.load_rows()
         tokenizers = load_tokenizers(task.recipe)
+        record.add_tokenizers(*tokenizers)  # before rows are missing because of them
         return rows, tokenizers, task.encode(rows, tokenizers[0])
 
 
@@ -147,22 +153,26 @@ def check_hub(recipe: Recipe, args: TrainingArguments) -> None:
         on_first_process(look, args.process_index, args.world_size)
 
 
-def load_models(task: Task[Any], args: TrainingArguments, *tokenizers: PreTrainedTokenizerBase) -> Models:
+def load_models(
+    task: Task[Any], args: TrainingArguments, record: ModelRecord, *tokenizers: PreTrainedTokenizerBase
+) -> Models:
     """The teacher, checked and where the recipe wants it, and the student.
 
     Args:
         task: loads both.
         args: the device, and the seed of weights that are drawn anew.
+        record: takes what they are.
         tokenizers: the student's and the teacher's.
 
     Raises:
-        UserError: one of them cannot be loaded, or the loss cannot represent its outputs.
+        UserError: one of them cannot be loaded, the loss cannot represent its outputs, or a resume finds another one.
     """
     with working("loading the models"):
         teacher = task.load_teacher()
         if teacher is not None:
             task.check_head(teacher, "teacher")
         student = task.load_student(teacher, args.seed)
+        record.add_models(student, teacher)
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     if teacher is not None:
         place_teacher(teacher, task.recipe.required_teacher.placement, args.device)

@@ -1,7 +1,8 @@
 """Where a run starts: from nothing, from a checkpoint of its own (``--resume``), or nowhere, because it is done.
 
-A killed run ends as it would have ended only if nothing that its numbers depend on has changed. So the recipe and the
-rows are compared with those of the run directory; the trainer compares the launch (``check_resumable``).
+A killed run ends as it would have ended only if nothing that its numbers depend on has changed. So the recipe is compared
+with that of the run directory; ``comparison`` does so with models and rows, and the trainer with the launch
+(``check_resumable``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dts_hf.models.quantization import check_quantization
 from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
+from dts_hf.runs.comparison import as_text, leaves
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.local_names import local_names
@@ -117,7 +119,8 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         say(f"{run.path}: there is no run to resume, so this one starts from the beginning")
         return Start(keep=True)
     say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
-    kept = run.read_scores()
+    # The models and rows that these scores are of are in the manifest: without it nobody can tell
+    kept = run.read_scores() if run.data_manifest_path.is_file() else {}
     return Start(None, keep=True, scores=kept.get("models", {}), log_bytes=kept.get("log_bytes", 0))
 
 
@@ -185,6 +188,11 @@ def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
         say(f"{run.path}: no scores of {' and '.join(lost)} were kept, so they are left out")
     log_bytes = None
     if checkpoint.resolve().is_relative_to(run.path.resolve()):  # else it is that of another log
+        if not run.data_manifest_path.is_file():
+            raise UserError(
+                f"{run.data_manifest_path}: missing, and it alone knows the rows and models that {checkpoint.name} was made "
+                "with, so nothing can go on from it. Put the file back, or start again with --overwrite"
+            )
         log_bytes = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["log_bytes"]
         if run.log_size() < log_bytes:
             say(f"{run.log_path}: shorter than when {checkpoint.name} was saved, so lines of it are lost")
@@ -206,17 +214,19 @@ def _newest(run: RunDirectory) -> Path | None:
 
 def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirectory) -> None:
     """Refuse where the recipe of the run directory gives other numbers than ``now``; names what differs."""
-    before, asked = _leaves(was.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
-    after = _leaves(effective(now, args).model_dump(mode="json"))
+    before, asked = leaves(was.model_dump(mode="json")), leaves(now.model_dump(mode="json"))
+    after = leaves(effective(now, args).model_dump(mode="json"))
     # A run of an older version has not written all defaults: what it does not say, and nobody asks for, is the same.
     unsaid = {key for key in after if key not in before and key not in asked}
     changed = sorted(key for key in {*before, *after} - unsaid if before.get(key) != after.get(key))
     free = list(MAY_CHANGE)
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
+    if "models" in run.read_data_manifest():  # what is loaded is compared itself (comparison.ModelRecord)
+        free += ["teacher.revision", "student.revision"]
     refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
     if refused:
-        lines = [f"  {key}: was {_as_text(before, key)}, now {_as_text(after, key)}" for key in refused]
+        lines = [f"  {key}: was {as_text(before, key)}, now {as_text(after, key)}" for key in refused]
         if {*refused} & {*SCHEDULES}:
             lines.append(
                 "  (learning rate and temperature are scheduled over the whole run: a longer one is another run)"
@@ -228,39 +238,4 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
         )
     for key in changed:
         if not key.startswith("output."):
-            say(f"resumed with {key}: {_as_text(after, key)} (was {_as_text(before, key)})")
-
-
-def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
-    """Refuse to resume on other rows than those that the run directory was made with.
-
-    Args:
-        run: the run so far.
-        manifest: what would be its ``data_manifest.json``.
-
-    Raises:
-        UserError: rows have changed.
-    """
-    was = run.read_data_manifest()
-    for section in ("splits", "evaluation_sets"):
-        for name, values in was.get(section, {}).items():
-            now = manifest.get(section, {}).get(name, {})
-            for key in ("sha256", "rows"):
-                if values.get(key) != now.get(key):
-                    raise UserError(
-                        f"{run.path}: the rows of {name!r} have changed since this run was started ({key} was "
-                        f"{values.get(key)}, now {now.get(key)}), so it cannot go on. Start again with --overwrite"
-                    )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {}
-        leaves |= inner or {f"{prefix}{key}": value}
-    return leaves
-
-
-def _as_text(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "not set"
+            say(f"resumed with {key}: {as_text(after, key)} (was {as_text(before, key)})")

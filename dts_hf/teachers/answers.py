@@ -59,7 +59,7 @@ def answer_rows(
     settings = GenerationSettings(
         max_new_tokens=recipe.data.teacher_max_new_tokens, batch_size=recipe.evaluation.batch_size
     )
-    fingerprint = _fingerprint(recipe, settings, ids)
+    fingerprint = _fingerprint(recipe, getattr(teacher.config, "_commit_hash", None), settings, ids)
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache() / "teacher_answers"
     path = folder / f"{fingerprint}.json"
     rank, world = process()
@@ -136,8 +136,17 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dts_hf"
 
 
-def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Sequence[int]]) -> str:
-    """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts."""
+def _fingerprint(
+    recipe: Recipe, commit: str | None, settings: GenerationSettings, ids: Sequence[Sequence[int]]
+) -> str:
+    """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts.
+
+    Args:
+        recipe: names the teacher.
+        commit: of the teacher on the Hub, where a branch moves on.
+        settings: of the generation.
+        ids: tokens of the prompts.
+    """
     teacher = recipe.required_teacher
     source = ModelSource.resolve(teacher.model, "teacher.model")
     files = (
@@ -146,7 +155,7 @@ def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Seq
         else sorted(Path(source.location).glob("*.safetensors"))
     )
     described = {
-        "teacher": [teacher.model, teacher.revision, teacher.dtype, teacher.quantization],
+        "teacher": [teacher.model, teacher.revision, teacher.dtype, teacher.quantization, *filter(None, [commit])],
         # A folder's weights may be replaced under the same name: size and time tell.
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "settings": dataclasses.asdict(settings),

@@ -26,6 +26,7 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.logged_sums import LogColumns, StepSums, SumMeter
 from dts_hf.loss.statistics import CE, KD, ROWS
+from dts_hf.models.description import describe_for_training
 from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import Setting, models_of, render_card
 from dts_hf.temperature import TemperaturePolicy, build_policy
@@ -311,6 +312,10 @@ class DistillationBase(ResumableTrainer):
         return render_card(facts, where)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def describe_models(self) -> dict[str, Any]:
+        teacher, found = self.teacher_model, super().describe_models()
+        return found if teacher is None else {**found, "teacher": describe_for_training(teacher, trained=False)}
 
     def extra_state(self) -> ExtraState:
         budget = {"logits_budget_mb": self.loss.logits_budget_mb, "logits_budget_mb_asked_for": self._budget_asked_for}

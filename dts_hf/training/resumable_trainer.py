@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.trainer_utils import HubStrategy
@@ -34,8 +34,10 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.models.compilation import compile_layers
+from dts_hf.models.description import describe_for_training, describe_tokenizer, versions
 from dts_hf.models.saving import ready_for_generation, save_generation_config
-from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, remove, rotate
+from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, remove, rotate
+from dts_hf.runs.comparison import refuse_changed_models
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import writing
 from dts_hf.training import exact_resume
@@ -106,6 +108,7 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     Attributes:
         clock: how long training took.
+        models_record: what the models are, where that is known better than the trainer can tell (``runs.comparison``).
 
     Raises:
         UserError: the Trainer refuses its arguments, or a row is wrong.
@@ -126,6 +129,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         self.interruption = InterruptionCallback(self.save_checkpoint_now)
         self._resume = exact_resume.ResumeCallback(self._finish_step, self.clock)
         self.resumed_from: Path | None = None
+        self.models_record: Mapping[str, Any] | None = None
+        self._models_described: Mapping[str, Any] = {}
         self._progress: exact_resume.Progress | None = (
             None  # of the checkpoint that is resumed from, until its step is finished
         )
@@ -159,6 +164,15 @@ class ResumableTrainer(EvenBatchesTrainer):
 
     def load_extra_state(self, folder: Path, progress: exact_resume.Progress) -> None:
         """Restore what ``extra_state`` gave when the checkpoint in ``folder`` was written."""
+
+    def describe_models(self) -> dict[str, Any]:
+        """What a resumed run must find again of models and tokenizer; the first process asks, before training."""
+        found: dict[str, Any] = versions()
+        if self.model_init is None:  # else each trial has a student of its own
+            found["student"] = describe_for_training(cast(nn.Module, self.model), trained=True)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            found["student_tokenizer"] = describe_tokenizer(self.processing_class)
+        return found
 
     def facts_for_trackers(self) -> dict[str, Any]:
         """What trackers are to know of the run besides its arguments and the model's configuration."""
@@ -275,6 +289,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         )
         self._progress = None
         self.clock.start()
+        if self.models_record is None:
+            self._models_described = on_first_process(
+                self.describe_models, self.args.process_index, self.args.world_size
+            )
         if folder is not None:
             self.check_resumable(folder)
         try:
@@ -381,7 +399,8 @@ class ResumableTrainer(EvenBatchesTrainer):
             # 3. All have written: it is complete, and what it makes useless may go.
             if self.args.should_save:
                 step, resumable = self.state.global_step, not self.args.save_only_model
-                mark_complete(folder, step=step, resumable=resumable, **self.layout())
+                models = self.models_record or self._models_described
+                mark_complete(folder, step=step, resumable=resumable, models=models, **self.layout())
                 run = folder.parent.parent if self._interrupting else folder.parent
                 rotate(run, step, None if self._interrupting else limit, keep=[self.state.best_model_checkpoint])
             self.accelerator.wait_for_everyone()
@@ -436,6 +455,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: it cannot be exact; says why, and what to launch instead.
         """
+        was, now = read_complete(folder).get("models", {}), self.models_record or self._models_described
+        refuse_changed_models(str(folder), was, now, "train from the beginning")
         exact_resume.check_layout(
             folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha
         )

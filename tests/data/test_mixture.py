@@ -21,8 +21,9 @@ from dts_hf.evaluation.evaluate import _load_rows
 from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.recipe.schema import Recipe, Source
+from dts_hf.runs.comparison import check_same_rows
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.start import _check_same, check_same_rows
+from dts_hf.runs.start import _check_same
 from tests.support.recipes import recipe
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 

@@ -1,0 +1,169 @@
+"""What an earlier attempt of a run has recorded of rows and models, compared with what there is now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from dts_hf.console import say
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.errors import UserError
+from dts_hf.models.description import describe_model, describe_tokenizer, versions
+from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import RunDirectory
+
+#: Said of a model, and not compared: what may move without a change of anything that acts.
+TOLD_ONLY = ("commit",)
+#: Compared only where the same version of transformers has written both.
+OF_VERSION = ("rules", "class")
+MOST_LINES, MOST_CHARACTERS = 12, 300  # of a message, and of a value in it
+
+
+class ModelRecord:
+    """What the models of a run are, recorded as they are loaded; refuses the first that an earlier attempt had otherwise.
+
+    All processes have one and call it alike; the first one looks.
+
+    Args:
+        recipe: names the models and the run directory.
+        args: of it.
+        goes_on: an earlier attempt at this run is gone on with.
+
+    Attributes:
+        values: the section ``models`` of ``data_manifest.json``.
+    """
+
+    def __init__(self, recipe: Recipe, args: TrainingArguments, goes_on: bool) -> None:
+        self.recipe, self.args, self.goes_on = recipe, args, goes_on
+        self.values: dict[str, Any] = versions()
+
+    def add_tokenizers(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+        """Record the tokenizers, which are one where a student is cut out of its teacher.
+
+        Raises:
+            UserError: one has changed.
+        """
+
+        def describe() -> dict[str, Any]:
+            found = {"student_tokenizer": describe_tokenizer(student)}
+            return found if teacher is student else {**found, "teacher_tokenizer": describe_tokenizer(teacher)}
+
+        self._add(describe)
+
+    def add_models(self, student: Any, teacher: PreTrainedModel | None) -> None:
+        """Record the models, before the teacher is sharded.
+
+        Raises:
+            UserError: one has changed.
+        """
+
+        def describe() -> dict[str, Any]:
+            found = {"student": describe_model(student, self.recipe.student.model)}
+            if teacher is None:
+                return found
+            return {**found, "teacher": describe_model(teacher, self.recipe.required_teacher.model)}
+
+        self._add(describe)
+
+    def _add(self, describe: Callable[[], dict[str, Any]]) -> None:
+        def look() -> dict[str, Any]:
+            new = describe()
+            if self.goes_on:
+                self._compare({**versions(), **new})
+            return new
+
+        self.values |= on_first_process(look, self.args.process_index, self.args.world_size)
+
+    def _compare(self, now: Mapping[str, Any]) -> None:
+        run = RunDirectory(self.recipe.output.dir)
+        manifest = run.read_data_manifest()
+        if "models" in manifest:
+            refuse_changed_models(str(run.path), manifest["models"], now, "start again with --overwrite")
+        elif manifest and "student" in now:
+            say(f"{run.path}: an older version began this run and did not record its models: a change is not noticed")
+
+
+def refuse_changed_models(where: str, was: Mapping[str, Any], now: Mapping[str, Any], otherwise: str) -> None:
+    """Refuse to go on with other models than those of the record.
+
+    Args:
+        where: a run or a checkpoint, for the message.
+        was: what it was begun with, as ``ModelRecord.values`` or a part of it.
+        now: the same of what has been loaded now.
+        otherwise: what else there is to do than to put them back.
+
+    Raises:
+        UserError: names what has changed.
+    """
+    lines = changed_models(was, now)
+    if not lines:
+        return
+    more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    moved = [
+        f"  (the Hub's {role} was commit {commit}: set {role}.revision to it)"
+        for role in ("teacher", "student")
+        if (commit := was.get(role, {}).get("commit")) and commit != now.get(role, {}).get("commit", commit)
+    ]
+    raise UserError(
+        f"{where}: its models are not those that it was started with, so going on would give numbers of neither:\n"
+        + "\n".join([*lines[:MOST_LINES], *more, *moved])
+        + f"\nPut them back as they were, or choose another output.dir, or {otherwise}"
+    )
+
+
+def changed_models(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each value that differs, of the models and tokenizers that both records know."""
+    same_version = was.get("transformers") == now.get("transformers")
+    lines = []
+    for role in sorted({*was} & {*now} - {*versions()}):
+        for part in sorted({*was[role]} & {*now[role]} - {*TOLD_ONLY, *(() if same_version else OF_VERSION)}):
+            before, after = leaves({part: was[role][part]}), leaves({part: now[role][part]})
+            # What one version of transformers (or peft) writes out, another one may not know
+            whole = (same_version and part != "adapter") or not (was[role][part] and now[role][part])
+            keys = ({*before} | {*after}) if whole else {*before} & {*after}
+            lines += [
+                f"  {role}.{key}: was {as_text(before, key)}, now {as_text(after, key)}"
+                for key in sorted(keys)
+                if before.get(key) != after.get(key)
+            ]
+    return lines
+
+
+def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
+    """Refuse to resume on other rows than those that the run directory was made with.
+
+    Args:
+        run: the run so far.
+        manifest: what would be its ``data_manifest.json``.
+
+    Raises:
+        UserError: rows have changed.
+    """
+    was = run.read_data_manifest()
+    for section in ("splits", "evaluation_sets"):
+        for name, values in was.get(section, {}).items():
+            now = manifest.get(section, {}).get(name, {})
+            for key in ("sha256", "rows"):
+                if values.get(key) != now.get(key):
+                    raise UserError(
+                        f"{run.path}: the rows of {name!r} have changed since this run was started ({key} was "
+                        f"{values.get(key)}, now {now.get(key)}), so it cannot go on. Start again with --overwrite"
+                    )
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {}
+        found |= inner or {f"{prefix}{key}": value}
+    return found
+
+
+def as_text(values: Mapping[str, Any], key: str) -> str:
+    """The value of ``key`` for a message."""
+    text = json.dumps(values[key]) if key in values else "not set"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
