@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.files import digest, jsonable, text_digest
 
-#: What the Trainer itself sets in a model's configuration, from the tokenizer and for the time of training.
-SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+#: What the Trainer itself sets in a model's configuration: from the tokenizer, for the time of training, as it is saved.
+SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "architectures", "dtype")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: transformers imports the Python code that comes with a model under this name.
 REMOTE_CODE = "transformers_modules"
