@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from dts_hf.files import digest, jsonable, text_digest
 
@@ -37,13 +41,14 @@ def versions() -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------- models
 
 
-def describe_model(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+def describe_model(model: nn.Module, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """A model that has just been loaded; the values are JSON's.
 
     Args:
-        model: whole, on one process; with the adapter that it is trained with, if any.
-        name: of the folder or on the Hub. A quantised model's weights are those of its files: packed, they may differ in
-            their last bits from one card to another.
+        model: full, on one process; with the adapter that it is trained with, if any.
+        name: of the folder or on the Hub; None: it was cut out of another one. A quantised model's weights are those of its
+            files: packed, they may differ in their last bits from one card to another.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         ``config``, ``generation_config``, ``adapter``, ``commit`` (on the Hub), ``code`` (digest of what came with it) and
@@ -51,6 +56,7 @@ def describe_model(model: nn.Module, name: str | None = None) -> dict[str, Any]:
         ``unpacked_weights`` and ``files``.
     """
     values = {**_settings(model), "generation_config": _configuration(getattr(model, "generation_config", None))}
+    values["commit"] = commit_of(name, revision)
     if _is_quantized(model):
         values["files"] = _files_digest(name) or values["commit"]
     return values | _weights(model, frozen=bool(_adapters(model)))
@@ -66,6 +72,23 @@ def describe_for_training(model: nn.Module, trained: bool) -> dict[str, Any]:
     values = _settings(model)
     values["config"] = {key: value for key, value in values["config"].items() if key not in SET_BY_TRAINER}
     return values | _weights(model, frozen=trained)
+
+
+def commit_of(name: str | None, revision: str | None) -> str | None:
+    """The commit on the Hub that a model has just been loaded from, as the cache knows it; None: it came from elsewhere.
+
+    Args:
+        name: as the recipe has it.
+        revision: branch, tag or commit.
+    """
+    if name is None or Path(name).exists():
+        return None
+    try:
+        path = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    except HFValidationError:  # package:NAME/FILE.gguf
+        return None
+    found = re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if isinstance(path, str) else None
+    return found[1] if found else None
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -90,7 +113,6 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     return {
         "config": _configuration(config),
         "adapter": {name: _adapter(adapter) for name, adapter in _adapters(model).items()},
-        "commit": getattr(config, "_commit_hash", None),
         "code": _code_digest(type(_base(model))),
     }
 

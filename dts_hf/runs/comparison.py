@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.console import say
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
-from dts_hf.models.description import describe_model, describe_tokenizer, versions
+from dts_hf.models.description import SET_BY_TRAINER, describe_model, describe_tokenizer, versions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
@@ -61,10 +61,12 @@ class ModelRecord:
         """
 
         def describe() -> dict[str, Any]:
-            found = {"student": describe_model(student, self.recipe.student.model)}
-            if teacher is None:
-                return found
-            return {**found, "teacher": describe_model(teacher, self.recipe.required_teacher.model)}
+            asked = self.recipe.student
+            found = {"student": describe_model(student, asked.model, asked.revision)}
+            if teacher is not None:
+                section = self.recipe.required_teacher
+                found["teacher"] = describe_model(teacher, section.model, section.revision)
+            return found
 
         self._add(describe)
 
@@ -102,10 +104,11 @@ def refuse_changed_models(where: str, was: Mapping[str, Any], now: Mapping[str, 
     if not lines:
         return
     more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    commits = {role: [of.get(role, {}).get("commit") for of in (was, now)] for role in ("teacher", "student")}
     moved = [
-        f"  (the Hub's {role} was commit {commit}: set {role}.revision to it)"
-        for role in ("teacher", "student")
-        if (commit := was.get(role, {}).get("commit")) and commit != now.get(role, {}).get("commit", commit)
+        f"  (the Hub's {role} was commit {before}, and is {after}: set {role}.revision to the first)"
+        for role, (before, after) in commits.items()
+        if before and after and before != after
     ]
     raise UserError(
         f"{where}: its models are not those that it was started with, so going on would give numbers of neither:\n"
@@ -123,7 +126,8 @@ def changed_models(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             before, after = leaves({part: was[role][part]}), leaves({part: now[role][part]})
             # What one version of transformers (or peft) writes out, another one may not know
             whole = (same_version and part != "adapter") or not (was[role][part] and now[role][part])
-            keys = ({*before} | {*after}) if whole else {*before} & {*after}
+            one_sided = {*before} ^ {*after} if whole else set()
+            keys = {*before} & {*after} | one_sided - {f"config.{key}" for key in SET_BY_TRAINER}
             lines += [
                 f"  {role}.{key}: was {as_text(before, key)}, now {as_text(after, key)}"
                 for key in sorted(keys)

@@ -22,6 +22,7 @@ from dts_hf.files import write_json_atomic
 from dts_hf.generation.answer_file import AnswerFile
 from dts_hf.generation.engine import Generated, GenerationSettings, generate
 from dts_hf.generation.shares import answer_share, decode_answer
+from dts_hf.models.description import commit_of
 from dts_hf.models.loading import ModelSource
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def answer_rows(
     settings = GenerationSettings(
         max_new_tokens=recipe.data.teacher_max_new_tokens, batch_size=recipe.evaluation.batch_size
     )
-    fingerprint = _fingerprint(recipe, getattr(teacher.config, "_commit_hash", None), settings, ids)
+    fingerprint = _fingerprint(recipe, settings, ids)
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache() / "teacher_answers"
     path = folder / f"{fingerprint}.json"
     rank, world = process()
@@ -136,19 +137,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dts_hf"
 
 
-def _fingerprint(
-    recipe: Recipe, commit: str | None, settings: GenerationSettings, ids: Sequence[Sequence[int]]
-) -> str:
-    """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts.
-
-    Args:
-        recipe: names the teacher.
-        commit: of the teacher on the Hub, where a branch moves on.
-        settings: of the generation.
-        ids: tokens of the prompts.
-    """
+def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Sequence[int]]) -> str:
+    """A name for the answers: teacher, precision, limits, batches (bf16 near-ties) and the very tokens of the prompts."""
     teacher = recipe.required_teacher
     source = ModelSource.resolve(teacher.model, "teacher.model")
+    commit = commit_of(teacher.model, teacher.revision)  # a branch on the Hub moves on
     files = (
         [Path(source.location) / source.gguf_file]
         if source.gguf_file

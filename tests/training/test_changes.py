@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
@@ -304,6 +305,41 @@ def test_the_record_of_a_checkpoint_counts_too_where_the_manifest_has_none(kille
     assert says.startswith("run/checkpoint-2: its models") and "teacher.weights: was" in says
 
 
+# ---------------------------------------------------------------------------------------------------------- from the Hub
+
+
+def test_a_name_on_the_hub_that_has_moved_on_is_refused_with_the_commit_to_set(tmp_path, monkeypatch):
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repository, (first, second, third) = cache / "models--org--teacher", (letter * 40 for letter in "abc")
+    prepare(tmp_path)
+
+    def main(commit: str) -> None:
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(tmp_path / "teacher", repository / "snapshots" / commit)
+
+    main(first)
+    of_hub = {"teacher": {"model": "org/teacher"}}
+    with pytest.raises(Killed):
+        live(tmp_path, resume=False, kill_at=4, **of_hub)
+    manifest = json.loads((tmp_path / "run" / "data_manifest.json").read_text())
+    assert manifest["models"]["teacher"]["commit"] == first and manifest["models"]["student"]["commit"] is None
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    main(second)  # of the readme alone
+    live(tmp_path, **of_hub)
+    end = end_of(tmp_path / "run")
+    other_model("teacher")(tmp_path)
+    main(third)
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(tmp_path / "killed", tmp_path / "run")
+    says = refusal(tmp_path, **of_hub)
+    assert "teacher.weights: was" in says
+    assert f"the Hub's teacher was commit {first}, and is {third}: set teacher.revision to the first" in says
+    live(tmp_path, teacher={"model": "org/teacher", "revision": first})
+    assert end_of(tmp_path / "run") == end
+
+
 # ------------------------------------------------------------------------------------------------------------- from Python
 
 
@@ -344,6 +380,19 @@ def test_a_trainer_refuses_what_it_can_tell_exactly(tmp_path):
     assert same.train(checkpoint).global_step == same.train(checkpoint).global_step == 3
 
 
+def test_a_trainer_knows_the_models_of_a_run_of_the_command_line(killed, tmp_path, monkeypatch):
+    monkeypatch.chdir(killed[False])
+    record = read_complete(killed[False] / "run" / "checkpoint-2")["models"]
+    manifest = json.loads((killed[False] / "run" / "data_manifest.json").read_text())
+    assert record == manifest["models"]
+    tokenizer = AutoTokenizer.from_pretrained("student")
+    for name, expected in (("teacher", []), ("student", ["teacher.weights", "teacher.config.attn_pdrop"])):
+        models = (AutoModelForCausalLM.from_pretrained(of) for of in ("student", name))
+        trainer = trainer_for(tmp_path, *models, processing_class=tokenizer)
+        changed = [line.split(":")[0].strip() for line in changed_models(record, trainer.describe_models())]
+        assert {*expected} <= {*changed} and bool(changed) == bool(expected), changed
+
+
 def test_a_trainer_compares_an_adapter_and_what_it_stands_on(tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_for(tmp_path, options=options, peft_config=lora(4)).train()
@@ -373,7 +422,7 @@ def test_weights_that_are_not_here_are_left_out():
     with torch.device("meta"):
         absent = torch.nn.Linear(2, 2)
     assert weights_digest(absent.named_parameters()) is None
-    assert describe_for_training(absent, trained=False).keys() == {"config", "adapter", "commit", "code"}
+    assert describe_for_training(absent, trained=False).keys() == {"config", "adapter", "code"}
 
 
 def test_a_quantised_teacher_is_known_by_its_files_and_by_what_is_not_packed(tmp_path):
@@ -392,8 +441,7 @@ def test_a_quantised_teacher_is_known_by_its_files_and_by_what_is_not_packed(tmp
     (tmp_path / "model.safetensors").write_bytes(b"others")
     now = describe_model(model, str(tmp_path))
     assert {key for key in was if was[key] != now[key]} == {"unpacked_weights", "files"}
-    model.config._commit_hash = "c0ffee"
-    assert describe_model(model, "org/name")["files"] == "c0ffee"
+    assert describe_model(model, "org/name")["files"] is None  # nobody has loaded it from there
 
 
 def test_another_version_of_transformers_is_no_change_of_a_model():
