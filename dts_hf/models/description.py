@@ -1,8 +1,8 @@
 """What a model and a tokenizer are once they are loaded: the record that a resumed run must find again.
 
 Not the files are described but what has become of them: every format (shards, GGUF, adapters), every place and every
-change that a recipe itself makes to a configuration are the same to it. Nothing is sampled: weights are read whole, once,
-which takes a second for some ten gigabytes of memory.
+change that a recipe itself makes to a configuration are the same to it. Nothing is sampled: all weights are read once, about
+as fast as memory is.
 """
 
 from __future__ import annotations
