@@ -17,6 +17,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from dts_hf.data import file_limits
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError
 from dts_hf.recipe.loading import load_recipe
+from dts_hf.runs.checkpoints import COMPLETE, mark_complete, read_complete
 from dts_hf.runs.environment import environment
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -199,6 +201,42 @@ def test_code_of_a_model_runs_when_asked_for_by_name(
     assert with_code.is_dir()
 
 
+def test_a_generate_of_the_model_does_not_run(place: Path) -> None:
+    """``custom_generate/generate.py`` beside the weights would stand in for ``generate``."""
+    folder, marker = place / "models" / "teacher", place / "marker"
+    (folder / "custom_generate").mkdir()
+    code = f"import os\nos.mkdir({str(marker)!r})\ndef generate(model, **kwargs): return model.generate(**kwargs)\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    for command in (
+        "evaluate models/teacher --data valid.jsonl --template plain --max-new-tokens 2",
+        "doctor recipe.yaml",
+    ):
+        result = run(*command.split())
+        assert not marker.exists() and "Traceback" not in result.output, result.output
+
+
+TEMPLATES = (
+    "{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}",
+    "{{ self.__init__.__globals__.__builtins__.__import__('os').mkdir('MARKER') }}",
+    "{% for kind in ().__class__.__base__.__subclasses__() %}{% if 'wrap_close' in kind.__name__ %}"
+    "{{ kind.__init__.__globals__['mkdir']('MARKER') }}{% endif %}{% endfor %}",
+    "{{ messages.__class__.__base__.__subclasses__() | length }}{{ lipsum.__globals__['os'].mkdir('MARKER') }}",
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_code_in_a_chat_template_does_not_run(place: Path, template: str) -> None:
+    marker = place / "marker"
+    text = template.replace("MARKER", str(marker))
+    jinja2.Environment().from_string(text).render(messages=[])  # a control: without a sandbox it does
+    marker.rmdir()
+    (place / "models" / "teacher" / "chat_template.jinja").write_text(text)
+    for command in ("train", "doctor"):
+        result = run(command, "recipe.yaml", "data.prompt_template=chat")
+        assert not marker.exists() and result.exit_code in (1, 2), result.output
+    assert not (place / "runs").exists()
+
+
 # -------------------------------------------------------------------------------------------------- checkpoints and rows
 
 
@@ -212,24 +250,24 @@ def test_a_checkpoint_with_planted_pickles_does_not_run(place: Path) -> None:
             continue
         kept, new = (checkpoint / name).read_bytes(), checkpoint / name
         torch.save({"planted": Planted(marker)}, new)
-        _same_size(new, len(kept), checkpoint)
+        list_anew(checkpoint)
         again = ["training.resume_from_checkpoint=runs/x/checkpoint-1", "evaluation.models=[]", "output.report=false"]
-        result = run("train", "recipe.yaml", *again)
+        result = run("train", "recipe.yaml", *again, f"output.dir=runs/{name}")
         assert not marker.exists(), f"{name} was unpickled: {result.output}"
+        if name == "training_args.bin":  # nobody reads it
+            assert result.exit_code == 0, result.output
+        else:
+            refused(result, "checkpoint-1", "mkdir, which is none of the types of a checkpoint")
         (checkpoint / name).write_bytes(kept)
         replaced += 1
     assert replaced >= 3  # optimizer, scheduler, random state
 
 
-def _same_size(file: Path, size: int, checkpoint: Path) -> None:
-    """The list of a complete checkpoint names sizes: an attacker would have adapted it."""
-    listing = checkpoint / "complete.json"
-    if listing.is_file():
-        values = json.loads(listing.read_text())
-        for name in values["files"]:
-            if name == file.name:
-                values["files"][name] = file.stat().st_size
-        listing.write_text(json.dumps(values))
+def list_anew(checkpoint: Path) -> None:
+    """The list of a complete checkpoint tells what its files were: an attacker would have adapted it."""
+    record = read_complete(checkpoint)
+    (checkpoint / COMPLETE).unlink()
+    mark_complete(checkpoint, **{key: value for key, value in record.items() if key not in ("format", "files")})
 
 
 def test_names_in_rows_lead_nowhere(place: Path) -> None:

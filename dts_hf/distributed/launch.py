@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from dts_hf.errors import UserError
 
@@ -83,6 +85,12 @@ def _check_fsdp(args: TrainingArguments) -> None:
         raise UserError(
             "launch: fsdp_cpu_ram_efficient_loading: got true, expected false: models are read in full on every process, "
             "checked there, and then sharded"
+        )
+    form = (args.fsdp_plugin_args or {}).get("state_dict_type") or os.environ.get("FSDP_STATE_DICT_TYPE", "")
+    if form == "FULL_STATE_DICT" and args.optim == OptimizerNames.SGD and args.save_strategy != SaveStrategy.NO:
+        raise UserError(
+            "launch: fsdp_state_dict_type: got FULL_STATE_DICT with training.optim sgd, which has no state: torch cannot "
+            "read such a checkpoint back; expected SHARDED_STATE_DICT, another optimizer, or training.save_strategy: 'no'"
         )
 
 

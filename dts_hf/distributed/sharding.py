@@ -22,9 +22,10 @@ PLACEMENTS = ("replicated", "sharded")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights are sharded over processes (ZeRO-3, FSDP2), so that a forward needs all of them."""
+    """Whether the weights are sharded over processes (ZeRO-3, FSDP2; over one, too), so that a forward needs all of them."""
     # The cheap question first: a teacher is asked for every batch
-    return process()[1] > 1 and any(_is_shard(parameter) for parameter in model.parameters())
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return grouped and any(_is_shard(parameter) for parameter in model.parameters())
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -44,7 +44,7 @@ MAY_CHANGE = (
         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
         "dataloader_multiprocessing_context", "log_level*", "log_on_each_node", "disable_tqdm", "report_to", "run_name",
         "project", "trackio_*", "push_to_hub", "hub_*", "skip_memory_metrics", "ddp_timeout", "ddp_backend",
-        "resume_from_checkpoint", "ignore_data_skip", "save_*",
+        "resume_from_checkpoint", "ignore_data_skip", "save_*", "fsdp_config.state_dict_type",
     )),
 )  # fmt: skip
 SCHEDULES = ("training.max_steps", "training.num_train_epochs")

@@ -39,8 +39,9 @@ from dts_hf.training.clock import TrainingClock
 
 #: Learning rate schedules that do not ask how long the run is.
 WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
-#: Strategies whose checkpoints are the same files, whatever the number of processes.
-SAME_FILES = ("single", "ddp")
+#: Strategies whose checkpoints are the same files, whatever the number of processes: plain ones, and those of FSDP2, whole
+#: or in pieces (which ``torch.distributed.checkpoint`` shares out anew).
+SAME_FILES = (("single", "ddp"), ("fsdp2",))
 
 
 # ---------------------------------------------------------------------------------------------------------- the files
@@ -330,8 +331,10 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
         )
     if was["device"] != now["device"]:
         return f"the device was {was['device']} and would be {now['device']} (training.use_cpu decides)"
-    if not {was["strategy"], now["strategy"]} <= {*SAME_FILES}:
-        return "checkpoints of sharded training fit the same strategy and number of processes only"
+    if not any({was["strategy"], now["strategy"]} <= {*strategies} for strategies in SAME_FILES):
+        if was["strategy"] != now["strategy"]:
+            return f"{now['strategy']} cannot read the files of {was['strategy']}"
+        return "DeepSpeed's files fit the same number of processes, rows and accumulation only"
     if was.get("tokens_per_device") != now["tokens_per_device"]:
         return "batches were filled to another number of tokens (data.packing)"
     # Batches that are filled to a number of tokens are the same ones, whoever takes them

@@ -346,4 +346,6 @@ def disk_needed(student: ModelShape, workload: Workload, plan: Plan, checkpoints
     one = saved + (_state_bytes(workload, types) + types.master) * trained
     if types.master:  # DeepSpeed keeps the model in its own form as well
         one += weights
+    if plan.strategy == "fsdp2":  # and accelerate, where checkpoints are whole (fsdp_state_dict_type)
+        one += saved
     return (0 if not checkpoints else checkpoints + 1) * one + weights

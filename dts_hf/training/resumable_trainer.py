@@ -29,6 +29,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from dts_hf.data.streams import RowStream
+from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
@@ -88,7 +89,10 @@ PRIVATE_NAMES: dict[str, str | None] = {
     # Checkpoints
     "_get_output_dir": "(self, trial)",
     "_save_checkpoint": "(self, model, trial)",
+    "_load_best_model": "(self)",
+    "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_load_rng_state": "(self, checkpoint)",
     "_issue_warnings_after_load": "(self, load_result)",
     # The Hub
     "_save": "(self, output_dir=None, state_dict=None)",
@@ -472,6 +476,22 @@ class ResumableTrainer(EvenBatchesTrainer):
             scheduled = self.scheduled_over_run()
             exact_resume.check_length(self.resumed_from, values[-1], self.args, own_scheduler=own, scheduled=scheduled)
         return values
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """The Trainer's. DeepSpeed's and FSDP2's checkpoints are read here, and here alone."""
+        if resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+        with data_only(resume_from_checkpoint), in_form_of(resume_from_checkpoint, self.accelerator):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        with data_only(best), in_form_of(best, self.accelerator):
+            super()._load_best_model()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with data_only(str(checkpoint)):  # as it is, but refused in our words
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Not in _load_from_checkpoint, which the Trainer does not call under DeepSpeed.

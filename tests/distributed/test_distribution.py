@@ -87,6 +87,11 @@ def test_launches_that_are_what_they_claim(launched, variables, args):
         (FSDP, arguments(2, "MULTI_CPU"), "on a CPU accelerate runs DDP instead.*zero3.yaml"),
         ({**FSDP, "FSDP_VERSION": "1"}, arguments(2, "MULTI_GPU"), "fsdp_version: got 1, expected 2"),
         (TORCHRUN, arguments(2, "MULTI_GPU", fsdp=True, fsdp_plugin_args={"fsdp_version": 1}), "got 1, expected 2"),
+        (
+            {**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+            arguments(2, "MULTI_GPU", optim="sgd", save_strategy="steps"),
+            "expected SHARDED_STATE_DICT, another optimizer",
+        ),
         ({**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, arguments(2, "MULTI_GPU"), "got true, expected false"),
     ],
 )

@@ -53,8 +53,10 @@ def strategy_arguments(strategy: str | None = None) -> dict[str, Any]:
         return {"use_cpu": True}
     if strategy == "ddp":
         return {"use_cpu": True, "ddp_backend": "gloo"}
-    if strategy == "fsdp2":
-        config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+    if strategy.startswith("fsdp2"):  # "fsdp2-sharded": checkpoints in pieces
+        form = "SHARDED_STATE_DICT" if strategy.endswith("-sharded") else "FULL_STATE_DICT"
+        config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
+                  "state_dict_type": form}  # fmt: skip
         return {"use_cpu": True, "ddp_backend": "gloo", "fsdp": True, "fsdp_config": config}
     return {"use_cpu": True, "deepspeed": deepspeed_config(int(strategy.removeprefix("zero")))}
 
@@ -72,6 +74,21 @@ def training_arguments(strategy: str | None = None, **values: Any) -> TrainingAr
     if strategy == "fsdp2":
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return args
+
+
+def fsdp_on_cpu() -> None:
+    """From now on this process's ``TrainingArguments`` with FSDP get it on a CPU too: see ``training_arguments``."""
+    from accelerate.utils import DistributedType
+    from transformers import TrainingArguments
+
+    finish = TrainingArguments.__post_init__
+
+    def post_init(self: TrainingArguments) -> None:
+        finish(self)
+        if self.fsdp:
+            self.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+    TrainingArguments.__post_init__ = post_init  # type: ignore[method-assign]
 
 
 def command(

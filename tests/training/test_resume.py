@@ -20,11 +20,10 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import checkpoints, mark_complete, newest_complete, read_complete, rotate, why_incomplete
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import LOCK, lock, unlock
+from tests.support.ends import end_of, finish, log_of, refused, without_times
 from tests.workers.resume_worker import HAS_DEEPSPEED, Life, prepare, recipe
 
 pytestmark = pytest.mark.slow
-TIMES = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
-         "eval_model_preparation_time", "seconds", "total_seconds", "peak_memory_gb")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,37 +31,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     prepare(folder)
     return folder
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [without_times(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def end_of(run: Path) -> dict[str, Any]:
-    """All that a run leaves behind and that does not depend on the clock; weights as digests of their bytes."""
-    last = checkpoints(run)[-1]
-    return {
-        "files": sorted(p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()),
-        "final": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((run / "final").iterdir())
-        },
-        "last": hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest(),
-        "temperature": json.loads((last / "temperature.json").read_text()),
-        "log": log_of(run),
-        "metrics": without_times(json.loads((run / "metrics.json").read_text())),
-        "predictions": {path.name: path.read_text() for path in sorted((run / "predictions").iterdir())},
-    }
-
-
-def finish(life: Life) -> None:
-    codes = life.wait()
-    assert set(codes) == {0}, (codes, life.says()[-3000:])
 
 
 # --------------------------------------------------------------------------------------- straight against killed
@@ -234,20 +202,6 @@ def killed_run(workplace: Path, output: str, step: int = 8, world: int = 1, **se
     values = of_launch(world, output, **sections)
     assert set(Life(workplace, values, world, "ddp" if world > 1 else "single", kill_at_step=step).wait()) == {-9}
     return workplace / output
-
-
-def refused(workplace: Path, values: dict[str, Any], world: int = 1, strategy: str = "single") -> str:
-    """The message of a resume that is refused, with nothing changed in the run directory."""
-    run = workplace / values["output"]["dir"]
-
-    def content() -> dict[Path, bytes]:  # a killed process leaves its lock file, the next one removes it
-        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK}
-
-    before = content()
-    life = Life(workplace, values, world, strategy, resume=True)
-    assert set(life.wait()) == {2}, life.says()[-2000:]
-    assert content() == before
-    return life.says()
 
 
 def test_no_run_and_a_finished_one(workplace, straight):
@@ -452,7 +406,7 @@ def test_the_number_of_processes_may_not_change_otherwise(workplace):
     complete = run / "checkpoint-5" / "complete.json"
     complete.write_text(complete.read_text().replace('"ddp"', '"zero3"'))
     says = refused(workplace, of_launch(2, "dropout"), 2, "ddp")
-    assert "written by zero3 on 2 processes" in says and "sharded training fit the same strategy and number" in says
+    assert "written by zero3 on 2 processes" in says and "ddp cannot read the files of zero3" in says
 
 
 def test_a_classifier_goes_on_too_with_its_best_epoch(workplace):

@@ -30,7 +30,7 @@ from dts_hf.distill import distill
 from dts_hf.errors import Interrupted, UserError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.training.temperature_callback import TemperatureCallback
-from tests.support.launching import strategy_arguments
+from tests.support.launching import fsdp_on_cpu, strategy_arguments
 from tests.support.tiny import tiny_gpt2, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,10 +151,12 @@ def _live(folder: Path, values: dict[str, Any], rank: int, world: int, port: int
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output.fileno(), stream.fileno())
     torch.set_num_threads(1)
-    if world > 1 or strategy.startswith("zero"):
+    if world > 1 or strategy.startswith(("zero", "fsdp")):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
         values["training"] |= strategy_arguments(strategy)
+    if strategy.startswith("fsdp2"):
+        fsdp_on_cpu()
     _arm(**how)
     try:
         distill(Recipe.from_dict(values), resume=how.get("resume", False))
