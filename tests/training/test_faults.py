@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
-from dts_hf.runs import failures
+from dts_hf.runs import failures, stopping
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
 from dts_hf.training import signals as interruption
 from tests.support.launching import ROOT, WORKERS, environment
@@ -730,18 +730,18 @@ def test_what_fails_on_the_first_process_is_known_to_be_everywhere(
 
 
 def test_handlers_are_put_back_and_the_exception_is_an_exit() -> None:
-    before = [signal.getsignal(number) for number in interruption.SIGNALS]
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
 
     @interruption.stops_on_signal
     def work() -> None:
-        assert all(signal.getsignal(number) not in before for number in interruption.SIGNALS)
+        assert all(signal.getsignal(number) not in before for number in stopping.SIGNALS)
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(5)
 
     with pytest.raises(Interrupted, match="SIGUSR1 outside of training") as caught:
         work()
     assert isinstance(caught.value, SystemExit) and caught.value.code == 75
-    assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
 def test_off_the_main_thread_there_are_no_handlers() -> None:
