@@ -105,11 +105,11 @@ class Swallows:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0)
-def work(*_, **__):  # in the middle of the command
+def command() -> None:
     {how}
     while True:
         time.sleep(0.01)
-schema.print_json = work
+schema.command = command
 main()
 """
 
@@ -134,9 +134,13 @@ def test_a_command_that_trains_nothing_ends(how: str, status: int) -> None:
 def test_a_forked_worker_is_no_run() -> None:
     """What a library forks (a pool of datasets, say) ends on SIGTERM as if nobody had ever caught it."""
     code = (
-        "import os, signal, time\nfrom dts_hf.runs import stopping\nstopping.catch_signals()\nchild = os.fork()\n"
-        "if not child: time.sleep(60)\n"
+        "import os, signal, time\nfrom dts_hf.runs import stopping\nstopping.catch_signals()\n"
+        "ready, tell = os.pipe()\nchild = os.fork()\n"
+        "if not child:\n    os.write(tell, b'1')\n    time.sleep(60)\n    os._exit(0)\n"
+        "os.read(ready, 1)  # Python forgets what comes before its fork is done\n"
         "os.kill(child, signal.SIGTERM)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "-15\n" and done.stderr == ""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "-15\n" and done.stderr == "", done

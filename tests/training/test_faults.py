@@ -315,6 +315,28 @@ def test_a_killed_process_ends_the_other(lives: Lives, straight_two: Path, victi
     goes_on(lives, folder, straight_two, world=2)
 
 
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_process_that_does_not_answer_ends_the_other(lives: Lives, straight_two: Path, victim: int) -> None:
+    """Stopped, not dead: its connections stay open, and only the timeout of the collective can tell."""
+    folder = lives.folder(per_device_train_batch_size=2, ddp_timeout=6)
+    both = lives.start(folder, world=2, step=3)
+    for one in both:
+        one.until_reached()
+    both[victim].kill(signal.SIGSTOP).open_gate()
+    other = both[1 - victim]
+    began = time.monotonic()
+    assert other.wait(60) == ExitCode.FAILED, other.err
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in other.err
+    last = other.err.splitlines()[-1]
+    assert f"process {victim} has not answered for 6 s (training.ddp_timeout) after step 3" in last, other.err
+    assert "--resume" in last
+    both[victim].kill(signal.SIGKILL).wait()
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+    goes_on(lives, folder, straight_two, world=2)
+
+
 # Under a launcher: torchrun, and accelerate launch, which is the same agent. It looks after the processes of its machine.
 # Where nobody needs to be killed the agent runs here over processes that are forked from the warm one.
 
