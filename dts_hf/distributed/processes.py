@@ -81,7 +81,7 @@ def silent_processes(look: bool) -> list[int]:
     """The ranks that do not answer, after a collective has failed; empty: nobody can tell. Who finds out so calls it.
 
     Each that is alive writes a word into the store in which the processes once met: the failure of one closes its
-    connections, so the others fail a moment later. The store itself may be with the process that hangs, if no launcher has it.
+    connections, so the others fail a moment later. The store itself may be with the process that hangs: no launcher has it.
 
     Args:
         look: wait for the words of the others; False: only leave one.

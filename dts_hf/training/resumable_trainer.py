@@ -46,6 +46,7 @@ from dts_hf.training.even_batches import EvenBatchesTrainer
 from dts_hf.training.hub_upload import UPLOAD, HubUploads, remove_all_of
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
 from dts_hf.training.signals import asked_to_stop, at_step_end
+from dts_hf.training.silence import SilenceCallback
 from dts_hf.training.tracking import facts_for_trackers
 from dts_hf.training.unused_parameters import may_leave_unused
 
@@ -139,6 +140,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
         # Here and not earlier: whatever looks at the model to see what it is (heads, packing, routers) has done so.
         self.compile_layers(model, "the student")
+        if self.args.world_size > 1:
+            self.add_callback(SilenceCallback())
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
 
@@ -291,8 +294,9 @@ class ResumableTrainer(EvenBatchesTrainer):
         finally:
             if self._use_cache is not None:  # off for training; what follows is for generation
                 self.model.config.use_cache = self._use_cache  # type: ignore[union-attr]
-            for callback in self._callbacks_of(ProgressCallback):
-                callback.close()
+            for kind in (ProgressCallback, SilenceCallback):
+                for callback in self._callbacks_of(kind):
+                    callback.close()
 
     def _callbacks_of(self, kind: type[Any]) -> Iterator[Any]:
         return (callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))

@@ -331,6 +331,7 @@ def test_a_process_that_does_not_answer_ends_the_other(lives: Lives, straight_tw
     last = other.err.splitlines()[-1]
     assert f"process {victim} has not answered for 6 s (training.ddp_timeout) after step 3" in last, other.err
     assert "--resume" in last
+    assert f"process {1 - victim}: nothing has happened for" in other.err and ", after step 3; a coll" in other.err
     both[victim].kill(signal.SIGKILL).wait()
     saved = newest_complete(folder / "run")
     assert saved is not None and saved.name == "checkpoint-2"

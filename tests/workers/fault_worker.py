@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
 from dts_hf.language_modeling import scorer
@@ -56,6 +58,8 @@ def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[s
 def _provoke(faults: dict[str, Any], rank: str) -> None:
     """Plant what ``faults`` asks for: name -> value, for this rank."""
     stopping.SAME_REQUEST_SECONDS = faults.get("same_request", stopping.SAME_REQUEST_SECONDS)
+    if "fsdp2" in faults:  # accelerate makes DDP of it on a CPU, although fully_shard works there
+        _before(importlib.import_module("dts_hf.runs.start"), "check_launch", lambda *_: True, _as_on_gpus)
     if "only" in faults and faults["only"] != rank:
         return
     if "wrong" in faults:  # input that cannot be used, found so many seconds after the processes are joined
@@ -91,6 +95,11 @@ def _before(owner: Any, name: str, when: Callable[..., bool], action: Callable[.
         return original(*args, **kwargs)
 
     setattr(owner, name, replaced)
+
+
+def _as_on_gpus(args: TrainingArguments) -> None:
+    assert args.distributed_state is not None
+    args.distributed_state.distributed_type = DistributedType.MULTI_GPU
 
 
 def _refuse(seconds: dict[str, float]) -> None:
