@@ -21,6 +21,7 @@ from dts_hf.cli.printing import is_main_process
 from dts_hf.console import masked
 from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError
 from dts_hf.runs.failures import GO_ON, one_sentence
+from dts_hf.runs.stopping import Stage, ends, stage
 
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
@@ -34,7 +35,8 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Call the command; what it raises becomes one message, said by one process."""
         try:
-            return super().invoke(ctx)
+            with stage(Stage.COMMAND):
+                return super().invoke(ctx)
         except UserError as error:
             _leave(ExitCode.WRONG_INPUT, "" if _is_said_elsewhere(error) else f"Error{_who()}: {error}")
         except UploadError as error:
@@ -59,6 +61,7 @@ class CommandGroup(TyperGroup):
 
 def _leave(code: ExitCode, message: str) -> NoReturn:
     """Print ``message`` on stderr and end with ``code``."""
+    ends(code)
     if message:
         typer.echo(masked(message.rstrip()), err=True)
     if _is_one_of_several():

@@ -94,6 +94,41 @@ def _check_fsdp(args: TrainingArguments) -> None:
         )
 
 
+def watch_collectives(folder: str | os.PathLike[str]) -> None:
+    """Have a collective of NCCL that hangs ended and written down. Call it before the processes are joined.
+
+    Torch's defaults of today, some of which were off in the versions before; what the environment says counts.
+
+    Args:
+        folder: gets the file of each process that its flight recorder writes, ``collectives.rank0`` and so on.
+    """
+    if _asked_for()[0] < 2:
+        return
+    new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)  # torch warns of the other name
+    size, file = (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
+        if new
+        else ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    )
+    for name, value in {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # the watchdog ends a process whose collective is not done in time ...
+        "TORCH_NCCL_ENABLE_MONITORING": "1",  # ... a monitor one whose watchdog hangs itself ...
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "480",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # ... and the last collectives are written to a file before
+        size: "2000",
+        file: os.path.join(os.path.abspath(folder), "collectives.rank"),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def limit_waiting(args: TrainingArguments) -> None:
+    """Let no collective on a CPU wait for longer than ``args.ddp_timeout``: transformers hands it on for GPUs alone."""
+    if args.world_size > 1 and args.device.type == "cpu" and torch.distributed.is_initialized():
+        collectives: Any = torch.distributed.distributed_c10d
+        collectives._set_pg_timeout(args.ddp_timeout_delta)
+        collectives.default_pg_timeout = args.ddp_timeout_delta  # of groups that are made later, as DeepSpeed's
+
+
 def _asked_for() -> tuple[int, str]:
     """(processes, the variable that says so); (0, "") where nothing does."""
     for name in _WORLD_SIZES:

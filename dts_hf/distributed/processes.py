@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +13,8 @@ import torch
 from dts_hf.errors import RunError, UserError
 
 Result = TypeVar("Result")
+#: How long a process whose collective has failed waits for the others to say the same, seconds.
+SECONDS_TO_ANSWER = 5.0
 
 
 def process() -> tuple[int, int]:
@@ -70,3 +75,28 @@ def on_any_process(flag: bool, device: torch.device | str) -> bool:
     highest = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
     return bool(highest)
+
+
+def silent_processes(look: bool) -> list[int]:
+    """The ranks that do not answer, after a collective has failed; empty: nobody can tell. Who finds out so calls it.
+
+    Each that is alive writes a word into the store in which the processes once met: the failure of one closes its
+    connections, so the others fail a moment later. The store itself may be with the process that hangs: no launcher has it.
+
+    Args:
+        look: wait for the words of the others; False: only leave one.
+    """
+    rank, world = process()
+    if world == 2:
+        return [1 - rank]
+    silent = []
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"dts_hf/alive/{rank}", "yes")
+        until = time.monotonic() + SECONDS_TO_ANSWER
+        for other in range(world if look else 0):
+            try:
+                store.wait([f"dts_hf/alive/{other}"], timedelta(seconds=max(until - time.monotonic(), 0.1)))
+            except RuntimeError:
+                silent.append(other)
+    return silent if len(silent) < world - 1 else []

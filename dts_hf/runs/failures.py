@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,8 @@ _LOST_PEER = (
     "remote process exited",
     "watchdog caught collective operation timeout",
 )
+#: What it says when nothing has come from there for ``training.ddp_timeout``.
+_NO_ANSWER = re.compile(r"timed out waiting (?:(\d+)ms)?|watchdog caught collective operation timeout", re.IGNORECASE)
 #: The C++ writer behind ``torch.save`` keeps the reason to itself.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 #: What the operating system says of disks; any other OSError (no such file, a closed socket) may be a bug.
@@ -45,7 +47,7 @@ def one_sentence(error: BaseException) -> str | None:
     """
     chain = list(_chain(error))
     if is_lost_peer(error):
-        return f"another process of this run has ended, so this one cannot go on ({_first_line(error)})"
+        return lost_peer_sentence(error)
     for link in chain:
         reason = _disk_reason(link)
         if reason is not None:
@@ -88,6 +90,30 @@ def is_lost_peer(error: BaseException) -> bool:
         isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _LOST_PEER)
         for link in _chain(error)
     )
+
+
+def has_no_answer(error: BaseException) -> bool:
+    """Whether that process may still be there: it has not answered for ``training.ddp_timeout``."""
+    return any(_NO_ANSWER.search(str(link)) for link in _chain(error))
+
+
+def lost_peer_sentence(error: BaseException, ranks: Sequence[int] = (), step: int | None = None) -> str:
+    """What to say of an ``error`` that ``is_lost_peer``.
+
+    Args:
+        error: of a collective.
+        ranks: the processes that do not answer, where that is known.
+        step: the last optimizer step that was finished.
+    """
+    who = " and ".join(f"process {rank}" for rank in ranks) or "another process of this run"
+    have, after = "have" if len(ranks) > 1 else "has", "" if step is None else f" after step {step}"
+    waited = next(filter(None, (_NO_ANSWER.search(str(link)) for link in _chain(error))), None)
+    if waited is None:
+        what = f"{have} ended{after}"
+    else:
+        limit = f" for {int(waited[1]) / 1000:g} s" if waited[1] else " in time"
+        what = f"{have} not answered{limit} (training.ddp_timeout){after}"
+    return f"{who} {what}, so this one cannot go on ({_first_line(error)})"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

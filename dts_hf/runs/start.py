@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dts_hf.console import say
-from dts_hf.distributed.launch import check_launch
+from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
@@ -138,6 +138,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         UserError: the launch is not what it claims, the teacher cannot be quantised or sharded so, or see ``find_start``.
     """
     check_launch(args)
+    limit_waiting(args)
     if recipe.teacher is not None:
         check_quantization(recipe.teacher.quantization, args.device)
         if recipe.teacher.placement == "sharded":

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments
 
-from dts_hf.distributed.launch import check_launch
+from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.errors import UserError, nearest
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -117,6 +117,7 @@ def checked_arguments(
         raise UserError(f"args: got {type(args).__name__}, expected transformers.TrainingArguments")
     args = TrainingArguments(output_dir="runs/distillation") if args is None else copy.copy(args)
     check_launch(args)
+    limit_waiting(args)
     for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(f"{name}: the loss needs no logits, so it would never be called; expected None")

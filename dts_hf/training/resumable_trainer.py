@@ -31,8 +31,8 @@ from transformers.utils import PushInProgress
 from dts_hf.data.streams import RowStream
 from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
 from dts_hf.distributed.launch import strategy_of
-from dts_hf.distributed.processes import on_first_process
-from dts_hf.errors import UserError
+from dts_hf.distributed.processes import on_first_process, silent_processes
+from dts_hf.errors import RunError, UserError
 from dts_hf.files import write_text_atomic
 from dts_hf.models.compilation import compile_layers
 from dts_hf.models.description import describe_for_training, describe_tokenizer, versions
@@ -40,7 +40,7 @@ from dts_hf.models.saving import ready_for_generation, save_generation_config
 from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, remove, rotate
 from dts_hf.runs.comparison import refuse_changed_models
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.failures import writing
+from dts_hf.runs.failures import has_no_answer, is_lost_peer, lost_peer_sentence, writing
 from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.card import OTHER_ROWS
@@ -48,7 +48,8 @@ from dts_hf.training.clock import TrainingClock
 from dts_hf.training.even_batches import EvenBatchesTrainer
 from dts_hf.training.hub_upload import UPLOAD, HubUploads, remove_all_of
 from dts_hf.training.non_finite import NonFiniteCallback, check_weights, stop_non_finite_run
-from dts_hf.training.signals import at_step_end
+from dts_hf.training.signals import asked_to_stop, at_step_end
+from dts_hf.training.silence import SilenceCallback
 from dts_hf.training.tracking import facts_for_trackers
 from dts_hf.training.unused_parameters import may_leave_unused
 
@@ -148,6 +149,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
         # Here and not earlier: whatever looks at the model to see what it is (heads, packing, routers) has done so.
         self.compile_layers(model, "the student")
+        if self.args.world_size > 1:
+            self.add_callback(SilenceCallback())
         self.remove_callback(TqdmCallback)
         self.remove_callback(PrinterCallback)
 
@@ -285,8 +288,8 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: the checkpoint is not complete, holds the weights alone, was not written by dts_hf, or this launch
                 cannot go on from it exactly.
-            RunError: training cannot go on (see ``stop_non_finite_run``), the last step broke the weights, or the disk takes
-                no checkpoint.
+            RunError: training cannot go on (see ``stop_non_finite_run``), the last step broke the weights, the disk takes no
+                checkpoint, or another process has ended or does not answer.
         """
         self.resumed_from = folder = exact_resume.checkpoint_to_resume(
             resume_from_checkpoint, Path(str(self.args.output_dir))
@@ -304,11 +307,18 @@ class ResumableTrainer(EvenBatchesTrainer):
                 output = super().train(str(folder) if folder else None, *args, **kwargs)
                 self._check_weights()  # of the last steps: no checkpoint has to follow them
                 return output
+        except RuntimeError as error:
+            # Where a signal has come, the other process has left because of it: ``stops_on_signal`` says so.
+            if asked_to_stop() is not None or not is_lost_peer(error):
+                raise
+            silent = silent_processes(look=has_no_answer(error))
+            raise RunError(lost_peer_sentence(error, silent, self.state.global_step)) from error
         finally:
             if self._use_cache is not None:  # off for training; what follows is for generation
                 self.model.config.use_cache = self._use_cache  # type: ignore[union-attr]
-            for callback in self._callbacks_of(ProgressCallback):
-                callback.close()
+            for kind in (ProgressCallback, SilenceCallback):
+                for callback in self._callbacks_of(kind):
+                    callback.close()
 
     def _callbacks_of(self, kind: type[Any]) -> Iterator[Any]:
         return (callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))

@@ -14,69 +14,25 @@ import functools
 import mmap
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, TypeVar
 
-from dts_hf.errors import ExitCode, Interrupted
+from dts_hf.errors import Interrupted
 from dts_hf.runs.failures import is_lost_peer
+from dts_hf.runs.stopping import GO_ON, SIGNALS, Stage, request, stage
 
 Work = TypeVar("Work", bound=Callable[..., Any])
-#: SLURM's ``--signal=USR1@300``, Kubernetes, torchrun and most others (SIGTERM), and Ctrl-C (SIGINT).
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-#: srun and torchrun both hand the same signal to a process: what follows so soon is not a second request, seconds.
-SAME_REQUEST_SECONDS = 3.0
-
-
-class _Request:
-    """What was asked of this process; there is one, as there is one handler for each signal."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self.asked_at = 0.0  # seconds of the monotonic clock
-        self.caught = False  # the handlers are in place
-        self.waits = False  # training ends its step first
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        if self.signal is None:
-            self.signal, self.asked_at = name, time.monotonic()
-            if not self.waits:
-                raise _interrupted(f"{name} outside of training. {_GO_ON}")
-            _print(f"{name}: this optimizer step and a checkpoint, then the run stops (once more: it ends unsaved)")
-        elif time.monotonic() - self.asked_at > (0.0 if _by_hand(number) else SAME_REQUEST_SECONDS):
-            _print(f"{name} for the second time: stopped at once. {_GO_ON}: from the last checkpoint, if there is one")
-            os._exit(ExitCode.CTRL_C if number == signal.SIGINT else ExitCode.INTERRUPTED)
-
-
-def _by_hand(number: int) -> bool:
-    """Whether a signal comes from a person alone: a launcher gets Ctrl-C as well, and hands it on."""
-    return number == signal.SIGINT and "LOCAL_RANK" not in os.environ
-
-
-def _interrupted(message: str, *, everywhere: bool = False) -> Interrupted:
-    """The exception of a run that was asked to stop, with the exit status of what asked."""
-    error = Interrupted(message, everywhere=everywhere)
-    if _request.signal == "Ctrl-C":
-        error.code = int(ExitCode.CTRL_C)
-    return error
-
-
-_request = _Request()
 # One byte that forked data-loader workers share with this process: 1 when ``work`` has ended and they obey it again.
 # They outlive a signal to their group, but the end of Python sends each SIGTERM and waits for it, for ever if need be; a
 # handler is not told who sent the signal.
 _leaving = mmap.mmap(-1, 1)
-_GO_ON = "Go on with the same command and --resume"
 
 
 def asked_to_stop() -> str | None:
     """The name of the signal that this process has got; None without one."""
-    return _request.signal
+    return request.signal
 
 
 def stops_on_signal(work: Work) -> Work:
@@ -91,24 +47,37 @@ def stops_on_signal(work: Work) -> Work:
 
     @functools.wraps(work)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if _request.caught or threading.current_thread() is not threading.main_thread():
+        if request.in_run or threading.current_thread() is not threading.main_thread():
             return work(*args, **kwargs)
-        before = {number: signal.signal(number, _request.handle) for number in SIGNALS}
-        _request.caught, _request.signal, _leaving[0] = True, None, 0
-        try:
-            return work(*args, **kwargs)
-        except Exception as error:
-            # A launcher signals all; one that left first makes the collectives of the others fail.
-            if _request.signal is None or not is_lost_peer(error):
-                raise
-            raise _interrupted(f"{_request.signal}, and another process has left. {_GO_ON}") from error
-        finally:
-            _leaving[0] = 1
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            _request.caught, _request.signal = False, None
+        with _handlers(), stage(Stage.RUN):
+            _leaving[0] = 0
+            try:
+                return work(*args, **kwargs)
+            except Exception as error:
+                # A launcher signals all; one that left first makes the collectives of the others fail.
+                if request.signal is None or not is_lost_peer(error):
+                    raise
+                raise request.interrupted(f"{request.signal}, and another process has left. {GO_ON}") from error
+            finally:
+                _leaving[0] = 1
 
     return watched  # type: ignore[return-value]
+
+
+@contextmanager
+def _handlers() -> Iterator[None]:
+    """Those of ``request`` while a run of somebody else's program goes on; a command of ours has them anyway."""
+    if request.ours:
+        yield
+        return
+    request.process, request.signal = os.getpid(), None
+    before = {number: signal.signal(number, request.handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        request.process, request.signal = 0, None
 
 
 @contextmanager
@@ -118,13 +87,13 @@ def at_step_end() -> Iterator[None]:
     Raises:
         Interrupted: at the end.
     """
-    _request.waits = _request.caught
-    try:
+    if request.stage is not Stage.RUN:  # nobody has asked for handlers
         yield
-    finally:
-        _request.waits = False
-    if _request.caught and _request.signal is not None:
-        raise _interrupted(f"{_request.signal} at the end of training. {_GO_ON}")
+        return
+    with stage(Stage.STEP):
+        yield
+    if request.signal is not None:
+        raise request.interrupted(f"{request.signal} at the end of training. {GO_ON}")
 
 
 @contextmanager
@@ -134,20 +103,20 @@ def at_once() -> Iterator[None]:
     Raises:
         Interrupted: one had come before.
     """
-    waits, _request.waits = _request.waits, False
-    try:
-        if _request.caught and _request.signal is not None:
-            raise _interrupted(f"{_request.signal} before the first step. {_GO_ON}")
+    if request.stage is not Stage.STEP:
         yield
-    finally:
-        _request.waits = waits
+        return
+    with stage(Stage.RUN):
+        if request.signal is not None:
+            raise request.interrupted(f"{request.signal} before the first step. {GO_ON}")
+        yield
 
 
 def stopped_at(step: int, checkpoint: object | None) -> Interrupted:
     """The exception to raise once the checkpoint of ``step`` is complete; None: this step could not be saved."""
-    name = _request.signal or "another process was asked to stop"
+    name = request.signal or "another process was asked to stop"
     saved = f"{checkpoint} is complete" if checkpoint is not None else "the newest checkpoint is from before"
-    return _interrupted(f"{name}: stopped after step {step}, {saved}. {_GO_ON}", everywhere=True)
+    return request.interrupted(f"{name}: stopped after step {step}, {saved}. {GO_ON}", everywhere=True)
 
 
 def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: int) -> None:
@@ -156,7 +125,7 @@ def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: i
     torchrun and SLURM signal whole process groups. A worker that died of SIGTERM would end training with an error
     before its step is done.
     """
-    if _request.caught:
+    if request.in_run:
         for number in SIGNALS:
             signal.signal(number, _end_with_parent)
     if initialise is not None:
@@ -166,8 +135,3 @@ def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: i
 def _end_with_parent(*_: Any) -> None:
     if _leaving[0]:
         os._exit(0)
-
-
-def _print(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)

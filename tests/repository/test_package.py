@@ -40,7 +40,7 @@ def test_its_metadata(wheel):
     folder = f"dts_hf-{dts_hf.__version__}.dist-info"
     metadata = wheel.read(f"{folder}/METADATA").decode()
     assert f"Version: {dts_hf.__version__}" in metadata and "License-Expression: Apache-2.0" in metadata
-    assert "dts-hf = dts_hf.cli.app:app" in wheel.read(f"{folder}/entry_points.txt").decode()
+    assert "dts-hf = dts_hf.__main__:main" in wheel.read(f"{folder}/entry_points.txt").decode()
 
 
 def test_it_asks_for_few_packages(wheel):

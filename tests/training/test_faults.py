@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,10 +28,10 @@ from safetensors.torch import load_file
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
-from dts_hf.runs import failures
+from dts_hf.runs import failures, stopping
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
 from dts_hf.training import signals as interruption
-from tests.support.launching import ROOT, WORKERS, environment
+from tests.support.launching import ROOT, WORKERS, deepspeed_config, environment
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.workers.fault_worker import agent, life, starved
 
@@ -315,6 +316,29 @@ def test_a_killed_process_ends_the_other(lives: Lives, straight_two: Path, victi
     goes_on(lives, folder, straight_two, world=2)
 
 
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_process_that_does_not_answer_ends_the_other(lives: Lives, straight_two: Path, victim: int) -> None:
+    """Stopped, not dead: its connections stay open, and only the timeout of the collective can tell."""
+    folder = lives.folder(per_device_train_batch_size=2, ddp_timeout=6)
+    both = lives.start(folder, world=2, step=3)
+    for one in both:
+        one.until_reached()
+    both[victim].kill(signal.SIGSTOP).open_gate()
+    other = both[1 - victim]
+    began = time.monotonic()
+    assert other.wait(60) == ExitCode.FAILED, other.err
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in other.err
+    last = other.err.splitlines()[-1]
+    assert f"process {victim} has not answered for 6 s (training.ddp_timeout) after step 3" in last, other.err
+    assert "--resume" in last
+    assert f"process {1 - victim}: nothing has happened for" in other.err and ", after step 3; a coll" in other.err
+    both[victim].kill(signal.SIGKILL).wait()
+    saved = newest_complete(folder / "run")
+    assert saved is not None and saved.name == "checkpoint-2"
+    goes_on(lives, folder, straight_two, world=2)
+
+
 # Under a launcher: torchrun, and accelerate launch, which is the same agent. It looks after the processes of its machine.
 # Where nobody needs to be killed the agent runs here over processes that are forked from the warm one.
 
@@ -478,6 +502,99 @@ def test_torchrun_hands_a_signal_on(lives: Lives) -> None:
         assert [run.status(rank) for rank in (0, 1)] == [ExitCode.INTERRUPTED] * 2
     saved = newest_complete(folder / "run")
     assert saved is not None and saved.name == "checkpoint-4"
+
+
+# ------------------------------------------------------------------------------------------------- at random moments
+
+#: How long one process may outlive another that was killed; then it is ended, as a launcher would.
+GRACE = 10.0
+FSDP2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+#: What is run: processes, kills, and what the recipe says of it.
+CAMPAIGN: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "single": (1, 20, {}),
+    "ddp": (2, 8, {}),
+    "zero3": (2, 6, {"deepspeed": deepspeed_config(3)}),
+    "fsdp2": (2, 6, {"fsdp": True, "fsdp_config": FSDP2, "ddp_backend": "gloo"}),
+}
+
+
+def ended(processes: list[Life]) -> list[int]:
+    for one in processes:
+        one.process.join(GRACE)
+        if one.process.exitcode is None:
+            one.kill(signal.SIGKILL)
+    return [one.wait() for one in processes]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("strategy", CAMPAIGN)
+def test_kills_at_random_moments(lives: Lives, strategy: str) -> None:
+    world, kills, training = CAMPAIGN[strategy]
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    training = training | {"per_device_train_batch_size": 4 // world}
+    faults: dict[str, Any] = {"fsdp2": True} if strategy == "fsdp2" else {}
+    straight = lives.folder(**training)
+    warm = lives.context.Process(target=time.sleep, args=(0,))
+    warm.start(), warm.join()  # the imports are no part of a life here
+    began = time.monotonic()
+    both = lives.start(straight, world=world, **faults)
+    assert [one.wait(200) for one in both] == [ExitCode.DONE] * world, both[0].err
+    seconds, moments = time.monotonic() - began, random.Random(strategy)
+    hit = 0
+    for kill in range(kills):
+        folder = lives.folder(**training)
+        both = lives.start(folder, world=world, **faults)
+        moment, victim = moments.uniform(0.05, 0.95) * seconds, moments.randrange(world)
+        time.sleep(moment)
+        if both[victim].process.exitcode is None:
+            both[victim].kill(signal.SIGKILL)
+        statuses = ended(both)
+        hit += statuses[victim] == -signal.SIGKILL
+        assert "Traceback" not in "".join(one.err for one in both), both[0].err
+        again = lives.start(folder, "--resume", world=world, **faults)
+        assert [one.wait(200) for one in again] == [ExitCode.DONE] * world, again[0].err
+        assert_same_end(folder / "run", straight / "run")
+        print(f"{strategy} kill {kill}: {moment:.2f} of {seconds:.2f} s, process {victim}: {statuses}")
+    assert hit > kills // 2
+
+
+@pytest.mark.soak
+def test_sigterm_at_20_moments_of_the_command(lives: Lives) -> None:
+    """Always 75 or a finished run. A fresh process each: its imports take most of the time."""
+    straight = lives.folder(max_steps=STEPS * 3)
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dts_hf", "train", "recipe.yaml"], cwd=folder, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    began = time.monotonic()
+    process = start(straight)
+    output = process.communicate(timeout=200)
+    seconds = time.monotonic() - began
+    assert process.returncode == ExitCode.DONE, output
+    moments = random.Random("signals")
+    statuses = []
+    for place in range(20):
+        folder = lives.folder(max_steps=STEPS * 3)
+        moment = 0.1 + (place + moments.random()) / 20 * seconds  # 0.1 s: what comes before our first line
+        process, began = start(folder), time.monotonic()
+        while time.monotonic() - began < moment and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        else:  # the machine has become faster
+            seconds = min(seconds, time.monotonic() - began)
+        _, err = process.communicate(timeout=100)
+        print(f"SIGTERM after {moment:.2f} of {seconds:.2f} s: {process.returncode}: {err.splitlines()[-1:]}")
+        statuses.append(process.returncode)
+        assert process.returncode in (ExitCode.INTERRUPTED, ExitCode.DONE) and "Traceback" not in err, err
+        assert process.returncode == ExitCode.DONE or err.splitlines()[-1].startswith("Stopped: SIGTERM"), err
+        assert lives.one(folder, "--resume").wait(100) == ExitCode.DONE
+        assert_same_end(folder / "run", straight / "run")
+    assert statuses.count(ExitCode.INTERRUPTED) >= 5
 
 
 # --------------------------------------------------------------------------------------------- disks and directories
@@ -730,18 +847,18 @@ def test_what_fails_on_the_first_process_is_known_to_be_everywhere(
 
 
 def test_handlers_are_put_back_and_the_exception_is_an_exit() -> None:
-    before = [signal.getsignal(number) for number in interruption.SIGNALS]
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
 
     @interruption.stops_on_signal
     def work() -> None:
-        assert all(signal.getsignal(number) not in before for number in interruption.SIGNALS)
+        assert all(signal.getsignal(number) not in before for number in stopping.SIGNALS)
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(5)
 
     with pytest.raises(Interrupted, match="SIGUSR1 outside of training") as caught:
         work()
     assert isinstance(caught.value, SystemExit) and caught.value.code == 75
-    assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
 def test_off_the_main_thread_there_are_no_handlers() -> None:

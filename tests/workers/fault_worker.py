@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 
 from dts_hf.errors import UserError
 from dts_hf.language_modeling import scorer
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
+from dts_hf.runs import stopping
 from dts_hf.temperature.constant import Constant
-from dts_hf.training import signals as interruption
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -47,15 +49,17 @@ def life(folder: str, argv: list[str], variables: dict[str, str], faults: dict[s
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     _provoke(faults, rank)
-    from dts_hf.cli.app import app  # reads RANK when it is imported
+    from dts_hf.__main__ import main  # loads what reads RANK when it is imported
 
     sys.argv = ["dts-hf", *argv]
-    app(prog_name="dts-hf")
+    main()
 
 
 def _provoke(faults: dict[str, Any], rank: str) -> None:
     """Plant what ``faults`` asks for: name -> value, for this rank."""
-    interruption.SAME_REQUEST_SECONDS = faults.get("same_request", interruption.SAME_REQUEST_SECONDS)
+    stopping.SAME_REQUEST_SECONDS = faults.get("same_request", stopping.SAME_REQUEST_SECONDS)
+    if "fsdp2" in faults:  # accelerate makes DDP of it on a CPU, although fully_shard works there
+        _before(importlib.import_module("dts_hf.runs.start"), "check_launch", lambda *_: True, _as_on_gpus)
     if "only" in faults and faults["only"] != rank:
         return
     if "wrong" in faults:  # input that cannot be used, found so many seconds after the processes are joined
@@ -91,6 +95,11 @@ def _before(owner: Any, name: str, when: Callable[..., bool], action: Callable[.
         return original(*args, **kwargs)
 
     setattr(owner, name, replaced)
+
+
+def _as_on_gpus(args: TrainingArguments) -> None:
+    assert args.distributed_state is not None
+    args.distributed_state.distributed_type = DistributedType.MULTI_GPU
 
 
 def _refuse(seconds: dict[str, float]) -> None:

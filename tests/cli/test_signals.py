@@ -1,0 +1,146 @@
+"""A signal at any moment, from the first line of ``dts-hf`` to the last of Python: real processes, started as people do."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dts_hf.errors import ExitCode
+from dts_hf.runs import stopping
+from tests.support.launching import ROOT, environment
+
+
+def test_exit_statuses_are_those_of_the_table() -> None:
+    assert (stopping.INTERRUPTED, stopping.CTRL_C) == (ExitCode.INTERRUPTED, ExitCode.CTRL_C)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for ``number``: the first line of ours has been run."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@contextmanager
+def command(*words: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
+    """``dts-hf WORDS`` at its first line. Ctrl-C is Python's own until then, so SIGTERM tells."""
+    start = ["-c", code] if code else ["-m", "dts_hf"]
+    process = subprocess.Popen(
+        [sys.executable, *start, *words], cwd=ROOT, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        while not catches(process.pid, signal.SIGTERM):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.0005)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "window", "words"),
+    [
+        (signal.SIGTERM, (0.0, 0.0), ("train", "none.yaml")),  # as soon as it is caught
+        (signal.SIGUSR1, (0.05, 0.2), ("train", "recipes/quickstart.yaml")),
+        (signal.SIGINT, (0.0, 0.1), ("train", "recipes/quickstart.yaml")),
+        (signal.SIGTERM, (0.3, 2.0), ("train", "recipes/quickstart.yaml", "--dry-run")),  # torch is being loaded
+        (signal.SIGINT, (0.3, 2.0), ("env",)),  # the same in a command that trains nothing
+    ],
+)
+def test_while_modules_are_loaded(number: int, window: tuple[float, float], words: tuple[str, ...]) -> None:
+    after = random.Random(f"{number} {words}").uniform(*window)
+    with command(*words) as process:
+        time.sleep(after)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    expected = ExitCode.CTRL_C if number == signal.SIGINT else ExitCode.INTERRUPTED
+    assert process.returncode in (expected, ExitCode.DONE) and "Traceback" not in err, (process.returncode, out, err)
+    if process.returncode:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        assert err.count("\n") == 1 and err.startswith(f"Stopped: {name}"), err
+        assert ("--resume" in err) == (words[0] == "train")
+
+
+SHUTDOWN = """
+import atexit, os, signal, sys
+from dts_hf.__main__ import main
+def again(*_): os.kill(os.getpid(), signal.{name})
+class Late:
+    def __del__(self): again()  # when Python takes its modules down
+late = Late()
+atexit.register(again)  # after everything that was registered later
+try:
+    main()
+finally:
+    again()
+    atexit.register(again)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_python_ends_leaves_the_status(name: str) -> None:
+    code = SHUTDOWN.format(name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("dts-hf ") and done.stderr == "", done
+
+
+SWALLOWS = """
+import os, signal, sys, time
+from dts_hf.__main__ import main
+from dts_hf.cli import schema
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+def command() -> None:
+    {how}
+    while True:
+        time.sleep(0.01)
+schema.command = command
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ("Swallows()", ExitCode.INTERRUPTED),  # Python prints what __del__ raises, and goes on
+        ("os.kill(os.getpid(), signal.SIGTERM)", ExitCode.INTERRUPTED),
+        ("os.kill(os.getpid(), signal.SIGINT)", ExitCode.CTRL_C),
+    ],
+)
+def test_a_command_that_trains_nothing_ends(how: str, status: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWS.format(how=how), "schema"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status, done
+    assert done.stderr == ("Stopped: Ctrl-C.\n" if status == ExitCode.CTRL_C else "Stopped: SIGTERM.\n")
+
+
+def test_a_forked_worker_is_no_run() -> None:
+    """What a library forks (a pool of datasets, say) ends on SIGTERM as if nobody had ever caught it."""
+    code = (
+        "import os, signal, time\nfrom dts_hf.runs import stopping\nstopping.catch_signals()\n"
+        "ready, tell = os.pipe()\nchild = os.fork()\n"
+        "if not child:\n    os.write(tell, b'1')\n    time.sleep(60)\n    os._exit(0)\n"
+        "os.read(ready, 1)  # Python forgets what comes before its fork is done\n"
+        "os.kill(child, signal.SIGTERM)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "-15\n" and done.stderr == "", done
