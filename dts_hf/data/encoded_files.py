@@ -229,7 +229,8 @@ class Lists(Sequence[NDArray[np.int32]]):
         part = bisect_right(self.firsts, index) - 1
         values, offsets = self.parts[part]
         place = index - self.firsts[part]
-        return values[offsets[place] : offsets[place + 1]]
+        view: NDArray[np.int32] = values[offsets[place] : offsets[place + 1]]
+        return view
 
     def lengths(self) -> list[int]:
         """The length of each row."""

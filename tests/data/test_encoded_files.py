@@ -67,9 +67,7 @@ def test_a_file_gives_the_rows_that_memory_gives(tmp_path, long_rows):
 def test_several_turns_are_learned_as_in_memory(tmp_path):
     tokenizer, template = chat_tokenizer("chatml"), get_template("chat")
     talks = [
-        replace(
-            chat(("user", "Hi"), ("assistant", "Oh" * (k % 5 + 1)), ("user", "Yes?"), ("assistant", "No.")), id=str(k)
-        )
+        replace(chat(("u", "Hi"), ("a", "Oh" * (k % 5 + 1)), ("u", "Yes?"), ("a", "No.")), id=str(k))
         for k in range(1200)
     ]
     limits = {"max_length": 400, "max_prompt_length": 200, "train_on": "all_turns"}
@@ -214,3 +212,31 @@ def test_a_token_takes_four_bytes_in_the_file(tmp_path):
     found = cached(tmp_path, rows, max_length=1000)
     tokens = sum(found.lengths)
     assert tokens > 200_000 and found.path.stat().st_size < 4.3 * tokens
+
+
+# ------------------------------------------------------------------------------------------- rows that are far too long
+
+
+def _shrinking(kind: str):
+    """A tokenizer of which a text has fewer tokens than its characters promise."""
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer()
+    replaced = {"removes": ("~", ""), "merges": ("~~~~", "a")}
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(*replaced[kind])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["plain", "removes", "merges"])
+@pytest.mark.parametrize("text", ["Word by word. ", "~" * 40 + "b", "~", "x", " ", "é🙂"])
+@pytest.mark.parametrize("long_rows", ["drop", "cut"])
+def test_a_long_row_is_what_its_whole_text_would_be(monkeypatch, kind, text, long_rows):
+    tokenizer = tiny_tokenizer() if kind == "plain" else _shrinking(kind)
+    rows = [Row(str(size), "Say.", "", (text * (size // len(text)),)) for size in (90, 2000, 30_000)]
+
+    def encoded():
+        return encode_rows(rows, tokenizer, PLAIN, **{**LIMITS, "long_rows": long_rows}, may_be_empty=True)[0]
+
+    found = encoded()
+    monkeypatch.setattr("dts_hf.data.row_encoder._shortened", lambda row, left: row)
+    assert_same(found, encoded())
