@@ -16,8 +16,10 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -144,10 +146,8 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _locked(place: Path, make: Any) -> MappedDataset:
     """The rows in ``place``, put there by ``make()`` where they are missing or broken, by one process at a time."""
-    from filelock import FileLock
-
     place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{place.name}.lock"), timeout=PATIENCE):
+    with _lock(place.with_name(f".{place.name}.lock")):
         found = _read(place)
         if found is None:
             unfinished = place.with_name(f".{place.name}.unfinished")  # nobody else's: the lock is held
@@ -164,6 +164,34 @@ def _locked(place: Path, make: Any) -> MappedDataset:
     if found is None:
         raise OSError(f"{place} does not hold what was written")
     return found
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path``, which ends with this process at the latest; never through a link.
+
+    Raises:
+        OSError: it cannot be had, or another process has held it for ``PATIENCE``.
+        NotImplementedError: this system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise NotImplementedError(str(error)) from None
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(file)
 
 
 def _write(folder: Path, blocks: Iterator[list[KeptRow]], report: EncodingReport) -> None:
