@@ -8,6 +8,7 @@ directory is made.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -82,12 +83,15 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         rows = task.answer(teacher, tokenizer, rows)
         data = task.encode(rows, tokenizer)
 
+    # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
+    made_from = {**task.manifest(rows, data), "models": record.values}
+    rows = dataclasses.replace(rows, train=())
+
     # 5. The trainer, where teacher, student, temperature and loss meet. It checks that they fit together.
     trainer = task.make_trainer(args, models, data)
     trainer.models_record = record.values
 
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
-    made_from = {**task.manifest(rows, data), "models": record.values}
     check_start(recipe, start, trainer, made_from)
     run = open_run(recipe, start, made_from, args)
     trainer.add_callback(RunLogCallback(run))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from torch.utils.data import Dataset
 
@@ -18,6 +18,10 @@ from dts_hf.loss.selection import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+#: The id of a row, and the row as tokens.
+KeptRow: TypeAlias = tuple[str, EncodedRow]
 
 
 class Example(TypedDict):
@@ -55,7 +59,7 @@ class EncodedDataset(Dataset[Example]):
         self.row_ids = list(row_ids)
         self.prompt_lengths = list(prompt_lengths)
         self.lengths = [len(row) for row in ids]
-        self.ids = [row if isinstance(row, array) else array("i", row) for row in ids]
+        self.ids: Sequence[Any] = [row if isinstance(row, array) else array("i", row) for row in ids]
         self._spans = {row: array("i", bounds) for row, bounds in (spans or {}).items()}
 
     def __len__(self) -> int:
@@ -187,36 +191,87 @@ def encode_rows(
         UserError: limits that contradict each other, a tokenizer without an end-of-sequence token, a row that the template
             cannot hold, no row left.
     """
+    blocks, report = encoded_blocks(
+        rows, tokenizer, template, max_length=max_length, max_prompt_length=max_prompt_length, long_rows=long_rows,
+        train_on=train_on, progress=progress,
+    )  # fmt: skip
+    kept = [row for block in blocks for row in block]
+    encoded = [row for _, row in kept]
+    spans = {k: row.spans for k, row in enumerate(encoded) if list(row.spans) != [row.spans[0], len(row.ids)]}
+    row_ids = [row_id for row_id, _ in kept]
+    dataset = EncodedDataset(row_ids, [row.ids for row in encoded], [row.spans[0] for row in encoded], spans)
+    dataset.report = report
+    if not may_be_empty:
+        refuse_empty(report, name, max_prompt_length, max_length)
+    return dataset, report
+
+
+def encoded_blocks(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    long_rows: str = "drop",
+    train_on: TrainOn | None = None,
+    progress: str | None = None,
+) -> tuple[Iterator[list[KeptRow]], EncodingReport]:
+    """The rows that are kept, a block at a time; the arguments are those of ``encode_rows``.
+
+    Returns:
+        the blocks, and the report, which counts the rows of the blocks that were taken so far.
+
+    Raises:
+        UserError: see ``encode_rows``.
+    """
     end = _checked_end(tokenizer, max_length, max_prompt_length, long_rows)
     encoder = RowEncoder(tokenizer, TextCutter(tokenizer, template, train_on), max_length, max_prompt_length, end)
     report = EncodingReport(rows=len(rows), template=template.name)
-    kept: list[EncodedRow] = []
-    row_ids: list[str] = []
-    for block in _blocks(rows, progress):
-        for row, encoded in zip(block, encoder.encode(block), strict=True):
-            if encoded is None or (long_rows == "drop" and encoded.cut):
-                report.dropped += 1
-                report.dropped_ids += [row.id] if len(report.dropped_ids) < 5 else []
-                continue
-            report.cut += encoded.cut
-            report.prompts_cut += encoded.prompt_cut
-            if encoded.ignored is not None:
-                report.ignored += 1
-                report.ignored_example = report.ignored_example or f"{encoded.ignored} of row '{row.id}'"
-            row_ids.append(row.id)
-            kept.append(encoded)
-    spans = {k: row.spans for k, row in enumerate(kept) if list(row.spans) != [row.spans[0], len(row.ids)]}
-    dataset = EncodedDataset(row_ids, [row.ids for row in kept], [row.spans[0] for row in kept], spans)
-    report.kept = len(dataset)
-    report.response_tokens = sum(dataset.target_counts)
-    report.prompt_tokens = sum(dataset.lengths) - report.response_tokens
-    dataset.report = report
-    if not len(dataset) and not may_be_empty:
+
+    def blocks() -> Iterator[list[KeptRow]]:
+        for block in _blocks(rows, progress):
+            encoded = zip(block, encoder.encode(block), strict=True)
+            yield [(row.id, kept) for row, one in encoded if (kept := _counted(row, one, long_rows, report))]
+
+    return blocks(), report
+
+
+def _counted(row: Row, encoded: EncodedRow | None, long_rows: str, report: EncodingReport) -> EncodedRow | None:
+    """``encoded`` where the row is kept; ``report`` learns what became of it."""
+    if encoded is None or (long_rows == "drop" and encoded.cut):
+        report.dropped += 1
+        report.dropped_ids += [row.id] if len(report.dropped_ids) < 5 else []
+        return None
+    report.kept += 1
+    report.cut += encoded.cut
+    report.prompts_cut += encoded.prompt_cut
+    if encoded.ignored is not None:
+        report.ignored += 1
+        report.ignored_example = report.ignored_example or f"{encoded.ignored} of row '{row.id}'"
+    learned = sum(encoded.spans[1::2]) - sum(encoded.spans[::2])
+    report.response_tokens += learned
+    report.prompt_tokens += len(encoded.ids) - learned
+    return encoded
+
+
+def refuse_empty(report: EncodingReport, name: str, max_prompt_length: int, max_length: int) -> None:
+    """Raise a ``UserError`` where no row is left.
+
+    Args:
+        report: of the rows.
+        name: what errors call them.
+        max_prompt_length: under which limits.
+        max_length: in tokens, both.
+
+    Raises:
+        UserError: all rows were dropped.
+    """
+    if not report.kept:
         raise UserError(
-            f"{name}: no row left: all {len(rows)} rows are too long for data.max_prompt_length = {max_prompt_length} and "
+            f"{name}: no row left: all {report.rows} rows are too long for data.max_prompt_length = {max_prompt_length} and "
             f"data.max_length = {max_length} (in tokens). Raise the limits, or use data.long_rows: cut."
         )
-    return dataset, report
 
 
 def _checked_end(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, long_rows: str) -> int:

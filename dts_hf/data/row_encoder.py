@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from dts_hf.data.chat_templates import (
@@ -73,23 +74,41 @@ class RowEncoder:
         limited = [with_limited_input(row, limit) for row in rows]
         cut = [self.cutter.cut(row) for row in limited]
         fits = [len(texts.texts[0]) - len(row.input) <= limit for texts, row in zip(cut, limited, strict=True)]
-        kept = [self._shortened(texts) for texts, fit in zip(cut, fits, strict=True) if fit]
-        tokens = iter(self._tokens(kept))
+        kept = [texts for texts, fit in zip(cut, fits, strict=True) if fit]
+        left = self.max_length * self.longest + 1
+        short = [_shortened(texts, left) for texts in kept]
+        tokens = iter(
+            parts if part is texts else self._settled(texts, part, parts, left)
+            for texts, part, parts in zip(kept, short, self._tokens(short), strict=True)
+        )
         return [
             self._row(row, texts, next(tokens)) if fit else None
             for row, texts, fit in zip(limited, cut, fits, strict=True)
         ]
 
-    def _shortened(self, row: RowTexts) -> RowTexts:
-        """Without what lies behind ``max_length`` tokens in any case: 60 MB of text would take 12 GB and minutes."""
-        left = self.max_length * self.longest + 1
-        if sum(map(len, row.texts[1:])) <= left:
-            return row
-        texts = row.texts[:1]
-        for text in row.texts[1:]:
-            texts.append(text[:left])
-            left -= len(texts[-1])
-        return row._replace(texts=texts)
+    def _settled(self, row: RowTexts, short: RowTexts, parts: list[list[int]], left: int) -> list[list[int]]:
+        """The tokens of a row that was shortened, at least as many of them as ``max_length`` as the whole row has them.
+
+        No token is longer than the longest of the vocabulary, but a normalizer may take characters out, an unknown token
+        may stand for many, and what comes behind a cut may change the tokens before it. So a longer piece is asked, too.
+
+        Args:
+            row: whole.
+            short: its first ``left`` characters behind the prompt.
+            parts: the tokens of ``short``.
+            left: grows until nothing changes any more.
+        """
+        while short is not row:
+            longer = _shortened(row, left + left // 4 + 1000)
+            (more,) = self._tokens([longer])
+            first, again = (list(chain(*found[1:]))[: self.max_length + 1] for found in (parts, more))
+            # One token too many is enough to know that the row is cut, and is not looked at
+            if len(first) > self.max_length and first[:-1] == again[:-1] and parts[0] == more[0]:
+                return parts
+            left *= 2
+            short = _shortened(row, left)
+            (parts,) = self._tokens([short])
+        return parts
 
     def _row(self, row: Row, texts: RowTexts, parts: list[list[int]]) -> EncodedRow | None:
         template = self.cutter.template
@@ -160,6 +179,17 @@ class RowEncoder:
         return list(
             self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         )
+
+
+def _shortened(row: RowTexts, left: int) -> RowTexts:
+    """Its first ``left`` characters behind the prompt, itself if it has no more: 60 MB of text take 12 GB and minutes."""
+    if sum(map(len, row.texts[1:])) <= left:
+        return row
+    texts = row.texts[:1]
+    for text in row.texts[1:]:
+        texts.append(text[:left])
+        left -= len(texts[-1])
+    return row._replace(texts=texts)
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

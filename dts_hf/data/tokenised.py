@@ -318,7 +318,9 @@ def check_encoded(dataset: EncodedDataset, form: RowForm) -> EncodingReport:
     """
     lengths, targets = np.array(dataset.lengths), np.array(dataset.target_counts)
     form = dataclasses.replace(form, row_ids=dataset.row_ids)
-    form.check({"input_ids": Flat(np.concatenate([np.asarray(row) for row in dataset.ids]), lengths)}, 0)
+    for first in range(0, len(lengths), BLOCK):  # all at once would be a copy of all tokens
+        ids = np.concatenate([np.asarray(row) for row in dataset.ids[first : first + BLOCK]])
+        form.check({"input_ids": Flat(ids, lengths[first : first + BLOCK])}, first)
     return report_of(lengths, targets, form.name, dataset.row_ids)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
-from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.encoded_files import encode_cached
+from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.held_out_split import split_off
 from dts_hf.data.mixture import Mixture, is_mixed, parts_of, summary
 from dts_hf.data.rows import Row
@@ -65,9 +66,9 @@ class LanguageModeling(Task[DistillationTrainer]):
         return Data(train, validation)
 
     def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
-        limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows"})
+        limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows", "cache_dir"})
         template = self.template(tokenizer)
-        encoded, _ = encode_rows(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
+        encoded, _ = encode_cached(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
         return encoded
 
     @property

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids
+from dts_hf.data.encoded_files import default_cache
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.errors import UserError
@@ -128,13 +128,6 @@ def _generate(
     # An answer that was made again, below fp32, replaces the one that was there
     texts = {place: text for part in (known, *gathered(new, world)) for place, text in part.items()}
     return [texts[place] for place in range(len(prompts))]
-
-
-def default_cache() -> Path:
-    """``$DTS_HF_CACHE``, else ``$XDG_CACHE_HOME/dts_hf``, else ``~/.cache/dts_hf``."""
-    if "DTS_HF_CACHE" in os.environ:
-        return Path(os.environ["DTS_HF_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dts_hf"
 
 
 def _fingerprint(recipe: Recipe, settings: GenerationSettings, ids: Sequence[Sequence[int]]) -> str:

@@ -21,6 +21,7 @@ from dts_hf.data import tokenised
 from dts_hf.data.chat_templates import resolve_template
 from dts_hf.data.collators import Collator
 from dts_hf.data.containers import as_rows
+from dts_hf.data.encoded_files import encode_cached
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.streams import RowStream
@@ -176,7 +177,7 @@ class LanguageRows(RowReader):
         if not tokens:
             raw = rows_from_dataset(rows if first is None else chain([first], rows), name, self.columns)
             every = self.takes_every_row
-            encoded, report = encode_rows(raw, name=name, may_be_empty=every, **self.encode_options)
+            encoded, report = encode_cached(raw, name=name, may_be_empty=every, **self.encode_options)
             if every and report.dropped:
                 raise UserError(self._too_long(report, name))
             self._check_encoded(encoded, form)
