@@ -59,8 +59,8 @@ docs: $(VENV)/.installed-dev ## the documentation as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-fuzz: $(VENV)/.installed-dev ## new random recipes and row files, 10,000 of them (about 4 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/recipe/test_fuzz.py -n $(WORKERS) --hypothesis-profile fuzz
+fuzz: $(VENV)/.installed-dev ## new random recipes, row files and models, 11,000 of them (about 5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/recipe/test_fuzz.py tests/models/test_fuzz_models.py -n $(WORKERS) --hypothesis-profile fuzz
 
 bench: $(VENV)/.installed-dev ## time and memory of loss and steps against the floor, HF, TRL and Liger, on a GPU where one is (about 20 minutes)
 	$(PIP) install -q -c constraints.txt --no-deps trl==1.16.0 liger-kernel==0.8.5

@@ -28,30 +28,60 @@ SHORTEST_SECRET = 8  # a shorter value would mask ordinary words
 LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message
 MASK = "***"
 SECONDS_BETWEEN_LINES = 30.0  # of work that would be silent
-_TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{10,}")
-#: What the keys of well-known services look like, from the rules of gitleaks: long and odd enough to be nothing else.
+#: What the keys of well-known services look like: a kept list, after the rules of gitleaks 8 (config/gitleaks.toml) and the
+#: services' own descriptions, in expressions of our own. Each is long and odd enough to be nothing else: no hash, no name of
+#: a model, no entry of a vocabulary. ``_TOKEN_START`` stands before all but the last three.
 KINDS_OF_SECRETS = {  # a name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix
-    "a Hugging Face token": r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{30,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an AWS key": r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b",
-    "an OpenAI or Anthropic key": r"\bsk-(?:proj-|svcacct-|admin-|ant-(?:api|admin)\d\d-)?[A-Za-z0-9_-]{32,}",
-    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
-    "a Stripe key": r"\b[rs]k_(?:live|test|prod)_[A-Za-z0-9]{10,}",
-    "a package registry's token": r"\b(?:npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_-]{50,})",
-    "a JSON web token": r"\beyJ[A-Za-z0-9_-]{14,}\.eyJ[A-Za-z0-9_-]{14,}\.[A-Za-z0-9_-]{10,}",
-    "a signed URL": r"(?<=[?&])(?:X-Amz-(?:Signature|Security-Token)|X-Goog-Signature|sig)=[A-Za-z0-9%/+_.-]{20,}={0,2}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a Hugging Face token": r"(?:hf_|api_org_)[A-Za-z0-9]{30,}|hf_(?:oauth|jwt)_[A-Za-z0-9_.=-]{20,}",
+    "a GitHub token": r"(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
+    "a GitLab token": r"gl(?:pat|ptt|dt|rt|cbt|oas|agent)-(?=[\w-]*\d)[A-Za-z0-9_-]{20,}",
+    "an AWS key": r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}(?![A-Za-z0-9])"
+    r"|(?i:(?:aws_)?secret_?(?:access_?)?key)[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
+    "an OpenAI or Anthropic key": r"sk-(?:(?:proj|svcacct|admin|ant-[a-z]+\d\d|or-v1)-(?=[\w-]*\d)[A-Za-z0-9_-]{24,}"
+    r"|(?=[A-Za-z]*\d)[A-Za-z0-9]{32,})",
+    "a Google key": r"(?:AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])|ya29\.[A-Za-z0-9_-]{30,}|GOCSPX-[A-Za-z0-9_-]{28})",
+    "a Slack token": r"(?:xox[abeoprs]-(?=[A-Za-z-]*\d)[A-Za-z0-9-]{10,}|xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]{20,}"
+    r"|hooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9+/]{30,})",
+    "a Stripe key": r"(?:[rs]k_(?:live|test|prod)_(?=[A-Za-z]*\d)[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9+/]{32,})",
+    "a package registry's token": r"(?:npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])|pypi-AgE[A-Za-z0-9_-]{50,}|rubygems_[a-f0-9]{48}"
+    r"|dckr_(?:pat|oat)_[A-Za-z0-9_-]{27,})",
+    "a JSON web token": r"eyJ[A-Za-z0-9_-]{14,}\.eyJ[A-Za-z0-9_-]{14,}\.[A-Za-z0-9_-]{10,}",
+    "a key of an AI or cloud service": r"(?:gsk_[A-Za-z0-9]{48,}|r8_[A-Za-z0-9]{37}(?![A-Za-z0-9])|xai-[A-Za-z0-9]{70,}"
+    r"|pplx-[A-Za-z0-9]{40,}|nvapi-[A-Za-z0-9_-]{60,}|wandb_v1_[A-Za-z0-9_]{40,}|KGAT_[a-f0-9]{32}|dapi[a-f0-9]{32}(?![a-f0-9])"
+    r"|do[opr]_v1_[a-f0-9]{64}|hv[bs]\.[A-Za-z0-9_-]{24,}|tskey-[a-z]+-[A-Za-z0-9-]{20,}|glsa_[A-Za-z0-9]{32}_[a-f0-9]{8}"
+    r"|lin_api_[A-Za-z0-9]{40}|ntn_[A-Za-z0-9]{40,}|NRAK-[A-Z0-9]{27}|shp(?:at|ca|pa|ss)_[A-Fa-f0-9]{32}"
+    r"|SG\.[A-Za-z0-9_-]{20,24}\.[A-Za-z0-9_-]{39,50}|(?:bot)?\d{8,10}:AA[A-Za-z0-9_-]{33}(?![A-Za-z0-9_-])"
+    r"|discord(?:app)?\.com/api/webhooks/\d+/[A-Za-z0-9_-]{50,}|AGE-SECRET-KEY-1[A-Z0-9]{50,})",
+    "a signed URL": r"(?<=[?&])(?i:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|sig)=[A-Za-z0-9%/+_.-]{20,}={0,2}",
+    "a connection string": r"(?<=[;?&])(?i:AccountKey|SharedAccessKey|SharedAccessSignature)=[A-Za-z0-9%/+]{40,}={0,2}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:[\s\S]{0,20000}?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
+    r"|(?:(?:\\n|\s)*(?:[A-Z][A-Za-z-]+: .*|[A-Za-z0-9+/=]{16,}))*)",
 }
-_HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
-_SECRET = re.compile("|".join(f"(?:{pattern})" for pattern in KINDS_OF_SECRETS.values()))
+_TOKEN_START = "(?<![A-Za-z0-9])"
+_BY_THEIR_PLACE = 3  # of the kinds, the last ones, which begin where they please
+_KINDS = [*KINDS_OF_SECRETS.values()]
+_SECRET = re.compile(
+    "|".join((f"{_TOKEN_START}(?:{'|'.join(_KINDS[:-_BY_THEIR_PLACE])})", *_KINDS[-_BY_THEIR_PLACE:]))
+)
+#: Masked up to their prefix, which says whose they were. The last is the beginning of one that a message has cut: no word
+#: has capitals, small letters and digits.
+_OF_THE_HUB = tuple(
+    re.compile(_TOKEN_START + pattern)
+    for pattern in (
+        r"(hf_oauth_|hf_jwt_)[A-Za-z0-9_.=-]{20,}",
+        r"(hf_|api_org_)[A-Za-z0-9]{30,}",
+        r"(hf_|api_org_)(?=[a-z0-9]*[A-Z])(?=[A-Z0-9]*[a-z])(?=[A-Za-z]*\d)[A-Za-z0-9]{10,}",
+    )
+)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _TOKEN_IN_QUERY = re.compile(
     r"(?<=[?&])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
 )
-# Control characters (a terminal acts on ESC), marks that reverse the reading direction, halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters (a terminal acts on ESC), marks that steer the reading direction, halves of surrogate pairs.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]"
+)
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 
 
@@ -59,7 +89,7 @@ def masked(text: str) -> str:
     """``text`` with access tokens of the Hub, of the environment and in URLs replaced by stars."""
     for value in sorted(_secrets_of_the_environment(), key=len, reverse=True):
         text = text.replace(value, MASK)
-    for token in (_HUB_TOKEN, _TOKEN):
+    for token in _OF_THE_HUB:
         text = token.sub(rf"\g<1>{MASK}", text)
     text = _SECRET.sub(MASK, text)
     return _TOKEN_IN_QUERY.sub(rf"\1={MASK}", _USER_IN_URL.sub(MASK, text))
@@ -72,21 +102,36 @@ def secrets_in(text: str, urls: bool = True) -> Iterator[tuple[int, str]]:
         text: of a file.
         urls: look for names and passwords in URLs, too; a vocabulary holds ``://`` and ``@`` for themselves.
     """
+    own = _secrets_of_the_environment()
     for number, line in enumerate(text.splitlines(), start=1):
-        if any(secret in line for secret in _secrets_of_the_environment()):
+        if any(secret in line for secret in own):
             yield number, "a token of this machine's environment"
-        elif _SECRET.search(line):
-            yield number, next(kind for kind, pattern in KINDS_OF_SECRETS.items() if re.search(pattern, line))
+        elif found := _SECRET.search(line):
+            yield number, _kind_of(found)
         elif urls and (_USER_IN_URL.search(line) or _TOKEN_IN_QUERY.search(line)):
             yield number, "a URL with a user name, password or token in it"
 
 
+def _kind_of(found: re.Match[str]) -> str:
+    patterns = ((kind, re.compile(pattern)) for kind, pattern in KINDS_OF_SECRETS.items())
+    return next(kind for kind, pattern in patterns if pattern.match(found.string, found.start()))
+
+
+def harmless(text: object) -> str:
+    r"""``text`` as a terminal may have it: tokens masked, and control characters written out (``\x1b``)."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), masked(str(text)))
+
+
+def harmless_json(text: str) -> str:
+    r"""JSON as a terminal may have it: the same values, in which ``json`` has left DEL, C1 and the direction marks."""
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in "\r\n" else f"\\u{ord(match[0]):04x}", text)
+
+
 def printable(text: str) -> str:
-    r"""``masked(text)`` with control characters written out (``\x1b``), and cut where nobody would read on."""
-    text = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), masked(text))
-    lines = [_shortened(line) for line in text.split("\n")]
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [f"... and {len(lines) - MOST_LINES} lines more"]
+    """``harmless(text)``, cut where nobody would read on."""
+    lines = [_shortened(line) for line in harmless(text).split("\n")]
+    if len(lines) > MOST_LINES:  # with the last line no more than these, or it would be cut again
+        lines[MOST_LINES - 1 :] = [f"... and {len(lines) - MOST_LINES + 1} lines more"]
     return "\n".join(lines)
 
 
@@ -135,6 +180,11 @@ def _secrets_of_the_environment() -> set[str]:
 def say(text: str) -> None:
     """Print to stderr: stdout belongs to what a command returns. Names of the user's files may be in ``text``."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def show(text: object, *, error: bool = False) -> None:
+    """Print a result to stdout, or an error in full to stderr. All that a command writes passes here, ``say`` or a table."""
+    print(harmless(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def gb(value: float) -> str:
@@ -201,6 +251,25 @@ def working(what: str, total: int = 0, *, live: bool = False) -> Iterator[Work]:
         ended.set()
         if not silent:
             thread.join()
+
+
+@contextmanager
+def guarded_logs() -> Iterator[None]:
+    """Within it what libraries log and warn of is ``harmless``, too: they quote paths, addresses and answers of servers."""
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        made.msg, made.args = harmless(made.getMessage()), ()
+        return made
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *args, **kwargs: harmless(form(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+        warnings.formatwarning = form
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
 from dts_hf.console import printable
@@ -85,11 +87,80 @@ class Interrupted(SystemExit):
         return self.message
 
 
+_NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a device or on the host. By name and text: this module does not load torch."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     # A CPU's allocator raises a plain RuntimeError
-    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or bool(_NO_MEMORY.search(str(error)))
+
+
+#: What the operating system says of itself and not of a file: the same call may succeed in a while, or elsewhere.
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "ENOMEM", "EIO", "ESTALE", "EAGAIN", "EINTR", "EBUSY", "ENFILE", "EMFILE", "ENOLCK", "ENOSPC", "EDQUOT", "ETIMEDOUT",
+        "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "ENOTCONN", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN",
+        "EHOSTUNREACH", "EREMOTEIO", "ENOBUFS",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+_PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+
+
+def not_readable(error: BaseException, message: str) -> UserError | RunError:
+    """What to raise where a file of the user's cannot be read: wrong input, or a failure of the machine or the network.
+
+    A requeued job tries again what ended with status 1, and never what is wrong input.
+
+    Args:
+        error: what a loader raised.
+        message: names key or file, and the reason.
+    """
+    if not is_passing(error):
+        return UserError(message)
+    return RunError(
+        f"{message}. Nothing is known to be wrong with it: the machine or the network failed, so try again"
+    )
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether ``error`` is the machine's or the network's, and no word about the file that was read.
+
+    A library may raise an error of its own over that of the operating system, or keep its number in the text alone.
+    """
+    links = list(chain(error))
+    if any("OfflineModeIsEnabled" in (type(link).__name__, *re.findall(r"\w+", str(link)[-500:])) for link in links):
+        return False  # a connection error by its class, and somebody's decision
+    return any(map(_is_passing, links))
+
+
+def _is_passing(error: BaseException) -> bool:
+    number = getattr(error, "errno", None)
+    if isinstance(error, OSError) and isinstance(number, int):
+        return number in _PASSING
+    named = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error)[:2000])
+    if named and int(named[1] or named[2]) in _PASSING:
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return is_out_of_memory(error) or is_connection(error) or status in _PASSING_STATUS
+
+
+def is_connection(error: BaseException) -> bool:
+    """Whether the network failed. By name: the client's library is chosen by ``huggingface_hub``."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"}) and "UnsupportedProtocol" not in kinds
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and what it was raised from or during, outermost first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

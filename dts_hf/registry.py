@@ -37,7 +37,9 @@ class Between:
     ends: Literal["both", "low", "high", "none"] = "both"
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        if isinstance(value, float) and not math.isfinite(value):  # of a long whole number it raises OverflowError
             return False
         above = value > self.low or (value == self.low and self.ends in ("both", "low"))
         return above and (value < self.high or (value == self.high and self.ends in ("both", "high")))

@@ -81,7 +81,7 @@ def _order_of_saved_head(
     try:
         known = {name: source_options.get(name) for name in ("revision", "trust_remote_code")}
         config = AutoConfig.from_pretrained(location, **known)
-    except (OSError, ValueError, ImportError):
+    except Exception:
         return None  # loading the model says it better
     if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
         return None

@@ -36,7 +36,7 @@ from dts_hf.loss.distillation_loss import DistillationLoss, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.loss.statistics import CE, KD, ROWS, TEACHER_CE
-from dts_hf.models.checks import check_apart, check_positions
+from dts_hf.models.checks import check_apart, check_finite, check_positions
 from dts_hf.models.head import Head
 from dts_hf.models.loading import load_tokenizer, unwrapped
 from dts_hf.models.vocabulary import shared_prefix
@@ -317,6 +317,7 @@ def set_up_classifiers(
     for classifier, name in ((student, "the student"), (teacher, "the teacher")):
         if classifier is None:
             continue
+        check_finite(classifier, name)
         fit_to_tokenizer(classifier, tokenizer, name)
         names = {int(number): str(label) for number, label in classifier.config.id2label.items()}  # type: ignore[union-attr, operator]
         if label_order(names, task, name, is_trained=classifier is student) is not None:

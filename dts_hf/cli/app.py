@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, pull, push, report, schema, score, train
 from dts_hf.cli import list as list_
 from dts_hf.cli.printing import is_main_process
-from dts_hf.console import masked
+from dts_hf.console import guarded_logs, show
 from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError
 from dts_hf.runs.failures import GO_ON, one_sentence
 from dts_hf.runs.stopping import Stage, ends, stage
@@ -35,7 +35,7 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Call the command; what it raises becomes one message, said by one process."""
         try:
-            with stage(Stage.COMMAND):
+            with stage(Stage.COMMAND), guarded_logs():
                 return super().invoke(ctx)
         except UserError as error:
             _leave(ExitCode.WRONG_INPUT, "" if _is_said_elsewhere(error) else f"Error{_who()}: {error}")
@@ -54,16 +54,14 @@ class CommandGroup(TyperGroup):
                 if ctx.invoked_subcommand == "train" and GO_ON not in sentence:
                     sentence += f". {GO_ON}"
                 _leave(ExitCode.FAILED, "" if _is_said_elsewhere(error) else f"Error{_who()}: {sentence}")
-            if not _is_one_of_several():
-                raise
-            _leave(ExitCode.FAILED, traceback.format_exc())
+            _leave(ExitCode.FAILED, traceback.format_exc())  # Python's own would show the terminal whatever is in it
 
 
 def _leave(code: ExitCode, message: str) -> NoReturn:
     """Print ``message`` on stderr and end with ``code``."""
     ends(code)
     if message:
-        typer.echo(masked(message.rstrip()), err=True)
+        show(message.rstrip(), error=True)
     if _is_one_of_several():
         # The farewell of collective libraries may wait for processes that are gone or still at work.
         sys.stdout.flush()

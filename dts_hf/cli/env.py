@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from dts_hf.cli.printing import AsJson, print_json
+from dts_hf.console import show
 
 EPILOG = "Example: [bold]dts-hf env[/bold], to be pasted into a bug report: it names no host, path, user or token"
 
@@ -18,4 +17,4 @@ def command(as_json: AsJson = False) -> None:
         print_json(machine)
     else:
         for name, value in machine.items():
-            typer.echo(f"{name + ':':<17}{value}")
+            show(f"{name + ':':<17}{value}")

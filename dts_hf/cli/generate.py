@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dts_hf.cli.printing import AsJson, print_answer, print_json
+from dts_hf.console import show
 from dts_hf.recipe.schema import Dtype
 
 EPILOG = (
@@ -55,7 +56,7 @@ def command(
     if as_json:
         print_json({"answers": answers})
     elif output is not None:
-        typer.echo(f"{len(answers):,} answers: {output}")
+        show(f"{len(answers):,} answers: {output}")
     else:
         for answer in answers:
             print_answer(answer, alone=len(answers) == 1)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dts_hf.console import harmless, show
+
 EPILOG = "Example: [bold]dts-hf init --teacher HuggingFaceTB/SmolLM2-360M-Instruct --data my.jsonl[/bold]"
 
 
@@ -40,8 +42,8 @@ def command(
         output=output,
         preset=preset,
         overwrite=overwrite,
-        ask=asks_on_a_terminal(lambda question: str(typer.prompt(question, err=True))),
+        ask=asks_on_a_terminal(lambda question: str(typer.prompt(harmless(question), err=True))),
     )
-    typer.echo(f"wrote {started.path}: every choice has its reason beside it. Next:")
+    show(f"wrote {started.path}: every choice has its reason beside it. Next:")
     for line in started.next_commands:
-        typer.echo(f"  {line}")
+        show(f"  {line}")

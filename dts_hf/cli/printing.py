@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dts_hf.console import printable
+from dts_hf.console import harmless_json, printable, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,15 +59,15 @@ def is_main_process() -> bool:
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """Print indented JSON."""
-    typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=str))
+    """Print indented JSON; what could act on the terminal is escaped in it, so that a program reads the same values."""
+    print(harmless_json(json.dumps(values, indent=2, ensure_ascii=False, default=str)), flush=True)
 
 
 def print_answer(answer: Mapping[str, Any], alone: bool) -> None:
     """Print the answer to a prompt, below the prompt unless it is the only one."""
     if not alone:
-        typer.echo(f"> {printable(answer['prompt'])}")
-    typer.echo(printable(answer["prediction"]) + ("" if alone else "\n"))
+        show(f"> {printable(answer['prompt'])}")
+    show(printable(answer["prediction"]) + ("" if alone else "\n"))
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
@@ -75,7 +75,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=printable(title), title_justify="left")
+    table = Table(title=Text(printable(title), style="table.title"), title_justify="left")
     for column in rows[0] if rows else ["none found"]:
         table.add_column(column)
     for row in rows:

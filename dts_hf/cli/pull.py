@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dts_hf.console import show
+
 EPILOG = "Example: [bold]dts-hf pull me/small students/small[/bold]"
 
 
@@ -23,4 +25,4 @@ def command(
     target = folder or Path(repo.rpartition("/")[2])
     pull.pull(repo, target, revision=revision)
     for name, value in pull.described(target):
-        typer.echo(f"{name}: {value}")
+        show(f"{name}: {value}")

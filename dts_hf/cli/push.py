@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dts_hf.console import show
+
 EPILOG = "Example: [bold]dts-hf push runs/quickstart --repo me/small --dry-run[/bold]"
 
 
@@ -28,7 +30,7 @@ def command(
 
     private = False if public else None
     if not dry_run:
-        typer.echo(push.push(source, repo, private=private, revision=revision))
+        show(push.push(source, repo, private=private, revision=revision))
         return
     from dts_hf.cli.printing import print_table
 

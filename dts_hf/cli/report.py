@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dts_hf.console import show
+
 EPILOG = "Example: [bold]dts-hf report runs/quickstart[/bold]"
 
 
@@ -15,4 +17,4 @@ def command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directo
     from dts_hf.reporting.report import write_report
     from dts_hf.runs.directory import RunDirectory
 
-    typer.echo(write_report(RunDirectory.open(run)))
+    show(write_report(RunDirectory.open(run)))

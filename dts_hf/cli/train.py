@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json, table_console
-from dts_hf.console import printable
+from dts_hf.console import printable, show
 from dts_hf.errors import UploadError, UserError
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def print_plan(found: DryRun, as_json: bool) -> None:
         print_json(dataclasses.asdict(found))
         return
     for name, text in found.plan.items():
-        typer.echo(f"{name + ':':<10} {printable(text)}")
-    typer.echo("\n# The effective recipe, every default written out\n")
+        show(f"{name + ':':<10} {printable(text)}")
+    show("\n# The effective recipe, every default written out\n")
     for line in found.recipe.splitlines():
-        typer.echo(printable(line))
+        show(printable(line))
 
 
 def print_end_of_run(run: RunDirectory) -> None:
@@ -88,4 +88,4 @@ def print_end_of_run(run: RunDirectory) -> None:
     table_console().print(summary_table(run))
     for label, path in (("report", run.report_path), ("card", run.card_path), ("student", run.final_path)):
         if path.exists():
-            typer.echo(f"{label}: {path}")
+            show(f"{label}: {path}")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dts_hf.data.template_limits import check_limits
 from dts_hf.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -156,10 +157,18 @@ def _explained(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             "data.prompt_template: got 'chat', but this tokenizer has no chat template. "
             "Expected 'alpaca' or 'plain', or the tokenizer of an instruction-tuned model."
         )
+    _check_limits(tokenizer)
     try:
         yield
     except Exception as error:
         raise UserError(f"row '{row.id}': the tokenizer's chat template refuses this conversation: {error}") from error
+
+
+def _check_limits(tokenizer: PreTrainedTokenizerBase) -> None:
+    given: Any = tokenizer.chat_template  # of some tokenizers several, by name
+    for source in given.values() if isinstance(given, dict) else [given]:
+        if isinstance(source, str):
+            check_limits(source)
 
 
 TEMPLATES: dict[str, Template] = {
@@ -217,10 +226,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> str |
 
     Returns:
         None where it writes no token of its own there, or where no chat template is used: ``eos_token`` ends an answer.
+
+    Raises:
+        UserError: see ``check_limits``.
     """
     if not template.is_chat or not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    _check_limits(tokenizer)
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:

@@ -18,7 +18,7 @@ from dts_hf.data.formats import ROW_FORMAT, parse_row
 from dts_hf.data.mixture import Mixture, Part, is_mixed, weighted
 from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import UserError, nearest, not_readable
 from dts_hf.files import file_sha256
 from dts_hf.recipe.schema import Source
 
@@ -160,7 +160,7 @@ def source_files(source: str | Path, *, split: str = "train") -> list[Path] | No
         try:
             found = sorted(_few(root.glob(str(path.relative_to(root)) if path.anchor else str(path)), text))
         except (ValueError, OSError) as error:
-            raise UserError(f"{text}: this pattern cannot be searched for: {error}") from None
+            raise not_readable(error, f"{text}: this pattern cannot be searched for: {error}") from None
         if not found:
             raise UserError(f"{text}: no file matches this pattern")
         return [file for match in found for file in source_files(match, split=split) or []]
@@ -199,7 +199,9 @@ def _saved_files(folder: Path, split: str) -> list[Path] | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: cannot be read as a data set that datasets has saved: {error!r}") from None
+        raise not_readable(
+            error, f"{folder}: cannot be read as a data set that datasets has saved: {error!r}"
+        ) from None
     # Beside them lie files of the cache, with rows that were mapped or filtered; and a name may not lead elsewhere.
     files = [folder / name for name in names if Path(name).name == name and name.endswith(".arrow")]
     if not files or len(files) != len(names) or not all(file.is_file() for file in files):
@@ -212,7 +214,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         inside = _few(folder.rglob("*"), str(folder))
         files = sorted(file for file in inside if file.name.endswith(DATA_SUFFIXES) and file.is_file())
     except OSError as error:
-        raise UserError(f"{folder}: cannot be searched: {error.strerror or error}") from None
+        raise not_readable(error, f"{folder}: cannot be searched: {error.strerror or error}") from None
     if not files:
         raise UserError(f"{folder}: no file ending in {', '.join(DATA_SUFFIXES)} in this folder")
     by_split = {file: _split_of(file) for file in files}
@@ -281,10 +283,11 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
     try:
         dataset = datasets.load_dataset(path, configuration or None, split=split)
     except Exception as error:  # whatever readers, network and caches raise; an IndexError for ":"
-        raise UserError(
+        raise not_readable(
+            error,
             f"{name}: no such file here, and it cannot be loaded as a data set from the Hub, split '{split}': "
             f"{' '.join(str(error).split())[:300]}. Give a local file (.jsonl, .parquet, .csv, ...) instead, "
-            f"or load the data set once with network access so that it is cached."
+            f"or load the data set once with network access so that it is cached",
         ) from error
     stem = _own_stem(path.replace("/", "-"), Counter() if stems is None else stems)
     rows, number = iter(dataset), 0
@@ -293,7 +296,7 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
         try:
             obj = next(rows, None)
         except Exception as error:  # whatever a reader of images or sounds raises, or lacks
-            raise UserError(f"{where}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+            raise not_readable(error, f"{where}: cannot be read: {' '.join(str(error).split())[:300]}") from error
         if obj is None:
             return
         yield f"{stem}-{number}", where, obj

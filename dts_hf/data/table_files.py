@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dts_hf.data import file_limits as limits
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, not_readable
 
 PARQUET_BATCH = 100  # rows that are unpacked before anyone looks at their size
 _ARROW_FILE = b"ARROW1\0\0"  # how Arrow's file format begins; what follows is a stream with a footer
@@ -25,7 +25,7 @@ def _reading(file: Path, name: str) -> Iterator[None]:
     except (pa.ArrowException, OverflowError, struct.error, IndexError) as error:
         raise UserError(f"{file}: not a readable {name} file: {error}") from error
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise not_readable(error, f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def count_parquet_rows(file: Path) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dts_hf.data import file_limits as limits
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, not_readable
 
 #: The key of a JSON object that holds its rows.
 DOCUMENT_KEY = "data"
@@ -27,7 +27,7 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: the gzip file is broken: {error}") from error
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise not_readable(error, f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dts_hf.console import show
 from dts_hf.data_prep.lengths import GPT2
 from dts_hf.data_prep.upstream import Upstream
 from dts_hf.errors import UserError
@@ -57,9 +57,9 @@ def run(prepare: Callable[[argparse.Namespace], None], arguments: argparse.Names
     try:
         prepare(arguments)
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        show(f"Error: {error}", error=True)
         return 2
     except OSError as error:
-        print(f"Error: {error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
+        show(f"Error: {error.filename or arguments.output}: {error.strerror or error}", error=True)
         return 2
     return 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dts_hf.console import show
 from dts_hf.data.formats import parse_row
 from dts_hf.data_prep.download import Source, git_blob
 from dts_hf.data_prep.lengths import BINS, MAX_PROMPT_TOKENS, JsonObject, Lengths
@@ -166,13 +167,13 @@ class Job:
             "counts_as_expected": all(found.get(split) == rows for split, rows in expected.items()),
         }
         if self._is_there(folder, manifest):
-            print(f"{self.name}: already prepared in {folder}, nothing changed")
+            show(f"{self.name}: already prepared in {folder}, nothing changed")
             return
         self._commit(folder, texts, manifest)
         rows = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-        print(f"{self.name}: {rows} rows in {folder}")
+        show(f"{self.name}: {rows} rows in {folder}")
         for reason, number in self.dropped.items():
-            print(f"  dropped {number:,}: {reason}")
+            show(f"  dropped {number:,}: {reason}")
 
     def _apart(self, splits: Mapping[str, Sequence[JsonObject]]) -> dict[str, Sequence[JsonObject]]:
         """The splits, without the rows of train and valid whose question a split behind them has (see ``GIVES_WAY``)."""

@@ -29,6 +29,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+from dts_hf.console import show
 from dts_hf.data_prep.arguments import described, run
 from dts_hf.errors import UserError
 from dts_hf.files import write_text_atomic
@@ -411,7 +412,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(path, text)
-            print(f"{path}: {text.count(chr(10))} rows")
+            show(f"{path}: {text.count(chr(10))} rows")
     if stale:
         raise UserError(f"{', '.join(stale)}: differs from the lists: run dts-hf prepare quickstart")
 

@@ -13,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from dts_hf.console import show
 from dts_hf.data_prep.arguments import described
 from dts_hf.errors import UserError
 from dts_hf.recipe.shipped import shipped_folder
@@ -46,4 +47,4 @@ def prepare(arguments: argparse.Namespace) -> None:
     for file in files:
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, output / file)
-    print(f"{output}: {len(files)} files")
+    show(f"{output}: {len(files)} files")

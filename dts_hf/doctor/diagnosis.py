@@ -119,7 +119,7 @@ class Diagnosis:
             if said:  # a stage refuses again what an earlier one has refused
                 check.skipped = f"not checked: see '{said[0]}'"
             else:
-                check.error("refused", str(error))
+                check.error(getattr(error, "code", "refused"), str(error))
         except Exception as error:  # a fault of one part must not hide the others
             reason = " ".join(str(error).split())[:400]
             memory = isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason

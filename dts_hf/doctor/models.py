@@ -18,7 +18,7 @@ from dts_hf.doctor.effect import Sample
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.models.head import head_of, loss_in_head
-from dts_hf.models.quantization import compare_heads, stored
+from dts_hf.models.quantization import compare_heads
 from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
 from dts_hf.teachers.base import Teacher
@@ -31,18 +31,13 @@ UNTRAINED = 0.95
 FAITHFUL = 0.02
 
 
-def check_weights(check: Check, role: str, model: nn.Module) -> bool:
-    """Weights that are not finite. Returns whether the model can be examined on."""
+def describe_weights(check: Check, role: str, model: nn.Module) -> None:
+    """How many weights a model has, and how many of them are trained."""
     parameters = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     check.values[role] = {"class": type(model).__name__, "parameters": parameters, "trained": trained}
     adapters = f", {format_count(trained)} of them trained" if role == "student" and trained < parameters else ""
     check.summary = f"{format_count(parameters)} weights{adapters} ({type(model).__name__}, {dtype_name(model)})"
-    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(stored(weight)).all())]
-    if broken:
-        text = f"the {role} has non-finite weights, among them {broken[0]} ({len(broken)} tensors)"
-        check.error("weights-not-finite", text, "Its files are broken, or it was saved after a run that diverged")
-    return not broken
 
 
 def check_step_size(check: Check, model: nn.Module, learning_rate: float) -> None:

@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dts_hf.console import duration, gb
+from dts_hf.console import duration, gb, harmless
 from dts_hf.doctor.diagnosis import Check, Diagnosis, PicturedRow
 
 MARKS = {
@@ -53,8 +53,13 @@ def print_screen(diagnosis: Diagnosis) -> None:
     console.print(screen(diagnosis, colours=console.is_terminal and not console.no_color))
 
 
+def _text(text: str, style: str = "") -> Text:
+    """Names and rows of the user's files, which must not act on the terminal."""
+    return Text(harmless(text), style=style)
+
+
 def _rule(title: str) -> Rule:
-    return Rule(Text(title, style="bold"), align="left", style="dim")
+    return Rule(_text(title, "bold"), align="left", style="dim")
 
 
 def _checks(diagnosis: Diagnosis) -> Table:
@@ -69,22 +74,22 @@ def _checks(diagnosis: Diagnosis) -> Table:
 
 
 def _found(check: Check) -> Text:
-    lines = [Text(check.skipped or "", style="dim"), Text(check.summary)]
+    lines = [_text(check.skipped or "", "dim"), _text(check.summary)]
     for problem in check.problems:
-        lines.append(Text(problem.text, style="red" if problem.level == "error" else "yellow"))
-        lines.append(Text(f"→ {problem.advice}" if problem.advice else ""))
+        lines.append(_text(problem.text, "red" if problem.level == "error" else "yellow"))
+        lines.append(_text(f"→ {problem.advice}" if problem.advice else ""))
     return Text("\n").join(line for line in lines if line.plain)
 
 
 def _pictured(row: PicturedRow, colours: bool) -> Padding:
-    text = Text.assemble((f"{row.id}: ", "bold"))
+    text = Text.assemble((harmless(f"{row.id}: "), "bold"))
     marked = False
     for segment in row.segments:
         if (segment.kind in ("learned", "end")) != marked and not colours:
             text.append(CLOSE if marked else OPEN)
             marked = not marked
         style, first, last = KINDS[segment.kind]
-        visible = segment.text.replace("\n", "⏎")
+        visible = harmless(segment.text).replace("\n", "⏎")
         if segment.kind == "padding":
             visible = f" +{segment.tokens} padding"
         elif len(visible) > first + last + 5:
@@ -119,4 +124,4 @@ def _verdict(diagnosis: Diagnosis) -> Text:
     counts = {level: levels.count(level) for level in ("error", "warning") if level in levels}
     said = " and ".join(f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts.items())
     text = f"{diagnosis.recipe}: {said or 'nothing wrong found'} ({duration(diagnosis.seconds)})"
-    return Text(text, style={"error": "bold red", "warning": "bold yellow"}.get(diagnosis.status, "bold green"))
+    return _text(text, {"error": "bold red", "warning": "bold yellow"}.get(diagnosis.status, "bold green"))

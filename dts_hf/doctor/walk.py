@@ -22,7 +22,7 @@ from dts_hf.distributed.sharding import place_teacher
 from dts_hf.doctor.diagnosis import Check, Diagnosis, Skipped, need
 from dts_hf.doctor.effect import Sample, check_effect, check_schedule
 from dts_hf.doctor.hub import check_hub
-from dts_hf.doctor.models import check_faithful, check_step_size, check_weights
+from dts_hf.doctor.models import check_faithful, check_step_size, describe_weights
 from dts_hf.doctor.resources import check_output
 from dts_hf.doctor.steps import check_steps, check_training
 from dts_hf.doctor.tokens import check_tokenizers, spaced
@@ -157,21 +157,21 @@ class Walk(ABC):
                 if self.args is not None:
                     check_quantization(self.recipe.teacher.quantization, self.args.device)
                     place_teacher(teacher, "replicated", self.args.device)
-                if check_weights(check, "teacher", teacher):
-                    self.teacher = teacher
-                    try:
-                        self.task.check_head(teacher, "teacher")
-                    except UserError as error:
-                        check.error("head", str(error))
+                describe_weights(check, "teacher", teacher)
+                self.teacher = teacher
+                try:
+                    self.task.check_head(teacher, "teacher")
+                except UserError as error:
+                    check.error("head", str(error))
         with self.diagnosis.check("student") as check:
             need(self.loads or None, "enough memory for the models")
             if self.recipe.student.init is not None:
                 need(self.teacher, "the teacher that it is cut from")
             student = self.task.load_student(self.teacher, seed)
-            if check_weights(check, "student", student):
-                self.student = student
-                if self.args is not None:
-                    check_step_size(check, student, self.args.learning_rate)
+            describe_weights(check, "student", student)
+            self.student = student
+            if self.args is not None:
+                check_step_size(check, student, self.args.learning_rate)
 
     def look_at_loss(self) -> None:
         """Teacher and student on the same rows, and what the loss makes of the two."""

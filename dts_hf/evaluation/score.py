@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import UserError, nearest, not_readable
 from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, has_reference, repeats_ngram
 
 REFERENCE_FIELDS = ("references", "reference", "output")
@@ -82,7 +82,7 @@ def _read(path: Path) -> list[_Row]:
         number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {number}: not UTF-8 text, expected one JSON object a line") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise not_readable(error, f"{path}: cannot be read: {error.strerror}") from None
     lines = enumerate(text.split("\n"), start=1)
     rows = [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not rows:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dts_hf.console import say, working
+from dts_hf.console import harmless, say, working
 
 SECONDS_BEFORE_BAR = 2.0
 
@@ -22,7 +23,7 @@ def progress_bar(title: str | None, total: int) -> Iterator[Callable[[int, int],
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))  # stdout is for results
-    task = bar.add_task(title, total=total, rate="")
+    task = bar.add_task(escape(harmless(title)), total=total, rate="")
     began = time.monotonic()
 
     def show(rows: int, tokens: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from dts_hf.console import say
+from dts_hf.errors import chain, is_connection
 
 T = TypeVar("T")
 #: Seconds before the second and each later try. The client itself tries most requests again, within each of these.
@@ -96,21 +97,6 @@ def retry_after(error: BaseException) -> float | None:
         if value.isdigit():
             return float(value)
     return None
-
-
-def is_connection(error: BaseException) -> bool:
-    """Whether the network failed. By name: the client's library is chosen by ``huggingface_hub``."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"}) and "UnsupportedProtocol" not in kinds
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """``error`` and what it was raised from or during, outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import UserError, nearest, not_readable
 from dts_hf.files import file_sha256
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ def _whole(file: str, parts: Sequence[Path], sums: Sequence[Path], where: str) -
         _check_sum(temporary, target.name, sums, where)
         os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"{where} cannot be put together in {target.parent}: {error.strerror or error}") from None
+        raise not_readable(
+            error, f"{where} cannot be put together in {target.parent}: {error.strerror or error}"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return target
@@ -202,7 +204,7 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if kept.is_dir():
         try:
             tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(kept)
-        except (OSError, ValueError):  # damaged: made again
+        except Exception:  # damaged: made again
             shutil.rmtree(kept, ignore_errors=True)
         else:
             tokenizer.name_or_path = str(path.parent)

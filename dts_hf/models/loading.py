@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dts_hf.distributed.sharding import unsharded_init
-from dts_hf.errors import UserError
+from dts_hf.errors import RunError, UserError, not_readable
 from dts_hf.models.adapters import add_lora
+from dts_hf.models.checks import check_finite
 from dts_hf.models.compilation import restore_layers
 from dts_hf.models.gguf_files import PACKAGE_PREFIX, find_gguf, load_gguf_tokenizer
 from dts_hf.models.head import check_head
@@ -65,18 +68,18 @@ def load_tokenizer(
         trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
-        UserError: the name is unknown, or the tokenizer has no end-of-sequence token.
+        UserError: the name is unknown, a file is broken, or the tokenizer has no end-of-sequence token.
+        RunError: the machine or the network failed while it was read.
     """
     source = ModelSource.resolve(name, key)
-    try:
+    with loading(name, key):
         if source.gguf_file is not None:
             tokenizer: PreTrainedTokenizerBase = load_gguf_tokenizer(Path(source.location) / source.gguf_file)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 source.location, revision=revision, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loadable(key, name, error) from error
+        tokenizer("a")  # a vocabulary with a hole in it loads, and fails at its first text
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}: the tokenizer of {name!r} has no end-of-sequence token, so a student could never stop"
@@ -153,6 +156,7 @@ def load_weights(
 
     Raises:
         UserError: as ``load_model``, but missing weights are left to the caller.
+        RunError: the machine or the network failed while it was read.
     """
     source = ModelSource.resolve(name, key)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, **source.options, **config}
@@ -164,31 +168,48 @@ def load_weights(
     else:
         options["use_safetensors"] = True
         options |= quantized_options(quantization, getattr(torch, dtype))
-    try:
-        with unsharded_init():
-            loaded: Any = auto_class.from_pretrained(
-                source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
-            )
-    except Exception as error:
-        # By name: safetensors, whose errors are of a kind of their own, belongs to transformers and not to us
-        known = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
-        if known or type(error).__name__ == "SafetensorError":
-            raise _not_loadable(key, name, error) from error
-        raise
+    with loading(name, key), unsharded_init():
+        loaded: Any = auto_class.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
     model, found = loaded
     if source.gguf_file is not None:
         _clear_quantised_mark(model)
     check_quantized(model, quantization, key)
+    check_finite(model, f"{key}: {name!r}")
     return model, sorted(found["missing_keys"])
 
 
-def _not_loadable(key: str, name: str, error: Exception) -> UserError:
-    reason = textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+@contextmanager
+def loading(name: str, key: str) -> Iterator[None]:
+    """Whatever a loader raises over files of a stranger is one message: of a wrong type in them it raises anything.
+
+    Args:
+        name: of the model, as the user gave it.
+        key: where.
+
+    Raises:
+        UserError: the files are not what they should be.
+        RunError: the machine or the network failed meanwhile; the same files may be good.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except BaseException as error:
+        # A panic of Rust, in which tokenizers and safetensors are written, is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise not_readable(error, _not_loadable(key, name, error)) from error
+
+
+def _not_loadable(key: str, name: str, error: BaseException) -> str:
+    reason = textwrap.shorten(str(error), 400, placeholder=" ...")
+    if isinstance(error, LookupError) or not reason:  # a KeyError is its key alone
+        reason = f"{type(error).__name__} {reason}".strip()
     if Path(name).exists():
-        return UserError(
-            f"{key}: cannot load {name!r}, expected a folder made by save_pretrained, or a .gguf file: {reason}"
-        )
-    return UserError(
+        return f"{key}: cannot load {name!r}, expected a folder made by save_pretrained, or a .gguf file: {reason}"
+    return (
         f"{key}: cannot load {name!r}: expected a folder made by save_pretrained, a .gguf file, 'package:NAME/FILE.gguf', "
         f"or a name that the Hugging Face Hub knows (is this machine online, and the name spelt right?). {reason}"
     )

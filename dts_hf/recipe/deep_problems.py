@@ -12,13 +12,16 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.problems import Schema, all_keys, wrong_value
 from dts_hf.recipe.training_keys import (
     MAY_BE_INFINITE,
+    MAY_HOLD_NUMBERS,
     RENAMED_TRAINING_KEYS,
     RESERVED_TRAINING_KEYS,
     TRAINING_RANGES,
     adapter,
     key_schema,
+    non_finite,
     training_fields,
 )
+from dts_hf.recipe.yaml_files import shown
 from dts_hf.registry import Between
 
 
@@ -78,8 +81,12 @@ def _training_value_problem(key: str, value: Any) -> str:
         adapter(key).validate_python(value)
     except ValidationError:
         return wrong_value(value, node, node)
+    if key in MAY_HOLD_NUMBERS:
+        return "; ".join(
+            f"got {shown(number)} in {key}{inside}, expected a finite number" for inside, number in non_finite(value)
+        )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
-    if math.isinf(value) and value > 0 and key in MAY_BE_INFINITE:
+    if value == math.inf and key in MAY_BE_INFINITE:
         return ""
     return "" if value in TRAINING_RANGES.get(key, Between()) else wrong_value(value, node, node)

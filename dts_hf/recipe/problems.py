@@ -14,11 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dts_hf.errors import nearest
-from dts_hf.recipe.training_keys import training_fields
+from dts_hf.recipe.training_keys import LARGEST, training_fields
 from dts_hf.recipe.yaml_files import shown
 
 Schema = Mapping[str, Any]
-LARGEST = 2**31 - 1  # beyond it tokenizers, tensors and random generators overflow, in words that name no key
 UNSAID = (LARGEST, sys.float_info.max)  # ends of a range that go without saying
 
 

@@ -29,9 +29,9 @@ from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.errors import UserError
 from dts_hf.recipe.deep_problems import deep_problems
-from dts_hf.recipe.problems import LARGEST, protocol_values, schema_problems
-from dts_hf.recipe.training_keys import whole_training_values
-from dts_hf.recipe.yaml_files import NUMBER, dump_values, expand, shown
+from dts_hf.recipe.problems import protocol_values, schema_problems
+from dts_hf.recipe.training_keys import LARGEST, whole_training_values
+from dts_hf.recipe.yaml_files import NUMBER, dump_values, expand, shown, with_line
 
 
 def whole(value: Any) -> Any:
@@ -506,9 +506,12 @@ def validated(values: Mapping[str, Any], source: Callable[[str], str], deep: boo
         problems = schema_problems(error, values, _schema())
     if deep:
         problems |= deep_problems(values, _schema())
-    problems |= dict(unusable_texts(values))
+    unusable = dict(unusable_texts(values))
+    problems |= unusable
     if recipe is None or problems:
-        lines = [": ".join(filter(None, (source(key), key, text))) for key, text in problems.items()]
+        places = {key: source(key) for key in problems}
+        places |= {key: with_line(places[key], key) for key in unusable}
+        lines = [": ".join(filter(None, (places[key], key, text))) for key, text in problems.items()]
         raise UserError("\n".join(lines))
     return recipe
 

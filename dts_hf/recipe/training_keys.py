@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import EnumMeta
 from typing import Any, Literal
 
@@ -26,24 +28,51 @@ RENAMED_TRAINING_KEYS = {  # keys of older versions that many recipes still carr
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
 }
-FROM_ONE, FROM_ZERO, ABOVE_ZERO = Between(low=1), Between(low=0), Between(low=0, ends="none")
+LARGEST = 2**31 - 1  # beyond it tokenizers, tensors, timers and random generators overflow, in words that name no key
+COUNT, COUNT_FROM_ZERO, STEPS = Between(1, LARGEST), Between(0, LARGEST), Between(0, LARGEST, "high")
 DECAY, SEED = Between(0.0, 1.0, "low"), Between(0, 2**32 - 1)
-#: TrainingArguments takes any number for these and the run fails later, in words that do not name the key, or never learns.
+#: TrainingArguments takes any number for these, and the run fails later, in words that do not name the key, or never learns.
+#: The high ends are far beyond what anybody trains with: they refuse a slip of the keyboard, not a bold choice.
 TRAINING_RANGES = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
-         "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), FROM_ONE,
+         "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), COUNT,
     ),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), ABOVE_ZERO),
-    **dict.fromkeys(
-        ("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "eval_delay",
-         "neftune_noise_alpha"), FROM_ZERO,
-    ),
-    "max_steps": Between(low=-1), "adam_beta1": DECAY, "adam_beta2": DECAY, "seed": SEED, "data_seed": SEED,
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), STEPS),
+    **dict.fromkeys(("warmup_steps", "eval_delay"), COUNT_FROM_ZERO),
+    **dict.fromkeys(("learning_rate", "weight_decay", "neftune_noise_alpha"), Between(0.0, 1000.0)),
+    "adam_epsilon": Between(0.0, 1.0), "adam_beta1": DECAY, "adam_beta2": DECAY, "max_grad_norm": Between(low=0.0),
+    "max_steps": Between(-1, LARGEST), "seed": SEED, "data_seed": SEED, "local_rank": Between(-1, LARGEST),
+    "ddp_bucket_cap_mb": Between(1, 1_000_000),
     "dataloader_num_workers": Between(0, 512),  # processes: what is far beyond the cores takes the machine down
 }  # fmt: skip
 #: No other number may be infinite: ``max_grad_norm: .inf`` measures the gradient and does not clip it.
 MAY_BE_INFINITE = ("max_grad_norm",)
+#: Keys whose value is a mapping, a file of one, or ``name=value, ...``, with numbers inside.
+MAY_HOLD_NUMBERS = (
+    "lr_scheduler_kwargs", "optim_args", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "accelerator_config", "fsdp_config", "deepspeed",
+)  # fmt: skip
+_NOT_FINITE = re.compile(r"[-+]?(?:nan|inf|infinity)", re.IGNORECASE)
+
+
+def non_finite(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, number) of every NaN and infinity inside a mapping or list that is one value of ``training:``.
+
+    ``optim_args`` and the mappings that may be JSON are text in which such numbers are looked for, too.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        yield "", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from ((f".{key}{rest}", number) for rest, number in non_finite(item))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from ((f".{index}{rest}", number) for rest, number in non_finite(item))
+    elif isinstance(value, str):
+        for key, number in re.findall(r"""([\w.]+)["']?\s*[=:]\s*([-+]?[A-Za-z]+)\b""", value):
+            if _NOT_FINITE.fullmatch(number):
+                yield f".{key}", number
 
 
 @functools.cache

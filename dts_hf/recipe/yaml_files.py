@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.console import secrets_in
+from dts_hf.errors import UserError, nearest, not_readable
 
 # The keys that hold a path or a model name; a value that starts with ./ or ../ is relative to the file that says it.
 PATH_KEYS: tuple[tuple[str, ...], ...] = (
@@ -59,6 +60,24 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def with_line(source: str, key: str) -> str:
+    """``source`` and the line of it where a token stands, of several the one that names ``key``; else ``source`` alone.
+
+    Args:
+        source: a recipe file, or what else the values came from.
+        key: dotted.
+    """
+    try:
+        with open(source, encoding="utf-8") as file:
+            text = file.read(MAX_BYTES)
+    except (OSError, ValueError):
+        return source
+    lines = text.splitlines()
+    found = [number for number, _ in secrets_in(text)]
+    named = [number for number in found if key.rpartition(".")[2] in lines[number - 1]]
+    return f"{source}: line {(named or found)[0]}" if found else source
+
+
 def _read_chain(path: Path, origins: dict[str, str], below: list[Path]) -> dict[str, Any]:
     """The values of one file on top of those that it extends; ``origins`` maps dotted paths to file names."""
     resolved = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
@@ -90,7 +109,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such recipe file.{nearest(path.name, siblings)}") from None
     except (OSError, ValueError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
-        raise UserError(f"{path}: cannot read this recipe: {reason}") from None
+        raise not_readable(error, f"{path}: cannot read this recipe: {reason}") from None
     if len(content) > MAX_BYTES:
         raise UserError(f"{path}: this is no recipe: it has more than {MAX_BYTES:,} bytes")
     values = parse_yaml(text, str(path))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from dts_hf.console import harmless
 from dts_hf.reporting.facts import MODEL_LABELS, MODELS, Facts, format_count, gather, number
 from dts_hf.runs.directory import RunDirectory
 
@@ -200,7 +201,9 @@ def summary_table(run: RunDirectory) -> Table:
     from rich.text import Text
 
     facts = gather(run)
-    table = Table(title=f"{facts.name}: scores", caption=format_counts(facts) or None)
+    # The names of run and sets are those of files: neither control characters nor rich's own marks act on the terminal
+    counts = Text(harmless(format_counts(facts)), style="table.caption")
+    table = Table(title=Text(harmless(f"{facts.name}: scores"), style="table.title"), caption=counts or None)
     lines = score_lines(facts, keep=lambda measure: measure.in_summary)
     if not lines:
         table.add_column("This run has no scores yet: it was not evaluated.")
@@ -213,7 +216,9 @@ def summary_table(run: RunDirectory) -> Table:
     for line in lines:
         style = {True: "green", False: "red", None: ""}[line.improved]
         unit = f" ({line.measure.unit})" if line.measure.unit else ""
-        table.add_row(Text(line.label + unit), *line.cells, Text(line.change_text, style), line.measure.better)
+        table.add_row(
+            Text(harmless(line.label + unit)), *line.cells, Text(line.change_text, style), line.measure.better
+        )
     return table
 
 

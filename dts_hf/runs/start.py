@@ -31,6 +31,7 @@ from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.local_names import local_names
 from dts_hf.runs.lock import lock
 from dts_hf.runs.outline import outline
+from dts_hf.runs.replaced import replaced_run
 from dts_hf.temperature import build_temperature
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
@@ -145,6 +146,9 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
             check_can_shard(recipe.teacher.quantization != "none")
     start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
     if args.process_index == 0 and not start.finished:
+        old = replaced_run(RunDirectory(recipe.output.dir)) if recipe.output.overwrite and not start.keep else None
+        if old is not None:
+            say(old)
         say(where_it_trains(args))
         say(outline(recipe, args))
     return start

@@ -18,7 +18,7 @@ from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_rows
 from dts_hf.data.targets import all_turns_are_sound
 from dts_hf.errors import UserError
-from dts_hf.models.loading import ModelSource, load_tokenizer
+from dts_hf.models.loading import ModelSource, load_tokenizer, loading
 from dts_hf.training.model_shape import ModelShape
 
 #: So many rows are tokenised at most, spread over all of them.
@@ -108,12 +108,11 @@ def read_config(name: str, key: str) -> Any:
 
     Raises:
         UserError: there is no such model, or it cannot be read.
+        RunError: the machine or the network failed meanwhile.
     """
     source = ModelSource.resolve(name, key)
-    try:
+    with loading(name, key):
         return AutoConfig.from_pretrained(source.location, **source.options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {name}: its configuration cannot be read: {str(error)[:300]}") from error
 
 
 def look_at_data(source: str, teacher: TeacherLook) -> DataLook:

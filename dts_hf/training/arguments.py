@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.errors import UserError, nearest
+from dts_hf.recipe.problems import wrong_value
+from dts_hf.recipe.training_keys import MAY_BE_INFINITE, TRAINING_RANGES, key_schema
 
 Init = TypeVar("Init", bound=Callable[..., None])
 #: What goes to ``transformers.Trainer`` as it is, and to our own bases.
@@ -125,6 +128,7 @@ def checked_arguments(
         raise UserError(
             f"args.label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it is not used here"
         )
+    check_numbers(args)
     check_compilation(args)
     # Our dummy rows make the batches of an epoch even; with these, accelerate counts steps and shares rows out otherwise.
     for name, expected in (("split_batches", False), ("even_batches", True)):
@@ -141,6 +145,21 @@ def checked_arguments(
             "transformers.TrainingArguments, and such options as arguments of the trainer"
         )
     return args
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """Refuse a learning rate of NaN, a beta above 1 or thousands of workers, as a recipe does.
+
+    Whole numbers are transformers' own business: some of its zeros mean "all" or "never".
+
+    Raises:
+        UserError: names the argument, the value and the range.
+    """
+    for name, limits in TRAINING_RANGES.items():
+        value = getattr(args, name, None)
+        checked = isinstance(value, float) or name == "dataloader_num_workers"
+        if checked and value not in limits and not (value == math.inf and name in MAY_BE_INFINITE):
+            raise UserError(f"args.{name}: {wrong_value(value, key_schema(name), {})}")
 
 
 def check_compilation(args: TrainingArguments) -> None:

@@ -16,7 +16,7 @@ from dts_hf.distributed.launch import prepare_deepspeed
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
-from dts_hf.models.checks import check_apart
+from dts_hf.models.checks import check_apart, check_finite
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packing_check import check_packing
@@ -65,6 +65,7 @@ class Pair:
         student = with_adapter(unwrapped(student), peft_config)
         if isinstance(self.teacher, LiveTeacher):
             check_apart(student, self.teacher.model)
+        check_finite(student, "model_init: the student")
         check_head(student, role="student")
         before, now = head_of(self.student).vocab_size, head_of(student).vocab_size
         if before != now:
@@ -225,12 +226,14 @@ def set_up_models(
         check_apart(student, held)
     prepare_deepspeed(args, student)
     # 3. The loss must see both models' own logits, over ids that mean the same.
+    check_finite(student, "model: the student")
     check_head(student, role="student")
     if not isinstance(teacher, nn.Module):  # anything may stand behind the interface: its head is all that is known
         answers = NoTeacher() if teacher is None else teacher
         heads = [head for head in (head_of(student), answers.head) if head is not None]
         return Pair(student, answers, tokenizer, VocabularyPlan(min(head.vocab_size for head in heads)))
     if not is_sharded(teacher):  # otherwise it was checked when it was whole
+        check_finite(teacher, "teacher: the teacher")
         check_head(teacher, role="teacher")
     plan = align_vocabularies(student, teacher, tokenizer, teacher_tokenizer or tokenizer, vocab_alignment)
     pair = Pair(student, LiveTeacher(teacher), tokenizer, plan)

@@ -125,7 +125,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe_path:
 
     stub(monkeypatch, "dts_hf.distill", distill=fail)
     result = invoke("train", recipe_path)
-    assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
+    assert result.exit_code == 1 and result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("RuntimeError: a bug\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -384,7 +384,12 @@ FAULTS: dict[str, tuple[str, str, str, Sections | Callable[[], Sections]]] = {
         },
     ),
     "too_few_positions": ("positions", "refused", "error", too_few_positions),
-    "learning_rate_that_explodes": ("steps", "step-not-finite", "error", {"training": {"learning_rate": 1e30}}),
+    "learning_rate_that_explodes": (
+        "steps",
+        "step-not-finite",
+        "error",
+        {"training": {"learning_rate": 1000, "weight_decay": 1000}},
+    ),
     "learning_rate_of_five": ("training", "learning-rate-too-high", "warning", {"training": {"learning_rate": 5.0}}),
     "learning_rate_of_five_for_sgd": (
         "training",

@@ -13,19 +13,20 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dts_hf.classification.glue_tasks import TASKS, load_labelled
 from dts_hf.cli import app as cli
+from dts_hf.console import unusable_texts
 from dts_hf.data.chat_templates import TEMPLATES, get_template
 from dts_hf.data.columns import FIELDS
 from dts_hf.data.encoding import encode_rows
@@ -38,38 +39,11 @@ from dts_hf.recipe.problems import training_fields
 from dts_hf.recipe.schema import Recipe, recipe_json_schema
 from dts_hf.recipe.shipped import find_recipes
 from dts_hf.recipe.yaml_files import parse_yaml, read_values
-from tests.support.fuzzing import WORDS, damaged, fence, limited, mutated, put, values
+from tests.support.fuzzing import WORDS, cases, damaged, fence, get, limited, mutated, places, put, survive, values
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(3600)  # for all cases of a test; each has a limit of its own
-ALL = settings.get_current_profile_name() == "fuzz"
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
-
-
-def cases(count: int) -> Callable[[Any], Any]:
-    """``count`` cases of the 10,000."""
-    return settings(
-        max_examples=count if ALL else count // 5,
-        deadline=None,
-        derandomize=not ALL,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-def survive(read: Callable[[], Any]) -> Any:
-    """What ``read`` returns, None where it refuses; nothing is left behind, and the message can be shown."""
-    with fence(Path.cwd().parent) as seen, limited():
-        try:
-            result = read()
-        except UserError as error:
-            result = None
-            message = str(error)
-            event("refused")
-            assert message and len(message) < 150_000 and not UNPRINTABLE.search(message), repr(message)
-    assert not seen.touched and not seen.started
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +196,18 @@ def check_recipe(content: bytes, overrides: Sequence[str] = ()) -> None:
     recipe = survive(lambda: load_recipe("recipe.yaml", overrides))
     if recipe is not None:  # nothing is lost on the way to the run directory
         again = Recipe.from_dict(parse_yaml(recipe.to_yaml(), "again"), "again", deep=False)
-        assert repr(again) == repr(recipe)  # NaN in a free section is not equal to itself
+        assert repr(again) == repr(recipe)  # infinity aside, every number is finite, and so equal to itself
+        values_there = recipe.model_dump()
+        assert not list(unusable_texts(values_there))
+        assert {path for path in places(values_there) if not finite(get(values_there, path))} <= MAY_BE_INFINITE
+
+
+#: Keys of a recipe that may hold an infinite number.
+MAY_BE_INFINITE = {("training", "max_grad_norm")}
+
+
+def finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def test_the_fuzz_starts_from_recipes_that_are_right() -> None:

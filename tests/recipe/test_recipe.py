@@ -247,7 +247,7 @@ def test_problems_name_the_file_that_brought_them(tmp_path: Path) -> None:
         ("training.lerning_rate=1", "Did you mean 'learning_rate'?"),
         ("training.kd_ratio=1", "Did you mean 'loss.kd_ratio'?"),
         ("training.learning_rate=fast", 'training.learning_rate: got "fast", expected a number'),
-        ("training.learning_rate=-1", "training.learning_rate: got -1, expected a number of at least 0"),
+        ("training.learning_rate=-1", "training.learning_rate: got -1, expected a number between 0 and 1,000"),
         ("training.per_device_train_batch_size=0", "got 0, expected a whole number of at least 1"),
         ("training.per_device_train_batch_size=1.5", "got 1.5, expected a whole number"),
         ("training.bf16=1", "training.bf16: got 1, expected true or false"),

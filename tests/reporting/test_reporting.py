@@ -233,10 +233,10 @@ def test_nothing_of_this_machine_is_published(run: RunDirectory) -> None:
 
 
 def test_a_token_in_the_recipe_is_not_published(tmp_path: Path) -> None:
-    training = {"hub_token": "a-secret-word", "hub_model_id": "me/it", "run_name": "hf_abcdefghij"}
+    training = {"hub_token": "a-secret-word", "hub_model_id": "me/it", "run_name": "hf_abCdefgh1j"}
     run = make_run(tmp_path / "token", recipe=changed(training=training))
     text = html.render_html(run) + model_card.render_model_card(run)
-    assert "a-secret-word" not in text and "hf_abc" not in text and "me/it" in text
+    assert "a-secret-word" not in text and "hf_abC" not in text and "me/it" in text
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_student_that_is_not_there_is_said_before_the_recipe_is_written(
     teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="--student: nosuch"):
+    with pytest.raises(UserError, match="--student: cannot load 'nosuch'"):
         started(teacher, tmp_path, asked(NUMBERED, ["apple"] * 40), student="nosuch")
     assert not (tmp_path / "made.yaml").exists()
     recipe, _ = started(teacher, tmp_path, asked(NUMBERED, ["apple"] * 40), student=teacher)

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 
+from dts_hf.console import secrets_in
+from dts_hf.errors import UserError
+from tests.support.tokens import FAKE_TOKENS
+
+ALL = settings.get_current_profile_name() == "fuzz"
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 CPU_SECONDS = 10  # of one case; they take milliseconds
 
 
@@ -145,6 +153,32 @@ def limited(cpu_seconds: float = CPU_SECONDS) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
+def cases(count: int) -> Callable[[Any], Any]:
+    """``count`` cases of the 11,000."""
+    return settings(
+        max_examples=count if ALL else count // 5,
+        deadline=None,
+        derandomize=not ALL,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def survive(read: Callable[[], Any]) -> Any:
+    """What ``read`` returns, None where it refuses; nothing is left behind, and the message can be shown."""
+    with fence(Path.cwd().parent) as seen, limited():
+        try:
+            result = read()
+        except UserError as error:
+            result = None
+            message = str(error)
+            event("refused")
+            assert message and len(message) < 150_000 and not UNPRINTABLE.search(message), repr(message)
+            assert not list(secrets_in(message, urls=False)), message
+    assert not seen.touched and not seen.started
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------- nasty values
 
 NUMBERS = (0, 1, -1, 2, 7, 255, 2**31 - 1, 2**31, 2**63, -(2**63) - 1, 10**30, 10**400, 0.0, 0.5, 1.0, -0.5, 1e-320)
@@ -176,6 +210,7 @@ WORDS = (
         "\r",
         "\x7f",
         "\x85",
+        "a\u2066b\u200f",
         "%s%n%x",
         "{0}",
     ),
@@ -248,6 +283,7 @@ WORDS = (
         "chat",
         "plain",
         "forward_kl",
+        *(f"a {examples[0]} b" for examples in FAKE_TOKENS.values()),
         "constant",
         "ctkd",
         "minillm",
