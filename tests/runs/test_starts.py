@@ -21,7 +21,7 @@ from dts_hf.runs.start import find_start, open_run
 from tests.support.launching import ROOT, environment
 from tests.workers.start_worker import ARGS, STEPS, recipe, start
 
-GATES = 14  # at least so many in a whole life
+GATES = 16  # of a whole life
 
 
 class Started:
@@ -189,7 +189,13 @@ def check_race(begin: Start, run: Path, hows: list[str], turns: list[tuple[int, 
 
 
 #: Both starts of the same kind, and of kinds that differ.
-KINDS = (["resume", "resume"], ["plain", "plain"], ["overwrite", "overwrite"], ["resume", "overwrite"], ["wrong", "plain"])
+KINDS = (
+    ["resume", "resume"],
+    ["plain", "plain"],
+    ["overwrite", "overwrite"],
+    ["resume", "overwrite"],
+    ["wrong", "plain"],
+)
 
 
 @pytest.mark.parametrize("hows", KINDS, ids="-".join)
