@@ -67,7 +67,8 @@ def lock(folder: str | Path) -> None:
                 _held[path] = _Held(descriptor, made)
                 return
             os.close(descriptor)  # its last owner removed it in between
-        raise UserError(f"output.dir: cannot make {folder}, or it vanishes at once. Choose another folder")
+        parent = next(place for place in path.parents if place.is_dir())
+        raise UserError(f"output.dir: cannot write in {parent} (no folder lasts there). Choose another folder")
     except BaseException:
         _remove_empty(made)
         raise

@@ -21,7 +21,7 @@ from dts_hf.runs.start import find_start, open_run
 from tests.support.launching import ROOT, environment
 from tests.workers.start_worker import ARGS, STEPS, recipe, start
 
-GATES = 16  # of a whole life
+GATES = 17  # of a whole life
 
 
 class Started:
@@ -136,6 +136,23 @@ def test_a_resume_that_comes_late_does_not_train_again(begin: Start, tmp_path: P
     assert whole(run) == first.process.pid
 
 
+def test_a_new_run_that_comes_late_is_refused_before_it_loads(begin: Start, tmp_path: Path) -> None:
+    second = begin(tmp_path / "x", "plain").to("_make")
+    assert begin(tmp_path / "x", "plain").end() == "trained"
+    while second.gate is not None:
+        assert second.step().gate != "load"
+    assert "is not empty" in second.outcome
+
+
+def test_a_lock_file_that_its_last_owner_has_removed_is_no_lock(begin: Start, tmp_path: Path) -> None:
+    first, second = begin(tmp_path, "wrong").to("load"), begin(tmp_path, "plain").to("lockf")
+    assert first.end() == "refused: the rows are wrong"
+    second.to("load")
+    assert busy(begin(tmp_path, "plain").end())
+    assert second.end() == "trained"
+    assert whole(tmp_path) == second.process.pid
+
+
 @pytest.mark.parametrize("how", ["overwrite", "resume", "plain"])
 def test_a_run_at_work_is_not_overwritten(begin: Start, tmp_path: Path, how: str) -> None:
     run = tmp_path / "x"
@@ -155,7 +172,7 @@ def test_a_folder_that_was_made_for_nothing_goes_and_harms_nobody(begin: Start, 
     for gate in ("open_nofollow", "_remove_empty"):  # the second one has the folder that the first one removes
         first, second = begin(run, "wrong").to("_remove_empty"), begin(run, "plain").to("open_nofollow")
         if gate == "_remove_empty":
-            second.step()  # and has locked it
+            second.to("check_content")  # and has locked it
         assert first.end() == "refused: the rows are wrong"
         assert second.end() == "trained"
         assert whole(run) == second.process.pid
@@ -284,7 +301,10 @@ def test_a_folder_of_somebody_else_gets_no_lock_file(tmp_path: Path, monkeypatch
 
 def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for place, says in ((Path("/proc/x/y"), "cannot make /proc/x/y"), (tmp_path / "file" / "x", "is a file")):
+    for place, says in (
+        (Path("/proc/x/y"), r"cannot write in /proc \(no folder lasts there"),
+        (tmp_path / "file" / "x", "is a file"),
+    ):
         with pytest.raises(UserError, match=says):
             find_start(recipe(str(place), False), ARGS, False)
     assert os.listdir(tmp_path) == ["file"]
