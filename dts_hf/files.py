@@ -11,11 +11,11 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
-from dts_hf.errors import UserError
+from dts_hf.errors import RunError, UserError
 
 #: What a file system answers that cannot flush folders, or lets nobody open this one: there is nothing more to do then.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
@@ -38,14 +38,37 @@ def check_output(path: Path, example: str, overwrite: bool) -> None:
         raise UserError(f"--output: {path} is there already. Choose another file, or replace it with --overwrite")
 
 
+#: What is wrong with a link inside a run directory.
+LINK = (
+    "A run neither follows nor replaces a link inside its directory, which may itself be one. Put there what it leads to, "
+    "or remove it"
+)
+
+
+def check_no_link(path: Path) -> None:
+    """Refuse to write at ``path`` where a link stands.
+
+    Raises:
+        RunError: it does.
+    """
+    if path.is_symlink():
+        raise RunError(f"cannot write {path}: it is a link to {os.readlink(path)}. {LINK}")
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either its old content or all of the new one, even after a power cut."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """As ``write_text_atomic``, of bytes."""
     path = Path(path)
     # Containers that share a folder may share process numbers; `tempfile` would make the file unreadable for others
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
-            temporary.write_text(text, encoding="utf-8")
+            with temporary.open("xb") as file:  # x: never through a link
+                file.write(content)
             flush(temporary)  # before its name: else a power cut could leave the name and no content
             os.replace(temporary, path)
             flush(path.parent)
@@ -171,13 +194,13 @@ def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, An
             raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
 
 
-def drop_half_line(path: Path, size: int) -> None:
+def drop_half_line(file: BinaryIO) -> None:
     """Remove what a killed process left after the last newline, so that the next record starts its own line."""
-    with path.open("rb+") as file:
-        file.seek(max(size - 1, 0))
-        if size and file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
-from dts_hf.files import write_json_atomic
+from dts_hf.files import check_no_link, write_json_atomic
 from dts_hf.models.head import without_adapters
 
 #: Template and protocol of a student, in its folder; ``evaluation/student_file.py`` says what it holds.
@@ -50,7 +50,8 @@ def save_student(
 
     Every process calls it, because the weights may be sharded over all of them; the first one writes. ``folder`` is there
     as a whole or not at all, at every moment: one that is there already is renamed, not emptied, once everything is
-    written. A kill between two renames leaves it as ``.NAME.old.unfinished``. Of a link, the folder behind it is written.
+    written. A kill between two renames leaves it as ``.NAME.old.unfinished``. A link is refused: what lies behind it is not
+    ours to replace.
 
     Args:
         model: the student, as it was trained.
@@ -61,10 +62,14 @@ def save_student(
 
     Returns:
         the model as it was saved, on the first process; merging, and making it whole, makes it another one.
+
+    Raises:
+        RunError: ``folder`` is a link.
     """
     weights = full_state_dict(model) if is_sharded(model) else None
     if process()[0] != 0:
         return model
+    check_no_link(folder)
     if weights is not None:
         model = _unsharded_copy(model, weights)
     if merge_lora and hasattr(model, "merge_and_unload"):
@@ -73,9 +78,9 @@ def save_student(
     if carried.chat_template is not None:
         tokenizer = copy.deepcopy(tokenizer)  # the caller goes on with its own
         tokenizer.chat_template = carried.chat_template
-    folder = folder.resolve()  # a link cannot be replaced by a folder
     unfinished, old = (folder.with_name(f".{folder.name}{part}.unfinished") for part in ("", ".old"))
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir(parents=True)  # fails where a link stands
     try:
         model.save_pretrained(unfinished)  # type: ignore[operator]
         save_generation_config(model, unfinished)
@@ -83,6 +88,7 @@ def save_student(
         if carried.facts is not None:
             write_json_atomic(unfinished / STUDENT_FILE, carried.facts)
         shutil.rmtree(old, ignore_errors=True)
+        check_no_link(folder)  # hours may have passed in a large model's save
         if folder.is_dir():
             os.replace(folder, old)
         os.replace(unfinished, folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dts_hf.files import check_no_link, write_bytes_atomic
 from dts_hf.loss.statistics import CE, GAP, KD, KL, TEACHER_CE, TEMPERATURE
 from dts_hf.reporting.canvas import (
     LIGHT,
@@ -24,6 +24,7 @@ from dts_hf.reporting.curves import Curve, curve, difference, in_words, share_of
 from dts_hf.reporting.facts import MODEL_LABELS, Facts, gather, kept_best, number
 from dts_hf.reporting.tables import MEASURES
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.links import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,16 +64,15 @@ class Drawing:
 def write_figures(run: RunDirectory) -> list[Path]:
     """Write ``figures/*.png`` and return their paths. A figure without data is not written, and an old one removed."""
     written = []
+    check_no_link(run.figures_path)
     for drawing in draw(gather(run)):
         path = run.figures_path / f"{drawing.name}.png"
         if drawing.figure is None:
             path.unlink(missing_ok=True)
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # Never half a picture where a card points to one: a report is also written while a run goes on
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(drawing.png())
-        os.replace(temporary, path)
+        write_bytes_atomic(path, drawing.png())
         written.append(path)
     return written
 

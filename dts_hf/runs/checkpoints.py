@@ -18,7 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dts_hf.files import write_json_atomic
+from dts_hf.errors import RunError
+from dts_hf.files import check_no_link, write_json_atomic
+from dts_hf.runs.links import remove_files
 
 COMPLETE = "complete.json"
 INTERRUPTED = "interrupted"
@@ -91,7 +93,7 @@ def step_of(folder: str | Path) -> int:
 
 def checkpoints(run: str | Path) -> list[Path]:
     """All checkpoint folders of the run directory, complete or not, the oldest step first."""
-    folders = [path for parent in (Path(run) / INTERRUPTED, Path(run)) for path in _folders(parent)]
+    folders = [*_interrupted(Path(run)), *_folders(Path(run))]
     return sorted(folders, key=step_of)  # at one step the recipe's own comes last: it was written later
 
 
@@ -101,8 +103,13 @@ def newest_complete(run: str | Path) -> Path | None:
 
 
 def remove(folder: str | Path) -> None:
-    """Remove a checkpoint, its ``complete.json`` first: what a kill leaves of it is no checkpoint."""
-    (Path(folder) / COMPLETE).unlink(missing_ok=True)
+    """Remove a checkpoint, its ``complete.json`` first: what a kill leaves of it is no checkpoint.
+
+    Raises:
+        RunError: a link stands there.
+    """
+    check_no_link(Path(folder))
+    remove_files(Path(folder), COMPLETE)
     shutil.rmtree(folder)
 
 
@@ -121,7 +128,7 @@ def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | P
     regular = [folder for folder in _folders(Path(run)) if step_of(folder) <= step]  # the oldest step first
     complete = [folder for folder in regular if why_incomplete(folder) is None]
     kept = {Path(folder).resolve() for folder in keep if folder is not None}
-    useless = [folder for folder in _folders(Path(run) / INTERRUPTED) if step_of(folder) < step]
+    useless = [folder for folder in _interrupted(Path(run)) if step_of(folder) < step]
     if limit is not None and limit > 0:
         kept |= {folder.resolve() for folder in complete[-1:]}  # to go on from
         surplus = len(complete) - max(limit, len(kept))
@@ -132,17 +139,22 @@ def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | P
         _remove_if_possible(folder)
 
 
+def _interrupted(run: Path) -> list[Path]:
+    return [] if (run / INTERRUPTED).is_symlink() else _folders(run / INTERRUPTED)
+
+
 def _folders(parent: Path) -> list[Path]:
+    """The checkpoints in ``parent``. None of them is a link: what is no longer needed is removed, and that is not ours."""
     if not parent.is_dir():
         return []
-    folders = [path for path in parent.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", path.name) and path.is_dir()]
-    return sorted(folders, key=step_of)
+    named = [path for path in parent.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def _remove_if_possible(folder: Path) -> None:
     try:
         remove(folder)
-    except OSError:  # somebody has a file of it open (NFS), or removed it as well: no reason to end a run
+    except (OSError, RunError):  # a file of it is open (NFS), or somebody removed it as well: no reason to end a run
         shutil.rmtree(folder, ignore_errors=True)
 
 

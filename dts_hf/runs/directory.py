@@ -4,7 +4,7 @@
     predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
 A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
-Files are written under a temporary name and then renamed, so a reader never sees half of one.
+Files are written under a temporary name and then renamed, so a reader never sees half of one. None of all this is a link.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dts_hf import files
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
+from dts_hf.runs.links import make_folder, matching, open_nofollow, refuse_links, remove, remove_files
 from dts_hf.runs.lock import LOCK, is_in_use
 
 RECIPE_HEADER = (
@@ -91,7 +92,22 @@ class RunDirectory:
         """Refuse now what ``create`` would refuse later; leaves everything as it is. Call it before models are loaded.
 
         Raises:
-            UserError: the path is a file, a folder with something in it, or a place where nothing can be written.
+            UserError: see ``check_content``; or a place where nothing can be written.
+        """
+        cls.check_content(path, overwrite, resume)
+        existing = next(folder for folder in [Path(path), *Path(path).absolute().parents] if os.path.lexists(folder))
+        try:  # os.access says yes to root in /proc and on some network drives
+            os.rmdir(tempfile.mkdtemp(prefix=".dts_hf-", dir=existing))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
+
+    @classmethod
+    def check_content(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:
+        """Refuse by what is there alone, without trying whether anything can be written: another run may be at work there.
+
+        Raises:
+            UserError: the path is a file, a folder with something in it, or one where something of a run is a link.
         """
         path = Path(path)
         if os.path.lexists(path) and not path.is_dir():
@@ -99,11 +115,7 @@ class RunDirectory:
         existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
         if not existing.is_dir():
             raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
-        try:  # os.access says yes to root in /proc and on some network drives
-            os.rmdir(tempfile.mkdtemp(prefix=".dts_hf-", dir=existing))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
+        refuse_links(path, [name.partition("/")[0] for name in (*OUR_NAMES, *LEFTOVERS)], (LOCK, "log.jsonl"))
         run = cls(path)
         if not path.is_dir() or not {*path.iterdir()} - {path / LOCK, *run._leftovers()}:
             return
@@ -124,7 +136,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> RunDirectory:
-        """Make the folder and return it.
+        """Make the folder and return it. Where other processes may start the same run, the caller has locked it.
 
         Args:
             path: does not exist, or is an empty folder, unless one of the following is set.
@@ -137,7 +149,7 @@ class RunDirectory:
         cls.check_can_create(path, overwrite, resume)
         run = cls(path)
         for old in [*run._leftovers(), *(run._our_files() if overwrite and not resume else [])]:
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+            remove(old) if old.parent == run.path else remove_files(old.parent, old.name)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,10 +172,10 @@ class RunDirectory:
         return cls(path)
 
     def _our_files(self) -> list[Path]:
-        return [found for name in OUR_NAMES for found in sorted(self.path.glob(name))]
+        return [found for name in OUR_NAMES for found in matching(self.path, name)]
 
     def _leftovers(self) -> list[Path]:
-        found = [path for name in LEFTOVERS for path in self.path.glob(name)]
+        found = [path for name in LEFTOVERS for path in matching(self.path, name)]
         return [path for path in found if not (path.is_dir() and is_in_use(path))]  # else an upload is going on in it
 
     def clean_up(self) -> None:
@@ -171,7 +183,7 @@ class RunDirectory:
         self.scores_path.unlink(missing_ok=True)
         for broken in self.path.glob(BROKEN_STEP_FILES):
             broken.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "interrupted", ignore_errors=True)
+        shutil.rmtree(self.path / "interrupted", ignore_errors=True)  # which leaves a link as it is
 
     # ------------------------------------------------------------------------------------------ one pair for each file
 
@@ -232,7 +244,7 @@ class RunDirectory:
     def cut_log(self, size: int) -> None:
         """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""
         if self.log_size() > size:
-            with self.log_path.open("rb+") as file:
+            with os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
                 file.truncate(size)
 
     def append_log(self, record: Mapping[str, Any]) -> None:
@@ -241,8 +253,9 @@ class RunDirectory:
         Args:
             record: ``{"kind": "train" | "eval" | "generation", "step": optimizer step, "epoch": float, ...}``.
         """
-        with self.log_path.open("ab+") as file:
-            files.drop_half_line(self.log_path, file.tell())
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        with os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
+            files.drop_half_line(file)
             file.write((json.dumps(files.jsonable(record), ensure_ascii=False) + "\n").encode())
 
     def read_log(self) -> list[dict[str, Any]]:
@@ -256,7 +269,7 @@ class RunDirectory:
             name: ``teacher``, ``student_before`` or ``student``.
             rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
         """
-        self.predictions_path.mkdir(exist_ok=True)
+        make_folder(self.predictions_path)
         files.write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
 
     def read_predictions(self, name: str) -> list[dict[str, Any]]:

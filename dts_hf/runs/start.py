@@ -29,7 +29,7 @@ from dts_hf.runs.comparison import as_text, leaves
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.local_names import local_names
-from dts_hf.runs.lock import lock
+from dts_hf.runs.lock import holds, lock
 from dts_hf.runs.outline import outline
 from dts_hf.runs.replaced import replaced_run
 from dts_hf.temperature import build_temperature
@@ -71,9 +71,10 @@ class Start:
 
 
 def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
-    """Look into ``output.dir``, say what is found, and decide; nothing is changed. One process does it for all.
+    """Make ``output.dir``, lock it, look into it, say what is found, and decide. One process does it for all.
 
-    A folder that is there is locked: what is found stays so until ``open_run``.
+    Nothing in it is changed. What is found stays so until ``open_run``, and a folder that is not used is removed again
+    (``unlocking``).
 
     Args:
         recipe: what is asked for.
@@ -93,10 +94,10 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
 
 def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     named = args.resume_from_checkpoint
-    RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite, resume=resume or named is not None)
-    run = RunDirectory(recipe.output.dir)
-    if run.path.is_dir():
-        lock(run.path)
+    run, overwrite, keep = RunDirectory(recipe.output.dir), recipe.output.overwrite, resume or named is not None
+    run.check_content(run.path, overwrite, keep)  # a folder that is not ours gets no lock file
+    lock(run.path)
+    run.check_can_create(run.path, overwrite, keep)  # again: a run may have begun, or ended, in between
     exists = run.recipe_path.is_file()
     if exists and (resume or named is not None):
         _check_same(run.read_recipe(), recipe, args, run)
@@ -166,13 +167,14 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
         args: name the device and this process; the first one writes.
 
     Raises:
-        UserError: see ``RunDirectory.create``; or another process has been quicker.
+        UserError: see ``RunDirectory.create``; or the folder is no longer the one that ``find_start`` has locked.
     """
     run = RunDirectory(recipe.output.dir)
 
     def write() -> None:
+        if not holds(run.path):  # loading takes minutes, and somebody may tidy up
+            raise UserError(f"output.dir: {run.path} was removed or replaced since this run began. Start it again")
         RunDirectory.create(run.path, recipe.output.overwrite, resume=start.keep)
-        lock(run.path)
         run.save_recipe(effective(recipe, args))
         # Of an attempt before this one, too: what was a folder then may be gone
         local = {*run.read_environment().get("local_names", ()), *local_names(recipe.model_dump(mode="json"))}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from dts_hf.data.streams import RowStream
@@ -33,7 +33,7 @@ from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_first_process, silent_processes
 from dts_hf.errors import RunError, UserError
-from dts_hf.files import write_text_atomic
+from dts_hf.files import check_no_link, write_text_atomic
 from dts_hf.models.compilation import compile_layers
 from dts_hf.models.description import describe_for_training, describe_tokenizer, versions
 from dts_hf.models.saving import ready_for_generation, save_generation_config
@@ -41,6 +41,7 @@ from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, r
 from dts_hf.runs.comparison import refuse_changed_models
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import has_no_answer, is_lost_peer, lost_peer_sentence, writing
+from dts_hf.runs.links import refuse_links
 from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.card import OTHER_ROWS
@@ -287,13 +288,13 @@ class ResumableTrainer(EvenBatchesTrainer):
 
         Raises:
             UserError: the checkpoint is not complete, holds the weights alone, was not written by dts_hf, or this launch
-                cannot go on from it exactly.
+                cannot go on from it exactly; or a checkpoint in ``args.output_dir`` is a link.
             RunError: training cannot go on (see ``stop_non_finite_run``), the last step broke the weights, the disk takes no
                 checkpoint, or another process has ended or does not answer.
         """
-        self.resumed_from = folder = exact_resume.checkpoint_to_resume(
-            resume_from_checkpoint, Path(str(self.args.output_dir))
-        )
+        run = Path(str(self.args.output_dir))
+        refuse_links(run, (f"{PREFIX_CHECKPOINT_DIR}-*", INTERRUPTED))
+        self.resumed_from = folder = exact_resume.checkpoint_to_resume(resume_from_checkpoint, run)
         self._progress = None
         self.clock.start()
         if self.models_record is None:
@@ -399,8 +400,11 @@ class ResumableTrainer(EvenBatchesTrainer):
             return  # made up for on resume: it is complete already, and still read from
         with self.exclude_from_timing(), writing(folder.parent):
             # 1. What a killed run left of it goes.
-            if self.args.should_save and folder.exists():
-                remove(folder)
+            if self.args.should_save:
+                if self._interrupting:
+                    check_no_link(folder.parent)
+                if os.path.lexists(folder):
+                    remove(folder)
             self.accelerator.wait_for_everyone()
             # 2. Our files and the Trainer's; older checkpoints are needed until the end, so it must not rotate.
             self.save_progress(folder)

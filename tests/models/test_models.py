@@ -32,7 +32,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from dts_hf.errors import UserError
+from dts_hf.errors import RunError, UserError
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import Head, backbone_of, check_head, head_of, loss_in_head, output_module
 from dts_hf.models.loading import ModelSource, load_model, load_student, load_tokenizer
@@ -507,15 +507,21 @@ def test_a_failed_save_leaves_the_student_of_before(tmp_path: Path, monkeypatch:
     assert torch.equal(logits_of(load_model(str(final), key="model").eval()), logits_of(tiny_llama(seed=1).eval()))
 
 
-def test_a_student_is_saved_behind_a_link(tmp_path: Path) -> None:
-    """Somebody keeps the weights on another drive."""
+def test_a_student_is_not_saved_behind_a_link(tmp_path: Path) -> None:
+    """What else lies there would be gone. A folder that lies behind a link is another matter."""
     (tmp_path / "drive" / "student").mkdir(parents=True)
-    final = tmp_path / "final"
-    final.symlink_to(tmp_path / "drive" / "student")
+    (tmp_path / "drive" / "student" / "thesis.tex").write_text("x")
+    for name in ("final", ".final.unfinished"):
+        (tmp_path / name).symlink_to(tmp_path / "drive" / "student")
+        with pytest.raises((RunError, FileExistsError), match=name):
+            save_student(tiny_llama(), tiny_tokenizer(), tmp_path / "final")
+        (tmp_path / name).unlink()
+    assert os.listdir(tmp_path / "drive" / "student") == ["thesis.tex"]
+    (tmp_path / "runs").symlink_to(tmp_path / "drive")
     for _ in range(2):
-        save_student(tiny_llama(), tiny_tokenizer(), final)
-    assert final.is_symlink() and (final / "model.safetensors").is_file()
-    assert os.listdir(tmp_path / "drive") == ["student"] and sorted(os.listdir(tmp_path)) == ["drive", "final"]
+        save_student(tiny_llama(), tiny_tokenizer(), tmp_path / "runs" / "final")
+    assert (tmp_path / "drive" / "final" / "model.safetensors").is_file()
+    assert sorted(os.listdir(tmp_path / "drive")) == ["final", "student"]
 
 
 def test_a_tokenizer_without_an_end_is_refused_and_one_without_padding_is_given_one(tmp_path: Path) -> None:

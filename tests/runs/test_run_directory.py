@@ -202,7 +202,6 @@ def test_overwrite_removes_our_files_only(run: RunDirectory) -> None:
     (run.path / "checkpoint-10" / "weights").write_text("x")
     (run.path / "notes.txt").write_text("mine")
     (run.path / "broken_step-3.rank0.json").write_text("{}")
-    (run.path / "figures").symlink_to(run.path.parent)
     RunDirectory.check_can_create(run.path, overwrite=True)
     assert (run.path / "log.jsonl").is_file()
     RunDirectory.create(run.path, overwrite=True)
