@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Sequence
@@ -24,10 +22,10 @@ from dts_hf.files import file_sha256
 from dts_hf.generation.answer_file import Answer, AnswerFile
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
+from tests.support.launching import WORKERS
 from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.warm import run_warm
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKERS = ROOT / "tests" / "workers"
 ROWS = 20
 FAST = {"protocol": "minillm", "max_new_tokens": 6, "seeds": [10, 20], "batch_size": 4}
 
@@ -57,16 +55,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def work(place: Path, *arguments: str, **variables: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=place,
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def work(place: Path, *arguments: str, world: int = 1, **variables: str) -> str:
+    done = run_warm(WORKERS / "evaluate_worker.py", world, arguments, env=variables, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -76,7 +66,7 @@ def work(place: Path, *arguments: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_five_kills_leave_no_trace_in_what_comes_out(place: Path, dtype: str) -> None:
-    out = work(place, str(WORKERS / "evaluate_worker.py"), "kill", "5", str(ROWS), DTS_HF_TEST_DTYPE=dtype)
+    out = work(place, "kill", "5", str(ROWS), DTS_HF_TEST_DTYPE=dtype)
     killed, whole = files(place / "killed"), files(place / "whole")
     assert set(whole) == {"evaluation.json", "metrics.json", "predictions/rows.jsonl"}
     assert killed == whole
@@ -278,8 +268,7 @@ def test_a_set_whose_name_is_a_pattern_has_its_own_answers(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_one_process_and_two_give_the_same_answers(place: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    work(place, *launch, str(WORKERS / "evaluate_worker.py"), "share", str(place))
+    work(place, "share", str(place), world=2)
     first, second = (json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == second["world"] == 2
     for name in ("gpt2", "llama"):

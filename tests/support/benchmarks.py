@@ -1,16 +1,16 @@
-"""Run a script of ``benchmarks/`` as a user would, and read what it wrote."""
+"""Run a script of ``benchmarks/`` with the words of a user, and read what it wrote."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -19,10 +19,7 @@ TRL_VARIANTS = {"trl_gkd", "trl_chunked"} if HAS_TRL else set()
 
 
 def run(script: str, *arguments: str) -> str:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = run_warm(FOLDER / script, args=arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,11 +5,8 @@ Their docstrings are rows of the table in docs/trainer.md: ``works: ...``, ``ref
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from transformers import Trainer, TrainerCallback
 
 from dts_hf.training.trainer import DistillationTrainer
@@ -22,7 +19,6 @@ __all__ = [
     "arguments",
     "encoded",
     "events_of",
-    "frozen",
     "logged",
     "plain",
     "plain_trainer",
@@ -30,15 +26,6 @@ __all__ = [
 ]
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
-    """Each training ends with ``gc.collect``, which takes longer than the tiny steps: what is there stays out of it."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Recorder(TrainerCallback):

@@ -19,8 +19,9 @@ from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, build_temperature
 from tests.support.controls import CONTROLS, trainer_for
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.recorded import a_run, record
+from tests.support.warm import run_warm
 
 STEPS = 400
 
@@ -532,7 +533,7 @@ def test_two_temperatures_reach_the_loss_of_the_trainer(tmp_path):
 
 
 def test_all_processes_have_what_the_first_one_read(source, tmp_path):
-    done = launch(WORKERS / "controls_worker.py", 2, [source[1], str(tmp_path)])
+    done = run_warm(WORKERS / "controls_worker.py", 2, [source[1], str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and "6 optimizer steps and this run 7" in first["refused"]

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,8 +29,9 @@ from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
 from dts_hf.runs import failures, stopping
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
 from dts_hf.training import signals as interruption
-from tests.support.launching import ROOT, WORKERS, deepspeed_config, environment
+from tests.support.launching import WORKERS, deepspeed_config, environment
 from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.warm import fork_server, free_port
 from tests.workers.fault_worker import agent, life, starved
 
 pytestmark = pytest.mark.slow
@@ -92,7 +91,7 @@ class Lives:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.context = multiprocessing.get_context("forkserver")
+        self.context = fork_server()
         self.started: list[Life] = []
         self.launched: list[Launched] = []
         self.count = 0
@@ -113,7 +112,7 @@ class Lives:
         for name in ("go", *(f"reached.{rank}" for rank in range(world))):
             (folder / name).unlink(missing_ok=True)
         lives = []
-        port = str(_free_port())
+        port = str(free_port())
         for rank in map(str, range(world)):
             variables = {} if world == 1 else {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
@@ -136,12 +135,6 @@ class Lives:
         return self.start(folder, *argv, **faults)[0]
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
@@ -157,13 +150,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lives(root: Path) -> Iterator[Lives]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        made = Lives(root)
-        made.context.set_forkserver_preload(["tests.workers.fault_worker"])
-        yield made
+    made = Lives(root)
+    yield made
     for one in made.started:
         if one.process.exitcode is None:
             one.process.kill()

@@ -20,7 +20,7 @@ from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.recipe.schema import Data, Loss, Recipe, Teacher
 from dts_hf.temperature import build_policy
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.hf import ROWS, arguments, frozen, plain, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, arguments, plain, trainer_for
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 # ------------------------------------------------------------------------------------------------- one table of defaults

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
-from tests.support.hf import ROWS, Recorder, events_of, frozen, logged, plain, plain_trainer, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, Recorder, events_of, logged, plain, plain_trainer, trainer_for
 
 # ---------------------------------------------------------------------------------------------------------- the order
 

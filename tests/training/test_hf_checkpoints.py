@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from dts_hf.errors import UserError
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.hf import ROWS, frozen, logged, plain_trainer, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, logged, plain_trainer, trainer_for
 from tests.support.tiny import tiny_llama
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}

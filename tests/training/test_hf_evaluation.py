@@ -16,7 +16,7 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.errors import UserError
 from dts_hf.training.generated import padded, questions_of
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.hf import ROWS, arguments, encoded, frozen, logged, plain, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, arguments, encoded, logged, plain, trainer_for  # noqa: F401
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 HELD_OUT = ROWS[:5]

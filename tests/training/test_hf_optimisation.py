@@ -12,7 +12,7 @@ from transformers import Trainer, get_cosine_schedule_with_warmup
 
 from dts_hf.errors import UserError
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.hf import ROWS, arguments, frozen, logged, plain, plain_trainer, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, arguments, logged, plain, plain_trainer, trainer_for
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.hf import ROWS, frozen, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, trainer_for  # noqa: F401
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from dts_hf.errors import UserError
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.hf import ROWS, arguments, frozen, logged, trainer_for  # noqa: F401
+from tests.support.hf import ROWS, arguments, logged, trainer_for
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 

@@ -17,7 +17,7 @@ from dts_hf.errors import UserError
 from dts_hf.recipe.schema import Recipe
 from dts_hf.training.pair import set_up_models
 from dts_hf.training.workload import workload_of
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import (
     ROWS,
@@ -29,6 +29,7 @@ from tests.support.trainers import (
     step_gradients,
     trainer_for,
 )
+from tests.support.warm import run_warm
 
 BUDGET = {"tokens": 170}
 LOGGED = 3e-7  # the Trainer adds losses up in fp32
@@ -192,7 +193,7 @@ def test_tokenised_rows_are_named_by_number_and_streams_are_refused(tmp_path: Pa
 def run(out: Path, world: int, accumulation: int, resume: str = "") -> None:
     out.mkdir()
     words = [str(out), str(accumulation), *filter(None, [resume])]
-    done = launch(WORKERS / "packs_worker.py", world, words, "single" if world == 1 else "ddp")
+    done = run_warm(WORKERS / "packs_worker.py", world, words, "single" if world == 1 else "ddp")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

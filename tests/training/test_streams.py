@@ -16,10 +16,11 @@ from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.data.streams import BLOCK
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.streams import FIT, IN_ORDER, LONG, MIXED, Stream, as_function, as_stream, rows_of_steps
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, encoded, losses, plain, trainer_for
+from tests.support.warm import run_warm
 from tests.workers.stream_worker import SAVED, trainer_of
 
 EVAL = ("eval_loss", "eval_kl", "eval_ce_loss", "eval_teacher_ce", "eval_rows", "eval_labels")
@@ -375,7 +376,7 @@ def test_a_resume_with_other_rows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_two_processes_share_a_stream_out_as_one_takes_it(tmp_path: Path) -> None:
     """Each row once; weights, losses, temperature and held-out numbers are those of the list; a resume is exact."""
-    done = launch(WORKERS / "stream_worker.py", 2, [tmp_path], timeout=250)
+    done = run_warm(WORKERS / "stream_worker.py", 2, [tmp_path], "ddp", timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"result.{rank}.json").read_text()) for rank in (0, 1))
     for name in ("list", "torch", "datasets", "function", "tokens", "workers", "resumed"):
@@ -411,7 +412,7 @@ def test_two_processes_share_a_stream_out_as_one_takes_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_sharded_students_take_a_stream_as_a_list(tmp_path: Path, strategy: str) -> None:
     """Every process runs as many forwards as the others, or this never ends."""
-    done = launch(WORKERS / "stream_worker.py", 2, [tmp_path, strategy], strategy, timeout=500)
+    done = run_warm(WORKERS / "stream_worker.py", 2, [tmp_path, strategy], strategy, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.0.json").read_text())
     for name in ("losses", "temperature", "held_out"):

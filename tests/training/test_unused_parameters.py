@@ -13,8 +13,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from dts_hf.models.adapters import add_lora
 from dts_hf.recipe.schema import Lora
 from dts_hf.training.unused_parameters import may_leave_unused
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.tiny import tiny_gpt2, tiny_llama
+from tests.support.warm import run_warm
 from tests.workers.unused_worker import with_idle_weight
 
 
@@ -63,7 +64,7 @@ def test_experts_towers_and_what_cannot_be_asked() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_search_for_idle_weights_only_where_there_are_some(tmp_path: Path) -> None:
-    done = launch(WORKERS / "unused_worker.py", 2, [tmp_path], timeout=250)
+    done = run_warm(WORKERS / "unused_worker.py", 2, [tmp_path], "ddp", timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
 
     def of(name: str) -> tuple[dict[str, Any], str]:

@@ -1,26 +1,17 @@
 """What each process of test_resume.py runs: one life of a run, ended by itself or by a kill -9.
 
-Lives are children of a fork server that has imported this module, so that they start in no time.
+Lives are children of the warm fork server, so that they start in no time.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-               "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-
-import gc
 import importlib.util
 import json
-import multiprocessing
+import os
 import shutil
 import signal
-import socket
 import sys
 import time
-from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,15 +23,10 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.training.temperature_callback import TemperatureCallback
 from tests.support.launching import fsdp_on_cpu, strategy_arguments
 from tests.support.tiny import tiny_gpt2, tiny_tokenizer
+from tests.support.warm import fork_server, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-if HAS_DEEPSPEED:
-    import deepspeed  # noqa: F401  # slow to import
-
-# A child that collects garbage would copy, page by page, all that the fork server has imported.
-gc.collect()
-gc.freeze()
 
 
 def prepare(folder: Path, rows: int = 24) -> None:
@@ -88,8 +74,8 @@ class Life:
     def __init__(
         self, folder: Path, values: dict[str, Any], world: int = 1, strategy: str = "single", **how: Any
     ) -> None:
-        context = _fork_server()
-        port = _free_port()
+        context = fork_server()
+        port = free_port()
         self.output = folder / f"{Path(values['output']['dir']).name}.out"
         self.processes = [
             context.Process(target=_live, args=(folder, values, rank, world, port, strategy, how), daemon=True)
@@ -116,30 +102,6 @@ class Life:
 
     def says(self) -> str:
         return "".join(path.read_text() for path in sorted(self.output.parent.glob(f"{self.output.name}.*")))
-
-
-@cache
-def _fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.workers.resume_worker"])
-    before = os.environ.get("PYTHONPATH")
-    # Without it the preload fails, silently: before Python 3.13 the server does not get our sys.path.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [before])])
-    forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-    first = context.Process(target=gc.collect)  # it starts when the server has imported everything
-    first.start()
-    first.join()
-    return context
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 # --------------------------------------------------------------------------------------------------- in the child
