@@ -33,7 +33,7 @@ from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, open_run
-from dts_hf.task import Data, Models, Rows, Task
+from dts_hf.task import Data, Models, Rows, Scorer, Task
 from dts_hf.training.callbacks import BeforeTrainingCallback, RunLogCallback
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.signals import stops_on_signal
@@ -104,10 +104,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     for callback in scorer.callbacks():
         trainer.add_callback(callback)
     if start.checkpoint is None:
-        if teacher is not None:
-            scorer.score("teacher", teacher)
-        score_before = partial(scorer.score, "student_before", student)
-        trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
+        score_untrained(scorer, trainer, models)
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
@@ -211,6 +208,14 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_fr
         trainer.check_resumable(start.checkpoint)
     else:
         trainer.prepare_temperature(trainer.planned_steps())
+
+
+def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models) -> None:
+    """Score the teacher, and have the student scored once the trainer has placed it and before its first step."""
+    if models.teacher is not None:
+        scorer.score("teacher", models.teacher)
+    score_before = partial(scorer.score, "student_before", models.student)
+    trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
 
 
 def save(task: Task[Any], student: nn.Module, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:

@@ -82,7 +82,8 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else its text is all it says, and a name would hide that
+            error.filename = error.filename or str(path)
         raise
 
 
