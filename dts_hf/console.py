@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 # Their values are masked wherever they appear, whatever they look like.
@@ -260,7 +260,8 @@ def guarded_logs() -> Iterator[None]:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make(*args, **kwargs)
-        made.msg, made.args = harmless(made.getMessage()), ()
+        with suppress(Exception):  # wrong arguments of a library's message: logging says so, and the work goes on
+            made.msg, made.args = harmless(made.getMessage()), ()
         return made
 
     logging.setLogRecordFactory(record)
