@@ -78,7 +78,9 @@ def copied(run: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     "strategy", [pytest.param(form, marks=[] if form in DAILY else pytest.mark.soak) for form in FORMS]
 )
-def test_killed_and_resumed_ends_as_if_nothing_was(workplace: Path, killed: Callable[[str], Path], strategy: str) -> None:
+def test_killed_and_resumed_ends_as_if_nothing_was(
+    workplace: Path, killed: Callable[[str], Path], strategy: str
+) -> None:
     finish(Life(workplace, values(f"straight-{strategy}"), 2, strategy))
     expected = end_of(workplace / f"straight-{strategy}")
     record = read_complete(killed(strategy) / "checkpoint-3")
