@@ -34,7 +34,7 @@ def test_loss_head_compares_the_same_divergence() -> None:
 
 @pytest.mark.slow
 def test_train_step_compares_the_same_divergence() -> None:
-    found = report("train_step.py")
+    found = report("train_step.py", forked=True)
     rows = rows_of(found)
     ours = {"padded", "packed", "cached_padded", "cached_packed"}
     assert set(rows) == {"floor", "sft", "dense"} | TRL_VARIANTS | ours
@@ -48,9 +48,8 @@ def test_train_step_compares_the_same_divergence() -> None:
 
 @pytest.mark.slow
 def test_train_step_in_bf16() -> None:
-    rows = rows_of(
-        report("train_step.py", "--dtype", "bfloat16", "--variants", "sft", "dense", "padded", "cached_packed")
-    )
+    variants = ("sft", "dense", "padded", "cached_packed")
+    rows = rows_of(report("train_step.py", "--dtype", "bfloat16", "--variants", *variants, forked=True))
     assert set(rows) == {"sft", "dense", "padded", "cached_packed"}
     assert_same_kl(rows, rel=0.02)
 
@@ -73,7 +72,7 @@ def test_catalogue_has_every_divergence_and_policy() -> None:
     from dts_hf.divergences import DIVERGENCES
     from dts_hf.temperature import temperature_policies
 
-    found = report("catalogue.py")
+    found = report("catalogue.py", forked=True)
     divergences, policies = rows_of(found, 0), rows_of(found, 1)
     assert set(divergences) == set(DIVERGENCES)
     assert {name.split(" (")[0] for name in policies} == set(temperature_policies()) - {"replay"}  # it needs a run

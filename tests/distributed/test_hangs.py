@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from datetime import timedelta
@@ -105,7 +106,9 @@ def test_silence_is_noted_once_and_ends_with_training(capsys: pytest.CaptureFixt
     callback.on_step_end(args, state, control)
     end = time.monotonic() + 10
     said = ""
-    while "process 3: nothing has happened for 0 s, after step 5; a collective" not in said:
+    while not re.search(
+        "process 3: nothing has happened for [0-9]+ s, after step 5; a collective", said
+    ):  # a busy machine
         assert time.monotonic() < end, said
         time.sleep(0.02)
         said += capsys.readouterr().err

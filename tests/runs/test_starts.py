@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ from dts_hf.errors import UserError
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import LOCK, holds, lock, unlock
 from dts_hf.runs.start import find_start, open_run
-from tests.support.launching import ROOT, environment
+from tests.support.warm import fork_server
 from tests.workers.start_worker import ARGS, STEPS, recipe, start
 
 GATES = 17  # of a whole life
@@ -78,7 +77,7 @@ Start = Callable[[Path, str], Started]
 @pytest.fixture(scope="module")
 def begin() -> Iterator[Start]:
     """Starts a process, forked from one that has everything imported, up to its first gate."""
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     started: list[Started] = []
 
     def make(folder: Path, how: str = "resume") -> Started:
@@ -89,12 +88,7 @@ def begin() -> Iterator[Start]:
         started.append(Started(process, ours))
         return started[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        context.set_forkserver_preload(["tests.workers.start_worker"])
-        yield make
+    yield make
     for one in started:
         one.kill()
 

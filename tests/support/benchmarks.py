@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.launching import ROOT, WORKERS
 from tests.support.warm import run_warm
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 HAS_TRL = importlib.util.find_spec("trl") is not None
 TRL_VARIANTS = {"trl_gkd", "trl_chunked"} if HAS_TRL else set()
@@ -24,8 +23,12 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def report(script: str, *arguments: str) -> dict[str, Any]:
-    return json.loads(run(script, "--quick", "--json", *arguments))  # type: ignore[no-any-return]
+def report(script: str, *arguments: str, forked: bool = False) -> dict[str, Any]:
+    """What ``script`` found; ``forked``: its workers are forked, which is faster where there are many."""
+    words = ["--quick", "--json", *arguments]
+    done = run_warm(WORKERS / "benchmark_worker.py", args=[FOLDER / script, *words]) if forked else None
+    assert done is None or done.returncode == 0, done.stderr
+    return json.loads(run(script, *words) if done is None else done.stdout)  # type: ignore[no-any-return]
 
 
 def rows_of(found: dict[str, Any], table: int = 0) -> dict[str, dict[str, Any]]:

@@ -38,7 +38,10 @@ def free_port() -> int:
 
 @cache
 def fork_server() -> ForkServerContext:
-    """The context whose processes are forked from the warm one. There is one server in each process of the tests."""
+    """The context whose processes are forked from the warm one.
+
+    Python has one server in each process, of whoever asks first: all tests take this one.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.workers.warm"])
     before = dict(os.environ)

@@ -9,6 +9,8 @@ import pickle
 import random
 import shutil
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from tests.workers.resume_worker import HAS_DEEPSPEED, Life, prepare, recipe
 pytestmark = pytest.mark.slow
 DEEPSPEED = ("zero1", "zero2") if HAS_DEEPSPEED else ()
 FORMS = (*DEEPSPEED, "fsdp2", "fsdp2-sharded")
+#: One of each kind is for every day.
+DAILY = ("zero2", "fsdp2-sharded")
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +53,18 @@ def values(output: str, world: int = 2, dropout: bool = True, **training: Any) -
 
 
 @pytest.fixture(scope="module")
-def killed(workplace: Path) -> dict[str, Path]:
+def killed(workplace: Path) -> Callable[[str], Path]:
     """By strategy: a run on two processes that was killed as step 6 began, and has a checkpoint of step 3."""
-    runs = {}
-    for strategy in FORMS:
-        life = Life(workplace, values(f"killed-{strategy}"), 2, strategy, kill_at_step=6)
+
+    @cache
+    def of(strategy: str) -> Path:
+        run = workplace / f"killed-{strategy}"
+        life = Life(workplace, values(run.name), 2, strategy, kill_at_step=6)
         assert set(life.wait()) == {-9}, life.says()[-3000:]
-        runs[strategy] = workplace / f"killed-{strategy}"
-        assert newest_complete(runs[strategy]) == runs[strategy] / "checkpoint-3"
-    return runs
+        assert newest_complete(run) == run / "checkpoint-3"
+        return run
+
+    return of
 
 
 def copied(run: Path, name: str) -> Path:
@@ -68,16 +75,20 @@ def copied(run: Path, name: str) -> Path:
 # ------------------------------------------------------------------------------------------------ killed and resumed
 
 
-@pytest.mark.parametrize("strategy", FORMS)
-def test_killed_and_resumed_ends_as_if_nothing_was(workplace: Path, killed: dict[str, Path], strategy: str) -> None:
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(form, marks=[] if form in DAILY else pytest.mark.soak) for form in FORMS]
+)
+def test_killed_and_resumed_ends_as_if_nothing_was(
+    workplace: Path, killed: Callable[[str], Path], strategy: str
+) -> None:
     finish(Life(workplace, values(f"straight-{strategy}"), 2, strategy))
     expected = end_of(workplace / f"straight-{strategy}")
-    record = read_complete(killed[strategy] / "checkpoint-3")
+    record = read_complete(killed(strategy) / "checkpoint-3")
     assert (record["processes"], record["strategy"]) == (2, strategy.removesuffix("-sharded"))
-    pieces = (killed[strategy] / "checkpoint-3" / "pytorch_model_fsdp_0" / ".metadata").is_file()
-    whole = (killed[strategy] / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file()
+    pieces = (killed(strategy) / "checkpoint-3" / "pytorch_model_fsdp_0" / ".metadata").is_file()
+    whole = (killed(strategy) / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file()
     assert (whole, pieces) == (strategy == "fsdp2", strategy == "fsdp2-sharded")
-    run = copied(killed[strategy], f"resumed-{strategy}")
+    run = copied(killed(strategy), f"resumed-{strategy}")
     resumed = Life(workplace, values(run.name), 2, strategy, resume=True)
     finish(resumed)
     assert "going on from step 3" in resumed.says()
@@ -145,8 +156,8 @@ def test_fsdp2_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed")
-def test_zero_does_not(workplace: Path, killed: dict[str, Path]) -> None:
-    run = copied(killed["zero2"], "alone")
+def test_zero_does_not(workplace: Path, killed: Callable[[str], Path]) -> None:
+    run = copied(killed("zero2"), "alone")
     says = refused(workplace, values(run.name, world=1), 1, "zero2")
     assert "written by zero2 on 2 processes" in says and "zero2 on 1 process" in says
     assert "DeepSpeed's files fit the same number of processes, rows and accumulation only" in says
@@ -196,9 +207,9 @@ PLANTED = [
     ("strategy", "name"),
     [pytest.param(*case, marks=[] if quick else pytest.mark.soak) for *case, quick in PLANTED if case[0] in FORMS],
 )
-def test_planted_code_does_not_run(workplace: Path, killed: dict[str, Path], strategy: str, name: str) -> None:
+def test_planted_code_does_not_run(workplace: Path, killed: Callable[[str], Path], strategy: str, name: str) -> None:
     number = [case[:2] for case in PLANTED].index((strategy, name))
-    run, marker = copied(killed[strategy], f"planted-{number}"), workplace / f"marker-{number}"
+    run, marker = copied(killed(strategy), f"planted-{number}"), workplace / f"marker-{number}"
     plant(run, name, marker)
     life = Life(workplace, values(run.name), 2, strategy, resume=True)
     codes = life.wait()
