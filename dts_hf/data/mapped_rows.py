@@ -28,7 +28,9 @@ class NotKept(OSError):
 
 def row_line(row: Row) -> bytes:
     """``row`` as JSON. Keys stand in their order: a template may write them so."""
-    return json.dumps([getattr(row, name) for name in _NAMES], default=repr).encode()
+    # Escaped, a row of 60 MB that is not ASCII would be one of 180 MB
+    text = json.dumps([getattr(row, name) for name in _NAMES], default=repr, ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
