@@ -98,7 +98,7 @@ class MappedRows(Sequence[Row]):
     def __getitem__(self, index: slice) -> MappedRows: ...
     def __getitem__(self, index: int | slice) -> Row | MappedRows:
         if isinstance(index, slice):
-            return MappedRows(self.path, self.sha256, self.places[index])
+            return self._with(self.places[index])
         place = self.places[index]
         part = bisect_right(self._firsts, place) - 1
         return _row(self._chunks[part][place - self._firsts[part]].as_py())
@@ -110,7 +110,13 @@ class MappedRows(Sequence[Row]):
 
     def picked(self, places: Sequence[int]) -> MappedRows:
         """The rows with these numbers."""
-        return MappedRows(self.path, self.sha256, array("q", [self.places[place] for place in places]))
+        return self._with(array("q", [self.places[place] for place in places]))
+
+    def _with(self, places: Sequence[int]) -> MappedRows:
+        """Of the file as it is mapped already: its name may be gone."""
+        other = MappedRows.__new__(MappedRows)  # copy.copy would pickle it, and look for the name
+        other.__dict__.update(self.__dict__, places=places)
+        return other
 
 
 def ids_of(rows: Sequence[Row]) -> list[str]:

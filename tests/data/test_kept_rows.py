@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def test_rows_of_every_kind_come_back_as_they_were(tmp_path, never_read):
         )  # the order of keys as well
         never_read()
     assert len(pickle.dumps(found.rows)) < 1000 and list(pickle.loads(pickle.dumps(found.rows))) == expected.rows
+    shutil.rmtree(tmp_path / "cache")  # what is mapped stays
+    assert list(found.rows[2:]) == expected.rows[2:] and list(found.rows.picked([3, 1])) == [
+        expected.rows[3],
+        expected.rows[1],
+    ]
 
 
 @pytest.mark.parametrize("weight", [1, 0.5, 2.5])

@@ -17,8 +17,8 @@ class Peak(NamedTuple):
 
     Attributes:
         own: memory that belongs to no file, summed over the processes (what they share counted once).
-        total: the same with the pages of files that were mapped. A system takes back such pages when it likes, so this may be
-            too little; ``own`` and the size of the files together are never.
+        total: the same with the pages of files that were mapped. A system takes back such pages when it likes, so this may
+            be too little; ``own`` and the size of the files together are never.
     """
 
     own: float
