@@ -82,6 +82,7 @@ def test_200_000_rows_take_less_than_400_mb(tmp_path, world):
 
 def test_the_text_of_many_rows_is_not_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(kept_rows, "LEAST_BYTES", 1)
+    monkeypatch.setenv("DTS_HF_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "train.jsonl"
     path.write_text(
         "".join(json.dumps({"instruction": f"Say {k}.", "output": "x" * 1500}) + "\n" for k in range(4000))
@@ -97,7 +98,7 @@ def test_the_text_of_many_rows_is_not_in_memory(tmp_path, monkeypatch):
             tracemalloc.stop()
 
     load_mixture_once(tmp_path / "train.jsonl")  # what is imported counts for neither
-    shutil.rmtree(kept_rows.default_cache() / "rows")
+    shutil.rmtree(tmp_path / "cache")
     memory, made, read = held(load_mixture), held(load_mixture_once), held(load_mixture_once)
     assert memory[0] > 6e6
     assert max(made[0], read[0]) < 1e6
