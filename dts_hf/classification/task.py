@@ -14,7 +14,8 @@ from dts_hf.classification.glue_tasks import LabelledRow, get_task, load_labelle
 from dts_hf.classification.models import load_task_student, load_task_teacher
 from dts_hf.classification.scorer import ClassificationScorer, as_plain_rows
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
-from dts_hf.data.sources import Sources, as_sources, manifest
+from dts_hf.data.manifest import manifest
+from dts_hf.data.sources import Sources, as_sources
 from dts_hf.evaluation.glue_metrics import headline
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
 import tempfile
-import time
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -28,8 +25,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from dts_hf.data.cache import FORMAT, code_digest, default_cache, kept, read_table, write_table
 from dts_hf.data.chat_templates import Template
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, KeptRow, encode_rows, encoded_blocks, refuse_empty
+from dts_hf.data.mapped_rows import MappedRows, row_line
 from dts_hf.data.rows import Row
 from dts_hf.files import file_sha256
 
@@ -41,17 +40,6 @@ logger = logging.getLogger(__name__)
 
 #: Fewer rows are encoded sooner than a file of them is written and checked.
 LEAST_ROWS = 1000
-FORMAT = 1
-ROWS, RECORD = "rows.arrow", "record.json"
-#: Seconds that a process waits for another one that encodes the same rows; then it encodes them itself.
-PATIENCE = 3600.0
-
-
-def default_cache() -> Path:
-    """``$DTS_HF_CACHE``, else ``$XDG_CACHE_HOME/dts_hf``, else ``~/.cache/dts_hf``."""
-    if "DTS_HF_CACHE" in os.environ:
-        return Path(os.environ["DTS_HF_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dts_hf"
 
 
 def encode_cached(
@@ -85,7 +73,8 @@ def encode_cached(
     folder = default_cache() / "encoded_rows" if cache_dir is None else Path(cache_dir).expanduser()
     place = folder / fingerprint(rows, tokenizer, template, limits)
     try:
-        dataset = _locked(place, lambda: encoded_blocks(rows, tokenizer, template, **limits))
+        encoded = partial(encoded_blocks, rows, tokenizer, template, **limits)
+        dataset = kept(place, lambda path: _write(path, encoded), _opened)
     except (OSError, NotImplementedError) as error:  # no room, no rights, no locks on this file system
         logger.warning("%s: cannot keep the encoded rows in %s (%s); they stay in memory", name, folder, error)
         return encode_rows(rows, tokenizer, template, name=name, may_be_empty=may_be_empty, **limits)
@@ -110,7 +99,7 @@ def fingerprint(
     dated = "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None), default=str)
     described = {
         "format": FORMAT,
-        "code": _code(),
+        "code": code_digest(),
         "libraries": [version(library) for library in ("dts_hf", "transformers", "tokenizers", "jinja2")],
         "tokenizer": _tokenizer_digest(tokenizer),
         "template": [template.name, template.is_chat, template.wraps_prompts],
@@ -118,20 +107,15 @@ def fingerprint(
         "day": datetime.date.today().isoformat() if dated else None,
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    names = [field.name for field in dataclasses.fields(Row)]
-    for row in rows:
-        # Keys in their order: a template may write them so
-        digest.update(json.dumps([getattr(row, name) for name in names], default=repr).encode() + b"\n")
+    if isinstance(rows, MappedRows):  # their file is known by its content, so they need not be read
+        places = rows.places
+        digest.update(
+            f"{rows.sha256} {places if isinstance(places, range) else array('q', places).tobytes()!r}".encode()
+        )
+    else:
+        for row in rows:
+            digest.update(row_line(row) + b"\n")
     return digest.hexdigest()[:32]
-
-
-@functools.cache
-def _code() -> str:
-    """Digest of the modules that make tokens of rows: a change that no version number tells makes new files."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -144,72 +128,27 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def _locked(place: Path, make: Any) -> MappedDataset:
-    """The rows in ``place``, put there by ``make()`` where they are missing or broken, by one process at a time."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(place.with_name(f".{place.name}.lock")):
-        found = _read(place)
-        if found is None:
-            unfinished = place.with_name(f".{place.name}.unfinished")  # nobody else's: the lock is held
-            for old in (unfinished, place):
-                if os.path.lexists(old):
-                    shutil.rmtree(old)
-            try:
-                unfinished.mkdir()
-                _write(unfinished, *make())
-                os.rename(unfinished, place)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            found = _read(place)
-    if found is None:
-        raise OSError(f"{place} does not hold what was written")
-    return found
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path``, which ends with this process at the latest; never through a link.
-
-    Raises:
-        OSError: it cannot be had, or another process has held it for ``PATIENCE``.
-        NotImplementedError: this system has no such locks.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise NotImplementedError(str(error)) from None
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
-        yield
-    finally:
-        os.close(file)
-
-
-def _write(folder: Path, blocks: Iterator[list[KeptRow]], report: EncodingReport) -> None:
-    """Write rows as they are encoded, and then, when it counts all of them, their report."""
+def _write(path: Path, encoded: Callable[[], tuple[Iterator[list[KeptRow]], EncodingReport]]) -> dict[str, Any]:
+    """Write rows as they are encoded. Their report counts all of them at the end, and not before."""
     import pyarrow as pa
 
     lists = pa.list_(pa.int32())
     schema = pa.schema([("row_id", pa.string()), ("input_ids", lists), ("learned", lists)])
-    with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for block in blocks:
-            columns = [
-                pa.array([row_id for row_id, _ in block], pa.string()),
-                _list_array([row.ids for _, row in block]),
-                _list_array([row.spans for _, row in block]),
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    record = {"format": FORMAT, "sha256": file_sha256(folder / ROWS), "report": dataclasses.asdict(report)}
-    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    blocks, report = encoded()
+    columns = (
+        [
+            pa.array([row_id for row_id, _ in block], pa.string()),
+            _list_array([row.ids for _, row in block]),
+            _list_array([row.spans for _, row in block]),
+        ]
+        for block in blocks
+    )
+    write_table(path, schema, columns)
+    return {"report": dataclasses.asdict(report)}
+
+
+def _opened(path: Path, record: Mapping[str, Any]) -> MappedDataset:
+    return MappedDataset(path, EncodingReport(**record["report"]))
 
 
 def _list_array(rows: Sequence[Any]) -> pa.ListArray:
@@ -218,17 +157,6 @@ def _list_array(rows: Sequence[Any]) -> pa.ListArray:
     values = np.concatenate([np.asarray(row, np.int32) for row in rows]) if rows else np.zeros(0, np.int32)
     offsets = np.array([0, *accumulate(map(len, rows))], np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def _read(place: Path) -> MappedDataset | None:
-    """The rows in ``place``; None where they are missing, cut off, changed or not ours."""
-    try:
-        record = json.loads((place / RECORD).read_bytes())
-        if record["format"] != FORMAT or record["sha256"] != file_sha256(place / ROWS):
-            return None
-        return MappedDataset(place / ROWS, EncodingReport(**record["report"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 class Lists(Sequence[NDArray[np.int32]]):
@@ -275,10 +203,8 @@ class MappedDataset(EncodedDataset):
     """
 
     def __init__(self, path: Path, report: EncodingReport | None = None, count: int | None = None) -> None:
-        from datasets import Dataset
-
         self.path, self.report, self.count = path, report, count
-        table = Dataset.from_file(str(path)).data.table.slice(0, count)
+        table = read_table(path).slice(0, count)
         self.row_ids = table.column("row_id").to_pylist()
         ids = Lists(table.column("input_ids"))
         self.ids, self.lengths = ids, ids.lengths()

@@ -217,7 +217,17 @@ def encoded_blocks(
     train_on: TrainOn | None = None,
     progress: str | None = None,
 ) -> tuple[Iterator[list[KeptRow]], EncodingReport]:
-    """The rows that are kept, a block at a time; the arguments are those of ``encode_rows``.
+    """The rows that are kept, a block at a time.
+
+    Args:
+        rows: as in ``encode_rows``, and so are the others.
+        tokenizer: see there.
+        template: see there.
+        max_length: see there.
+        max_prompt_length: see there.
+        long_rows: see there.
+        train_on: see there.
+        progress: see there.
 
     Returns:
         the blocks, and the report, which counts the rows of the blocks that were taken so far.

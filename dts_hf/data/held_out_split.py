@@ -7,11 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from dts_hf.data.mapped_rows import ids_of, picked
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 
 
-def split_off(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def split_off(rows: Sequence[Row], share: float) -> tuple[Sequence[Row], Sequence[Row]]:
     """(rows to train on, held-out rows), each in the order of ``rows``.
 
     A row is held out for the hash of its prompt, so the choice depends neither on the order of the file nor on a seed.
@@ -26,10 +27,11 @@ def split_off(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
         UserError: nothing would be left to train on.
     """
     digests = _digests(rows)
-    of_ids = {row.id: digest for row, digest in zip(rows, digests, strict=True)}
+    ids = ids_of(rows)
+    of_ids = dict(zip(ids, digests, strict=True))
     # As ``weighted`` names them
-    copies = {row.id for row in rows if of_ids.get(row.id.rpartition("#")[0]) == of_ids[row.id]}
-    sizes = Counter(digest for row, digest in zip(rows, digests, strict=True) if row.id not in copies)
+    is_copy = [of_ids.get(row_id.rpartition("#")[0]) == digest for row_id, digest in zip(ids, digests, strict=True)]
+    sizes = Counter(digest for digest, copy in zip(digests, is_copy, strict=True) if not copy)
     left = max(1, round(share * sizes.total()))
     chosen = set()
     for digest in sorted(sizes):
@@ -38,14 +40,14 @@ def split_off(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
             left -= sizes[digest]
     if not chosen:  # every prompt has more rows than that
         chosen.add(min(sizes, key=lambda digest: (sizes[digest], digest)))
-    train = [row for row, digest in zip(rows, digests, strict=True) if digest not in chosen]
+    train = [place for place, digest in enumerate(digests) if digest not in chosen]
     if not train:
         raise UserError(
             f"data.validation: {share:g} of {len(rows)} rows leaves none to train on (rows with one prompt stay together); "
             "expected more rows, or a file of held-out rows"
         )
-    held_out = [row for row, digest in zip(rows, digests, strict=True) if digest in chosen and row.id not in copies]
-    return train, held_out
+    held_out = [place for place, digest in enumerate(digests) if digest in chosen and not is_copy[place]]
+    return picked(rows, train), picked(rows, held_out)
 
 
 def _digests(rows: Sequence[Row]) -> list[str]:
@@ -55,12 +57,11 @@ def _digests(rows: Sequence[Row]) -> list[str]:
     """
     openings = [_digest(_opening(row)) for row in rows]
     sizes = Counter(openings)
-    return [
-        _digest([row.instruction, row.input, row.messages])
-        if row.messages and 2 * sizes[opening] > len(rows)
-        else opening
-        for row, opening in zip(rows, openings, strict=True)
-    ]
+    common = {opening for opening, size in sizes.items() if 2 * size > len(rows)}
+    for place, opening in enumerate(openings):
+        if opening in common and (row := rows[place]).messages:
+            openings[place] = _digest([row.instruction, row.input, row.messages])
+    return openings
 
 
 def _opening(row: Row) -> list[object]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from dts_hf.data.mapped_rows import ids_of
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError
 
@@ -45,16 +46,16 @@ class Part:
 class Mixture:
     """Rows of several sources, and what each source gave."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     parts: tuple[Part, ...]
 
 
 def parts_of(rows: Sequence[Row], mixture: Mixture) -> tuple[Part, ...]:
     """What each source of ``mixture`` gave to ``rows``, which are some of its rows."""
-    kept, start, parts = {row.id for row in rows}, 0, []
+    kept, ids, start, parts = set(ids_of(rows)), ids_of(mixture.rows), 0, []
     for part in mixture.parts:
-        of_part = mixture.rows[start : start + part.used]
-        parts.append(dataclasses.replace(part, used=sum(row.id in kept for row in of_part)))
+        of_part = ids[start : start + part.used]
+        parts.append(dataclasses.replace(part, used=sum(row_id in kept for row_id in of_part)))
         start += part.used
     return tuple(parts)
 

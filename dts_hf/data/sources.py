@@ -1,8 +1,7 @@
-"""Where rows come from: files, folders, patterns, the Hub, a data set in memory; and the manifest of what was read."""
+"""Where rows come from: files, folders, patterns, the Hub, a data set in memory."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -15,11 +14,10 @@ from typing import Any, TypeAlias
 
 from dts_hf.data.columns import Columns
 from dts_hf.data.formats import ROW_FORMAT, parse_row
-from dts_hf.data.mixture import Mixture, Part, is_mixed, weighted
+from dts_hf.data.mixture import Mixture, Part, weighted
 from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest, not_readable
-from dts_hf.files import file_sha256
 from dts_hf.recipe.schema import Source
 
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder
@@ -48,7 +46,7 @@ def load_rows(
     Raises:
         UserError: nothing there, or a row that is wrong, with file and line.
     """
-    return _unique(islice(_records(str(source), split, columns, Counter()), limit), source)
+    return list(_unique(islice(_records(str(source), split, columns, Counter()), limit), source))
 
 
 def load_many(
@@ -65,7 +63,7 @@ def load_many(
     Raises:
         UserError: as ``load_rows``, or an id that two sources use.
     """
-    return load_mixture(sources, split=split, limit=limit, columns=columns).rows
+    return list(load_mixture(sources, split=split, limit=limit, columns=columns).rows)
 
 
 def load_mixture(
@@ -82,22 +80,56 @@ def load_mixture(
     Raises:
         UserError: as ``load_rows``, an id that two sources use, or a weight that leaves no row.
     """
-    listed = as_sources(sources)
-    named: list[tuple[Row, str]] = []
-    parts = []
+    parts: list[Part] = []
+    rows = list(read_mixture(sources, parts, split=split, limit=limit, columns=columns))
+    return Mixture(rows, tuple(parts))
+
+
+def read_mixture(
+    sources: Sources,
+    parts: list[Part],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Columns | None = None,
+) -> Iterator[Row]:
+    """The rows of ``load_mixture``, one after the other; only those of a source with a weight are all in memory.
+
+    Args:
+        sources: as in ``load_mixture``, and so are the others.
+        parts: takes what each source gave, once its rows are read.
+        split: see there.
+        limit: see there.
+        columns: see there.
+
+    Raises:
+        UserError: see there.
+    """
+    return _unique(_mixed(as_sources(sources), parts, split, limit, columns))
+
+
+def _mixed(
+    listed: Sequence[Source], parts: list[Part], split: str, limit: int | None, columns: Columns | None
+) -> Iterator[tuple[Row, str]]:
     stems: Counter[str] = Counter()
+    taken = 0
     for source in listed:
-        remaining = None if limit is None else limit - len(named)
+        remaining = None if limit is None else limit - taken
         if remaining == 0:
             break
+        of_source = _records(source.source, split_for(source, split), source.columns or columns, stems)
         # What is taken of a fraction depends on all rows.
         first = remaining if source.weight == 1 else None
-        of_source = _records(source.source, _split_for(source, split), source.columns or columns, stems)
-        read = _unique(islice(of_source, first), source.source)
-        rows = weighted(read, source.weight, source.source)[:remaining]
-        parts.append(Part(_public_name(source.source), source.split, source.weight, len(read), len(rows)))
-        named += [(row, source.source) for row in rows]
-    return Mixture(_unique(iter(named)), tuple(parts))
+        rows: Iterable[Row] = _unique(islice(of_source, first), source.source)
+        read = used = 0
+        if source.weight != 1:
+            whole = list(rows)
+            read, rows = len(whole), weighted(whole, source.weight, source.source)[:remaining]
+        for row in rows:
+            used += 1
+            yield row, source.source
+        parts.append(Part(public_name(source.source), source.split, source.weight, read or used, used))
+        taken += used
 
 
 def as_sources(sources: Sources) -> list[Source]:
@@ -112,7 +144,12 @@ def as_sources(sources: Sources) -> list[Source]:
     return [one if isinstance(one, Source) else Source(source=str(one)) for one in listed]
 
 
-def _split_for(source: Source, split: str) -> str:
+def split_for(source: Source, split: str) -> str:
+    """The split of ``source``, ``split`` where it names none.
+
+    Raises:
+        UserError: it names one, and is one file.
+    """
     if source.split is not None and os.path.isfile(os.path.expanduser(source.source)):
         raise UserError(f"{source.source}: split: got '{source.split}', but one file has no splits; leave it out")
     return split if source.split is None else source.split
@@ -135,7 +172,7 @@ def rows_from_dataset(dataset: Iterable[Any], name: str = "dataset", columns: Co
             where = f"{name}: row {k}"
             yield (obj if isinstance(obj, Row) else parse_row(obj, where, f"{name}-{k}", columns)), where
 
-    return _unique(records(), name)
+    return list(_unique(records(), name))
 
 
 def source_files(source: str | Path, *, split: str = "train") -> list[Path] | None:
@@ -263,13 +300,12 @@ def _own_stem(stem: str, stems: Counter[str]) -> str:
     return stem if stems[stem] == 1 else f"{stem}.{stems[stem]}"
 
 
-def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Iterator[tuple[str, str, Any]]:
-    """Yield (default id, place, object) of every row of a Hub data set, unchecked.
+def hub_dataset(name: str, split: str) -> Any:
+    """A data set of the Hub, as ``datasets`` loads it.
 
     Args:
         name: ``owner/name`` or ``owner/name:configuration``.
         split: its split.
-        stems: what default ids of other sources begin with; those of this one are told apart.
 
     Raises:
         UserError: it cannot be loaded.
@@ -281,7 +317,7 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
         # `text` or `json` is no data set, but a reader that would take whatever lies in the current folder.
         raise UserError(f"{name}: no such file here, expected a file, a folder or owner/name of a Hub data set")
     try:
-        dataset = datasets.load_dataset(path, configuration or None, split=split)
+        return datasets.load_dataset(path, configuration or None, split=split)
     except Exception as error:  # whatever readers, network and caches raise; an IndexError for ":"
         raise not_readable(
             error,
@@ -289,7 +325,21 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
             f"{' '.join(str(error).split())[:300]}. Give a local file (.jsonl, .parquet, .csv, ...) instead, "
             f"or load the data set once with network access so that it is cached",
         ) from error
-    stem = _own_stem(path.replace("/", "-"), Counter() if stems is None else stems)
+
+
+def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Iterator[tuple[str, str, Any]]:
+    """Yield (default id, place, object) of every row of a Hub data set, unchecked.
+
+    Args:
+        name: ``owner/name`` or ``owner/name:configuration``.
+        split: its split.
+        stems: what default ids of other sources begin with; those of this one are told apart.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    dataset = hub_dataset(name, split)
+    stem = _own_stem(name.partition(":")[0].replace("/", "-"), Counter() if stems is None else stems)
     rows, number = iter(dataset), 0
     while True:
         where = f"{name}, split '{split}': row {(number := number + 1)}"
@@ -302,10 +352,9 @@ def hub_objects(name: str, split: str, stems: Counter[str] | None = None) -> Ite
         yield f"{stem}-{number}", where, obj
 
 
-def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> list[Row]:
+def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> Iterator[Row]:
     """The rows; two with one id are an error that names both places, and so are none where ``source`` must have some."""
     places: dict[str, str] = {}
-    rows = []
     for row, where in records:
         if row.id in places:
             raise UserError(
@@ -313,71 +362,12 @@ def _unique(records: Iterator[tuple[Row, str]], source: object = None) -> list[R
                 "rows are numbered by data.columns: {id: null}"
             )
         places[row.id] = where
-        rows.append(row)
-    if source is not None and not rows:
+        yield row
+    if source is not None and not places:
         raise UserError(f"{source}: there are no rows in it; expected rows {ROW_FORMAT}")
-    return rows
 
 
-def manifest(
-    sources: Sources, rows: Sequence[Row], *, split: str = "train", parts: Sequence[Part] = ()
-) -> dict[str, Any]:
-    """Describe where rows come from, for ``data_manifest.json``.
-
-    Args:
-        sources: what was given to ``load_mixture``.
-        rows: the rows that it returned.
-        split: as given to ``load_mixture``.
-        parts: what it says of each source.
-
-    Returns:
-        ``source`` (a string, or a list for several; of a path outside the current folder the file name alone),
-        ``sha256`` and ``rows``; of several sources, or weighted ones, ``mixture``: what each gives. The digest is that of
-        the file; of ``sha256sum``'s output lines for several files; of the rows themselves for a Hub data set. Weights
-        and columns of a source count in it.
-    """
-    listed = as_sources(sources)
-    digests: list[tuple[str, str]] = []
-    for source in listed:
-        files = source_files(source.source, split=split if source.split is None else source.split)
-        if files is None:
-            digests.append((_sha256(json.dumps([_content(row) for row in rows], default=str)), source.source))
-        else:
-            digests += [(file_sha256(file), file.name) for file in files]
-        changed = {"weight": source.weight, "columns": source.columns}
-        if changed != {"weight": 1, "columns": None}:
-            digests.append((_sha256(json.dumps(changed, sort_keys=True)), f"weight and columns of {source.source}"))
-    lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
-    described: dict[str, Any] = {
-        "source": _public_name(listed[0].source)
-        if len(listed) == 1
-        else [_public_name(source.source) for source in listed],
-        "sha256": digests[0][0] if len(digests) == 1 else _sha256(lines),
-        "rows": len(rows),
-    }
-    if is_mixed(parts):
-        described["mixture"] = [part.described() for part in parts]
-    return described
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _content(row: Row) -> list[Any]:
-    """What is learned of a row."""
-    further = (row.answer, row.given, row.tools, row.chat_template_kwargs)
-    return [
-        row.id,
-        row.instruction,
-        row.input,
-        row.references,
-        row.messages,
-        *(one for one in further if one is not None),
-    ]
-
-
-def _public_name(source: str | Path) -> str:
+def public_name(source: str | Path) -> str:
     """Shorten a path that would show the folders of this machine in a published model card."""
     path = Path(os.path.expanduser(source))
     if not path.is_absolute() and ".." not in path.parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,10 @@ from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids
 from dts_hf.data.encoded_files import encode_cached
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.held_out_split import split_off
+from dts_hf.data.kept_rows import load_mixture_once
+from dts_hf.data.manifest import manifest
 from dts_hf.data.mixture import Mixture, is_mixed, parts_of, summary
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_mixture, manifest
 from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.data.written_template import as_chat_template
 from dts_hf.errors import UserError
@@ -43,7 +45,8 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def load_rows(self) -> Rows:
         data, evaluation = self.recipe.data, self.recipe.evaluation
-        train = load_mixture(data.train, split=data.train_split, limit=data.max_train_rows, columns=data.columns)
+        load = partial(load_mixture_once, columns=data.columns, cache_dir=data.cache_dir)
+        train = load(data.train, split=data.train_split, limit=data.max_train_rows, name="data.train")
         held_out = Mixture([], ())
         if isinstance(data.validation, float):
             kept, split = split_off(train.rows, data.validation)
@@ -51,8 +54,8 @@ class LanguageModeling(Task[DistillationTrainer]):
             held_out = Mixture(split, parts_of(split, train))
             train = Mixture(kept, parts_of(kept, train))
         elif data.validation is not None:
-            held_out = load_mixture(
-                data.validation, split=data.validation_split, limit=data.max_validation_rows, columns=data.columns
+            held_out = load(
+                data.validation, split=data.validation_split, limit=data.max_validation_rows, name="data.validation"
             )
         sets = load_sets(evaluation.sets, evaluation.set_rows)
         if VALIDATION in sets:

@@ -259,7 +259,7 @@ class Data(Section):
     max_train_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     max_validation_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     cache_dir: str | None = Field(
-        default=None, description="Folder for encoded rows and the teacher's answers; null: the default cache."
+        default=None, description="Folder for rows, their tokens and the teacher's answers; null: the default cache."
     )
 
     @property

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dts_hf.data.cache import default_cache
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids
-from dts_hf.data.encoded_files import default_cache
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import gathered, on_first_process, process
 from dts_hf.errors import UserError

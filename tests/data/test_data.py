@@ -16,9 +16,10 @@ from dts_hf.data.chat_templates import TEMPLATES, encode_prompt, get_template
 from dts_hf.data.collators import PackedCollator, PaddedCollator
 from dts_hf.data.encoding import EncodedDataset, encode_rows
 from dts_hf.data.formats import parse_row
+from dts_hf.data.manifest import manifest
 from dts_hf.data.rows import Row
 from dts_hf.data.samplers import LengthGroupedSampler
-from dts_hf.data.sources import load_many, load_rows, manifest, rows_from_dataset
+from dts_hf.data.sources import load_many, load_rows, rows_from_dataset
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer

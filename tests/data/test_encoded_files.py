@@ -113,7 +113,7 @@ def test_whatever_changes_tokens_makes_another_file(tmp_path, monkeypatch, chang
     elif change == "chat_template":
         tokenizer.chat_template = "{{ messages }}"
     else:
-        monkeypatch.setattr(encoded_files, "_code", lambda: "another version")
+        monkeypatch.setattr(encoded_files, "code_digest", lambda: "another version")
     assert name() != before
 
 

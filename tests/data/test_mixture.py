@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dts_hf.data.manifest import manifest
 from dts_hf.data.mixture import is_mixed, summary, weighted
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_many, load_mixture, load_rows, manifest
+from dts_hf.data.sources import load_many, load_mixture, load_rows
 from dts_hf.distill import distill
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dts_hf.cli import app as cli
+from dts_hf.data import encoded_files, kept_rows
 from dts_hf.distill import distill
 from dts_hf.errors import ExitCode, UploadError
 from dts_hf.hub.pull import pull
@@ -205,6 +206,32 @@ def test_push_uploads_a_folder(finished: Path, hub: FakeHub, tmp_path: Path) -> 
     assert "# words" in card and "distill" not in card and "dts_hf" not in card and "training run" not in card
     invoke("push", finished / "runs" / "mine" / "final")  # of a run: the run's own card
     assert hub.files("me/small") == known(OF_RUN, finished / "runs" / "mine")
+
+
+def test_the_cache_of_rows_stays_here(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the rows, as text and as tokens: no push takes it, wherever somebody has put it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kept_rows, "LEAST_BYTES", 1)
+    monkeypatch.setattr(encoded_files, "LEAST_ROWS", 1)
+    path = recipe(tmp_path, hub_strategy="every_save")
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "data": {**values["data"], "cache_dir": "./kept"}}))
+    assert invoke("train", path).exit_code == 0
+    run, files = tmp_path / "runs" / "mine", sorted((tmp_path / "kept").rglob("rows.arrow"))
+    assert len(files) == 4  # text and tokens, to train on and held out
+    sources = [run, run / "final", run / "checkpoint-2"]
+    for place in sources:
+        shutil.copytree(tmp_path / "kept", place / "kept")
+        for name in ("rows.arrow", "record.json"):
+            shutil.copy(files[0].parent / name, place / name)
+    for source in sources:
+        done = invoke("push", source, "--repo", f"me/of-{source.name}")
+        assert done.exit_code == 0, done.output
+    assert len(hub.repositories) == 4
+    for name in hub.repositories:
+        assert set(hub.files(name)) <= {*OF_RUN, "dts_hf.json"}
+    nothing_private_was_sent(hub, run, str(tmp_path), "rows.arrow")
+    assert not [file for file in files if file.read_bytes()[:4000] in hub.bodies]
 
 
 def test_a_second_student_leaves_nothing_of_the_first(finished: Path, hub: FakeHub, tmp_path: Path) -> None:
