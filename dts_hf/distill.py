@@ -108,6 +108,8 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
             scorer.score("teacher", teacher)
         score_before = partial(scorer.score, "student_before", student)
         trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
+    if start.checkpoint is not None:
+        trainer.whole.add(start.checkpoint.resolve())  # ``begin`` has read it
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
