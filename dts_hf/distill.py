@@ -108,8 +108,6 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
             scorer.score("teacher", teacher)
         score_before = partial(scorer.score, "student_before", student)
         trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
-    if start.checkpoint is not None:
-        trainer.whole.add(start.checkpoint.resolve())  # ``begin`` has read it
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
@@ -211,6 +209,7 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_fr
         check_same_rows(RunDirectory(recipe.output.dir), made_from)
     if start.checkpoint is not None:
         trainer.check_resumable(start.checkpoint)
+        trainer.whole.add(start.checkpoint.resolve())  # ``begin`` has read it
     else:
         trainer.prepare_temperature(trainer.planned_steps())
 

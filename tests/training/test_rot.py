@@ -1,7 +1,7 @@
 """Files of a run that have rotted: none is trained on in silence, and none ends in a traceback.
 
-Each case is ``dts-hf train recipe.yaml --resume`` of a copy of a run in which one file was changed. It ends, bit for bit, as the
-undisturbed run did, or is refused by name.
+Each case is ``dts-hf train recipe.yaml --resume`` of a copy of a run in which one file was changed. It ends, bit for bit, as
+the undisturbed run did, or is refused by name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,14 @@ OF_KILLED = (
     "checkpoint-4/progress.json", "checkpoint-4/rank_0.json", "checkpoint-4/temperature.json",
     "checkpoint-4/tokenizer.json", "checkpoint-4/tokenizer_config.json", "data_manifest.json", "log.jsonl", "scores.json",
 )  # fmt: skip
-OF_FINISHED = ("final/model.safetensors", "final/config.json", "final/tokenizer.json", "final.json", "metrics.json", "log.jsonl")
+OF_FINISHED = (
+    "final/model.safetensors",
+    "final/config.json",
+    "final/tokenizer.json",
+    "final.json",
+    "metrics.json",
+    "log.jsonl",
+)
 
 
 def _flip(content: bytes, draw: random.Random, bits: int) -> bytes:
@@ -144,7 +151,9 @@ def check(runs: Runs, cases: list[tuple[str, str, str]], seed: int = 0) -> None:
         found, text = verdict(runs, kind, name, damage, seed)
         table[kind, name, damage] = found
         line = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        print(f"{kind:9}{name:38}{damage:11}{found:10}{line[:150] if found in ('refused', 'silent', 'traceback') else ''}")
+        print(
+            f"{kind:9}{name:38}{damage:11}{found:10}{line[:150] if found in ('refused', 'silent', 'traceback') else ''}"
+        )
         if found in ("silent", "traceback"):
             wrong.append((kind, name, damage, text[-1500:]))
         must_tell = name.startswith("checkpoint-4/") or name.startswith("final/")
@@ -161,7 +170,10 @@ def test_every_corruption(runs: Runs) -> None:
 
 
 def test_a_sample_of_the_corruptions(runs: Runs) -> None:
-    sure = [("killed", "checkpoint-4/model.safetensors", "one bit"), ("finished", "final/model.safetensors", "one bit")]
+    sure = [
+        ("killed", "checkpoint-4/model.safetensors", "one bit"),
+        ("finished", "final/model.safetensors", "one bit"),
+    ]
     check(runs, [*sure, *random.Random(1).sample(CASES, 6)], seed=1)
 
 
@@ -187,7 +199,9 @@ def test_a_checkpoint_that_fails_to_load_is_left_to_the_next_start(runs: Runs) -
 
     folder = runs.copy("killed", "case")
     checkpoint = folder / "run" / "checkpoint-4"
-    weights = {name: value[..., :1].contiguous() for name, value in load_file(checkpoint / "model.safetensors").items()}
+    weights = {
+        name: value[..., :1].contiguous() for name, value in load_file(checkpoint / "model.safetensors").items()
+    }
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     rewrite(checkpoint)
     first = start(folder, "--resume")
@@ -208,7 +222,9 @@ def test_no_checkpoint_is_left(runs: Runs) -> None:
     process = start(folder, "--resume")
     process.join(120)
     assert process.exitcode == 2
-    assert re.search(r"no checkpoint is left.*checkpoint-2: optimizer.pt is damaged \(its checksum", said(folder), re.S)
+    assert re.search(
+        r"no checkpoint is left.*checkpoint-2: optimizer.pt is damaged \(its checksum", said(folder), re.S
+    )
 
 
 def test_damaged_students_are_not_used(runs: Runs) -> None:
