@@ -404,8 +404,8 @@ def test_the_number_of_processes_may_not_change_otherwise(workplace):
     whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     says = refused(workplace, of_launch(1, "dropout", training=whole))
     assert "each process draws its own random numbers for Dropout" in says
-    complete = run / "checkpoint-5" / "complete.json"
-    complete.write_text(complete.read_text().replace('"ddp"', '"zero3"'))
+    record = read_complete(run / "checkpoint-5")
+    mark_complete(run / "checkpoint-5", **{**record, "strategy": "zero3"})
     says = refused(workplace, of_launch(2, "dropout"), 2, "ddp")
     assert "written by zero3 on 2 processes" in says and "ddp cannot read the files of zero3" in says
 
