@@ -206,6 +206,7 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_fr
         check_same_rows(RunDirectory(recipe.output.dir), made_from)
     if start.checkpoint is not None:
         trainer.check_resumable(start.checkpoint)
+        trainer.whole.add(start.checkpoint.resolve())  # ``begin`` has read it
     else:
         trainer.prepare_temperature(trainer.planned_steps())
 

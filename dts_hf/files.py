@@ -136,7 +136,12 @@ def text_digest(text: str) -> str:
 
 def write_json_atomic(path: str | Path, values: Any) -> None:
     """Write ``values`` as indented JSON; tensors and numpy scalars become numbers, paths text, NaN and inf null."""
-    write_text_atomic(path, json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n")
+    write_text_atomic(path, json_text(values))
+
+
+def json_text(values: Any) -> str:
+    """What ``write_json_atomic`` writes."""
+    return json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n"
 
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

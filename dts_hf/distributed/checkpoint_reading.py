@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
-from dts_hf.errors import RunError, UserError
+from dts_hf.errors import RunError, UserError, chain
 
 _FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 #: What DeepSpeed's files hold besides tensors and plain values. None of them does anything when it is made.
@@ -106,6 +106,11 @@ def data_only(checkpoint: str | Path) -> Iterator[None]:
         filesystem.pickle = unpickler  # type: ignore[attr-defined]
         del os.environ[_FORCED]
         os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+def asks_for_code(error: BaseException) -> bool:
+    """Whether a pickle was refused for what it asked for, and not because it is none."""
+    return any(isinstance(link, pickle.UnpicklingError) and _ASKED_FOR.search(str(link)) for link in chain(error))
 
 
 def _known_to_deepspeed() -> list[Any]:

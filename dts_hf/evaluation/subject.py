@@ -18,6 +18,7 @@ from dts_hf.evaluation.student_file import StudentFile, as_trained, read_student
 from dts_hf.generation.vllm_backend import check_vllm_settings
 from dts_hf.models.saving import STUDENT_FILE
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.damage import refuse_damaged
 from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def find_subject(model: str) -> Subject:
     """What is meant by ``model``: a run directory, a model's folder, a GGUF file, or a name on the Hub.
 
     Raises:
-        UserError: a run without a student, a run that classifies, or a damaged ``dts_hf.json``.
+        UserError: a run without a student, a run that classifies, or a damaged file.
     """
+    refuse_damaged(model)
     folder = Path(model)
     # A student that was pulled from the Hub has its recipe beside its weights, and is no run directory
     is_model = (folder / "config.json").is_file() and not (folder / "final").is_dir()

@@ -21,6 +21,7 @@ from dts_hf.hub.staging import CARD, FIGURES, PROTOCOL, REPLACED, Staged, inside
 from dts_hf.reporting.facts import anchored, without_folders
 from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import card_of_a_folder, models_of, render_model_card
+from dts_hf.runs.damage import refuse_damaged
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import in_use
 
@@ -155,8 +156,9 @@ def staged_source(source: Path, repository: str, *, online: bool) -> Iterator[St
         online: ask the Hub for the licence of teacher and student where this machine does not know it.
 
     Raises:
-        UserError: see ``stage``; or the run is not finished.
+        UserError: see ``stage``; the run is not finished, or a file of the student is not as the run has written it.
     """
+    refuse_damaged(source)
     run = run_of(source)
     student = source if run is None else run.final_path
     if run is not None and not student.is_dir():

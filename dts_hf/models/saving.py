@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
-from dts_hf.files import check_no_link, write_json_atomic
+from dts_hf.files import check_no_link, flush, flush_tree, write_json_atomic
 from dts_hf.models.head import without_adapters
 
 #: Template and protocol of a student, in its folder; ``evaluation/student_file.py`` says what it holds.
@@ -88,10 +88,13 @@ def save_student(
         if carried.facts is not None:
             write_json_atomic(unfinished / STUDENT_FILE, carried.facts)
         shutil.rmtree(old, ignore_errors=True)
+        # Before it has its name: a power cut must not leave the name and lose what it names
+        flush_tree(unfinished)
         check_no_link(folder)  # hours may have passed in a large model's save
         if folder.is_dir():
             os.replace(folder, old)
         os.replace(unfinished, folder)
+        flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -4,27 +4,31 @@
     interrupted/checkpoint-STEP/   what a signal asked for, at any step; gone once training is past it
 
 Every process writes its part of a checkpoint. ``complete.json`` is written last, by the first process, after all of
-them are done; a folder without it, or whose files are not those that it lists, is what a killed process left. Older
-checkpoints are removed only after that, so at any moment there is a complete one if there ever was.
+them are done; a folder without it, or whose files are not those that it lists, is what a killed process left, or what has
+become of a checkpoint on a disk that fails. Older checkpoints are removed only after that, so at any moment there is a
+complete one if there ever was.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dts_hf.errors import RunError
-from dts_hf.files import check_no_link, write_json_atomic
+from dts_hf.errors import RunError, UserError
+from dts_hf.files import check_no_link, flush, read_json, write_json_atomic
+from dts_hf.runs.file_lists import flushed, read_sealed, why_differs, write_sealed
 from dts_hf.runs.links import remove_files
+from dts_hf.runs.readable import why_unreadable
 
 COMPLETE = "complete.json"
 INTERRUPTED = "interrupted"
-FORMAT = 1
+#: Written into a checkpoint that is whole and could not be loaded: the next start goes on from an older one.
+UNREADABLE = "unreadable.json"
+FORMAT = 2  # 1 has sizes alone
 PROGRESS = "progress.json"  # where log.jsonl stood, and what the step still had to do
 TRAINER_STATE = "trainer_state.json"  # of transformers, which writes it last
 
@@ -33,32 +37,42 @@ def mark_complete(folder: str | Path, **values: Any) -> None:
     """Write ``complete.json``, on the first process after all have written; everything is on the disk before it.
 
     Args:
-        folder: the checkpoint; every file in it is listed with its size in bytes.
+        folder: the checkpoint; every file in it, whichever process wrote it, is listed with its size and checksum.
         values: ``step``, ``processes``, ``strategy``, ``resumable`` (false: the weights alone) and whatever else a
             resume compares.
     """
     folder = Path(folder)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE]
-    for path in paths:  # else a power cut could keep the list and lose what it lists
-        _flush(path)
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    write_json_atomic(folder / COMPLETE, {"format": FORMAT, **values, "files": files})
-    _flush(folder / COMPLETE)
-    _flush(folder)
+    # Flushed before the list is: else a power cut could keep the list and lose what it lists
+    write_sealed(folder / COMPLETE, {"format": FORMAT, **values, "files": flushed(folder, paths)})
+    flush(folder.parent)
+
+
+def mark_unreadable(folder: Path, reason: str) -> None:
+    """Note that ``folder`` could not be loaded, so that the next start takes an older one; where it can be written to."""
+    with suppress(OSError):
+        write_json_atomic(folder / UNREADABLE, {"reason": reason})
 
 
 def read_complete(folder: str | Path) -> dict[str, Any]:
-    """Return ``complete.json`` of ``folder``; empty where there is none that can be read."""
-    try:
-        values = json.loads((Path(folder) / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Return ``complete.json`` of ``folder``, in the newest format; empty where there is none that can be trusted."""
+    values = read_sealed(Path(folder) / COMPLETE)
+    files = values.get("files")
+    if values.get("format") not in (1, FORMAT) or not isinstance(files, dict):
         return {}
-    whole = isinstance(values, dict) and values.get("format") == FORMAT and isinstance(values.get("files"), dict)
-    return values if whole else {}
+    values["files"] = {name: {"size": of} if isinstance(of, int) else of for name, of in files.items()}
+    listed = all(isinstance(of, dict) and isinstance(of.get("size"), int) for of in values["files"].values())
+    return values if listed else {}
 
 
-def why_incomplete(folder: str | Path) -> str | None:
-    """Why nothing can go on from ``folder``, as the end of a sentence; None where it is complete."""
+def why_incomplete(folder: str | Path, *, contents: bool = False) -> str | None:
+    """Why nothing can go on from ``folder``, as the end of a sentence; None where it is complete.
+
+    Args:
+        folder: a checkpoint.
+        contents: read every file, too, as fast as the disk can, and compare its checksum; those of a checkpoint of version
+            0.1 are not known.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -68,22 +82,74 @@ def why_incomplete(folder: str | Path) -> str | None:
         return f"it has no {COMPLETE}, which is written last: the save was interrupted"
     record = read_complete(folder)
     if not record:
-        return f"its {COMPLETE} cannot be read"
-    for name, size in record["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
-    return None
+        return f"its {COMPLETE} is damaged"
+    return why_differs(folder, record["files"], contents=contents)
 
 
-def why_not_resumable(folder: str | Path) -> str | None:
-    """Why no training can go on from ``folder``, as the end of a sentence; None where it can."""
-    why = why_incomplete(folder)
+def why_not_resumable(folder: str | Path, *, contents: bool = False) -> str | None:
+    """Why no training can go on from ``folder``, as the end of a sentence; None where it can.
+
+    Args:
+        folder: a checkpoint.
+        contents: read every file, too: see ``why_incomplete``; and look whether it can be loaded.
+    """
+    folder = Path(folder)
+    why = why_incomplete(folder, contents=contents)
     if why is None and not read_complete(folder).get("resumable"):
         return "it holds the weights alone (training.save_only_model)"
-    return why
+    if why is None and (folder / UNREADABLE).is_file():
+        return f"it could not be loaded ({UNREADABLE} in it says why; remove that file to try again)"
+    return why_unreadable(folder, read_complete(folder)) if why is None and contents else why
+
+
+class Found(NamedTuple):
+    """The newest checkpoint that can be resumed, or None; and what is wrong with those that are newer."""
+
+    checkpoint: Path | None
+    ignored: list[tuple[Path, str]]
+
+    @property
+    def damaged(self) -> list[tuple[Path, str]]:
+        """Of ``ignored`` those that were complete once: not what a kill left of a save, nor weights alone."""
+        return [
+            (folder, why)
+            for folder, why in self.ignored
+            if (folder / COMPLETE).is_file() and (not (record := read_complete(folder)) or record.get("resumable"))
+        ]
+
+
+def newest_whole(run: str | Path, also: Callable[[Path], str | None] = lambda folder: None) -> Found:
+    """The newest checkpoint of ``run`` whose files are those that were written, and can be loaded. Nothing is changed.
+
+    Each that is looked at is read once, the newest first: as a rule one.
+
+    Args:
+        run: the run directory.
+        also: what else may be wrong with one, as ``why_not_resumable``.
+    """
+    ignored: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints(run)):
+        why = why_not_resumable(folder, contents=True) or also(folder)
+        if why is None:
+            return Found(folder, ignored)
+        ignored.append((folder, why))
+    return Found(None, ignored)
+
+
+def why_best_is_lost(folder: Path) -> str | None:
+    """Why the end of a run that goes on from ``folder`` cannot put the weights of its best step back; None where it can.
+
+    Only a run with ``load_best_model_at_end`` does so.
+    """
+    try:
+        best = read_json(folder / TRAINER_STATE).get("best_model_checkpoint")
+    except (OSError, UserError):  # damaged: ``why_not_resumable`` says so
+        return None
+    run = folder.parent.parent if folder.parent.name == INTERRUPTED else folder.parent
+    if not isinstance(best, str) or run / Path(best).name == folder:
+        return None
+    why = why_incomplete(run / Path(best).name, contents=True)
+    return None if why is None else f"the best checkpoint until then, {Path(best).name}, is lost: {why}"
 
 
 def step_of(folder: str | Path) -> int:
@@ -98,7 +164,7 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def newest_complete(run: str | Path) -> Path | None:
-    """The checkpoint to go on from; None where no complete one is there. Nothing is changed."""
+    """The checkpoint to go on from, by sizes alone; None where no complete one is there. Nothing is changed."""
     return next((folder for folder in reversed(checkpoints(run)) if why_not_resumable(folder) is None), None)
 
 
@@ -113,30 +179,51 @@ def remove(folder: str | Path) -> None:
     shutil.rmtree(folder)
 
 
-def rotate(run: str | Path, step: int, limit: int | None, keep: Iterable[str | Path | None] = ()) -> None:
+def rotate(
+    run: str | Path,
+    step: int,
+    limit: int | None,
+    keep: Iterable[str | Path | None] = (),
+    whole: set[Path] | None = None,
+) -> None:
     """Remove what the complete checkpoint of ``step`` makes useless.
 
     That is every interrupted one of an earlier step and, where ``limit`` is given, the oldest of the others until
     ``limit`` are left, among them those in ``keep``. Checkpoints of later steps (of an attempt that ended) are not touched.
+    A damaged one does not count: it must not take the place of one that is whole.
 
     Args:
         run: the run directory.
         step: of the checkpoint that has just become complete.
         limit: ``training.save_total_limit``; None or 0: keep all.
         keep: checkpoints that stay whatever their age, such as that of the best evaluation.
+        whole: those that this process has written or read; they are not read again. Those that are read now are added.
     """
+    whole = set() if whole is None else whole
     regular = [folder for folder in _folders(Path(run)) if step_of(folder) <= step]  # the oldest step first
     complete = [folder for folder in regular if why_incomplete(folder) is None]
     kept = {Path(folder).resolve() for folder in keep if folder is not None}
     useless = [folder for folder in _interrupted(Path(run)) if step_of(folder) < step]
     if limit is not None and limit > 0:
+        if len(complete) > limit:  # else none would go
+            complete = [folder for folder in complete if _is_whole(folder, whole)]
         kept |= {folder.resolve() for folder in complete[-1:]}  # to go on from
         surplus = len(complete) - max(limit, len(kept))
         old = [folder for folder in complete if folder.resolve() not in kept]
         useless += old[: max(surplus, 0)]
-        useless += [folder for folder in regular if folder not in complete and folder.resolve() not in kept]
+        # Nothing goes before there is one to go on from
+        useless += [
+            folder for folder in regular if complete and folder not in complete and folder.resolve() not in kept
+        ]
     for folder in useless:
+        whole.discard(folder.resolve())
         _remove_if_possible(folder)
+
+
+def _is_whole(folder: Path, known: set[Path]) -> bool:
+    if folder.resolve() not in known and why_incomplete(folder, contents=True) is None:
+        known.add(folder.resolve())
+    return folder.resolve() in known
 
 
 def _interrupted(run: Path) -> list[Path]:
@@ -156,11 +243,3 @@ def _remove_if_possible(folder: Path) -> None:
         remove(folder)
     except (OSError, RunError):  # a file of it is open (NFS), or somebody removed it as well: no reason to end a run
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

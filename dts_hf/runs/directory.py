@@ -1,6 +1,6 @@
 """The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
 
-    recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  metrics.json
+    recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
     predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
 A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
@@ -21,6 +21,7 @@ from dts_hf import files
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
+from dts_hf.runs.file_lists import flushed, read_sealed, why_differs, write_sealed
 from dts_hf.runs.links import make_folder, matching, open_nofollow, refuse_links, remove, remove_files
 from dts_hf.runs.lock import LOCK, is_in_use
 
@@ -32,6 +33,7 @@ BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss w
 # like something to resume. Anything else in the folder is not ours and stays.
 OUR_NAMES = (
     "metrics.json",
+    "final.json",
     "checkpoint-*/complete.json",
     "interrupted/*/complete.json",
     "checkpoint-*",
@@ -75,6 +77,7 @@ class RunDirectory:
         self.data_manifest_path = self.path / "data_manifest.json"
         self.log_path = self.path / "log.jsonl"
         self.final_path = self.path / "final"
+        self.final_list_path = self.path / "final.json"
         self.metrics_path = self.path / "metrics.json"
         self.scores_path = self.path / "scores.json"
         self.predictions_path = self.path / "predictions"
@@ -213,12 +216,44 @@ class RunDirectory:
         return files.read_json(self.data_manifest_path)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
-        """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint."""
-        files.write_json_atomic(self.metrics_path, values)
+        """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint. It marks the run as finished.
+
+        What it speaks of is on the disk before it, and listed in ``final.json``: a power cut cannot leave the mark alone.
+        """
+        text = files.json_text(values)
+        ended = [path for path in sorted(self.final_path.rglob("*")) if path.is_file()]
+        listed = flushed(self.path, [*ended, *([self.log_path] if self.log_path.is_file() else [])])
+        listed["metrics.json"] = {"size": len(text.encode()), "digest": files.text_digest(text)}
+        write_sealed(self.final_list_path, {"format": 2, "files": listed})
+        files.write_text_atomic(self.metrics_path, text)
 
     def read_metrics(self) -> dict[str, Any]:
         """Return ``metrics.json``."""
         return files.read_json(self.metrics_path)
+
+    def why_damaged(self, part: str = "") -> str | None:
+        """What of a finished run is not as it ended, as the end of a sentence; None: all is. ``final/`` is read once.
+
+        Args:
+            part: look at the files alone whose name begins so, such as ``final/``.
+        """
+        if not self.final_list_path.is_file():  # of version 0.1, whose files nobody has listed
+            return self._why_broken()
+        listed = read_sealed(self.final_list_path).get("files")
+        if not isinstance(listed, dict):
+            return f"{self.final_list_path.name}, the list of its files, is damaged"
+        return why_differs(
+            self.path, {name: of for name, of in listed.items() if name.startswith(part)}, contents=True
+        )
+
+    def _why_broken(self) -> str | None:
+        if not (self.final_path / "config.json").is_file() and not (self.final_path / "adapter_config.json").is_file():
+            return f"{self.final_path.name}/ is missing, or holds no model"
+        try:
+            self.read_metrics()
+        except UserError as error:
+            return str(error)
+        return None
 
     def write_scores(self, models: Mapping[str, Any]) -> None:
         """Write ``scores.json``, so that a run that is killed does not spend an hour on the same scores again.
@@ -227,19 +262,38 @@ class RunDirectory:
             models: the entries of ``metrics.json`` that were made before training; their predictions and log lines are
                 there already.
         """
-        files.write_json_atomic(self.scores_path, {"log_bytes": self.log_size(), "models": models})
+        write_sealed(self.scores_path, {"format": 2, **self.log_mark(), "models": models})
 
     def read_scores(self) -> dict[str, Any]:
-        """Return ``scores.json``; empty where a prediction behind it is lost.
+        """Return ``scores.json``; empty where it is damaged, or a prediction behind it is lost.
 
         That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
         """
-        scores = files.read_json(self.scores_path)
+        scores = read_sealed(self.scores_path)
         return scores if all(self.has_predictions(name) for name in scores.get("models", {})) else {}
 
     def log_size(self) -> int:
         """Bytes of ``log.jsonl``."""
         return self.log_path.stat().st_size if self.log_path.is_file() else 0
+
+    def log_mark(self) -> dict[str, Any]:
+        """Where ``log.jsonl`` stands and what is in it by now, for a checkpoint."""
+        size = self.log_size()
+        return {"log_bytes": size, "log_digest": files.digest(self.log_path, size) if size else None}
+
+    def why_log_differs(self, mark: Mapping[str, Any]) -> str | None:
+        """Why ``log.jsonl`` is not what it was at ``mark``, as the end of a sentence; None where its beginning is.
+
+        Checkpoints of version 0.1 know its length alone.
+        """
+        was, size = mark.get("log_digest"), mark["log_bytes"]
+        if self.log_size() < size:
+            return f"{self.log_path.name} has {self.log_size():,} of the {size:,} bytes that it had then"
+        if was is None or (found := files.digest(self.log_path, size)) == was:
+            return None
+        return (
+            f"the first {size:,} bytes of {self.log_path.name} are damaged (their checksum is {found}, and was {was})"
+        )
 
     def cut_log(self, size: int) -> None:
         """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""

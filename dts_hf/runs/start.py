@@ -7,8 +7,7 @@ with that of the run directory; ``comparison`` does so with models and rows, and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,10 +20,11 @@ from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
+from dts_hf.files import read_json
 from dts_hf.models.quantization import check_quantization
 from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.checkpoints import PROGRESS, checkpoints, step_of, why_not_resumable
+from dts_hf.runs.checkpoints import PROGRESS, newest_whole, step_of, why_best_is_lost, why_not_resumable
 from dts_hf.runs.comparison import as_text, leaves
 from dts_hf.runs.directory import BEFORE, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
@@ -32,6 +32,7 @@ from dts_hf.runs.local_names import local_names
 from dts_hf.runs.lock import holds, lock
 from dts_hf.runs.outline import outline
 from dts_hf.runs.replaced import replaced_run
+from dts_hf.runs.separate_disks import judged_elsewhere
 from dts_hf.temperature import build_temperature
 
 #: What may change between the attempts of a run: where results go, what is saved and shown, and how work is cut up. The
@@ -70,7 +71,12 @@ class Start:
     log_bytes: int | None = None
 
 
-def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
+def find_start(
+    recipe: Recipe,
+    args: TrainingArguments,
+    resume: bool,
+    elsewhere: Callable[[Path], str | None] = lambda folder: None,
+) -> Start:
     """Make ``output.dir``, lock it, look into it, say what is found, and decide. One process does it for all.
 
     Nothing in it is changed. What is found stays so until ``open_run``, and a folder that is not used is removed again
@@ -80,19 +86,20 @@ def find_start(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         recipe: what is asked for.
         args: its training arguments; ``resume_from_checkpoint`` names a checkpoint to start from.
         resume: go on with the run in ``output.dir`` if there is one.
+        elsewhere: what other machines say of their parts of a checkpoint.
 
     Raises:
-        UserError: the folder cannot be used, or another process uses it; the named checkpoint is not complete, or the run in
-            the folder is another one; a recorded run that the temperature needs is not there.
+        UserError: the folder cannot be used, or another process uses it; the named checkpoint is not complete or is damaged,
+            or all are; the run in the folder is another one; a recorded run that the temperature needs is not there.
     """
-    start = _start_of(recipe, args, resume)
+    start = _start_of(recipe, args, resume, elsewhere)
     if recipe.teacher is not None and start.checkpoint is None and not start.finished:
         # What the temperature reads of another run is in the checkpoints of this one; at the beginning it must be there.
         build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
     return start
 
 
-def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
+def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool, elsewhere: Callable[[Path], str | None]) -> Start:
     named = args.resume_from_checkpoint
     run, overwrite, keep = RunDirectory(recipe.output.dir), recipe.output.overwrite, resume or named is not None
     run.check_content(run.path, overwrite, keep)  # a folder that is not ours gets no lock file
@@ -102,16 +109,19 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     if exists and (resume or named is not None):
         _check_same(run.read_recipe(), recipe, args, run)
     if exists and resume:
-        if run.metrics_path.is_file():
+        ended = run.metrics_path.is_file()
+        if ended and (lost := run.why_damaged()) is None:
             say(f"{run.path}: this run is finished; nothing is trained again")
             return Start(finished=True)
-        checkpoint = _newest(run)
+        checkpoint = _newest(run, args, elsewhere)
+        if ended:
+            _say_rebuilt(run, str(lost), checkpoint)
         if checkpoint is not None:
             say(f"{run.path}: going on from step {step_of(checkpoint)} ({checkpoint})")
             return _start_from(checkpoint, run, recipe)
     if named is not None:
         checkpoint = Path(named)
-        why = why_not_resumable(checkpoint)
+        why = why_not_resumable(checkpoint, contents=True) or elsewhere(checkpoint)
         if why is not None:
             raise UserError(f"training.resume_from_checkpoint: {named}: nothing can go on from it: {why}")
         return _start_from(checkpoint, run, recipe)
@@ -123,6 +133,9 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
     # The models and rows that these scores are of are in the manifest: without it nobody can tell
     kept = run.read_scores() if run.data_manifest_path.is_file() else {}
+    if kept and (why := run.why_log_differs(kept)) is not None:
+        say(f"{run.path}: {why}, so the models are scored again")
+        kept = {}
     return Start(None, keep=True, scores=kept.get("models", {}), log_bytes=kept.get("log_bytes", 0))
 
 
@@ -145,7 +158,9 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
         check_quantization(recipe.teacher.quantization, args.device)
         if recipe.teacher.placement == "sharded":
             check_can_shard(recipe.teacher.quantization != "none")
-    start = on_first_process(lambda: find_start(recipe, args, resume), args.process_index, args.world_size)
+    named = args.resume_from_checkpoint
+    elsewhere = judged_elsewhere(Path(recipe.output.dir), None if named is None else Path(named), args)
+    start = on_first_process(lambda: find_start(recipe, args, resume, elsewhere), args.process_index, args.world_size)
     if args.process_index == 0 and not start.finished:
         old = replaced_run(RunDirectory(recipe.output.dir)) if recipe.output.overwrite and not start.keep else None
         if old is not None:
@@ -188,7 +203,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
 
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
-    scores = run.read_scores().get("models", {})
+    scores = _scores_before(run)
     scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
     lost = [name for name in BEFORE if name in scored and name not in scores]
     if lost and recipe.data.validation is not None:
@@ -200,20 +215,65 @@ def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
                 f"{run.data_manifest_path}: missing, and it alone knows the rows and models that {checkpoint.name} was made "
                 "with, so nothing can go on from it. Put the file back, or start again with --overwrite"
             )
-        log_bytes = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["log_bytes"]
-        if run.log_size() < log_bytes:
-            say(f"{run.log_path}: shorter than when {checkpoint.name} was saved, so lines of it are lost")
+        if (why := _why_log_differs(run, checkpoint)) is not None:
+            raise UserError(f"{checkpoint}: nothing can go on from it: {why}")
+        log_bytes = read_json(checkpoint / PROGRESS)["log_bytes"]
     return Start(checkpoint, keep=True, scores=scores, log_bytes=log_bytes)
 
 
-def _newest(run: RunDirectory) -> Path | None:
-    """The newest checkpoint that can be resumed; says of each newer one why it cannot."""
-    for folder in reversed(checkpoints(run.path)):
-        why = why_not_resumable(folder)
-        if why is None:
-            return folder
+def _newest(run: RunDirectory, args: TrainingArguments, elsewhere: Callable[[Path], str | None]) -> Path | None:
+    """The newest checkpoint that can be resumed; says of each newer one why it cannot.
+
+    Raises:
+        UserError: none can, and one could have been, but for a file that is damaged.
+    """
+
+    def also(folder: Path) -> str | None:
+        why = elsewhere(folder) or (why_best_is_lost(folder) if args.load_best_model_at_end else None)
+        return why or _why_log_differs(run, folder)
+
+    found = newest_whole(run.path, also)
+    if found.checkpoint is None and found.damaged:
+        lines = "".join(f"\n  {folder.name}: {why}" for folder, why in found.damaged)
+        raise UserError(
+            f"{run.path}: no checkpoint is left to go on from:{lines}\nPut the files back from a copy, or start again "
+            "from the beginning with --overwrite"
+        )
+    for folder, why in found.ignored:
         say(f"{folder} is ignored: {why}")
-    return None
+    return found.checkpoint
+
+
+def _why_log_differs(run: RunDirectory, checkpoint: Path) -> str | None:
+    """Why a run that goes on from ``checkpoint`` would have another log than it should; what is behind it is made again."""
+    try:
+        return run.why_log_differs(read_json(checkpoint / PROGRESS))
+    except (KeyError, UserError):  # damaged: ``why_not_resumable`` says so
+        return None
+
+
+def _say_rebuilt(run: RunDirectory, lost: str, checkpoint: Path | None) -> None:
+    """Say what a finished run has lost, and from where it is made again.
+
+    Raises:
+        UserError: from nowhere.
+    """
+    if checkpoint is None:
+        raise UserError(
+            f"{run.path}: this run has ended, but {lost}, and there is no checkpoint from which it could be made again. Put "
+            f"the file back from a copy, or train again with --overwrite (without {run.final_list_path.name} the rest is "
+            "taken as it is)"
+        )
+    say(f"{run.path}: this run has ended, but {lost}: it is made again from {checkpoint.name}")
+
+
+def _scores_before(run: RunDirectory) -> dict[str, Any]:
+    """The scores that were made before training; where the run has ended once, those of its end, if they are whole."""
+    scores: dict[str, Any] = run.read_scores().get("models", {})
+    if not scores and run.metrics_path.is_file() and run.why_damaged("metrics.json") is None:
+        models = run.read_metrics().get("models", {})
+        scores = {name: models[name] for name in BEFORE if name in models and run.has_predictions(name)}
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------- the same run?

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,21 +25,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
-from dts_hf.errors import UserError
+from dts_hf.console import say
+from dts_hf.distributed.checkpoint_reading import asks_for_code
+from dts_hf.errors import RunError, UserError, is_passing
 from dts_hf.files import write_json_atomic
 from dts_hf.runs.checkpoints import (
     INTERRUPTED,
     PROGRESS,
-    checkpoints,
-    newest_complete,
+    UNREADABLE,
+    mark_unreadable,
+    newest_whole,
     read_complete,
     rotate,
+    why_best_is_lost,
     why_not_resumable,
 )
+from dts_hf.runs.failures import is_lost_peer
 from dts_hf.training.clock import TrainingClock
 
 #: Learning rate schedules that do not ask how long the run is.
 WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
+#: Says of a checkpoint why another machine cannot go on from it, whose disk has a part of it; None where it can.
+Elsewhere = Callable[[Path], str | None]
 #: Strategies whose checkpoints are the same files, whatever the number of processes: plain ones, and those of FSDP2, whole
 #: or in pieces (which ``torch.distributed.checkpoint`` shares out anew).
 SAME_FILES = (("single", "ddp"), ("fsdp2",))
@@ -140,29 +148,59 @@ def state_then(checkpoint: Path) -> TrainerState:
     return cast(TrainerState, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
 
 
-def checkpoint_to_resume(given: str | Path | bool | None, run: Path) -> Path | None:
-    """The checkpoint that ``train(resume_from_checkpoint=given)`` means; None: none.
+def checkpoint_to_resume(given: str | Path | bool | None, run: Path, best: bool, elsewhere: Elsewhere) -> Path | None:
+    """The checkpoint that ``train(resume_from_checkpoint=given)`` means; None: none. Its files are read once, all of them.
 
     Args:
-        given: a folder; True: the newest complete one in ``run``.
+        given: a folder; True: the newest in ``run`` whose files are whole. What is newer and is not is said.
         run: where the checkpoints of this run are.
+        best: at its end the run puts the weights of its best step back.
+        elsewhere: what other machines say of their parts of a checkpoint.
 
     Raises:
-        UserError: there is none, or it is not complete, or holds the weights alone.
+        UserError: there is none, or it is not complete, is damaged, or holds the weights alone.
     """
+
+    def also(folder: Path) -> str | None:
+        return elsewhere(folder) or (why_best_is_lost(folder) if best else None)
+
     if given is True:
-        folder = newest_complete(run)
-        if folder is None:
-            newest = next(iter(reversed(checkpoints(run))), None)
-            why = "" if newest is None else f"; {newest.name}: {why_not_resumable(newest)}"
+        found = newest_whole(run, also)
+        if found.checkpoint is None:
+            why = "".join(f"; {folder.name}: {why}" for folder, why in found.ignored[:3])
             raise UserError(f"{run}: holds no complete checkpoint to resume from{why}")
-        return folder
+        for folder, why in found.ignored:
+            say(f"{folder} is ignored: {why}")
+        return found.checkpoint
     if not isinstance(given, (str, Path)):
         return None
-    why_not = why_not_resumable(given)
+    why_not = why_not_resumable(given, contents=True) or also(Path(given))
     if why_not is not None:
         raise UserError(f"cannot resume from {Path(given)}: {why_not}")
     return Path(given)
+
+
+@contextmanager
+def loading(checkpoint: str | Path | None) -> Iterator[None]:
+    """Within it the files of ``checkpoint`` are loaded. Where that fails on them, the next start takes an older one.
+
+    Raises:
+        RunError: they cannot be loaded, although they are as they were written.
+    """
+    try:
+        yield
+    except Exception as error:
+        refusals = (UserError, RunError)
+        if checkpoint is None or isinstance(error, refusals) or asks_for_code(error):
+            raise
+        if is_passing(error) or is_lost_peer(error):  # of the machine, and not of the files
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        mark_unreadable(Path(checkpoint), f"{type(error).__name__}: {said}")
+        raise RunError(
+            f"{checkpoint} cannot be loaded, although its files are as they were written: {type(error).__name__}: {said}. "
+            f"Start again with --resume: it takes the checkpoint before (remove {UNREADABLE} in it to try it again)"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ the step cut short
@@ -196,7 +234,9 @@ def due_now(due: Mapping[str, bool], then: TrainerState, state: TrainerState) ->
     return dict(due)
 
 
-def put_in_place(checkpoint: Path, then: TrainerState, state: TrainerState, args: TrainingArguments) -> None:
+def put_in_place(
+    checkpoint: Path, then: TrainerState, state: TrainerState, args: TrainingArguments, whole: set[Path]
+) -> None:
     """Make the state's best checkpoint one of this folder, and remove what ``checkpoint`` has made useless.
 
     Args:
@@ -204,6 +244,7 @@ def put_in_place(checkpoint: Path, then: TrainerState, state: TrainerState, args
         then: its state.
         state: of the run that goes on; changed.
         args: of that run.
+        whole: see ``rotate``.
     """
     run = checkpoint.parent.parent if checkpoint.parent.name == INTERRUPTED else checkpoint.parent
     best = run / Path(then.best_model_checkpoint).name if then.best_model_checkpoint else None
@@ -212,7 +253,7 @@ def put_in_place(checkpoint: Path, then: TrainerState, state: TrainerState, args
     # The checkpoint was whole before older ones went, and the kill may have come then.
     if args.should_save and run.resolve() == Path(str(args.output_dir)).resolve():
         limit = args.save_total_limit if checkpoint.parent == run else None
-        rotate(run, state.global_step, limit, keep=[state.best_model_checkpoint])
+        rotate(run, state.global_step, limit, [state.best_model_checkpoint], whole)
 
 
 class ResumeCallback(TrainerCallback):

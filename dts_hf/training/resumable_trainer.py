@@ -14,7 +14,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -37,11 +37,12 @@ from dts_hf.files import check_no_link, write_text_atomic
 from dts_hf.models.compilation import compile_layers
 from dts_hf.models.description import describe_for_training, describe_tokenizer, versions
 from dts_hf.models.saving import ready_for_generation, save_generation_config
-from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, remove, rotate
+from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, remove, rotate, why_incomplete
 from dts_hf.runs.comparison import refuse_changed_models
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import has_no_answer, is_lost_peer, lost_peer_sentence, writing
 from dts_hf.runs.links import refuse_links
+from dts_hf.runs.separate_disks import judged_elsewhere
 from dts_hf.training import exact_resume
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.card import OTHER_ROWS
@@ -94,6 +95,7 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_load_best_model": "(self)",
     "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_rng_state": "(self, checkpoint)",
     "_issue_warnings_after_load": "(self, load_result)",
     # The Hub
@@ -115,6 +117,7 @@ class ResumableTrainer(EvenBatchesTrainer):
     Attributes:
         clock: how long training took.
         models_record: what the models are, where that is known better than the trainer can tell (``runs.comparison``).
+        whole: checkpoints that this process has written or read whole (resolved): they are not read again.
 
     Raises:
         UserError: the Trainer refuses its arguments, or a row is wrong.
@@ -135,6 +138,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         self.interruption = InterruptionCallback(self.save_checkpoint_now)
         self._resume = exact_resume.ResumeCallback(self._finish_step, self.clock)
         self.resumed_from: Path | None = None
+        self.whole: set[Path] = set()
         self.models_record: Mapping[str, Any] | None = None
         self._models_described: Mapping[str, Any] = {}
         self._progress: exact_resume.Progress | None = (
@@ -294,7 +298,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         """
         run = Path(str(self.args.output_dir))
         refuse_links(run, (f"{PREFIX_CHECKPOINT_DIR}-*", INTERRUPTED))
-        self.resumed_from = folder = exact_resume.checkpoint_to_resume(resume_from_checkpoint, run)
+        self.resumed_from = folder = self._checkpoint_to_resume(resume_from_checkpoint, run)
         self._progress = None
         self.clock.start()
         if self.models_record is None:
@@ -320,6 +324,22 @@ class ResumableTrainer(EvenBatchesTrainer):
             for kind in (ProgressCallback, SilenceCallback):
                 for callback in self._callbacks_of(kind):
                     callback.close()
+
+    def _checkpoint_to_resume(self, given: str | Path | bool | None, run: Path) -> Path | None:
+        """``exact_resume.checkpoint_to_resume``, decided by the first process for all."""
+        named = Path(given) if isinstance(given, (str, Path)) else None
+        if (named is None and given is not True) or (named is not None and named.resolve() in self.whole):
+            return named
+        elsewhere = judged_elsewhere(run, named, self.args)
+        best = self.args.load_best_model_at_end
+        found = on_first_process(
+            lambda: exact_resume.checkpoint_to_resume(given, run, best, elsewhere),
+            self.args.process_index,
+            self.args.world_size,
+        )
+        if found is not None:
+            self.whole.add(found.resolve())
+        return found
 
     def _callbacks_of(self, kind: type[Any]) -> Iterator[Any]:
         return (callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
@@ -419,8 +439,10 @@ class ResumableTrainer(EvenBatchesTrainer):
                 step, resumable = self.state.global_step, not self.args.save_only_model
                 models = self.models_record or self._models_described
                 mark_complete(folder, step=step, resumable=resumable, models=models, **self.layout())
+                self.whole.add(folder.resolve())
                 run = folder.parent.parent if self._interrupting else folder.parent
-                rotate(run, step, None if self._interrupting else limit, keep=[self.state.best_model_checkpoint])
+                keep = [self.state.best_model_checkpoint]
+                rotate(run, step, None if self._interrupting else limit, keep, self.whole)
             self.accelerator.wait_for_everyone()
 
     def save_progress(self, folder: Path) -> None:
@@ -438,7 +460,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             "due": {"generate": generate, **due},
             "seconds": self.clock.seconds,
             # What is written behind it is cut off on a resume
-            "log_bytes": RunDirectory(str(self.args.output_dir)).log_size(),
+            **RunDirectory(str(self.args.output_dir)).log_mark(),
         }
         if isinstance(self.train_dataset, RowStream):
             number, began = self._pass_began
@@ -495,23 +517,40 @@ class ResumableTrainer(EvenBatchesTrainer):
         """The Trainer's. DeepSpeed's and FSDP2's checkpoints are read here, and here alone."""
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
-        with data_only(resume_from_checkpoint), in_form_of(resume_from_checkpoint, self.accelerator):
+        own = strategy_of(self.accelerator) in ("single", "ddp")  # whose weights were loaded before
+        reading = nullcontext() if own else exact_resume.loading(resume_from_checkpoint)
+        with data_only(resume_from_checkpoint), in_form_of(resume_from_checkpoint, self.accelerator), reading:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
 
     def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
+
+        def check() -> None:  # the Trainer would go on with other weights where they are not there
+            why = None if best.resolve() in self.whole else why_incomplete(best, contents=True)
+            if why is not None:
+                raise RunError(
+                    f"{best}: the weights of the best step, which are to be the result (load_best_model_at_end), are lost: "
+                    f"{why}. Start again with --resume: it goes on from a checkpoint before it, if there is one"
+                )
+
+        on_first_process(check, self.args.process_index, self.args.world_size)
         with data_only(best), in_form_of(best, self.accelerator):
             super()._load_best_model()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with exact_resume.loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with data_only(str(checkpoint)):  # as it is, but refused in our words
+        with data_only(str(checkpoint)), exact_resume.loading(checkpoint):  # as it is, but refused in our words
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Not in _load_from_checkpoint, which the Trainer does not call under DeepSpeed.
-        if checkpoint is not None:
-            self.load_progress(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with exact_resume.loading(checkpoint):
+            if checkpoint is not None:
+                self.load_progress(Path(checkpoint))
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once, under one of their names: the others are missing in every checkpoint, and no harm."""
@@ -542,7 +581,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         then = exact_resume.state_then(self.resumed_from)
         due = exact_resume.due_now(loop["due"], then, state)
         state.compute_steps(args, state.max_steps)  # the Trainer has put back those of the checkpoint
-        exact_resume.put_in_place(self.resumed_from, then, state, args)
+        exact_resume.put_in_place(self.resumed_from, then, state, args, self.whole)
         # 2. The loop stands where it stood.
         self._tr_loss = torch.tensor(progress.unlogged_loss, device=args.device)
         self._total_loss_scalar -= progress.unlogged_loss  # train() returns the mean over its own steps

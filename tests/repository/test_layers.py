@@ -31,8 +31,8 @@ MATHEMATICS = ("divergences", "temperature", "loss", "models.head")
 #: ``dts-hf --help`` and the check of a recipe's own keys must not wait for heavy libraries.
 LIGHT = (
     "dts_hf", "__main__", "console", "errors", "files", "registry", "recipe", "runs.directory", "runs.failures",
-    "runs.links", "runs.lock", "runs.stopping", "data.row_files", "data.columns", "data.file_limits", "data.table_files",
-    "data.text_files", "evaluation.benchmark_sets", "evaluation.protocol", "cli",
+    "runs.file_lists", "runs.links", "runs.lock", "runs.stopping", "data.row_files", "data.columns", "data.file_limits",
+    "data.table_files", "data.text_files", "evaluation.benchmark_sets", "evaluation.protocol", "cli",
 )  # fmt: skip
 HEAVY = {
     "torch",
@@ -147,8 +147,9 @@ RESTRICTED = "dts_hf.distributed.checkpoint_reading"
 @every_module
 def test_nothing_unsafe_is_called(module: str) -> None:
     for name, call in calls(module):
-        assert name not in UNSAFE, f"line {call.lineno}: {name}"
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        as_data = name == "torch.load" and given.get("weights_only") == "True"
+        assert name not in UNSAFE or as_data, f"line {call.lineno}: {name}"
         for option in ("trust_remote_code", "shell", "weights_only"):
             assert given.get(option) != ("False" if option == "weights_only" else "True"), (
                 f"line {call.lineno}: {option}"

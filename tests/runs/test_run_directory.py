@@ -62,7 +62,7 @@ def test_json_files_round_trip_and_are_empty_when_absent(run: RunDirectory) -> N
         values = {"format": 1, "deep": {"list": [1, 2.5, None, True, "ünïcode"]}}
         getattr(run, f"write_{name}")(values)
         assert getattr(run, f"read_{name}")() == values
-    assert tree(run.path) == ["data_manifest.json", "environment.json", "metrics.json", "recipe.yaml"]
+    assert tree(run.path) == ["data_manifest.json", "environment.json", "final.json", "metrics.json", "recipe.yaml"]
 
 
 def test_broken_json_is_a_user_error(run: RunDirectory) -> None:

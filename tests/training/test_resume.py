@@ -16,6 +16,7 @@ import pytest
 
 from dts_hf.distill import end_early
 from dts_hf.errors import UserError
+from dts_hf.files import digest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import checkpoints, mark_complete, newest_complete, read_complete, rotate, why_incomplete
 from dts_hf.runs.directory import RunDirectory
@@ -403,8 +404,8 @@ def test_the_number_of_processes_may_not_change_otherwise(workplace):
     whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     says = refused(workplace, of_launch(1, "dropout", training=whole))
     assert "each process draws its own random numbers for Dropout" in says
-    complete = run / "checkpoint-5" / "complete.json"
-    complete.write_text(complete.read_text().replace('"ddp"', '"zero3"'))
+    record = read_complete(run / "checkpoint-5")
+    mark_complete(run / "checkpoint-5", **{**record, "strategy": "zero3"})
     says = refused(workplace, of_launch(2, "dropout"), 2, "ddp")
     assert "written by zero3 on 2 processes" in says and "ddp cannot read the files of zero3" in says
 
@@ -484,9 +485,9 @@ def make_checkpoint(run: Path, name: str, whole: bool = True, **values: Any) -> 
 
 def test_whole_checkpoints_are_told_from_others(tmp_path):
     folder = make_checkpoint(tmp_path, "checkpoint-5")
-    assert read_complete(folder) == {
-        "format": 1, "step": 5, "resumable": True, "files": {"global_step/shard": 10, "weights": 100}
-    }  # fmt: skip
+    files = {name: {"size": (folder / name).stat().st_size, "digest": digest(folder / name)}
+             for name in ("global_step/shard", "weights")}  # fmt: skip
+    assert read_complete(folder) == {"format": 2, "step": 5, "resumable": True, "files": files}
     assert why_incomplete(folder) is None and newest_complete(tmp_path) == folder
     (folder / "more").write_text("not listed")
     assert why_incomplete(folder) is None
@@ -496,7 +497,7 @@ def test_whole_checkpoints_are_told_from_others(tmp_path):
     assert why_incomplete(folder) == "global_step/shard is missing"
     for text in ("", "[]", '{"format": 2, "files": {}}', '{"format": 1}', "\x00"):
         (folder / "complete.json").write_text(text)
-        assert why_incomplete(folder) == "its complete.json cannot be read"
+        assert why_incomplete(folder) == "its complete.json is damaged"
     assert "has no complete.json" in str(why_incomplete(make_checkpoint(tmp_path, "checkpoint-7", whole=False)))
     assert "no such folder" in str(why_incomplete(tmp_path / "checkpoint-8"))
     assert newest_complete(tmp_path) is None
