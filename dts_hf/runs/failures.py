@@ -18,6 +18,7 @@ _LOST_PEER = (
     "connection reset by peer",
     "broken pipe",
     "connection refused",
+    "did the remote server shutdown or crash",  # the store of the first process, before they are joined
     "timed out waiting",
     "ncclremoteerror",
     "remote process exited",

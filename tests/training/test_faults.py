@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
+from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs import failures, stopping
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
 from dts_hf.training import signals as interruption
@@ -801,6 +803,22 @@ def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "per_device_train_batch_size" in (failures.one_sentence(memory) or "")
     assert failures.one_sentence(RuntimeError("shape mismatch")) is None
     assert failures.one_sentence(ValueError("a bug")) is None
+
+
+def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``TrainingArguments`` joins them, and whatever it raises otherwise is a matter of the recipe."""
+    gone = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+
+    def join(*_: Any, **__: Any) -> None:
+        raise torch.distributed.DistNetworkError(gone)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("dts_hf.distributed.launch.watch_collectives", lambda *_: None)  # it sets variables
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", join)
+    recipe = Recipe.from_dict(RECIPE, deep=False)
+    with pytest.raises(torch.distributed.DistNetworkError) as caught:
+        training_arguments(recipe, Path("run"))
+    assert "another process of this run has ended" in (failures.one_sentence(caught.value) or "")
 
 
 def _raised(work: Callable[[], None]) -> BaseException:
