@@ -805,12 +805,26 @@ def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert failures.one_sentence(ValueError("a bug")) is None
 
 
-def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+            "another process of this run has ended, ",
+        ),
+        (
+            "The client socket has timed out after 600000ms while trying to connect to (node1, 29500).",
+            "another process of this run has not answered in time (training.ddp_timeout), ",
+        ),
+    ],
+)
+def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(
+    monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
     """``TrainingArguments`` joins them, and whatever it raises otherwise is a matter of the recipe."""
-    gone = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
 
     def join(*_: Any, **__: Any) -> None:
-        raise torch.distributed.DistNetworkError(gone)
+        raise torch.distributed.DistNetworkError(text)
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("dts_hf.distributed.launch.watch_collectives", lambda *_: None)  # it sets variables
@@ -818,7 +832,7 @@ def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(monkeypa
     recipe = Recipe.from_dict(RECIPE, deep=False)
     with pytest.raises(torch.distributed.DistNetworkError) as caught:
         training_arguments(recipe, Path("run"))
-    assert "another process of this run has ended" in (failures.one_sentence(caught.value) or "")
+    assert said in (failures.one_sentence(caught.value) or "")
 
 
 def _raised(work: Callable[[], None]) -> BaseException:
