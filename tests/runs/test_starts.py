@@ -233,6 +233,7 @@ def test_one_stops_at_every_stage_while_the_other_lives(begin: Start, tmp_path: 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("hows", [*KINDS, ["wrong", "wrong"], ["plain", "wrong"]], ids="-".join)
 def test_both_stop_at_every_stage(
     begin: Start, tmp_path: Path, hows: list[str], record_property: Callable[[str, object], None]
