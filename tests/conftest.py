@@ -119,6 +119,21 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the campaigns of `make soak` did: the property ``campaign`` of each test; of tests that say the same, a count."""
+    passed: dict[str, list[bool]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                for text in (value for name, value in report.user_properties if name == "campaign"):
+                    passed.setdefault(str(text), []).append(report.passed)
+    if passed:
+        terminalreporter.section("campaigns")
+    for text, ones in sorted(passed.items()):
+        count = f"{sum(ones)} of {len(ones)} tests passed: " if len(ones) > 1 else "" if ones[0] else "FAILED: "
+        terminalreporter.write_line(f"{count}{text}")
+
+
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Bytes are named by their argument: pytest would spell them out, and a gzip header holds the clock.
 

@@ -53,6 +53,8 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout while it is imported
             return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))
     except Exception as error:  # its checks raise ValueError, TypeError, ImportError and OSError, as they come
+        if torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
+            raise  # it joins the processes, too, and one of them is gone: nobody's input is wrong
         raise UserError(f"training: TrainingArguments refuses this: {error}") from error
 
 

@@ -18,13 +18,18 @@ _LOST_PEER = (
     "connection reset by peer",
     "broken pipe",
     "connection refused",
+    "did the remote server shutdown or crash",  # the store of the first process, before they are joined
+    "the client socket has timed out",  # there is none (yet)
     "timed out waiting",
     "ncclremoteerror",
     "remote process exited",
     "watchdog caught collective operation timeout",
 )
 #: What it says when nothing has come from there for ``training.ddp_timeout``.
-_NO_ANSWER = re.compile(r"timed out waiting (?:(\d+)ms)?|watchdog caught collective operation timeout", re.IGNORECASE)
+_NO_ANSWER = re.compile(
+    r"timed out waiting (?:(\d+)ms)?|watchdog caught collective operation timeout|the client socket has timed out",
+    re.IGNORECASE,
+)
 #: The C++ writer behind ``torch.save`` keeps the reason to itself.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 #: What the operating system says of disks; any other OSError (no such file, a closed socket) may be a bug.

@@ -62,7 +62,7 @@ class Request:
             Interrupted: the first signal, where the work can be left at once.
             KeyboardInterrupt: Ctrl-C in a command that trains nothing.
         """
-        if os.getpid() != self.process:  # a worker that some library forked: nobody asks it for anything but its end
+        if os.getpid() != self.process:  # asked to end before _forked was called
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -109,6 +109,21 @@ class Request:
 
 
 request = Request()
+
+
+def _forked() -> None:
+    """In a process that a library has just forked (a pool of datasets, say): it ends on a signal as if none was caught.
+
+    A handler would not do: it waits for Python, so a worker in a long call into a library outlives ``Pool.terminate``,
+    and one that is about to sleep sleeps on.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) == request.handle:
+            signal.signal(number, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def catch_signals() -> None:

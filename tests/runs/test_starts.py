@@ -227,8 +227,13 @@ def test_one_stops_at_every_stage_while_the_other_lives(begin: Start, tmp_path: 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("hows", [*KINDS, ["wrong", "wrong"], ["plain", "wrong"]], ids="-".join)
-def test_both_stop_at_every_stage(begin: Start, tmp_path: Path, hows: list[str]) -> None:
+def test_both_stop_at_every_stage(
+    begin: Start, tmp_path: Path, hows: list[str], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("campaign", f"two starts of one directory, {GATES * GATES} interleavings for each pair of kinds: the "
+                                "holder of the lock is never hurt")  # fmt: skip
     for first in range(GATES):
         for second in range(GATES):
             run = tmp_path / f"{first}-{second}" / "run"
@@ -238,8 +243,11 @@ def test_both_stop_at_every_stage(begin: Start, tmp_path: Path, hows: list[str])
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(40))
-def test_random_starts(begin: Start, tmp_path: Path, seed: int) -> None:
+def test_random_starts(
+    begin: Start, tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     """Three at a time, gate by gate in any order; a start that was killed at any gate may have come before."""
+    record_property("campaign", "three starts of one directory in 5 random interleavings, after one that was killed")
     draw = random.Random(seed)
     for number in range(5):
         run = tmp_path / str(number) / "runs" / "x"

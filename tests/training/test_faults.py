@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import ExitCode, Interrupted, RunError, UserError
+from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs import failures, stopping
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
 from dts_hf.training import signals as interruption
@@ -515,40 +517,59 @@ def ended(processes: list[Life]) -> list[int]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", CAMPAIGN)
-def test_kills_at_random_moments(lives: Lives, strategy: str) -> None:
+def test_kills_at_random_moments(lives: Lives, strategy: str, record_property: Callable[[str, object], None]) -> None:
+    """So many kills of a process at work: a life that has ended before is no kill, and says how long a life takes now."""
     world, kills, training = CAMPAIGN[strategy]
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
-    training = training | {"per_device_train_batch_size": 4 // world}
+    # So many steps that most kills find a checkpoint: what comes before and after training takes a part of a second
+    training = training | {"per_device_train_batch_size": 4 // world, "max_steps": 40}
     faults: dict[str, Any] = {"fsdp2": True} if strategy == "fsdp2" else {}
-    straight = lives.folder(**training)
     warm = lives.context.Process(target=time.sleep, args=(0,))
     warm.start(), warm.join()  # the imports are no part of a life here
-    began = time.monotonic()
-    both = lives.start(straight, world=world, **faults)
-    assert [one.wait(200) for one in both] == [ExitCode.DONE] * world, both[0].err
-    seconds, moments = time.monotonic() - began, random.Random(strategy)
-    hit = 0
-    for kill in range(kills):
+
+    def whole_life(folder: Path, *argv: str) -> float:
+        began = time.monotonic()
+        both = lives.start(folder, *argv, world=world, **faults)
+        assert [one.wait(200) for one in both] == [ExitCode.DONE] * world, both[0].err
+        return time.monotonic() - began
+
+    straight = lives.folder(**training)
+    seconds, moments = whole_life(straight), random.Random(strategy)
+    hit = resumed = late = 0
+    while hit < kills:
+        assert late < 3 * kills, "the machine is too uneven: most lives ended before their kill"
         folder = lives.folder(**training)
+        began = time.monotonic()
         both = lives.start(folder, world=world, **faults)
-        moment, victim = moments.uniform(0.05, 0.95) * seconds, moments.randrange(world)
-        time.sleep(moment)
+        moment, victim = moments.uniform(0.02, 1.0) * seconds, moments.randrange(world)
+        both[victim].process.join(moment)
+        taken = time.monotonic() - began
         if both[victim].process.exitcode is None:
             both[victim].kill(signal.SIGKILL)
         statuses = ended(both)
-        hit += statuses[victim] == -signal.SIGKILL
         assert "Traceback" not in "".join(one.err for one in both), both[0].err
-        again = lives.start(folder, "--resume", world=world, **faults)
-        assert [one.wait(200) for one in again] == [ExitCode.DONE] * world, again[0].err
+        if statuses[victim] == -signal.SIGKILL:
+            hit += 1
+        else:
+            late, seconds = late + 1, taken
+        saved = newest_complete(folder / "run")
+        again = whole_life(folder, "--resume")
         assert_same_end(folder / "run", straight / "run")
-        print(f"{strategy} kill {kill}: {moment:.2f} of {seconds:.2f} s, process {victim}: {statuses}")
-    assert hit > kills // 2
+        print(f"{strategy} kill {hit}: {moment:.2f} of {seconds:.2f} s, process {victim}: {statuses}, {saved}")
+        if statuses[victim] == -signal.SIGKILL:
+            resumed += saved is not None
+            seconds = seconds if saved is not None else again
+    record_property("campaign", f"{strategy}: {hit} of {kills} kills at random moments resumed and bit-equal ({resumed} "
+                                f"from a checkpoint); {late} more lives had ended before")  # fmt: skip
+    assert resumed >= kills // 3
 
 
 @pytest.mark.soak
-def test_sigterm_at_20_moments_of_the_command(lives: Lives) -> None:
+@pytest.mark.timeout(3600)
+def test_sigterm_at_20_moments_of_the_command(lives: Lives, record_property: Callable[[str, object], None]) -> None:
     """Always 75 or a finished run. A fresh process each: its imports take most of the time."""
     straight = lives.folder(max_steps=STEPS * 3)
 
@@ -564,17 +585,21 @@ def test_sigterm_at_20_moments_of_the_command(lives: Lives) -> None:
     seconds = time.monotonic() - began
     assert process.returncode == ExitCode.DONE, output
     moments = random.Random("signals")
-    statuses = []
-    for place in range(20):
+    statuses: list[int] = []
+    late = 0
+    while len(statuses) < 20:
+        assert late < 60, "the machine is too uneven: most lives ended before their signal"
         folder = lives.folder(max_steps=STEPS * 3)
-        moment = 0.1 + (place + moments.random()) / 20 * seconds  # 0.1 s: what comes before our first line
+        moment = 0.1 + (len(statuses) + moments.random()) / 20 * seconds  # 0.1 s: what comes before our first line
         process, began = start(folder), time.monotonic()
         while time.monotonic() - began < moment and process.poll() is None:
             time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        else:  # the machine has become faster
-            seconds = min(seconds, time.monotonic() - began)
+        if process.poll() is not None:  # the machine has become faster
+            late, seconds = late + 1, min(seconds, time.monotonic() - began)
+            assert process.returncode == ExitCode.DONE, process.communicate()
+            process.communicate()
+            continue
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=100)
         print(f"SIGTERM after {moment:.2f} of {seconds:.2f} s: {process.returncode}: {err.splitlines()[-1:]}")
         statuses.append(process.returncode)
@@ -582,7 +607,10 @@ def test_sigterm_at_20_moments_of_the_command(lives: Lives) -> None:
         assert process.returncode == ExitCode.DONE or err.splitlines()[-1].startswith("Stopped: SIGTERM"), err
         assert lives.one(folder, "--resume").wait(100) == ExitCode.DONE
         assert_same_end(folder / "run", straight / "run")
-    assert statuses.count(ExitCode.INTERRUPTED) >= 5
+    stopped = statuses.count(ExitCode.INTERRUPTED)
+    record_property("campaign", f"SIGTERM at 20 moments from the first line to the last: {stopped} ended with 75, "
+                                f"{20 - stopped} had finished; all 20 went on and are bit-equal")  # fmt: skip
+    assert stopped >= 15
 
 
 # --------------------------------------------------------------------------------------------- disks and directories
@@ -775,6 +803,36 @@ def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "per_device_train_batch_size" in (failures.one_sentence(memory) or "")
     assert failures.one_sentence(RuntimeError("shape mismatch")) is None
     assert failures.one_sentence(ValueError("a bug")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+            "another process of this run has ended, ",
+        ),
+        (
+            "The client socket has timed out after 600000ms while trying to connect to (node1, 29500).",
+            "another process of this run has not answered in time (training.ddp_timeout), ",
+        ),
+    ],
+)
+def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(
+    monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    """``TrainingArguments`` joins them, and whatever it raises otherwise is a matter of the recipe."""
+
+    def join(*_: Any, **__: Any) -> None:
+        raise torch.distributed.DistNetworkError(text)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("dts_hf.distributed.launch.watch_collectives", lambda *_: None)  # it sets variables
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", join)
+    recipe = Recipe.from_dict(RECIPE, deep=False)
+    with pytest.raises(torch.distributed.DistNetworkError) as caught:
+        training_arguments(recipe, Path("run"))
+    assert said in (failures.one_sentence(caught.value) or "")
 
 
 def _raised(work: Callable[[], None]) -> BaseException:
