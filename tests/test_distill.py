@@ -50,6 +50,7 @@ def test_the_run_directory_holds_exactly_this(workplace):
         "figures/optimizer.png",
         "figures/rouge.png",
         "figures/temperature.png",
+        "final.json",
         "final/chat_template.jinja",
         "final/config.json",
         "final/dts_hf.json",

@@ -29,7 +29,7 @@ PRINTS_ITSELF = {
     "cli/app.py": 1,  # --version
     "cli/doctor.py": 1,  # names of checks, with what clears a line
     "cli/prepare.py": 1,  # --help
-    "training/signals.py": 1,  # from a signal handler: nothing but its own words
+    "runs/stopping.py": 1,  # from a signal handler: nothing but its own words
     "inference/screens.py": 5,  # answers as they come, each piece printable
 }
 NASTY = "a\x1b[2J\x1b]0;owned\x07\r\x9b\u202egnp\u2066\u200f\u061c\x7fb"

@@ -5,12 +5,13 @@ NCCL's watchdog ends the process from within, without a word of Python, and know
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from dts_hf.console import show
 
 #: After which part of ``ddp_timeout`` without an event it is said.
 SHARE = 0.9
@@ -60,9 +61,8 @@ class SilenceCallback(TrainerCallback):
             seconds = time.monotonic() - since
             if seconds > SHARE * timeout and since != said:
                 said = since
-                print(
+                show(
                     f"process {rank}: nothing has happened for {seconds:.0f} s, after step {step}; a collective that is not "
                     f"done after {timeout:g} s (training.ddp_timeout) ends the run",
-                    file=sys.stderr,
-                    flush=True,
+                    error=True,
                 )
