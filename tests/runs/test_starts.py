@@ -96,7 +96,7 @@ def begin() -> Iterator[Start]:
 def whole(run: Path) -> int:
     """Which process made the run, all of which is there, and nothing of another's."""
     assert sorted(os.listdir(run)) == [
-        "data_manifest.json", "environment.json", "final", "log.jsonl", "metrics.json", "recipe.yaml"]  # fmt: skip
+        "data_manifest.json", "environment.json", "final", "final.json", "log.jsonl", "metrics.json", "recipe.yaml"]  # fmt: skip
     process = json.loads((run / "metrics.json").read_text())["process"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "process": process} for step in range(STEPS)]
