@@ -169,7 +169,7 @@ def _locked(path: Path, folder: str | Path) -> int | None:
         UserError: another process has it, or nobody can tell because the file is not ours to write.
         FileNotFoundError: its folder is gone.
     """
-    refuse_links(path.parent, (), written_in_place=[LOCK])
+    refuse_links(path.parent, [LOCK])
     try:
         # Whom the umask lets write here may lock, too: people who share a folder share its runs
         descriptor = open_nofollow(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -192,7 +192,7 @@ def _locked(path: Path, folder: str | Path) -> int | None:
             return _without_lock(folder, error)
         raise _busy(folder, owner) from None
     found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # else it is somebody else's, or removed by now
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # else it has a second name elsewhere, or none by now
         with contextlib.suppress(OSError):  # the disk is full: the lock holds without a name in it
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -252,7 +252,8 @@ def _busy(folder: str | Path, owner: str) -> UserError:
 def _owner(descriptor: int) -> str:
     """What the process that has the lock wrote into the file, if it had the time and can be read."""
     with contextlib.suppress(OSError):
-        return os.read(descriptor, 200).decode(errors="replace")
+        text = os.read(descriptor, 200).decode(errors="replace")
+        return text if text.startswith("process ") else ""
     return ""
 
 
