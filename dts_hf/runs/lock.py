@@ -182,14 +182,16 @@ def _locked(path: Path, folder: str | Path) -> int | None:
             raise _not_ours(path, folder, error) from None
         return None  # a folder that takes no file is reported by what needs to write there
     except OSError as error:
-        return _without_lock(folder, error)
+        _say_no_lock(folder, error)
+        return None
     try:
         _take(descriptor)
     except OSError as error:
         owner = _owner(descriptor)
         os.close(descriptor)
         if error.errno not in _BUSY:
-            return _without_lock(folder, error)
+            _say_no_lock(folder, error)
+            return None
         raise _busy(folder, owner) from None
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # else it has a second name elsewhere, or none by now
@@ -257,7 +259,7 @@ def _owner(descriptor: int) -> str:
     return ""
 
 
-def _without_lock(folder: str | Path, error: OSError) -> None:
+def _say_no_lock(folder: str | Path, error: OSError) -> None:
     say(f"{folder}: no lock here ({error.strerror or error}): see to it that nobody starts this run a second time")
 
 
