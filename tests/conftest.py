@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell that runs pytest in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks

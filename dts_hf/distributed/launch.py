@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -119,6 +120,16 @@ def watch_collectives(folder: str | os.PathLike[str]) -> None:
         file: os.path.join(os.path.abspath(folder), "collectives.rank"),
     }.items():
         os.environ.setdefault(name, value)
+
+
+def limit_joining(seconds: float) -> None:
+    """Let no process wait for longer than ``seconds`` for the others to join it: on a CPU transformers leaves it at 1800.
+
+    Call it before the processes are joined.
+    """
+    if _asked_for()[0] > 1 and torch.distributed.is_available():
+        collectives: Any = torch.distributed.distributed_c10d
+        collectives.default_pg_timeout = timedelta(seconds=seconds)
 
 
 def limit_waiting(args: TrainingArguments) -> None:

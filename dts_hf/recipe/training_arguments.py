@@ -31,7 +31,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
     import torch
     from transformers import TrainingArguments
 
-    from dts_hf.distributed.launch import watch_collectives
+    from dts_hf.distributed.launch import limit_joining, watch_collectives
 
     defaults: dict[str, Any] = {
         # Said where it is so, or transformers refuses bf16 on a CPU. Apple's GPU has no float64: it must be asked for
@@ -49,6 +49,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
     if asked and importlib.util.find_spec("deepspeed") is None:  # transformers would speak of object.__init__
         raise UserError("training: DeepSpeed is asked for and not installed: pip install 'dts-hf[deepspeed]'")
     watch_collectives(output_dir)
+    limit_joining(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout while it is imported
             return TrainingArguments(output_dir=str(output_dir), **(defaults | more_defaults | recipe.training))

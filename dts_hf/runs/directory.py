@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss w
 OUR_NAMES = (
     "metrics.json",
     "final.json",
-    "checkpoint-*/complete.json",
+    "checkpoint-#/complete.json",
     "interrupted/*/complete.json",
-    "checkpoint-*",
+    "checkpoint-#",
     "interrupted",
     BROKEN_STEP_FILES,
     "scores.json",
@@ -58,6 +59,8 @@ LEFTOVERS = (
     ".final.*unfinished",
     ".dts_hf-*",
 )
+#: What file systems and programs put into any folder: one with nothing else in it is empty. Never ours to remove.
+NOBODYS = (".DS_Store", ".nfs*", "lost+found", ".ipynb_checkpoints")
 #: Models that are scored before training starts; their scores are in scores.json.
 BEFORE = ("teacher", "student_before")
 PREDICTION_ORDER = (*BEFORE, "student")
@@ -118,9 +121,10 @@ class RunDirectory:
         existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
         if not existing.is_dir():
             raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
-        refuse_links(path, [name.partition("/")[0] for name in (*OUR_NAMES, *LEFTOVERS)], (LOCK, "log.jsonl"))
+        refuse_links(path, [name.partition("/")[0] for name in (*OUR_NAMES, *LEFTOVERS, LOCK)])
         run = cls(path)
-        if not path.is_dir() or not {*path.iterdir()} - {path / LOCK, *run._leftovers()}:
+        nothing = {path / LOCK, *run._leftovers(), *(found for name in NOBODYS for found in matching(path, name))}
+        if not path.is_dir() or not {*path.iterdir()} - nothing:
             return
         if resume and _made_by_a_run(run.recipe_path):
             return
@@ -298,8 +302,15 @@ class RunDirectory:
     def cut_log(self, size: int) -> None:
         """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""
         if self.log_size() > size:
+            self._own_log()
             with os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
                 file.truncate(size)
+
+    def _own_log(self) -> None:
+        """Put a copy in the place of a log that has a second name elsewhere (``cp -al``): only ours is written to."""
+        with suppress(FileNotFoundError):
+            if self.log_path.lstat().st_nlink > 1:
+                files.write_bytes_atomic(self.log_path, self.log_path.read_bytes())
 
     def append_log(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``log.jsonl``. A number that is not finite becomes null: JSON has no NaN.
@@ -307,6 +318,7 @@ class RunDirectory:
         Args:
             record: ``{"kind": "train" | "eval" | "generation", "step": optimizer step, "epoch": float, ...}``.
         """
+        self._own_log()
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         with os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
             files.drop_half_line(file)

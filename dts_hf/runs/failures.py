@@ -20,6 +20,7 @@ _LOST_PEER = (
     "connection refused",
     "did the remote server shutdown or crash",  # the store of the first process, before they are joined
     "the client socket has timed out",  # there is none (yet)
+    "wait timeout after",  # there is one, and somebody has not come there
     "timed out waiting",
     "ncclremoteerror",
     "remote process exited",
@@ -27,7 +28,8 @@ _LOST_PEER = (
 )
 #: What it says when nothing has come from there for ``training.ddp_timeout``.
 _NO_ANSWER = re.compile(
-    r"timed out waiting (?:(\d+)ms)?|watchdog caught collective operation timeout|the client socket has timed out",
+    r"(?:timed out waiting|wait timeout after|the client socket has timed out(?: after)?)(?: (\d+)ms)?"
+    r"|watchdog caught collective operation timeout",
     re.IGNORECASE,
 )
 #: The C++ writer behind ``torch.save`` keeps the reason to itself.

@@ -10,35 +10,40 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from pathlib import Path
 
 from dts_hf.errors import UserError
 from dts_hf.files import LINK, check_no_link
 
 
-def refuse_links(folder: str | Path, names: Iterable[str], written_in_place: Iterable[str] = ()) -> None:
+def refuse_links(folder: str | Path, names: Iterable[str]) -> None:
     """Refuse a directory where something that a run makes is a link, or holds one; what is not ours may be anything.
 
     Args:
         folder: where a run writes; it may itself be a link, or not be there.
-        names: patterns of what a run makes in it; folders are looked through.
-        written_in_place: files of which a second name (a hard link) is refused, too: others are replaced as a whole.
+        names: patterns of what a run makes in it, as of ``is_named``; folders are looked through.
 
     Raises:
         UserError: names the link.
     """
-    folder, patterns, in_place = Path(folder), tuple(names), {*written_in_place}
-    for path in _entries(folder):
-        if not any(fnmatchcase(path.name, pattern) for pattern in (*patterns, *in_place)):
+    patterns = tuple(names)
+    for path in _entries(Path(folder)):
+        if not any(is_named(path.name, pattern) for pattern in patterns):
             continue
         for found in _tree(path):
-            what = _what_is_wrong(found, in_place=found.parent == folder and found.name in in_place)
+            what = _what_is_wrong(found)
             if what is not None:
                 raise UserError(f"{found} {what}")
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """As ``fnmatchcase``, with ``#`` for a whole number: ``checkpoint-best`` is somebody's own."""
+    return re.fullmatch(translate(pattern).replace(r"\#", "[0-9]+"), name) is not None
 
 
 def open_nofollow(path: Path, flags: int, mode: int = 0o666) -> int:
@@ -91,9 +96,9 @@ def remove_files(folder: Path, pattern: str) -> None:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """As ``sorted(folder.glob(pattern))``, but a link, where there is one, is the end of the way."""
+    """As ``sorted(folder.glob(pattern))`` by ``is_named``, but a link, where there is one, is the end of the way."""
     first, _, rest = pattern.partition("/")
-    found = [path for path in _entries(folder) if fnmatchcase(path.name, first)]
+    found = [path for path in _entries(folder) if is_named(path.name, first)]
     return found if not rest else [inner for path in found if _is_folder(path) for inner in matching(path, rest)]
 
 
@@ -115,7 +120,7 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _what_is_wrong(path: Path, *, in_place: bool) -> str | None:
+def _what_is_wrong(path: Path) -> str | None:
     try:
         found = path.lstat()
     except OSError:  # gone since
@@ -124,9 +129,4 @@ def _what_is_wrong(path: Path, *, in_place: bool) -> str | None:
         return f"is a link to {os.readlink(path)}. {LINK}"
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
         return "is neither a file nor a folder. Remove it, or choose another folder"
-    if in_place and stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-        return (
-            "has a second name elsewhere (a hard link), which would be written as well. Put a copy in its place, or "
-            "choose another folder"
-        )
     return None

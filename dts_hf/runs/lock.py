@@ -1,7 +1,7 @@
 """One process at a time works on a run directory: ``--resume`` typed twice, or a job that starts before the old one ends.
 
-A POSIX record lock on ``.lock``. The system drops it when its process ends, however that happens, and child processes
-do not inherit it, so a killed run never stands in its own way. The same process may take it again.
+A lock on the open file ``.lock``. The system drops it when its process ends, however that happens, and child processes
+let go of it at once, so a killed run never stands in its own way. The same process may take it again.
 
 The order of every start is: make the folder, lock it, then look, decide and clean. Who looks before it holds the lock may
 refuse on what it sees, but changes nothing.
@@ -15,16 +15,19 @@ import fcntl
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dts_hf.console import say
 from dts_hf.errors import UserError
 from dts_hf.runs.links import open_nofollow, refuse_links
 
 LOCK = ".lock"
 #: How often the folder, or the lock file in it, may vanish under a start: their last owner removes them when it leaves.
 ATTEMPTS = 100
+_BUSY = (errno.EACCES, errno.EAGAIN)  # what a lock says that another process has
 
 
 @dataclass
@@ -32,7 +35,7 @@ class _Held:
     """What this process has of a run directory.
 
     Attributes:
-        descriptor: of the lock file, opened once: closing any descriptor of it would drop the lock. None: no locks there.
+        descriptor: of the lock file. None: no locks there.
         made: the folders that were not there before, the outermost first.
     """
 
@@ -43,13 +46,25 @@ class _Held:
 _held: dict[Path, _Held] = {}  # by the folder
 
 
+def _forked() -> None:
+    """In a forked child: what its parent holds is not the child's to give back, nor to keep when the parent is gone."""
+    for held in _held.values():
+        if held.descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(held.descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def lock(folder: str | Path) -> None:
     """Make the run directory ``folder`` where it is not there, and take it until ``unlock`` or the end of this process.
 
-    Where the file system has no locks (some network drives) the run goes on without.
+    Where the file system has no locks (some network drives) the run goes on without, and says so.
 
     Raises:
-        UserError: another process has it, it cannot be made, or its lock file is a link.
+        UserError: another process has it, it cannot be made, or its lock file is a link, a folder or another user's.
     """
     path = Path(folder).resolve()
     if holds(path):
@@ -151,33 +166,101 @@ def _locked(path: Path, folder: str | Path) -> int | None:
     """The open, locked lock file; None where that is not possible, and no reason to refuse.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or nobody can tell because the file is not ours to write.
         FileNotFoundError: its folder is gone.
     """
-    refuse_links(path.parent, (), written_in_place=[LOCK])
+    refuse_links(path.parent, [LOCK])
     try:
-        descriptor = open_nofollow(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # Whom the umask lets write here may lock, too: people who share a folder share its runs
+        descriptor = open_nofollow(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:
         raise
-    except OSError:  # a folder that takes no file is reported by what needs to write there
+    except IsADirectoryError:
+        raise UserError(f"output.dir: {path} is a folder, expected the lock file of a run. Remove it") from None
+    except PermissionError as error:
+        if os.path.lexists(path):
+            raise _not_ours(path, folder, error) from None
+        return None  # a folder that takes no file is reported by what needs to write there
+    except OSError as error:
+        _say_no_lock(folder, error)
         return None
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = os.fstat(descriptor)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # else it is somebody else's, or removed by now
-            os.truncate(descriptor, 0)
-            with contextlib.suppress(OSError):  # the disk is full: the lock holds without a name in it
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        return descriptor
+        _take(descriptor)
     except OSError as error:
-        owner = os.read(descriptor, 200).decode(errors="replace")
+        owner = _owner(descriptor)
         os.close(descriptor)
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
+        if error.errno not in _BUSY:
+            _say_no_lock(folder, error)
             return None
-        raise UserError(
-            f"output.dir: another process is working on this run, {folder} ({owner or 'just started'}). Wait for its "
-            "end or stop it, or choose another folder"
-        ) from None
+        raise _busy(folder, owner) from None
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # else it has a second name elsewhere, or none by now
+        with contextlib.suppress(OSError):  # the disk is full: the lock holds without a name in it
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return descriptor
+
+
+def _take(descriptor: int, *, shared: bool = False) -> None:
+    """Lock a file as a whole, without waiting.
+
+    A POSIX lock of the process would be dropped as soon as this process opens and closes the file once more, as a copy of
+    the run directory does; so it is one of the open file (OFD) where the system has them. ``flock`` would do on a local
+    disk. On NFS it and POSIX locks are one and the same, and who takes both refuses himself.
+
+    Raises:
+        OSError: another process has it (``_BUSY``), or there are no locks here.
+    """
+    kind, flags = (fcntl.F_RDLCK, fcntl.LOCK_SH) if shared else (fcntl.F_WRLCK, fcntl.LOCK_EX)
+    command = getattr(fcntl, "F_OFD_SETLK", None)  # of Linux
+    if command is not None:
+        try:
+            fcntl.fcntl(descriptor, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))  # struct flock
+            return
+        except OSError as error:
+            if error.errno in _BUSY:
+                raise
+    fcntl.lockf(descriptor, flags | fcntl.LOCK_NB)
+
+
+def _not_ours(path: Path, folder: str | Path, error: OSError) -> UserError:
+    """What to say of a lock file that this user cannot write: it can be seen whether it is locked where it can be read."""
+    why = f"output.dir: {path} is not yours to write ({error.strerror})"
+    try:
+        descriptor = open_nofollow(path, os.O_RDONLY)
+    except OSError:
+        return UserError(
+            f"{why} nor to read, so another process may be working on this run. Choose another folder, or have its owner "
+            "remove it when none is"
+        )
+    try:
+        _take(descriptor, shared=True)
+    except OSError as found:
+        if found.errno in _BUSY:
+            return _busy(folder, _owner(descriptor))
+        return UserError(f"{why}, and there are no locks here. Remove it if nobody is working on this run")
+    finally:
+        os.close(descriptor)
+    return UserError(f"{why}, and no process is working on this run: a killed one has left it. Remove it")
+
+
+def _busy(folder: str | Path, owner: str) -> UserError:
+    return UserError(
+        f"output.dir: another process is working on this run, {folder} ({owner or 'just started'}). Wait for its "
+        "end or stop it, or choose another folder"
+    )
+
+
+def _owner(descriptor: int) -> str:
+    """What the process that has the lock wrote into the file, if it had the time and can be read."""
+    with contextlib.suppress(OSError):
+        text = os.read(descriptor, 200).decode(errors="replace")
+        return text if text.startswith("process ") else ""
+    return ""
+
+
+def _say_no_lock(folder: str | Path, error: OSError) -> None:
+    say(f"{folder}: no lock here ({error.strerror or error}): see to it that nobody starts this run a second time")
 
 
 def _let_go(path: Path) -> None:

@@ -126,11 +126,35 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
+def free_signals() -> list[signal.Signals]:
+    """Those of ``SIGNALS`` that are ours to take.
+
+    One that is ignored from outside (``nohup``, ``trap "" INT``, a job that a script has put into the background) stays
+    so. One with a handler in C (``faulthandler.register``, a profiler) keeps it: Python cannot give it back afterwards.
+    """
+    caught = _caught()
+    free = []
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        # None: of before Python began. Default, and caught all the same: set without Python's knowledge
+        foreign = handler is None or (handler is signal.SIG_DFL and bool(caught >> (number - 1) & 1))
+        if not foreign and handler is not signal.SIG_IGN:
+            free.append(number)
+    return free
+
+
+def _caught() -> int:
+    """A bit for each signal that the process has a handler for, as Linux says; elsewhere 0."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/status", "rb") as status:
+        return next((int(line.split()[1], 16) for line in status if line.startswith(b"SigCgt:")), 0)
+    return 0
+
+
 def catch_signals() -> None:
     """Take the signals of this process, which is a command of ours, until it is gone. The first thing that it does."""
     request.process, request.ours, request.stage = os.getpid(), True, Stage.BEGINS
     request.signal = request.status = None
-    for number in SIGNALS:
+    for number in free_signals():
         signal.signal(number, request.handle)
     sys.unraisablehook = _unraisable
     # Registered first, so done last. Behind it Python takes its handlers down and unloads its libraries, which takes a

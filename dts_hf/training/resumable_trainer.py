@@ -297,7 +297,7 @@ class ResumableTrainer(EvenBatchesTrainer):
                 checkpoint, or another process has ended or does not answer.
         """
         run = Path(str(self.args.output_dir))
-        refuse_links(run, (f"{PREFIX_CHECKPOINT_DIR}-*", INTERRUPTED))
+        refuse_links(run, (f"{PREFIX_CHECKPOINT_DIR}-#", INTERRUPTED))
         self.resumed_from = folder = self._checkpoint_to_resume(resume_from_checkpoint, run)
         self._progress = None
         self.clock.start()

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from dts_hf.errors import Interrupted
 from dts_hf.runs.failures import is_lost_peer
-from dts_hf.runs.stopping import GO_ON, SIGNALS, Stage, request, stage
+from dts_hf.runs.stopping import GO_ON, Stage, free_signals, request, stage
 
 Work = TypeVar("Work", bound=Callable[..., Any])
 # One byte that forked data-loader workers share with this process: 1 when ``work`` has ended and they obey it again.
@@ -71,7 +71,7 @@ def _handlers() -> Iterator[None]:
         yield
         return
     request.process, request.signal = os.getpid(), None
-    before = {number: signal.signal(number, request.handle) for number in SIGNALS}
+    before = {number: signal.signal(number, request.handle) for number in free_signals()}
     try:
         yield
     finally:
@@ -126,7 +126,7 @@ def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: i
     before its step is done.
     """
     if request.in_run:
-        for number in SIGNALS:
+        for number in free_signals():
             signal.signal(number, _end_with_parent)
     if initialise is not None:
         initialise(worker)

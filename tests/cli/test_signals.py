@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import random
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 
 from dts_hf.errors import ExitCode
 from dts_hf.runs import stopping
+from dts_hf.training.signals import stops_on_signal
 from tests.support.launching import ROOT, environment
 
 
@@ -157,3 +160,47 @@ def test_a_forked_worker_is_no_run(name: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
     )
     assert done.stdout == f"{-signal.Signals[name]}\n" and done.stderr == "", done
+
+
+# -------------------------------------------------------------------------------------- signals that are somebody else's
+
+
+@stops_on_signal
+def handlers_of_a_run() -> list[object]:
+    return [signal.getsignal(number) for number in stopping.SIGNALS]
+
+
+def test_a_handler_from_before_python_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python says None of it, and could not put it back: a run that was complete died of a TypeError."""
+    original = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGUSR1 else original(number))
+    assert stopping.free_signals() == [number for number in stopping.SIGNALS if number != signal.SIGUSR1]
+    monkeypatch.undo()
+    assert handlers_of_a_run() == [stopping.request.handle] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_handler_of_faulthandler_is_let_be() -> None:
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    try:
+        assert handlers_of_a_run() == [stopping.request.handle, signal.SIG_DFL, stopping.request.handle]
+        assert catches(os.getpid(), signal.SIGUSR1)
+    finally:
+        faulthandler.unregister(signal.SIGUSR1)
+
+
+def test_what_is_ignored_from_outside_stays_so() -> None:
+    """``nohup``, ``trap "" INT``, ``dts-hf ... &`` in a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = (
+        "import signal; from dts_hf.runs import stopping; stopping.catch_signals(); "
+        "print([type(signal.getsignal(number)).__name__ for number in stopping.SIGNALS])"
+    )
+    try:
+        assert handlers_of_a_run()[-1] is signal.SIG_IGN and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment(), text=True, capture_output=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.stdout == "['method', 'method', 'Handlers']\n", done.stderr

@@ -121,17 +121,40 @@ def test_what_is_no_link_or_not_ours_is_let_through(run: RunDirectory, victim: P
     assert content(run.path.parent) == before
 
 
-def test_second_names_and_pipes_are_refused(run: RunDirectory, victim: Path) -> None:
+@pytest.mark.parametrize("how", [["--resume"], ["--overwrite"]])
+def test_a_link_of_the_users_beside_the_checkpoints_is_let_be(
+    run: RunDirectory, victim: Path, how: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.path / "checkpoint-4").mkdir()
+    for name in ("checkpoint-best", "checkpoint-4-copy", "checkpoint-"):
+        (run.path / name).symlink_to("checkpoint-4")
+    assert "no-such-model" in train(*how)
+    RunDirectory.create(run.path, overwrite=True)
+    assert sorted(os.listdir(run.path)) == ["checkpoint-", "checkpoint-4-copy", "checkpoint-best"]
+
+
+@pytest.mark.parametrize("name", [LOCK, "log.jsonl"])
+def test_pipes_are_refused(run: RunDirectory, name: str) -> None:
+    os.mkfifo(run.path / name)
+    assert f"{name} is neither a file nor a folder" in train("--resume")
+
+
+@pytest.mark.parametrize("how", [["--resume"], ["--overwrite"]])
+def test_a_second_name_is_no_hindrance_and_nothing_is_written_there(
+    run: RunDirectory, victim: Path, how: list[str]
+) -> None:
+    """A backup by ``cp -al``: of the lock that a killed run has left, too."""
+    run.append_log({"step": 1})
+    before = content(victim)
     for name in (LOCK, "log.jsonl"):
+        (run.path / name).unlink(missing_ok=True)
         os.link(victim / "thesis.tex", run.path / name)
-        assert f"{name} has a second name elsewhere (a hard link)" in train("--resume")
-        (run.path / name).unlink()
-        os.mkfifo(run.path / name)
-        assert f"{name} is neither a file nor a folder" in train("--resume")
-        (run.path / name).unlink()
-    assert (victim / "thesis.tex").read_text() == "mine\n" * 10
-    os.link(run.recipe_path, victim / "backup.yaml")  # replaced as a whole, never written in place
-    assert "no-such-model" in train("--resume")
+    os.link(run.recipe_path, victim.parent / "backup.yaml")  # replaced as a whole, never written in place
+    assert "no-such-model" in train(*how)
+    assert content(victim) == before
+    run.cut_log(7)
+    run.append_log({"step": 2})
+    assert run.log_path.read_bytes() == b'mine\n{"step": 2}\n' and content(victim) == before
 
 
 # ------------------------------------------------------------------------------- where the look was in vain, or long ago

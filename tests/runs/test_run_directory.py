@@ -358,3 +358,14 @@ def test_a_finished_run_keeps_nothing_of_an_unfinished_one(run: RunDirectory) ->
     run.clean_up()
     assert tree(run.path) == ["checkpoint-5", "checkpoint-5/complete.json", "recipe.yaml"]
     run.clean_up()  # nothing is there to remove
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000123", "lost+found", ".ipynb_checkpoints"])
+def test_what_systems_put_into_any_folder_is_nothing(tmp_path: Path, recipe: Recipe, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x").write_text("x")
+    for overwrite, resume in ((False, False), (False, True), (True, False)):
+        RunDirectory.check_can_create(tmp_path, overwrite, resume)
+    RunDirectory.create(tmp_path).save_recipe(recipe)
+    RunDirectory.create(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == [name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from dts_hf.errors import UserError
+from dts_hf.runs import lock as locks
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import LOCK, holds, lock, unlock
 from dts_hf.runs.start import find_start, open_run
@@ -96,7 +99,8 @@ def begin() -> Iterator[Start]:
 def whole(run: Path) -> int:
     """Which process made the run, all of which is there, and nothing of another's."""
     assert sorted(os.listdir(run)) == [
-        "data_manifest.json", "environment.json", "final", "log.jsonl", "metrics.json", "recipe.yaml"]  # fmt: skip
+        "data_manifest.json", "environment.json", "final", "final.json", "log.jsonl", "metrics.json", "recipe.yaml",
+    ]  # fmt: skip
     process = json.loads((run / "metrics.json").read_text())["process"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "process": process} for step in range(STEPS)]
@@ -150,7 +154,7 @@ def test_a_new_run_that_comes_late_is_refused_before_it_loads(begin: Start, tmp_
 
 
 def test_a_lock_file_that_its_last_owner_has_removed_is_no_lock(begin: Start, tmp_path: Path) -> None:
-    first, second = begin(tmp_path, "wrong").to("load"), begin(tmp_path, "plain").to("lockf")
+    first, second = begin(tmp_path, "wrong").to("load"), begin(tmp_path, "plain").to("_take")
     assert first.end() == "refused: the rows are wrong"
     second.to("load")
     assert busy(begin(tmp_path, "plain").end())
@@ -319,3 +323,96 @@ def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             find_start(recipe(str(place), False), ARGS, False)
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lock files are another user's: there to be read, not to be written."""
+    original = locks.open_nofollow
+
+    def opened(path: Path, flags: int, mode: int = 0o666) -> int:
+        if flags & os.O_RDWR and path.exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, flags, mode)
+
+    monkeypatch.setattr(locks, "open_nofollow", opened)
+
+
+def test_the_lock_of_another_user_holds(begin: Start, tmp_path: Path, not_ours: None) -> None:
+    """It used to be none: --overwrite then took the run away from the one who was at work on it."""
+    first = begin(tmp_path / "x", "plain").to("step")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=rf"another process is working on this run, .* \(process {first.pid} on "):
+            find_start(recipe(str(tmp_path / "x"), overwrite), ARGS, not overwrite)
+    assert first.end() == "trained" and whole(tmp_path / "x") == first.pid
+
+
+def test_what_another_user_has_left_is_named(tmp_path: Path, not_ours: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).write_text("process 7 on earth")
+    with pytest.raises(UserError, match=r"\.lock is not yours to write \(Permission denied\), and no process is work"):
+        lock(tmp_path)
+
+    def closed(path: Path, *_: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(locks, "open_nofollow", closed)
+    with pytest.raises(UserError, match=r"nor to read, so another process may be working on this run"):
+        lock(tmp_path)
+    assert os.listdir(tmp_path) == [LOCK]
+
+
+def test_people_who_share_a_folder_share_its_lock(tmp_path: Path, unlocked: None) -> None:
+    umask = os.umask(0o002)
+    try:
+        lock(tmp_path)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o664
+
+
+def test_a_folder_in_the_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError, match=r"\.lock is a folder, expected the lock file of a run"):
+        lock(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_where_there_are_no_locks_it_is_said_once(
+    tmp_path: Path, number: int, unlocked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "fcntl", none)
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock(tmp_path)
+    lock(tmp_path)
+    assert holds(tmp_path)
+    assert capsys.readouterr().err.count(f"{tmp_path}: no lock here ({os.strerror(number)})") == 1
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="locks of open files are Linux's")
+def test_reading_the_lock_file_does_not_drop_the_lock(begin: Start, tmp_path: Path, unlocked: None) -> None:
+    """As a callback does that copies or uploads the run directory."""
+    lock(tmp_path / "x")
+    shutil.copytree(tmp_path / "x", tmp_path / "copy")
+    assert busy(begin(tmp_path / "x", "resume").end())
+
+
+def test_a_forked_child_takes_nothing_away_and_keeps_nothing(tmp_path: Path, begin: Start, unlocked: None) -> None:
+    lock(tmp_path / "x")
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        unlock()
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    assert holds(tmp_path / "x") and busy(begin(tmp_path / "x", "plain").end())
+    unlock()
+    assert begin(tmp_path / "x", "plain").end() == "trained"  # the child is there still
+    os.write(go[1], b".")
+    os.waitpid(child, 0)
+    for descriptor in (*ready, *go):
+        os.close(descriptor)

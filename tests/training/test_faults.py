@@ -329,6 +329,23 @@ def test_a_process_that_does_not_answer_ends_the_other(lives: Lives, straight_tw
     goes_on(lives, folder, straight_two, world=2)
 
 
+def test_a_process_that_never_joins_ends_the_other(lives: Lives) -> None:
+    """It died before. The store of the launch is there, as with an agent; torch would wait for half an hour on a CPU."""
+    store = torch.distributed.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+    launch = {
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    folder = lives.folder(ddp_timeout=3)
+    process = lives.context.Process(target=life, args=(str(folder), ["train", "recipe.yaml"], launch, {}))
+    process.start()
+    lives.started.append(Life(process, folder, "1"))
+    assert lives.started[-1].wait(60) == ExitCode.FAILED
+    err = lives.started[-1].err
+    assert "Traceback" not in err, err
+    assert "Error (process 1): another process of this run has not answered for 3 s (training.ddp_timeout)" in err
+
+
 # Under a launcher: torchrun, and accelerate launch, which is the same agent. It looks after the processes of its machine.
 # Where nobody needs to be killed the agent runs here over processes that are forked from the warm one.
 

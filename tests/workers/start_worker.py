@@ -6,7 +6,6 @@ on when it is told to.
 
 from __future__ import annotations
 
-import fcntl
 import inspect
 import os
 import traceback
@@ -62,7 +61,7 @@ def start(folder: str, how: str, gates: Connection) -> None:
     starts.environment = lambda device: {}
     starts.effective = lambda recipe, args: recipe
     starts.say = lambda *_: None
-    for owner, name in ((RunDirectory, "check_content"), (locks, "_make"), (locks, "open_nofollow"), (fcntl, "lockf"),
+    for owner, name in ((RunDirectory, "check_content"), (locks, "_make"), (locks, "open_nofollow"), (locks, "_take"),
                         (RunDirectory, "create"), (RunDirectory, "_leftovers"), (locks, "_remove_empty")):  # fmt: skip
         at(owner, name)
     gate("begin")
