@@ -81,6 +81,14 @@ class RunLogCallback(TrainerCallback):
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Scores from before training that an earlier attempt has made are in the Trainer's history, too, as in the log."""
+        if state.is_world_process_zero and state.global_step == 0 and not state.log_history:
+            for record in self.run.read_log():
+                if record.get("kind") == "eval" and record.get("step") == 0:
+                    logs = {key: value for key, value in record.items() if key not in ("kind", "step")}
+                    state.log_history.append({**logs, "step": 0})
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:

@@ -144,6 +144,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._progress: exact_resume.Progress | None = (
             None  # of the checkpoint that is resumed from, until its step is finished
         )
+        self._mean_loss_from = 0  # the step behind which ``_total_loss_scalar`` begins
         self._interrupting = False  # the checkpoint being written is one that a signal asked for
         self._filters_loss = False  # an epoch runs, and args.logging_nan_inf_filter was set when it began
         self._pass_began = (0, 0)  # of a stream: the number of the pass that runs, and the step that it began behind
@@ -299,7 +300,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         run = Path(str(self.args.output_dir))
         refuse_links(run, (f"{PREFIX_CHECKPOINT_DIR}-#", INTERRUPTED))
         self.resumed_from = folder = self._checkpoint_to_resume(resume_from_checkpoint, run)
-        self._progress = None
+        self._progress, self._mean_loss_from = None, 0
         self.clock.start()
         if self.models_record is None:
             self._models_described = on_first_process(
@@ -311,7 +312,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             with at_step_end(), facts_for_trackers(self.callback_handler.callbacks, self.facts_for_trackers):
                 output = super().train(str(folder) if folder else None, *args, **kwargs)
                 self._check_weights()  # of the last steps: no checkpoint has to follow them
-                return output
+                return output._replace(training_loss=output.metrics["train_loss"])  # see ``log``
         except RuntimeError as error:
             # Where a signal has come, the other process has left because of it: ``stops_on_signal`` says so.
             if asked_to_stop() is not None or not is_lost_peer(error):
@@ -455,6 +456,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         extra.process = {"unlogged_loss": float(self._tr_loss), **extra.process}
         extra.shared |= {
             "last_logged_step": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,  # of all steps that were logged
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
             "learning_rate": self._learning_rate,
             "due": {"generate": generate, **due},
@@ -584,7 +586,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         exact_resume.put_in_place(self.resumed_from, then, state, args, self.whole)
         # 2. The loop stands where it stood.
         self._tr_loss = torch.tensor(progress.unlogged_loss, device=args.device)
-        self._total_loss_scalar -= progress.unlogged_loss  # train() returns the mean over its own steps
+        self._restore_total_loss(loop.get("total_loss"), progress.unlogged_loss)
         self._globalstep_last_logged = loop["last_logged_step"]
         self._grad_norm, self._learning_rate = loop["grad_norm"], loop["learning_rate"]
         args.eval_on_start = False  # it was done when the run started
@@ -601,6 +603,18 @@ class ResumableTrainer(EvenBatchesTrainer):
             self.control = self.callback_handler.on_epoch_end(args, state, self.control)
             self._log_evaluate_save()
         self.control.should_training_stop |= due["stop"]
+
+    def _restore_total_loss(self, total: float | None, unlogged: float) -> None:
+        """The mean that ``train`` returns is over the whole run, as without a break; over this attempt where nobody knows."""
+        self._total_loss_scalar, self._mean_loss_from = (
+            (-unlogged, self.state.global_step) if total is None else (total, 0)
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, whose ``train_loss`` at the end is a mean over the steps of this attempt alone."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._mean_loss_from, 0.001)
+        super().log(logs, start_time)
 
     def _log_evaluate_save(self) -> None:
         position = (self._tr_loss, self._grad_norm, self.model_wrapped, None, float(self.state.epoch or 0))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import datasets
 import pytest
 import torch
 from transformers import Trainer
 
 from dts_hf.errors import UserError
+from dts_hf.runs.checkpoints import mark_complete, read_complete
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import ROWS, arguments, losses, plain, trainer_for
 
@@ -107,19 +110,35 @@ def test_a_checkpoint_behind_the_end_of_the_run_is_refused(tmp_path):
 def test_a_finished_run_resumed_as_it_was_has_nothing_to_do(tmp_path):
     options = {**CONSTANT, "max_steps": 3, "logging_steps": 2}
     first = trainer_for(tmp_path, options=options)
-    first.train()
+    loss = first.train().training_loss
     again = trainer_for(tmp_path, tiny_llama(seed=9), options=options)
     output = again.train(resume_from_checkpoint=True)
-    assert output.global_step == 3 and output.training_loss == 0.0  # of no step; it was a sum over a thousandth of one
+    assert output.global_step == 3 and output.training_loss == loss
     assert_equal_weights(again, first)
 
 
-def test_the_loss_that_train_returns_is_the_mean_over_its_own_steps(tmp_path):
-    """Also where the checkpoint holds sums that were not logged yet."""
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_the_loss_that_train_returns_is_that_of_the_whole_run(tmp_path, step):
+    """Also where the checkpoint holds sums that were not logged yet, and where it is the last one."""
+    options = {**CONSTANT, "max_steps": 6, "logging_steps": 3}
+    straight = trainer_for(tmp_path, options=options).train()
+    resumed = trainer_for(tmp_path, options=options)
+    output = resumed.train(str(tmp_path / f"checkpoint-{step}"))
+    assert output.training_loss == straight.training_loss == output.metrics["train_loss"]
+    assert resumed.state.log_history[-1]["train_loss"] == straight.training_loss
+
+
+def test_a_checkpoint_that_does_not_know_the_sum_gives_the_mean_over_the_steps_since(tmp_path):
+    """As those of version 0.1."""
     options = {**CONSTANT, "max_steps": 6, "logging_steps": 5, "save_steps": 4}
     trainer_for(tmp_path, options=options).train()
-    resumed = trainer_for(tmp_path, options=options)
-    output = resumed.train(str(tmp_path / "checkpoint-4"))
+    progress = tmp_path / "checkpoint-4" / "progress.json"
+    values = json.loads(progress.read_text())
+    del values["total_loss"]
+    progress.write_text(json.dumps(values))
+    record = read_complete(tmp_path / "checkpoint-4")
+    mark_complete(tmp_path / "checkpoint-4", **{key: record[key] for key in record if key not in ("format", "files")})
+    output = trainer_for(tmp_path, options=options).train(str(tmp_path / "checkpoint-4"))
     each = trainer_for(tmp_path / "each", options={**options, "logging_steps": 1, "save_strategy": "no"})
     each.train()
     assert output.training_loss == pytest.approx(sum(losses(each)[4:]) / 2, abs=1e-4)
