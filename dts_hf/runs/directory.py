@@ -123,8 +123,7 @@ class RunDirectory:
             raise UserError(f"output.dir: cannot make {path}, because {existing} is a file")
         refuse_links(path, [name.partition("/")[0] for name in (*OUR_NAMES, *LEFTOVERS, LOCK)])
         run = cls(path)
-        nothing = {path / LOCK, *run._leftovers(), *(found for name in NOBODYS for found in matching(path, name))}
-        if not path.is_dir() or not {*path.iterdir()} - nothing:
+        if not path.is_dir() or not {*path.iterdir()} - {path / LOCK, *run._leftovers(), *_nobodys(path)}:
             return
         if resume and _made_by_a_run(run.recipe_path):
             return
@@ -351,6 +350,10 @@ class RunDirectory:
         names = sorted(path.stem for path in self.predictions_path.glob("*.jsonl"))
         first = [name for name in PREDICTION_ORDER if name in names]
         return first + [name for name in names if name not in first]
+
+
+def _nobodys(folder: Path) -> list[Path]:
+    return [found for name in NOBODYS for found in matching(folder, name)]
 
 
 def _made_by_a_run(recipe: Path) -> bool:
