@@ -96,6 +96,7 @@ class Classification(Task[ClassificationDistillationTrainer]):
             split = asked.train_split if name == "train" else asked.validation_split
             source = manifest(sources[name], as_plain_rows(all_rows[name]), split=split)  # type: ignore[arg-type]
             splits[name] = {**source, "kept": len(dataset), "cut": _cut(dataset), "tokens": sum(dataset.lengths)}
+            splits[name]["token_digest"] = dataset.digest
         return {"splits": splits}
 
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ AUTO = "auto"
 _ALPACA_OPENING = "Below is an instruction that describes a task"
 _ALPACA_CONTEXT = ", paired with an input that provides further context"
 _ALPACA_REQUEST = ". Write a response that appropriately completes the request.\n\n"
+
+
+def is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template can write the day, as those of Llama 3.2 do: tomorrow's tokens are others then."""
+    return "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None), default=str)
 
 
 @dataclass(frozen=True)

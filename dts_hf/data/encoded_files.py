@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dts_hf.data.cache import FORMAT, code_digest, default_cache, kept, read_table, write_table
-from dts_hf.data.chat_templates import Template
+from dts_hf.data.chat_templates import Template, is_dated
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, KeptRow, encode_rows, encoded_blocks, refuse_empty
 from dts_hf.data.mapped_rows import MappedRows, row_line
 from dts_hf.data.rows import Row
@@ -95,8 +95,6 @@ def fingerprint(
         template: by its name, where it is one of ours; a chat template is part of the tokenizer.
         limits: as in ``encode_cached``.
     """
-    # A template that writes today's date makes other tokens tomorrow
-    dated = "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None), default=str)
     described = {
         "format": FORMAT,
         "code": code_digest(),
@@ -104,7 +102,7 @@ def fingerprint(
         "tokenizer": _tokenizer_digest(tokenizer),
         "template": [template.name, template.is_chat, template.wraps_prompts],
         "limits": limits,
-        "day": datetime.date.today().isoformat() if dated else None,
+        "day": datetime.date.today().isoformat() if is_dated(tokenizer) else None,
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     if isinstance(rows, MappedRows):  # their file is known by its content, so they need not be read

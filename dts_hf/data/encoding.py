@@ -5,11 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+import numpy as np
+import xxhash
 from torch.utils.data import Dataset
 
-from dts_hf.data.chat_templates import Template
+from dts_hf.data.chat_templates import Template, is_dated
 from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
 from dts_hf.data.targets import TextCutter, TrainOn
@@ -89,6 +92,17 @@ class EncodedDataset(Dataset[Example]):
             counts[index] = sum(stop - start for start, stop in self.spans(index))
         return counts
 
+    @cached_property
+    def digest(self) -> str | None:
+        """A checksum over the tokens of all rows and which of them are learned; None where the template writes the date."""
+        if self.report is not None and self.report.dated:
+            return None
+        xxh3 = xxhash.xxh3_64()
+        for index, ids in enumerate(self.ids):
+            xxh3.update(np.asarray(ids, np.int32).tobytes())
+            xxh3.update(repr(self.spans(index)).encode())
+        return f"xxh3:{xxh3.hexdigest()}"
+
     def subset(self, n: int) -> EncodedDataset:
         """Return the first ``n`` rows (all of them when there are fewer)."""
         spans = {index: bounds for index, bounds in self._spans.items() if index < n}
@@ -109,6 +123,7 @@ class EncodingReport:
         dropped_ids, unlabelled_ids: the first five ids of such rows (of tokenised rows: their numbers, from 0).
         prompt_tokens, response_tokens: tokens kept; those of responses carry the labels.
         template: the prompt template that worded them, by its own name.
+        dated: the chat template writes the day, so that tomorrow's tokens are others.
     """
 
     rows: int = 0
@@ -123,6 +138,7 @@ class EncodingReport:
     prompt_tokens: int = 0
     response_tokens: int = 0
     template: str = field(default="", compare=False)
+    dated: bool = field(default=False, compare=False)
     ignored_example: str = field(default="", compare=False)
 
     @property
@@ -237,7 +253,7 @@ def encoded_blocks(
     """
     end = _checked_end(tokenizer, max_length, max_prompt_length, long_rows)
     encoder = RowEncoder(tokenizer, TextCutter(tokenizer, template, train_on), max_length, max_prompt_length, end)
-    report = EncodingReport(rows=len(rows), template=template.name)
+    report = EncodingReport(rows=len(rows), template=template.name, dated=template.is_chat and is_dated(tokenizer))
 
     def blocks() -> Iterator[list[KeptRow]]:
         for block in _blocks(rows, progress):

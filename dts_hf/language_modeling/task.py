@@ -143,7 +143,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
         train = manifest(asked.train, rows.train, split=asked.train_split, parts=rows.train_parts)
-        splits = {"train": {**train, **dataclasses.asdict(_report(data.train))}}
+        splits = {"train": {**train, **dataclasses.asdict(_report(data.train)), "token_digest": data.train.digest}}
         if asked.validation is not None and data.validation is not None:
             if isinstance(asked.validation, float):
                 validation = {**train, "share": asked.validation, "rows": len(rows.validation)}
@@ -153,7 +153,12 @@ class LanguageModeling(Task[DistillationTrainer]):
                 validation = manifest(
                     asked.validation, rows.validation, split=asked.validation_split, parts=rows.validation_parts
                 )
-            splits["validation"] = {**validation, **dataclasses.asdict(_report(data.validation))}
+            encoded = data.validation
+            splits["validation"] = {
+                **validation,
+                **dataclasses.asdict(_report(encoded)),
+                "token_digest": encoded.digest,
+            }
         # The names of the sets are in the order of the recipe
         sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)
         return {

@@ -71,6 +71,11 @@ def describe_for_training(model: nn.Module, trained: bool) -> dict[str, Any]:
     """
     values = _settings(model)
     values["config"] = {key: value for key, value in values["config"].items() if key not in SET_BY_TRAINER}
+    if trained:
+        kinds = {name.replace("_orig_mod.", ""): str(weight.dtype) for name, weight in model.named_parameters()
+                 if weight.requires_grad}  # fmt: skip
+        values["trained"] = f"{text_digest(chr(10).join(kinds))} of {len(kinds):,} tensors"
+        values["trained_dtypes"] = sorted({*kinds.values()})
     return values | _weights(model, frozen=trained)
 
 

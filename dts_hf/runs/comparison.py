@@ -144,18 +144,29 @@ def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
         manifest: what would be its ``data_manifest.json``.
 
     Raises:
-        UserError: rows have changed.
+        UserError: rows, or the tokens that are made of them, have changed.
     """
     was = run.read_data_manifest()
     for section in ("splits", "evaluation_sets"):
         for name, values in was.get(section, {}).items():
             now = manifest.get(section, {}).get(name, {})
+            tokens = values.get("token_digest"), now.get("token_digest")
             for key in ("sha256", "rows"):
                 if values.get(key) != now.get(key):
                     raise UserError(
                         f"{run.path}: the rows of {name!r} have changed since this run was started ({key} was "
                         f"{values.get(key)}, now {now.get(key)}), so it cannot go on. Start again with --overwrite"
                     )
+            if (
+                None not in tokens and tokens[0] != tokens[1]
+            ):  # None: an older version, or a template that writes the date
+                counts = [of.get("prompt_tokens") for of in (values, now)]
+                versions_of = [of.get("models", {}).get("transformers") for of in (was, manifest)]
+                raise UserError(
+                    f"{run.path}: the rows of {name!r} are the same, but not their tokens (of prompts {counts[0]}, now "
+                    f"{counts[1]}): the tokenizer or its template words them otherwise (transformers was {versions_of[0]}, "
+                    f"now {versions_of[1]}). Install what it was started with, or start again with --overwrite"
+                )
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -290,7 +290,7 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
     if "models" in run.read_data_manifest():  # what is loaded is compared itself (comparison.ModelRecord)
-        free += ["teacher.revision", "student.revision"]
+        free += [f"{role}.{key}" for role in ("teacher", "student") for key in ("model", "tokenizer", "revision")]
     refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
     if refused:
         lines = [f"  {key}: was {as_text(before, key)}, now {as_text(after, key)}" for key in refused]

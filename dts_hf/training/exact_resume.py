@@ -342,7 +342,9 @@ def check_layout(
         UserError: it cannot be exact; says why, and what to launch instead.
     """
     was, now = read_complete(checkpoint), dict(layout)
-    was.setdefault("device", now["device"])  # a checkpoint of 0.1 does not tell
+    for key in ("device", "optim", "token_digest"):  # which a checkpoint of an older version does not tell
+        if was.get(key) is None or now[key] is None:
+            was[key] = now[key]
     if args.auto_find_batch_size:  # the Trainer goes on with the size that it had found
         now["rows_per_device"] = was["rows_per_device"]
     if args.ignore_data_skip:
@@ -370,6 +372,10 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
             f"mixed precision was {was['mixed_precision']!r} and would be {now['mixed_precision']!r} (training.bf16, "
             "training.fp16, or the launcher's choice)"
         )
+    if was["token_digest"] != now["token_digest"]:
+        return "the tokens of the training rows are others"
+    if was["optim"] != now["optim"]:
+        return f"the optimizer was {was['optim']} and would be {now['optim']} (training.optim)"
     if was["device"] != now["device"]:
         return f"the device was {was['device']} and would be {now['device']} (training.use_cpu decides)"
     if not any({was["strategy"], now["strategy"]} <= {*strategies} for strategies in SAME_FILES):

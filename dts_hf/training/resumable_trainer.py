@@ -28,6 +28,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.streams import RowStream
 from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
 from dts_hf.distributed.launch import strategy_of
@@ -487,6 +488,8 @@ class ResumableTrainer(EvenBatchesTrainer):
             "length_bucket_size": self.length_bucket_size(rows),
             "mixed_precision": self.accelerator.mixed_precision,  # a launcher may have chosen it
             "device": self.args.device.type,  # the same recipe takes a GPU where it finds one
+            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
+            "token_digest": rows.digest if isinstance(rows, EncodedDataset) else None,
         }
 
     # -------------------------------------------------------------------------------------------- checkpoints, resumed
@@ -605,7 +608,7 @@ class ResumableTrainer(EvenBatchesTrainer):
         self.control.should_training_stop |= due["stop"]
 
     def _restore_total_loss(self, total: float | None, unlogged: float) -> None:
-        """The mean that ``train`` returns is over the whole run, as without a break; over this attempt where nobody knows."""
+        """The mean that ``train`` returns is over the whole run, as without a break; over this attempt if nobody knows."""
         self._total_loss_scalar, self._mean_loss_from = (
             (-unlogged, self.state.global_step) if total is None else (total, 0)
         )

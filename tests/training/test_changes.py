@@ -28,7 +28,7 @@ from dts_hf.runs.comparison import changed_models
 from dts_hf.runs.lock import LOCK
 from dts_hf.training.temperature_callback import TemperatureCallback
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.support.trainers import trainer_for
+from tests.support.trainers import ROWS, trainer_for
 from tests.workers.resume_worker import prepare
 from tests.workers.resume_worker import recipe as ten_steps
 
@@ -296,6 +296,24 @@ def test_a_change_without_effect_ends_in_the_same_bits(killed, expected, tmp_pat
     assert (older in capsys.readouterr().err) == (change is without_record)
 
 
+def test_models_and_tokenizers_in_another_folder_are_the_same(killed, expected, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(killed[False], folder)
+    for name in ("student", "teacher"):
+        (folder / name).rename(folder / f"moved_{name}")
+    live(folder, **{name: {"model": str(folder / f"moved_{name}")} for name in ("student", "teacher")})
+    assert end_of(folder / "run")[1] == expected[1]
+
+
+def test_other_tokens_of_the_same_rows_are_refused_whatever_has_made_them(killed, tmp_path):
+    """The rules of tokenizers are not compared between versions of transformers, which write them in other words."""
+    folder = tmp_path / "work"
+    shutil.copytree(killed[False], folder)
+    both("tokenizer.json", lambda path: edit(path, fewer_merges))(folder)
+    edit("run/data_manifest.json", lambda content: content["models"].update(transformers="4.0.0"))(folder)
+    assert "the rows of 'train' are the same, but not their tokens (of prompts " in refusal(folder)
+
+
 def test_the_record_of_a_checkpoint_counts_too_where_the_manifest_has_none(killed, tmp_path):
     folder = tmp_path / "work"
     shutil.copytree(killed[False], folder)
@@ -349,6 +367,11 @@ def config_of(model: Any, **changes: Any) -> Any:
     return model
 
 
+def frozen(model: Any) -> Any:
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
 def lora(alpha: int) -> Any:
     from peft import LoraConfig
 
@@ -375,6 +398,16 @@ def test_a_trainer_refuses_what_it_can_tell_exactly(tmp_path):
             trainer_for(tmp_path, options=options, **more).train(checkpoint)
         assert str(caught.value).startswith(f"{checkpoint}: its models are not those")
         assert str(caught.value).endswith("or train from the beginning")
+    launches = {
+        r"student\.trained_dtypes": {"model": tiny_llama(seed=0).to(torch.bfloat16)},
+        r"student\.trained: was": {"model": frozen(tiny_llama(seed=0))},
+        r"the tokens of the training rows are others": {"rows": [*ROWS[1:], ROWS[0]]},
+    }
+    for named, more in launches.items():
+        with pytest.raises(UserError, match=named):
+            trainer_for(tmp_path, options=options, **more).train(checkpoint)
+    with pytest.raises(UserError, match=r"the optimizer was adamw_torch\w* and would be sgd \(training.optim\)"):
+        trainer_for(tmp_path, options={**options, "optim": "sgd"}).train(checkpoint)
     # The weights that are trained are the checkpoint's, whatever the student had; and the same trainer goes on
     same = trainer_for(tmp_path, tiny_llama(seed=9), options=options)
     assert same.train(checkpoint).global_step == same.train(checkpoint).global_step == 3
