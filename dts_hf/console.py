@@ -24,42 +24,49 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
+_NAME_OF_SECRET = re.compile(r"_(?:TOKEN|KEY|SECRET|PASSWORD)$")
+_ODD = re.compile(r"(?=\D{0,99}\d)[^\s:\\]{16,}")  # no word, and no path or address
 SHORTEST_SECRET = 8  # a shorter value would mask ordinary words
 LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message
 MASK = "***"
 SECONDS_BETWEEN_LINES = 30.0  # of work that would be silent
 #: What the keys of well-known services look like: a kept list, after the rules of gitleaks 8 (config/gitleaks.toml) and the
 #: services' own descriptions, in expressions of our own. Each is long and odd enough to be nothing else: no hash, no name of
-#: a model, no entry of a vocabulary. ``_TOKEN_START`` stands before all but the last three.
+#: a model, no entry of a vocabulary. ``_TOKEN_START`` stands before all but the last five.
 KINDS_OF_SECRETS = {  # a name such as hf_llama7b is no token: the Hub's have 34 characters after the prefix
     "a Hugging Face token": r"(?:hf_|api_org_)[A-Za-z0-9]{30,}|hf_(?:oauth|jwt)_[A-Za-z0-9_.=-]{20,}",
     "a GitHub token": r"(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
-    "a GitLab token": r"gl(?:pat|ptt|dt|rt|cbt|oas|agent)-(?=[\w-]*\d)[A-Za-z0-9_-]{20,}",
-    "an AWS key": r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}(?![A-Za-z0-9])"
+    "a GitLab token": r"gl(?:pat|ptt|dt|rt|cbt|oas|agent)-(?=[\w-]{0,99}\d)(?=[a-z\d_-]{0,99}[A-Z])[A-Za-z0-9_-]{20,}",
+    "an AWS key": r"(?:AKIA|ASIA|ABIA|ACCA)(?=[A-Z]{0,15}[2-7])[A-Z2-7]{16}(?![A-Za-z0-9])"
     r"|(?i:(?:aws_)?secret_?(?:access_?)?key)[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
-    "an OpenAI or Anthropic key": r"sk-(?:(?:proj|svcacct|admin|ant-[a-z]+\d\d|or-v1)-(?=[\w-]*\d)[A-Za-z0-9_-]{24,}"
-    r"|(?=[A-Za-z]*\d)[A-Za-z0-9]{32,})",
+    "an OpenAI or Anthropic key": r"sk-(?:(?:proj|svcacct|admin|ant-[a-z]+\d\d|or-v1)-(?=[\w-]{0,99}\d)[A-Za-z0-9_-]{24,}"
+    r"|(?=[A-Za-z]{0,99}\d)[A-Za-z0-9]{32,})",
     "a Google key": r"(?:AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])|ya29\.[A-Za-z0-9_-]{30,}|GOCSPX-[A-Za-z0-9_-]{28})",
-    "a Slack token": r"(?:xox[abeoprs]-(?=[A-Za-z-]*\d)[A-Za-z0-9-]{10,}|xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]{20,}"
+    "a Slack token": r"(?:xox[abeoprs]-(?=[\w-]{0,19}\d{6})[A-Za-z0-9-]{10,}|xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]{20,}"
     r"|hooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9+/]{30,})",
-    "a Stripe key": r"(?:[rs]k_(?:live|test|prod)_(?=[A-Za-z]*\d)[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9+/]{32,})",
+    "a Stripe key": r"(?:[rs]k_(?:live|test|prod)_(?=[A-Za-z]{0,99}\d)[A-Za-z0-9]{24,}|whsec_[A-Za-z0-9+/]{32,})",
     "a package registry's token": r"(?:npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])|pypi-AgE[A-Za-z0-9_-]{50,}|rubygems_[a-f0-9]{48}"
     r"|dckr_(?:pat|oat)_[A-Za-z0-9_-]{27,})",
     "a JSON web token": r"eyJ[A-Za-z0-9_-]{14,}\.eyJ[A-Za-z0-9_-]{14,}\.[A-Za-z0-9_-]{10,}",
     "a key of an AI or cloud service": r"(?:gsk_[A-Za-z0-9]{48,}|r8_[A-Za-z0-9]{37}(?![A-Za-z0-9])|xai-[A-Za-z0-9]{70,}"
     r"|pplx-[A-Za-z0-9]{40,}|nvapi-[A-Za-z0-9_-]{60,}|wandb_v1_[A-Za-z0-9_]{40,}|KGAT_[a-f0-9]{32}|dapi[a-f0-9]{32}(?![a-f0-9])"
-    r"|do[opr]_v1_[a-f0-9]{64}|hv[bs]\.[A-Za-z0-9_-]{24,}|tskey-[a-z]+-[A-Za-z0-9-]{20,}|glsa_[A-Za-z0-9]{32}_[a-f0-9]{8}"
+    r"|do[opr]_v1_[a-f0-9]{64}|hv[bs]\.(?=[a-z\d_-]{0,99}[A-Z])[A-Za-z0-9_-]{24,}"
+    r"|tskey-[a-z]+-(?=[a-z\d-]{0,99}[A-Z])[A-Za-z0-9-]{20,}|glsa_[A-Za-z0-9]{32}_[a-f0-9]{8}"
     r"|lin_api_[A-Za-z0-9]{40}|ntn_[A-Za-z0-9]{40,}|NRAK-[A-Z0-9]{27}|shp(?:at|ca|pa|ss)_[A-Fa-f0-9]{32}"
     r"|SG\.[A-Za-z0-9_-]{20,24}\.[A-Za-z0-9_-]{39,50}|(?:bot)?\d{8,10}:AA[A-Za-z0-9_-]{33}(?![A-Za-z0-9_-])"
     r"|discord(?:app)?\.com/api/webhooks/\d+/[A-Za-z0-9_-]{50,}|AGE-SECRET-KEY-1[A-Z0-9]{50,})",
-    "a signed URL": r"(?<=[?&])(?i:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|sig)=[A-Za-z0-9%/+_.-]{20,}={0,2}",
+    "a key by the name of its variable": r"(?<![A-Za-z0-9_])[A-Z][A-Z0-9_]{0,60}_(?:KEY|TOKEN|SECRET|PASSWORD)"
+    r"[\"']?\s{0,9}[=:]\s{0,9}[\"']?(?=[A-Za-z/+_.=-]{0,99}\d)[A-Za-z0-9/+_.=-]{20,}",
+    "an authorization": r"(?i:authorization[\"']?\s*[=:]\s*[\"']?(?:bearer|basic) )[A-Za-z0-9/+_.=~-]{12,}",
+    "a signed URL": r"(?<=[?&;])"
+    r"(?i:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|sig)=[A-Za-z0-9%/+_.-]{20,}={0,2}",
     "a connection string": r"(?<=[;?&])(?i:AccountKey|SharedAccessKey|SharedAccessSignature)=[A-Za-z0-9%/+]{40,}={0,2}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
     r"(?:[\s\S]{0,20000}?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
     r"|(?:(?:\\n|\s)*(?:[A-Z][A-Za-z-]+: .*|[A-Za-z0-9+/=]{16,}))*)",
 }
 _TOKEN_START = "(?<![A-Za-z0-9])"
-_BY_THEIR_PLACE = 3  # of the kinds, the last ones, which begin where they please
+_BY_THEIR_PLACE = 5  # of the kinds, the last ones, which begin where they please
 _KINDS = [*KINDS_OF_SECRETS.values()]
 _SECRET = re.compile(
     "|".join((f"{_TOKEN_START}(?:{'|'.join(_KINDS[:-_BY_THEIR_PLACE])})", *_KINDS[-_BY_THEIR_PLACE:]))
@@ -71,12 +78,12 @@ _OF_THE_HUB = tuple(
     for pattern in (
         r"(hf_oauth_|hf_jwt_)[A-Za-z0-9_.=-]{20,}",
         r"(hf_|api_org_)[A-Za-z0-9]{30,}",
-        r"(hf_|api_org_)(?=[a-z0-9]*[A-Z])(?=[A-Z0-9]*[a-z])(?=[A-Za-z]*\d)[A-Za-z0-9]{10,}",
+        r"(hf_|api_org_)(?=[a-z0-9]{0,99}[A-Z])(?=[A-Z0-9]{0,99}[a-z])(?=[A-Za-z]{0,99}\d)[A-Za-z0-9]{10,}",
     )
 )
-_USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_USER_IN_URL = re.compile(r"(?<=://)(?!git@)[^/\s?#]{1,500}(?=@)")  # a password may hold an @ itself
 _TOKEN_IN_QUERY = re.compile(
-    r"(?<=[?&])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
+    r"(?<=[?&#;])((?:access_|auth_)?token|api_key|password|signature)=[^&\s'\"]+", re.IGNORECASE
 )
 # Control characters (a terminal acts on ESC), marks that steer the reading direction, halves of surrogate pairs.
 _UNPRINTABLE = re.compile(
@@ -174,7 +181,8 @@ def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def _secrets_of_the_environment() -> set[str]:
     values = {os.environ.get(name, "") for name in SECRET_VARIABLES}
-    return {value for value in values if len(value) >= SHORTEST_SECRET}
+    named = {value for name, value in os.environ.items() if _NAME_OF_SECRET.search(name)}
+    return {value for value in values if len(value) >= SHORTEST_SECRET} | {*filter(_ODD.fullmatch, named)}
 
 
 def say(text: str) -> None:

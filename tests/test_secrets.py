@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -47,6 +48,27 @@ def test_every_kind_is_known_and_masked() -> None:
 def test_plain_words_are_no_secrets(text: str) -> None:
     assert not list(secrets_in(text)) and masked(text) == text
     assert load_from(text).training["run_name"] == text
+
+
+def test_a_password_may_hold_an_at_sign_and_a_fragment_a_token() -> None:
+    assert masked("https://user:p@ss@host/x") == "https://***@host/x"
+    assert "abc" not in masked("http://x#access_token=abc")
+
+
+def test_keys_of_the_environment_are_known_by_the_names_of_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SERVICE_API_KEY", "an-odd-value-1234567")
+    monkeypatch.setenv("MY_TOKEN", "disabled-by-default")
+    assert masked("x an-odd-value-1234567 disabled-by-default") == "x *** disabled-by-default"
+
+
+@pytest.mark.parametrize(
+    "piece", ["sk-proj-", "glpat-", "xoxb-", "sk_live_", "hf_", "eyJ", "tskey-a-", "hvs.", "://a", "A_KEY="]
+)
+def test_a_text_that_nearly_holds_tokens_takes_no_time(piece: str) -> None:
+    """It took the square of its length: ten seconds for what takes a hundredth of one."""
+    began = time.process_time()
+    masked(piece * (60_000 // len(piece)))
+    assert time.process_time() - began < 3
 
 
 def test_a_vocabulary_is_no_secret(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def non_finite(value: Any) -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(value):
             yield from ((f".{index}{rest}", number) for rest, number in non_finite(item))
     elif isinstance(value, str):
-        for key, number in re.findall(r"""([\w.]+)["']?\s*[=:]\s*([-+]?[A-Za-z]+)\b""", value):
-            if _NOT_FINITE.fullmatch(number):
+        for key, number in re.findall(r"""([\w.]+)["']?\s*[=:]\s*([-+]?(?:[A-Za-z]+|[\d.]+[eE]\+?\d+))\b""", value):
+            if _NOT_FINITE.fullmatch(number) or (number[-1].isdigit() and math.isinf(float(number))):
                 yield f".{key}", number
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from dts_hf.cli import app as cli
 from dts_hf.data import text_files
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError, not_readable
+from dts_hf.models.checks import check_finite
 from dts_hf.models.loading import load_model, load_tokenizer
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -214,6 +216,21 @@ def test_the_same_in_python_and_for_other_commands(place: Path) -> None:
     for student, teacher, words in ((bad, good, "model: the student has"), (good, bad, "teacher: the teacher has")):
         with pytest.raises(UserError, match=f"^{words} non-finite weights: 1 of the 32 numbers of {NORM}"):
             DistillationTrainer(student, teacher, processing_class=tiny_tokenizer(), train_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn_x2"])
+def test_weights_of_one_byte_are_looked_at_as_they_can_be(kind: str) -> None:
+    """torch has no ``isfinite`` for them, which was a traceback."""
+    model, dtype = nn.Module(), getattr(torch, kind)
+    numbers = torch.full((16,), 0x30, dtype=torch.uint8)
+    model.weight = nn.Parameter(numbers.view(dtype), requires_grad=False)
+    check_finite(model, "model: it")
+    if "float4" in kind:  # which has no NaN
+        return
+    numbers[3] = 0xFF
+    model.weight = nn.Parameter(numbers.view(dtype), requires_grad=False)
+    with pytest.raises(UserError, match=r"non-finite weights: 1 of the 16 numbers of weight"):
+        check_finite(model, "model: it")
 
 
 # ----------------------------------------------------------------------------------- the machine, and not the files
