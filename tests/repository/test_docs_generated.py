@@ -96,7 +96,7 @@ def test_figures_show_what_the_policies_do(files: dict[Path, str]) -> None:
     assert len(set(heights("constant"))) == 1 and len(set(heights("ctkd"))) > 20
 
 
-def test_docstrings_become_options() -> None:
+def test_docstrings_become_options(generate: ModuleType) -> None:  # which has put docs/ where it is imported from
     from _temperature_page import split_docstring
 
     about, options = split_docstring(
