@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ REMOTE_CODE = "transformers_modules"
 
 def versions() -> dict[str, str]:
     """What names the values of configurations and the rules of tokenizers: another version may have other ones."""
-    return {"transformers": transformers.__version__}
+    return {"transformers": transformers.__version__, "tokenizers": version("tokenizers")}
 
 
 # ----------------------------------------------------------------------------------------------------------------- models

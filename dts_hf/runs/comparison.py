@@ -17,7 +17,7 @@ from dts_hf.runs.directory import RunDirectory
 
 #: Said of a model, and not compared: what may move without a change of anything that acts.
 TOLD_ONLY = ("commit",)
-#: Compared only where the same version of transformers has written both.
+#: Compared only where the same versions of transformers and tokenizers have written both; else what they encode is.
 OF_VERSION = ("rules", "class")
 MOST_LINES, MOST_CHARACTERS = 12, 300  # of a message, and of a value in it
 
@@ -120,9 +120,10 @@ def refuse_changed_models(where: str, was: Mapping[str, Any], now: Mapping[str, 
 def changed_models(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each value that differs, of the models and tokenizers that both records know."""
     same_version = was.get("transformers") == now.get("transformers")
+    same_rules = same_version and was.get("tokenizers", now.get("tokenizers")) == now.get("tokenizers")
     lines = []
     for role in sorted({*was} & {*now} - {*versions()}):
-        for part in sorted({*was[role]} & {*now[role]} - {*TOLD_ONLY, *(() if same_version else OF_VERSION)}):
+        for part in sorted({*was[role]} & {*now[role]} - {*TOLD_ONLY, *(() if same_rules else OF_VERSION)}):
             before, after = leaves({part: was[role][part]}), leaves({part: now[role][part]})
             # What one version of transformers (or peft) writes out, another one may not know
             whole = (same_version and part != "adapter") or not (was[role][part] and now[role][part])
