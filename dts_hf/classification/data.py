@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dts_hf.classification.glue_tasks import GlueTask, LabelledRow
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.errors import UserError
+from dts_hf.files import text_digest
 from dts_hf.loss.selection import IGNORE_INDEX
 
 
@@ -36,6 +38,10 @@ class LabelledDataset(EncodedDataset):
         self.labels = list(labels)
         # A list takes eight times as much.
         self.type_ids = None if type_ids is None else [bytes(row) for row in type_ids]
+
+    @cached_property
+    def digest(self) -> str | None:
+        return text_digest(f"{super().digest} {self.labels} {self.type_ids}")
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
