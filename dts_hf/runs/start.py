@@ -7,7 +7,7 @@ with that of the run directory; ``comparison`` does so with models and rows, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -133,6 +133,7 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool, elsewhere: 
     say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
     # The models and rows that these scores are of are in the manifest: without it nobody can tell
     kept = run.read_scores() if run.data_manifest_path.is_file() else {}
+    _check_answers(run, kept.get("models", {}))
     if kept and (why := run.why_log_differs(kept)) is not None:
         say(f"{run.path}: {why}, so the models are scored again")
         kept = {}
@@ -273,7 +274,20 @@ def _scores_before(run: RunDirectory) -> dict[str, Any]:
     if not scores and run.metrics_path.is_file() and run.why_damaged("metrics.json") is None:
         models = run.read_metrics().get("models", {})
         scores = {name: models[name] for name in BEFORE if name in models and run.has_predictions(name)}
+    _check_answers(run, scores)
     return scores
+
+
+def _check_answers(run: RunDirectory, names: Iterable[str]) -> None:
+    """Refuse where answers from before training are damaged: the report would find out after hours of it."""
+    for name in names:
+        try:
+            run.read_predictions(name)
+        except UserError as error:
+            raise UserError(
+                f"{error} (answers of {name!r} from before training). Put the file back from a copy, or remove it: the run "
+                "then goes on without these scores"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------------- the same run?

@@ -227,6 +227,19 @@ def test_no_checkpoint_is_left(runs: Runs) -> None:
     )
 
 
+def test_damaged_answers_are_found_before_training(runs: Runs) -> None:
+    """The report reads them, after hours."""
+    folder = runs.copy("killed", "case")
+    path = folder / "run" / "predictions" / "student_before.jsonl"
+    path.write_bytes(path.read_bytes()[:-5] + b"\0\0\n")
+    process = start(folder, "--resume")
+    process.join(120)
+    assert process.exitcode == 2
+    assert re.search(
+        r"student_before\.jsonl: line 2: broken JSON.*or remove it: the run then goes on", said(folder), re.S
+    )
+
+
 def test_damaged_students_are_not_used(runs: Runs) -> None:
     folder = runs.copy("finished", "case")
     run = folder / "run"
