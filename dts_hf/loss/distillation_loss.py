@@ -115,6 +115,7 @@ class DistillationLoss(nn.Module):
         targets: Tensor,
         normalizer: float | Tensor,
         sequences: Tensor | None = None,
+        teacher: str | None = None,
     ) -> LossOutput:
         """Return the loss of N rows over the normaliser, and the sums over these rows that are logged.
 
@@ -130,6 +131,7 @@ class DistillationLoss(nn.Module):
             normalizer: labels of the whole optimizer step divided by the number of ranks (docs/architecture.md, section 3).
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
                 with ``needs_sequence_gap``.
+            teacher: whose rows they are, where each of several teachers has a temperature of its own.
 
         Returns:
             the loss ``[]``, whose backward pass can be run once, and detached sums.
@@ -138,7 +140,8 @@ class DistillationLoss(nn.Module):
             ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
             UserError: there is no teacher to distil.
         """
-        ratio = self.temperature.kd_ratio
+        policy = self.temperature.of_teacher(teacher)
+        ratio = policy.kd_ratio
         kd_ratio = self.kd_ratio if ratio is None else ratio
         if teacher_states is None or teacher_head is None:
             check_has_teacher(False, kd_ratio)
@@ -150,7 +153,7 @@ class DistillationLoss(nn.Module):
             with_grad and leaf is not None and leaf.requires_grad for leaf in leaves
         )
 
-        settings = self._settings(kd_ratio, student_head, teacher_head, student_states.device)
+        settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device)
 
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(
@@ -181,7 +184,9 @@ class DistillationLoss(nn.Module):
             if student_states.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _settings(self, kd_ratio: float, student: Head, teacher: Head, device: torch.device) -> LossSettings:
+    def _settings(
+        self, policy: TemperaturePolicy, kd_ratio: float, student: Head, teacher: Head, device: torch.device
+    ) -> LossSettings:
         """What the walk is told; chooses between kernels and PyTorch, and the budget where nobody did.
 
         Raises:
@@ -189,7 +194,7 @@ class DistillationLoss(nn.Module):
         """
         settings = LossSettings(
             self.divergence,
-            self.temperature,
+            policy,
             kd_ratio,
             self.temperature_scaling == "squared",
             self.logits_budget_mb or PLAIN_BUDGET_MB,
