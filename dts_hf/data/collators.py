@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.data.encoding import Example
+from dts_hf.data.routes import TEACHER
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.packed_attention import cu_seqlens_mask
 
@@ -17,7 +18,15 @@ NO_ROW = -1
 
 
 class Collator:
-    """Base of our collators: they take of a row what they know, and return its ``row_id``."""
+    """Base of our collators: they take of a row what they know, and return its ``row_id`` and, if it has one, its teacher."""
+
+
+def _numbers(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """What is one number a row, ``[rows]`` each."""
+    numbers = {"row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples])}
+    if TEACHER in examples[0]:
+        numbers[TEACHER] = torch.tensor([example["teacher"] for example in examples])
+    return numbers
 
 
 @dataclass
@@ -31,7 +40,7 @@ class PaddedCollator(Collator):
         pad_to_multiple_of: round the width up to a multiple of this.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; and ``teacher`` [B] where rows have one of several.
     """
 
     pad_token_id: int
@@ -52,7 +61,7 @@ class PaddedCollator(Collator):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
+            **_numbers(examples),
         }
 
 
@@ -84,7 +93,7 @@ class PackedCollator(Collator):
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
-            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
+            **_numbers(examples),
         }
         if self.cu_seqlens:
             batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])

@@ -128,7 +128,7 @@ class LogColumns:
         of_teacher = {name.removesuffix(end): value for name, value in totals.items() if name.endswith(end)}
         rows = of_teacher.get(stats.ROWS, 0.0)
         shown = [one for one in stats.BY_TEACHER if rows and (one.held_out or not held_out)]
-        return {f"{stats.LABELS}{end}": rows, **{f"{one.log}{end}": one.number(of_teacher) for one in shown}}
+        return {f"{stats.LABELS}{end}": round(rows), **{f"{one.log}{end}": one.number(of_teacher) for one in shown}}
 
 
 class MeanLog:
