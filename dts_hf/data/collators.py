@@ -25,7 +25,7 @@ def _numbers(examples: Sequence[Example]) -> dict[str, Tensor]:
     """What is one number a row, ``[rows]`` each."""
     numbers = {"row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples])}
     if TEACHER in examples[0]:
-        numbers[TEACHER] = torch.tensor([example["teacher"] for example in examples])
+        numbers[TEACHER] = torch.tensor([example["teacher_number"] for example in examples])
     return numbers
 
 
@@ -40,7 +40,7 @@ class PaddedCollator(Collator):
         pad_to_multiple_of: round the width up to a multiple of this.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; and ``teacher`` [B] where rows have one of several.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; and ``teacher_number`` [B] where rows have one of several.
     """
 
     pad_token_id: int

@@ -27,13 +27,19 @@ if TYPE_CHECKING:
 KeptRow: TypeAlias = tuple[str, EncodedRow]
 
 
-class Example(TypedDict):
-    """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set."""
-
+class _Tokens(TypedDict):
     input_ids: list[int]
     labels: list[int]
     row_id: int
-    teacher: NotRequired[int]
+
+
+class Example(_Tokens, total=False):
+    """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set.
+
+    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``).
+    """
+
+    teacher_number: int
 
 
 class EncodedDataset(Dataset[Example]):
@@ -79,7 +85,7 @@ class EncodedDataset(Dataset[Example]):
             labels[start:stop] = ids[start:stop]
         row: Example = {"input_ids": ids, "labels": labels, "row_id": index}
         if self.teachers is not None:
-            row["teacher"] = self.teachers[index]
+            row["teacher_number"] = self.teachers[index]
         return row
 
     def spans(self, index: int) -> list[tuple[int, int]]:

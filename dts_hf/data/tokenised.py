@@ -299,7 +299,7 @@ class NumberedCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         real = [example for example in examples if example["row_id"] != DUMMY_ROW]
         chosen = real or examples[:1]
-        ours = ("row_id", TEACHER) if isinstance(chosen[0].get(TEACHER), int) else ("row_id",)
+        ours = [name for name in ("row_id", TEACHER) if name in chosen[0]]
         rows = [{name: value for name, value in example.items() if name not in ours} for example in chosen]
         batch = dict(self.collator(rows))
         if not real:
