@@ -25,7 +25,7 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.errors import UploadError, UserError
 from dts_hf.language_modeling.task import LanguageModeling
-from dts_hf.models.loading import load_tokenizers
+from dts_hf.models.loading import load_tokenizers, tokenizers_of_several
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.runs.comparison import ModelRecord, check_same_rows
@@ -79,7 +79,10 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
-    if teacher is not None and recipe.data.responses == "teacher":
+    if models.several and recipe.data.responses == "teacher":
+        rows = task.answer_by_several(models.several, tokenizer, rows)
+        data = task.encode(rows, tokenizer)
+    elif teacher is not None and recipe.data.responses == "teacher":
         rows = task.answer(teacher, tokenizer, rows)
         data = task.encode(rows, tokenizer)
 
@@ -169,22 +172,26 @@ def load_models(
         UserError: one of them cannot be loaded, the loss cannot represent its outputs, or a resume finds another one.
     """
     with working("loading the models"):
-        teacher = task.load_teacher()
-        if teacher is not None:
-            task.check_head(teacher, "teacher")
+        teacher, several = task.load_teacher(), task.load_several()
+        teachers = {f"teachers.{name}": model for name, model in several.items()}
+        teachers |= {} if teacher is None else {"teacher": teacher}
+        for key, model in teachers.items():
+            task.check_head(model, key)
         student = task.load_student(teacher, args.seed)
-        record.add_models(student, teacher)
+        record.add_models(student, teachers)
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
-    if teacher is not None:
-        place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
-    return Models(student, teacher, *tokenizers)
+    for key, model in teachers.items():
+        place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
+    return Models(student, teacher, *tokenizers, several, tokenizers_of_several(task.recipe) if several else {})
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
     """What a person should know of the teacher that was loaded, as lines for the terminal."""
-    if recipe.teacher is not None and (kind := recipe.teacher.quantization) != "none":
+    for key, teacher in recipe.all_teachers.items():
+        if (kind := teacher.quantization) == "none":
+            continue
         yield (
-            f"teacher: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "
+            f"{key}: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "
             "its files (dts-hf doctor measures by how much)"
         )
 
@@ -215,6 +222,8 @@ def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models) -
     """Score the teacher, and have the student scored once the trainer has placed it and before its first step."""
     if models.teacher is not None:
         scorer.score("teacher", models.teacher)
+    for name, teacher in models.several.items():
+        scorer.score(f"teacher_{name}", teacher)
     score_before = partial(scorer.score, "student_before", models.student)
     trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
 

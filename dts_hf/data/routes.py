@@ -115,7 +115,11 @@ def names_problem(teachers: Iterable[str]) -> str:
 
 
 def weights_problem(
-    teachers: Iterable[str], column: str | None, weights: Mapping[str, float] | None, key: str = "teacher_weights"
+    teachers: Iterable[str],
+    column: str | None,
+    weights: Mapping[str, float] | None,
+    key: str = "teacher_weights",
+    column_key: str = "teacher_column",
 ) -> str:
     """What is wrong with the weights of several teachers; empty where nothing is.
 
@@ -124,6 +128,7 @@ def weights_problem(
         column: of the rows; with one, each row has one teacher and weights mean nothing.
         weights: by name; None: none was given.
         key: what messages call them.
+        column_key: and the column.
     """
     names = list(teachers)
     if column is not None:
@@ -131,7 +136,7 @@ def weights_problem(
     if weights is None or {*weights} != {*names}:
         missing = [name for name in names if name not in (weights or {})] or [*{*(weights or {})} - {*names}]
         return (
-            f"{key}: expected a weight for each of {', '.join(names)}, or a column of the rows (teacher_column) that gives each "
+            f"{key}: expected a weight for each of {', '.join(names)}, or a column of the rows ({column_key}) that gives each "
             f"row one teacher; wrong: {', '.join(missing)}"
         )
     for name, weight in weights.items():

@@ -53,8 +53,12 @@ class ModelRecord:
 
         self._add(describe)
 
-    def add_models(self, student: Any, teacher: PreTrainedModel | None) -> None:
-        """Record the models, before the teacher is sharded.
+    def add_models(self, student: Any, teachers: Mapping[str, PreTrainedModel]) -> None:
+        """Record the models, before a teacher is sharded.
+
+        Args:
+            student: the student.
+            teachers: by the key of their section: ``teacher``, or ``teachers.NAME`` of each of several.
 
         Raises:
             UserError: one has changed.
@@ -63,9 +67,9 @@ class ModelRecord:
         def describe() -> dict[str, Any]:
             asked = self.recipe.student
             found = {"student": describe_model(student, asked.model, asked.revision)}
-            if teacher is not None:
-                section = self.recipe.required_teacher
-                found["teacher"] = describe_model(teacher, section.model, section.revision)
+            for key, section in self.recipe.all_teachers.items():
+                if key in teachers:
+                    found[key] = describe_model(teachers[key], section.model, section.revision)
             return found
 
         self._add(describe)
@@ -104,7 +108,8 @@ def refuse_changed_models(where: str, was: Mapping[str, Any], now: Mapping[str, 
     if not lines:
         return
     more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    commits = {role: [of.get(role, {}).get("commit") for of in (was, now)] for role in ("teacher", "student")}
+    roles = sorted(role for role in {*was} & {*now} if isinstance(was[role], Mapping))
+    commits = {role: [of[role].get("commit") for of in (was, now)] for role in roles}
     moved = [
         f"  (the Hub's {role} was commit {before}, and is {after}: set {role}.revision to the first)"
         for role, (before, after) in commits.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import TrainingArguments
 
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import scored_before
 
 
 def outline(recipe: Recipe, args: TrainingArguments) -> str:
@@ -17,13 +18,12 @@ def outline(recipe: Recipe, args: TrainingArguments) -> str:
 def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
-    yield "load the student" if recipe.teacher is None else "load teacher and student"
+    teachers = len(recipe.all_teachers)
+    yield "load the student" if not teachers else f"load {'teacher' if teachers == 1 else f'{teachers} teachers'} and student"
     if data.responses == "teacher":
-        yield f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
+        yield f"{'its' if recipe.teachers else 'the'} teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))
-    before = [
-        name for name in evaluation.models if name != "student" and (name != "teacher" or recipe.teacher is not None)
-    ]
+    before = scored_before(recipe)
     rows = "" if evaluation.rows is None else f" on {evaluation.rows:,} rows"
     if answered and before:
         yield f"score {' and '.join(name.replace('_', ' ') for name in before)}{rows}"

@@ -26,7 +26,7 @@ from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, newest_whole, step_of, why_best_is_lost, why_not_resumable
 from dts_hf.runs.comparison import as_text, leaves
-from dts_hf.runs.directory import BEFORE, RunDirectory
+from dts_hf.runs.directory import RunDirectory, is_before, scored_before
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.local_names import local_names
 from dts_hf.runs.lock import holds, lock
@@ -93,7 +93,7 @@ def find_start(
             or all are; the run in the folder is another one; a recorded run that the temperature needs is not there.
     """
     start = _start_of(recipe, args, resume, elsewhere)
-    if recipe.teacher is not None and start.checkpoint is None and not start.finished:
+    if recipe.all_teachers and start.checkpoint is None and not start.finished:
         # What the temperature reads of another run is in the checkpoints of this one; at the beginning it must be there.
         build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
     return start
@@ -155,10 +155,10 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """
     check_launch(args)
     limit_waiting(args)
-    if recipe.teacher is not None:
-        check_quantization(recipe.teacher.quantization, args.device)
-        if recipe.teacher.placement == "sharded":
-            check_can_shard(recipe.teacher.quantization != "none")
+    for teacher in recipe.all_teachers.values():
+        check_quantization(teacher.quantization, args.device)
+        if teacher.placement == "sharded":
+            check_can_shard(teacher.quantization != "none")
     named = args.resume_from_checkpoint
     elsewhere = judged_elsewhere(Path(recipe.output.dir), None if named is None else Path(named), args)
     start = on_first_process(lambda: find_start(recipe, args, resume, elsewhere), args.process_index, args.world_size)
@@ -205,8 +205,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     scores = _scores_before(run)
-    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
-    lost = [name for name in BEFORE if name in scored and name not in scores]
+    lost = [name for name in scored_before(recipe) if name not in scores]
     if lost and recipe.data.validation is not None:
         say(f"{run.path}: no scores of {' and '.join(lost)} were kept, so they are left out")
     log_bytes = None
@@ -273,7 +272,7 @@ def _scores_before(run: RunDirectory) -> dict[str, Any]:
     scores: dict[str, Any] = run.read_scores().get("models", {})
     if not scores and run.metrics_path.is_file() and run.why_damaged("metrics.json") is None:
         models = run.read_metrics().get("models", {})
-        scores = {name: models[name] for name in BEFORE if name in models and run.has_predictions(name)}
+        scores = {name: entry for name, entry in models.items() if is_before(name) and run.has_predictions(name)}
     _check_answers(run, scores)
     return scores
 
@@ -304,7 +303,8 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
     if "models" in run.read_data_manifest():  # what is loaded is compared itself (comparison.ModelRecord)
-        free += [f"{role}.{key}" for role in ("teacher", "student") for key in ("model", "tokenizer", "revision")]
+        roles = ("teacher", "teachers.*", "student")
+        free += [f"{role}.{key}" for role in roles for key in ("model", "tokenizer", "revision")]
     refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
     if refused:
         lines = [f"  {key}: was {as_text(before, key)}, now {as_text(after, key)}" for key in refused]

@@ -117,6 +117,11 @@ class DistillationBase(ResumableTrainer):
         """What makes this run a distillation; see the class."""
         return {**loss_facts(self.loss), **self._facts}
 
+    @property
+    def several(self) -> dict[str, Any]:
+        """Of several teachers each one's section as a recipe would have it; empty where there are not several."""
+        return {}
+
     def facts_for_trackers(self) -> dict[str, Any]:
         return self.facts
 
@@ -293,6 +298,11 @@ class DistillationBase(ResumableTrainer):
         return None
 
     @property
+    def teacher_models(self) -> dict[str, nn.Module]:
+        """The teachers that are models of this process, by the key that a recipe has for them."""
+        return {} if self.teacher_model is None else {"teacher": self.teacher_model}
+
+    @property
     def answers_with(self) -> str:
         template = getattr(self.rows, "encode_options", {}).get("template")
         return "" if template is None else str(template.name)
@@ -305,8 +315,8 @@ class DistillationBase(ResumableTrainer):
         done = {"steps": self.state.global_step, "seconds": self.clock.seconds, "tokens": int(self.tokens_seen)}
         sets = [str(name) for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
         facts = facts_of_training(
-            student, self.teacher_model, self.loss, self.args,
-            taught=self.sums.columns.teacher, rows=getattr(self.rows, "encode_options", {}),
+            student, self.teacher_models, self.loss, self.args,
+            taught=self.sums.columns.teacher, several=self.several, rows=getattr(self.rows, "encode_options", {}),
             task=getattr(getattr(self.rows, "task", None), "subset", None),
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,
@@ -322,8 +332,8 @@ class DistillationBase(ResumableTrainer):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def describe_models(self) -> dict[str, Any]:
-        teacher, found = self.teacher_model, super().describe_models()
-        return found if teacher is None else {**found, "teacher": describe_for_training(teacher, trained=False)}
+        found = super().describe_models()
+        return found | {key: describe_for_training(one, trained=False) for key, one in self.teacher_models.items()}
 
     def extra_state(self) -> ExtraState:
         budget = {"logits_budget_mb": self.loss.logits_budget_mb, "logits_budget_mb_asked_for": self._budget_asked_for}

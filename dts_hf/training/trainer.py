@@ -32,7 +32,7 @@ from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
-from dts_hf.teachers.several import gathered, loss_of_shares, routing_of, shares_of
+from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
@@ -172,6 +172,20 @@ class DistillationTrainer(GeneratingTrainer):
     @property
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+
+    @property
+    def teacher_models(self) -> dict[str, nn.Module]:
+        if not isinstance(self.teacher, SeveralTeachers):
+            return super().teacher_models
+        live = ((name, one) for name, one in self.teacher.by_name.items() if isinstance(one, LiveTeacher))
+        return {f"teachers.{name}": one.model for name, one in live}
+
+    @property
+    def several(self) -> dict[str, Any]:
+        if not isinstance(self.teacher, SeveralTeachers):
+            return {}
+        weights = self.teacher.weights or {}
+        return {name: {"weight": weights.get(name)} for name in self.teacher.names}
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
