@@ -182,7 +182,8 @@ def load_models(
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     for key, model in teachers.items():
         place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
-    return Models(student, teacher, *tokenizers, several, tokenizers_of_several(task.recipe) if several else {})
+    of_several = tokenizers_of_several(task.recipe) if several else {}
+    return Models(student, teacher, *tokenizers, several=several, several_tokenizers=of_several)
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:

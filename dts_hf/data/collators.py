@@ -18,7 +18,7 @@ NO_ROW = -1
 
 
 class Collator:
-    """Base of our collators: they take of a row what they know, and return its ``row_id`` and, if it has one, its teacher."""
+    """Base of our collators: they take of a row what they know, and return its ``row_id`` and the number of its teacher."""
 
 
 def _numbers(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -40,7 +40,8 @@ class PaddedCollator(Collator):
         pad_to_multiple_of: round the width up to a multiple of this.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; and ``teacher_number`` [B] where rows have one of several.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64;
+        ``teacher_number`` [B] too, where rows have one of several.
     """
 
     pad_token_id: int

@@ -106,7 +106,7 @@ class EncodedDataset(Dataset[Example]):
 
     @cached_property
     def digest(self) -> str | None:
-        """A checksum over the tokens of all rows, which of them are learned, and the rows' teachers; None where the template writes the date."""
+        """A checksum over the tokens of all rows, which are learned, and the rows' teachers; None: the template is dated."""
         if self.report is not None and self.report.dated:
             return None
         xxh3 = xxhash.xxh3_64()

@@ -6,18 +6,31 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from dts_hf.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from dts_hf.data.encoding import EncodedDataset
-    from dts_hf.data.rows import Row
 
 #: Of a tokenised row and in a batch: the place of its teacher in ``Routing.names``.
 TEACHER = "teacher_number"
 #: A source of rows by name, and how many rows it gave; the sources are in the order of the rows.
 SourceRows = tuple[str, int]
+
+
+class NamesTeacher(Protocol):
+    """A row of text (``rows.Row``), as far as it is looked at here."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def teacher(self) -> Any: ...
+
+
+class HasTeachers(Protocol):
+    """Rows as tokens (``encoding.EncodedDataset``), as far as they are looked at here."""
+
+    row_ids: list[str]
+    teachers: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -53,17 +66,17 @@ class Routing:
             if self.default is not None:
                 return self.names.index(self.default)
             raise UserError(
-                f"{place}: it names no teacher in its column '{self.column}' (data.teacher_column), expected one of {known}. "
+                f"{place}: no teacher in its column '{self.column}' (data.teacher_column), expected one of {known}. "
                 "data.default_teacher says which one rows without a name have"
             )
         if value not in self.names:  # a default is for rows that say nothing, not for those that are misspelt
             raise UserError(
-                f"{place}: got {value!r} in the column '{self.column}' (data.teacher_column), which is no teacher; expected one "
-                f"of {known}.{nearest(str(value), self.names)}"
+                f"{place}: got {value!r} in the column '{self.column}' (data.teacher_column), which is no teacher; "
+                f"expected one of {known}.{nearest(str(value), self.names)}"
             )
         return self.names.index(value)
 
-    def numbers(self, rows: Iterable[Row], name: str, sources: Sequence[SourceRows] = ()) -> dict[str, int]:
+    def numbers(self, rows: Iterable[NamesTeacher], name: str, sources: Sequence[SourceRows] = ()) -> dict[str, int]:
         """The number of each row's teacher, by the row's id.
 
         Args:
@@ -81,7 +94,7 @@ class Routing:
         return found
 
     def route(
-        self, dataset: EncodedDataset, rows: Iterable[Row], name: str, sources: Sequence[SourceRows] = ()
+        self, dataset: HasTeachers, rows: Iterable[NamesTeacher], name: str, sources: Sequence[SourceRows] = ()
     ) -> None:
         """Give each row of ``dataset`` its teacher.
 
@@ -97,18 +110,20 @@ class Routing:
         by_id = self.numbers(rows, name, sources)
         dataset.teachers = [by_id[row_id] for row_id in dataset.row_ids]
 
-    def counts(self, dataset: EncodedDataset) -> dict[str, int]:
+    def counts(self, dataset: HasTeachers) -> dict[str, int]:
         """How many rows each teacher has."""
         teachers = dataset.teachers or []
         return {name: teachers.count(number) for number, name in enumerate(self.names)}
 
 
 def names_problem(teachers: Iterable[str]) -> str:
-    """What is wrong with the names of several teachers; empty where nothing is. They are in keys of the log and in file names."""
+    """What is wrong with the names of several teachers, which are in the log and in file names; empty where nothing is."""
     names = list(teachers)
     if not names:
         return "teachers: got none, expected at least one, by name"
-    wrong = [name for name in names if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
+    wrong = [
+        name for name in names if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
+    ]
     if wrong:
         return f"teachers: got the name {wrong[0]!r}, expected letters, digits, '-' and '_', a letter or a digit first"
     return ""
@@ -132,7 +147,8 @@ def weights_problem(
     """
     names = list(teachers)
     if column is not None:
-        return "" if not weights else f"{key}: got weights beside a column that gives each row one teacher; expected one of the two"
+        beside = f"{key}: got weights beside a column that gives each row one teacher; expected one of the two"
+        return beside if weights else ""
     if weights is None or {*weights} != {*names}:
         missing = [name for name in names if name not in (weights or {})] or [*{*(weights or {})} - {*names}]
         return (

@@ -65,7 +65,7 @@ def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     """
     data, loss = recipe.data, recipe.loss
     learns = {"kd_ratio": loss.kd_ratio, "temperature_scaling": loss.temperature_scaling}
-    policy = {"temperature": recipe.temperature.model_dump(mode="json"), **learns}
+    policy: dict[str, Any] = {"temperature": recipe.temperature.model_dump(mode="json"), **learns}
     policy["divergence"] = loss.divergence.model_dump(mode="json")
     if recipe.teachers:  # how many and how they share the rows, and not what they are
         weights = {name: section.weight for name, section in recipe.teachers.items()}

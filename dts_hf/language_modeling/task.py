@@ -233,7 +233,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             yield f"teachers of the training rows: {', '.join(of_rows)}"
         if self.recipe.teachers:
             each = self.recipe.loss.temperature_per_teacher
-            yield f"temperature: {'a state for each teacher, of its rows' if each else 'one state for the rows of all teachers'}"
+            yield f"temperature: {'a state for each teacher' if each else 'one state for the rows of all teachers'}"
 
     def make_scorer(
         self, run: RunDirectory, trainer: DistillationTrainer, models: Models, rows: Rows, data: Data, kept: Entries

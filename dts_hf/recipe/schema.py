@@ -566,7 +566,7 @@ def several_problem(recipe: Recipe) -> str:
         expected = f"expected one of {', '.join(teachers)}, beside teacher_column.{nearest(default, teachers)}"
         return f"data.default_teacher: got {default!r}, {expected}"
     if data.responses == "teacher" and data.teacher_column is None:
-        return "data.responses: teacher, but every teacher has every row: give teacher_column, so that a row has one to answer it"
+        return "data.responses: teacher, but every teacher has every row: give teacher_column, so that one answers each row"
     if "teacher" in data.columns:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
     if recipe.student.init is not None:

@@ -256,7 +256,9 @@ def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = {"name": holder[key]}
     teachers = expanded.get("teachers")
-    several = [("teachers", name, key) for name in (teachers if isinstance(teachers, dict) else ()) for key in _OF_TEACHER]
+    several = [
+        ("teachers", name, key) for name in (teachers if isinstance(teachers, dict) else ()) for key in _OF_TEACHER
+    ]
     for *sections, key in (*PATH_KEYS, *several):
         at: Any = expanded
         for section in sections:

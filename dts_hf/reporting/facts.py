@@ -252,7 +252,9 @@ def describe_several(facts: Facts) -> list[tuple[str, str]]:
         found.append((f"teacher `{name}`", "; ".join(parts)))
     if found:
         each = facts.section("loss").get("temperature_per_teacher")
-        found.append(("state of the temperature", "one for each teacher" if each else "one for the rows of all teachers"))
+        found.append(
+            ("state of the temperature", "one for each teacher" if each else "one for the rows of all teachers")
+        )
     return found
 
 

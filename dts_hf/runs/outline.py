@@ -19,9 +19,11 @@ def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
     teachers = len(recipe.all_teachers)
-    yield "load the student" if not teachers else f"load {'teacher' if teachers == 1 else f'{teachers} teachers'} and student"
+    named = "teacher" if teachers == 1 else f"{teachers} teachers"
+    yield f"load {named} and student" if teachers else "load the student"
     if data.responses == "teacher":
-        yield f"{'its' if recipe.teachers else 'the'} teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
+        whose = "its" if recipe.teachers else "the"
+        yield f"{whose} teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))
     before = scored_before(recipe)
     rows = "" if evaluation.rows is None else f" on {evaluation.rows:,} rows"

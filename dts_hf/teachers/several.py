@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,8 +88,9 @@ class SeveralTeachers:
         raise TypeError("several teachers have no states in common: ask shares()")
 
     def shares(self, batch: dict[str, Any], labels: Tensor, positions: Tensor, numbers: Tensor | None) -> list[Share]:
-        """What each of them says of its rows, in the order of ``names``; every teacher that is sharded runs once, whatever
-        rows there are, for its weights are gathered by all processes together.
+        """What each of them says of its rows, in the order of ``names``.
+
+        A teacher that is sharded runs once, whatever rows there are: its weights are gathered by all processes together.
 
         Args:
             batch: what the student sees.
@@ -117,8 +118,8 @@ class SeveralTeachers:
                 raise ValueError(f"teacher {names[0]!r}: {len(states)} states for {len(own)} labelled rows")
             for name in names:
                 inner = (of_row[own] == self.names.index(name)).nonzero().squeeze(-1)
-                alone = len(names) == 1 or states is None
-                shares[name] = Share(states if alone else states[inner], teacher.head, own[inner], 1.0, name)
+                part = states if states is None or len(names) == 1 else states[inner]
+                shares[name] = Share(part, teacher.head, own[inner], 1.0, name)
         return [shares[name] for name in self.names]
 
 
@@ -168,9 +169,7 @@ def _known(teacher: Teacher, positions: Tensor) -> tuple[Any, ...]:
     return (positions,) if isinstance(teacher, LiveTeacher) else ()
 
 
-def _states_of(
-    teacher: Teacher, batch: dict[str, Any], labels: Tensor, mine: Tensor, count: int
-) -> Tensor | None:
+def _states_of(teacher: Teacher, batch: dict[str, Any], labels: Tensor, mine: Tensor, count: int) -> Tensor | None:
     """The states ``[N_k, H_t]`` of the ``count`` labels that stand where ``mine`` ``[B, T]`` does."""
     own_labels = labels.masked_fill(~mine, IGNORE_INDEX)
     if not isinstance(teacher, LiveTeacher):  # a cache knows its rows by what the batch says of all of them
@@ -290,18 +289,17 @@ def loss_of_shares(
         sequences: ``[N]``, see ``DistillationLoss.forward``.
     """
     if len(shares) == 1 and shares[0].rows is None and shares[0].teacher is None:
-        return loss(states, head, shares[0].states, shares[0].head, targets, normalizer, sequences)
+        return cast(LossOutput, loss(states, head, shares[0].states, shares[0].head, targets, normalizer, sequences))
     sums: dict[str, Tensor] = {}
     total: Tensor | None = None
     # One without a row would make a gradient of zeros as large as the head. One of all must stay in the graph.
     busy = [share for share in shares if share.rows is None or len(share.rows)] or [shares[0]]
     frozen = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
     for share in shares:
-        parts = (states, targets, sequences)
+        own_states, own_targets, own_sequences = states, targets, sequences
         if share.rows is not None:
-            parts = tuple(part if part is None else part.index_select(0, share.rows) for part in parts)
-        own_states, own_targets, own_sequences = parts
-        assert own_states is not None and own_targets is not None
+            own_states, own_targets = states.index_select(0, share.rows), targets.index_select(0, share.rows)
+            own_sequences = None if sequences is None else sequences.index_select(0, share.rows)
         output = loss(
             own_states, head if share in busy else frozen, share.states, share.head, own_targets,
             normalizer / share.weight, own_sequences, share.teacher,

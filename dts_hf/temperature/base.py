@@ -150,7 +150,7 @@ class TemperaturePolicy(nn.Module):
         """The weight of the soft loss in force, where the policy schedules it too; None leaves it to the loss."""
         return None
 
-    def of_teacher(self, teacher: str | None) -> TemperaturePolicy:  # noqa: ARG002 (see ``parts.per_teacher``)
+    def of_teacher(self, teacher: str | None) -> TemperaturePolicy:
         """The policy for the rows of one of several teachers: this one, unless each has its own; None: of all rows."""
         return self
 
@@ -270,8 +270,8 @@ class TemperaturePolicy(nn.Module):
                 f"temperature state of '{self.name}': got the fields {sorted(state)}, expected {sorted(holders)}; "
                 "was the checkpoint written with another policy?"
             )
-        for field, value in state.items():
-            setattr(holders[field], field, copy.deepcopy(value))
+        for name, value in state.items():
+            setattr(holders[name], name, copy.deepcopy(value))
 
     def _state_holders(self) -> dict[str, TemperaturePolicy | Mechanism]:
         """Who has which field of the state."""

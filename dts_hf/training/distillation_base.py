@@ -179,7 +179,8 @@ class DistillationBase(ResumableTrainer):
                 known = [*self._loss_spec, *type(self.args).__dataclass_fields__]
                 raise UserError(f"hp_space: {unknown[0]} is no argument of this trainer.{nearest(unknown[0], known)}")
             given = self._loss_spec["temperature"]
-            if isinstance(given, TemperaturePolicy) and not self._per_teacher:  # an object, which has moved in the trial before
+            # An object has moved in the trial before; where each teacher has a copy of it, it has not
+            if isinstance(given, TemperaturePolicy) and not self._per_teacher:
                 given.load_state(copy.deepcopy(self._first_state))
             self._make_loss({**self._loss_spec, **ours})
             self.loss.to(self.args.device)

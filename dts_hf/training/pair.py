@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -281,13 +282,18 @@ class _Given:
         except UserError as error:
             if self.names == [""]:
                 raise
-            raise UserError(f"teachers.{self.names[0]}: {error}", everywhere=error.everywhere) from error
+            said = re.sub(r"^teacher(?=[.:])", "", str(error))
+            where = f"teachers.{self.names[0]}"
+            message = f"{where}{said}" if said != str(error) else f"{where}: {said}"
+            raise UserError(message, everywhere=error.everywhere) from error
 
     def compared(
         self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, alignment: str
     ) -> tuple[Teacher, VocabularyPlan]:
         """As the loss asks it, and the ids that it shares with the student."""
-        if not isinstance(self.given, nn.Module):  # anything may stand behind the interface: its head is all that is known
+        if not isinstance(
+            self.given, nn.Module
+        ):  # anything may stand behind the interface: its head is all that is known
             answers = NoTeacher() if self.given is None else self.given
             heads = [head for head in (head_of(student), answers.head) if head is not None]
             return answers, VocabularyPlan(min(head.vocab_size for head in heads))
@@ -314,8 +320,10 @@ def _loaded(
         tokenizer = tokenizers.get(name) if isinstance(tokenizers, Mapping) else tokenizers
         if isinstance(one, str):
             tokenizer = tokenizer or load_tokenizer(one, key=where)
-            one = load_model(one, key=where, dtype=TEACHER_DTYPE)
-        found[key] = _Given([name], unwrapped(one) if isinstance(one, nn.Module) else one, tokenizer)
+            loaded: nn.Module | Teacher | None = load_model(one, key=where, dtype=TEACHER_DTYPE)
+        else:
+            loaded = unwrapped(one) if isinstance(one, nn.Module) else one
+        found[key] = _Given([name], loaded, tokenizer)
     return list(found.values())
 
 

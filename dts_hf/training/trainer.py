@@ -76,8 +76,8 @@ class DistillationTrainer(GeneratingTrainer):
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
             configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
             it out. Held-out losses never have it. See ``models.router.Router``.
-        teachers: several by name, in the place of ``teacher``; the same object, or the same name or folder, twice is one model
-            in memory. Each row has one of them (``teacher_column``), or all have every row (``teacher_weights``). See
+        teachers: several by name, in the place of ``teacher``; the same object or folder under two names is one model in
+            memory. Each row has one of them (``teacher_column``), or all have every row (``teacher_weights``). See
             docs/several_teachers.md.
         teacher_weights: of their losses, by name, adding up to 1.
         teacher_column: of the rows, with the name of their teacher; that of the training rows and of held-out ones.
@@ -161,7 +161,7 @@ class DistillationTrainer(GeneratingTrainer):
             pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
             classes=self.vocab_size, loss_options=loss_options,
-            columns=LogColumns(teacher=pair.taught, teachers=tuple(teachers or ())), temperature_per_teacher=temperature_per_teacher,
+            columns=LogColumns(pair.taught, teachers=tuple(teachers or ())), temperature_per_teacher=temperature_per_teacher,
             rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
