@@ -159,8 +159,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
             vocab_alignment=next((one.vocab_alignment for one in recipe.all_teachers.values()), "strict"),
-            **self.trainer_options(models, data),
-            **self._of_several(models),
+            **(self.trainer_options(models, data) | self._of_several(models)),
         )
 
     def _of_several(self, models: Models) -> dict[str, Any]:
