@@ -75,15 +75,12 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
     models = load_models(task, args, record, tokenizer, teacher_tokenizer)
-    teacher, student = models.teacher, models.student
+    student = models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
-    if models.several and recipe.data.responses == "teacher":
-        rows = task.answer_by_several(models.several, tokenizer, rows)
-        data = task.encode(rows, tokenizer)
-    elif teacher is not None and recipe.data.responses == "teacher":
-        rows = task.answer(teacher, tokenizer, rows)
+    if recipe.all_teachers and recipe.data.responses == "teacher":
+        rows = answered(task, models, rows)
         data = task.encode(rows, tokenizer)
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
@@ -184,6 +181,18 @@ def load_models(
         place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
     of_several = tokenizers_of_several(task.recipe) if several else {}
     return Models(student, teacher, *tokenizers, several=several, several_tokenizers=of_several)
+
+
+def answered(task: Task[Any], models: Models, rows: Rows) -> Rows:
+    """The same rows with answers of the teacher, or of each row's own where there are several.
+
+    Raises:
+        UserError: there are none.
+    """
+    if models.several:
+        return task.answer_by_several(models.several, models.tokenizer, rows)
+    assert models.teacher is not None
+    return task.answer(models.teacher, models.tokenizer, rows)
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:

@@ -152,8 +152,8 @@ def weights_problem(
     if weights is None or {*weights} != {*names}:
         missing = [name for name in names if name not in (weights or {})] or [*{*(weights or {})} - {*names}]
         return (
-            f"{key}: expected a weight for each of {', '.join(names)}, or a column of the rows ({column_key}) that gives each "
-            f"row one teacher; wrong: {', '.join(missing)}"
+            f"{key}: expected a weight for each of {', '.join(names)}, or a column of the rows ({column_key}) that gives "
+            f"each row one teacher; wrong: {', '.join(missing)}"
         )
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1:

@@ -101,6 +101,7 @@ class SeveralTeachers:
 
         Raises:
             UserError: there are numbers for other rows than those of the batch.
+            ValueError: a teacher gives another number of states than it has rows.
         """
         if self.weights is not None:
             whole = {id(one): one.states(batch, labels, *_known(one, positions)) for one, _ in self.distinct}

@@ -44,7 +44,13 @@ def teacher(seed: int, **options: Any) -> torch.nn.Module:
 def several(tmp_path, teachers, rows=ROUTED, model=None, **more):
     options: dict[str, Any] = {"teacher_column": "domain"} if "teacher_weights" not in more else {}
     model = tiny_llama(seed=0).double() if model is None else model
-    given = {"temperature": {"name": "dts"}, "train_dataset": rows, "processing_class": tiny_tokenizer(), **options, **more}
+    given = {
+        "temperature": {"name": "dts"},
+        "train_dataset": rows,
+        "processing_class": tiny_tokenizer(),
+        **options,
+        **more,
+    }
     args = training_arguments(tmp_path, **given.pop("options", {}))
     return DistillationTrainer(model, teachers=teachers, args=args, **given)
 
@@ -93,7 +99,8 @@ def dense(trainer, batch, target_of):
     line = select_response(lines.reshape(*labels.shape, 1), labels)[0].squeeze(-1)
     with torch.no_grad():
         teachers = {
-            name: select_response(one.model(**inputs).logits, labels)[0] for name, one in trainer.teacher.by_name.items()
+            name: select_response(one.model(**inputs).logits, labels)[0]
+            for name, one in trainer.teacher.by_name.items()
         }
     q = reference.softmax(rows / T)
     ce = -torch.log(reference.softmax(rows)).gather(1, targets[:, None]).squeeze(1)
@@ -171,7 +178,7 @@ def gradients_of(tmp_path, rows, size, **more):
 
 
 def test_neither_order_nor_split_nor_packing_of_the_rows_changes_the_gradient(tmp_path):
-    """One denominator of the whole step: a mean per teacher, or per group of a micro-batch, would be another one each time."""
+    """One denominator of the whole step: a mean per teacher, or per group of a micro-batch, would differ each time."""
     straight = gradients_of(tmp_path, ROUTED, 16)
     order = torch.randperm(len(ROUTED), generator=torch.Generator().manual_seed(3)).tolist()
     grouped = sorted(ROUTED, key=lambda row: row["domain"])
@@ -204,7 +211,9 @@ def test_each_teacher_reads_its_own_rows_alone(tmp_path):
     models = {"math": LiveTeacher(teacher(1)), "code": LiveTeacher(teacher(2))}
     trainer = several(tmp_path, {name: Counting(one, name) for name, one in models.items()}, temperature=T)
     direct = several(tmp_path, models, temperature=T)
-    assert largest_difference(step_gradients(trainer, batches(trainer)), step_gradients(direct, batches(direct))) < 1e-9
+    assert (
+        largest_difference(step_gradients(trainer, batches(trainer)), step_gradients(direct, batches(direct))) < 1e-9
+    )
     data = encoded()
     for number, name in enumerate(NAMES):
         own = [k for k, row in enumerate(ROUTED) if row["domain"] == name]
@@ -230,7 +239,9 @@ def test_the_part_of_a_batch_that_a_teacher_reads():
 # ------------------------------------------------------------------------------------------------------------- kinds of rows
 
 
-@pytest.mark.parametrize("kind", ["text", "arrow text", "tokens", "arrow tokens", "own collator", "own collator, arrow"])
+@pytest.mark.parametrize(
+    "kind", ["text", "arrow text", "tokens", "arrow tokens", "own collator", "own collator, arrow"]
+)
 def test_rows_of_every_kind_find_their_teacher(tmp_path, kind):
     rows: Any = [{**row, "domain": of["domain"]} for row, of in zip(plain(), ROUTED, strict=True)]
     more: dict[str, Any] = {}
@@ -243,17 +254,27 @@ def test_rows_of_every_kind_find_their_teacher(tmp_path, kind):
     teachers = {"math": teacher(1, layers=3), "code": teacher(2)}
     trainer = several(tmp_path, teachers, rows, temperature=T, **more)
     straight = several(tmp_path, teachers, temperature=T)
-    assert largest_difference(step_gradients(trainer, batches(trainer)), step_gradients(straight, batches(straight))) < 1e-9
+    assert (
+        largest_difference(step_gradients(trainer, batches(trainer)), step_gradients(straight, batches(straight)))
+        < 1e-9
+    )
 
 
 def wrong_rows(**cells):
-    return [*ROUTED[:6], {key: cell for key, cell in {**ROUTED[6], **cells}.items() if cell != "left out"}, *ROUTED[7:]]
+    return [
+        *ROUTED[:6],
+        {key: cell for key, cell in {**ROUTED[6], **cells}.items() if cell != "left out"},
+        *ROUTED[7:],
+    ]
 
 
 @pytest.mark.parametrize(
     ("cells", "said"),
     [
-        ({"domain": "maths"}, "train_dataset: row 'r6': got 'maths' .* expected one of math, code. Did you mean 'math'"),
+        (
+            {"domain": "maths"},
+            "train_dataset: row 'r6': got 'maths' .* expected one of math, code. Did you mean 'math'",
+        ),
         ({"domain": None}, "train_dataset: row 'r6': no teacher in its column 'domain' .* data.default_teacher"),
         ({"domain": "left out"}, "train_dataset: row 'r6': no teacher in its column 'domain'"),
         ({"domain": ""}, "row 'r6': no teacher"),
@@ -266,7 +287,7 @@ def test_a_row_without_a_teacher_is_refused_before_training(tmp_path, cells, sai
     with pytest.raises(UserError, match=said):
         several(tmp_path, teachers, wrong_rows(**cells))
     tokens = [{**row, "domain": of.get("domain")} for row, of in zip(plain(), wrong_rows(**cells), strict=True)]
-    with pytest.raises(UserError, match="train_dataset: row 6.*domain"):
+    with pytest.raises(UserError, match=r"train_dataset: row 6.*domain"):
         several(tmp_path, teachers, tokens)
     with pytest.raises(UserError, match="eval_dataset: row 'r6'"):
         several(tmp_path, teachers, eval_dataset=wrong_rows(**cells))
@@ -338,7 +359,9 @@ def test_each_teacher_has_a_gap_of_its_own(tmp_path):
 @pytest.mark.parametrize("each", [True, False])
 def test_resumed_it_ends_bit_for_bit_as_without_a_break(tmp_path, policy, each):
     def run(folder):
-        return trained(tmp_path / folder, temperature=policy, each=each, options={"save_strategy": "steps", "save_steps": 3})
+        return trained(
+            tmp_path / folder, temperature=policy, each=each, options={"save_strategy": "steps", "save_steps": 3}
+        )
 
     straight, resumed = run("a"), run("b")
     straight.train()

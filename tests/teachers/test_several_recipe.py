@@ -76,7 +76,9 @@ def test_a_run_names_every_teacher_in_log_card_report_and_record(place: Path) ->
     assert {"teachers.math", "teachers.code"} <= {*manifest["models"]} and "teacher" not in manifest["models"]
     card, report = (run.path / "README.md").read_text(), run.report_path.read_text()
     for text in (card, report):
-        assert all(f"{name}" in text and "8 training rows" in text and "one for each teacher" in text for name in NAMES)
+        assert all(
+            f"{name}" in text and "8 training rows" in text and "one for each teacher" in text for name in NAMES
+        )
     facts = json.loads((run.final_path / "dts_hf.json").read_text())["distillation"]
     assert facts["teachers"] == ["math", "code"] and facts["temperature_per_teacher"] is True
     state = json.loads((run.path / "checkpoint-2" / "temperature.json").read_text())
@@ -201,7 +203,7 @@ def test_what_does_not_fit_together_is_refused_when_the_recipe_is_read(workplace
 
 def test_weights_and_the_answers_of_teachers_do_not_go_together(workplace) -> None:
     sections = {name: {**SECTIONS[name], "weight": 0.5} for name in NAMES}
-    with pytest.raises(UserError, match="data.responses: teacher, but every teacher has every row"):
+    with pytest.raises(UserError, match=r"data.responses: teacher, but every teacher has every row"):
         several(teachers=sections, data={"teacher_column": None, "responses": "teacher"})
 
 
