@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
@@ -103,6 +104,26 @@ def test_each_row_is_answered_by_its_own_teacher(place: Path) -> None:
     assert sum(one["answered"] for one in answers.values()) <= 17
     kept = sorted((place / "cache" / "teacher_answers").glob("*.json"))
     assert {json.loads(path.read_text())["teacher"] for path in kept} == {*NAMES}
+
+
+def test_the_recipe_of_the_page_trains(place: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "several_teachers.md").read_text()
+    text, rows = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("yaml", "json"))
+    for name, folder in (("small", "student"), ("math-teacher", "math"), ("code-teacher", "code")):
+        text = text.replace(f"{{model: {name}", f"{{model: {folder}")
+    first, second = (json.loads(line) for line in rows.splitlines())
+    for name, row in (("math", first), ("code", second)):
+        lines = [json.dumps({**row, "instruction": f"{row['instruction']} {k}"}) for k in range(30)]
+        (place / f"{name}.jsonl").write_text("\n".join(lines))
+    (place / "several.yaml").write_text(text)
+    quick = ["training.max_steps=2", "training.use_cpu=true", "evaluation.models=[]", "output.report=false"]
+    run = distill(load_recipe(place / "several.yaml", quick))
+    assert run.read_data_manifest()["splits"]["train"]["teachers"].keys() == {"math", "code"}
+    weighted = (
+        page.split("```yaml\n")[2].split("```")[0].replace("large-teacher", "math").replace("other-teacher", "code")
+    )
+    sections = yaml.safe_load(weighted)["teachers"]
+    assert several(teachers=sections, data={"teacher_column": None}).teachers["other"].weight == 0.3
 
 
 def state_of(run: RunDirectory) -> dict[str, torch.Tensor]:
