@@ -180,7 +180,7 @@ def load_models(
     for key, model in teachers.items():
         place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
     of_several = tokenizers_of_several(task.recipe) if several else {}
-    return Models(student, teacher, *tokenizers, several=several, several_tokenizers=of_several)
+    return Models(student, teacher, tokenizers[0], tokenizers[1], several, of_several)
 
 
 def answered(task: Task[Any], models: Models, rows: Rows) -> Rows:
