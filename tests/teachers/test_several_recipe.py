@@ -207,7 +207,7 @@ def test_a_source_may_have_a_column_of_its_own(place: Path) -> None:
         ({"data": {"teacher_column": None}}, "expected a weight for each of math, code, or a column"),
         ({"teachers": {"m": {"model": "math", "weight": 0.5}}}, "got weights beside a column"),
         ({"teachers": {"m m": {"model": "math"}}}, "got the name 'm m'"),
-        ({"teachers": {"m": {"modle": "math"}}}, "teachers.m.modle: unknown key"),
+        ({"teachers": {"m": {"modell": "math"}}}, "teachers.m.modell: unknown key"),
         ({"data": {"default_teacher": "cod"}}, "data.default_teacher: got 'cod', .*Did you mean 'code'"),
         ({"data": {"columns": {"teacher": "x"}}}, "data.teacher_column is the key for that"),
         ({"student": {"init": {"from": "teacher", "layers": 1}}}, "student.init: from teacher, but there are several"),
