@@ -363,9 +363,13 @@ def test_a_recipe_takes_the_gpu_where_there_is_one(
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
-    monkeypatch.setattr("transformers.TrainingArguments", dict)
-    for overrides, expected in ([], on_cpu), (["training.use_cpu=true"], True), (["training.use_cpu=false"], False):
-        assert training_arguments(load_recipe(minimal, overrides), tmp_path)["use_cpu"] is expected  # type: ignore[index]
+    cases = {"": on_cpu, "training.use_cpu=true": True, "training.use_cpu=false": False}
+    recipes = [
+        load_recipe(minimal, [given] if given else []) for given in cases
+    ]  # it looks at the fields of the class
+    monkeypatch.setattr("transformers.TrainingArguments", type("Arguments", (dict,), {"ddp_timeout": 1800}))
+    for recipe, expected in zip(recipes, cases.values(), strict=True):
+        assert training_arguments(recipe, tmp_path)["use_cpu"] is expected  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

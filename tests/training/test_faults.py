@@ -831,7 +831,7 @@ def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ),
         (
             "The client socket has timed out after 600000ms while trying to connect to (node1, 29500).",
-            "another process of this run has not answered in time (training.ddp_timeout), ",
+            "another process of this run has not answered for 600 s (training.ddp_timeout), ",
         ),
     ],
 )
@@ -845,6 +845,8 @@ def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("dts_hf.distributed.launch.watch_collectives", lambda *_: None)  # it sets variables
+    groups = torch.distributed.distributed_c10d
+    monkeypatch.setattr(groups, "default_pg_timeout", groups.default_pg_timeout)  # limit_joining sets it
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", join)
     recipe = Recipe.from_dict(RECIPE, deep=False)
     with pytest.raises(torch.distributed.DistNetworkError) as caught:
