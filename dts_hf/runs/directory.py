@@ -302,7 +302,7 @@ class RunDirectory:
         """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""
         if self.log_size() > size:
             self._own_log()
-            with os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
+            with files.naming(self.log_path), os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
                 file.truncate(size)
 
     def _own_log(self) -> None:
@@ -319,7 +319,7 @@ class RunDirectory:
         """
         self._own_log()
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        with os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
+        with files.naming(self.log_path), os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
             files.drop_half_line(file)
             file.write((json.dumps(files.jsonable(record), ensure_ascii=False) + "\n").encode())
 
