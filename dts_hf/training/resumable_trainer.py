@@ -38,7 +38,7 @@ from dts_hf.files import check_no_link, write_text_atomic
 from dts_hf.models.compilation import compile_layers
 from dts_hf.models.description import describe_for_training, describe_tokenizer, versions
 from dts_hf.models.saving import ready_for_generation, save_generation_config
-from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, remove, rotate, why_incomplete
+from dts_hf.runs.checkpoints import INTERRUPTED, make_way, mark_complete, read_complete, rotate, why_incomplete
 from dts_hf.runs.comparison import refuse_changed_models
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import has_no_answer, is_lost_peer, lost_peer_sentence, writing
@@ -425,8 +425,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             if self.args.should_save:
                 if self._interrupting:
                     check_no_link(folder.parent)
-                if os.path.lexists(folder):
-                    remove(folder)
+                make_way(folder)
             self.accelerator.wait_for_everyone()
             # 2. Our files and the Trainer's; older checkpoints are needed until the end, so it must not rotate.
             self.save_progress(folder)

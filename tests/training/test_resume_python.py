@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from dts_hf.errors import UserError
-from dts_hf.runs.checkpoints import mark_complete, read_complete
+from dts_hf.runs.checkpoints import mark_complete, read_complete, remove, why_incomplete
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import ROWS, arguments, losses, plain, trainer_for
 
@@ -162,9 +162,52 @@ def test_a_checkpoint_of_another_trainer_is_called_that(tmp_path):
     for checkpoint in (str(tmp_path / "checkpoint-2"), True):
         with pytest.raises(UserError, match=r"it was not written by dts_hf: it has no complete\.json"):
             trainer.train(checkpoint)
+    with pytest.raises(UserError, match=r"those of transformers \(its Trainer, or one of TRL's\)\. Its weights can"):
+        trainer.train(True)
+    (tmp_path / "checkpoint-3").write_text("a file")
+    with pytest.raises(UserError, match=r"checkpoint-3: it is a file, expected a folder"):
+        trainer.train(str(tmp_path / "checkpoint-3"))
+    with pytest.raises(
+        UserError, match=r"checkpoint-3: it is a file, expected a folder; checkpoint-2: it was not written"
+    ):
+        trainer.train(True)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match=r"those of another program, such as accelerate"):
+        trainer.train(str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / "rank_0.json").write_text("{}")
     with pytest.raises(UserError, match="the save was interrupted"):
         trainer.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_checkpoints_of_another_program_stay(tmp_path, capsys):
+    """Also where a checkpoint is to be written there, and where old ones are removed."""
+    Trainer(
+        tiny_llama(), arguments(tmp_path, **CONSTANT, max_steps=4), train_dataset=[{**plain()[0]} for _ in range(16)]
+    ).train()
+    theirs = {path.name: (path / "model.safetensors").read_bytes() for path in tmp_path.glob("checkpoint-*")}
+    (tmp_path / "checkpoint-6").write_text("a file")
+    options = {**CONSTANT, "max_steps": 6, "save_steps": 3, "save_total_limit": 1}
+    trainer_for(tmp_path, options={**options, "save_steps": 2}).train()
+    said = capsys.readouterr().err
+    for step in (2, 4, 6):
+        assert f"checkpoint-{step} was not written by dts_hf and is in the way of a checkpoint" in said
+    assert {*theirs} == {"checkpoint-2", "checkpoint-4"} and (tmp_path / "checkpoint-6.other").read_text() == "a file"
+    for name, weights_then in theirs.items():
+        assert (tmp_path / f"{name}.other" / "model.safetensors").read_bytes() == weights_then
+    Trainer(
+        tiny_llama(), arguments(tmp_path, **CONSTANT, max_steps=2), train_dataset=[{**plain()[0]} for _ in range(16)]
+    ).train()
+    trainer_for(tmp_path, options=options).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-?")) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_what_a_kill_leaves_of_a_removed_checkpoint_is_still_ours(tmp_path, monkeypatch):
+    trainer_for(tmp_path, options={**CONSTANT, "max_steps": 2}).train()
+    folder = tmp_path / "checkpoint-2"
+    monkeypatch.setattr("shutil.rmtree", lambda *_: None)
+    remove(folder)
+    assert [path.name for path in folder.iterdir()] == ["rank_0.json"]
+    assert "the save was interrupted" in (why_incomplete(folder) or "")
 
 
 # ------------------------------------------------------------------------------------------------- the order of the rows
