@@ -30,6 +30,7 @@ from transformers.utils import PushInProgress
 
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.streams import RowStream
+from dts_hf.data.tokenised import TokenisedDataset
 from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_first_process, silent_processes
@@ -187,6 +188,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             found["student_tokenizer"] = describe_tokenizer(self.processing_class)
         return found
+
+    def describe_objective(self) -> dict[str, Any]:
+        """What is minimised, as JSON: a run that goes on must have the same."""
+        return {}
 
     def facts_for_trackers(self) -> dict[str, Any]:
         """What trackers are to know of the run besides its arguments and the model's configuration."""
@@ -439,7 +444,8 @@ class ResumableTrainer(EvenBatchesTrainer):
             if self.args.should_save:
                 step, resumable = self.state.global_step, not self.args.save_only_model
                 models = self.models_record or self._models_described
-                mark_complete(folder, step=step, resumable=resumable, models=models, **self.layout())
+                told = {"models": models, "objective": self.describe_objective()}
+                mark_complete(folder, step=step, resumable=resumable, **told, **self.layout())
                 self.whole.add(folder.resolve())
                 run = folder.parent.parent if self._interrupting else folder.parent
                 keep = [self.state.best_model_checkpoint]
@@ -489,6 +495,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             "device": self.args.device.type,  # the same recipe takes a GPU where it finds one
             "optim": str(getattr(self.args.optim, "value", self.args.optim)),
             "token_digest": rows.digest if isinstance(rows, EncodedDataset) else None,
+            "row_digest": rows.digest if isinstance(rows, TokenisedDataset) else None,
         }
 
     # -------------------------------------------------------------------------------------------- checkpoints, resumed
@@ -499,8 +506,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: it cannot be exact; says why, and what to launch instead.
         """
-        was, now = read_complete(folder).get("models", {}), self.models_record or self._models_described
-        refuse_changed_models(str(folder), was, now, "train from the beginning")
+        record = read_complete(folder)
+        now = self.models_record or self._models_described
+        refuse_changed_models(str(folder), record.get("models", {}), now, "train from the beginning")
+        exact_resume.check_objective(folder, record.get("objective", {}), self.describe_objective())
         exact_resume.check_layout(
             folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha
         )

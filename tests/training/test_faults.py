@@ -709,9 +709,9 @@ def test_a_log_line_that_finds_no_space(tmp_path: Path) -> None:
             run.append_log({"step": 2, "text": "x" * 9000})
         said = failures.one_sentence(caught.value) or ""
         assert said.startswith(f"{disk.run / 'log.jsonl'}: No space left on device (0 kB free in {disk.run})"), said
-        with pytest.raises(RunError) as wrapped, failures.writing(tmp_path / "outside"):
-            with failures.writing(tmp_path / "inside"):
-                run.append_log({"step": 2, "text": "x" * 9000})
+        outside, inside = failures.writing(tmp_path / "outside"), failures.writing(tmp_path / "inside")
+        with pytest.raises(RunError) as wrapped, outside, inside:
+            run.append_log({"step": 2, "text": "x" * 9000})
         assert str(wrapped.value).count("cannot write") == 1 and "log.jsonl" in str(wrapped.value)
         disk.ballast.unlink()
         run.append_log({"step": 2})
@@ -724,9 +724,9 @@ def test_what_a_full_disk_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     said = failures.one_sentence(rust) or ""
     assert f"free in {Path.cwd()} and " in said and f"free in {tmp_path}); free some space" in said
-    with pytest.raises(RunError, match=rf"cannot write {tmp_path}/final: No space .*free in {tmp_path}"):
-        with failures.writing(tmp_path / "final"):
-            raise rust
+    says = rf"cannot write {tmp_path}/final: No space .*free in {tmp_path}"
+    with pytest.raises(RunError, match=says), failures.writing(tmp_path / "final"):
+        raise rust
     quota = OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / "x"))
     assert "x: Disk quota exceeded (" in (failures.one_sentence(quota) or "")
     assert f"free in {tmp_path}, of which a quota holds back the rest)" in (failures.one_sentence(quota) or "")

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from dts_hf.errors import UserError
 from dts_hf.runs.checkpoints import mark_complete, read_complete, remove, why_incomplete
+from dts_hf.temperature import build_policy
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import ROWS, arguments, losses, plain, trainer_for
 
@@ -177,6 +178,88 @@ def test_a_checkpoint_of_another_trainer_is_called_that(tmp_path):
     (tmp_path / "checkpoint-2" / "rank_0.json").write_text("{}")
     with pytest.raises(UserError, match="the save was interrupted"):
         trainer.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_another_loss_is_refused_by_name(tmp_path):
+    options = {**CONSTANT, "max_steps": 4}
+    was = {"divergence": {"name": "jsd", "beta": 0.3}, "temperature": {"name": "dts", "t_init": 3.0}, "kd_ratio": 0.5}
+    trainer_for(tmp_path, options=options, **was).train()
+    changes = [
+        ({"divergence": {"name": "jsd", "beta": 0.4}}, r"\n  divergence\.options\.beta: was 0\.3, now 0\.4\n"),
+        ({"divergence": "forward_kl"}, r"numbers of neither:\n  divergence\.name: was \"jsd\", now \"forward_kl\"\n"),
+        ({"kd_ratio": 0.7}, r"\n  kd_ratio: was 0\.5, now 0\.7\n"),
+        ({"temperature_scaling": "none"}, r"temperature_scaling: was \"squared\", now \"none\""),
+        ({"temperature": {"name": "dts", "t_init": 2.0}}, r"temperature\.options\.t_init: was 3\.0, now 2\.0"),
+        (
+            {"temperature": {"name": "dts", "t_init": 3.0, "rule": "paper"}},
+            r"options\.rule: was \"gap\", now \"paper\"",
+        ),
+        ({"temperature": 2.0}, r"numbers of neither:\n  temperature\.name: was \"dts\", now \"constant\"\nSet"),
+    ]
+    for change, named in changes:
+        trainer = trainer_for(tmp_path, options=options, **{**was, **change})
+        with pytest.raises(UserError, match=named) as caught:
+            trainer.train(str(tmp_path / "checkpoint-2"))
+        assert "its loss is not the one that it was trained with" in str(caught.value)
+        assert trainer.state.global_step == 0
+    same = trainer_for(tmp_path, options=options, **was, logits_budget_mb=1)  # how work is cut up is no change
+    assert same.train(str(tmp_path / "checkpoint-2")).global_step == 4
+
+
+def test_an_object_that_has_moved_is_the_same_policy(tmp_path):
+    options = {**CONSTANT, "max_steps": 4}
+    for policy in ({"name": "dts", "range": "auto", "support_max": 40}, {"name": "ctkd"}, build_policy("dts")):
+        folder = tmp_path / str(getattr(policy, "name", None) or policy["name"])
+        trainer = trainer_for(folder, options=options, temperature=policy)
+        trainer.train()
+        assert trainer.train(str(folder / "checkpoint-2")).global_step == 4
+        assert trainer_for(folder, options=options, temperature=policy).train(True).global_step == 4
+
+
+def test_other_rows_that_were_tokenised_elsewhere_are_refused(tmp_path):
+    options = {**CONSTANT, "max_steps": 4}
+    rows = plain()
+    trainer_for(tmp_path, rows=rows, options=options).train()
+    other_token, other_label = ([{**row} for row in rows] for _ in range(2))
+    other_token[5]["input_ids"] = [*rows[5]["input_ids"][:-1], 7]
+    other_label[5]["labels"] = [*rows[5]["labels"][:-1], -100]
+    for changed in (other_token, other_label, [*rows[1:], rows[0]], datasets.Dataset.from_list(other_token)):
+        with pytest.raises(
+            UserError, match=r"the rows of train_dataset are others \(their tokens, labels, or order\)"
+        ):
+            trainer_for(tmp_path, rows=changed, options=options).train(True)
+    padded = [
+        {"input_ids": [*row["input_ids"], 2, 2], "labels": [*row["labels"], -100, -100],
+         "attention_mask": [*[1] * len(row["labels"]), 0, 0]} for row in rows
+    ]  # fmt: skip
+    for same in (rows, datasets.Dataset.from_list(rows), padded, Own(rows)):
+        assert trainer_for(tmp_path, rows=same, options=options).train(True).global_step == 4
+
+
+class Own(torch.utils.data.Dataset):
+    """Rows of a class of one's own."""
+
+    def __init__(self, rows, change=lambda row: row):
+        self.rows, self.change = rows, change
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.change(self.rows[index])
+
+
+def test_rows_that_are_made_anew_each_time_are_not_compared(tmp_path):
+    """As by an augmentation: nobody can tell whether they are others."""
+    options, drawn = {**CONSTANT, "max_steps": 4}, iter(range(10_000))
+
+    def other(row):
+        return {**row, "input_ids": [next(drawn) % 300, *row["input_ids"][1:]]}
+
+    trainer = trainer_for(tmp_path, rows=Own(plain(), other), options=options)
+    assert trainer.train_dataset.digest is None
+    trainer.train()
+    assert trainer_for(tmp_path, rows=Own(plain(), other), options=options).train(True).global_step == 4
 
 
 def test_checkpoints_of_another_program_stay(tmp_path, capsys):
