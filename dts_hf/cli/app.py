@@ -19,7 +19,7 @@ from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, pul
 from dts_hf.cli import list as list_
 from dts_hf.cli.printing import is_main_process
 from dts_hf.console import guarded_logs, show
-from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError
+from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError, too_long_name
 from dts_hf.runs.failures import GO_ON, one_sentence
 from dts_hf.runs.stopping import Stage, ends, stage
 
@@ -49,6 +49,8 @@ class CommandGroup(TyperGroup):
         except Exception as error:
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
                 raise  # typer's own
+            if (name := too_long_name(error)) is not None:
+                _leave(ExitCode.WRONG_INPUT, f"Error{_who()}: {name} is too long for a file. Choose a shorter name")
             sentence = str(error) if isinstance(error, RunError) else one_sentence(error)
             if sentence is not None:
                 if ctx.invoked_subcommand == "train" and GO_ON not in sentence:

@@ -116,6 +116,7 @@ class RunDirectory:
             UserError: the path is a file, a folder with something in it, or one where something of a run is a link.
         """
         path = Path(path)
+        files.check_name(path, "output.dir")
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file, expected a folder that does not exist yet")
         existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
@@ -170,6 +171,7 @@ class RunDirectory:
             UserError: there is no such folder, or it holds no run.
         """
         path = Path(path)
+        files.check_name(path, "RUN")
         if not path.is_dir():
             siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
             raise UserError(f"{path}: no such run directory.{nearest(path.name, siblings)}")

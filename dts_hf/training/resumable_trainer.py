@@ -46,6 +46,7 @@ from dts_hf.runs.failures import has_no_answer, is_lost_peer, lost_peer_sentence
 from dts_hf.runs.links import refuse_links
 from dts_hf.runs.separate_disks import judged_elsewhere
 from dts_hf.training import exact_resume
+from dts_hf.training.arguments import check_optimizer
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.card import OTHER_ROWS
 from dts_hf.training.clock import TrainingClock
@@ -155,6 +156,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
+        if self.optimizer is None:
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, self.model)
+            )
+            check_optimizer(self.args, *chosen)
         # Here and not earlier: whatever looks at the model to see what it is (heads, packing, routers) has done so.
         self.compile_layers(model, "the student")
         if self.args.world_size > 1:
