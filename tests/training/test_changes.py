@@ -33,6 +33,7 @@ from dts_hf.runs.checkpoints import mark_complete, read_complete
 from dts_hf.runs.comparison import changed_models
 from dts_hf.runs.lock import LOCK
 from dts_hf.training.temperature_callback import TemperatureCallback
+from tests.support.ends import without_times
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, trainer_for
 from tests.workers.resume_worker import prepare
@@ -347,6 +348,25 @@ def test_a_teacher_that_answers_nothing_may_end_answers_as_it_likes(tmp_path):
     put("teacher/generation_config.json", "eos_token_id", 5)(tmp_path)
     live(tmp_path, **alone)
     assert (tmp_path / "run" / "final").is_dir()
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return without_times(json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"])
+
+
+def test_the_first_scores_are_in_the_history_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    """As in the log: the state of the Trainer is what callbacks, trackers and the card read."""
+    folders = [tmp_path / name for name in ("straight", "died")]
+    for folder in folders:
+        prepare(folder)
+    live(folders[0], resume=False)
+    with pytest.raises(Killed):
+        live(folders[1], resume=False, kill_at=2)
+    assert not [*(folders[1] / "run").glob("checkpoint-*")] and (folders[1] / "run" / "scores.json").is_file()
+    live(folders[1])
+    straight, died = (history(folder / "run") for folder in folders)
+    assert [line for line in straight if line["step"] == 0], straight
+    assert died == straight
 
 
 def test_other_tokens_of_the_same_rows_are_refused_whatever_has_made_them(killed, tmp_path):
