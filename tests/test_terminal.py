@@ -176,7 +176,8 @@ ATTACKS = (
     ("train", "recipe.yaml", "data.train=fields.jsonl"), ("train", "recipe.yaml", "data.train=twice.jsonl"),
     ("train", "recipe.yaml", "data.train=table.csv"), ("train", "recipe.yaml", "teacher.model=models/template",
      "data.prompt_template=chat"),
-    ("doctor", f"{NAME}.yaml"), ("doctor", "broken.yaml"), ("doctor", "keys.yaml"), ("doctor", "recipe.yaml", "data.train=long.jsonl"),
+    ("doctor", f"{NAME}.yaml"), ("doctor", "broken.yaml"), ("doctor", "keys.yaml"),
+    ("doctor", "recipe.yaml", "data.train=long.jsonl"),
     ("doctor", "recipe.yaml", "teacher.model=models/odd"),
     ("generate", NAME, "--prompt", "x"), ("generate", "models/odd", "--prompt", "x"),
     ("generate", "models/teacher", "--data", f"{NAME}.jsonl"), ("generate", "models/teacher", "--prompt", NAME),
@@ -184,7 +185,8 @@ ATTACKS = (
     ("evaluate", "models/teacher", "--sets", NAME), ("score", NAME), ("score", f"{NAME}.jsonl"), ("report", NAME),
     ("report", "odd_run"), ("push", NAME), ("push", "odd_run"), ("pull", NAME, "here"), ("chat", NAME), ("list", NAME),
     ("prepare", NAME), ("prepare", "dolly", "--source", NAME), ("prepare", "recipes", "--output", f"{NAME}.txt"),
-    ("init", "--teacher", NAME, "--data", NAME), (NAME,), (f"--{NAME}",), ("train", f"--{NAME}"), ("schema", NAME), ("env", NAME),
+    ("init", "--teacher", NAME, "--data", NAME), (NAME,), (f"--{NAME}",), ("train", f"--{NAME}"), ("schema", NAME),
+    ("env", NAME),
     ("generate", "models/teacher", "--max-new-tokens", NAME),
 )  # fmt: skip
 

@@ -151,8 +151,9 @@ def _disk_failure(error: BaseException) -> _DiskFailure | None:
     if not found:
         return None
     names = [name for link, _ in found if isinstance(name := getattr(link, "filename", None), (str, os.PathLike))]
-    reason, number = next((reason for _, reason in found if reason[1] is not None), found[0][1])
-    return _DiskFailure(reason, number, os.fspath(names[0]) if names else None)
+    reasons = [reason for _, reason in found]
+    words, number = next((reason for reason in reasons if reason[1] is not None), reasons[0])
+    return _DiskFailure(words, number, os.fspath(names[0]) if names else None)
 
 
 def _disk_reason(error: BaseException) -> tuple[str, int | None] | None:
