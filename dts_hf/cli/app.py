@@ -37,7 +37,8 @@ class CommandGroup(TyperGroup):
         try:
             return super().make_context(*args, **kwargs)
         except Exception as error:
-            raise _harmless(error) from None
+            _make_harmless(error)
+            raise
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Call the command; what it raises becomes one message, said by one process."""
@@ -55,7 +56,8 @@ class CommandGroup(TyperGroup):
             _leave(ExitCode.CTRL_C, f"Stopped: Ctrl-C.{train_again}" if is_main_process() else "")
         except Exception as error:
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
-                raise _harmless(error) from None  # typer's own
+                _make_harmless(error)
+                raise  # typer's own
             if (name := too_long_name(error)) is not None:
                 _leave(ExitCode.WRONG_INPUT, f"Error{_who()}: {name} is too long for a file. Choose a shorter name")
             sentence = str(error) if isinstance(error, RunError) else one_sentence(error)
@@ -66,11 +68,10 @@ class CommandGroup(TyperGroup):
             _leave(ExitCode.FAILED, traceback.format_exc())  # Python's own would show the terminal whatever is in it
 
 
-def _harmless(error: Exception) -> Exception:
+def _make_harmless(error: Exception) -> None:
     """What typer says of a command line quotes it as it is: names of files may stand there (``dts-hf schema *``)."""
     if isinstance(message := getattr(error, "message", None), str):
         error.message = printable(message)  # type: ignore[attr-defined]
-    return error
 
 
 def _leave(code: ExitCode, message: str) -> NoReturn:
