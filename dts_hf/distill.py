@@ -24,12 +24,14 @@ from dts_hf.console import say, working
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.errors import UploadError, UserError
+from dts_hf.files import naming
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.runs.comparison import ModelRecord, check_same_rows
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.failures import writing
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, open_run
@@ -111,7 +113,8 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
     save(task, student, tokenizer, run)
     if trainer.is_world_process_zero():
-        scorer.finish(training_facts(trainer, started))
+        with naming(run.path):
+            scorer.finish(training_facts(trainer, started))
         run.clean_up()
         report(recipe, run)
     push(args, run)
@@ -230,7 +233,8 @@ def save(task: Task[Any], student: nn.Module, tokenizer: PreTrainedTokenizerBase
     """
     lora = task.recipe.student.lora
     merge = lora is None or lora.save == "merged"
-    save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
+    with writing(run.final_path):  # safetensors names neither path nor space
+        save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
 
 
 def training_facts(trainer: DistillationBase, started: float) -> dict[str, Any]:
@@ -254,7 +258,8 @@ def report(recipe: Recipe, run: RunDirectory) -> None:
     if recipe.output.report:
         from dts_hf.reporting.report import write_report  # matplotlib takes seconds to load
 
-        write_report(run)
+        with naming(run.path):
+            write_report(run)
 
 
 def push(args: TrainingArguments, run: RunDirectory) -> None:

@@ -19,6 +19,37 @@ from dts_hf.errors import RunError, UserError
 
 #: What a file system answers that cannot flush folders, or lets nobody open this one: there is nothing more to do then.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+SHORTER = "Choose a shorter one"
+LONGEST_BEGINNING = 200  # bytes of a name, so that the temporary one before it fits into 255
+
+
+def check_name(path: Path, key: str) -> None:
+    """Refuse a path that no file can have, before anything is made on the way to it.
+
+    Args:
+        path: need not be there.
+        key: of the recipe, or the option, that names it.
+
+    Raises:
+        UserError: a part of it, or all of it, is too long for the file system.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for part in path.parts:
+        if (size := len(part.encode(errors="surrogatepass"))) > longest:
+            raise UserError(
+                f"{key}: the name {part!r} has {size:,} bytes, and the file system takes {longest}. {SHORTER}"
+            )
+    try:
+        path.lstat()
+    except ValueError:  # NUL: no name at all, and whoever opens it says so
+        return
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            size = len(os.fsencode(path))
+            raise UserError(
+                f"{key}: {str(path)[:100]} ... has {size:,} bytes, too many for a path. {SHORTER}"
+            ) from None
 
 
 def check_output(path: Path, example: str, overwrite: bool) -> None:
@@ -30,8 +61,9 @@ def check_output(path: Path, example: str, overwrite: bool) -> None:
         overwrite: a file that is there may be replaced.
 
     Raises:
-        UserError: a folder, or a file that is there.
+        UserError: a folder, or a file that is there, or a name that is too long.
     """
+    check_name(path, "--output")
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder, expected a file, such as {path / example}")
     if os.path.lexists(path) and not overwrite:
@@ -63,8 +95,9 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
     """As ``write_text_atomic``, of bytes."""
     path = Path(path)
+    name = path.name if len(os.fsencode(path.name)) <= LONGEST_BEGINNING else text_digest(path.name)
     # Containers that share a folder may share process numbers; `tempfile` would make the file unreadable for others
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
             with temporary.open("xb") as file:  # x: never through a link

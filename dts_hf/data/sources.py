@@ -18,6 +18,7 @@ from dts_hf.data.mixture import Mixture, Part, weighted
 from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest, not_readable
+from dts_hf.files import check_name
 from dts_hf.recipe.schema import Source
 
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder
@@ -312,6 +313,7 @@ def hub_dataset(name: str, split: str) -> Any:
     """
     import datasets
 
+    check_name(Path(name), "data")
     path, _, configuration = name.partition(":")
     if path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{path}"):
         # `text` or `json` is no data set, but a reader that would take whatever lies in the current folder.

@@ -10,7 +10,7 @@ from typing import Any
 
 from dts_hf.console import say
 from dts_hf.errors import RunError, UserError
-from dts_hf.files import read_json
+from dts_hf.files import naming, read_json
 from dts_hf.hub.faults import explained, patiently, status_of
 from dts_hf.hub.staging import CARD, METRICS, PROTOCOL, has_weights, is_allowed
 from dts_hf.reporting.facts import format_count
@@ -45,7 +45,8 @@ def pull(repository: str, target: Path, *, revision: str | None = None, token: s
         names = [name for name in offered if is_allowed(name)]
         check_offer(repository, offered, names)
         target.mkdir(parents=True, exist_ok=True)
-        (target / UNFINISHED).write_text(repository, encoding="utf-8")
+        with naming(target / UNFINISHED):
+            (target / UNFINISHED).write_text(repository, encoding="utf-8")
         patiently(
             lambda: snapshot_download(
                 repository, revision=found.sha, local_dir=target, allow_patterns=names, token=token

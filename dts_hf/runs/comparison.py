@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.console import say
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
-from dts_hf.models.description import SET_BY_TRAINER, describe_model, describe_tokenizer, versions
+from dts_hf.models.description import READ_TO_ANSWER, SET_BY_TRAINER, describe_model, describe_tokenizer, versions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
@@ -65,10 +65,15 @@ class ModelRecord:
             found = {"student": describe_model(student, asked.model, asked.revision)}
             if teacher is not None:
                 section = self.recipe.required_teacher
-                found["teacher"] = describe_model(teacher, section.model, section.revision)
+                settings = READ_TO_ANSWER if self._teacher_answers() else ()
+                found["teacher"] = describe_model(teacher, section.model, section.revision, settings)
             return found
 
         self._add(describe)
+
+    def _teacher_answers(self) -> bool:
+        data, evaluation = self.recipe.data, self.recipe.evaluation
+        return data.responses == "teacher" or (data.validation is not None and "teacher" in evaluation.models)
 
     def _add(self, describe: Callable[[], dict[str, Any]]) -> None:
         def look() -> dict[str, Any]:

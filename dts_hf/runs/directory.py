@@ -116,6 +116,7 @@ class RunDirectory:
             UserError: the path is a file, a folder with something in it, or one where something of a run is a link.
         """
         path = Path(path)
+        files.check_name(path, "output.dir")
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file, expected a folder that does not exist yet")
         existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
@@ -170,6 +171,7 @@ class RunDirectory:
             UserError: there is no such folder, or it holds no run.
         """
         path = Path(path)
+        files.check_name(path, "RUN")
         if not path.is_dir():
             siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
             raise UserError(f"{path}: no such run directory.{nearest(path.name, siblings)}")
@@ -302,7 +304,7 @@ class RunDirectory:
         """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""
         if self.log_size() > size:
             self._own_log()
-            with os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
+            with files.naming(self.log_path), os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
                 file.truncate(size)
 
     def _own_log(self) -> None:
@@ -319,7 +321,7 @@ class RunDirectory:
         """
         self._own_log()
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        with os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
+        with files.naming(self.log_path), os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
             files.drop_half_line(file)
             file.write((json.dumps(files.jsonable(record), ensure_ascii=False) + "\n").encode())
 

@@ -21,6 +21,7 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
 from dts_hf.files import read_json
+from dts_hf.models.description import knows_weights
 from dts_hf.models.quantization import check_quantization
 from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
@@ -303,8 +304,11 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
     free = list(MAY_CHANGE)
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
-    if "models" in run.read_data_manifest():  # what is loaded is compared itself (comparison.ModelRecord)
-        free += [f"{role}.{key}" for role in ("teacher", "student") for key in ("model", "tokenizer", "revision")]
+    # What is loaded is compared itself (comparison.ModelRecord), where the record tells one from another
+    known = run.read_data_manifest().get("models", {})
+    for role in ("teacher", "student"):
+        free += [f"{role}.{key}" for key in ("model", "revision") if knows_weights(known.get(role, {}))]
+        free += [f"{role}.tokenizer"] if "student_tokenizer" in known else []  # the teacher's, too, if it has its own
     refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
     if refused:
         lines = [f"  {key}: was {as_text(before, key)}, now {as_text(after, key)}" for key in refused]

@@ -36,7 +36,7 @@ from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
 from dts_hf.training.hub_upload import UPLOAD, card_metadata
 from dts_hf.training.resumable_trainer import ResumableTrainer
 from dts_hf.training.temperature_callback import TemperatureCallback
-from dts_hf.training.tracking import loss_facts, model_facts
+from dts_hf.training.tracking import loss_facts, model_facts, objective_of
 
 TEMPERATURE_STATE = "temperature.json"
 
@@ -102,6 +102,7 @@ class DistillationBase(ResumableTrainer):
         self.eval_loss = DistillationLoss(temperature=Constant(1.0), **options)
         self.temperature.check_classes(self._classes)
         self._fresh_state = copy.deepcopy(self.temperature.state())
+        self._objective = objective_of(self.loss)
         self._budget_asked_for = self.loss.logits_budget_mb  # memory may run out, and the loss then lowers its own
 
     @property
@@ -316,6 +317,9 @@ class DistillationBase(ResumableTrainer):
     def describe_models(self) -> dict[str, Any]:
         teacher, found = self.teacher_model, super().describe_models()
         return found if teacher is None else {**found, "teacher": describe_for_training(teacher, trained=False)}
+
+    def describe_objective(self) -> dict[str, Any]:
+        return self._objective
 
     def extra_state(self) -> ExtraState:
         budget = {"logits_budget_mb": self.loss.logits_budget_mb, "logits_budget_mb_asked_for": self._budget_asked_for}

@@ -160,6 +160,9 @@ class DistillationTrainer(GeneratingTrainer):
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
 
+    def describe_objective(self) -> dict[str, Any]:
+        return {**super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None}
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
 

@@ -369,3 +369,16 @@ def test_what_systems_put_into_any_folder_is_nothing(tmp_path: Path, recipe: Rec
     RunDirectory.create(tmp_path).save_recipe(recipe)
     RunDirectory.create(tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == [name]
+
+
+def test_the_longest_name_that_a_file_may_have(tmp_path: Path) -> None:
+    """The temporary one beside it must not be longer, or work would be lost at its end."""
+    for name in ("x" * 255, "é" * 127, "x.jsonl"):
+        write_text_atomic(tmp_path / name, name)
+        write_text_atomic(tmp_path / name, f"{name} again")
+        assert (tmp_path / name).read_text() == f"{name} again"
+    assert len([*tmp_path.iterdir()]) == 3
+    run = RunDirectory.create(tmp_path / ("r" * 255))
+    run.append_log({"step": 1})
+    run.write_metrics({})
+    assert RunDirectory(run.path).read_log() == [{"step": 1}]
