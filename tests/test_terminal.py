@@ -202,7 +202,9 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("odd", NAME):
         odd = {**config, "model_type": NAME, "architectures": [NAME], NAME: NAME}
         (folder / "models" / name / "config.json").write_text(json.dumps(odd))
-    (folder / "models" / "template" / "chat_template.jinja").write_text(f"{{{{ raise_exception({json.dumps(NAME)}) }}}}")
+    (folder / "models" / "template" / "chat_template.jinja").write_text(
+        f"{{{{ raise_exception({json.dumps(NAME)}) }}}}"
+    )
     good = {"id": f"r{NASTY}", "instruction": "Name a tree.", "output": "An oak."}
     files = {
         "recipe.yaml": RECIPE.replace("overwrite: true", "overwrite: false"),
