@@ -22,7 +22,7 @@ from dts_hf import files
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
-from dts_hf.runs.file_lists import flushed, read_sealed, why_differs, write_sealed
+from dts_hf.runs.file_lists import flushed, why_differs
 from dts_hf.runs.links import make_folder, matching, open_nofollow, refuse_links, remove, remove_files
 from dts_hf.runs.lock import LOCK, is_in_use
 
@@ -227,7 +227,7 @@ class RunDirectory:
         ended = [path for path in sorted(self.final_path.rglob("*")) if path.is_file()]
         listed = flushed(self.path, [*ended, *([self.log_path] if self.log_path.is_file() else [])])
         listed["metrics.json"] = {"size": len(text.encode()), "digest": files.text_digest(text)}
-        write_sealed(self.final_list_path, {"format": 2, "files": listed})
+        files.write_sealed(self.final_list_path, {"format": 2, "files": listed})
         files.write_text_atomic(self.metrics_path, text)
 
     def read_metrics(self) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class RunDirectory:
         """
         if not self.final_list_path.is_file():  # of version 0.1, whose files nobody has listed
             return self._why_broken()
-        listed = read_sealed(self.final_list_path).get("files")
+        listed = files.read_sealed(self.final_list_path).get("files")
         if not isinstance(listed, dict):
             return f"{self.final_list_path.name}, the list of its files, is damaged"
         return why_differs(
@@ -265,14 +265,14 @@ class RunDirectory:
             models: the entries of ``metrics.json`` that were made before training; their predictions and log lines are
                 there already.
         """
-        write_sealed(self.scores_path, {"format": 2, **self.log_mark(), "models": models})
+        files.write_sealed(self.scores_path, {"format": 2, **self.log_mark(), "models": models})
 
     def read_scores(self) -> dict[str, Any]:
         """Return ``scores.json``; empty where it is damaged, or a prediction behind it is lost.
 
         That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
         """
-        scores = read_sealed(self.scores_path)
+        scores = files.read_sealed(self.scores_path)
         return scores if all(self.has_predictions(name) for name in scores.get("models", {})) else {}
 
     def log_size(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dts_hf.console import say
+from dts_hf.data import cache
 from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
@@ -155,6 +156,7 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """
     check_launch(args)
     limit_waiting(args)
+    cache.limit_waiting(args.ddp_timeout if args.world_size > 1 else None)
     if recipe.teacher is not None:
         check_quantization(recipe.teacher.quantization, args.device)
         if recipe.teacher.placement == "sharded":
