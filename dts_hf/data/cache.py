@@ -31,7 +31,7 @@ ROWS, RECORD = "rows.arrow", "record.json"
 #: Seconds that a process waits for another one that makes the same file, while that does not grow; then it goes on without.
 PATIENCE = 3600.0
 SILENCE = 5.0  # seconds of waiting before it is said
-_patience = PATIENCE
+_WAIT = {"seconds": PATIENCE}  # of this process
 
 
 def default_cache() -> Path:
@@ -43,8 +43,7 @@ def default_cache() -> Path:
 
 def limit_waiting(seconds: float | None = None) -> None:
     """Wait for no longer than ``seconds`` for a file of the cache (None: ``PATIENCE``), as for anything else in a launch."""
-    global _patience
-    _patience = PATIENCE if seconds is None else min(PATIENCE, seconds)
+    _WAIT["seconds"] = PATIENCE if seconds is None else min(PATIENCE, seconds)
 
 
 @functools.cache
@@ -155,20 +154,20 @@ def _acquire(file: int, place: Path) -> None:
     except ImportError as error:
         raise NotImplementedError(str(error)) from None
     began, seen, said = time.monotonic(), -1, False
-    end = began + _patience
+    end = began + _WAIT["seconds"]
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             now = time.monotonic()
             if (size := _size(_unfinished(place) / ROWS)) != seen:  # whoever makes it is alive
-                seen, end = size, now + _patience
+                seen, end = size, now + _WAIT["seconds"]
             if now > end:
                 waited = duration(now - began)
                 raise TimeoutError(error.errno, f"{_holder(file)} has held its lock for {waited}", str(place)) from None
             if not said and now > began + SILENCE:
                 said = True
-                say(f"waiting for {_holder(file)}, which makes {place} (at most {duration(_patience)} without progress)")
+                say(f"waiting for {_holder(file)}, which makes {place} (at most {duration(_WAIT["seconds"])} without progress)")
             time.sleep(0.1)
 
 

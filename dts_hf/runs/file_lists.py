@@ -1,6 +1,6 @@
-"""Lists of files with their sizes and checksums, which tell whether a folder still is as it was written.
+"""Lists of files with their sizes and checksums, which tell whether a folder is as it was written.
 
-Such a list is the section ``files`` of a JSON file with a checksum of its own (``files.write_sealed``): a list that is damaged
+Such a list is the section ``files`` of a JSON file with a checksum of its own (``write_sealed``): a list that is damaged
 itself must accuse nobody. The checksums are there against accidents (a bit that flips, a block that a power cut took),
 not against forgers.
 """

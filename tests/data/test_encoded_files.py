@@ -133,7 +133,9 @@ def test_a_template_that_writes_the_date_makes_a_file_a_day(monkeypatch):
     assert encoded_files.fingerprint(ROWS, tokenizer, PLAIN, LIMITS) != today
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "no record", "foreign record", "changed record", "older format", "a file"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "empty", "no record", "foreign record", "changed record", "older format", "a file"]
+)
 def test_a_broken_file_is_made_again(tmp_path, damage):
     expected = encode_rows(ROWS, TOKENIZER, PLAIN, **LIMITS)[0]
     cached(tmp_path)
