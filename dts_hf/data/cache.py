@@ -164,10 +164,13 @@ def _acquire(file: int, place: Path) -> None:
                 seen, end = size, now + _WAIT["seconds"]
             if now > end:
                 waited = duration(now - began)
-                raise TimeoutError(error.errno, f"{_holder(file)} has held its lock for {waited}", str(place)) from None
+                raise TimeoutError(
+                    error.errno, f"{_holder(file)} has held its lock for {waited}", str(place)
+                ) from None
             if not said and now > began + SILENCE:
                 said = True
-                say(f"waiting for {_holder(file)}, which makes {place} (at most {duration(_WAIT["seconds"])} without progress)")
+                limit = duration(_WAIT["seconds"])
+                say(f"waiting for {_holder(file)}, which makes {place} (at most {limit} without progress)")
             time.sleep(0.1)
 
 
