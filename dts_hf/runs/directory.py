@@ -1,9 +1,9 @@
 """The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
 
     recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
-    predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
+    scores.json (of the models before training)  predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
-A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
+A run that is not finished may also have interrupted/checkpoint-*.
 Files are written under a temporary name and then renamed, so a reader never sees half of one. None of all this is a link.
 """
 
@@ -71,10 +71,14 @@ class RunDirectory:
 
     Args:
         path: the folder; use ``create`` for a new run and ``open`` for one that exists.
+
+    Attributes:
+        goes_on: this attempt goes on from a checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.goes_on = False
         self.recipe_path = self.path / "recipe.yaml"
         self.environment_path = self.path / "environment.json"
         self.data_manifest_path = self.path / "data_manifest.json"
@@ -185,8 +189,7 @@ class RunDirectory:
         return [path for path in found if not (path.is_dir() and is_in_use(path))]  # else an upload is going on in it
 
     def clean_up(self) -> None:
-        """Remove what only an unfinished run needs."""
-        self.scores_path.unlink(missing_ok=True)
+        """Remove what only an unfinished run needs. ``scores.json`` stays: should ``metrics.json`` rot, nobody else has them."""
         for broken in self.path.glob(BROKEN_STEP_FILES):
             broken.unlink(missing_ok=True)
         shutil.rmtree(self.path / "interrupted", ignore_errors=True)  # which leaves a link as it is
@@ -225,7 +228,8 @@ class RunDirectory:
         """
         text = files.json_text(values)
         ended = [path for path in sorted(self.final_path.rglob("*")) if path.is_file()]
-        listed = flushed(self.path, [*ended, *([self.log_path] if self.log_path.is_file() else [])])
+        answers = [self.predictions_of(name) for name in self.predictions_names()]
+        listed = flushed(self.path, [*ended, *answers, *([self.log_path] if self.log_path.is_file() else [])])
         listed["metrics.json"] = {"size": len(text.encode()), "digest": files.text_digest(text)}
         files.write_sealed(self.final_list_path, {"format": 2, "files": listed})
         files.write_text_atomic(self.metrics_path, text)
@@ -265,15 +269,35 @@ class RunDirectory:
             models: the entries of ``metrics.json`` that were made before training; their predictions and log lines are
                 there already.
         """
-        files.write_sealed(self.scores_path, {"format": 2, **self.log_mark(), "models": models})
+        answers = [self.predictions_of(name) for name in models if self.has_predictions(name)]
+        # The log of an attempt that goes on has steps of training already: one that begins again cannot keep them
+        mark = {"log_bytes": None} if self.goes_on else self.log_mark()
+        values = {"format": 2, **mark, "models": models, "predictions": flushed(self.path, answers)}
+        files.write_sealed(self.scores_path, values)
 
     def read_scores(self) -> dict[str, Any]:
-        """Return ``scores.json``; empty where it is damaged, or a prediction behind it is lost.
+        """Return ``scores.json``; empty where it is damaged, without the models whose predictions are lost.
 
         That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
         """
         scores = files.read_sealed(self.scores_path)
-        return scores if all(self.has_predictions(name) for name in scores.get("models", {})) else {}
+        models = {name: entry for name, entry in scores.get("models", {}).items() if self.has_predictions(name)}
+        return {**scores, "models": models} if models else {}
+
+    def why_predictions_differ(self, name: str) -> str | None:
+        """Why ``predictions/{name}.jsonl`` is not what it was when ``scores.json`` was written, as the end of a sentence.
+
+        Of a run of an older version only what can no longer be parsed is noticed.
+        """
+        path = self.predictions_of(name).relative_to(self.path).as_posix()
+        listed = files.read_sealed(self.scores_path).get("predictions", {})
+        if path in listed:
+            return why_differs(self.path, {path: listed[path]}, contents=True)
+        try:
+            self.read_predictions(name)
+        except UserError as error:
+            return str(error)
+        return None
 
     def log_size(self) -> int:
         """Bytes of ``log.jsonl``."""
@@ -335,15 +359,19 @@ class RunDirectory:
             rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
         """
         make_folder(self.predictions_path)
-        files.write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
+        files.write_jsonl_atomic(self.predictions_of(name), rows)
 
     def read_predictions(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``predictions/{name}.jsonl``."""
-        return list(files.read_jsonl(self.predictions_path / f"{name}.jsonl"))
+        return list(files.read_jsonl(self.predictions_of(name)))
 
     def has_predictions(self, name: str) -> bool:
         """Whether ``predictions/{name}.jsonl`` is there."""
-        return (self.predictions_path / f"{name}.jsonl").is_file()
+        return self.predictions_of(name).is_file()
+
+    def predictions_of(self, name: str) -> Path:
+        """Where the predictions of a model are."""
+        return self.predictions_path / f"{name}.jsonl"
 
     def predictions_names(self) -> list[str]:
         """Models with predictions: teacher, student before, student, then any other."""

@@ -356,7 +356,7 @@ def test_a_finished_run_keeps_nothing_of_an_unfinished_one(run: RunDirectory) ->
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).write_text("{}")
     run.clean_up()
-    assert tree(run.path) == ["checkpoint-5", "checkpoint-5/complete.json", "recipe.yaml"]
+    assert tree(run.path) == ["checkpoint-5", "checkpoint-5/complete.json", "recipe.yaml", "scores.json"]
     run.clean_up()  # nothing is there to remove
 
 
