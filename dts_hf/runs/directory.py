@@ -189,7 +189,7 @@ class RunDirectory:
         return [path for path in found if not (path.is_dir() and is_in_use(path))]  # else an upload is going on in it
 
     def clean_up(self) -> None:
-        """Remove what only an unfinished run needs. ``scores.json`` stays: should ``metrics.json`` rot, nobody else has them."""
+        """Remove what only an unfinished run needs. ``scores.json`` stays, in case ``metrics.json`` is damaged one day."""
         for broken in self.path.glob(BROKEN_STEP_FILES):
             broken.unlink(missing_ok=True)
         shutil.rmtree(self.path / "interrupted", ignore_errors=True)  # which leaves a link as it is
