@@ -43,7 +43,7 @@ _DISK = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-GO_ON = "Then go on from the newest complete checkpoint: the same command and --resume"
+GO_ON = "Then go on with the same command and --resume, from the newest complete checkpoint if there is one"
 
 
 def one_sentence(error: BaseException) -> str | None:
