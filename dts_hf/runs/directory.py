@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dts_hf import files
+from dts_hf.console import say
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
@@ -71,14 +72,11 @@ class RunDirectory:
 
     Args:
         path: the folder; use ``create`` for a new run and ``open`` for one that exists.
-
-    Attributes:
-        goes_on: this attempt goes on from a checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.goes_on = False
+        self.goes_on = False  # this attempt began from a checkpoint
         self.recipe_path = self.path / "recipe.yaml"
         self.environment_path = self.path / "environment.json"
         self.data_manifest_path = self.path / "data_manifest.json"
@@ -210,16 +208,30 @@ class RunDirectory:
         files.write_json_atomic(self.environment_path, values)
 
     def read_environment(self) -> dict[str, Any]:
-        """Return ``environment.json``."""
-        return files.read_json(self.environment_path)
+        """Return ``environment.json``; empty where it is damaged, for no number depends on it, and one line says so."""
+        try:
+            return files.read_json(self.environment_path)
+        except UserError as error:
+            say(f"{error}. What it said of versions and machine is lost")
+            return {}
 
     def write_data_manifest(self, values: Mapping[str, Any]) -> None:
         """Write ``data_manifest.json``: what was read, its hash, what was dropped."""
         files.write_json_atomic(self.data_manifest_path, values)
 
     def read_data_manifest(self) -> dict[str, Any]:
-        """Return ``data_manifest.json``."""
-        return files.read_json(self.data_manifest_path)
+        """Return ``data_manifest.json``.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return files.read_json(self.data_manifest_path)
+        except UserError as error:
+            raise UserError(
+                f"{error}. It alone knows the rows and models of this run: put the file back from a copy, or train again "
+                "with --overwrite"
+            ) from None
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint. It marks the run as finished.
@@ -227,9 +239,9 @@ class RunDirectory:
         What it speaks of is on the disk before it, and listed in ``final.json``: a power cut cannot leave the mark alone.
         """
         text = files.json_text(values)
-        ended = [path for path in sorted(self.final_path.rglob("*")) if path.is_file()]
         answers = [self.predictions_of(name) for name in self.predictions_names()]
-        listed = flushed(self.path, [*ended, *answers, *([self.log_path] if self.log_path.is_file() else [])])
+        ended = [path for path in [*sorted(self.final_path.rglob("*")), *answers, self.log_path] if path.is_file()]
+        listed = flushed(self.path, ended)
         listed["metrics.json"] = {"size": len(text.encode()), "digest": files.text_digest(text)}
         files.write_sealed(self.final_list_path, {"format": 2, "files": listed})
         files.write_text_atomic(self.metrics_path, text)
@@ -272,8 +284,8 @@ class RunDirectory:
         answers = [self.predictions_of(name) for name in models if self.has_predictions(name)]
         # The log of an attempt that goes on has steps of training already: one that begins again cannot keep them
         mark = {"log_bytes": None} if self.goes_on else self.log_mark()
-        values = {"format": 2, **mark, "models": models, "predictions": flushed(self.path, answers)}
-        files.write_sealed(self.scores_path, values)
+        listed = flushed(self.path, answers)
+        files.write_sealed(self.scores_path, {"format": 2, **mark, "models": models, "predictions": listed})
 
     def read_scores(self) -> dict[str, Any]:
         """Return ``scores.json``; empty where it is damaged, without the models whose predictions are lost.
@@ -375,9 +387,8 @@ class RunDirectory:
 
     def predictions_names(self) -> list[str]:
         """Models with predictions: teacher, student before, student, then any other."""
-        names = sorted(path.stem for path in self.predictions_path.glob("*.jsonl"))
-        first = [name for name in PREDICTION_ORDER if name in names]
-        return first + [name for name in names if name not in first]
+        names = {path.stem for path in self.predictions_path.glob("*.jsonl")}
+        return [name for name in PREDICTION_ORDER if name in names] + sorted(names - {*PREDICTION_ORDER})
 
 
 def _nobodys(folder: Path) -> list[Path]:

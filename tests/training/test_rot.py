@@ -300,6 +300,29 @@ def test_lost_scores_of_the_teacher_are_made_again(runs: Runs) -> None:
     assert "student_before" not in found
 
 
+@pytest.mark.parametrize("kind", ["killed", "finished"])
+@pytest.mark.parametrize("damage", ["empty", "garbage"])
+def test_no_number_depends_on_the_environment(runs: Runs, kind: str, damage: str) -> None:
+    folder = runs.copy(kind, "case")
+    path = folder / "run" / "environment.json"
+    path.write_bytes(DAMAGES[damage](path.read_bytes(), random.Random(0)) or b"")
+    code, text = go_on(folder)
+    assert code == 0, text
+    assert end_of(folder / "run") == end_of(runs.finished / "run")
+    if kind == "killed":
+        assert "environment.json: broken JSON" in text and "versions and machine is lost" in text
+        assert "torch" in json.loads(path.read_text())["packages"]
+
+
+def test_a_damaged_manifest_says_what_to_do(runs: Runs) -> None:
+    folder = runs.copy("killed", "case")
+    (folder / "run" / "data_manifest.json").write_bytes(b"\xc2 garbage")
+    code, text = go_on(folder)
+    assert code == 2 and re.search(
+        r"data_manifest.json: broken JSON.*from a copy, or train again with --overwrite", text
+    )
+
+
 def test_damaged_students_are_not_used(runs: Runs) -> None:
     folder = runs.copy("finished", "case")
     run = folder / "run"
