@@ -214,6 +214,12 @@ def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models, s
     """Score the teacher, and have the student scored once the trainer has placed it and before its first step.
 
     A resume scores a teacher whose scores are lost. The student of a checkpoint is trained.
+
+    Args:
+        scorer: of the task.
+        trainer: has not trained yet.
+        models: the student as it was made.
+        start: knows the scores that an earlier attempt made.
     """
     if models.teacher is not None and "teacher" not in start.scores:
         scorer.score("teacher", models.teacher)

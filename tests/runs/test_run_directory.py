@@ -21,6 +21,7 @@ from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
+from dts_hf.runs.outline import outline
 
 VALUES = {
     "student": {"model": "small"},
@@ -369,3 +370,11 @@ def test_what_systems_put_into_any_folder_is_nothing(tmp_path: Path, recipe: Rec
     RunDirectory.create(tmp_path).save_recipe(recipe)
     RunDirectory.create(tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == [name]
+
+
+def test_the_plan_says_whose_answers_are_trained_on(recipe: Recipe) -> None:
+    """``cached`` would read as if they were there already."""
+    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"responses": "teacher"})})
+    plan = outline(asked, SimpleNamespace(max_steps=4))
+    assert "tokens each), where no earlier run has kept its answers; " in plan and "cached" not in plan
+    assert "kept its answers" not in outline(recipe, SimpleNamespace(max_steps=4))
