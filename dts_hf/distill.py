@@ -105,8 +105,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     scorer = task.make_scorer(run, trainer, models, rows, data, start.scores)
     for callback in scorer.callbacks():
         trainer.add_callback(callback)
-    if start.checkpoint is None:
-        score_untrained(scorer, trainer, models)
+    score_untrained(scorer, trainer, models, start)
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
@@ -214,10 +213,21 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_fr
         trainer.prepare_temperature(trainer.planned_steps())
 
 
-def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models) -> None:
-    """Score the teacher, and have the student scored once the trainer has placed it and before its first step."""
-    if models.teacher is not None:
+def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models, start: Start) -> None:
+    """Score the teacher, and have the student scored once the trainer has placed it and before its first step.
+
+    A resume scores a teacher whose scores are lost. The student of a checkpoint is trained.
+
+    Args:
+        scorer: of the task.
+        trainer: has not trained yet.
+        models: the student as it was made.
+        start: knows the scores that an earlier attempt made.
+    """
+    if models.teacher is not None and "teacher" not in start.scores:
         scorer.score("teacher", models.teacher)
+    if start.checkpoint is not None:
+        return
     score_before = partial(scorer.score, "student_before", models.student)
     trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
 

@@ -19,6 +19,7 @@ from dts_hf.errors import RunError, UserError
 
 #: What a file system answers that cannot flush folders, or lets nobody open this one: there is nothing more to do then.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+CHECKSUM = "checksum"  # of the rest of a JSON file, in itself
 SHORTER = "Choose a shorter one"
 LONGEST_BEGINNING = 200  # bytes of a name, so that the temporary one before it fits into 255
 
@@ -175,6 +176,28 @@ def write_json_atomic(path: str | Path, values: Any) -> None:
 def json_text(values: Any) -> str:
     """What ``write_json_atomic`` writes."""
     return json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write ``values`` as JSON with a checksum of themselves."""
+    plain = {key: value for key, value in jsonable(values).items() if key != CHECKSUM}
+    write_json_atomic(path, {**plain, CHECKSUM: _checksum(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``write_sealed`` wrote, or an older version without a checksum; empty where that is not what is there."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    seal = values.pop(CHECKSUM, None)
+    return values if seal == _checksum(values) or (seal is None and values.get("format", 1) == 1) else {}
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return text_digest(json.dumps(values, sort_keys=True))
 
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

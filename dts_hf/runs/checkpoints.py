@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from dts_hf.console import say
 from dts_hf.errors import RunError, UserError
-from dts_hf.files import check_no_link, flush, read_json, write_json_atomic
-from dts_hf.runs.file_lists import flushed, read_sealed, why_differs, write_sealed
+from dts_hf.files import check_no_link, flush, read_json, read_sealed, write_json_atomic, write_sealed
+from dts_hf.runs.file_lists import flushed, why_differs
 from dts_hf.runs.links import matching, remove_files
 from dts_hf.runs.readable import why_unreadable
 

@@ -46,7 +46,7 @@ _DISK = {
 #: The disk is all right, and takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, None)  # None: most likely
 FEW_INODES = 1000  # fewer than these are left: it may be they that have run out
-GO_ON = "Then go on from the newest complete checkpoint: the same command and --resume"
+GO_ON = "Then go on with the same command and --resume, from the newest complete checkpoint if there is one"
 
 
 def one_sentence(error: BaseException) -> str | None:

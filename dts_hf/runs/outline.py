@@ -19,7 +19,10 @@ def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     yield "read and encode the rows"
     yield "load the student" if recipe.teacher is None else "load teacher and student"
     if data.responses == "teacher":
-        yield f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
+        yield (
+            f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each), where no earlier run has "
+            "kept its answers"
+        )
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))
     before = [
         name for name in evaluation.models if name != "student" and (name != "teacher" or recipe.teacher is not None)

@@ -31,7 +31,7 @@ from transformers.utils import PushInProgress
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.streams import RowStream
 from dts_hf.data.tokenised import TokenisedDataset
-from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
+from dts_hf.distributed.checkpoint_reading import data_only, in_form_of, refuse_pickled_weights
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_first_process, silent_processes
 from dts_hf.errors import RunError, UserError
@@ -100,6 +100,7 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_rng_state": "(self, checkpoint)",
+    "_load_scaler": "(self, checkpoint)",
     "_issue_warnings_after_load": "(self, load_result)",
     # The Hub
     "_save": "(self, output_dir=None, state_dict=None)",
@@ -557,8 +558,15 @@ class ResumableTrainer(EvenBatchesTrainer):
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with exact_resume.loading(resume_from_checkpoint):
+        refuse_pickled_weights(resume_from_checkpoint)
+        with data_only(resume_from_checkpoint), exact_resume.loading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # Without fp16 there is none, whatever lies in the folder: another precision is refused before
+        if self.accelerator.scaler is not None:
+            with exact_resume.loading(checkpoint):
+                super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with data_only(str(checkpoint)), exact_resume.loading(checkpoint):  # as it is, but refused in our words
