@@ -34,7 +34,7 @@ def check_name(path: Path, key: str) -> None:
     Raises:
         UserError: a part of it, or all of it, is too long for the file system.
     """
-    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     for part in path.parts:
         if (size := len(part.encode(errors="surrogatepass"))) > longest:
