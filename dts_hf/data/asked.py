@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dts_hf.data.columns import ALIASES, Record
@@ -34,6 +34,27 @@ def asked_row(obj: Any, where: str, default_id: str) -> tuple[Row, bool]:
     if row.kind == "text":
         raise UserError(f"{where}: row '{row.id}' is a text, which asks nothing: expected rows with a prompt")
     return row, filled is None
+
+
+def unique_ids(records: Iterable[tuple[Row, Any]], source: str) -> Iterator[tuple[Row, Any]]:
+    """``records``, of which no two have one id: the sampling noise of an answer follows it.
+
+    Args:
+        records: rows, and whatever comes with each.
+        source: what errors call them.
+
+    Raises:
+        UserError: two have.
+    """
+    places: dict[str, int] = {}
+    for place, (row, rest) in enumerate(records, 1):
+        before = places.setdefault(row.id, place)
+        if before != place:
+            raise UserError(
+                f"--data: {source}: rows {before} and {place} have the id '{row.id}'; expected one of its own for each, or "
+                "none: rows without are numbered"
+            )
+        yield row, rest
 
 
 def with_answer(obj: Mapping[str, Any], row: Row, answer: str, *, cut: bool, number: int | None = None) -> dict[str, Any]:

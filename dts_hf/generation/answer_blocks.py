@@ -7,6 +7,7 @@ itself appears once all blocks are there, then its manifest, and then the folder
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,13 +76,10 @@ class AnswerBlocks:
         Raises:
             UserError: as ``check``, or the folder cannot be made.
         """
-        on_first_process(lambda: self._begin(identity, overwrite), self.rank, self.world)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # each machine may have its own
-        except OSError as error:
-            raise UserError(f"{self.key}: cannot make the folder {self.folder}: {error.strerror}") from None
-        mine = read_json(self.folder / IDENTITY_FILE) == {**identity} and self._whole_blocks()
-        return set().union(*gathered(mine or set(), self.world))
+        on_first_process(lambda: self._check(identity, overwrite), self.rank, self.world)
+        on_first_process(lambda: self._begin(identity), self.rank, self.world)
+        self._begin(identity)  # each machine may have a folder of its own; one that all share is ready
+        return set().union(*gathered(self._whole_blocks(), self.world))
 
     def write(self, number: int, lines: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
         """Keep one block.
@@ -120,7 +118,8 @@ class AnswerBlocks:
             for number, content in part.items() if self.rank == 0 else ():
                 write_bytes_atomic(self._block(number), content)
         made = on_first_process(lambda: self._finish(count, identity, overwrite, summary), self.rank, self.world)
-        self._remove()
+        with contextlib.suppress(FileNotFoundError):  # in a folder that all share another process is faster
+            self._remove()
         return made
 
     def read_manifest(self) -> dict[str, Any]:
@@ -162,18 +161,17 @@ class AnswerBlocks:
     def _was_changed(self, manifest: Mapping[str, Any]) -> bool:
         return not self.path.is_file() or file_sha256(self.path) != manifest.get("sha256")
 
-    def _begin(self, identity: Mapping[str, Any], overwrite: bool) -> None:
-        goes_on = self._check(identity, overwrite) == "unfinished" and read_json(self.folder / IDENTITY_FILE)
-        if not goes_on:
-            self._remove()
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        if read_json(self.folder / IDENTITY_FILE) == identity:
+            for left in self.folder.glob(".*.tmp") if self.rank == 0 else ():  # of a process that was killed in a write
+                left.unlink(missing_ok=True)
+            return
+        self._remove()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.key}: cannot make the folder {self.folder}: {error.strerror}") from None
-        for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
-        if not goes_on:
-            write_json_atomic(self.folder / IDENTITY_FILE, identity)
+        write_json_atomic(self.folder / IDENTITY_FILE, identity)
 
     def _finish(self, count: int, identity: Mapping[str, Any], overwrite: bool, summary: Any) -> dict[str, Any]:
         assembled, sha256, facts = self.folder / ASSEMBLED, hashlib.sha256(), []
