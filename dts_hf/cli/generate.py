@@ -16,7 +16,9 @@ EPILOG = (
     " dts-hf generate runs/first --data rows.jsonl --output answers.jsonl; rows to train on:"
     " dts-hf generate TEACHER --data rows.jsonl --out answered.jsonl --temperature 1 --answers 4 --best-of mean"
 )
-OUT_HELP = "Rows to train on (data.train), from answers that are filtered; a killed call goes on. See docs/sequence_level.md."
+OUT_HELP = (
+    "Rows to train on (data.train): answers that pass filters; a killed call goes on. See docs/sequence_level.md."
+)
 SCORER_HELP = "The model whose log-probability --best-of asks; default: MODEL itself."
 
 
@@ -56,9 +58,9 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a student or any model; dts-hf score can score what --output holds."""
+    from dts_hf.generation.answers import AnswerSettings, said_of
     from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
     from dts_hf.inference.generate import GenerateOptions, check_options, generate_answers
-    from dts_hf.generation.answers import AnswerSettings, said_of
 
     options = GenerateOptions(
         prompts=tuple(prompt or ()),
@@ -73,7 +75,9 @@ def command(
         rows=rows,
         overwrite=overwrite,
     )
-    check_options(options, out, {"answers": answers > 1, "best-of": best_of, "scorer": scorer, "split": split != "train"})
+    check_options(
+        options, out, {"answers": answers > 1, "best-of": best_of, "scorer": scorer, "split": split != "train"}
+    )
     if out is not None:
         settings = AnswerSettings(options.settings, answers, cut, max_repetition, best_of)
         manifest, there = write_answer_data(

@@ -57,7 +57,9 @@ def unique_ids(records: Iterable[tuple[Row, Any]], source: str) -> Iterator[tupl
         yield row, rest
 
 
-def with_answer(obj: Mapping[str, Any], row: Row, answer: str, *, cut: bool, number: int | None = None) -> dict[str, Any]:
+def with_answer(
+    obj: Mapping[str, Any], row: Row, answer: str, *, cut: bool, number: int | None = None
+) -> dict[str, Any]:
     """The columns of ``obj`` with another response, as ``data.train`` takes them.
 
     Conversations become ``messages``; of other rows the column of the response is replaced. The response that was there

@@ -156,14 +156,18 @@ class AnswerBlocks:
         other = differences(manifest["identity"], identity)
         if other:
             return f"{self.path} holds rows of other settings ({'; '.join(other)})"
-        return f"{self.path} has been changed since it was written (its sha256 is not that of {self.manifest_path.name})"
+        return (
+            f"{self.path} has been changed since it was written (its sha256 is not that of {self.manifest_path.name})"
+        )
 
     def _was_changed(self, manifest: Mapping[str, Any]) -> bool:
         return not self.path.is_file() or file_sha256(self.path) != manifest.get("sha256")
 
     def _begin(self, identity: Mapping[str, Any]) -> None:
         if read_json(self.folder / IDENTITY_FILE) == identity:
-            for left in self.folder.glob(".*.tmp") if self.rank == 0 else ():  # of a process that was killed in a write
+            for left in (
+                self.folder.glob(".*.tmp") if self.rank == 0 else ()
+            ):  # of a process that was killed in a write
                 left.unlink(missing_ok=True)
             return
         self._remove()

@@ -231,9 +231,7 @@ def _best(
     if settings.best_of is None or len(answers) < 2:
         return answers
     assert answerer.score is not None
-    scores = [
-        total / (tokens if settings.best_of == "mean" else 1) for total, tokens in answerer.score(row, answers)
-    ]
+    scores = [total / (tokens if settings.best_of == "mean" else 1) for total, tokens in answerer.score(row, answers)]
     counts["not_best"] += len(answers) - 1
     return [answers[scores.index(max(scores))]]  # of equal ones the first
 
@@ -252,7 +250,18 @@ def summary(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     total: Counter[str] = Counter()
     for block in facts:
         total.update(block["counts"])
-    names = ("rows", "no_prompt", "generated", "empty", "cut", "repeating", "not_best", "kept", "kept_cut", "rows_answered")
+    names = (
+        "rows",
+        "no_prompt",
+        "generated",
+        "empty",
+        "cut",
+        "repeating",
+        "not_best",
+        "kept",
+        "kept_cut",
+        "rows_answered",
+    )
     without = [row_id for block in facts for row_id in block["without"]]
     return {**{name: total[name] for name in names}, "without_answer": without[:MOST_NAMED]}
 

@@ -113,7 +113,14 @@ def write_answer_data(model: str, options: AnswerDataOptions) -> tuple[Mapping[s
     )
     items = _items(options, read)
     made = write_answers(
-        blocks, identity, items, read.count, answerer, options.settings, overwrite=options.overwrite, progress="answers"
+        blocks,
+        identity,
+        items,
+        read.count,
+        answerer,
+        options.settings,
+        overwrite=options.overwrite,
+        progress="answers",
     )
     return made, False
 
@@ -168,12 +175,12 @@ def _items(options: AnswerDataOptions, read: _Read) -> Iterator[tuple[Row, Any]]
             break
         yield item
     if (count, digest.hexdigest()) != read:
-        raise UserError(f"--data: {options.data} was written to while its rows were answered; begin anew with --overwrite")
+        raise UserError(
+            f"--data: {options.data} was written to while its rows were answered; begin anew with --overwrite"
+        )
 
 
-def _load(
-    model: str, options: AnswerDataOptions, label: str, template: str | None, device: torch.device
-) -> Speaker:
+def _load(model: str, options: AnswerDataOptions, label: str, template: str | None, device: torch.device) -> Speaker:
     subject = find_subject(model)
     named: str | Template = template or template_of(subject)
     dtype = options.dtype or subject.dtype or "float32"

@@ -105,7 +105,7 @@ def answer_settings(recipe: Recipe) -> AnswerSettings:
     return AnswerSettings(generation, cut=data.cut_answers, max_repetition=data.max_repetition)
 
 
-def _lines(row: Row, place: int, answers: Sequence[Answer]) -> Iterator[Mapping[str, Any]]:
+def _lines(_row: Row, place: int, answers: Sequence[Answer]) -> Iterator[Mapping[str, Any]]:
     for answer in answers:
         yield {"place": place, "text": answer.text, "finish_reason": CUT if answer.cut else "stop"}
 
