@@ -28,7 +28,7 @@ ROWS = [
     {"id": f"r{k}", "instruction": f"Say {'it ' * (k % 4)}{k}", "output": f"yes {k}", "topic": k % 3}
     for k in range(21)
 ]
-SAMPLING = ("--temperature", "1", "--max-new-tokens", "8", "--batch-size", "4", "--max-repetition", "1")
+SAMPLING = ("--temperature", "2.5", "--max-new-tokens", "8", "--batch-size", "4", "--max-repetition", "1")
 
 
 def invoke(*arguments: str) -> Result:
@@ -67,7 +67,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def settings(**values: Any) -> AnswerSettings:
-    generation = {"max_new_tokens": 8, "batch_size": 4, "do_sample": True, **values.pop("generation", {})}
+    generation = {
+        "max_new_tokens": 8,
+        "batch_size": 4,
+        "do_sample": True,
+        "temperature": 2.5,
+        **values.pop("generation", {}),
+    }
     return AnswerSettings(GenerationSettings(**generation), **{"cut": "keep", "max_repetition": 1.0, **values})
 
 
@@ -84,11 +90,11 @@ def written(
 
 
 def test_rows_keep_their_columns_and_are_trained_on_as_they_are(place: Path) -> None:
-    said = generated("--out", "new/a.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2")
+    said = generated("--out", "new/a.jsonl", *SAMPLING, "--temperature", "1.5", "--cut", "keep", "--answers", "2")
     rows, manifest = read("new/a.jsonl"), json.loads(Path("new/a.manifest.json").read_text())
     assert "of 42 answers to 21 rows kept" in said and sorted(path.name for path in Path("new").iterdir()) == [
         "a.jsonl", "a.manifest.json"]  # fmt: skip
-    assert len(rows) == manifest["counts"]["kept"] > 30 and manifest["sha256"] == file_sha256("new/a.jsonl")
+    assert len(rows) == manifest["counts"]["kept"] > 20 and manifest["sha256"] == file_sha256("new/a.jsonl")
     by_id = {row["id"]: row for row in ROWS}
     for row in rows:
         before = by_id[row["source_id"]]
@@ -102,7 +108,7 @@ def test_rows_keep_their_columns_and_are_trained_on_as_they_are(place: Path) -> 
     assert {row.cut for row in again} == {True, False}
     identity = manifest["identity"]
     assert identity["model"]["name"] == "model" and identity["model"]["weights"].startswith("xxh3:")
-    assert identity["model"]["template"]["name"] == "chat" and identity["settings"]["temperature"] == 1.0
+    assert identity["model"]["template"]["name"] == "chat" and identity["settings"]["temperature"] == 1.5
 
 
 def test_a_student_is_trained_on_what_was_written(place: Path) -> None:
@@ -131,7 +137,7 @@ def test_k_answers_have_noise_of_their_own_and_the_first_is_the_one_alone(place:
     texts: dict[str, dict[int, str]] = {}
     for row in read("three.jsonl"):
         texts.setdefault(row["source_id"], {})[int(row["id"].rpartition("#")[2])] = row["output"]
-    assert sum(len({*found.values()}) > 1 for found in texts.values()) > 15
+    assert sum(len({*found.values()}) > 1 for found in texts.values()) > 10
     assert {row["id"]: row["output"] for row in read("one.jsonl")} == {
         name: found[1] for name, found in texts.items() if 1 in found
     }
@@ -279,8 +285,8 @@ def same(one: str, other: str) -> bool:
 
 
 def test_kills_leave_no_trace_in_what_comes_out(place: Path) -> None:
-    work(place, "kill", "0", "3", "2")
-    assert same("whole.jsonl", "killed.jsonl") and len(read("whole.jsonl")) > 30
+    work(place, "kill", "0", "2", "1")
+    assert same("whole.jsonl", "killed.jsonl") and len(read("whole.jsonl")) > 20
 
 
 @pytest.mark.soak

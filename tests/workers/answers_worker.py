@@ -20,7 +20,10 @@ from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
 from tests.support.launching import leave
 
 SETTINGS = AnswerSettings(
-    GenerationSettings(max_new_tokens=8, batch_size=4, do_sample=True), answers=2, cut="keep", max_repetition=1.0
+    GenerationSettings(max_new_tokens=8, batch_size=4, do_sample=True, temperature=2.5),
+    answers=2,
+    cut="keep",
+    max_repetition=1.0,
 )
 
 
