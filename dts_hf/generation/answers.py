@@ -216,8 +216,8 @@ def _kept(
     answers = []
     for number, (tokens, finished) in enumerate(made, 1):
         text = decode_answer(answerer.tokenizer, tokens)
-        # A limit may fall into the middle of a character
-        text = text if finished else text.rstrip("\ufffd").rstrip()
+        if not finished:  # the limit may fall into the middle of a character
+            text = text.removesuffix("\ufffd").rstrip()
         found = fault(text, tokens, finished, settings.cut, settings.max_repetition)
         counts[found or "sound"] += 1
         if found is None:

@@ -97,11 +97,11 @@ def test_columns_of_an_earlier_call_stay() -> None:
 def test_a_text_asks_nothing_and_a_wrong_row_is_named() -> None:
     with pytest.raises(UserError, match="row 'r1' is a text"):
         asked_row({"text": "Once"}, "rows.jsonl: line 1", "r1")
-    with pytest.raises(UserError, match="rows.jsonl: line 2"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: line 2"):
         asked_row({"prompt": 3}, "rows.jsonl: line 2", "r2")
 
 
-# ----------------------------------------------------------------------------------------------------- responses that were cut
+# -------------------------------------------------------------------------------------------- responses that were cut
 
 
 def learned(row: Row, template: str, **tokenizer: Any) -> str:

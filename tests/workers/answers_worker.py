@@ -1,4 +1,4 @@
-"""Processes of test_answer_data.py. ``kill``: calls that die with SIGKILL at chosen moments, or at random ones, then one that
+"""Processes of test_answer_data.py. ``kill``: calls that die with SIGKILL at chosen moments or at random, then one that
 ends. ``share``: the rows of one process of several."""
 
 from __future__ import annotations
