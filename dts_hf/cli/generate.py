@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dts_hf.cli.printing import AsJson, is_main_process, print_answer, print_json
 from dts_hf.console import show
 from dts_hf.recipe.schema import Dtype
+
+if TYPE_CHECKING:
+    from dts_hf.inference.generate import GenerateOptions
 
 EPILOG = (
     'Example: [bold]dts-hf generate runs/first --prompt "Name a fruit"[/bold], or'
@@ -20,6 +23,16 @@ OUT_HELP = (
     "Rows to train on (data.train): answers that pass filters; a killed call goes on. See docs/sequence_level.md."
 )
 SCORER_HELP = "The model whose log-probability --best-of asks; default: MODEL itself."
+BEST_HELP = "With --out: keep each row's likeliest answer, by log-probability per token or in all."
+Out = Annotated[Path | None, typer.Option(help=OUT_HELP)]
+Split = Annotated[str, typer.Option(help="With --out: of a Hub data set, or a folder with splits.")]
+Answers = Annotated[int, typer.Option(min=1, help="With --out: so many answers a row.")]
+BestOf = Annotated[Literal["mean", "sum"] | None, typer.Option(help=BEST_HELP)]
+Scorer = Annotated[str | None, typer.Option(metavar="MODEL|RUN", help=SCORER_HELP)]
+Cut = Annotated[Literal["drop", "keep"], typer.Option(help="With --out: answers that ran into --max-new-tokens.")]
+MaxRepetition = Annotated[
+    float, typer.Option(min=0, max=1, help="With --out: largest share of 4-grams said before; 1: any.")
+]
 
 
 def command(
@@ -31,25 +44,18 @@ def command(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows to answer; with or without answers of their own.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines of the answers; default: printed.")] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    out: Out = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0: the most likely token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows.")] = None,
-    split: Annotated[str, typer.Option(help="With --out: of a Hub data set, or a folder with splits.")] = "train",
-    answers: Annotated[int, typer.Option(min=1, help="With --out: so many answers a row.")] = 1,
-    best_of: Annotated[
-        Literal["mean", "sum"] | None,
-        typer.Option(help="With --out: keep each row's likeliest answer, by log-probability per token or in all."),
-    ] = None,
-    scorer: Annotated[str | None, typer.Option(metavar="MODEL|RUN", help=SCORER_HELP)] = None,
-    cut: Annotated[
-        Literal["drop", "keep"], typer.Option(help="With --out: answers that ran into --max-new-tokens.")
-    ] = "drop",
-    max_repetition: Annotated[
-        float, typer.Option(min=0, max=1, help="With --out: largest share of 4-grams said before; 1: any.")
-    ] = 0.5,
+    split: Split = "train",
+    answers: Answers = 1,
+    best_of: BestOf = None,
+    scorer: Scorer = None,
+    cut: Cut = "drop",
+    max_repetition: MaxRepetition = 0.5,
     template: Annotated[str | None, typer.Option(help="Prompt template; default: the run's, or auto.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.")] = None,
     overwrite: Annotated[
@@ -58,9 +64,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a student or any model; dts-hf score can score what --output holds."""
-    from dts_hf.generation.answers import AnswerSettings, said_of
-    from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
-    from dts_hf.inference.generate import GenerateOptions, check_options, generate_answers
+    from dts_hf.inference.generate import GenerateOptions, check_options
 
     options = GenerateOptions(
         prompts=tuple(prompt or ()),
@@ -75,28 +79,53 @@ def command(
         rows=rows,
         overwrite=overwrite,
     )
-    check_options(
-        options, out, {"answers": answers > 1, "best-of": best_of, "scorer": scorer, "split": split != "train"}
-    )
-    if out is not None:
-        settings = AnswerSettings(options.settings, answers, cut, max_repetition, best_of)
-        manifest, there = write_answer_data(
-            model,
-            AnswerDataOptions(
-                str(data), out, settings, scorer=scorer, split=split, rows=rows, template=template, dtype=dtype,
-                overwrite=overwrite,
-            ),
-        )  # fmt: skip
-        if is_main_process() and as_json:
-            print_json(manifest)
-        elif is_main_process():
-            show(f"{out}: {'there already: ' * there}{said_of(manifest['counts'])}")
-        return
-    found = generate_answers(model, options)
-    if as_json:
-        print_json({"answers": found})
-    elif output is not None:
-        show(f"{len(found):,} answers: {output}")
+    of_rows = {"answers": answers > 1, "best-of": best_of, "scorer": scorer, "split": split != "train"}
+    check_options(options, out, of_rows)
+    if out is None:
+        _answer(model, options, as_json)
     else:
-        for answer in found:
-            print_answer(answer, alone=len(found) == 1)
+        choice = {"answers": answers, "cut": cut, "max_repetition": max_repetition, "best_of": best_of}
+        _write_rows(model, options, out, choice, scorer, split, as_json)
+
+
+def _answer(model: str, options: GenerateOptions, as_json: bool) -> None:
+    from dts_hf.inference.generate import generate_answers
+
+    answers = generate_answers(model, options)
+    if as_json:
+        print_json({"answers": answers})
+    elif options.output is not None:
+        show(f"{len(answers):,} answers: {options.output}")
+    else:
+        for answer in answers:
+            print_answer(answer, alone=len(answers) == 1)
+
+
+def _write_rows(
+    model: str,
+    options: GenerateOptions,
+    out: Path,
+    choice: dict[str, Any],
+    scorer: str | None,
+    split: str,
+    as_json: bool,
+) -> None:
+    from dts_hf.generation.answers import AnswerSettings, said_of
+    from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
+
+    asked = AnswerDataOptions(
+        str(options.data),
+        out,
+        AnswerSettings(options.settings, **choice),
+        scorer=scorer,
+        split=split,
+        rows=options.rows,
+        template=options.template,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    manifest, there = write_answer_data(model, asked)
+    if is_main_process() and as_json:
+        print_json(manifest)
+    elif is_main_process():
+        show(f"{out}: {'there already: ' * there}{said_of(manifest['counts'])}")

@@ -37,6 +37,9 @@ class AnswerScorer:
         tokenizer: of the model; need not be that of the model that wrote the answers.
         template: how the model is asked.
         name: what errors call it.
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token.
     """
 
     def __init__(

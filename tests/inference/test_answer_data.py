@@ -284,6 +284,7 @@ def same(one: str, other: str) -> bool:
     return whole.read_bytes() == made.read_bytes() and manifests[0] == manifests[1] and len(left) == 2
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace_in_what_comes_out(place: Path) -> None:
     work(place, "kill", "0", "2", "1")
     assert same("whole.jsonl", "killed.jsonl") and len(read("whole.jsonl")) > 20
