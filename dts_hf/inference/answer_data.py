@@ -65,7 +65,7 @@ class AnswerDataOptions:
 class _Read(NamedTuple):
     """How many rows there are, and a digest over all of them in order."""
 
-    count: int
+    rows: int
     digest: str
 
 
@@ -116,7 +116,7 @@ def write_answer_data(model: str, options: AnswerDataOptions) -> tuple[Mapping[s
         blocks,
         identity,
         items,
-        read.count,
+        read.rows,
         answerer,
         options.settings,
         overwrite=options.overwrite,
@@ -171,7 +171,7 @@ def _items(options: AnswerDataOptions, read: _Read) -> Iterator[tuple[Row, Any]]
     digest, count = hashlib.sha256(), 0
     for item in _digested(_records(options), digest):
         count += 1
-        if count > read.count:
+        if count > read.rows:
             break
         yield item
     if (count, digest.hexdigest()) != read:
@@ -221,7 +221,7 @@ def _identity(options: AnswerDataOptions, read: _Read) -> dict[str, Any]:
     settings = dataclasses.asdict(options.settings)
     return {
         "format": FORMAT,
-        "data": {"source": public_name(options.data), "rows": read.count, "sha256": read.digest},
+        "data": {"source": public_name(options.data), "rows": read.rows, "sha256": read.digest},
         "settings": {**settings.pop("generation"), **settings},
     }
 
