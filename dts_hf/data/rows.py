@@ -31,6 +31,7 @@ class Row:
             None for other rows.
         tools: descriptions (JSON schema) of the tools that the conversation may call.
         chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
+        cut: the last response stops where whoever wrote it was stopped, so no end of turn is learned behind it.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Row:
     given: int | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    cut: bool = False
 
     @property
     def response(self) -> str:

@@ -24,6 +24,7 @@ from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
 from dts_hf.evaluation.student_file import student_facts
+from dts_hf.generation.answers import said_of
 from dts_hf.generation.engine import cache_argument
 from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
@@ -114,7 +115,10 @@ class LanguageModeling(Task[DistillationTrainer]):
         count = len(rows.train)
         train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
         if not train:
-            raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
+            raise UserError(
+                "data.responses: teacher, but the teacher answered none of the training prompts "
+                f"({said_of(record['counts'])})"
+            )
         return dataclasses.replace(
             rows, train=train, validation=validation, answers=record, unanswered=answered.count(None)
         )
@@ -172,6 +176,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
+        if rows.answers is not None:
+            yield f"data.responses: teacher: {said_of(rows.answers['counts'])}"
         if is_mixed(rows.train_parts):
             yield f"data.train: {summary(rows.train_parts)}"
         yield f"train: {_report(data.train).summary()}"

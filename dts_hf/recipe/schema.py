@@ -256,6 +256,17 @@ class Data(Section):
         description="Train on the answers in the data, or on the teacher's own (generated once and cached).",
     )
     teacher_max_new_tokens: Count = Field(default=128, description="Longest teacher answer, in tokens.")
+    cut_answers: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="Teacher answers that ran into teacher_max_new_tokens: learned as far as they go, without an end of "
+        "turn, or left out.",
+    )
+    max_repetition: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Teacher answers of which a larger share of 4-grams was said before are left out; 1: none.",
+    )
     max_train_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     max_validation_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     cache_dir: str | None = Field(
