@@ -110,7 +110,7 @@ def _state_for(
         ends = {name: weight for name, weight in state.items() if name in student.state_dict()}
         inside = {prefix + name[len(outer) :]: weight for name, weight in state.items() if name.startswith(outer)}
         state = {**ends, **inside}
-    stacks = [prefix + name for name in _stacks(language_model, _depth(teacher.config.get_text_config()))]
+    stacks = [prefix + name for name in find_stacks(language_model, _depth(teacher.config.get_text_config()))]
     renumbered = {f"{stack}.{old}.": f"{stack}.{new}." for stack in stacks for new, old in enumerate(kept)}
     result = {}
     for name, weight in state.items():
@@ -138,7 +138,7 @@ def _depth(text_config: Any) -> int:
     return int(depth)
 
 
-def _stacks(model: nn.Module, depth: int) -> list[str]:
+def find_stacks(model: nn.Module, depth: int) -> list[str]:
     """Names of the lists of ``depth`` layers in ``model``, but not of lists inside a layer."""
     found = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
@@ -285,7 +285,7 @@ def _kinds(build: Build, config: Any) -> list[Kind]:
         model = build(copy.deepcopy(config))
     depth = int(config.num_hidden_layers)
     modules = dict(model.named_modules())
-    kinds: list[Kind] = [{} for _ in range(depth)] if (stacks := _stacks(model, depth)) else []
+    kinds: list[Kind] = [{} for _ in range(depth)] if (stacks := find_stacks(model, depth)) else []
     for stack in stacks:
         for kind, layer in zip(kinds, modules[stack], strict=True):
             for name, module in layer.named_modules():
