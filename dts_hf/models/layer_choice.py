@@ -90,7 +90,7 @@ def choose_layers(switch: LayerSwitch, choose: str, count: int, fit: Fit, advanc
     if choose == "search":
         few = [1 + place for place in evenly_spaced(min(BLOCKS, count), count)]
         wanted["middle_block"] = best_block(switch, count, few, advance)
-        path = greedy_path(switch, count, advance)
+        path = greedy_path(switch, count, whole, advance)
         wanted["search"] = path[count]
         switch.base(range(total))
         advance()
@@ -133,11 +133,17 @@ def best_block(switch: LayerSwitch, count: int, starts: Sequence[int], advance: 
     return min(found)[1]
 
 
-def greedy_path(switch: LayerSwitch, count: int, advance: Advance) -> dict[int, list[int]]:
+def greedy_path(switch: LayerSwitch, count: int, whole: float, advance: Advance) -> dict[int, list[int]]:
     """Leave out one layer after the other, each time the one whose absence costs least; the base is all layers.
 
-    After the first step only ``TRIED`` layers are tried: a layer that cost much when it was last tried costs no less
-    without its neighbours.
+    After the first step only ``TRIED`` layers are tried: those that cost least when they were last tried. A layer costs
+    more without its neighbours, so others come to the front by and by.
+
+    Args:
+        switch: makes the passes.
+        count: how many layers are left in the end.
+        whole: NLL of all layers.
+        advance: told of each pass.
 
     Returns:
         the layers that are left, by their number.
@@ -145,7 +151,7 @@ def greedy_path(switch: LayerSwitch, count: int, advance: Advance) -> dict[int, 
     kept = list(range(switch.depth))
     path = {len(kept): kept}
     cost = dict.fromkeys(kept, 0.0)
-    tried, before = len(kept), 0.0
+    tried, before = len(kept), whole
     while len(kept) > count:
         if len(kept) < switch.depth:
             before = switch.base(kept)
@@ -156,8 +162,6 @@ def greedy_path(switch: LayerSwitch, count: int, advance: Advance) -> dict[int, 
             cost[layer] = scores[layer] - before
             advance()
         gone = min(scores, key=lambda layer: (scores[layer], layer))
-        if len(kept) == switch.depth:
-            before = 0.0
         kept = [layer for layer in kept if layer != gone]
         path[len(kept)] = kept
         tried = TRIED
