@@ -20,7 +20,7 @@ from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset, Example
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import select_response
-from dts_hf.models.head import Head, loss_in_head
+from dts_hf.models.head import Head, backbone_of, loss_in_head
 from dts_hf.models.pruning import evenly_spaced, find_stacks
 
 #: Rows of a pass; and tokens of all rows together, above which there are fewer rows (but not fewer than ``FEWEST``).
@@ -78,10 +78,31 @@ class Calibration:
         labels = sum(sum(label >= 0 for label in example["labels"][1:]) for example in examples.values())
         return cls(batches, [data.row_ids[row] for row in rows], labels, f"xxh3:{xxh3.hexdigest()}")
 
+    @property
+    def device(self) -> torch.device:
+        return self.batches[0]["input_ids"].device
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"rows": len(self.row_ids), "labels": self.labels, "digest": self.digest}
+
     def nll(self, model: nn.Module) -> float:
         """Mean nats per label of a causal language model, as it is."""
         with quiet_model(model):
             return sum(_nll(model, batch) for batch in self.batches) / self.labels
+
+    def run(self, model: nn.Module, mask: list[Tensor]) -> None:
+        """Feed the rows to the model without its head.
+
+        Args:
+            model: a causal language model.
+            mask: holds the attention mask [B, T] of the batch that is on its way.
+        """
+        with quiet_model(model):
+            for batch in self.batches:
+                mask[:] = [batch["attention_mask"]]
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                backbone_of(model)(**inputs, use_cache=False)
 
 
 def _example(data: EncodedDataset, row: int, whole: bool) -> Example:
@@ -201,6 +222,14 @@ class LayerSwitch:
                 forwards[self.kept[0]] = self._hands_on(self.kept[0], states[same])
             total += self._pass(batch, forwards)
         return total / self.calibration.labels
+
+    @contextmanager
+    def only(self, kept: Sequence[int]) -> Iterator[None]:
+        """Within it the model has the layers ``kept`` alone."""
+        with ExitStack() as stack:
+            for place, forward in self._idle(kept).items():
+                stack.enter_context(_forward_of(self.layers[place], forward))
+            yield
 
     def _pass(self, batch: Batch, forwards: Mapping[int, Callable[..., Any]]) -> float:
         with ExitStack() as stack:

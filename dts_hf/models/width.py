@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,21 @@ from transformers.pytorch_utils import Conv1D
 
 from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError
-from dts_hf.models.calibration import Calibration, quiet_model
+from dts_hf.models.calibration import Calibration
 from dts_hf.models.pruning import Build, build_of, empty_like, fill, find_stacks
 
 #: Keys of configurations that are the width of an MLP; a family has one of them.
 MLP_KEYS = ("ffn_dim", "n_inner", "ffn_hidden_size", "intermediate_size")
 #: Families whose hidden width is cut: their norms are RMSNorms with a plain weight, and ``head_dim`` is a key of its own.
 HIDDEN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-#: By module: the channels that are kept, in ascending order.
-Kept = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 class Mlp(NamedTuple):
     """The MLP of one layer.
 
     Attributes:
-        down: name of the module that reads the I channels.
+        down: name, inside the layer, of the module that reads the I channels.
         up: names of the modules that make them, gates included, and how many times I each makes (2: gate and up in one).
         width: I.
     """
@@ -89,19 +89,6 @@ def parameters_of(build: Build, config: Any) -> int:
         return sum(weight.numel() for weight in build(copy.deepcopy(config)).parameters())
 
 
-def mlp_width(build: Build, config: Any) -> int:
-    """I of a model.
-
-    Args:
-        build: makes it from its configuration.
-        config: of a language model alone.
-
-    Raises:
-        UserError: it has no MLPs of one width in its layers that dts_hf can cut.
-    """
-    return next(iter(find_mlps(build, config).values())).width
-
-
 def find_mlps(build: Build, config: Any) -> dict[int, Mlp]:
     """The MLP of every layer, by its number: what changes its shape with the width of the MLPs.
 
@@ -118,6 +105,8 @@ def find_mlps(build: Build, config: Any) -> dict[int, Mlp]:
     try:
         model, before = _shapes(build, config)
         after = _shapes(build, narrower_config(config, probe, None))[1]
+    except UserError:
+        raise
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{refused}{' '.join(str(error).split())}. Leave mlp out") from error
     depth = int(config.num_hidden_layers)
@@ -134,12 +123,12 @@ def find_mlps(build: Build, config: Any) -> dict[int, Mlp]:
         reads = _reading_dim(model.get_submodule(owner_name))
         if stack is None or reads is None or len(dims) != 1 or kind not in ("weight", "bias"):
             raise UserError(f"{refused}{key} has their width, too, and is no linear layer. Leave mlp out")
-        layer = int(key[len(stack) + 1 :].split(".", 1)[0])
+        number, _, inside = owner_name[len(stack) + 1 :].partition(".")
         if kind == "weight" and dims[0] == reads:
-            downs[layer].append(owner_name)
+            downs[int(number)].append(inside)
             widths.add(shape[dims[0]])
         else:
-            ups[layer][owner_name] = after[key][dims[0]] // probe
+            ups[int(number)][inside] = after[key][dims[0]] // probe
     lacking = [layer for layer in range(depth) if len(downs[layer]) != 1 or not ups[layer]]
     if lacking or len(widths) != 1:
         what = f"layer {lacking[0]} has {len(downs[lacking[0]]) or 'none'}" if lacking else "they differ in width"
@@ -158,43 +147,59 @@ def _reading_dim(module: nn.Module) -> int | None:
 # ---------------------------------------------------------------------------------------------------------- importance
 
 
-def importance(model: nn.Module, calibration: Calibration, modules: Sequence[str], inputs: bool) -> dict[str, Tensor]:
+def importance(
+    model: nn.Module, calibration: Calibration, modules: Mapping[T, nn.Module], inputs: bool
+) -> dict[T, Tensor]:
     """How much each channel says: mean over the real tokens of abs, squared, summed over rows, root (Minitron, 2.2).
 
     Args:
         model: runs once over the rows.
         calibration: the rows.
-        modules: names of those whose channels are weighed up.
+        modules: those whose channels are weighed up, by any names.
         inputs: the channels that go in, else those that come out.
 
     Returns:
-        by module, ``[channels]`` in fp32.
+        by the same names, ``[channels]`` in fp32.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[T, Tensor] = {}
     mask: list[Tensor] = []
 
-    def watch(name: str) -> Any:
+    def watch(name: T) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            values = (args[0] if inputs else output).detach().float().abs()
-            real = mask[0].to(values.dtype)
-            values = values.reshape(*real.shape, -1)  # OPT lays the tokens of all rows end to end
+            real = mask[0].float()
+            values = (args[0] if inputs else output).detach().float().abs().reshape(*real.shape, -1)
             means = (values * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
             sums[name] = sums.get(name, 0) + means.square().sum(0)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
     try:
-        with quiet_model(model):
-            for batch in calibration.batches:
-                mask[:] = [batch["attention_mask"]]
-                model.get_decoder()(  # type: ignore[operator]
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                )
+        calibration.run(model, mask)
     finally:
         for handle in handles:
             handle.remove()
     return {name: value.sqrt() for name, value in sums.items()}
+
+
+@contextmanager
+def masked(modules: Mapping[int, nn.Module], kept: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within it ``modules`` read zeros where a channel is not ``kept``, as if it had been cut."""
+
+    def without(channels: Tensor) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            mask = torch.zeros(args[0].shape[-1], dtype=args[0].dtype, device=args[0].device)
+            mask[channels.to(mask.device)] = 1
+            return (args[0] * mask, *args[1:])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(without(kept[layer])) for layer, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -227,32 +232,31 @@ def cut_mlps(model: PreTrainedModel, channels: Sequence[Tensor]) -> PreTrainedMo
     """
     build, config = build_of(model), model.config.get_text_config()
     mlps = find_mlps(build, config)
+    stack = find_stacks(model, int(config.num_hidden_layers))[0]
     state = dict(model.state_dict())
     for layer, kept in enumerate(channels):
         mlp = mlps[layer]
-        for name, times in {mlp.down: 1, **mlp.up}.items():
+        for inside, times in {mlp.down: 1, **mlp.up}.items():
+            name = f"{stack}.{layer}.{inside}"
             index = torch.cat([kept + k * mlp.width for k in range(times)])
-            reads = _reading_dim(model.get_submodule(name))
-            for kind in ("weight", "bias"):
-                if (weight := state.get(f"{name}.{kind}")) is None or (kind == "bias" and name == mlp.down):
-                    continue
-                dim = 0 if kind == "bias" else (reads if name == mlp.down else 1 - int(reads or 0))
-                state[f"{name}.{kind}"] = weight.index_select(int(dim or 0), index.to(weight.device))
+            reads = int(_reading_dim(model.get_submodule(name)) or 0)
+            dims = {"weight": reads} if inside == mlp.down else {"weight": 1 - reads, "bias": 0}
+            for kind, dim in dims.items():
+                if (weight := state.get(f"{name}.{kind}")) is not None:
+                    state[f"{name}.{kind}"] = weight.index_select(dim, index.to(weight.device))
     narrow = empty_like(model, narrower_config(config, len(channels[0]), None), build)
     fill(narrow, state, type(model).__name__)
     return narrow
 
 
-def norms_of_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the norms over the states inside the layers: before attention, before the MLP."""
-    config = model.config.get_text_config()
-    stacks = find_stacks(model, int(config.num_hidden_layers))
-    return [
-        name for name, module in model.named_modules()
-        if any(name.startswith(f"{stack}.") for stack in stacks)
-        and getattr(getattr(module, "weight", None), "shape", None) == (config.hidden_size,)
-        and "self_attn" not in name
-    ]  # fmt: skip
+def norms_of(layers: Sequence[nn.Module], hidden: int) -> dict[str, nn.Module]:
+    """The norms over states of ``hidden`` channels inside ``layers``: before attention, before the MLP."""
+    return {
+        f"{number}.{name}": module
+        for number, layer in enumerate(layers)
+        for name, module in layer.named_children()
+        if getattr(getattr(module, "weight", None), "shape", None) == (hidden,)
+    }
 
 
 def cut_hidden(model: PreTrainedModel, kept: Tensor) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
 
-    recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
+    recipe.yaml  environment.json  data_manifest.json  [student_init.json]  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
     predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
 A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
@@ -44,6 +44,7 @@ OUR_NAMES = (
     "log.jsonl",
     "environment.json",
     "data_manifest.json",
+    "student_init.json",
     "final",
     "predictions",
     "figures",
@@ -78,6 +79,7 @@ class RunDirectory:
         self.recipe_path = self.path / "recipe.yaml"
         self.environment_path = self.path / "environment.json"
         self.data_manifest_path = self.path / "data_manifest.json"
+        self.student_init_path = self.path / "student_init.json"
         self.log_path = self.path / "log.jsonl"
         self.final_path = self.path / "final"
         self.final_list_path = self.path / "final.json"
@@ -217,6 +219,14 @@ class RunDirectory:
     def read_data_manifest(self) -> dict[str, Any]:
         """Return ``data_manifest.json``."""
         return files.read_json(self.data_manifest_path)
+
+    def write_student_init(self, values: Mapping[str, Any]) -> None:
+        """Write ``student_init.json``: the layers and channels that the student keeps, and what else was measured."""
+        write_sealed(self.student_init_path, values)
+
+    def read_student_init(self) -> dict[str, Any]:
+        """Return ``student_init.json``; empty where it is damaged."""
+        return read_sealed(self.student_init_path)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint. It marks the run as finished.
