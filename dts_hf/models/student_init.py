@@ -163,6 +163,12 @@ def choose(init: Init, source: PreTrainedModel, calibration: Calibration) -> dic
     Raises:
         UserError: a number is too large, the family cannot be cut so, or no layers can be kept so.
     """
+    # The other processes, and a resumed run, build no models to look at: nothing may hang on what these have drawn
+    with torch.random.fork_rng(devices=[]):
+        return _choose(init, source, calibration)
+
+
+def _choose(init: Init, source: PreTrainedModel, calibration: Calibration) -> dict[str, Any]:
     build, config = build_of(source), source.config.get_text_config()
     sizes, total = plan_sizes(init, source.config, build), int(config.num_hidden_layers)
     mlps = find_mlps(build, config) if sizes.mlp is not None or sizes.options else {}
