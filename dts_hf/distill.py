@@ -164,12 +164,12 @@ def student_init(recipe: Recipe, args: TrainingArguments, data: Data, start: Sta
     """
     init, run = recipe.student.init, RunDirectory(recipe.output.dir)
     recorded = on_first_process(run.read_student_init, args.process_index, args.world_size) if start.keep else {}
-    if start.checkpoint is not None and start.checkpoint.resolve().is_relative_to(run.path.resolve()):
-        if init is not None and init.measures and not recorded:
-            raise UserError(
-                f"{run.student_init_path}: missing or damaged, and it alone knows which layers and channels the student of "
-                f"{start.checkpoint.name} has. Put the file back, or start again with --overwrite"
-            )
+    ours = start.checkpoint is not None and start.checkpoint.resolve().is_relative_to(run.path.resolve())
+    if ours and init is not None and init.measures and not recorded:
+        raise UserError(
+            f"{run.student_init_path}: missing or damaged, and it alone knows which layers and channels the student of this "
+            "run has. Put the file back, or start again with --overwrite"
+        )
     return StudentInit(init, data.train if init is not None else None, args.device, recorded)
 
 

@@ -156,9 +156,7 @@ class Task(ABC, Generic[TrainerT]):
         """
 
     @abstractmethod
-    def load_student(
-        self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None
-    ) -> nn.Module:
+    def load_student(self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None) -> nn.Module:
         """The student: loaded, or cut out of ``teacher``; with LoRA where the recipe asks for it.
 
         Args:

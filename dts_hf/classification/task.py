@@ -85,7 +85,7 @@ class Classification(Task[ClassificationDistillationTrainer]):
         self,
         teacher: PreTrainedModel | None,
         seed: int,
-        made: StudentInit | None = None,  # noqa: ARG002 (no row of a task decides what is kept)
+        made: StudentInit | None = None,  # no row of a task decides what is kept
     ) -> nn.Module:
         set_seed(seed)  # a new head is the seed's, whatever was loaded before
         return load_task_student(self.recipe.student, teacher, self.glue)

@@ -91,9 +91,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
 
-    def load_student(
-        self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None
-    ) -> nn.Module:
+    def load_student(self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None) -> nn.Module:
         return load_student(self.recipe.student, teacher, seed, made)
 
     def check_context_length(

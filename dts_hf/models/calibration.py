@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -174,43 +175,46 @@ class LayerSwitch:
 
     def _unknown(self) -> UserError:
         return UserError(
-            f"student.init.choose: the layers of {self.name} do not hand on their states in a way that dts_hf knows, so they "
-            "cannot be left out one by one; expected choose: even, or a list of student.init.layers"
+            f"student.init.choose: the layers of {self.name} do not hand on their states in a way that dts_hf knows, so "
+            "they cannot be left out one by one; expected choose: even, or a list of student.init.layers"
         )
 
     def base(self, kept: Sequence[int]) -> float:
         """Make ``kept`` the layers from which the others differ; their mean NLL per label."""
-        self.kept = list(kept)
-        recorded: list[list[Tensor]] = []
+        self.kept, self._states = list(kept), []
         total, cosines, tokens = 0.0, [0.0] * len(self.kept), 0.0
         for batch in self.calibration.batches:
-            seen: dict[int, Tensor] = {}
-            end: list[Tensor] = []
-
-            def watch(place: int, own: Callable[..., Any]) -> Callable[..., Any]:
-                def forward(*args: Any, **kwargs: Any) -> Any:
-                    seen[place] = self._given(args, kwargs)
-                    output = own(*args, **kwargs)
-                    self._tuples[place] = isinstance(output, tuple)
-                    end[:] = [output[0] if isinstance(output, tuple) else output]
-                    return output
-
-                return forward
-
-            forwards = {place: watch(place, self.layers[place].forward) for place in self.kept}
-            total += self._pass(batch, {**self._idle(self.kept), **forwards})
-            if len(seen) != len(self.kept) or not all(isinstance(state, Tensor) for state in (*seen.values(), *end)):
-                raise self._unknown()
-            states = [*(seen[place] for place in self.kept), *end]
-            real = batch["attention_mask"].to(torch.float32)
-            for k, (given, made) in enumerate(zip(states[:-1], states[1:], strict=True)):
+            nll, states = self._recorded(batch)
+            total += nll
+            real = batch["attention_mask"].float()
+            for k, (given, made) in enumerate(pairwise(states)):
                 cosine = nn.functional.cosine_similarity(given.float(), made.float(), dim=-1)
                 cosines[k] += float((cosine * real).sum())
             tokens += float(real.sum())
-            recorded.append(states)
-        self._states = recorded
+            self._states.append(states)
         self.influence = {layer: 1 - cosines[k] / tokens for k, layer in enumerate(self.kept)}
         return total / self.calibration.labels
+
+    def _recorded(self, batch: Batch) -> tuple[float, list[Tensor]]:
+        """NLL of a batch, and the states that each layer of the base is given; then those that the last one gives."""
+        seen: dict[int, Tensor] = {}
+        end: list[Tensor] = []
+
+        def watch(place: int, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                seen[place] = self._given(args, kwargs)
+                output = own(*args, **kwargs)
+                self._tuples[place] = isinstance(output, tuple)
+                end[:] = [output[0] if isinstance(output, tuple) else output]
+                return output
+
+            return forward
+
+        forwards = {place: watch(place, self.layers[place].forward) for place in self.kept}
+        nll = self._pass(batch, {**self._idle(self.kept), **forwards})
+        if len(seen) != len(self.kept) or not all(isinstance(state, Tensor) for state in end):
+            raise self._unknown()
+        return nll, [*(seen[place] for place in self.kept), *end]
 
     def score(self, kept: Sequence[int]) -> float:
         """Mean NLL per label with the layers ``kept`` alone, which are among those of the base."""

@@ -72,7 +72,9 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         embeddings, output = teacher.get_input_embeddings(), teacher.get_output_embeddings()
         config.tie_word_embeddings = output is not None and output.weight is embeddings.weight
     student = empty_like(teacher, config, build)
-    fill(student, _state_for(student, teacher, kept_layers(layers, _depth(text_config)), wraps), type(teacher).__name__)
+    fill(
+        student, _state_for(student, teacher, kept_layers(layers, _depth(text_config)), wraps), type(teacher).__name__
+    )
     return student
 
 

@@ -85,8 +85,12 @@ def plan_sizes(init: Init, config: Any, build: Build) -> Sizes:
         shallowest = 1
     else:
         shallowest = _deepest(total, init.parameters, lambda depth: weights(depth, width))
-    depths = sorted({shallowest + k for k in evenly_spaced(min(DEPTHS, deepest - shallowest + 1), deepest - shallowest + 1)})
-    options = [(depth, _widest(width, init.parameters, lambda mlp, depth=depth: weights(depth, mlp))) for depth in depths]  # type: ignore[misc]
+    depths = sorted(
+        {shallowest + k for k in evenly_spaced(min(DEPTHS, deepest - shallowest + 1), deepest - shallowest + 1)}
+    )
+    options = [
+        (depth, _widest(width, init.parameters, lambda mlp, depth=depth: weights(depth, mlp))) for depth in depths
+    ]  # type: ignore[misc]
     return Sizes(depths[0], None, init.hidden, tuple(options))
 
 

@@ -120,7 +120,9 @@ def summary(values: Mapping[str, Any]) -> str:
     if values.get("nll") is not None:
         others = {name: one["nll"] for name, one in values["candidates"].items() if name != values["choose"]}
         told = "".join(f", {name} {nll:.2f}" for name, nll in others.items() if name != "all")
-        found += f": {values['nll']:.2f} nats per label before training{told}; all layers {values['nll_of_all_layers']:.2f}"
+        found += (
+            f": {values['nll']:.2f} nats per label before training{told}; all layers {values['nll_of_all_layers']:.2f}"
+        )
     return found
 
 
@@ -196,7 +198,9 @@ def _choose(init: Init, source: PreTrainedModel, calibration: Calibration) -> di
             of, kept = mlps[0].width, [cut.mlp[layer] for layer in cut.layers]
             values["mlp"] = {"kept": len(kept[0]), "of": of, "channels": [as_hex(channels, of) for channels in kept]}
         if sizes.options:
-            values["options"] = [{"layers": cut.layers, "mlp": len(cut.mlp[cut.layers[0]]), "nll": cut.nll} for cut in cuts]
+            values["options"] = [
+                {"layers": cut.layers, "mlp": len(cut.mlp[cut.layers[0]]), "nll": cut.nll} for cut in cuts
+            ]
         if sizes.hidden is not None:
             kept, of = _hidden(switch, cut, mlps, sizes.hidden), int(config.hidden_size)
             # What is left without the other channels is not known before the student is there

@@ -119,7 +119,9 @@ def find_mlps(build: Build, config: Any) -> dict[int, Mlp]:
             continue
         owner_name, _, kind = key.rpartition(".")
         stack = next((stack for stack in stacks if key.startswith(f"{stack}.")), None)
-        dims = [] if key not in after else [k for k, (a, b) in enumerate(zip(shape, after[key], strict=True)) if a != b]
+        dims = (
+            [] if key not in after else [k for k, (a, b) in enumerate(zip(shape, after[key], strict=True)) if a != b]
+        )
         reads = _reading_dim(model.get_submodule(owner_name))
         if stack is None or reads is None or len(dims) != 1 or kind not in ("weight", "bias"):
             raise UserError(f"{refused}{key} has their width, too, and is no linear layer. Leave mlp out")
@@ -217,7 +219,9 @@ def check_width(key: str, asked: int, width: int) -> None:
         UserError: names ``key``.
     """
     if not 1 <= asked <= width:
-        raise UserError(f"student.init.{key}: got {asked:,}, expected a number from 1 to {width:,}, the teacher's width")
+        raise UserError(
+            f"student.init.{key}: got {asked:,}, expected a number from 1 to {width:,}, the teacher's width"
+        )
 
 
 def cut_mlps(model: PreTrainedModel, channels: Sequence[Tensor]) -> PreTrainedModel:

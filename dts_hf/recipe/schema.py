@@ -94,8 +94,8 @@ class Init(Section):
     from_: str = Field(
         alias="from",
         min_length=1,
-        description="Where the weights come from: 'teacher'; Hub name or folder of another model; 'config': random weights, in "
-        "the shape of the teacher.",
+        description="Where the weights come from: 'teacher'; Hub name or folder of another model; 'config': random weights, "
+        "in the shape of the teacher.",
     )
     layers: Count | Annotated[list[CountFromZero], Field(min_length=1)] | None = Field(
         default=None,
@@ -104,18 +104,20 @@ class Init(Section):
     )
     choose: Literal["even", "block_influence", "middle_block", "search"] = Field(
         default="even",
-        description="Which layers, where 'layers' is a number: evenly spaced; those that change their states most; all but one "
-        "contiguous block; or the best of all that a search finds. All but 'even' are measured on training rows.",
+        description="Which layers, where 'layers' is a number: evenly spaced; those that change their states most; all but "
+        "one contiguous block; or the best of all that a search finds. All but 'even' are measured on training rows.",
     )
-    mlp: Count | None = Field(default=None, description="Channels that each MLP keeps: those that say most. Null: all.")
+    mlp: Count | None = Field(
+        default=None, description="Channels that each MLP keeps: those that say most. Null: all."
+    )
     hidden: Count | None = Field(
         default=None,
         description="Channels of the states that are kept: those that say most (LLaMA, Mistral, Qwen2, Qwen3). Null: all.",
     )
     parameters: Annotated[int, Field(ge=1), BeforeValidator(_number_of_weights)] | None = Field(
         default=None,
-        description="At most so many weights, such as 60M: decides what of 'layers' and 'mlp' is not given. With choose: search "
-        "both are searched for, else the number of layers alone.",
+        description="At most so many weights, such as 60M: decides what of 'layers' and 'mlp' is not given. With choose: "
+        "search both are searched for, else the number of layers alone.",
         json_schema_extra={"anyOf": [{"type": "number", "minimum": 1}, {"type": "string"}, {"type": "null"}]},
     )
     calibration_rows: Count = Field(
@@ -137,7 +139,9 @@ class Init(Section):
     def _one_size(self) -> Init:
         sizes = (self.layers, self.mlp, self.hidden, self.parameters)
         if self.from_ != "config" and all(size is None for size in sizes):
-            raise ValueError("give at least one of layers, mlp, hidden and parameters, or the student is the model itself")
+            raise ValueError(
+                "give at least one of layers, mlp, hidden and parameters, or the student is the model itself"
+            )
         if self.parameters is not None and self.layers is not None and self.mlp is not None:
             raise ValueError("got layers, mlp and parameters, which leaves nothing to decide: leave one of them out")
         if self.choose != "even":
@@ -146,7 +150,9 @@ class Init(Section):
             if self.layers is None and self.parameters is None:
                 raise ValueError(f"choose is '{self.choose}', but neither layers nor parameters says how many")
             if self.from_ == "config":
-                raise ValueError(f"choose is '{self.choose}', but random weights tell no layer from another: leave it out")
+                raise ValueError(
+                    f"choose is '{self.choose}', but random weights tell no layer from another: leave it out"
+                )
         return self
 
 
@@ -493,13 +499,20 @@ class Recipe(Section):
         init = self.student.init
         if self.teacher is None and init is not None and init.source is None:
             raise ValueError(f"student.init: from {init.from_}, but there is no teacher; give student.model")
-        if self.teacher is not None and init is not None and init.from_ == "teacher" and self.teacher.quantization != "none":
+        if (
+            self.teacher is not None
+            and init is not None
+            and init.from_ == "teacher"
+            and self.teacher.quantization != "none"
+        ):
             raise ValueError(
                 f"student.init: from teacher, but teacher.quantization is '{self.teacher.quantization}', and packed weights "
                 "cannot be trained: use quantization 'none', or give student.model"
             )
         if self.task is not None:
-            if init is not None and (init.from_ != "teacher" or init.layers is None or init.measures or init.parameters):
+            if init is not None and (
+                init.from_ != "teacher" or init.layers is None or init.measures or init.parameters
+            ):
                 raise ValueError("student.init: a task takes {from: teacher, layers: a number or a list} alone")
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,

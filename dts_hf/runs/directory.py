@@ -1,6 +1,7 @@
 """The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
 
-    recipe.yaml  environment.json  data_manifest.json  [student_init.json]  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
+    recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
+    student_init.json (where rows decided what the student keeps)
     predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
 A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.

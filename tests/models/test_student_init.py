@@ -29,7 +29,7 @@ from dts_hf.models.student_init import StudentInit, as_hex, from_hex, ranges
 from dts_hf.models.width import cut_hidden, cut_mlps, find_mlps, largest
 from dts_hf.recipe.schema import Init, Recipe
 from dts_hf.training.model_shape import shapes_from_configs
-from tests.models.test_pruning import ALL, IDS, logits_of
+from tests.models.test_pruning import ALL, logits_of
 from tests.support.families import FAMILIES
 from tests.support.launching import launch
 from tests.support.recipes import recipe, write_rows
@@ -134,7 +134,7 @@ def test_channels_of_the_states_that_are_silent_can_be_left_out(name: str, tmp_p
 
 
 def test_hidden_width_of_another_family_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="student.init.hidden: the hidden width of Gemma cannot be changed, only that of llama"):
+    with pytest.raises(UserError, match=r"student.init.hidden: the hidden width of Gemma cannot be changed"):
         made(FAMILIES["Gemma 1"].build(), hidden=24)
 
 
@@ -160,7 +160,9 @@ def test_block_influence_is_one_minus_the_mean_cosine() -> None:
     cosines, tokens = [0.0] * 3, 0
     for row in range(len(data)):
         with torch.no_grad():
-            states = model(torch.tensor([data[row]["input_ids"]]), output_hidden_states=True, use_cache=False).hidden_states
+            states = model(
+                torch.tensor([data[row]["input_ids"]]), output_hidden_states=True, use_cache=False
+            ).hidden_states
         for layer in range(3):
             cosines[layer] += float(nn.functional.cosine_similarity(states[layer], states[layer + 1], dim=-1).sum())
         tokens += data.lengths[row]
@@ -200,7 +202,10 @@ def test_a_search_that_begins_in_the_middle_of_the_model_counts_as_a_whole_pass(
 
 
 def test_the_same_rows_give_the_same_choice_and_no_random_number_is_drawn() -> None:
-    model, init = tiny_llama(layers=6, seed=2), Init.model_validate({"from": "teacher", "layers": 3, "choose": "search", "mlp": 20})
+    model, init = (
+        tiny_llama(layers=6, seed=2),
+        Init.model_validate({"from": "teacher", "layers": 3, "choose": "search", "mlp": 20}),
+    )
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = student_init.choose(init, model, Calibration.of(rows_of(), 12))
@@ -217,7 +222,7 @@ def test_layers_that_the_configuration_cannot_describe_give_way_to_the_nearest()
 def test_rows_without_answers_count_as_a_whole() -> None:
     found = Calibration.of(rows_of(labelled=False), 12)
     assert found.labels == sum(length - 1 for length in rows_of().lengths)
-    with pytest.raises(UserError, match="no row of data.train has a token to predict"):
+    with pytest.raises(UserError, match=r"no row of data.train has a token to predict"):
         Calibration.of(EncodedDataset(["a"], [[5]], [1]), 4)
 
 
@@ -276,7 +281,7 @@ def test_parameters_decide_what_is_not_given() -> None:
     assert weights(student) <= fewer and record["mlp"]["kept"] == student.config.intermediate_size
     each = weights(prune_layers(model, 5)) - fewer
     assert fewer - weights(student) < each
-    with pytest.raises(UserError, match="student.init.parameters: got 100, but a student of one layer has"):
+    with pytest.raises(UserError, match=r"student.init.parameters: got 100, but a student of one layer has"):
         made(model, parameters=100)
 
 
@@ -285,12 +290,15 @@ def test_a_search_for_parameters_takes_the_best_of_several_shapes() -> None:
     limit = weights(prune_layers(model, 4))
     student, record = made(model, parameters=limit, choose="search")
     shapes = {(len(one["layers"]), one["mlp"]): one["nll"] for one in record["options"]}
-    assert len(shapes) > 1 and record["nll"] == min(shapes.values()) == pytest.approx(nll_by_hand(student.eval(), rows_of()), abs=2e-5)
+    assert len(shapes) > 1 and record["nll"] == min(shapes.values())
+    assert record["nll"] == pytest.approx(nll_by_hand(student.eval(), rows_of()), abs=2e-5)
     assert weights(student) <= limit
     assert (len(record["layers"]), record["mlp"]["kept"]) in shapes
 
 
-@pytest.mark.parametrize(("text", "number"), [("60M", 60_000_000), ("1.5B", 1_500_000_000), ("500k", 500_000), (6e7, 60_000_000)])
+@pytest.mark.parametrize(
+    ("text", "number"), [("60M", 60 * 10**6), ("1.5B", 15 * 10**8), ("500k", 5 * 10**5), (6e7, 60 * 10**6)]
+)
 def test_numbers_of_weights_as_people_write_them(text: Any, number: int) -> None:
     assert Init.model_validate({"from": "teacher", "parameters": text}).parameters == number
 
@@ -302,7 +310,9 @@ SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 UNSCORED: dict[str, Any] = {"models": [], "every_steps": None}
 
 
-def test_a_resumed_run_follows_its_record_and_never_measures_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_follows_its_record_and_never_measures_again(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = distill(recipe(student=SEARCH, training=SAVED, evaluation=UNSCORED))
     record = json.loads(run.student_init_path.read_text())
     assert len(record["layers"]) == 2 and record["mlp"]["kept"] == 40 and record["calibration"]["rows"] == 12
@@ -316,16 +326,18 @@ def test_a_resumed_run_follows_its_record_and_never_measures_again(workplace: Pa
         raise AssertionError("measured again")
 
     monkeypatch.setattr(student_init, "choose", never)
-    resumed = distill(recipe(student=SEARCH, training=SAVED, evaluation=UNSCORED, output={"dir": "killed"}), resume=True)
+    resumed = distill(
+        recipe(student=SEARCH, training=SAVED, evaluation=UNSCORED, output={"dir": "killed"}), resume=True
+    )
     assert json.loads(resumed.student_init_path.read_text()) == record
     for name in ("model.safetensors", "config.json"):
         assert (resumed.final_path / name).read_bytes() == (run.final_path / name).read_bytes()
 
     Path("lost/student_init.json").write_text("{}")
-    with pytest.raises(UserError, match="student_init.json: missing or damaged"):
+    with pytest.raises(UserError, match=r"student_init.json: missing or damaged"):
         distill(recipe(student=SEARCH, training=SAVED, evaluation=UNSCORED, output={"dir": "lost"}), resume=True)
     write_rows(workplace / "train.jsonl", 1, 12)
-    with pytest.raises(UserError, match="chosen on other rows of data.train"):
+    with pytest.raises(UserError, match=r"chosen on other rows of data.train"):
         distill(recipe(student=SEARCH, training=SAVED, evaluation=UNSCORED, output={"dir": "changed"}), resume=True)
 
 
@@ -385,12 +397,21 @@ def test_dry_run_and_doctor_say_what_is_chosen_and_how_many_weights_it_has(workp
 
 WRONG = {
     "no size": ({"from": "teacher"}, "give at least one of layers, mlp, hidden and parameters"),
-    "a list to choose": ({"from": "teacher", "layers": [0, 1], "choose": "search"}, "layers is a list: expected how many"),
+    "a list to choose": (
+        {"from": "teacher", "layers": [0, 1], "choose": "search"},
+        "layers is a list: expected how many",
+    ),
     "no number": ({"from": "teacher", "mlp": 8, "choose": "search"}, "neither layers nor parameters says how many"),
-    "random layers": ({"from": "config", "layers": 2, "choose": "search"}, "random weights tell no layer from another"),
+    "random layers": (
+        {"from": "config", "layers": 2, "choose": "search"},
+        "random weights tell no layer from another",
+    ),
     "too much": ({"from": "teacher", "layers": 2, "mlp": 8, "parameters": 9}, "leaves nothing to decide"),
-    "a word": ({"from": "teacher", "layers": 2, "choose": "serach"}, "student.init.choose: got \"serach\", expected one of"),
-    "no number of weights": ({"from": "teacher", "parameters": "many"}, "student.init.parameters: got \"many\""),
+    "a word": (
+        {"from": "teacher", "layers": 2, "choose": "serach"},
+        'student.init.choose: got "serach", expected one of',
+    ),
+    "no number of weights": ({"from": "teacher", "parameters": "many"}, 'student.init.parameters: got "many"'),
 }
 
 
@@ -417,7 +438,7 @@ def test_a_task_takes_layers_alone() -> None:
     values = yaml.safe_load(recipe().to_yaml())
     values |= {"task": {"name": "glue", "subset": "sst2"}, "evaluation": {}}
     values["student"] = {"init": {"from": "teacher", "layers": 2, "choose": "search"}}
-    with pytest.raises(UserError, match="student.init: a task takes"):
+    with pytest.raises(UserError, match=r"student.init: a task takes"):
         Recipe.from_dict(values)
 
 
