@@ -159,6 +159,12 @@ def check_hub(recipe: Recipe, args: TrainingArguments) -> None:
 def student_init(recipe: Recipe, args: TrainingArguments, data: Data, start: Start) -> StudentInit:
     """What ``student.init`` will be decided by: the rows, or what an earlier attempt at the run has decided.
 
+    Args:
+        recipe: with the section.
+        args: the device, and this process among the others.
+        data: the rows as tokens.
+        start: whether there was an earlier attempt, and where it is gone on from.
+
     Raises:
         UserError: a checkpoint is gone on from, and what was decided is lost.
     """
