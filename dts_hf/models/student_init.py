@@ -177,6 +177,7 @@ def _choose(init: Init, source: PreTrainedModel, calibration: Calibration) -> di
     count = sizes.layers if isinstance(sizes.layers, int) else len(sizes.layers)
     title = f"choosing the student's layers and channels on {len(calibration.row_ids)} training rows"
     most = passes(init.choose, total, count) + 2 * len(sizes.options)
+    say(f"{title}: {init.choose}, about {most} short passes, once")
     with working(title, most) as work, _ready(source, calibration.device):
         switch = LayerSwitch(source, calibration)
         if isinstance(sizes.layers, list):
@@ -240,7 +241,8 @@ def _ready(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     home = next(model.parameters()).device
     low = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype in LOW}
     model.to(device)  # type: ignore[arg-type]
-    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = device.type == "cpu" and not fast
     try:
         for parameter in low if slow else ():
             parameter.data = parameter.data.float()

@@ -27,7 +27,7 @@ from pydantic import (
 
 from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -80,9 +80,13 @@ class NamedOptions(Section):
         return dict(self.model_extra or {})
 
 
+MOST_WEIGHTS = 10**15  # of a model
+WEIGHTS = r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([kKMBG])"
+
+
 def _number_of_weights(value: Any) -> Any:
     """``60M`` as a number; anything else as it is."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMBG])", value) if isinstance(value, str) else None
+    found = re.fullmatch(WEIGHTS, value) if isinstance(value, str) else None
     if found is None:
         return whole(value)
     return round(float(found[1]) * {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[found[2]])
@@ -114,11 +118,17 @@ class Init(Section):
         default=None,
         description="Channels of the states that are kept: those that say most (LLaMA, Mistral, Qwen2, Qwen3). Null: all.",
     )
-    parameters: Annotated[int, Field(ge=1), BeforeValidator(_number_of_weights)] | None = Field(
+    parameters: Annotated[int, Field(ge=1, le=MOST_WEIGHTS), BeforeValidator(_number_of_weights)] | None = Field(
         default=None,
         description="At most so many weights, such as 60M: decides what of 'layers' and 'mlp' is not given. With choose: "
         "search both are searched for, else the number of layers alone.",
-        json_schema_extra={"anyOf": [{"type": "number", "minimum": 1}, {"type": "string"}, {"type": "null"}]},
+        json_schema_extra={
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MOST_WEIGHTS},
+                {"type": "string", "pattern": f"^{WEIGHTS}$"},
+                {"type": "null"},
+            ]
+        },
     )
     calibration_rows: Count = Field(
         default=24, description="Training rows on which layers and channels are weighed up; fewer where they are long."
@@ -137,6 +147,10 @@ class Init(Section):
 
     @model_validator(mode="after")
     def _one_size(self) -> Init:
+        if self.source is not None and "/" not in self.from_ and (meant := nearest(self.from_, ("teacher", "config"))):
+            raise ValueError(
+                f"from: got '{self.from_}', expected teacher, config, a folder (./NAME) or a Hub name.{meant}"
+            )
         sizes = (self.layers, self.mlp, self.hidden, self.parameters)
         if self.from_ != "config" and all(size is None for size in sizes):
             raise ValueError(

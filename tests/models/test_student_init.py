@@ -396,6 +396,10 @@ def test_dry_run_and_doctor_say_what_is_chosen_and_how_many_weights_it_has(workp
 
 
 WRONG = {
+    "a wrong word": (
+        {"from": "techer", "layers": 2},
+        "from: got 'techer', expected teacher, config, a folder (./NAME)",
+    ),
     "no size": ({"from": "teacher"}, "give at least one of layers, mlp, hidden and parameters"),
     "a list to choose": (
         {"from": "teacher", "layers": [0, 1], "choose": "search"},
@@ -408,8 +412,8 @@ WRONG = {
     ),
     "too much": ({"from": "teacher", "layers": 2, "mlp": 8, "parameters": 9}, "leaves nothing to decide"),
     "a word": (
-        {"from": "teacher", "layers": 2, "choose": "serach"},
-        'student.init.choose: got "serach", expected one of',
+        {"from": "teacher", "layers": 2, "choose": "greedy"},
+        'student.init.choose: got "greedy", expected one of',
     ),
     "no number of weights": ({"from": "teacher", "parameters": "many"}, 'student.init.parameters: got "many"'),
 }
