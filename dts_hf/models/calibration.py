@@ -167,7 +167,7 @@ class LayerSwitch:
         stacks = find_stacks(decoder, self.depth)
         if not stacks:
             raise self._unknown()
-        self.layers: list[nn.Module] = list(modules[stacks[0]])  # type: ignore[arg-type]
+        self.layers: list[nn.Module] = list(modules[stacks[0]])
         self.kept: list[int] = list(range(self.depth))
         self.influence: dict[int, float] = {}
         self._states: list[list[Tensor]] = []  # by batch and place in ``kept``: what the layer is given; then the end
@@ -263,7 +263,7 @@ class LayerSwitch:
 def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within it ``module`` computes ``forward``; a hook of accelerate's, which stands in the same place, comes back."""
     own = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

@@ -102,9 +102,9 @@ def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrained
             name, key = recipe.teacher.tokenizer, "teacher.tokenizer"
         teacher = load_tokenizer(name, key=key, **_from_hub(recipe.teacher))
     init = recipe.student.init
-    name, key = (recipe.student.model, "student.model") if init is None else (init.source, "student.init.from")
-    if name is not None:
-        student = load_tokenizer(name, key=key, **_from_hub(recipe.student))
+    own, key = (recipe.student.model, "student.model") if init is None else (init.source, "student.init.from")
+    if own is not None:
+        student = load_tokenizer(own, key=key, **_from_hub(recipe.student))
     return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
 
 
@@ -259,7 +259,7 @@ def load_student(
             source = load_model(init.source, key="student.init.from", dtype=student.dtype, **_from_hub(student))
         assert source is not None  # the recipe was refused otherwise
         cut = (made or StudentInit(init, None)).student(source, seed)
-        model: nn.Module = cut.to(getattr(torch, student.dtype))  # type: ignore[arg-type]
+        model: nn.Module = cut.to(getattr(torch, student.dtype))
     else:
         model = load_model(str(student.model), key="student.model", dtype=student.dtype, **_from_hub(student))
     check_head(model, role="student")

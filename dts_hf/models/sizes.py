@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dts_hf.errors import UserError
@@ -88,9 +88,7 @@ def plan_sizes(init: Init, config: Any, build: Build) -> Sizes:
     depths = sorted(
         {shallowest + k for k in evenly_spaced(min(DEPTHS, deepest - shallowest + 1), deepest - shallowest + 1)}
     )
-    options = [
-        (depth, _widest(width, init.parameters, lambda mlp, depth=depth: weights(depth, mlp))) for depth in depths
-    ]  # type: ignore[misc]
+    options = [(depth, _widest(width, init.parameters, partial(weights, depth))) for depth in depths]
     return Sizes(depths[0], None, init.hidden, tuple(options))
 
 

@@ -196,8 +196,8 @@ def _choose(init: Init, source: PreTrainedModel, calibration: Calibration) -> di
             "nll": cut.nll if cut.mlp else choice.nll, "calibration": calibration.facts(),
         }  # fmt: skip
         if cut.mlp:
-            of, kept = mlps[0].width, [cut.mlp[layer] for layer in cut.layers]
-            values["mlp"] = {"kept": len(kept[0]), "of": of, "channels": [as_hex(channels, of) for channels in kept]}
+            of, channels = mlps[0].width, [cut.mlp[layer] for layer in cut.layers]
+            values["mlp"] = {"kept": len(channels[0]), "of": of, "channels": [as_hex(one, of) for one in channels]}
         if sizes.options:
             values["options"] = [
                 {"layers": cut.layers, "mlp": len(cut.mlp[cut.layers[0]]), "nll": cut.nll} for cut in cuts
