@@ -28,6 +28,7 @@ from dts_hf.files import naming
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.saving import save_student
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.runs.comparison import ModelRecord, check_same_rows
 from dts_hf.runs.directory import RunDirectory
@@ -76,7 +77,8 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     rows, (tokenizer, teacher_tokenizer), data = read_rows(task, record)
 
     # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
-    models = load_models(task, args, record, tokenizer, teacher_tokenizer)
+    made = student_init(recipe, args, data, start)
+    models = load_models(task, args, record, made, tokenizer, teacher_tokenizer)
     teacher, student = models.teacher, models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
@@ -95,7 +97,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
     check_start(recipe, start, trainer, made_from)
-    run = open_run(recipe, start, made_from, args)
+    run = open_run(recipe, start, made_from, args, made.values)
     trainer.add_callback(RunLogCallback(run))
     if trainer.is_world_process_zero():
         for note in (*teacher_notes(recipe), *task.notes(rows, data)):
@@ -156,8 +158,35 @@ def check_hub(recipe: Recipe, args: TrainingArguments) -> None:
         on_first_process(look, args.process_index, args.world_size)
 
 
+def student_init(recipe: Recipe, args: TrainingArguments, data: Data, start: Start) -> StudentInit:
+    """What ``student.init`` will be decided by: the rows, or what an earlier attempt at the run has decided.
+
+    Args:
+        recipe: with the section.
+        args: the device, and this process among the others.
+        data: the rows as tokens.
+        start: whether there was an earlier attempt, and where it is gone on from.
+
+    Raises:
+        UserError: a checkpoint is gone on from, and what was decided is lost.
+    """
+    init, run = recipe.student.init, RunDirectory(recipe.output.dir)
+    recorded = on_first_process(run.read_student_init, args.process_index, args.world_size) if start.keep else {}
+    ours = start.checkpoint is not None and start.checkpoint.resolve().is_relative_to(run.path.resolve())
+    if ours and init is not None and init.measures and not recorded:
+        raise UserError(
+            f"{run.student_init_path}: missing or damaged, and it alone knows which layers and channels the student of this "
+            "run has. Put the file back, or start again with --overwrite"
+        )
+    return StudentInit(init, data.train if init is not None else None, args.device, recorded)
+
+
 def load_models(
-    task: Task[Any], args: TrainingArguments, record: ModelRecord, *tokenizers: PreTrainedTokenizerBase
+    task: Task[Any],
+    args: TrainingArguments,
+    record: ModelRecord,
+    made: StudentInit,
+    *tokenizers: PreTrainedTokenizerBase,
 ) -> Models:
     """The teacher, checked and where the recipe wants it, and the student.
 
@@ -165,6 +194,7 @@ def load_models(
         task: loads both.
         args: the device, and the seed of weights that are drawn anew.
         record: takes what they are.
+        made: for ``student.init``.
         tokenizers: the student's and the teacher's.
 
     Raises:
@@ -174,7 +204,7 @@ def load_models(
         teacher = task.load_teacher()
         if teacher is not None:
             task.check_head(teacher, "teacher")
-        student = task.load_student(teacher, args.seed)
+        student = task.load_student(teacher, args.seed, made)
         record.add_models(student, teacher)
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     if teacher is not None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import Part
 from dts_hf.models.saving import Carried
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
@@ -155,12 +156,13 @@ class Task(ABC, Generic[TrainerT]):
         """
 
     @abstractmethod
-    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
+    def load_student(self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None) -> nn.Module:
         """The student: loaded, or cut out of ``teacher``; with LoRA where the recipe asks for it.
 
         Args:
             teacher: whole.
             seed: of weights that are drawn anew.
+            made: for ``student.init``: has the rows that decide what is kept, and takes what they decided.
 
         Raises:
             UserError: it cannot be loaded, cut or given adapters, or the loss cannot represent its outputs.

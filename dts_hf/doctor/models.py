@@ -196,8 +196,8 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
             "student-worse-than-guessing",
             f"the student needs {ce:.2f} nats per label, and guessing evenly among {classes:,} ids costs {guess:.2f}: "
             + ("without the layers that were left out it knows nothing" if cut else "it knows nothing of these rows"),
-            "student.init.layers: keep more layers, or others (a list: some models bear it better to lose their last layers "
-            "than every second one), or train on many more tokens: it starts from less than nothing"
+            "student.init: choose: search (evenly spaced layers are the worst start), or keep more layers, or train on many "
+            "more tokens: it starts from less than nothing"
             if cut
             else "Are its weights trained, and the prompt template the one it knows? From random weights: train much longer",
         )

@@ -29,6 +29,7 @@ from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.quantization import check_quantization
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
@@ -165,10 +166,17 @@ class Walk(ABC):
                     check.error("head", str(error))
         with self.diagnosis.check("student") as check:
             need(self.loads or None, "enough memory for the models")
-            if self.recipe.student.init is not None:
+            init, device = self.recipe.student.init, "cpu" if self.args is None else self.args.device
+            if init is not None and init.source is None:
                 need(self.teacher, "the teacher that it is cut from")
-            student = self.task.load_student(self.teacher, seed)
+            if init is not None and init.measures:
+                need(self.data, "tokenised rows, on which its layers are chosen")
+            made = StudentInit(init, self.data, device)
+            student = self.task.load_student(self.teacher, seed, made)
             describe_weights(check, "student", student)
+            if chosen := made.summary():
+                check.summary += f"; {chosen}"
+                check.values["init"] = made.values
             self.student = student
             if self.args is not None:
                 check_step_size(check, student, self.args.learning_rate)
@@ -271,7 +279,7 @@ class Walk(ABC):
         """What the teacher does beside the loss; None: nothing."""
         if self.recipe.data.responses == "teacher":
             return "the teacher writes the answers, and they are learned like labels"
-        if self.recipe.student.init is not None:
+        if self.recipe.student.init is not None and self.recipe.student.init.from_ == "teacher":
             return "the teacher gives the student its first weights, and no more"
         return None
 

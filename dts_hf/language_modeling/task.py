@@ -31,6 +31,7 @@ from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_student, load_teacher
 from dts_hf.models.saving import Carried
+from dts_hf.models.student_init import StudentInit
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
@@ -91,8 +92,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
 
-    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
-        return load_student(self.recipe.student, teacher)
+    def load_student(self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None) -> nn.Module:
+        return load_student(self.recipe.student, teacher, seed, made)
 
     def check_context_length(
         self, models: Sequence[nn.Module], tokenizer: PreTrainedTokenizerBase, rows: Rows

@@ -27,7 +27,7 @@ from pydantic import (
 
 from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -80,13 +80,94 @@ class NamedOptions(Section):
         return dict(self.model_extra or {})
 
 
-class Init(Section):
-    """A student that is cut out of the teacher."""
+MOST_WEIGHTS = 10**15  # of a model
+WEIGHTS = r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([kKMBG])"
 
-    from_: Literal["teacher"] = Field(alias="from", description="Where the weights come from.")
-    layers: Count | Annotated[list[CountFromZero], Field(min_length=1)] = Field(
-        description="How many of the teacher's layers to keep, evenly spaced, or their indices (the first is 0)."
+
+def _number_of_weights(value: Any) -> Any:
+    """``60M`` as a number; anything else as it is."""
+    found = re.fullmatch(WEIGHTS, value) if isinstance(value, str) else None
+    if found is None:
+        return whole(value)
+    return round(float(found[1]) * {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[found[2]])
+
+
+class Init(Section):
+    """A student that is cut out of the teacher or another model, or made new in the shape of one that is."""
+
+    from_: str = Field(
+        alias="from",
+        min_length=1,
+        description="Where the weights come from: 'teacher'; Hub name or folder of another model; 'config': random weights, "
+        "in the shape of the teacher.",
     )
+    layers: Count | Annotated[list[CountFromZero], Field(min_length=1)] | None = Field(
+        default=None,
+        description="How many of the layers to keep, or their indices (the first is 0). Null: all, or what 'parameters' "
+        "leaves.",
+    )
+    choose: Literal["even", "block_influence", "middle_block", "search"] = Field(
+        default="even",
+        description="Which layers, where 'layers' is a number: evenly spaced; those that change their states most; all but "
+        "one contiguous block; or the best of all that a search finds. All but 'even' are measured on training rows.",
+    )
+    mlp: Count | None = Field(
+        default=None, description="Channels that each MLP keeps: those that say most. Null: all."
+    )
+    hidden: Count | None = Field(
+        default=None,
+        description="Channels of the states that are kept: those that say most (LLaMA, Mistral, Qwen2, Qwen3). Null: all.",
+    )
+    parameters: Annotated[int, Field(ge=1, le=MOST_WEIGHTS), BeforeValidator(_number_of_weights)] | None = Field(
+        default=None,
+        description="At most so many weights, such as 60M: decides what of 'layers' and 'mlp' is not given. With choose: "
+        "search both are searched for, else the number of layers alone.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MOST_WEIGHTS},
+                {"type": "string", "pattern": f"^{WEIGHTS}$"},
+                {"type": "null"},
+            ]
+        },
+    )
+    calibration_rows: Count = Field(
+        default=24, description="Training rows on which layers and channels are weighed up; fewer where they are long."
+    )
+
+    @property
+    def source(self) -> str | None:
+        """Hub name or folder of the model that the student is cut out of; None: it is the teacher's."""
+        return None if self.from_ in ("teacher", "config") else self.from_
+
+    @property
+    def measures(self) -> bool:
+        """Whether rows decide what is kept."""
+        wide = self.mlp or self.hidden or (self.parameters and isinstance(self.layers, (int, list)))
+        return self.from_ != "config" and bool(self.choose != "even" or wide)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Init:
+        if self.source is not None and "/" not in self.from_ and (meant := nearest(self.from_, ("teacher", "config"))):
+            raise ValueError(
+                f"from: got '{self.from_}', expected teacher, config, a folder (./NAME) or a Hub name.{meant}"
+            )
+        sizes = (self.layers, self.mlp, self.hidden, self.parameters)
+        if self.from_ != "config" and all(size is None for size in sizes):
+            raise ValueError(
+                "give at least one of layers, mlp, hidden and parameters, or the student is the model itself"
+            )
+        if self.parameters is not None and self.layers is not None and self.mlp is not None:
+            raise ValueError("got layers, mlp and parameters, which leaves nothing to decide: leave one of them out")
+        if self.choose != "even":
+            if isinstance(self.layers, list):
+                raise ValueError(f"choose is '{self.choose}', but layers is a list: expected how many to choose")
+            if self.layers is None and self.parameters is None:
+                raise ValueError(f"choose is '{self.choose}', but neither layers nor parameters says how many")
+            if self.from_ == "config":
+                raise ValueError(
+                    f"choose is '{self.choose}', but random weights tell no layer from another: leave it out"
+                )
+        return self
 
 
 class Lora(Section):
@@ -109,7 +190,7 @@ class Student(Section):
     model: str | None = Field(default=None, description="Hub name or folder. Give either model or init.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     init: Init | None = Field(
-        default=None, description="Cut the student out of the teacher. Give either model or init."
+        default=None, description="Cut the student out of the teacher, or make it new. Give either model or init."
     )
     dtype: Dtype = Field(default="float32", description="Type of the student's weights.")
     lora: Lora | None = Field(default=None, description="Train low-rank adapters instead of all weights.")
@@ -440,14 +521,24 @@ class Recipe(Section):
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
         if self.teacher is None and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
-        if self.teacher is None and self.student.init is not None:
-            raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
-        if self.teacher is not None and self.student.init is not None and self.teacher.quantization != "none":
+        init = self.student.init
+        if self.teacher is None and init is not None and init.source is None:
+            raise ValueError(f"student.init: from {init.from_}, but there is no teacher; give student.model")
+        if (
+            self.teacher is not None
+            and init is not None
+            and init.from_ == "teacher"
+            and self.teacher.quantization != "none"
+        ):
             raise ValueError(
                 f"student.init: from teacher, but teacher.quantization is '{self.teacher.quantization}', and packed weights "
                 "cannot be trained: use quantization 'none', or give student.model"
             )
         if self.task is not None:
+            if init is not None and (
+                init.from_ != "teacher" or init.layers is None or init.measures or init.parameters
+            ):
+                raise ValueError("student.init: a task takes {from: teacher, layers: a number or a list} alone")
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),

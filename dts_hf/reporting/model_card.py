@@ -410,17 +410,29 @@ def has_chat_template(student: Path) -> bool:
 
 def models_of(recipe: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     """First weights and teacher of a recipe, each with its revision."""
+    teacher = recipe.get("teacher") or {}
+    return [
+        (name, revision)
+        for name, revision in (_first_weights(recipe), (teacher.get("model"), teacher.get("revision")))
+        if name
+    ]
+
+
+def _first_weights(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The model that gave the student its first weights, with its revision; None: they were random, or nobody knows."""
     student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}
-    base = teacher if student.get("init") else student
-    return [(entry["model"], entry.get("revision")) for entry in (base, teacher) if entry.get("model")]
+    origin = (student.get("init") or {}).get("from", "teacher") if student.get("init") else None
+    if origin == "teacher":
+        return teacher.get("model"), teacher.get("revision")
+    name = student.get("model") if origin is None else origin
+    return (None, None) if origin == "config" else (name, student.get("revision"))
 
 
 # -------------------------------------------------------------------------------------------------------- helpers
 
 
 def _origin(facts: Facts) -> str | None:
-    student = facts.section("student")
-    return facts.section("teacher").get("model") if student.get("init") else student.get("model")
+    return _first_weights(facts.recipe)[0]
 
 
 def _sources(facts: Facts) -> list[str]:

@@ -1,7 +1,8 @@
 """The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
 
     recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
-    scores.json (of the models before training)  predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
+    scores.json (of the models before training)  student_init.json (where rows decided what the student keeps)
+    predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
 A run that is not finished may also have interrupted/checkpoint-*.
 Files are written under a temporary name and then renamed, so a reader never sees half of one. None of all this is a link.
@@ -26,42 +27,11 @@ from dts_hf.recipe.yaml_files import parse_yaml
 from dts_hf.runs.file_lists import flushed, why_differs
 from dts_hf.runs.links import make_folder, matching, open_nofollow, refuse_links, remove, remove_files
 from dts_hf.runs.lock import LOCK, is_in_use
+from dts_hf.runs.names import BROKEN_STEP_FILES, LEFTOVERS, NOBODYS, OUR_NAMES
 
 RECIPE_HEADER = (
     "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
 )
-BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss was non-finite
-# What create(overwrite=True) removes, in this order: what is left when that is cut short must neither look finished nor
-# like something to resume. Anything else in the folder is not ours and stays.
-OUR_NAMES = (
-    "metrics.json",
-    "final.json",
-    "checkpoint-#/complete.json",
-    "interrupted/*/complete.json",
-    "checkpoint-#",
-    "interrupted",
-    BROKEN_STEP_FILES,
-    "scores.json",
-    "log.jsonl",
-    "environment.json",
-    "data_manifest.json",
-    "final",
-    "predictions",
-    "figures",
-    "report.html",
-    "README.md",
-    "recipe.yaml",
-)
-# What a killed process may leave: files that were not renamed yet, and the probe of check_can_create.
-LEFTOVERS = (
-    *(f".{name}.*.tmp" for name in OUR_NAMES if name.endswith((".json", ".yaml", ".html", ".md")) and "/" not in name),
-    "predictions/.*.tmp",
-    "figures/.*.tmp",
-    ".final.*unfinished",
-    ".dts_hf-*",
-)
-#: What file systems and programs put into any folder: one with nothing else in it is empty. Never ours to remove.
-NOBODYS = (".DS_Store", ".nfs*", "lost+found", ".ipynb_checkpoints")
 #: Models that are scored before training starts; their scores are in scores.json.
 BEFORE = ("teacher", "student_before")
 PREDICTION_ORDER = (*BEFORE, "student")
@@ -80,6 +50,7 @@ class RunDirectory:
         self.recipe_path = self.path / "recipe.yaml"
         self.environment_path = self.path / "environment.json"
         self.data_manifest_path = self.path / "data_manifest.json"
+        self.student_init_path = self.path / "student_init.json"
         self.log_path = self.path / "log.jsonl"
         self.final_path = self.path / "final"
         self.final_list_path = self.path / "final.json"
@@ -234,6 +205,14 @@ class RunDirectory:
                 f"{error}. It alone knows the rows and models of this run: put the file back from a copy, or train again "
                 "with --overwrite"
             ) from None
+
+    def write_student_init(self, values: Mapping[str, Any]) -> None:
+        """Write ``student_init.json``: the layers and channels that the student keeps, and what else was measured."""
+        files.write_sealed(self.student_init_path, values)
+
+    def read_student_init(self) -> dict[str, Any]:
+        """Return ``student_init.json``; empty where it is damaged."""
+        return files.read_sealed(self.student_init_path)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint. It marks the run as finished.

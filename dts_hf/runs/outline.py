@@ -18,6 +18,9 @@ def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
     yield "load the student" if recipe.teacher is None else "load teacher and student"
+    init = recipe.student.init
+    if init is not None and init.measures:
+        yield f"choose what the student keeps on {init.calibration_rows} training rows ({init.choose})"
     if data.responses == "teacher":
         yield (
             f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each), where no earlier run has "

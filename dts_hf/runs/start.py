@@ -173,7 +173,13 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     return start
 
 
-def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: TrainingArguments) -> RunDirectory:
+def open_run(
+    recipe: Recipe,
+    start: Start,
+    made_from: Mapping[str, Any],
+    args: TrainingArguments,
+    student_init: Mapping[str, Any] | None = None,
+) -> RunDirectory:
     """The run directory, with what is known before training; all processes call it.
 
     Everything is checked by now: from here on things are written.
@@ -183,6 +189,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
         start: where it starts.
         made_from: ``data_manifest.json``.
         args: name the device and this process; the first one writes.
+        student_init: ``student_init.json``; None or empty: no row has decided what the student is.
 
     Raises:
         UserError: see ``RunDirectory.create``; or the folder is no longer the one that ``find_start`` has locked.
@@ -199,6 +206,8 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
         local = {*run.read_environment().get("local_names", ()), *local_names(recipe.model_dump(mode="json"))}
         run.write_environment({**environment(args.device), "local_names": sorted(local)})
         run.write_data_manifest(made_from)
+        if student_init:
+            run.write_student_init(student_init)
         if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
             run.cut_log(start.log_bytes)
 
