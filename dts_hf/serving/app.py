@@ -13,14 +13,15 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from dts_hf.serving.forward import ForwardQueue, QueueFull, TooLate
 from dts_hf.serving.metrics import CONTENT_TYPE as METRICS_TYPE
 from dts_hf.serving.metrics import Metrics
+from dts_hf.teachers.description import Description
 from dts_hf.teachers.wire import (
     CONTENT_TYPE,
     HEAD_PATH,
@@ -60,18 +61,19 @@ class Served:
     """What a server answers from.
 
     Attributes:
-        described: the JSON object of ``GET /v1/teacher``, without limits and protocol.
-        teacher_hash: of the identity in it.
+        description: what ``GET /v1/teacher`` says.
         head: the bytes of ``GET /v1/head``.
         forward: takes a question.
-        limits: of one question.
     """
 
-    described: dict[str, Any]
-    teacher_hash: str
+    description: Description
     head: bytes
     forward: Callable[[Question], Answer]
-    limits: Limits
+
+    @property
+    def limits(self) -> Limits:
+        """Of one question."""
+        return self.description.limits
 
     @property
     def most_bytes(self) -> int:
@@ -80,7 +82,7 @@ class Served:
 
     def answer(self, question: Question) -> bytes:
         """The body of the answer."""
-        return encode_answer(self.forward(question), question.token_hash, self.teacher_hash)
+        return encode_answer(self.forward(question), question.token_hash, self.description.teacher_hash)
 
 
 class TeacherApp:
@@ -152,10 +154,7 @@ class TeacherApp:
 
     async def teacher(self, request: Request) -> Response:
         """``GET /v1/teacher``: identity, limits, protocol."""
-        limits = self.served.limits._asdict()
-        return JSONResponse(
-            {"protocol": PROTOCOL, "teacher_hash": self.served.teacher_hash, "limits": limits, **self.served.described}
-        )
+        return JSONResponse(self.served.description.as_json())
 
     async def head(self, request: Request) -> Response:
         """``GET /v1/head``: the head as a safetensors file."""
@@ -194,8 +193,8 @@ class TeacherApp:
         if (told := request.headers.get(PROTOCOL_HEADER, "none")) != str(PROTOCOL):
             raise Refused(400, f"{PROTOCOL_HEADER}: got {told[:20]!r}, expected {PROTOCOL}, which this server speaks")
         expected = request.headers.get(TEACHER_HEADER)
-        if expected is not None and expected != self.served.teacher_hash:
-            raise Refused(409, f"{TEACHER_HEADER}: this is another teacher, {self.served.teacher_hash}")
+        if expected not in (None, known := self.served.description.teacher_hash):
+            raise Refused(409, f"{TEACHER_HEADER}: got {str(expected)[:64]!r}, but the teacher here is {known}")
         length = request.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused(411, "Content-Length: expected the number of bytes of the body")
@@ -213,6 +212,8 @@ class TeacherApp:
 
         try:
             return await asyncio.wait_for(read(), self.body_seconds)
+        except ClientDisconnect:
+            raise Refused(408, "the client has left") from None
         except asyncio.TimeoutError:
             raise Refused(408, f"the body did not come within {self.body_seconds:g} s") from None
 

@@ -69,7 +69,7 @@ class TeacherForward:
         labels = labels.to(device)
         states = self.teacher.states(batch, labels)
         targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-        return Answer(states.cpu(), label_logprobs(head, states, targets).float().cpu())
+        return Answer(states.cpu(), label_logprobs(states, head, targets).float().cpu())
 
 
 class ForwardQueue:
