@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -38,6 +39,7 @@ from dts_hf.teachers.wire import (
     encode_answer,
 )
 
+logger = logging.getLogger(__name__)
 #: Bytes of an answer that are handed to the transport at once: a slow reader holds up so much and no more.
 _PIECE = 1 << 18
 
@@ -182,6 +184,9 @@ class TeacherApp:
                           **{"Retry-After": str(min(wait, 30))}) from None  # fmt: skip
         except TooLate:
             raise Refused(504, f"the teacher had no answer within {self.queue.seconds:g} s") from None
+        except Exception as error:  # memory, say: the next question may fit
+            logger.exception("a question of %s rows failed", len(question.lengths))
+            raise Refused(500, f"the teacher failed: {type(error).__name__}; its server's log says more") from None
         self.metrics.rows += len(question.lengths)
         self.metrics.tokens += len(question.input_ids)
         self.metrics.labels += question.labels
@@ -192,9 +197,9 @@ class TeacherApp:
         """Refuse, before a byte of the body is read, what its headers rule out."""
         if (told := request.headers.get(PROTOCOL_HEADER, "none")) != str(PROTOCOL):
             raise Refused(400, f"{PROTOCOL_HEADER}: got {told[:20]!r}, expected {PROTOCOL}, which this server speaks")
-        expected = request.headers.get(TEACHER_HEADER)
-        if expected not in (None, known := self.served.description.teacher_hash):
-            raise Refused(409, f"{TEACHER_HEADER}: got {str(expected)[:64]!r}, but the teacher here is {known}")
+        known = self.served.description.teacher_hash
+        if (expected := request.headers.get(TEACHER_HEADER, known)) != known:
+            raise Refused(409, f"{TEACHER_HEADER}: got {expected[:64]!r}, but the teacher here is {known}")
         length = request.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused(411, "Content-Length: expected the number of bytes of the body")

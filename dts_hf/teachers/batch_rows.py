@@ -50,7 +50,9 @@ def _spans(batch: Mapping[str, Any], ids: Tensor) -> Iterator[tuple[int, tuple[i
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if is_cu_seqlens(mask):
         if len(ids) != 1:
-            raise UserError(f"attention_mask: boundaries of packed rows in a batch of {len(ids)} lines, expected one line")
+            raise UserError(
+                f"attention_mask: boundaries of packed rows in a batch of {len(ids)} lines, expected one line"
+            )
         bounds = mask[0, 0, 0].tolist()  # type: ignore[index]
         yield from ((0, span) for span in zip(bounds, bounds[1:]))
         return

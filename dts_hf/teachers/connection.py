@@ -80,7 +80,9 @@ class Connection:
         """``read`` of the body at ``path``; see ``post``."""
         return self._patiently("GET", path, None, {}, most, read)
 
-    def post(self, path: str, body: bytes, headers: Mapping[str, str], most: int, read: Callable[[bytes], Read]) -> Read:
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str], most: int, read: Callable[[bytes], Read]
+    ) -> Read:
         """Send ``body`` and return ``read`` of the answer's.
 
         Args:
@@ -183,7 +185,9 @@ def token_of(variable: str | None) -> str | None:
         return None
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise UserError(f"token_env: the environment variable {variable} is not set here, expected the server's token in it")
+        raise UserError(
+            f"token_env: the environment variable {variable} is not set here, expected the server's token in it"
+        )
     if not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"token_env: the value of {variable} has characters that no HTTP header may carry")
     return token
@@ -217,7 +221,9 @@ def checked_url(url: str) -> str:
 
 def _plain(error: BaseException) -> str:
     """The innermost words: requests wraps urllib3, which wraps the socket."""
-    while (inner := getattr(error, "reason", None) or next(iter(error.args), None)) and isinstance(inner, BaseException):
+    while (inner := getattr(error, "reason", None) or next(iter(error.args), None)) and isinstance(
+        inner, BaseException
+    ):
         error = inner
     words = " ".join(str(error).split()) or type(error).__name__
     return words.split(": ", 1)[-1] if words.startswith(("<", "HTTPConnection")) else words

@@ -66,7 +66,9 @@ class Description:
             )
         identity, limits = values.get("identity"), values.get("limits")
         if not isinstance(identity, Mapping) or not isinstance(limits, Mapping) or {*limits} != {*Limits._fields}:
-            raise UserError(f"{where}: its description has no identity or no limits: another version of dts_hf wrote it")
+            raise UserError(
+                f"{where}: its description has no identity or no limits: another version of dts_hf wrote it"
+            )
         if not all(isinstance(limit, int) and limit >= 1 for limit in limits.values()):
             raise UserError(f"{where}: got the limits {dict(limits)}, expected whole numbers from 1 on")
         if identity.get("states") != POST_NORM:
@@ -78,7 +80,9 @@ class Description:
         if found.identity.dtype not in STATE_DTYPES:
             raise UserError(f"{where}: its states are in {found.identity.dtype}, expected {', '.join(STATE_DTYPES)}")
         if values.get("teacher_hash") != found.teacher_hash:
-            raise UserError(f"{where}: the hash it gives is not that of its identity: another version of dts_hf made it")
+            raise UserError(
+                f"{where}: the hash it gives is not that of its identity: another version of dts_hf made it"
+            )
         return found
 
     @property

@@ -230,5 +230,3 @@ class RemoteTeacher:
             judge(found, self.description.identity.dtype, self.url)
         except UserError as error:
             raise RunError(str(error)) from None
-
-
