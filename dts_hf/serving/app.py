@@ -110,7 +110,7 @@ class TeacherApp:
         """The application, as uvicorn runs it. It has no pages of documentation, which would be open to everybody."""
 
         @asynccontextmanager
-        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             yield
             self.queue.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def labelled_rows(batch: Mapping[str, Any], labels: Tensor) -> list[Row]:
     if found != expected or any(bool(marked[0]) for _, marked in rows):
         raise UserError(
             f"labels: {expected:,} of them count, but {found:,} lie on tokens that attention_mask shows; none may lie on "
-            "padding, nor on the first token of a packed or left-padded row, which would be predicted from outside of its row"
+            "padding, nor on the first token of a packed or left-padded row, which is predicted from outside of the row"
         )
     return rows
 
@@ -54,7 +55,7 @@ def _spans(batch: Mapping[str, Any], ids: Tensor) -> Iterator[tuple[int, tuple[i
                 f"attention_mask: boundaries of packed rows in a batch of {len(ids)} lines, expected one line"
             )
         bounds = mask[0, 0, 0].tolist()  # type: ignore[index]
-        yield from ((0, span) for span in zip(bounds, bounds[1:]))
+        yield from ((0, span) for span in pairwise(bounds))
         return
     if mask is not None and mask.shape != ids.shape:
         raise UserError(
@@ -81,9 +82,9 @@ def _restarts(positions: Tensor, first: int) -> list[tuple[int, int]]:
     """Rows of a line whose tokens have these positions; the line's first token shown is ``first``."""
     starts = (positions == 0).nonzero()[:, 0].tolist()
     bounds = [*starts, len(positions)]
-    counted = [torch.arange(end - start) for start, end in zip(bounds, bounds[1:])]
+    counted = [torch.arange(end - start) for start, end in pairwise(bounds)]
     if not starts or starts[0] != 0 or not torch.equal(torch.cat(counted), positions.long()):
         raise UserError(
             "position_ids: expected 0, 1, 2 and so on from the first token of each row: a remote teacher counts so"
         )
-    return [(first + start, first + end) for start, end in zip(bounds, bounds[1:])]
+    return [(first + start, first + end) for start, end in pairwise(bounds)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,29 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.errors import RunError, UserError
-from dts_hf.loss.selection import count_targets
+from dts_hf.loss.selection import response_positions
 from dts_hf.models.description import describe_tokenizer
 from dts_hf.models.head import Head
-from dts_hf.teachers.batch_rows import Row, labelled_rows
-from dts_hf.teachers.connection import Connection, OtherTeacher, token_of
+from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET, AskedAhead
+from dts_hf.teachers.batch_rows import labelled_rows
+from dts_hf.teachers.cached.teacher import STATES
+from dts_hf.teachers.connection import Connection, token_of
 from dts_hf.teachers.description import Description, decode_head
 from dts_hf.teachers.identity import differences
+from dts_hf.teachers.remote_states import RemoteStates
 from dts_hf.teachers.self_test import compare_labels, judge
-from dts_hf.teachers.wire import (
-    HEAD_PATH,
-    STATE_DTYPES,
-    STATES_PATH,
-    TEACHER_HEADER,
-    TEACHER_PATH,
-    TOKENS_HEADER,
-    Answer,
-    Question,
-    decode_answer,
-)
+from dts_hf.teachers.wire import HEAD_PATH, Answer
 
 logger = logging.getLogger(__name__)
-#: Of a description, bytes.
-_LONGEST_DESCRIPTION = 1 << 20
 #: Labels of each answer whose log-probability is computed again: any answer may be somebody else's.
 _CHECKED = 8
 
@@ -65,29 +54,31 @@ class RemoteTeacher:
         self, url: str, *, token_env: str | None = None, patience: float = 600.0, first_patience: float = 30.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:  # fmt: skip
-        self.connection = Connection(url, token_of(token_env), patience=first_patience)
-        self.url = self.connection.url
+        connection = Connection(url, token_of(token_env), patience=first_patience)
+        self.url = connection.url
         self._random = random.Random(0)  # which labels are tested; not the global one, which belongs to the training
         try:
-            self.description = self._describe()
+            self.asking = RemoteStates(connection)
             if tokenizer is not None:
                 self.check_tokenizer(tokenizer)
-            content: bytes = self.connection.get(HEAD_PATH, self.description.head_bytes, bytes)
+            content: bytes = connection.get(HEAD_PATH, self.description.head_bytes, bytes)
             self._head = decode_head(content, self.description.identity, self.url)
             self._self_test()
         except RunError as error:  # nothing is trained yet
             raise UserError(f"teacher.url: {error}") from None
-        self.connection.patience = patience
+        connection.patience = patience
+        #: For a collator: asks for the rows of a batch before the batch is needed.
+        self.of_rows = AskedAhead(self.asking)
+
+    @property
+    def description(self) -> Description:
+        """What the server said of its teacher when it was met."""
+        return self.asking.description
 
     @property
     def head(self) -> Head:
         """The server's, as it was when it was met."""
         return self._head
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.description.identity.hidden_size
 
     def to(self, device: torch.device) -> RemoteTeacher:
         """Move the head."""
@@ -110,94 +101,19 @@ class RemoteTeacher:
         """Final states ``[N, H]``; see ``Teacher.states``.
 
         Raises:
-            RunError: the server is gone for longer than ``patience``, has another teacher now, or gives what is no answer.
+            RunError: see ``RemoteStates.ask``, or an answer fails the self-test.
         """
-        rows = labelled_rows(batch, labels)
-        states = torch.empty(int(count_targets(labels.cpu())), self.hidden_size, dtype=self.dtype)
-        at = 0
-        for part in self._parts(rows):
-            question = Question.of_rows(part)
-            answer = self._ask(question)
-            self._check(question, answer)
-            states[at : at + len(answer.states)] = answer.states
-            at += len(answer.states)
-        return states.to(labels.device, non_blocking=True)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the states."""
-        return STATE_DTYPES[self.description.identity.dtype]
-
-    def _parts(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """``rows`` in questions that the server takes."""
-        limits, part, tokens = self.description.limits, [], 0
-        for row in rows:
-            length = len(row[0])
-            if length > min(limits.length, limits.tokens):
-                raise RunError(
-                    f"{self.url}: a row has {length:,} tokens, but the server takes {min(limits.length, limits.tokens):,} "
-                    "at most. Lower data.max_length, or raise the server's --max-length"
-                )
-            if part and (len(part) == limits.rows or tokens + length > limits.tokens):
-                yield part
-                part, tokens = [], 0
-            part.append(row)
-            tokens += length
-        if part:
-            yield part
-
-    def _ask(self, question: Question) -> Answer:
-        identity = self.description.identity
-        itemsize = self.dtype.itemsize
-
-        def read(content: bytes) -> tuple[Answer, str]:
-            return decode_answer(content, question, identity.dtype, identity.hidden_size)
-
-        known, retries = self.description.teacher_hash, self.connection.retries
-        try:
-            answer, from_whom = self.connection.post(
-                STATES_PATH,
-                question.encode(),
-                {TOKENS_HEADER: question.token_hash, TEACHER_HEADER: known},
-                question.labels * (identity.hidden_size * itemsize + 4) + 4096,
-                read,
-            )
-        except OtherTeacher as error:
-            self._check_description(str(error))
-            raise
-        if from_whom != known:
-            self._check_description(f"{self.url}: answered as the teacher {from_whom or 'without a name'}")
-            raise RunError(f"{self.url}: an answer bears the name of another teacher than the server's")
-        if self.connection.retries != retries:  # it may have been restarted with another one
-            self._check_description(f"{self.url}: answers again")
-        return answer
-
-    def _describe(self) -> Description:
-        def read(content: bytes) -> Any:
-            try:
-                return json.loads(content)
-            except (ValueError, RecursionError):
-                raise UserError(
-                    f"teacher.url: {self.url} answers with something else than JSON: expected the address of "
-                    "'dts-hf serve-teacher'"
-                ) from None
-
-        return Description.from_json(self.connection.get(TEACHER_PATH, _LONGEST_DESCRIPTION, read), self.url)
-
-    def _check_description(self, why: str) -> None:
-        """Ask once more who is there.
-
-        Raises:
-            OtherTeacher: somebody else.
-        """
-        now = self._describe()
-        if now.teacher_hash != self.description.teacher_hash:
-            apart = differences(self.description.identity, now.identity, "the teacher that the run began with")
-            raise OtherTeacher(
-                f"{why}. It has another teacher now ({'; '.join(apart)}). Start it again with the first one and go on with "
-                "--resume"
-            )
-        self.description = Description(self.description.identity, now.limits)
+        batch = dict(batch)
+        bits, logprobs, ticket = (batch.pop(key, None) for key in (STATES, LOGPROBS, TICKET))
+        if bits is not None and logprobs is not None:  # a worker has asked
+            answer = Answer(bits.view(self.asking.dtype), logprobs.view(torch.float32))
+        else:
+            known = None if ticket is None else self.of_rows.fetch(int(ticket))
+            answer = self.asking.ask(labelled_rows(batch, labels)) if known is None else known
+        states = answer.states.to(labels.device, non_blocking=True)
+        targets = batch["input_ids"].reshape(-1)[response_positions(labels) + 1]
+        self._check(Answer(states, answer.label_logprob), targets)
+        return states
 
     def _self_test(self) -> None:
         """Two rows of random ids: no data is needed to find states before the norm, shifted rows, or another head.
@@ -212,21 +128,27 @@ class RemoteTeacher:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(min(limits.vocab_size, self._head.vocab_size), (2, length), generator=generator)
         for row in ids:
-            question = Question.of_rows([(row, torch.arange(length) > 0)])
-            answer = self._ask(question)
+            answer = self.asking.ask([(row, torch.arange(length) > 0)])
             found = compare_labels(answer.label_logprob, answer.states, self._head, row[1:])
             if warning := judge(found, self.description.identity.dtype, self.url):
                 logger.warning("%s", warning)
 
-    def _check(self, question: Question, answer: Answer) -> None:
-        """The self-test of a few labels of one answer, in the place where the head is."""
-        count = question.labels
-        some = torch.tensor(sorted(self._random.sample(range(count), min(_CHECKED, count))))
-        targets = question.input_ids[question.label_mask.bool()][some].long()
+    def _check(self, answer: Answer, targets: Tensor) -> None:
+        """The self-test of a few labels of one answer, in the place where the head is.
+
+        Args:
+            answer: of one batch.
+            targets: ``[N]``, the tokens whose log-probabilities are in it.
+        """
+        if len(targets) != len(answer.states):
+            raise RunError(f"{self.url}: got {len(answer.states):,} states for {len(targets):,} labels")
+        if not len(targets):
+            return
+        some = torch.tensor(sorted(self._random.sample(range(len(targets)), min(_CHECKED, len(targets)))))
         device = self._head.weight.device
-        states = answer.states[some].to(device)
-        found = compare_labels(answer.label_logprob[some], states, self._head, targets.to(device))
+        stored = answer.label_logprob[some.to(answer.label_logprob.device)]
+        states, ids = (tensor[some.to(tensor.device)].to(device) for tensor in (answer.states, targets))
         try:
-            judge(found, self.description.identity.dtype, self.url)
+            judge(compare_labels(stored, states, self._head, ids), self.description.identity.dtype, self.url)
         except UserError as error:
             raise RunError(str(error)) from None

@@ -28,6 +28,7 @@ from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.student import with_adapter
 from dts_hf.training.tracking import model_facts
 
@@ -83,6 +84,9 @@ class Pair:
         if isinstance(self.teacher, CachedTeacher):
             identity = self.teacher.cache.identity
             return {"teacher": identity.model, "teacher_dtype": identity.dtype, "teacher_states": "cached"}
+        if isinstance(self.teacher, RemoteTeacher):
+            identity = self.teacher.description.identity
+            return {"teacher": identity.model, "teacher_dtype": identity.dtype, "teacher_states": "remote"}
         return {"teacher": type(self.teacher).__name__} if self.taught else model_facts("teacher", None)
 
     def warn_if_swapped(self) -> None:
@@ -129,12 +133,14 @@ class Pair:
             UserError: both are asked for, one process would make the packs of all, states out of a cache cannot come with
                 these batches, or see ``check_packing``.
         """
-        of_rows = self.teacher.of_rows if isinstance(self.teacher, CachedTeacher) else None
+        of_rows = self.teacher.of_rows if isinstance(self.teacher, (CachedTeacher, RemoteTeacher)) else None
         config: Any = args.accelerator_config
-        if of_rows is not None and of_user is not None:
+        if isinstance(self.teacher, RemoteTeacher) and args.world_size > 1 and config.dispatch_batches:
+            of_rows = None  # it is asked for each batch as it is, when it has come
+        if isinstance(self.teacher, CachedTeacher) and of_user is not None:
             raise UserError(
-                "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave it "
-                "out, or use the live teacher"
+                "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave "
+                "it out, or use the live teacher"
             )
         if of_rows is not None and args.world_size > 1 and config.dispatch_batches:
             raise UserError(
@@ -250,6 +256,10 @@ def set_up_models(
         )  # it is the one that was compared with the teacher's when the cache was made
         widths, shared = (head_of(student).vocab_size, teacher.head.vocab_size), teacher.cache.manifest.shared_tokens
         return Pair(student, teacher, tokenizer, plan_for(widths, tokenizer, len(tokenizer), shared, vocab_alignment))
+    if isinstance(teacher, RemoteTeacher):
+        teacher.check_tokenizer(tokenizer)
+        widths, shared = (head_of(student).vocab_size, teacher.head.vocab_size), len(tokenizer)
+        return Pair(student, teacher, tokenizer, plan_for(widths, tokenizer, shared, shared, vocab_alignment))
     if not isinstance(teacher, nn.Module):  # anything may stand behind the interface: its head is all that is known
         answers = NoTeacher() if teacher is None else teacher
         heads = [head for head in (head_of(student), answers.head) if head is not None]

@@ -29,6 +29,7 @@ from dts_hf.loss.selection import response_positions, select_response, sequence_
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
 from dts_hf.models.router import collects_router_logits
+from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
@@ -41,7 +42,7 @@ from dts_hf.training.pair import Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
 #: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, STATES, MISSING})
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, STATES, MISSING, LOGPROBS, TICKET})
 
 
 class DistillationTrainer(GeneratingTrainer):
@@ -250,7 +251,7 @@ class DistillationTrainer(GeneratingTrainer):
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label.
         known = (positions,) if isinstance(self.teacher, LiveTeacher) else ()  # others have the interface alone
-        given = {key: inputs[key] for key in (STATES, MISSING) if key in inputs}  # by the collator, out of a cache
+        given = {key: inputs[key] for key in (STATES, MISSING, LOGPROBS, TICKET) if key in inputs}  # by the collator
         teacher_states = self.teacher.states({**batch, **given}, labels, *known)
         sums: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""What a server refuses, and that it goes on with others meanwhile: each of these once held up, or fooled, a server like it."""
+"""What a server refuses, and that it goes on with others meanwhile."""
 
 from __future__ import annotations
 

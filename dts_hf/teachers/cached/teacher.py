@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: In a batch: the states of its rows ``[N, H]`` as whole numbers with the same bits, for the Trainer casts every floating
 #: input to the type that DeepSpeed trains in; and which of them the cache has not ``[N]``, where there are any.
 STATES, MISSING = "teacher_states", "teacher_states_missing"
-_BITS = {2: torch.int16, 4: torch.int32}
+BITS = {2: torch.int16, 4: torch.int32}
 #: For the self-test: at least so many labels, of at most so many rows; and rows that a live teacher scores again.
 _LABELS, _ROWS, _LIVE_ROWS = 512, 64, 8
 
@@ -67,7 +67,7 @@ class CachedStates:
             )
             missing.append(torch.full((count,), row is None))
         states, absent = torch.cat(parts), torch.cat(missing)
-        batch = {STATES: states.view(_BITS[dtype.itemsize])}
+        batch = {STATES: states.view(BITS[dtype.itemsize])}
         return {**batch, MISSING: absent} if absent.any() else batch
 
 
