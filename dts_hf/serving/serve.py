@@ -22,7 +22,7 @@ from dts_hf.recipe.schema import Teacher
 from dts_hf.serving.forward import TeacherForward, place
 from dts_hf.teachers.connection import is_loopback, token_of
 from dts_hf.teachers.description import Description, encode_head
-from dts_hf.teachers.identity import identity_of
+from dts_hf.teachers.identity import TeacherIdentity, identity_of
 from dts_hf.teachers.wire import Limits
 
 if TYPE_CHECKING:
@@ -158,8 +158,10 @@ def load_served(teacher: Teacher, template: str, options: ServeOptions) -> Serve
     Raises:
         UserError: see ``load_teacher`` and ``check_head``.
     """
-    from_hub = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    tokenizer = load_tokenizer(teacher.tokenizer or teacher.model, key="teacher.tokenizer", **from_hub)
+    tokenizer = load_tokenizer(
+        teacher.tokenizer or teacher.model, key="teacher.tokenizer", revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+    )  # fmt: skip
     model = load_teacher(teacher)
     identity = identity_of(
         model, tokenizer, resolve_template(template, tokenizer), name=teacher.model, revision=teacher.revision,
@@ -168,7 +170,7 @@ def load_served(teacher: Teacher, template: str, options: ServeOptions) -> Serve
     return served_model(model, identity, options)
 
 
-def served_model(model: PreTrainedModel, identity: Any, options: ServeOptions) -> Served:
+def served_model(model: PreTrainedModel, identity: TeacherIdentity, options: ServeOptions) -> Served:
     """A model that is loaded as something to serve.
 
     Args:
@@ -186,7 +188,8 @@ def served_model(model: PreTrainedModel, identity: Any, options: ServeOptions) -
     positions = positions_of(model) or 8192
     length = min(options.max_length or 8192, positions, options.max_tokens)
     # Below the ids of the embedding: the head may have more rows, or fewer
-    ids: int = min(live.head.vocab_size, model.get_input_embeddings().weight.shape[0])
+    embedding: Any = model.get_input_embeddings()
+    ids = min(live.head.vocab_size, int(embedding.weight.shape[0]))
     limits = Limits(options.max_rows, options.max_tokens, length, ids)
     return Served(Description(identity, limits), encode_head(live.head), TeacherForward(live, options.batch_tokens))
 

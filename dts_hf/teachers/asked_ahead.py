@@ -57,7 +57,8 @@ class AskedAhead:
             states, logprobs = self._asking.ask(rows)
             return {STATES: states.view(BITS[states.dtype.itemsize]), LOGPROBS: logprobs.view(torch.int32)}
         number = next(self._numbers)
-        self._asked[number] = found = Future()
+        found: Future[Answer] = Future()
+        self._asked[number] = found
         # Not a pool: its threads are waited for when Python ends, and a server that is gone may take minutes
         threading.Thread(target=_answer, args=(found, self._asking, rows), name="teacher", daemon=True).start()
         while len(self._asked) > _MOST_KEPT:

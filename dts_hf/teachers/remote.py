@@ -97,6 +97,26 @@ class RemoteTeacher:
         if apart := differences(identity, here, self.url):
             raise UserError(f"teacher.url: {self.url} serves {identity.model!r} for other tokens: {'; '.join(apart)}")
 
+    def check_rows(self, dataset: Any, name: str) -> None:
+        """Refuse rows that the server does not take.
+
+        Args:
+            dataset: encoded rows, which know their lengths.
+            name: what errors call it.
+
+        Raises:
+            UserError: one is too long.
+        """
+        if lengths := getattr(dataset, "lengths", None):
+            try:
+                self.asking.check_length(max(lengths))
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+
+    def record(self) -> dict[str, Any]:
+        """What a resume compares: the identity, without the address, which may be another one tomorrow."""
+        return {"kind": "remote", **self.description.identity.as_json()}
+
     def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
         """Final states ``[N, H]``; see ``Teacher.states``.
 

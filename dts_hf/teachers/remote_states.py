@@ -70,16 +70,29 @@ class RemoteStates:
         answers += [self._ask(Question.of_rows(part)) for part in self._parts(rows)]
         return Answer(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
 
+    def check_length(self, tokens: int) -> None:
+        """Refuse a row that the server does not take.
+
+        Args:
+            tokens: in the row.
+
+        Raises:
+            UserError: it takes fewer.
+        """
+        most = min(self.description.limits.length, self.description.limits.tokens)
+        if tokens > most:
+            raise UserError(
+                f"{self.url}: a row has {tokens:,} tokens, but the server takes {most:,} at most. Lower data.max_length, or "
+                "raise --max-length (and --max-tokens) of dts-hf serve-teacher, as far as its model has positions"
+            )
+
     def _parts(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """``rows`` in questions that the server takes."""
-        limits, part, tokens = self.description.limits, [], 0
+        limits, tokens = self.description.limits, 0
+        part: list[Row] = []
         for row in rows:
             length = len(row[0])
-            if length > min(limits.length, limits.tokens):
-                raise RunError(
-                    f"{self.url}: a row has {length:,} tokens, but the server takes {min(limits.length, limits.tokens):,} "
-                    "at most. Lower data.max_length, or raise the server's --max-length"
-                )
+            self.check_length(length)
             if part and (len(part) == limits.rows or tokens + length > limits.tokens):
                 yield part
                 part, tokens = [], 0

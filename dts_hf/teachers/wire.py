@@ -160,8 +160,8 @@ def encode_answer(answer: Answer, token_hash: str, teacher_hash: str) -> bytes:
         teacher_hash: of the identity of the teacher.
     """
     tensors = {"states": answer.states.contiguous(), "label_logprob": answer.label_logprob.contiguous()}
-    hashes = {"token_hash": token_hash, "teacher_hash": teacher_hash, "checksum": checksum(tensors)}
-    return save(tensors, metadata=hashes)
+    hashes = {"token_hash": token_hash, "teacher_hash": teacher_hash}
+    return save(tensors, metadata={**hashes, "checksum": checksum(tensors, **hashes)})
 
 
 def decode_answer(content: bytes, question: Question, dtype: str, hidden: int) -> tuple[Answer, str]:
@@ -180,9 +180,10 @@ def decode_answer(content: bytes, question: Question, dtype: str, hidden: int) -
         WireError: it is broken, answers another question, or has other shapes.
     """
     tensors, told = _decode(content, {"states": STATE_DTYPES[dtype], "label_logprob": torch.float32})
-    if told.get("checksum") != checksum(tensors):
-        raise WireError("its checksum is not that of its numbers: bytes have changed on the way")
-    if told.get("token_hash") != question.token_hash:
+    hashes = {key: str(told.get(key, "")) for key in ("token_hash", "teacher_hash")}
+    if told.get("checksum") != checksum(tensors, **hashes):
+        raise WireError("its checksum is another one: bytes have changed on the way")
+    if hashes["token_hash"] != question.token_hash:
         raise WireError("it answers another question (its token hash is not that of the tokens sent)")
     answer, count = Answer(**tensors), question.labels
     if answer.states.shape != (count, hidden) or answer.label_logprob.shape != (count,):
@@ -190,12 +191,18 @@ def decode_answer(content: bytes, question: Question, dtype: str, hidden: int) -
         raise WireError(f"got states and label_logprob of shapes {shapes}, expected {[(count, hidden), (count,)]}")
     if not bool(torch.isfinite(answer.states).all()) or not bool(torch.isfinite(answer.label_logprob).all()):
         raise WireError("its states or log-probabilities are not finite")
-    return answer, told.get("teacher_hash", "")
+    return answer, hashes["teacher_hash"]
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """``xxh3_128`` over names, shapes and numbers: against flipped bits, not against people."""
-    digest = xxhash.xxh3_128()
+def checksum(tensors: Mapping[str, Tensor], token_hash: str, teacher_hash: str) -> str:
+    """``xxh3_128`` over an answer: against flipped bits, not against people.
+
+    Args:
+        tensors: of the answer; their names, shapes and numbers count.
+        token_hash: of the question.
+        teacher_hash: of the identity of the teacher.
+    """
+    digest = xxhash.xxh3_128(f"{token_hash} {teacher_hash}".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

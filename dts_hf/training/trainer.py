@@ -33,6 +33,7 @@ from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
@@ -165,6 +166,8 @@ class DistillationTrainer(GeneratingTrainer):
 
     @property
     def teacher_record(self) -> dict[str, Any] | None:
+        if isinstance(self.teacher, RemoteTeacher):
+            return self.teacher.record()
         return self.teacher.cache.record() if isinstance(self.teacher, CachedTeacher) else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -191,7 +194,7 @@ class DistillationTrainer(GeneratingTrainer):
             self.compile_layers(self.teacher.model, "the teacher")
 
     def _check_cache(self) -> None:
-        """A cached teacher must know all rows, and its states must be those that its head reads."""
+        """A cached teacher must know all rows, and its states must be those that its head reads; a server must take them."""
         held_out: Any = self.eval_dataset
         named = {f"eval_dataset['{key}']": rows for key, rows in held_out.items()} if isinstance(held_out, dict) else {
             "eval_dataset": held_out}  # fmt: skip
@@ -200,6 +203,8 @@ class DistillationTrainer(GeneratingTrainer):
                 rows: Any = self.rows  # LanguageRows
                 template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
                 self.teacher.check_rows(dataset, name, self.pair.tokenizer, template)
+            if isinstance(self.teacher, RemoteTeacher):
+                self.teacher.check_rows(dataset, name)
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
