@@ -107,7 +107,7 @@ def test_another_teacher_is_refused(student):
     with pytest.raises(UserError, match="type of the weights: float32 in the cache, bfloat16 here"):
         distill(recipe(student=student, teacher={**CACHED, "dtype": "bfloat16"}))
     tiny_llama(seed=77, layers=4).save_pretrained("teacher")
-    with pytest.raises(UserError, match="is of another teacher: weights: xxh3.*weight of the head"):
+    with pytest.raises(UserError, match=r"is of another teacher: weights: xxh3.*weight of the head"):
         distill(recipe(student=student, teacher={**CACHED, "missing": "live"}))
 
 
@@ -194,7 +194,7 @@ def test_what_a_recipe_may_not_say(workplace, teacher, said):
 
 
 def test_a_sharded_teacher_is_not_cached(workplace):
-    with pytest.raises(UserError, match="teacher.placement: sharded, but each process"):
+    with pytest.raises(UserError, match=r"teacher.placement: sharded, but each process"):
         cache(teacher={**LIVE, "placement": "sharded"})
 
 

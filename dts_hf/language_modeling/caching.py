@@ -1,4 +1,4 @@
-"""``cache_teacher(recipe)``: the recipe's teacher runs once over its rows, and its states are kept (``teacher.kind: cached``).
+"""``cache_teacher(recipe)``: the teacher runs once over a recipe's rows, and its states are kept (``teacher.kind: cached``).
 
 It goes the way of ``distill`` as far as the rows: the same rows, tokenizers, template and limits, and the teacher's own
 answers where ``data.responses`` asks for them.

@@ -1,4 +1,4 @@
-"""A cache that is not as it was written, or of something else, is refused by name; and what a kill leaves is gone on with."""
+"""A cache that is damaged, or of something else, is refused by name; and what a kill leaves is gone on with."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_another_template(cache, tmp_path):
         train(tmp_path, cache, prompt_template="alpaca")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "helper")
-    with pytest.raises(UserError, match="prompt template: chat xxh3.* in the cache, chat xxh3.* here"):
+    with pytest.raises(UserError, match=r"prompt template: chat xxh3.* in the cache, chat xxh3.* here"):
         train(tmp_path, cache, processing_class=tokenizer)
 
 
@@ -215,7 +215,7 @@ def test_manifests_of_others(cache, change, said):
 
 def test_an_unfinished_cache(cache, tmp_path):
     (cache / MANIFEST).unlink()
-    with pytest.raises(UserError, match="and no manifest.json, so it is unfinished"):
+    with pytest.raises(UserError, match=r"and no manifest\.json, so it is unfinished"):
         StateCache(cache)
     with pytest.raises(UserError, match="no such folder"):
         StateCache(tmp_path / "nowhere")

@@ -55,6 +55,6 @@ def check_same_model(cache: StateCache, model: nn.Module, teacher: Teacher) -> N
 def _refuse(cache: StateCache, lines: list[str]) -> None:
     if lines:
         raise UserError(
-            f"teacher.cache: {cache.folder} is of another teacher: {'; '.join(lines)}. Run dts-hf cache-teacher for this one, "
-            "or put the recipe's teacher back"
+            f"teacher.cache: {cache.folder} is of another teacher: {'; '.join(lines)}. Run dts-hf cache-teacher for this "
+            "one, or put the recipe's teacher back"
         )
