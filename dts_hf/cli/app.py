@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from dts_hf.cli import (
+    cache_teacher,
     chat,
     doctor,
     env,
@@ -42,7 +43,8 @@ from dts_hf.runs.stopping import Stage, ends, stage
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
 COMMANDS = (
-    init, doctor, train, chat, generate, evaluate, score, report, push, pull, serve_teacher, prepare, list_, schema, env
+    init, doctor, train, chat, generate, evaluate, score, report, push, pull, cache_teacher, serve_teacher, prepare,
+    list_, schema, env,
 )  # fmt: skip
 
 
