@@ -175,8 +175,7 @@ def load_models(
         if teacher is not None:
             task.check_head(teacher, "teacher")
         student = task.load_student(teacher, args.seed)
-        cache = task.teacher_cache()
-        record.add_models(student, teacher, None if cache is None else cache.record())
+        record.add_models(student, teacher, task.teacher_record())
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     if teacher is not None:
         place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
@@ -186,7 +185,7 @@ def load_models(
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
     """What a person should know of the teacher, as lines for the terminal."""
     if recipe.teacher is not None and not recipe.keeps_teacher:
-        yield f"teacher: its states come out of {recipe.teacher.cache}; it is not in memory, and is not scored"
+        yield f"teacher: its states come {recipe.teacher.source}; it is not in memory, and is not scored"
         return
     if recipe.teacher is not None and (kind := recipe.teacher.quantization) != "none":
         yield (

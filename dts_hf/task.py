@@ -152,6 +152,15 @@ class Task(ABC, Generic[TrainerT]):
         """
         return None
 
+    def teacher_record(self) -> dict[str, Any] | None:
+        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare.
+
+        Raises:
+            UserError: see ``teacher_cache``.
+        """
+        cache = self.teacher_cache()
+        return None if cache is None else cache.record()
+
     def check_head(self, model: nn.Module, role: str) -> None:
         """Refuse a model whose outputs the loss cannot represent. The model is whole: this comes before it is placed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.recipe import check_same_model, open_cache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -96,6 +98,22 @@ class LanguageModeling(Task[DistillationTrainer]):
         teacher = self.recipe.teacher
         return None if teacher is None or teacher.cache is None else open_cache(teacher)
 
+    @functools.cached_property
+    def remote_teacher(self) -> RemoteTeacher | None:
+        """The teacher behind the recipe's address, met and tested; None where it is of another kind.
+
+        Raises:
+            UserError: see ``RemoteTeacher``.
+        """
+        teacher = self.recipe.teacher
+        if teacher is None or teacher.kind != "remote":
+            return None
+        return RemoteTeacher(str(teacher.url), token_env=teacher.token_env)
+
+    def teacher_record(self) -> dict[str, Any] | None:
+        remote = self.remote_teacher
+        return super().teacher_record() if remote is None else remote.record()
+
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
 
@@ -141,15 +159,15 @@ class LanguageModeling(Task[DistillationTrainer]):
             **self.trainer_options(models, data) | {"teacher": self.teacher_of(models)},
         )
 
-    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | None:
-        """What the trainer asks: the model, or what has been cached of it.
+    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | None:
+        """What the trainer asks: the model, what has been cached of it, or the server that has it.
 
         Raises:
             UserError: the cache is of another teacher.
         """
         cache = self.teacher_cache()
         if cache is None:
-            return models.teacher
+            return self.remote_teacher or models.teacher
         live = models.teacher if self.recipe.keeps_teacher else None
         if live is not None:
             check_same_model(cache, live, self.recipe.required_teacher)

@@ -18,8 +18,8 @@ def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
     yield "load teacher and student" if recipe.loads_teacher else "load the student"
-    if recipe.teacher is not None and recipe.teacher.kind == "cached":
-        yield f"the teacher's states come out of {recipe.teacher.cache}"
+    if recipe.teacher is not None and recipe.teacher.kind != "live":
+        yield f"the teacher's states come {recipe.teacher.source}"
     if data.responses == "teacher":
         yield f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))

@@ -125,8 +125,9 @@ def _teacher(source: str, changes: dict[str, Any]) -> tuple[Teacher, str]:
             raise UserError(
                 f"{source}: a recipe with a task, expected one of a language model: classifiers are not served"
             )
-        section = recipe.required_teacher.model_dump(exclude_unset=True)
-        return Teacher(**{**section, **changes}), recipe.data.prompt_template
+        elsewhere = {"kind": "live", "url": None, "token_env": None, "cache": None, "missing": "error"}
+        section = recipe.required_teacher.model_dump()
+        return Teacher(**{**section, **elsewhere, **changes}), recipe.data.prompt_template
     return Teacher(model=source, **changes), "auto"
 
 
