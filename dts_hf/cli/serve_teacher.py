@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,10 @@ def command(
         int | None, typer.Option(min=2, help="Most tokens of one row; default: the model's positions, 8192 at most.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a forward, padding included.")] = 16_384,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What runs the model; vllm: for one of several GPUs.")
+    ] = "transformers",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that vLLM puts each layer on.")] = 1,
 ) -> None:
     """Serve a teacher's final states over HTTP, for recipes with teacher.kind: remote; needs dts-hf[server]."""
     from dts_hf.serving.serve import ServeOptions, serve_teacher
@@ -51,5 +55,7 @@ def command(
         max_tokens=max_tokens,
         max_length=max_length,
         batch_tokens=batch_tokens,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
     )
     serve_teacher(source, options, dtype=dtype, quantization=quantization)

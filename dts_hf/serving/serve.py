@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
+import shutil
 import socket
+import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dts_hf.console import harmless
 from dts_hf.data.chat_templates import resolve_template
 from dts_hf.errors import RunError, UserError
 from dts_hf.models.checks import positions_of
-from dts_hf.models.head import check_head
+from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_teacher, load_tokenizer
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Teacher
 from dts_hf.serving.forward import TeacherForward, place
 from dts_hf.teachers.connection import is_loopback, token_of
 from dts_hf.teachers.description import Description, encode_head
-from dts_hf.teachers.identity import TeacherIdentity, identity_of
-from dts_hf.teachers.wire import Limits
+from dts_hf.teachers.identity import TeacherIdentity, identity_of, model_facts, rows_facts
+from dts_hf.teachers.wire import Answer, Limits, Question
 
 if TYPE_CHECKING:
     import uvicorn
@@ -52,6 +58,8 @@ class ServeOptions:
         max_tokens: most tokens of one question.
         max_length: most tokens of one row; None: the model's positions, and 8,192 at most.
         batch_tokens: most tokens of a forward, padding included.
+        engine: ``transformers``, or ``vllm`` for a model of several GPUs (see ``vllm_states``).
+        tensor_parallel: GPUs that vLLM puts each layer on.
     """
 
     host: str = "127.0.0.1"
@@ -63,6 +71,8 @@ class ServeOptions:
     max_tokens: int = 65_536
     max_length: int | None = None
     batch_tokens: int = 16_384
+    engine: str = "transformers"
+    tensor_parallel: int = 1
 
 
 def serve_teacher(source: str, options: ServeOptions, **changes: Any) -> None:
@@ -163,12 +173,46 @@ def load_served(teacher: Teacher, template: str, options: ServeOptions) -> Serve
         teacher.tokenizer or teacher.model, key="teacher.tokenizer", revision=teacher.revision,
         trust_remote_code=teacher.trust_remote_code,
     )  # fmt: skip
+    words = resolve_template(template, tokenizer)
+    if options.engine == "vllm":
+        return _load_vllm(teacher, options, rows_facts(tokenizer, words))
     model = load_teacher(teacher)
-    identity = identity_of(
-        model, tokenizer, resolve_template(template, tokenizer), name=teacher.model, revision=teacher.revision,
-        quantization=teacher.quantization,
-    )  # fmt: skip
+    names = {"name": teacher.model, "revision": teacher.revision, "quantization": teacher.quantization}
+    identity = identity_of(model, tokenizer, words, **names)  # type: ignore[arg-type]
     return served_model(model, identity, options)
+
+
+def _load_vllm(teacher: Teacher, options: ServeOptions, rows: Mapping[str, Any]) -> Served:
+    """A folder's model behind vLLM; only its final norm and head are loaded beside the engine.
+
+    Args:
+        teacher: its section.
+        options: see ``ServeOptions``.
+        rows: the part of the identity that says what encodes the rows.
+
+    Raises:
+        UserError: it is no folder, quantised, or what vLLM gives fails the self-test.
+    """
+    from dts_hf.serving.vllm_states import VllmStates, load_ends, load_engine
+
+    if not Path(teacher.model).is_dir() or teacher.quantization != "none":
+        raise UserError(
+            f"--engine: vllm serves a folder with safetensors, got {teacher.model!r} with quantization "
+            f"'{teacher.quantization}'; 'hf download' fetches one from the Hub"
+        )
+    ends = load_ends(teacher.model, getattr(torch, teacher.dtype))
+    storage = tempfile.mkdtemp(prefix="dts-hf-states-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    atexit.register(shutil.rmtree, storage, ignore_errors=True)
+    layers: int = ends.config.get_text_config().num_hidden_layers
+    length = _length(ends, options)
+    engine = load_engine(
+        teacher.model, teacher.dtype, layers, storage, tensor_parallel_size=options.tensor_parallel,
+        max_model_len=length + 1,
+    )  # fmt: skip
+    forward = VllmStates(engine[0], ends, *engine[1:])
+    forward.check(teacher.dtype)
+    identity = TeacherIdentity(**model_facts(ends, teacher.model), **rows)
+    return _served(ends, identity, options, forward)
 
 
 def served_model(model: PreTrainedModel, identity: TeacherIdentity, options: ServeOptions) -> Served:
@@ -182,17 +226,26 @@ def served_model(model: PreTrainedModel, identity: TeacherIdentity, options: Ser
     Raises:
         UserError: its head is none that ``Head`` can represent.
     """
-    from dts_hf.serving.app import Served
-
     live = place(model)
     check_head(model, role="teacher")
-    positions = positions_of(model) or 8192
-    length = min(options.max_length or 8192, positions, options.max_tokens)
+    return _served(model, identity, options, TeacherForward(live, options.batch_tokens))
+
+
+def _served(
+    model: PreTrainedModel, identity: TeacherIdentity, options: ServeOptions, forward: Callable[[Question], Answer]
+) -> Served:
+    from dts_hf.serving.app import Served
+
     # Below the ids of the embedding: the head may have more rows, or fewer
     embedding: Any = model.get_input_embeddings()
-    ids = min(live.head.vocab_size, int(embedding.weight.shape[0]))
-    limits = Limits(options.max_rows, options.max_tokens, length, ids)
-    return Served(Description(identity, limits), encode_head(live.head), TeacherForward(live, options.batch_tokens))
+    ids = min(identity.vocab_size, int(embedding.weight.shape[0]))
+    limits = Limits(options.max_rows, options.max_tokens, _length(model, options), ids)
+    return Served(Description(identity, limits), encode_head(head_of(model)), forward)
+
+
+def _length(model: PreTrainedModel, options: ServeOptions) -> int:
+    """Most tokens of a row."""
+    return min(options.max_length or 8192, positions_of(model) or 8192, options.max_tokens)
 
 
 def make_server(served: Served, options: ServeOptions, token: str | None) -> uvicorn.Server:
