@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch.utils.data import ConcatDataset
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dts_hf.console import duration, gb, say, working
@@ -30,8 +32,9 @@ from dts_hf.task import Data
 from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
-from dts_hf.teachers.identity import TeacherIdentity, identity_of
+from dts_hf.teachers.identity import TeacherIdentity, identity_of, rows_facts
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 
 #: What of ``data`` decides how a row is cut and what is learned of it.
 LABEL_RULE = ("prompt_template", "train_on", "max_length", "max_prompt_length", "long_rows", "responses")
@@ -100,19 +103,17 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
         student_tokenizer, teacher_tokenizer = load_tokenizers(recipe)
     shared = check_tokenizers(student_tokenizer, teacher_tokenizer, section.vocab_alignment)
     with working("loading the teacher"):
-        model = load_teacher(section)
-        task.check_head(model, "teacher")
-        template = task.template(student_tokenizer)
-        name = {"name": section.model, "revision": section.revision, "quantization": section.quantization}
-        identity = identity_of(model, student_tokenizer, template, **name)  # type: ignore[arg-type]
-    place_teacher(model, "replicated", args.device)
+        teacher, identity = _teacher_of(task, student_tokenizer, args.device)
     if recipe.data.responses == "teacher":
+        model = teacher.model if isinstance(teacher, LiveTeacher) else load_teacher(section)
         loaded = task.answer(model, student_tokenizer, loaded)
     data = task.encode(loaded, student_tokenizer)
     rows = rows_of(data)
-    check_positions(
-        model, "the teacher", max(len_ for of in _sets(data) for len_ in of.lengths), "Lower data.max_length"
-    )
+    for of in _sets(data):
+        if isinstance(teacher, LiveTeacher):
+            check_positions(teacher.model, "the teacher", max(of.lengths), "Lower data.max_length")
+        else:
+            teacher.check_rows(of, "data")
     # 3. States
     plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens)
     on_first_process(lambda: _say_plan(folder, plan, identity), rank, world)
@@ -121,13 +122,38 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
         data={name: of.digest for name, of in zip(("train", "validation"), _sets(data), strict=False)},
         shared_tokens=shared,
     )
-    manifest = write_cache(folder, LiveTeacher(model), rows, plan, facts, rank=rank, world=world)
+    manifest = write_cache(folder, teacher, rows, plan, facts, rank=rank, world=world)
     if rank == 0:
         say(
             f"{folder}: {manifest.labels:,} labels of {manifest.rows:,} rows in {gb(manifest.size)}, teacher "
             f"{manifest.nll:.3f} nats per label, {duration(time.monotonic() - began)}"
         )
     return manifest
+
+
+def _teacher_of(
+    task: LanguageModeling, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[LiveTeacher | RemoteTeacher, TeacherIdentity]:
+    """The teacher that is asked, here or behind the recipe's address, and what it is for these rows.
+
+    Args:
+        task: of the recipe.
+        tokenizer: that encodes the rows.
+        device: where it runs.
+
+    Raises:
+        UserError: it cannot be loaded, or nobody answers at the address.
+    """
+    section, template = task.recipe.required_teacher, task.template(tokenizer)
+    if (remote := task.remote_teacher) is not None:
+        remote.check_tokenizer(tokenizer)
+        return remote.to(device), replace(remote.description.identity, **rows_facts(tokenizer, template))
+    model = load_teacher(section)
+    task.check_head(model, "teacher")
+    name = {"name": section.model, "revision": section.revision, "quantization": section.quantization}
+    identity = identity_of(model, tokenizer, template, **name)  # type: ignore[arg-type]
+    place_teacher(model, "replicated", device)
+    return LiveTeacher(model), identity
 
 
 def _with_live_teacher(recipe: Recipe) -> Recipe:
@@ -144,6 +170,8 @@ def _with_live_teacher(recipe: Recipe) -> Recipe:
             "teacher.placement: sharded, but each process of cache-teacher runs rows of its own through a whole teacher; "
             "expected replicated, or one whose weights are quantised"
         )
+    if section.kind == "remote":
+        return recipe
     live: Teacher = section.model_copy(update={"kind": "live", "cache": None, "missing": "error"})
     return recipe.model_copy(update={"teacher": live})
 

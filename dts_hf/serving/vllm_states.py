@@ -1,11 +1,12 @@
 """Final states out of vLLM, for a teacher that needs several GPUs. **Not run by our tests**: a stand-in is in its place.
 
-Written against the documented interface (docs.vllm.ai, "Hidden State Extraction", 0.18 and later): the speculative method
-``extract_hidden_states``, with the layer id ``num_hidden_layers``, writes ``token_ids [L]`` and ``hidden_states [L, 1, H]`` of
-each prompt to a file. Those are the last layer's **before** the model's final norm; the norm is applied here, with weights
-out of the checkpoint. Prefix caching and chunked prefill are off: with either, states may be missing or others. What comes
-back is believed in nothing: tokens, shape and length are compared, and the log-probabilities of the labels are the engine's
-own, so that the self-test finds states that the head does not read, whatever vLLM has come to mean by them.
+Written against the documented interface (docs.vllm.ai, "Hidden State Extraction", 0.18 and later): the speculative
+method ``extract_hidden_states``, with the layer id ``num_hidden_layers``, writes ``token_ids [L]`` and
+``hidden_states [L, 1, H]`` of each prompt to a file. Those are the last layer's **before** the model's final norm; the norm
+is applied here, with weights out of the checkpoint. Prefix caching and chunked prefill are off: with either, states may be
+missing or others. What comes back is believed in nothing: tokens, shape and length are compared, and the log-probabilities
+of the labels are the engine's own, so that the self-test finds states that the head does not read, whatever vLLM has come to
+mean by them.
 """
 
 from __future__ import annotations

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dts_hf.distill import distill
 from dts_hf.errors import RunError, UserError
+from dts_hf.language_modeling.caching import cache_teacher
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Teacher
 from dts_hf.serving.serve import ServeOptions, load_served, serve_teacher
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.identity import differences
 from dts_hf.teachers.remote import RemoteTeacher
 from tests.support.recipes import recipe
 from tests.support.served import TOKEN, running
@@ -31,7 +35,7 @@ def place(workplace):
 
 
 def test_a_recipe_with_a_remote_teacher_trains_as_with_a_local_one_and_keeps_no_token(place, monkeypatch) -> None:
-    local = distill(recipe(student=STUDENT, teacher=LIVE, output={"dir": "local"}))
+    local = distill(recipe(student=STUDENT, teacher=LIVE, output={"dir": "local", "report": False}))
     monkeypatch.setenv("SOME_TEACHER_TOKEN", TOKEN)
     with running(load_served(Teacher(**LIVE), "chat", ServeOptions()), TOKEN) as url:
         teacher = {**LIVE, "kind": "remote", "url": url, "token_env": "SOME_TEACHER_TOKEN"}
@@ -104,3 +108,22 @@ def test_an_address_that_is_taken_is_a_sentence(place) -> None:
     with running(load_served(Teacher(**LIVE), "chat", ServeOptions())) as url, pytest.raises(RunError) as error:
         serve_teacher("teacher", ServeOptions(port=int(url.rsplit(":", 1)[1])))
     assert "cannot listen on 127.0.0.1, port " in str(error.value)
+
+
+def test_what_a_server_answered_is_kept_in_a_cache_and_trains_without_it(place) -> None:
+    """``cache-teacher`` of a recipe with an address: the same files as of the model here, its versions and kernel apart."""
+    local = cache_teacher(recipe(student=STUDENT, teacher=LIVE), Path("local"))
+    with running(load_served(Teacher(**LIVE), "chat", ServeOptions())) as url:
+        kept = cache_teacher(recipe(student=STUDENT, teacher={**LIVE, "kind": "remote", "url": url}), Path("kept"))
+    assert (kept.rows, kept.labels, kept.data) == (local.rows, local.labels, local.data)
+    assert differences(kept.identity, local.identity) == []
+    ours, theirs = StateCache("kept"), StateCache("local")
+    for row in range(len(ours)):
+        torch.testing.assert_close(ours.row(row), theirs.row(row), rtol=0, atol=1e-5)
+    runs = [
+        distill(recipe(student=STUDENT, teacher=section, output={"dir": name, "report": False}))
+        for name, section in (("a", LIVE), ("b", {**LIVE, "kind": "cached", "cache": "kept"}))
+    ]
+    assert [line["loss"] for line in logs(runs[1])] == pytest.approx(
+        [line["loss"] for line in logs(runs[0])], rel=1e-6
+    )

@@ -45,6 +45,7 @@ from dts_hf.teachers.cached.layout import (
 )
 from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_test import label_logprobs
 
 #: Of a shard, bytes: small enough that a kill costs little, and 10,000 of them (what the Hub likes in a folder) are 1.3 TB.
@@ -115,7 +116,7 @@ def make_plan(
 
 def write_cache(
     folder: Path,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | RemoteTeacher,
     rows: Rows,
     plan: Plan,
     facts: Facts,
@@ -196,7 +197,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _shard(
-    teacher: LiveTeacher, rows: Rows, plan: Plan, numbers: range, advance: Callable[[int], None]
+    teacher: LiveTeacher | RemoteTeacher, rows: Rows, plan: Plan, numbers: range, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """The tensors of a shard, on the CPU."""
     head = teacher.head
@@ -235,7 +236,7 @@ def _batches(rows: Rows, numbers: range, tokens: int) -> Iterator[list[int]]:
 
 
 def _answered(
-    teacher: LiveTeacher, head: Head, rows: Rows, batch: Sequence[int], dtype: str
+    teacher: LiveTeacher | RemoteTeacher, head: Head, rows: Rows, batch: Sequence[int], dtype: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, states, label log-probabilities) of a batch, the states in ``dtype``, of int8 in fp32."""
     examples = [rows.examples[row] for row in batch]
@@ -265,7 +266,12 @@ def _facts_of(path: Path, numbers: range, plan: Plan) -> dict[str, Any]:
 
 
 def _finish(
-    folder: Path, teacher: LiveTeacher, rows: Rows, plan: Plan, facts: Facts, shards: Sequence[dict[str, Any]]
+    folder: Path,
+    teacher: LiveTeacher | RemoteTeacher,
+    rows: Rows,
+    plan: Plan,
+    facts: Facts,
+    shards: Sequence[dict[str, Any]],
 ) -> Manifest:
     """Index and head, and the manifest last."""
     head = teacher.head
@@ -275,7 +281,7 @@ def _finish(
     write_bytes_atomic(folder / HEAD, save(tensors))
     write_bytes_atomic(folder / INDEX, save(_index(rows, plan, [shard.pop("checksums") for shard in shards])))
     labels = sum(plan.counts)
-    model: Any = teacher.model
+    config = getattr(getattr(teacher, "model", None), "config", None)  # of a remote one nobody here knows it
     manifest = Manifest(
         identity=plan.identity,
         plan=plan.digest(),
@@ -291,7 +297,7 @@ def _finish(
         made_with={
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "attention": str(getattr(model.config, "_attn_implementation", "")),
+            "attention": str(getattr(config, "_attn_implementation", "")),
             "device": _device_name(head.weight.device),
         },
         options={"shard_bytes": plan.shard_bytes, "batch_tokens": plan.batch_tokens},
