@@ -98,9 +98,7 @@ class TeacherApp:
         body_seconds: in which a body must have come.
     """
 
-    def __init__(
-        self, served: Served, token: str | None, *, queue: int = 16, seconds: float = 120.0, body_seconds: float = 30.0
-    ) -> None:
+    def __init__(self, served: Served, token: str | None, *, queue: int, seconds: float, body_seconds: float) -> None:
         self.served, self.body_seconds = served, body_seconds
         self.metrics = Metrics()
         self.queue = ForwardQueue(served.answer, queue, seconds)

@@ -54,6 +54,7 @@ class ServeOptions:
         token_env: name of the environment variable with the token; None: none is asked for, on loopback alone.
         queue: questions that may be here at once; the next one is told to come again.
         seconds: after which an answer is too late.
+        body_seconds: in which a body must have come.
         max_rows: most rows of one question.
         max_tokens: most tokens of one question.
         max_length: most tokens of one row; None: the model's positions, and 8,192 at most.
@@ -67,6 +68,7 @@ class ServeOptions:
     token_env: str | None = None
     queue: int = 16
     seconds: float = 120.0
+    body_seconds: float = 30.0
     max_rows: int = 1024
     max_tokens: int = 65_536
     max_length: int | None = None
@@ -89,7 +91,7 @@ def serve_teacher(source: str, options: ServeOptions, **changes: Any) -> None:
     """
     token = _checked(options)
     teacher, template = _teacher(source, {key: value for key, value in changes.items() if value is not None})
-    with closing(_listen(options)) as listening:  # before the model is loaded, which may take minutes
+    with closing(listen(options)) as listening:  # before the model is loaded, which may take minutes
         served = load_served(teacher, template, options)
         server = make_server(served, options, token)
         host, port = listening.getsockname()[:2]
@@ -141,8 +143,11 @@ def _teacher(source: str, changes: dict[str, Any]) -> tuple[Teacher, str]:
     return Teacher(model=source, **changes), "auto"
 
 
-def _listen(options: ServeOptions) -> socket.socket:
+def listen(options: ServeOptions) -> socket.socket:
     """A bound socket.
+
+    Args:
+        options: for the address.
 
     Raises:
         RunError: the address is taken, or none of this machine's.
@@ -261,7 +266,7 @@ def make_server(served: Served, options: ServeOptions, token: str | None) -> uvi
     from dts_hf.serving.app import TeacherApp
     from dts_hf.serving.connections import timed_protocol
 
-    app = TeacherApp(served, token, queue=options.queue, seconds=options.seconds)
+    app = TeacherApp(served, token, queue=options.queue, seconds=options.seconds, body_seconds=options.body_seconds)
     return uvicorn.Server(
         uvicorn.Config(
             app.asgi(), http=timed_protocol(options.seconds + _TRANSFER_SECONDS), ws="none", loop="asyncio",

@@ -156,6 +156,13 @@ def test_slow_clients_are_cut_and_others_go_on_meanwhile() -> None:
         assert len(post(url, big.encode()).content) > 40_000_000
 
 
+def test_a_body_that_does_not_come_is_told_so() -> None:
+    with running(served_tiny(), TOKEN, body_seconds=0.3) as url, raw(url) as connection:
+        connection.sendall(head_of_request(1000) + b"x" * 10)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ") and answer.endswith(b"the body did not come within 0.3 s\n")
+
+
 def test_a_full_queue_says_so_and_a_late_answer_is_none() -> None:
     free, begun = threading.Event(), threading.Event()
 

@@ -13,7 +13,7 @@ import torch
 from dts_hf.data.chat_templates import get_template
 from dts_hf.serving.app import Served
 from dts_hf.serving.connections import timed_protocol
-from dts_hf.serving.serve import ServeOptions, _listen, make_server, served_model
+from dts_hf.serving.serve import ServeOptions, listen, make_server, served_model
 from dts_hf.teachers.identity import identity_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -34,7 +34,7 @@ def running(
 ) -> Iterator[str]:
     """Serve within the context; yields the URL. ``cut_after``: seconds that a connection may take."""
     chosen = ServeOptions(port=port, **options)
-    listening = _listen(chosen)
+    listening = listen(chosen)
     server = make_server(served, chosen, token)
     if cut_after is not None:
         server.config.http = timed_protocol(cut_after)

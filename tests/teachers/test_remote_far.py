@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from dts_hf.serving.serve import ServeOptions, _listen, make_server
+from dts_hf.serving.serve import ServeOptions, listen, make_server
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from tests.support.launching import WORKERS, launch
@@ -31,7 +31,7 @@ def _supervise(orders, port: int) -> None:
         pid = os.fork()
         if pid == 0:
             options = ServeOptions(port=port, queue=4)
-            make_server(served, options, None).run([_listen(options)])
+            make_server(served, options, None).run([listen(options)])
             os._exit(0)
         orders.send(pid)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
