@@ -18,7 +18,7 @@ from dts_hf.doctor.diagnosis import Check, Skipped, need
 from dts_hf.doctor.effect import Sample
 from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
-from dts_hf.doctor.states import check_states, describe_cache
+from dts_hf.doctor.states import check_states, describe_cache, describe_server
 from dts_hf.doctor.walk import Walk
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.runs.memory import resident_bytes
@@ -97,6 +97,9 @@ class LanguageModelWalk(Walk):
             data, rows = need(self.data, "tokenised rows"), need(self.rows, "rows")
             if section.cache is not None:
                 describe_cache(check, need(self.task.teacher_cache(), "a cache"))
+                return
+            if section.kind == "remote":
+                describe_server(check, need(self.task.remote_teacher, "a server"), data)
                 return
             need(self.loads or None, "enough memory for the models")
             share = (len(rows.train) + len(rows.validation)) / max(len(self.looked_at), 1)

@@ -14,6 +14,7 @@ from dts_hf.doctor.tokens import spaced
 from dts_hf.teachers.cached.layout import bytes_per_label
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 
 #: Rows that the teacher is timed on.
 TIMED_ROWS = 4
@@ -63,6 +64,30 @@ def _seconds_per_token(teacher: LiveTeacher, data: EncodedDataset) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds) / sum(data.lengths[row] for row in rows)
+
+
+def describe_server(check: Check, teacher: RemoteTeacher, data: EncodedDataset) -> None:
+    """What answers at the recipe's address, and in what time; that its states fit the head has been tested.
+
+    Args:
+        check: takes what is found.
+        teacher: met.
+        data: a sample of the rows, tokenised.
+    """
+    identity, limits = teacher.description.identity, teacher.description.limits
+    batch = PaddedCollator(0)([data[row] for row in spaced(range(len(data)), TIMED_ROWS)])
+    labels = batch["labels"].to(teacher.head.weight.device)
+    inputs = {name: batch[name].to(labels.device) for name in ("input_ids", "attention_mask")}
+    began = time.perf_counter()
+    states = teacher.states(inputs, labels)
+    seconds = time.perf_counter() - began
+    size = len(states) * bytes_per_label(identity.hidden_size, identity.dtype)
+    check.values = {"url": teacher.url, "teacher_hash": teacher.description.teacher_hash, "labels": len(states),
+                    "bytes": size, "seconds": seconds, "limits": limits._asdict()}  # fmt: skip
+    check.summary = (
+        f"from {teacher.url}: {identity.model} in {identity.dtype}, rows of at most {limits.length:,} tokens; "
+        f"{len(states):,} labels ({gb(size)}) in {duration(seconds)}"
+    )
 
 
 def describe_cache(check: Check, cache: StateCache) -> None:

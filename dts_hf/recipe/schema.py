@@ -181,7 +181,12 @@ class Teacher(Section):
             raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
         if self.kind != "cached" and (self.cache is not None or self.missing != "error"):
             given = "cache" if self.cache is not None else "missing"
-            raise ValueError(f"{given}: belongs to kind 'cached', got kind '{self.kind}'")
+            keep = (
+                ". dts-hf cache-teacher keeps what a server answers, for kind 'cached'"
+                if self.kind == "remote"
+                else ""
+            )
+            raise ValueError(f"{given}: belongs to kind 'cached', got kind '{self.kind}'{keep}")
         if self.kind != "live" and self.placement == "sharded":
             raise ValueError(
                 f"placement is 'sharded', but the states of kind '{self.kind}' need no backbone: use 'replicated'"

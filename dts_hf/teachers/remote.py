@@ -25,6 +25,8 @@ from dts_hf.teachers.self_test import compare_labels, judge
 from dts_hf.teachers.wire import HEAD_PATH, Answer
 
 logger = logging.getLogger(__name__)
+#: How long a server is looked for before the training, seconds.
+FIRST_PATIENCE = 30.0
 #: Labels of each answer whose log-probability is computed again: any answer may be somebody else's.
 _CHECKED = 8
 
@@ -40,7 +42,7 @@ class RemoteTeacher:
         url: of the server.
         token_env: name of the environment variable with its token; None: it wants none.
         patience: how long a request is tried again before the run ends, seconds.
-        first_patience: the same for the first requests, before the training.
+        first_patience: the same for the first requests, before the training; None: 30.
         tokenizer: that encodes the rows; None: it is not compared with the server's.
 
     Raises:
@@ -51,10 +53,12 @@ class RemoteTeacher:
     takes_cu_seqlens = True
 
     def __init__(
-        self, url: str, *, token_env: str | None = None, patience: float = 600.0, first_patience: float = 30.0,
+        self, url: str, *, token_env: str | None = None, patience: float = 600.0, first_patience: float | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:  # fmt: skip
-        connection = Connection(url, token_of(token_env), patience=first_patience)
+        connection = Connection(
+            url, token_of(token_env), patience=FIRST_PATIENCE if first_patience is None else first_patience
+        )
         self.url = connection.url
         self._random = random.Random(0)  # which labels are tested; not the global one, which belongs to the training
         try:
