@@ -119,7 +119,7 @@ class StateCache:
         """
         file, start, stop = self._place(row)
         try:
-            states = file.get_slice("states")[start:stop]
+            states: Tensor = file.get_slice("states")[start:stop]
             scales = [file.get_slice("scale")[start:stop]] if self.manifest.dtype == "int8" else []
         except SafetensorError as error:
             raise self._damaged(row, str(error)) from None
@@ -151,7 +151,7 @@ class StateCache:
         path = self.folder / facts["file"]
         try:
             self._check_size(facts)
-            file = safe_open(path, "pt")
+            file: Any = safe_open(path, "pt")
             found = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             shape = file.get_slice("states").get_shape()
         except (SafetensorError, OSError, ValueError) as error:

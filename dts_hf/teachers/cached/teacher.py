@@ -123,7 +123,7 @@ class CachedTeacher:
         if STATES not in batch:
             raise UserError("teacher: a batch without the states of its rows, which our own collators put there")
         bits, missing = batch.pop(STATES), batch.pop(MISSING, None)
-        states = bits.view(torch_dtype(self.cache.manifest.dtype)).to(self._head.weight.dtype)
+        states: Tensor = bits.view(torch_dtype(self.cache.manifest.dtype)).to(self._head.weight.dtype)
         if missing is None:
             return states
         assert self.live is not None  # else the collator has refused the row
