@@ -10,6 +10,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
@@ -105,13 +106,13 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
     with working("loading the teacher"):
         teacher, identity = _teacher_of(task, student_tokenizer, args.device)
     if recipe.data.responses == "teacher":
-        model = teacher.model if isinstance(teacher, LiveTeacher) else load_teacher(section)
+        model: Any = teacher.model if isinstance(teacher, LiveTeacher) else load_teacher(section)
         loaded = task.answer(model, student_tokenizer, loaded)
     data = task.encode(loaded, student_tokenizer)
     rows = rows_of(data)
     for of in _sets(data):
         if isinstance(teacher, LiveTeacher):
-            check_positions(teacher.model, "the teacher", max(of.lengths), "Lower data.max_length")
+            check_positions(teacher.model, "the teacher", max(of.lengths), "Lower data.max_length")  # type: ignore[arg-type]
         else:
             teacher.check_rows(of, "data")
     # 3. States
