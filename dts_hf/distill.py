@@ -79,13 +79,14 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
     made = student_init(recipe, args, data, start)
     models = load_models(task, args, record, made, tokenizer, teacher_tokenizer)
-    teacher, student = models.teacher, models.student
+    student = models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
-    if teacher is not None and recipe.data.responses == "teacher":
-        rows = task.answer(teacher, tokenizer, rows)
+    if models.teacher is not None and recipe.data.responses == "teacher":
+        rows = task.answer(models.teacher, tokenizer, rows)
         data = task.encode(rows, tokenizer)
+    models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are cached
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
     made_from = {**task.manifest(rows, data), "models": record.values}
@@ -205,7 +206,7 @@ def load_models(
         if teacher is not None:
             task.check_head(teacher, "teacher")
         student = task.load_student(teacher, args.seed, made)
-        record.add_models(student, teacher)
+        record.add_models(student, teacher, task.teacher_record())
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     if teacher is not None:
         place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
@@ -213,7 +214,10 @@ def load_models(
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
-    """What a person should know of the teacher that was loaded, as lines for the terminal."""
+    """What a person should know of the teacher, as lines for the terminal."""
+    if recipe.teacher is not None and not recipe.keeps_teacher:
+        yield f"teacher: its states come {recipe.teacher.source}; it is not in memory, and is not scored"
+        return
     if recipe.teacher is not None and (kind := recipe.teacher.quantization) != "none":
         yield (
             f"teacher: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "

@@ -22,6 +22,7 @@ from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.temperature import build_temperature
 from dts_hf.training.distillation_base import DistillationBase
 
@@ -143,6 +144,23 @@ class Task(ABC, Generic[TrainerT]):
         Raises:
             UserError: it cannot be loaded.
         """
+
+    def teacher_cache(self) -> StateCache | None:
+        """The cache of the teacher's states, opened; None where the recipe has none.
+
+        Raises:
+            UserError: it is unfinished, damaged, or of another teacher.
+        """
+        return None
+
+    def teacher_record(self) -> dict[str, Any] | None:
+        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare.
+
+        Raises:
+            UserError: see ``teacher_cache``.
+        """
+        cache = self.teacher_cache()
+        return None if cache is None else cache.record()
 
     def check_head(self, model: nn.Module, role: str) -> None:
         """Refuse a model whose outputs the loss cannot represent. The model is whole: this comes before it is placed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +36,11 @@ from dts_hf.models.student_init import StudentInit
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.recipe import check_same_model, open_cache
+from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -87,7 +93,28 @@ class LanguageModeling(Task[DistillationTrainer]):
         return TextCutter(tokenizer, self.template(tokenizer), self.train_on)
 
     def load_teacher(self) -> PreTrainedModel | None:
-        return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
+        teacher = self.recipe.teacher
+        return None if teacher is None or not self.recipe.loads_teacher else load_teacher(teacher)
+
+    def teacher_cache(self) -> StateCache | None:
+        teacher = self.recipe.teacher
+        return None if teacher is None or teacher.cache is None else open_cache(teacher)
+
+    @functools.cached_property
+    def remote_teacher(self) -> RemoteTeacher | None:
+        """The teacher behind the recipe's address, met and tested; None where it is of another kind.
+
+        Raises:
+            UserError: see ``RemoteTeacher``.
+        """
+        teacher = self.recipe.teacher
+        if teacher is None or teacher.kind != "remote":
+            return None
+        return RemoteTeacher(str(teacher.url), token_env=teacher.token_env)
+
+    def teacher_record(self) -> dict[str, Any] | None:
+        remote = self.remote_teacher
+        return super().teacher_record() if remote is None else remote.record()
 
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
@@ -134,8 +161,22 @@ class LanguageModeling(Task[DistillationTrainer]):
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
             vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
-            **self.trainer_options(models, data),
+            **self.trainer_options(models, data) | {"teacher": self.teacher_of(models)},
         )
+
+    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | None:
+        """What the trainer asks: the model, what has been cached of it, or the server that has it.
+
+        Raises:
+            UserError: the cache is of another teacher.
+        """
+        cache = self.teacher_cache()
+        if cache is None:
+            return self.remote_teacher or models.teacher
+        live = models.teacher if self.recipe.keeps_teacher else None
+        if live is not None:
+            check_same_model(cache, live, self.recipe.required_teacher)
+        return CachedTeacher(cache, None if live is None else LiveTeacher(live))
 
     def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:
         template = self.template(tokenizer)

@@ -45,6 +45,8 @@ CountFromZero = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(whole)]
 MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
+#: What a variable is called whose value ``console.masked`` hides.
+TOKEN_VARIABLE = r"[A-Z][A-Z0-9_]*_(TOKEN|KEY|SECRET|PASSWORD)"
 #: The package that quantises a teacher's weights in each way.
 QUANTIZED_BY = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "fp8": "torchao", "int8": "torchao"}
 
@@ -229,6 +231,64 @@ class Teacher(Section):
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    kind: Literal["live", "cached", "remote"] = Field(
+        default="live",
+        description="live: it runs on every batch. cached: its states come out of the folder cache, which dts-hf "
+        "cache-teacher has written, and its backbone is not in memory. remote: dts-hf serve-teacher answers for it at url.",
+    )
+    url: str | None = Field(
+        default=None, min_length=1, description="Address of dts-hf serve-teacher; only with kind: remote."
+    )
+    token_env: str | None = Field(
+        default=None,
+        description="Name of the environment variable with the server's token, such as TEACHER_TOKEN; never the token.",
+    )
+    cache: str | None = Field(
+        default=None, min_length=1, description="Folder of its cached states; only with kind: cached."
+    )
+    missing: Literal["error", "live"] = Field(
+        default="error",
+        description="Rows that the cache has not: an error, or the teacher is loaded as well and answers them.",
+    )
+
+    @property
+    def source(self) -> str:
+        """Where its states come from, where they are not computed here."""
+        return f"from {self.url}" if self.kind == "remote" else f"out of {self.cache}"
+
+    @model_validator(mode="after")
+    def _cache_of_states(self) -> Teacher:
+        if self.kind == "cached" and self.cache is None:
+            raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
+        if self.kind != "cached" and (self.cache is not None or self.missing != "error"):
+            given = "cache" if self.cache is not None else "missing"
+            keep = (
+                ". dts-hf cache-teacher keeps what a server answers, for kind 'cached'"
+                if self.kind == "remote"
+                else ""
+            )
+            raise ValueError(f"{given}: belongs to kind 'cached', got kind '{self.kind}'{keep}")
+        if self.kind != "live" and self.placement == "sharded":
+            raise ValueError(
+                f"placement is 'sharded', but the states of kind '{self.kind}' need no backbone: use 'replicated'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _address_of_a_server(self) -> Teacher:
+        if self.kind == "remote" and self.url is None:
+            raise ValueError("kind is 'remote', expected the address of the server as well: url: http://HOST:8765")
+        if self.kind != "remote" and (self.url is not None or self.token_env is not None):
+            given = "url" if self.url is not None else "token_env"
+            raise ValueError(f"{given}: belongs to kind 'remote', got kind '{self.kind}'")
+        # Nothing of the value is shown: it may be the token itself
+        if self.token_env is not None and not re.fullmatch(TOKEN_VARIABLE, self.token_env):
+            raise ValueError(
+                "token_env: expected the name of an environment variable in capitals that ends with _TOKEN, _KEY, _SECRET "
+                "or _PASSWORD (whose values are masked everywhere), such as TEACHER_TOKEN; the token itself never stands in "
+                "a recipe"
+            )
+        return self
 
     @model_validator(mode="after")
     def _placement_of_packed_weights(self) -> Teacher:
@@ -539,6 +599,10 @@ class Recipe(Section):
                 init.from_ != "teacher" or init.layers is None or init.measures or init.parameters
             ):
                 raise ValueError("student.init: a task takes {from: teacher, layers: a number or a list} alone")
+            if self.teacher is not None and self.teacher.kind != "live":
+                raise ValueError(
+                    f"teacher.kind: {self.teacher.kind}, but a task has no states of tokens; use kind: live"
+                )
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),
@@ -566,6 +630,18 @@ class Recipe(Section):
         if self.teacher is None:
             raise UserError("teacher: is missing, expected a mapping with model")
         return self.teacher
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the teacher's model stays in memory for training."""
+        return self.teacher is not None and (self.teacher.kind == "live" or self.teacher.missing == "live")
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether the teacher's model is loaded at all: one whose states are cached may have to give weights or answers."""
+        init = self.student.init
+        needed = (init is not None and init.source is None) or self.data.responses == "teacher"
+        return self.teacher is not None and (self.keeps_teacher or needed)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:

@@ -20,6 +20,7 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("student", "init", "from"),
     ("teacher", "model"),
     ("teacher", "tokenizer"),
+    ("teacher", "cache"),
     ("data", "train"),
     ("data", "validation"),
     ("task", "mismatched"),

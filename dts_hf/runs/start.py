@@ -158,7 +158,8 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     limit_waiting(args)
     cache.limit_waiting(args.ddp_timeout if args.world_size > 1 else None)
     if recipe.teacher is not None:
-        check_quantization(recipe.teacher.quantization, args.device)
+        if recipe.loads_teacher:
+            check_quantization(recipe.teacher.quantization, args.device)
         if recipe.teacher.placement == "sharded":
             check_can_shard(recipe.teacher.quantization != "none")
     named = args.resume_from_checkpoint
@@ -217,7 +218,7 @@ def open_run(
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     scores = _scores_before(run)
-    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
+    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.keeps_teacher]
     for name in BEFORE:
         if name in scored and name not in scores and recipe.data.validation is not None:
             so = "it is scored again" if name == "teacher" else "they are left out: it is trained by now"
