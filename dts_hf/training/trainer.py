@@ -23,6 +23,7 @@ from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
@@ -152,6 +153,8 @@ class DistillationTrainer(GeneratingTrainer):
             rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
+        if getattr(self.teacher, "compact", False):
+            check_served(self.temperature, self.loss.divergence)
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
