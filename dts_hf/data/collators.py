@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,19 @@ from dts_hf.models.packed_attention import cu_seqlens_mask
 NO_ROW = -1
 
 
+@dataclass
 class Collator:
-    """Base of our collators: they take of a row what they know, and return its ``row_id``."""
+    """Base of our collators: they take of a row what they know, and return its ``row_id``.
+
+    Args:
+        of_rows: gives what else a batch has of its rows, in their order, such as states out of a cache; None: nothing.
+    """
+
+    of_rows: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = field(default=None, kw_only=True)
+
+    def more(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """What ``of_rows`` gives."""
+        return {} if self.of_rows is None else self.of_rows(examples)
 
 
 @dataclass
@@ -31,7 +43,7 @@ class PaddedCollator(Collator):
         pad_to_multiple_of: round the width up to a multiple of this.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; and what ``of_rows`` gives.
     """
 
     pad_token_id: int
@@ -53,6 +65,7 @@ class PaddedCollator(Collator):
             "attention_mask": attention_mask,
             "labels": labels,
             "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
+            **self.more(examples),
         }
 
 
@@ -71,7 +84,7 @@ class PackedCollator(Collator):
 
     Returns (of a call):
         ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
-        each row is -100: after the shift it would be predicted from the row before.
+        each row is -100: after the shift it would be predicted from the row before. And what ``of_rows`` gives.
     """
 
     cu_seqlens: bool = False
@@ -85,6 +98,7 @@ class PackedCollator(Collator):
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
             "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
+            **self.more(examples),
         }
         if self.cu_seqlens:
             batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])

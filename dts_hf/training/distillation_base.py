@@ -285,6 +285,11 @@ class DistillationBase(ResumableTrainer):
         return None
 
     @property
+    def teacher_record(self) -> dict[str, Any] | None:
+        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare."""
+        return None
+
+    @property
     def answers_with(self) -> str:
         template = getattr(self.rows, "encode_options", {}).get("template")
         return "" if template is None else str(template.name)
@@ -315,6 +320,8 @@ class DistillationBase(ResumableTrainer):
 
     def describe_models(self) -> dict[str, Any]:
         teacher, found = self.teacher_model, super().describe_models()
+        if (record := self.teacher_record) is not None:
+            return {**found, "teacher": record}
         return found if teacher is None else {**found, "teacher": describe_for_training(teacher, trained=False)}
 
     def extra_state(self) -> ExtraState:

@@ -21,10 +21,11 @@ from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
-from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
+from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies, plan_for
 from dts_hf.recipe.schema import MOST_TOKENS
 from dts_hf.recipe.schema import Teacher as TeacherSection
 from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.training.student import with_adapter
@@ -79,6 +80,9 @@ class Pair:
                 **model_facts("teacher", self.teacher.model),
                 "teacher_dtype": str(next(self.teacher.model.parameters()).dtype).removeprefix("torch."),
             }
+        if isinstance(self.teacher, CachedTeacher):
+            identity = self.teacher.cache.identity
+            return {"teacher": identity.model, "teacher_dtype": identity.dtype, "teacher_states": "cached"}
         return {"teacher": type(self.teacher).__name__} if self.taught else model_facts("teacher", None)
 
     def warn_if_swapped(self) -> None:
@@ -122,22 +126,34 @@ class Pair:
             args: of the trainer.
 
         Raises:
-            UserError: both are asked for, one process would make the packs of all, or see ``check_packing``.
+            UserError: both are asked for, one process would make the packs of all, states out of a cache cannot come with
+                these batches, or see ``check_packing``.
         """
+        of_rows = self.teacher.of_rows if isinstance(self.teacher, CachedTeacher) else None
+        config: Any = args.accelerator_config
+        if of_rows is not None and of_user is not None:
+            raise UserError(
+                "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave it "
+                "out, or use the live teacher"
+            )
+        if of_rows is not None and args.world_size > 1 and config.dispatch_batches:
+            raise UserError(
+                "args.accelerator_config: got dispatch_batches: True, expected None or False beside a cached teacher: the "
+                "states [N, H] of a batch cannot be cut like its rows"
+            )
         if packing and of_user is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
         if of_user is not None:
             return of_user
         if packing:
-            config: Any = args.accelerator_config
             if args.world_size > 1 and config.dispatch_batches:
                 raise UserError(
                     "args.accelerator_config: got dispatch_batches: True, expected None or False beside packing: the first "
                     "process would lay the batches of all others on its own, which are of other lengths"
                 )
-            return PackedCollator(self.check_packing(args))
+            return PackedCollator(self.check_packing(args), of_rows=of_rows)
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
-        return PaddedCollator(next(pad for pad in pads if pad is not None))
+        return PaddedCollator(next(pad for pad in pads if pad is not None), of_rows=of_rows)
 
     def check_packing(self, args: TrainingArguments, own_mask: bool = True) -> bool:
         """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
@@ -228,6 +244,12 @@ def set_up_models(
     # 3. The loss must see both models' own logits, over ids that mean the same.
     check_finite(student, "model: the student")
     check_head(student, role="student")
+    if isinstance(teacher, CachedTeacher):
+        teacher.check_tokenizer(
+            tokenizer
+        )  # it is the one that was compared with the teacher's when the cache was made
+        widths, shared = (head_of(student).vocab_size, teacher.head.vocab_size), teacher.cache.manifest.shared_tokens
+        return Pair(student, teacher, tokenizer, plan_for(widths, tokenizer, len(tokenizer), shared, vocab_alignment))
     if not isinstance(teacher, nn.Module):  # anything may stand behind the interface: its head is all that is known
         answers = NoTeacher() if teacher is None else teacher
         heads = [head for head in (head_of(student), answers.head) if head is not None]

@@ -31,6 +31,7 @@ from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, gather_head, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.cached.teacher import MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
@@ -41,7 +42,7 @@ from dts_hf.training.pair import Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
 #: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS})
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, STATES, MISSING})
 
 
 class DistillationTrainer(GeneratingTrainer):
@@ -50,7 +51,7 @@ class DistillationTrainer(GeneratingTrainer):
     Args:
         model: the student, or the name or folder of one; None with ``model_init``.
         teacher: a causal language model, its name or folder (then its weights are in bfloat16, as in a recipe), or anything
-            with the ``Teacher`` interface; None with ``kd_ratio`` 0 is plain fine-tuning.
+            with the ``Teacher`` interface, such as a ``CachedTeacher``; None with ``kd_ratio`` 0 is plain fine-tuning.
         temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
@@ -158,10 +159,15 @@ class DistillationTrainer(GeneratingTrainer):
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
+        self._check_cache()
 
     @property
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+
+    @property
+    def teacher_record(self) -> dict[str, Any] | None:
+        return self.teacher.cache.record() if isinstance(self.teacher, CachedTeacher) else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
@@ -185,6 +191,17 @@ class DistillationTrainer(GeneratingTrainer):
         self.teacher.to(self.args.device)
         if isinstance(self.teacher, LiveTeacher):
             self.compile_layers(self.teacher.model, "the teacher")
+
+    def _check_cache(self) -> None:
+        """A cached teacher must know all rows, and its states must be those that its head reads."""
+        held_out: Any = self.eval_dataset
+        named = {f"eval_dataset['{key}']": rows for key, rows in held_out.items()} if isinstance(held_out, dict) else {
+            "eval_dataset": held_out}  # fmt: skip
+        for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
+            if isinstance(self.teacher, CachedTeacher) and isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+                rows: Any = self.rows  # LanguageRows
+                template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
+                self.teacher.check_rows(dataset, name, self.pair.tokenizer, template)
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
@@ -236,7 +253,8 @@ class DistillationTrainer(GeneratingTrainer):
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label.
         known = (positions,) if isinstance(self.teacher, LiveTeacher) else ()  # others have the interface alone
-        teacher_states = self.teacher.states(batch, labels, *known)
+        given = {key: inputs[key] for key in (STATES, MISSING) if key in inputs}  # by the collator, out of a cache
+        teacher_states = self.teacher.states({**batch, **given}, labels, *known)
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].

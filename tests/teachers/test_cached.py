@@ -1,0 +1,161 @@
+"""A cached teacher is the live one: through the trainer, at every temperature, however rows are put into batches."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+
+from dts_hf.teachers.cached.layout import bytes_per_label
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.live import LiveTeacher
+from tests.support.cached import cache_of
+from tests.support.tiny import tiny_llama
+from tests.support.trainers import (
+    ROWS,
+    encoded,
+    largest_difference,
+    losses,
+    plain,
+    step_gradients,
+    temperatures,
+    trainer_for,
+)
+
+
+def teacher():
+    return tiny_llama(seed=1, layers=3)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return cache_of(tmp_path_factory.mktemp("cache") / "states", teacher(), shard_bytes=4000)
+
+
+def run(folder, with_teacher, **options):
+    training = {"max_steps": 20, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.05}
+    trainer = trainer_for(folder, teacher=with_teacher, options={**training, **options.pop("options", {})}, **options)
+    trainer.train()
+    return trainer
+
+
+POLICIES = {
+    "T 0.5": 0.5,
+    "T 1": 1.0,
+    "T 4": 4.0,
+    "dts gap": {"name": "dts", "rule": "gap"},
+    "dtkd": "dtkd",
+}
+
+
+@pytest.mark.parametrize("packing", [False, True, {"tokens": 160}], ids=["padded", "packed", "packs"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_cached_training_is_live_training(tmp_path, cache, policy, packing):
+    """SGD: Adam divides by the root of squared gradients, and turns the noise of fp32 sums into 1e-6 by itself."""
+    options = {"temperature": POLICIES[policy], "packing": packing, "eval_dataset": encoded()}
+    live, cached = run(tmp_path / "a", teacher(), **options), run(tmp_path / "b", CachedTeacher(cache), **options)
+    assert len(losses(live)) == 20
+    torch.testing.assert_close(torch.tensor(losses(cached)), torch.tensor(losses(live)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(temperatures(cached)), torch.tensor(temperatures(live)), rtol=1e-6, atol=1e-6
+    )
+    weights = zip(cached.model.parameters(), live.model.parameters(), strict=True)
+    assert max(float((one - other).detach().abs().max()) for one, other in weights) < 1e-6
+    one, other = cached.evaluate(), live.evaluate()
+    assert one["eval_kl"] == pytest.approx(other["eval_kl"], abs=1e-6)
+    assert one["eval_teacher_ce"] == pytest.approx(other["eval_teacher_ce"], abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_cached_gradients_are_live_gradients(tmp_path, cache, policy):
+    gradients = []
+    for number, with_teacher in enumerate((teacher(), CachedTeacher(cache))):
+        trainer = trainer_for(tmp_path / str(number), teacher=with_teacher, temperature=POLICIES[policy])
+        batches = [trainer.collate([trainer.train_dataset[row] for row in part]) for part in (range(5), range(5, 16))]
+        gradients.append(step_gradients(trainer, batches))
+    assert largest_difference(*gradients) < 1e-6
+
+
+def test_the_backbone_is_not_in_memory(tmp_path, cache):
+    trainer = trainer_for(tmp_path, teacher=CachedTeacher(cache))
+    assert trainer.teacher_model is None and trainer.teacher.live is None
+    assert trainer.teacher.head.weight.shape == (320, 32)
+
+
+def test_batches_bring_the_states_of_the_live_teacher(tmp_path, cache):
+    """Whatever the order and the size of a batch; as whole numbers, which no Trainer casts."""
+    trainer = trainer_for(tmp_path, teacher=CachedTeacher(cache), options={"dataloader_num_workers": 2})
+    live = LiveTeacher(teacher())
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        assert not batch["teacher_states"].is_floating_point() and "teacher_states_missing" not in batch
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        expected = live.states(inputs, batch["labels"])
+        torch.testing.assert_close(trainer.teacher.states(batch, batch["labels"]), expected, rtol=0, atol=2e-6)
+        seen += len(batch["row_id"])
+    assert seen == len(ROWS)
+
+
+def rows_in_worker(cache, numbers, queue):
+    queue.put([cache.row(number).sum().item() for number in numbers])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_cache_is_read_by_other_processes(cache, method):
+    opened = StateCache(cache)
+    expected = [opened.row(number).sum().item() for number in range(4)]
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=rows_in_worker, args=(opened, range(4), queue))
+    worker.start()
+    assert queue.get(timeout=60) == expected
+    worker.join()
+
+
+def test_a_cache_is_sent_without_its_maps(cache):
+    opened = StateCache(cache)
+    opened.row(0)
+    assert len(pickle.dumps(opened)) < 1000 and len(pickle.loads(pickle.dumps(opened))) == len(ROWS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_size_and_error_by_type(tmp_path, dtype):
+    model = tiny_llama(seed=1, hidden=256)
+    folder = cache_of(tmp_path / "states", model, dtype=dtype)
+    opened = StateCache(folder)
+    payload = opened.manifest.labels * bytes_per_label(256, dtype)
+    files = sum(path.stat().st_size for path in folder.glob("states-*"))
+    assert files <= 1.03 * payload + 4096, (files, payload)  # the fixed head of a shard, of tiny rows
+    exact = StateCache(cache_of(tmp_path / "exact", model))
+    apart = max(float((opened.row(n).float() - exact.row(n)).abs().max()) for n in range(len(ROWS)))
+    assert apart <= {"float32": 0.0, "bfloat16": 0.02, "int8": 0.03}[dtype]
+    assert (apart > 0) == (dtype != "float32")
+    trainer = trainer_for(tmp_path / "run", model=tiny_llama(), teacher=CachedTeacher(opened))
+    trainer.train()
+    assert torch.isfinite(torch.tensor(losses(trainer))).all()
+
+
+def test_a_bf16_teacher_is_cached_without_loss(tmp_path):
+    model = teacher().bfloat16()
+    opened = StateCache(cache_of(tmp_path / "states", model, batch_tokens=10**6))
+    assert opened.manifest.dtype == "bfloat16"
+    example = encoded()[3]
+    ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+    live = LiveTeacher(model).states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
+    torch.testing.assert_close(opened.row(3).float(), live.float(), rtol=0.02, atol=0.02)  # another batch
+
+
+def test_rows_that_somebody_else_has_tokenised(tmp_path, cache):
+    trainer = run(tmp_path, CachedTeacher(cache), train_dataset=plain(), options={"max_steps": 1})
+    assert len(losses(trainer)) == 1
+
+
+def test_missing_rows_are_answered_by_the_live_teacher(tmp_path):
+    folder = cache_of(tmp_path / "states", teacher(), encoded(ROWS[:9]))
+    model = teacher()
+    live = run(tmp_path / "a", teacher(), temperature=2.0)
+    filled = run(tmp_path / "b", CachedTeacher(folder, LiveTeacher(model)), temperature=2.0)
+    torch.testing.assert_close(torch.tensor(losses(filled)), torch.tensor(losses(live)), rtol=1e-6, atol=1e-6)
