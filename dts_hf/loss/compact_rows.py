@@ -132,6 +132,15 @@ class CompactRows:
         _, kept, _, _, log_norm = self._parts(temperature)
         return (kept.logsumexp(-1, keepdim=True) - log_norm).exp().squeeze(-1)
 
+    def log_probs(self, targets: Tensor) -> Tensor:
+        """Log-probabilities of the labels ``targets`` ``[C]`` at T = 1, ``[C]``; in fp32 at least."""
+        rows = self.to(torch.promote_types(self.tail.dtype, torch.float32))
+        _, kept, mass, _, log_norm = rows._parts(1.0)
+        found = rows.ids.long() == targets.unsqueeze(-1)
+        rest = mass - math.log(max(self.tail_size, 1))  # of a label that is not kept, as of other rows
+        chosen = torch.where(found, kept, 0.0).sum(-1, keepdim=True)
+        return (torch.where(found.any(-1, keepdim=True), chosen, rest) - log_norm).squeeze(-1)
+
     def _parts(self, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """B ``[C, 1]``, the kept tempered logits ``[C, K]``, F(b), F'(b) and log Z(b), ``[C, 1]`` each."""
         b = torch.as_tensor(temperature, dtype=self.tail.dtype, device=self.tail.device).reciprocal()

@@ -249,6 +249,10 @@ class DistillationLoss(nn.Module):
         counts = {name: len(rows) for name, rows in parts.items() if rows is not None}
         if len(set(counts.values())) > 1:
             raise ValueError("rows differ: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        if isinstance(teacher_states, CompactRows) and teacher_states.vocab_size != student_head.vocab_size:
+            raise ValueError(
+                f"vocabularies differ: student {student_head.vocab_size}, compact rows {teacher_states.vocab_size}"
+            )
         if student_head.vocab_size != teacher_head.vocab_size:
             raise ValueError(
                 f"vocabularies differ: student {student_head.vocab_size}, teacher {teacher_head.vocab_size}; "

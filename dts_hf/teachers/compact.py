@@ -16,8 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dts_hf.divergences.base import Distributions
+from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.compact_rows import KNOTS, TAIL_NUMBERS, CompactRows
+from dts_hf.loss.compact_served import check_served
+from dts_hf.loss.selection import select_response
+from dts_hf.models.head import Head
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.self_test import LiveDifference
 from dts_hf.temperature.base import RowStats, TemperaturePolicy
 
 logger = logging.getLogger(__name__)
@@ -30,6 +37,8 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 PARTS = ("ids", "logits", "tail")
 #: Where policies are asked for their temperatures, and how much sharper than its teacher a student may be at it.
 _PROGRESS, _SHARPNESS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.5, 1.0, 2.0)
+#: Labels whose temperatures are asked for, and labels that are measured before anything is written.
+_ASKED, _PILOT = 64, 512
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,23 @@ class CompactFormat:
         """What is kept of logits ``[n, V or more]`` in fp32 with the labels ``targets`` ``[n]``."""
         return CompactRows.of(logits[:, : self.vocab_size], targets, self.top_k, DTYPES[self.dtype])
 
+    @torch.no_grad()
+    def answer(self, states: Tensor, head: Head, targets: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+        """What is kept of final states, as ``pack`` lays it, and the label log-probabilities at T = 1, on the CPU.
+
+        Args:
+            states: ``[n, H]``.
+            head: of the teacher, whole.
+            targets: ``[n]``.
+            block: rows of logits in memory at a time.
+        """
+        words, logprobs = [torch.zeros(0, self.words, dtype=torch.int16)], [torch.zeros(0)]
+        for at in range(0, len(states), block):
+            logits, chosen = logits_of(states[at : at + block], head.cut(self.vocab_size)), targets[at : at + block]
+            words.append(self.pack(self.parts(self.rows(logits, chosen))))
+            logprobs.append(logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1).float().cpu())
+        return torch.cat(words), torch.cat(logprobs)
+
     def parts(self, rows: CompactRows) -> dict[str, Tensor]:
         """The tensors of a shard, on the CPU."""
         return {name: getattr(rows, name).cpu().contiguous() for name in PARTS}
@@ -82,6 +108,12 @@ class CompactFormat:
         sizes = [2 * self.top_k, self.top_k * dtype.itemsize // 2, 2 * TAIL_NUMBERS]
         ids, logits, tail = (part.contiguous() for part in words.split(sizes, -1))
         return CompactRows(ids.view(torch.int32), logits.view(dtype), tail.view(torch.float32), self.vocab_size)
+
+
+def logits_of(states: Tensor, head: Head) -> Tensor:
+    """Logits ``[n, V]`` in fp32 of states ``[n, H]``, as the loss computes those of a live teacher."""
+    raw = (states.to(head.weight.dtype) @ head.weight.detach().t()).float()
+    return head.activate(raw if head.bias is None else raw + head.bias.detach().float())
 
 
 # ----------------------------------------------------------------------------------------------------------- its error
@@ -156,6 +188,26 @@ def stored_errors(rows: CompactRows, temperatures: Sequence[float]) -> list[Erro
     return found
 
 
+@torch.no_grad()
+def compare_rows(stored: CompactRows, live: CompactRows, temperatures: Sequence[float]) -> LiveDifference:
+    """Compare what is stored with what the live teacher would have kept of the same rows.
+
+    Args:
+        stored: n rows.
+        live: as many.
+        temperatures: 1 and the highest one of the policy.
+    """
+    kl: dict[float, list[Tensor]] = {temperature: [] for temperature in temperatures}
+    for at in range(0, len(stored), 64):
+        one, other = (rows[at : at + 64].to(torch.float32) for rows in (live, stored))
+        for temperature in temperatures:
+            kl[temperature].append(Distributions(one.at(temperature), other.at(temperature)).forward_kl())
+    found = {temperature: torch.cat(values) for temperature, values in kl.items()}
+    widest = float((stored.logits.float() - live.logits.float()).abs().max())
+    means, largest = ({t: float(pick(values)) for t, values in found.items()} for pick in (torch.mean, torch.max))
+    return LiveDifference(len(stored), means, largest, widest)
+
+
 def check_mass(errors: Sequence[ErrorAt], instead: str, forced: bool = False) -> None:
     """Refuse, or warn of, a cache that keeps too little at a temperature of the policy.
 
@@ -194,7 +246,7 @@ def enough_tokens(logits: Tensor, temperature: float, most: int = 128) -> int:
 
 
 @torch.no_grad()
-def visited(policy: TemperaturePolicy, logits: Tensor, targets: Tensor) -> list[float]:
+def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> list[float]:
     """Temperatures of the teacher that a policy may visit, as far as they can be known before training, rising.
 
     The ends of its range, those of its further terms, and what it answers along the run where the student is as sharp as the
@@ -202,29 +254,71 @@ def visited(policy: TemperaturePolicy, logits: Tensor, targets: Tensor) -> list[
 
     Args:
         policy: is not changed.
-        logits: ``[n, V]`` of the teacher, over some labels.
+        rows: of the teacher; the first of them are looked at.
         targets: ``[n]``.
+
+    Raises:
+        UserError: the policy cannot begin.
     """
+    rows, targets = rows[:_ASKED].to(torch.float32), targets[:_ASKED]
     policy = copy.deepcopy(policy)
+    policy.begin_run()
     options = policy.describe()
     found = {*policy.ends, *(temperature for temperature, _ in policy.companions)}
     found |= {float(options["t_max"])} if isinstance(options.get("t_max"), int | float) else set()
     if policy.learns:  # CTKD moves between these
         found |= {float(options["t_start"]), float(options["t_start"]) + float(options["t_end"])}
-    stats = _row_stats(logits, targets)
+    ce, logits, teacher = -rows.log_probs(targets), rows.at(1.0).logits, rows.summary()
+    stats = RowStats(ce, ce, torch.zeros_like(ce), torch.zeros_like(ce), torch.zeros_like(ce))
     for progress in _PROGRESS:
         policy.begin_step(progress)
         for sharpness in _SHARPNESS:
-            answer = policy(logits * sharpness, logits, stats).teacher
+            answer = policy(logits * sharpness, teacher, stats).teacher
             found |= {float(answer.min()), float(answer.max())}
     return sorted({float(f"{temperature:.4g}") for temperature in found})
 
 
-def _row_stats(logits: Tensor, targets: Tensor) -> RowStats:
-    """Of a student that is its teacher."""
-    lse = logits.logsumexp(-1)
-    ce = lse - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return RowStats(ce, ce, lse, lse, torch.zeros_like(ce))
+@torch.no_grad()
+def pilot(
+    teacher: LiveTeacher, examples: Sequence[Mapping[str, Any]], form: CompactFormat, policy: TemperaturePolicy,
+    divergence: Divergence, forced: bool = False,
+) -> list[ErrorAt]:  # fmt: skip
+    """Measure, before anything is written, what a cache would lose at the temperatures that the policy may visit.
+
+    Args:
+        teacher: whole, on its device.
+        examples: encoded rows, spread over the data; as many are scored as have 512 labels.
+        form: what would be kept.
+        policy: of the recipe.
+        divergence: of the recipe.
+        forced: warn where too little is kept.
+
+    Raises:
+        UserError: policy or divergence cannot be served, or too little is kept; the message says what would do.
+    """
+    check_served(policy, divergence)
+    states, targets, labels = [], [], 0
+    for example in examples:
+        ids, marks = (torch.tensor([example[key]], device=teacher.head.weight.device) for key in ("input_ids", "labels"))
+        states.append(teacher.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, marks))
+        targets.append(select_response(marks.unsqueeze(-1), marks)[1])
+        labels += len(targets[-1])
+        if labels >= _PILOT:
+            break
+    logits = logits_of(torch.cat(states)[:_PILOT], teacher.head.cut(form.vocab_size))
+    chosen = torch.cat(targets)[:_PILOT]
+    rows = form.rows(logits, chosen)
+    errors = errors_of(logits, rows, visited(policy, rows, chosen))
+    worst = min(errors, key=lambda error: error.mass)
+    check_mass(errors, _instead(enough_tokens(logits, worst.temperature), form, teacher.head.weight), forced)
+    return errors
+
+
+def _instead(needed: int, form: CompactFormat, weight: Tensor) -> str:
+    """What would do in the place of a cache that keeps too little."""
+    states = f"states, exact at every temperature, have {weight.shape[1] * weight.element_size():,} bytes a label"
+    larger = CompactFormat(needed, form.vocab_size, form.dtype)
+    return f"It would take {needed:,} tokens ({larger.label_bytes:,} bytes a label); {states} (leave --compact out)"
 
 
 def described(form: CompactFormat, errors: Sequence[ErrorAt], forced: bool) -> dict[str, Any]:

@@ -154,8 +154,6 @@ class DistillationTrainer(GeneratingTrainer):
             rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
-        if getattr(self.teacher, "compact", False):
-            check_served(self.temperature, self.loss.divergence)
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teacher(shard)
@@ -202,6 +200,10 @@ class DistillationTrainer(GeneratingTrainer):
                 rows: Any = self.rows  # LanguageRows
                 template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
                 self.teacher.check_rows(dataset, name, self.pair.tokenizer, template)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_loss(self.temperature, self.loss.divergence, self.vocab_size)
+        elif getattr(self.teacher, "compact", False):
+            check_served(self.temperature, self.loss.divergence)
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
