@@ -82,6 +82,8 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     if teacher is not None and recipe.data.responses == "teacher":
         rows = task.answer(teacher, tokenizer, rows)
         data = task.encode(rows, tokenizer)
+    if not recipe.keeps_teacher:  # it gave weights or answers; its states are cached
+        teacher, models = None, dataclasses.replace(models, teacher=None)
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
     made_from = {**task.manifest(rows, data), "models": record.values}
@@ -173,7 +175,8 @@ def load_models(
         if teacher is not None:
             task.check_head(teacher, "teacher")
         student = task.load_student(teacher, args.seed)
-        record.add_models(student, teacher)
+        cache = task.teacher_cache()
+        record.add_models(student, teacher, None if cache is None else cache.record())
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     if teacher is not None:
         place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
@@ -181,7 +184,10 @@ def load_models(
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
-    """What a person should know of the teacher that was loaded, as lines for the terminal."""
+    """What a person should know of the teacher, as lines for the terminal."""
+    if recipe.teacher is not None and not recipe.keeps_teacher:
+        yield f"teacher: its states come out of {recipe.teacher.cache}; it is not in memory, and is not scored"
+        return
     if recipe.teacher is not None and (kind := recipe.teacher.quantization) != "none":
         yield (
             f"teacher: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "

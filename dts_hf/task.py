@@ -21,6 +21,7 @@ from dts_hf.models.saving import Carried
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.temperature import build_temperature
 from dts_hf.training.distillation_base import DistillationBase
 
@@ -142,6 +143,14 @@ class Task(ABC, Generic[TrainerT]):
         Raises:
             UserError: it cannot be loaded.
         """
+
+    def teacher_cache(self) -> StateCache | None:
+        """The cache of the teacher's states, opened; None where the recipe has none.
+
+        Raises:
+            UserError: it is unfinished, damaged, or of another teacher.
+        """
+        return None
 
     def check_head(self, model: nn.Module, role: str) -> None:
         """Refuse a model whose outputs the loss cannot represent. The model is whole: this comes before it is placed.

@@ -15,7 +15,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, pull, push, report, schema, score, train
+from dts_hf.cli import (
+    cache_teacher,
+    chat,
+    doctor,
+    env,
+    evaluate,
+    generate,
+    init,
+    prepare,
+    pull,
+    push,
+    report,
+    schema,
+    score,
+    train,
+)
 from dts_hf.cli import list as list_
 from dts_hf.cli.printing import is_main_process
 from dts_hf.console import guarded_logs, show
@@ -26,7 +41,9 @@ from dts_hf.runs.stopping import Stage, ends, stage
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
-COMMANDS = (init, doctor, train, chat, generate, evaluate, score, report, push, pull, prepare, list_, schema, env)
+COMMANDS = (
+    init, doctor, train, chat, generate, evaluate, score, report, push, pull, cache_teacher, prepare, list_, schema, env
+)  # fmt: skip
 
 
 class CommandGroup(TyperGroup):
@@ -121,5 +138,7 @@ def main(
 
 for module in COMMANDS:
     app.command(
-        module.__name__.rpartition(".")[2], epilog=module.EPILOG, context_settings=getattr(module, "CONTEXT", None)
+        module.__name__.rpartition(".")[2].replace("_", "-"),
+        epilog=module.EPILOG,
+        context_settings=getattr(module, "CONTEXT", None),
     )(module.command)

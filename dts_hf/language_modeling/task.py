@@ -33,6 +33,10 @@ from dts_hf.models.saving import Carried
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.recipe import check_same_model, open_cache
+from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -85,7 +89,12 @@ class LanguageModeling(Task[DistillationTrainer]):
         return TextCutter(tokenizer, self.template(tokenizer), self.train_on)
 
     def load_teacher(self) -> PreTrainedModel | None:
-        return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
+        teacher = self.recipe.teacher
+        return None if teacher is None or not self.recipe.loads_teacher else load_teacher(teacher)
+
+    def teacher_cache(self) -> StateCache | None:
+        teacher = self.recipe.teacher
+        return None if teacher is None or teacher.cache is None else open_cache(teacher)
 
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
@@ -129,8 +138,22 @@ class LanguageModeling(Task[DistillationTrainer]):
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
             vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
-            **self.trainer_options(models, data),
+            **self.trainer_options(models, data) | {"teacher": self.teacher_of(models)},
         )
+
+    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | None:
+        """What the trainer asks: the model, or what has been cached of it.
+
+        Raises:
+            UserError: the cache is of another teacher.
+        """
+        cache = self.teacher_cache()
+        if cache is None:
+            return models.teacher
+        live = models.teacher if self.recipe.keeps_teacher else None
+        if live is not None:
+            check_same_model(cache, live, self.recipe.required_teacher)
+        return CachedTeacher(cache, None if live is None else LiveTeacher(live))
 
     def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:
         template = self.template(tokenizer)

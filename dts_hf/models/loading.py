@@ -92,11 +92,13 @@ def load_tokenizer(
 def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one.
 
+    A teacher whose model is not loaded needs no tokenizer: the student's was compared with it when its states were cached.
+
     Raises:
         UserError: see ``load_tokenizer``.
     """
     teacher = student = None
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and recipe.loads_teacher:
         name, key = recipe.teacher.model, "teacher.model"
         if recipe.teacher.tokenizer:
             name, key = recipe.teacher.tokenizer, "teacher.tokenizer"

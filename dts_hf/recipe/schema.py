@@ -148,6 +148,31 @@ class Teacher(Section):
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    kind: Literal["live", "cached"] = Field(
+        default="live",
+        description="live: it runs on every batch. cached: its states come out of the folder cache, which dts-hf "
+        "cache-teacher has written, and its backbone is not in memory.",
+    )
+    cache: str | None = Field(
+        default=None, min_length=1, description="Folder of its cached states; only with kind: cached."
+    )
+    missing: Literal["error", "live"] = Field(
+        default="error",
+        description="Rows that the cache has not: an error, or the teacher is loaded as well and answers them.",
+    )
+
+    @model_validator(mode="after")
+    def _cache_of_states(self) -> Teacher:
+        if self.kind == "cached" and self.cache is None:
+            raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
+        if self.kind == "live" and (self.cache is not None or self.missing != "error"):
+            given = "cache" if self.cache is not None else "missing"
+            raise ValueError(f"{given}: belongs to kind 'cached', got kind 'live'")
+        if self.kind == "cached" and self.placement == "sharded":
+            raise ValueError(
+                "placement is 'sharded', but the states of kind 'cached' need no backbone: use 'replicated'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _placement_of_packed_weights(self) -> Teacher:
@@ -437,6 +462,8 @@ class Recipe(Section):
                 "cannot be trained: use quantization 'none', or give student.model"
             )
         if self.task is not None:
+            if self.teacher is not None and self.teacher.kind == "cached":
+                raise ValueError("teacher.kind: cached, but a task has no states of tokens to cache; use kind: live")
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),
@@ -464,6 +491,17 @@ class Recipe(Section):
         if self.teacher is None:
             raise UserError("teacher: is missing, expected a mapping with model")
         return self.teacher
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the teacher's model stays in memory for training."""
+        return self.teacher is not None and (self.teacher.kind == "live" or self.teacher.missing == "live")
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether the teacher's model is loaded at all: one whose states are cached may have to give weights or answers."""
+        needed = self.student.init is not None or self.data.responses == "teacher"
+        return self.teacher is not None and (self.keeps_teacher or needed)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:

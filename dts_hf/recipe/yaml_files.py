@@ -19,6 +19,7 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("student", "model"),
     ("teacher", "model"),
     ("teacher", "tokenizer"),
+    ("teacher", "cache"),
     ("data", "train"),
     ("data", "validation"),
     ("task", "mismatched"),

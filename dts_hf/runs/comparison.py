@@ -53,8 +53,15 @@ class ModelRecord:
 
         self._add(describe)
 
-    def add_models(self, student: Any, teacher: PreTrainedModel | None) -> None:
+    def add_models(
+        self, student: Any, teacher: PreTrainedModel | None, cache: Mapping[str, Any] | None = None
+    ) -> None:
         """Record the models, before the teacher is sharded.
+
+        Args:
+            student: as it is trained.
+            teacher: None where it was not loaded.
+            cache: what the cache of the teacher's states says of itself, where it has one.
 
         Raises:
             UserError: one has changed.
@@ -66,7 +73,7 @@ class ModelRecord:
             if teacher is not None:
                 section = self.recipe.required_teacher
                 found["teacher"] = describe_model(teacher, section.model, section.revision)
-            return found
+            return found if cache is None else {**found, "teacher_states": dict(cache)}
 
         self._add(describe)
 

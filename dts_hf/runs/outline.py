@@ -17,13 +17,13 @@ def outline(recipe: Recipe, args: TrainingArguments) -> str:
 def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
-    yield "load the student" if recipe.teacher is None else "load teacher and student"
+    yield "load teacher and student" if recipe.loads_teacher else "load the student"
+    if recipe.teacher is not None and recipe.teacher.kind == "cached":
+        yield f"the teacher's states come out of {recipe.teacher.cache}"
     if data.responses == "teacher":
         yield f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))
-    before = [
-        name for name in evaluation.models if name != "student" and (name != "teacher" or recipe.teacher is not None)
-    ]
+    before = [name for name in evaluation.models if name != "student" and (name != "teacher" or recipe.keeps_teacher)]
     rows = "" if evaluation.rows is None else f" on {evaluation.rows:,} rows"
     if answered and before:
         yield f"score {' and '.join(name.replace('_', ' ') for name in before)}{rows}"

@@ -156,7 +156,8 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     check_launch(args)
     limit_waiting(args)
     if recipe.teacher is not None:
-        check_quantization(recipe.teacher.quantization, args.device)
+        if recipe.loads_teacher:
+            check_quantization(recipe.teacher.quantization, args.device)
         if recipe.teacher.placement == "sharded":
             check_can_shard(recipe.teacher.quantization != "none")
     named = args.resume_from_checkpoint
@@ -205,7 +206,7 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     scores = _scores_before(run)
-    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.teacher is not None]
+    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.keeps_teacher]
     lost = [name for name in BEFORE if name in scored and name not in scores]
     if lost and recipe.data.validation is not None:
         say(f"{run.path}: no scores of {' and '.join(lost)} were kept, so they are left out")

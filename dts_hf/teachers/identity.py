@@ -27,7 +27,7 @@ from dts_hf.models.head import Head, head_of
 #: Final states, after the norm that ends the backbone: what the head reads. Engines often give those before it.
 POST_NORM = "post_norm"
 #: Compared only where the same versions of the libraries have written both: another one writes the same rules otherwise.
-_OF_VERSION = ("tokenizer_rules",)
+_OF_VERSION = ("tokenizer_rules", "config")
 #: Told, and not compared: a branch may move without a change of the weights, and the same ones may lie elsewhere.
 _TOLD_ONLY = ("model", "commit", "versions")
 _WORDS = {
@@ -132,20 +132,32 @@ def identity_of(
         revision: branch, tag or commit on the Hub.
         quantization: as the recipe has it.
     """
+    return TeacherIdentity(**model_facts(teacher, name, revision, quantization), **rows_facts(tokenizer, template))
+
+
+def model_facts(
+    teacher: nn.Module, name: str, revision: str | None = None, quantization: str = "none"
+) -> dict[str, Any]:
+    """The part of an identity that a model tells, its head included.
+
+    Args:
+        teacher: a causal language model, whole.
+        name: as the recipe has it.
+        revision: branch, tag or commit on the Hub.
+        quantization: as the recipe has it.
+    """
     model, head = describe_model(teacher, name, revision), head_of(teacher)
     weights = [model[key] for key in ("weights", "frozen_weights", "unpacked_weights", "files") if model.get(key)]
-    adapter = model["adapter"]
-    return TeacherIdentity(
-        model=shared_name(name),
-        commit=model["commit"],
-        config=_digest(model["config"]),
-        weights="; ".join(map(str, weights)) or None,
-        dtype=str(head.weight.dtype).removeprefix("torch."),
-        quantization=quantization,
-        adapter=_digest(adapter) if adapter else None,
+    return {
+        "model": shared_name(name),
+        "commit": model["commit"],
+        "config": _digest(model["config"]),
+        "weights": "; ".join(map(str, weights)) or None,
+        "dtype": str(head.weight.dtype).removeprefix("torch."),
+        "quantization": quantization,
+        "adapter": _digest(model["adapter"]) if model["adapter"] else None,
         **head_facts(head),
-        **rows_facts(tokenizer, template),
-    )
+    }
 
 
 def head_facts(head: Head) -> dict[str, Any]:

@@ -133,8 +133,8 @@ class Pair:
         config: Any = args.accelerator_config
         if of_rows is not None and of_user is not None:
             raise UserError(
-                "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave it "
-                "out, or use the live teacher"
+                "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave "
+                "it out, or use the live teacher"
             )
         if of_rows is not None and args.world_size > 1 and config.dispatch_batches:
             raise UserError(

@@ -234,7 +234,7 @@ class StateCache:
             yield int(shard["labels"])
 
     def record(self) -> dict[str, Any]:
-        """What a run says of it, and a resume compares."""
+        """What a run says of it, and a resume compares; it names no place."""
         manifest = self.manifest
         shards = [shard["sha256"] for shard in manifest.shards]
         return {

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dts_hf.console import working
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import Example
 from dts_hf.distributed.processes import gathered, on_first_process
@@ -126,7 +127,6 @@ def write_cache(
     *,
     rank: int = 0,
     world: int = 1,
-    advance: Callable[[int], None] = lambda labels: None,
 ) -> Manifest:
     """Write what is missing of a cache, and its manifest; all processes call it.
 
@@ -138,7 +138,6 @@ def write_cache(
         facts: for the manifest.
         rank: of this process.
         world: the number of processes.
-        advance: told of the labels of each shard as it is there.
 
     Raises:
         UserError: the folder holds another cache.
@@ -146,15 +145,15 @@ def write_cache(
     """
     digest, ranges = plan.digest(), plan.ranges()
     on_first_process(lambda: _prepare(folder, digest), rank, world)
-    written: dict[int, dict[str, Any]] = {}
-    for number in range(rank, len(ranges), world):
-        path = folder / shard_name(number)
-        if not _is_whole(path, digest, number):
-            tensors = _shard(teacher, rows, plan, ranges[number])
+    mine = range(rank, len(ranges), world)
+    left = [number for number in mine if not _is_whole(folder / shard_name(number), digest, number)]
+    labels = sum(plan.counts[row] for number in left for row in ranges[number])
+    with working("caching the states of labels", labels) as work:
+        for number in left:
+            tensors = _shard(teacher, rows, plan, ranges[number], work.advance)
             metadata = {METADATA: json.dumps({"plan": digest, "shard": number})}
-            write_bytes_atomic(path, save(tensors, metadata))
-        written[number] = _facts_of(path, ranges[number], plan)
-        advance(written[number]["labels"])
+            write_bytes_atomic(folder / shard_name(number), save(tensors, metadata))
+    written = {number: _facts_of(folder / shard_name(number), ranges[number], plan) for number in mine}
     shards = {number: found for part in gathered(written, world) for number, found in part.items()}
     finish = lambda: _finish(folder, teacher, rows, plan, facts, [shards[n] for n in range(len(ranges))])  # noqa: E731
     return on_first_process(finish, rank, world)
@@ -201,7 +200,9 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name in ("states", "scale", *PARTS) if name in tensors]
 
 
-def _shard(teacher: LiveTeacher, rows: Rows, plan: Plan, numbers: range) -> dict[str, Tensor]:
+def _shard(
+    teacher: LiveTeacher, rows: Rows, plan: Plan, numbers: range, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
     """The tensors of a shard, on the CPU."""
     head = teacher.head
     states: dict[int, Tensor] = {}
@@ -209,6 +210,7 @@ def _shard(teacher: LiveTeacher, rows: Rows, plan: Plan, numbers: range) -> dict
     for batch in _batches(rows, numbers, plan.batch_tokens):
         for row, found, logprob in _answered(teacher, head, rows, batch, plan):
             states[row], logprobs[row] = found, logprob
+            advance(len(logprob))
     kept = torch.cat([states.pop(row) for row in numbers])
     tensors = {"states": kept, "label_logprob": torch.cat([logprobs.pop(row) for row in numbers])}
     if plan.compact is not None:

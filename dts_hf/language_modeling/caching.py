@@ -1,0 +1,197 @@
+"""``cache_teacher(recipe)``: the teacher runs once over a recipe's rows, and its states are kept (``teacher.kind: cached``).
+
+It goes the way of ``distill`` as far as the rows: the same rows, tokenizers, template and limits, and the teacher's own
+answers where ``data.responses`` asks for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import ConcatDataset
+from transformers.utils import logging as transformers_logging
+
+from dts_hf.console import duration, gb, say, working
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.distributed.launch import check_launch, limit_waiting
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.distributed.sharding import place_teacher
+from dts_hf.errors import UserError
+from dts_hf.language_modeling.task import LanguageModeling
+from dts_hf.models.checks import check_positions
+from dts_hf.models.loading import load_teacher, load_tokenizers
+from dts_hf.models.quantization import check_quantization
+from dts_hf.models.vocabulary import check_tokenizers
+from dts_hf.recipe.schema import Recipe, Teacher
+from dts_hf.task import Data
+from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
+from dts_hf.teachers.identity import TeacherIdentity, identity_of
+from dts_hf.teachers.live import LiveTeacher
+
+#: What of ``data`` decides how a row is cut and what is learned of it.
+LABEL_RULE = ("prompt_template", "train_on", "max_length", "max_prompt_length", "long_rows", "responses")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache is written.
+
+    Attributes:
+        dtype: ``float32``, ``bfloat16`` or ``int8``; None: the teacher's own, in which nothing is lost.
+        shard_bytes: of a shard; a kill costs a process one of them at most.
+        batch_tokens: padded tokens that the teacher is given at once.
+        overwrite: remove another cache from the folder first.
+    """
+
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    batch_tokens: int = BATCH_TOKENS
+    overwrite: bool = False
+
+
+def folder_of(recipe: Recipe, output: Path | None) -> Path:
+    """Where the recipe's cache is or will be.
+
+    Args:
+        recipe: its ``teacher.cache``, where ``output`` does not say it.
+        output: of the command line.
+
+    Raises:
+        UserError: neither says it.
+    """
+    named = None if recipe.teacher is None else recipe.teacher.cache
+    if output is None and named is None:
+        raise UserError("--output: is missing, expected the folder of the cache (or teacher.cache in the recipe)")
+    return (Path(str(named)) if output is None else output).expanduser()
+
+
+def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = None) -> Manifest:
+    """Write the states of the recipe's teacher over its training and validation rows; all processes call it.
+
+    Args:
+        recipe: of a language model with a teacher.
+        folder: of the cache; what an earlier try has left there is gone on with.
+        options: None: the usual ones.
+
+    Raises:
+        UserError: wrong input, before the teacher runs; or the folder holds another cache.
+        RunError: the teacher gives states that are non-finite.
+    """
+    options, began = options or CacheOptions(), time.monotonic()
+    # 1. What can be refused without loading anything
+    recipe = _with_live_teacher(recipe)
+    task = LanguageModeling(recipe)
+    args = task.training_arguments(folder)
+    check_launch(args)
+    limit_waiting(args)
+    section, rank, world = recipe.required_teacher, args.process_index, args.world_size
+    check_quantization(section.quantization, args.device)
+    if options.overwrite:
+        on_first_process(lambda: remove_cache(folder), rank, world)
+    transformers_logging.disable_progress_bar()
+    # 2. Rows as they are trained on
+    with working("reading and encoding the rows"):
+        loaded = task.load_rows()
+        student_tokenizer, teacher_tokenizer = load_tokenizers(recipe)
+    shared = check_tokenizers(student_tokenizer, teacher_tokenizer, section.vocab_alignment)
+    with working("loading the teacher"):
+        model = load_teacher(section)
+        task.check_head(model, "teacher")
+        template = task.template(student_tokenizer)
+        name = {"name": section.model, "revision": section.revision, "quantization": section.quantization}
+        identity = identity_of(model, student_tokenizer, template, **name)  # type: ignore[arg-type]
+    place_teacher(model, "replicated", args.device)
+    if recipe.data.responses == "teacher":
+        loaded = task.answer(model, student_tokenizer, loaded)
+    data = task.encode(loaded, student_tokenizer)
+    rows = rows_of(data)
+    check_positions(
+        model, "the teacher", max(len_ for of in _sets(data) for len_ in of.lengths), "Lower data.max_length"
+    )
+    # 3. States
+    plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens)
+    on_first_process(lambda: _say_plan(folder, plan, identity), rank, world)
+    facts = Facts(
+        label_rule=recipe.data.model_dump(include=set(LABEL_RULE)),
+        data={name: of.digest for name, of in zip(("train", "validation"), _sets(data), strict=False)},
+        shared_tokens=shared,
+    )
+    manifest = write_cache(folder, LiveTeacher(model), rows, plan, facts, rank=rank, world=world)
+    if rank == 0:
+        say(
+            f"{folder}: {manifest.labels:,} labels of {manifest.rows:,} rows in {gb(manifest.size)}, teacher "
+            f"{manifest.nll:.3f} nats per label, {duration(time.monotonic() - began)}"
+        )
+    return manifest
+
+
+def _with_live_teacher(recipe: Recipe) -> Recipe:
+    """The recipe as if its teacher ran: rows are answered and encoded as without a cache.
+
+    Raises:
+        UserError: there is no teacher, or none whose states are those of tokens.
+    """
+    section = recipe.required_teacher
+    if recipe.task is not None:
+        raise UserError("task: a classifier has no states of tokens to cache; expected a recipe of a language model")
+    if section.placement == "sharded":
+        raise UserError(
+            "teacher.placement: sharded, but each process of cache-teacher runs rows of its own through a whole teacher; "
+            "expected replicated, or one whose weights are quantised"
+        )
+    live: Teacher = section.model_copy(update={"kind": "live", "cache": None, "missing": "error"})
+    return recipe.model_copy(update={"teacher": live})
+
+
+def _sets(data: Data) -> list[EncodedDataset]:
+    return [data.train, *([] if data.validation is None else [data.validation])]
+
+
+def rows_of(data: Data) -> Rows:
+    """Training rows, then validation rows.
+
+    Args:
+        data: encoded.
+    """
+    sets = _sets(data)
+    joined: ConcatDataset[object] = ConcatDataset(sets)
+    return Rows(joined, [row_id for of in sets for row_id in of.row_ids])  # type: ignore[arg-type]
+
+
+def _say_plan(folder: Path, plan: Plan, identity: TeacherIdentity) -> None:
+    """Rows, labels and bytes of the cache that is to be made.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    labels, each = sum(plan.counts), bytes_per_label(identity.hidden_size, plan.dtype)
+    needed = labels * (each + 4) + 32 * len(plan.counts)
+    there = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    kept = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if needed - kept > (free := shutil.disk_usage(there).free):
+        raise UserError(f"--output: the cache takes {gb(needed)}, and {gb(free)} are free at {there}")
+    say(
+        f"{folder}: {labels:,} labels of {len(plan.counts):,} rows, {each:,} bytes each in {plan.dtype}, "
+        f"{gb(needed)} in {len(plan.ranges()):,} shards{'; complete already' if (folder / MANIFEST).is_file() else ''}"
+    )
+
+
+def verify_cache(folder: Path) -> Manifest:
+    """Read all of a cache and compare it with what was written.
+
+    Args:
+        folder: the cache.
+
+    Raises:
+        UserError: names the first file that is not as it was written.
+    """
+    cache = StateCache(folder)
+    with working("verifying labels", cache.manifest.labels) as work:
+        for labels in cache.verify():
+            work.advance(labels)
+    return cache.manifest
