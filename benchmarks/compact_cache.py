@@ -103,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         "'Of the K alone' is the total variation of the K largest probabilities at T, made to add up to 1: the share of "
         "the teacher that they leave out."
     )
-    render.show(render.make_report("compact_cache", setting, [render.make_table("", COLUMNS, rows)], [note]), found.json)
+    render.show(
+        render.make_report("compact_cache", setting, [render.make_table("", COLUMNS, rows)], [note]), found.json
+    )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def take_sample(
     teacher = teacher or trainer.teacher
     collator = PaddedCollator(int(trainer.processing_class.pad_token_id))  # type: ignore[union-attr]
     ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
-    parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     for first, batch, labels in batches(
         trainer, collator, data, ordered, min(8, trainer.args.per_device_train_batch_size)
     ):

@@ -188,9 +188,7 @@ class ChunkWalk:
         teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, self.buffers[1])
         return student, teacher, hidden
 
-    def _gaps(
-        self, span: slice, student: Tensor, teacher: TeacherLogits, whole_gap: Tensor | None
-    ) -> Tensor | None:
+    def _gaps(self, span: slice, student: Tensor, teacher: TeacherLogits, whole_gap: Tensor | None) -> Tensor | None:
         """The gap ``[C]`` of each row's sequence, from raw logits ``[C, V]``; None for policies that do not need it."""
         if self.sequences is None:
             return None

@@ -1,8 +1,8 @@
 """A teacher of whom the largest logits are known one by one, and all others only by what they weigh together.
 
-Of each row K tokens are kept: its label and the largest of the others. Everything else is its tail, of V - K tokens, known by
-F(b) = log sum exp(b d) over it, d = logit - largest logit, at a few inverse temperatures b = 1 / T (``KNOTS``), by F'(b) there
-and by the variance of its logits. That gives at every temperature
+Of each row K tokens are kept: its label and the largest of the others. Everything else is its tail, of V - K tokens, known
+by F(b) = log sum exp(b d) over it, d = logit - largest logit, at a few inverse temperatures b = 1 / T (``KNOTS``), by F'(b)
+there and by the variance of its logits. That gives at every temperature
 
     log Z(b) = log(sum over the kept of exp(b d) + exp(F(b))),
 
@@ -12,9 +12,9 @@ depend on the temperature by more than a division.
 
 **Between knots** F is a cubic in b with the stored values and slopes at both ends. F is the cumulant generating function of
 the tail's logits, convex and smooth, so the error is at most h^4 / 384 of the largest fourth cumulant between two knots that
-are h apart. A tail falls off like exp(-d / s), cut at the smallest kept logit, and tempering makes s proportional to 1 / b: the
-fourth cumulant falls like b^-4, while h grows like b. So an error of the same few thousandths of a nat is left everywhere.
-Beyond the last knot (T below 1/4) F follows its tangent, which is too low: there the tail weighs next to nothing.
+are h apart. Where the tail, cut at the smallest kept logit, falls off exponentially, that cumulant falls like b^-4 while h
+grows like b, so that the same few thousandths of a nat are left everywhere. Beyond the last knot (T below 1/4) F follows its
+tangent, which is too low: there the tail weighs next to nothing.
 
 Shapes: ``C`` rows, ``V`` vocabulary, ``K`` kept tokens, ``M`` knots.
 """

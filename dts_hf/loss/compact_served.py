@@ -36,6 +36,7 @@ def check_served(policy: TemperaturePolicy, divergence: Divergence) -> None:
     unweighted = isinstance(divergence, AlphaBeta) and divergence.alpha == divergence.beta == 0.0
     if divergence.name == "logit_mse" or unweighted:
         raise UserError(
-            f"loss.divergence: got '{divergence.name}'{' with alpha and beta 0' if unweighted else ''} with a compact teacher "
-            f"cache: it counts every logit alike, and nearly all of them are in the tail, which has no single ones. {_INSTEAD}"
+            f"loss.divergence: got '{divergence.name}'{' with alpha and beta 0' if unweighted else ''} with a compact "
+            "teacher cache: it counts every logit alike, and nearly all of them are in the tail, which has no single ones. "
+            f"{_INSTEAD}"
         )

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dts_hf.divergences.base import Distributions
 from dts_hf.divergences import Divergence
+from dts_hf.divergences.base import Distributions
 from dts_hf.errors import UserError
 from dts_hf.loss.compact_rows import KNOTS, TAIL_NUMBERS, CompactRows
 from dts_hf.loss.compact_served import check_served
@@ -39,6 +39,8 @@ PARTS = ("ids", "logits", "tail")
 _PROGRESS, _SHARPNESS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.5, 1.0, 2.0)
 #: Labels whose temperatures are asked for, and labels that are measured before anything is written.
 _ASKED, _PILOT = 64, 512
+#: Rows that are scored for it at most.
+PILOT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,7 @@ class ErrorAt(NamedTuple):
 
 
 @torch.no_grad()
-def errors_of(
-    logits: Tensor, rows: CompactRows, temperatures: Sequence[float], block: int = 64
-) -> list[ErrorAt]:
+def errors_of(logits: Tensor, rows: CompactRows, temperatures: Sequence[float], block: int = 64) -> list[ErrorAt]:
     """How far the rebuilt distribution is from the whole one.
 
     Args:
@@ -184,7 +184,9 @@ def stored_errors(rows: CompactRows, temperatures: Sequence[float]) -> list[Erro
         # sum over blocks: an entropy of the rebuilt distribution needs all of it
         entropy = torch.cat([whole[at : at + 64].at(temperature).entropy() for at in range(0, len(whole), 64)])
         kl = (entropy - whole.entropy(temperature)).mean()
-        found.append(ErrorAt(temperature, float(whole.kept_mass(temperature).mean()), float(kl), float("nan"), len(rows)))
+        found.append(
+            ErrorAt(temperature, float(whole.kept_mass(temperature).mean()), float(kl), float("nan"), len(rows))
+        )
     return found
 
 
@@ -280,7 +282,7 @@ def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> li
 
 @torch.no_grad()
 def pilot(
-    teacher: LiveTeacher, examples: Sequence[Mapping[str, Any]], form: CompactFormat, policy: TemperaturePolicy,
+    teacher: LiveTeacher, examples: Iterable[Mapping[str, Any]], form: CompactFormat, policy: TemperaturePolicy,
     divergence: Divergence, forced: bool = False,
 ) -> list[ErrorAt]:  # fmt: skip
     """Measure, before anything is written, what a cache would lose at the temperatures that the policy may visit.
@@ -299,7 +301,9 @@ def pilot(
     check_served(policy, divergence)
     states, targets, labels = [], [], 0
     for example in examples:
-        ids, marks = (torch.tensor([example[key]], device=teacher.head.weight.device) for key in ("input_ids", "labels"))
+        ids, marks = (
+            torch.tensor([example[key]], device=teacher.head.weight.device) for key in ("input_ids", "labels")
+        )
         states.append(teacher.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, marks))
         targets.append(select_response(marks.unsqueeze(-1), marks)[1])
         labels += len(targets[-1])

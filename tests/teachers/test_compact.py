@@ -45,7 +45,9 @@ def form(top_k=K, dtype="float32"):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return cache_of(tmp_path_factory.mktemp("compact") / "c", teacher(), compact=form(), shard_bytes=20000, forced=True)
+    return cache_of(
+        tmp_path_factory.mktemp("compact") / "c", teacher(), compact=form(), shard_bytes=20000, forced=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,9 @@ def whole(tmp_path_factory):
 
 def problem(n=50, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return 3.0 * torch.randn(n, TINY_VOCAB, generator=generator), torch.randint(0, TINY_VOCAB, (n,), generator=generator)
+    return 3.0 * torch.randn(n, TINY_VOCAB, generator=generator), torch.randint(
+        0, TINY_VOCAB, (n,), generator=generator
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the format
@@ -75,7 +79,7 @@ def test_a_row_comes_out_of_one_tensor_as_it_went_in(top_k, dtype):
 
 @pytest.mark.parametrize("top_k", [0, TINY_VOCAB + 1, True, 2.5])
 def test_a_number_of_tokens_that_is_none_is_refused(top_k):
-    with pytest.raises(UserError, match="compact: got .* from 1 to the vocabulary of 320"):
+    with pytest.raises(UserError, match=r"compact: got .* from 1 to the vocabulary of 320"):
         form(top_k)
 
 
@@ -106,7 +110,7 @@ def test_with_every_token_kept_it_trains_as_the_live_teacher(tmp_path, whole, te
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_it_gives_what_is_kept_of_the_live_teacher(tmp_path, cache, divergence, packing):
-    """Loss and gradient against a teacher that is compacted on the way, which is held to the dense distribution elsewhere."""
+    """Against a teacher that is compacted on the way, which is held to the dense distribution elsewhere."""
     gradients = []
     for number, with_teacher in enumerate((CachedTeacher(cache), CompactedTeacher(teacher(), K, torch.float32))):
         trainer = trainer_for(
@@ -123,7 +127,9 @@ def test_the_files_have_no_states_and_no_head(cache):
     opened = StateCache(cache)
     assert opened.manifest.compact["top_k"] == K and opened.manifest.compact["knots"][-1] == 4.0
     assert sum(1 for _ in opened.verify()) == len(opened.manifest.shards)
-    assert opened.manifest.size < 1.3 * opened.manifest.labels * form().label_bytes + 2000 * len(opened.manifest.shards)
+    assert opened.manifest.size < 1.3 * opened.manifest.labels * form().label_bytes + 2000 * len(
+        opened.manifest.shards
+    )
 
 
 def test_rows_that_are_missing_are_answered_live_as_they_would_have_been_kept(tmp_path):
@@ -173,7 +179,7 @@ def test_a_distribution_over_other_tokens_is_refused(tmp_path):
     """The teacher has 64 ids more than the tokenizer, whose probability belongs to nobody where the recipe cuts them."""
     wide, options = tiny_llama(vocab=384, seed=1), {"temperature": 1.0, "vocab_alignment": "truncate_to_tokenizer"}
     with_them = cache_of(tmp_path / "all", wide, compact=CompactFormat(K, 384, "float32"), forced=True)
-    with pytest.raises(UserError, match="distributions over 384 tokens, .* compared over 320"):
+    with pytest.raises(UserError, match=r"distributions over 384 tokens, .* compared over 320"):
         trainer_for(tmp_path / "a", teacher=CachedTeacher(with_them), **options)
     cut, gradients = cache_of(tmp_path / "cut", wide, compact=form(TINY_VOCAB)), []
     for number, with_teacher in enumerate((CachedTeacher(cut), wide)):
@@ -225,7 +231,7 @@ def test_too_little_is_refused_with_the_number_of_tokens_that_would_do():
         ask(8, 2.0)
     message = str(refused.value)
     assert "at T = 2" in message and f"expected {LEAST_MASS} at least" in message and "states, exact" in message
-    needed = int(message.split("It would take ")[1].split()[0].replace(",", ""))
+    needed = int(message.split("It would take ")[1].split(maxsplit=1)[0].replace(",", ""))
     assert min(error.mass for error in ask(needed, 2.0)) >= LEAST_MASS
     with pytest.raises(UserError):
         ask(needed // 4, 2.0)
@@ -237,7 +243,9 @@ def test_a_temperature_that_rose_after_writing_is_refused_before_training(tmp_pa
     folder = cache_of(tmp_path / "c", teacher(), compact=form(60))
     trainer_for(tmp_path / "a", teacher=CachedTeacher(folder), temperature=0.3)
     with pytest.raises(UserError, match=r"probability at T = 4, .*--compact K"):
-        trainer_for(tmp_path / "b", teacher=CachedTeacher(folder), temperature={"name": "dts", "t_init": 4.0, "t_max": 4.0})
+        trainer_for(
+            tmp_path / "b", teacher=CachedTeacher(folder), temperature={"name": "dts", "t_init": 4.0, "t_max": 4.0}
+        )
 
 
 def test_mass_that_is_no_number_is_refused():
@@ -279,7 +287,7 @@ def test_a_temperature_made_of_the_teachers_logits_is_measured_row_by_row():
 
 
 def test_enough_tokens_is_a_power_of_two_that_is_enough_and_half_of_it_is_not():
-    z, targets = problem(128)
+    z, _ = problem(128)
     needed = enough_tokens(z, 1.5)
     assert needed & (needed - 1) == 0
     mass = lambda top_k: errors_of(z, form(top_k).rows(z, z.argmax(-1)), [1.5])[0].mass  # noqa: E731

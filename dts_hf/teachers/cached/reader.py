@@ -134,7 +134,7 @@ class StateCache:
             raise self._damaged(row, "its checksum is another one")
         if (form := self.manifest.form) is not None:
             return form.pack(parts)
-        states = parts["states"]
+        states: Tensor = parts["states"]
         return states.float() * parts["scale"][:, None] if "scale" in parts else states
 
     def label_logprobs(self, row: int) -> Tensor:

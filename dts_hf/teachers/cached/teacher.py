@@ -19,7 +19,7 @@ from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.selection import IGNORE_INDEX, select_response
 from dts_hf.models.head import Head
-from dts_hf.teachers.cached.layout import row_key, targets_of
+from dts_hf.teachers.cached.layout import row_key, spaced, targets_of
 from dts_hf.teachers.cached.reader import StateCache, torch_dtype
 from dts_hf.teachers.compact import CompactFormat, check_mass, compare_rows, stored_errors, visited
 from dts_hf.teachers.identity import differences, rows_facts
@@ -137,7 +137,7 @@ class CachedTeacher:
             if missing is not None:
                 bits = torch.where(missing[:, None], self._live_words(form, batch, labels).to(bits.device), bits)
             return form.unpack(bits)
-        states = bits.view(torch_dtype(self.cache.manifest.dtype)).to(self._head.weight.dtype)
+        states: Tensor = bits.view(torch_dtype(self.cache.manifest.dtype)).to(self._head.weight.dtype)
         if missing is None:
             return states
         assert self.live is not None  # else the collator has refused the row
@@ -204,9 +204,11 @@ class CachedTeacher:
                 f"{self.cache.folder}: keeps distributions over {form.vocab_size:,} tokens, and student and teacher are "
                 f"compared over {vocab_size:,} (teacher.vocab_alignment). Make it again with this recipe"
             )
-        words = [self.cache.row(row) for row in _spaced(len(self.cache), _ROWS) if self.cache.labels(row)]
+        words = [self.cache.row(row) for row in spaced(len(self.cache), _ROWS) if self.cache.labels(row)]
         rows = form.unpack(torch.cat(words)[:_LABELS])
-        likeliest = rows.ids.gather(-1, rows.logits.float().argmax(-1, keepdim=True)).squeeze(-1)  # labels are not stored
+        likeliest = rows.ids.gather(-1, rows.logits.float().argmax(-1, keepdim=True)).squeeze(
+            -1
+        )  # labels are not stored
         errors = stored_errors(rows, visited(policy, rows, likeliest.long()))
         for error in errors:
             logger.info("%s: compact: %s", self.cache.folder, error)
@@ -250,7 +252,7 @@ class CachedTeacher:
     def _test(self, dataset: Any, top: float) -> None:
         """Label log-probabilities again, from states and head; and states again, where the teacher is at hand."""
         stored, states, targets, examples, labels = [], [], [], [], 0
-        for number in _spaced(len(dataset), _ROWS):
+        for number in spaced(len(dataset), _ROWS):
             example = dataset[number]
             row = self.cache.find(row_key(example["input_ids"], example["labels"]))
             if row is None or not self.cache.labels(row):
@@ -269,7 +271,9 @@ class CachedTeacher:
         if (form := self.cache.manifest.form) is not None:
             difference = label_difference(torch.cat(stored), form.unpack(torch.cat(states)).log_probs(labels_of))
         else:
-            difference = compare_labels(torch.cat(stored), torch.cat(states).to(device), self._head, labels_of.to(device))
+            difference = compare_labels(
+                torch.cat(stored), torch.cat(states).to(device), self._head, labels_of.to(device)
+            )
         self._warn(judge(difference, dtype, where))
         logger.info("%s: self-test: %s", where, difference)
         if self.live is not None:
@@ -297,8 +301,3 @@ class CachedTeacher:
 
 #: Where only the tokenizer is compared.
 _NO_TEMPLATE = Template("", "", lambda row, tokenizer: "", is_chat=False)
-
-
-def _spaced(total: int, count: int) -> list[int]:
-    """``count`` numbers spread over ``range(total)``."""
-    return sorted({round(step * (total - 1) / max(count - 1, 1)) for step in range(min(count, total))})

@@ -1,0 +1,92 @@
+"""``dts-hf cache-teacher --compact K``, then ``teacher.kind: cached``, by recipe and command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dts_hf.errors import UserError
+from dts_hf.language_modeling.caching import CacheOptions
+from tests.support.tiny import TINY_VOCAB, tiny_llama, tiny_tokenizer
+from tests.test_cached_runs import CACHED, cache, invoke, log_of, quick, recipe
+
+COOL = {"name": "constant", "value": 0.3}
+
+
+@pytest.fixture
+def student(workplace):
+    tiny_llama(seed=3).save_pretrained("student")
+    tiny_tokenizer().save_pretrained("student")
+    return {"model": "student"}
+
+
+@pytest.mark.parametrize("data", [{}, {"packing": True}], ids=["padded", "packed"])
+def test_with_every_token_kept_a_run_is_the_live_run(student, data):
+    sections = {"student": student, "data": data}
+    cache(**sections, options=CacheOptions("float32", compact=TINY_VOCAB))
+    live, cached = quick(folder="live", **sections), quick(CACHED, "cached", **sections)
+    for key in ("loss", "kl", "temperature", "teacher_ce", "teacher_entropy", "gap"):
+        torch.testing.assert_close(log_of(cached, key), log_of(live, key), rtol=1e-5, atol=2e-6)
+
+
+def test_what_the_label_gives_is_exact_and_the_rest_near(student):
+    """64 of 320 tokens at T = 0.3: the teacher's cross-entropy and entropy are its own, and the soft loss is close."""
+    cache(student=student, temperature=COOL, options=CacheOptions("float32", compact=64))
+    live, cached = (
+        quick(*one, student=student, temperature=COOL) for one in (({**CACHED, "kind": "live", "cache": None}, "live"), (CACHED, "cached"))
+    )  # fmt: skip
+    for key in ("teacher_ce", "teacher_entropy", "teacher_entropy_at_t"):
+        torch.testing.assert_close(log_of(cached, key)[:1], log_of(live, key)[:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_of(cached, "kd_loss"), log_of(live, "kd_loss"), rtol=0.05, atol=1e-3)
+
+
+def test_the_temperatures_of_the_recipe_decide(student):
+    """The same K is enough for a cool teacher and too little for a warm one; nothing is written then."""
+    compact = CacheOptions(compact=64)
+    with pytest.raises(UserError, match=r"at T = 3, .* It would take \d+ tokens .* states, exact"):
+        cache(student=student, options=compact)
+    assert not list(Path("states").glob("*.safetensors"))
+    manifest = cache(student=student, temperature=COOL, options=compact)
+    assert [error["temperature"] for error in manifest.compact["errors"]] == [0.3]
+    with pytest.raises(UserError, match=r"at T = 3, .*--compact K"):
+        quick(CACHED, student=student)
+    quick(CACHED, student=student, temperature=COOL)
+
+
+def test_what_cannot_be_served_is_refused_before_anything_is_written(student):
+    for sections in ({"temperature": {"name": "taid"}}, {"loss": {"divergence": {"name": "logit_mse"}}}):
+        with pytest.raises(UserError, match="with a compact teacher cache"):
+            cache(student=student, options=CacheOptions(compact=64), **sections)
+    assert not list(Path("states").glob("*.safetensors"))
+
+
+def test_the_command(student):
+    Path("recipe.yaml").write_text(recipe(student=student).to_yaml())
+    to = ("cache-teacher", "recipe.yaml", "--output", "states")
+    done = invoke(*to, "--compact", 16)
+    assert done.exit_code == 2 and "expected 0.95 at least" in done.output and "--force" in done.output
+    done = invoke(*to, "--compact", 16, "--force", "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)["compact"]
+    assert facts["forced"] and facts["top_k"] == 16 and {e["temperature"] for e in facts["errors"]} == {1.0, 3.0}
+    assert (
+        "16 of 320 tokens and the tail" in done.stderr
+        and "mass 0." in done.stderr
+        and "16 logits (float16)" in done.stderr
+    )
+    assert invoke(*to, "--verify").exit_code == 0
+    run = invoke("train", "recipe.yaml", "teacher.kind=cached", "teacher.cache=states", "training.max_steps=2",
+                 "output.report=false", "evaluation.models=[]")  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert "(forced)" in run.output
+    for words, said in (
+        (("--compact", 16), "another cache"),
+        (("--compact", 400), "from 1 to the vocabulary of 320"),
+        (("--compact", 16, "--dtype", "int8"), "got 'int8' for a compact cache"),
+        (("--force",), "--force: belongs to --compact"),
+    ):
+        done = invoke(*to, *words, "temperature.name=constant", "temperature.value=0.1")
+        assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
