@@ -35,9 +35,8 @@ def test_with_every_token_kept_a_run_is_the_live_run(student, data):
 def test_what_the_label_gives_is_exact_and_the_rest_near(student):
     """64 of 320 tokens at T = 0.3: the teacher's cross-entropy and entropy are its own, and the soft loss is close."""
     cache(student=student, temperature=COOL, options=CacheOptions("float32", compact=64))
-    live, cached = (
-        quick(*one, student=student, temperature=COOL) for one in (({**CACHED, "kind": "live", "cache": None}, "live"), (CACHED, "cached"))
-    )  # fmt: skip
+    sections = {"student": student, "temperature": COOL}
+    live, cached = quick(folder="live", **sections), quick(CACHED, "cached", **sections)
     for key in ("teacher_ce", "teacher_entropy", "teacher_entropy_at_t"):
         torch.testing.assert_close(log_of(cached, key)[:1], log_of(live, key)[:1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_of(cached, "kd_loss"), log_of(live, "kd_loss"), rtol=0.05, atol=1e-3)
@@ -71,12 +70,8 @@ def test_the_command(student):
     done = invoke(*to, "--compact", 16, "--force", "--json")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)["compact"]
-    assert facts["forced"] and facts["top_k"] == 16 and {e["temperature"] for e in facts["errors"]} == {1.0, 3.0}
-    assert (
-        "16 of 320 tokens and the tail" in done.stderr
-        and "mass 0." in done.stderr
-        and "16 logits (float16)" in done.stderr
-    )
+    assert facts["forced"] and facts["top_k"] == 16 and {1.0, 3.0} < {e["temperature"] for e in facts["errors"]}
+    assert all(said in done.stderr for said in ("16 of 320 tokens and the tail", "mass 0.", "16 logits (float16)"))
     assert invoke(*to, "--verify").exit_code == 0
     run = invoke("train", "recipe.yaml", "teacher.kind=cached", "teacher.cache=states", "training.max_steps=2",
                  "output.report=false", "evaluation.models=[]")  # fmt: skip

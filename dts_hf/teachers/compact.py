@@ -252,7 +252,7 @@ def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> li
     """Temperatures of the teacher that a policy may visit, as far as they can be known before training, rising.
 
     The ends of its range, those of its further terms, and what it answers along the run where the student is as sharp as the
-    teacher, half and twice as much; of answers for each row the smallest and the largest.
+    teacher, half and twice as much: of all those answers the smallest and the largest.
 
     Args:
         policy: is not changed.
@@ -272,11 +272,13 @@ def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> li
         found |= {float(options["t_start"]), float(options["t_start"]) + float(options["t_end"])}
     ce, logits, teacher = -rows.log_probs(targets), rows.at(1.0).logits, rows.summary()
     stats = RowStats(ce, ce, torch.zeros_like(ce), torch.zeros_like(ce), torch.zeros_like(ce))
+    answers: list[float] = []
     for progress in _PROGRESS:
         policy.begin_step(progress)
         for sharpness in _SHARPNESS:
             answer = policy(logits * sharpness, teacher, stats).teacher
-            found |= {float(answer.min()), float(answer.max())}
+            answers += [float(answer.min()), float(answer.max())]
+    found |= {min(answers), max(answers)}
     return sorted({float(f"{temperature:.4g}") for temperature in found})
 
 
