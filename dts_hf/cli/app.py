@@ -25,7 +25,9 @@ from dts_hf.cli import (
     init,
     prepare,
     pull,
+    pull_cache,
     push,
+    push_cache,
     report,
     schema,
     score,
@@ -42,7 +44,8 @@ from dts_hf.runs.stopping import Stage, ends, stage
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
 COMMANDS = (
-    init, doctor, train, chat, generate, evaluate, score, report, push, pull, cache_teacher, prepare, list_, schema, env
+    init, doctor, train, chat, generate, evaluate, score, report, push, pull, cache_teacher, push_cache, pull_cache,
+    prepare, list_, schema, env,
 )  # fmt: skip
 
 

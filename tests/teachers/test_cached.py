@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 
@@ -13,6 +14,8 @@ from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from tests.support.cached import cache_of
+from tests.support.cached_reading import rows_in_worker
+from tests.support.launching import WORKERS, launch
 from tests.support.tiny import tiny_llama
 from tests.support.trainers import (
     ROWS,
@@ -79,6 +82,18 @@ def test_cached_gradients_are_live_gradients(tmp_path, cache, policy):
     assert largest_difference(*gradients) < 1e-6
 
 
+def test_two_processes_with_a_cache_are_two_with_the_live_teacher(tmp_path, cache):
+    done = launch(WORKERS / "cached_worker.py", 2, [tmp_path, cache], strategy="ddp")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "0.json").read_text())
+    assert record["world"] == 2
+    for packing in ("False", "True"):
+        live, cached = record[f"live {packing}"], record[f"cached {packing}"]
+        for key in ("losses", "temperatures", "weights"):
+            assert len(live["losses"]) == 20
+            torch.testing.assert_close(torch.tensor(cached[key]), torch.tensor(live[key]), rtol=1e-6, atol=1e-6)
+
+
 def test_the_backbone_is_not_in_memory(tmp_path, cache):
     trainer = trainer_for(tmp_path, teacher=CachedTeacher(cache))
     assert trainer.teacher_model is None and trainer.teacher.live is None
@@ -97,10 +112,6 @@ def test_batches_bring_the_states_of_the_live_teacher(tmp_path, cache):
         torch.testing.assert_close(trainer.teacher.states(batch, batch["labels"]), expected, rtol=0, atol=2e-6)
         seen += len(batch["row_id"])
     assert seen == len(ROWS)
-
-
-def rows_in_worker(cache, numbers, queue):
-    queue.put([cache.row(number).sum().item() for number in numbers])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
