@@ -62,7 +62,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_written(student):
     assert not list(Path("states").glob("*.safetensors"))
 
 
-def test_the_command(student):
+def test_the_command(student, caplog):
     Path("recipe.yaml").write_text(recipe(student=student).to_yaml())
     to = ("cache-teacher", "recipe.yaml", "--output", "states")
     done = invoke(*to, "--compact", 16)
@@ -76,9 +76,9 @@ def test_the_command(student):
     run = invoke("train", "recipe.yaml", "teacher.kind=cached", "teacher.cache=states", "training.max_steps=2",
                  "output.report=false", "evaluation.models=[]")  # fmt: skip
     assert run.exit_code == 0, run.output
-    assert "(forced)" in run.output
+    assert "(forced)" in caplog.text
     for words, said in (
-        (("--compact", 16), "another cache"),
+        (("--compact", 17), "another cache"),
         (("--compact", 400), "from 1 to the vocabulary of 320"),
         (("--compact", 16, "--dtype", "int8"), "got 'int8' for a compact cache"),
         (("--force",), "--force: belongs to --compact"),
