@@ -26,6 +26,7 @@ COLUMNS = (
     Column("variation", "total variation", 4),
     Column("renormalised", "of the K alone", 4),
 )
+NEEDED = (Column("temperature", "T", None), Column("top_k", "K", 0), Column("bytes", "bytes a label", 0))
 
 
 def teacher_logits(teacher: str, data: str, labels: int, max_length: int) -> tuple[Any, Any]:
@@ -80,6 +81,18 @@ def measure(logits: Any, targets: Any, top_ks: list[int], temperatures: list[flo
     return rows
 
 
+def needed(logits: Any, temperatures: list[float]) -> list[dict[str, Any]]:
+    """A row for each temperature: the power of two that, as K, is not refused."""
+    from dts_hf.teachers.compact import CompactFormat, enough_tokens
+
+    rows = []
+    for temperature in temperatures:
+        top_k = enough_tokens(logits, temperature)
+        label_bytes = CompactFormat(top_k, logits.shape[-1]).label_bytes
+        rows.append({"temperature": f"{temperature:g}", "top_k": top_k, "bytes": label_bytes})
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=TEACHER)
@@ -98,14 +111,15 @@ def main(arguments: list[str] | None = None) -> None:
     entropy = float(torch.special.entr(logits.softmax(-1)).sum(-1).mean())
     setting = {"teacher": found.teacher.split("/")[-1], "labels": len(targets), "vocabulary": logits.shape[-1],
                "entropy of the teacher at T = 1": round(entropy, 3)}  # fmt: skip
-    rows = measure(logits, targets, found.top_k, found.temperatures)
+    tables = [
+        render.make_table("", COLUMNS, measure(logits, targets, found.top_k, found.temperatures)),
+        render.make_table("K that keeps 0.95 of the teacher", NEEDED, needed(logits, found.temperatures)),
+    ]
     note = (
         "'Of the K alone' is the total variation of the K largest probabilities at T, made to add up to 1: the share of "
         "the teacher that they leave out."
     )
-    render.show(
-        render.make_report("compact_cache", setting, [render.make_table("", COLUMNS, rows)], [note]), found.json
-    )
+    render.show(render.make_report("compact_cache", setting, tables, [note]), found.json)
 
 
 if __name__ == "__main__":

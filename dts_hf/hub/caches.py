@@ -139,7 +139,9 @@ def cache_card(manifest: Manifest) -> str:
     identity, form = manifest.identity, manifest.form
     kept = {"states": f"final states after the norm, {identity.hidden_size} numbers a label in {manifest.dtype}"}
     if form is not None:
-        kept = {"kept logits": f"{form.top_k:,} of {form.vocab_size:,} a label in {form.dtype}, and what the others weigh"}
+        kept = {
+            "kept logits": f"{form.top_k:,} of {form.vocab_size:,} a label in {form.dtype}, and what the others weigh"
+        }
         kept |= {"lost": "; ".join(str(ErrorAt(**error)) for error in (manifest.compact or {})["errors"])}
     rows = {
         "teacher": f"`{identity.model}`" + (f" at `{identity.commit}`" if identity.commit else ""),
@@ -152,7 +154,9 @@ def cache_card(manifest: Manifest) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     what = "What a teacher's head reads, for every label of some rows. Logits at any temperature follow exactly"
     if form is not None:
-        what = "The largest logits of a teacher for every label of some rows. How far that is from all of them is below"
+        what = (
+            "The largest logits of a teacher for every label of some rows. How far that is from all of them is below"
+        )
     head = "`head.safetensors` is a part of the teacher's weights: the teacher's licence holds for it.\n"
     return (
         "---\ntags:\n- dts-hf\n- distillation\n- teacher-states\n---\n\n# Cached teacher states\n\n"
