@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 LEAST_MASS = 0.95
 #: What kept logits may be stored in. They are differences from the largest: bfloat16 would lose 8 times as much as float16.
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-#: Tensors of a shard, ``[n, K]``, ``[n, K]`` and ``[n, 15]``.
+#: Tensors of a shard, ``[n, K]``, ``[n, K]`` and ``[n, 21]``.
 PARTS = ("ids", "logits", "tail")
 #: Where policies are asked for their temperatures, and how much sharper than its teacher a student may be at it.
 _PROGRESS, _SHARPNESS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.5, 1.0, 2.0)

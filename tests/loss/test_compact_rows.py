@@ -44,12 +44,12 @@ def test_at_a_knot_the_kept_tokens_have_the_teachers_probabilities_and_the_tail_
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.6, 0.7, 1.3, 1.5, 2.7, 3.0, 5.5, 11.0, 30.0])
-def test_between_knots_the_mass_of_the_tail_is_off_by_less_than_a_hundredth(temperature):
+def test_between_knots_the_mass_of_the_tail_is_off_by_less_than_two_thousandths(temperature):
     z, targets = problem()
     rows = rows_of(z, targets)
     exact = torch.softmax(z / temperature, -1).gather(-1, rows.ids.long()).sum(-1)
-    assert float((rows.kept_mass(temperature) - exact).abs().max()) < 1e-3
-    torch.testing.assert_close(rows.at(temperature).prob, rebuilt(z, targets, K, temperature), rtol=1e-2, atol=1e-9)
+    assert float((rows.kept_mass(temperature) - exact).abs().max()) < 3e-4
+    torch.testing.assert_close(rows.at(temperature).prob, rebuilt(z, targets, K, temperature), rtol=2e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 4.0])

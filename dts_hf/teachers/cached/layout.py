@@ -6,7 +6,7 @@ A cache is a folder. ``states-00000.safetensors`` and so on hold a fixed range o
 to find a row, ``head.safetensors`` the teacher's head, and ``manifest.json``, written last, says what all of it is: without
 it the cache is unfinished. Neither text nor tokens are in them.
 
-A compact cache (``teachers.compact``) has ``ids [n, K]``, ``logits [n, K]`` and ``tail [n, 15]`` in the place of states, and
+A compact cache (``teachers.compact``) has ``ids [n, K]``, ``logits [n, K]`` and ``tail [n, 21]`` in the place of states, and
 no head; all else is the same.
 """
 
@@ -280,8 +280,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(f"{path}: format {version}, expected {FORMAT}: another version of dts_hf wrote it")
         identity = TeacherIdentity.from_json(values.pop("identity"), str(path))
         manifest = Manifest(identity=identity, **values)
-        if manifest.form is not None and manifest.form.dtype != manifest.dtype:
-            raise ValueError(f"kept logits in {manifest.form.dtype} and in {manifest.dtype}")
+        kept_in = manifest.dtype if manifest.form is None else manifest.form.dtype
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -291,6 +290,6 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: its states are {manifest.identity.states!r}, expected {POST_NORM!r}: the head reads the final states "
             "after the norm"
         )
-    if manifest.dtype not in DTYPES:
+    if manifest.dtype not in DTYPES or kept_in != manifest.dtype:
         raise UserError(f"{path}: states in {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
     return manifest
