@@ -23,7 +23,7 @@ from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
 from dts_hf.teachers.base import Teacher
 from dts_hf.training.distillation_base import DistillationBase
-from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.training.trainer import NOT_FOR_MODELS, DistillationTrainer
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
 UNTRAINED = 0.95
@@ -116,14 +116,17 @@ def take_sample(
     """
     student: Any = trainer.model
     teacher = teacher or trainer.teacher
-    collator = PaddedCollator(int(trainer.processing_class.pad_token_id))  # type: ignore[union-attr]
+    pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
+    of_rows = getattr(trainer.data_collator, "of_rows", None) if teacher is trainer.teacher else None
+    collator = PaddedCollator(int(pad), of_rows=of_rows)
     ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
     parts: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     for first, batch, labels in batches(
         trainer, collator, data, ordered, min(8, trainer.args.per_device_train_batch_size)
     ):
         with loss_in_head(student, lambda states, head: states):  # states in the place of logits
-            states = student(**batch, use_cache=False).logits
+            seen = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+            states = student(**seen, use_cache=False).logits
         chosen, targets = select_response(states, labels)
         numbers = sequence_numbers(labels) + first
         parts.append((chosen.float(), teacher.states(batch, labels), targets, numbers))

@@ -150,7 +150,7 @@ class Walk(ABC):
         """Teacher, then student, which may be cut out of it."""
         seed = 42 if self.args is None else self.args.seed
         set_seed(seed)
-        if self.recipe.teacher is not None:
+        if self.recipe.teacher is not None and self.recipe.loads_teacher:
             with self.diagnosis.check("teacher") as check:
                 need(self.loads or None, "enough memory for the models")
                 teacher = need(self.task.load_teacher(), "a teacher")
@@ -177,7 +177,11 @@ class Walk(ABC):
         """Teacher and student on the same rows, and what the loss makes of the two."""
         with self.diagnosis.check("cross-entropy") as check:
             self.compare(check)
-        if self.recipe.teacher is not None and self.recipe.teacher.quantization != "none":
+        if (
+            self.recipe.teacher is not None
+            and self.recipe.teacher.quantization != "none"
+            and self.recipe.keeps_teacher
+        ):
             with self.diagnosis.check("quantization") as check:
                 self.compare_with_full(check, self.recipe.teacher)
         with self.diagnosis.check("effect") as check:

@@ -153,7 +153,7 @@ def shapes_from_configs(recipe: Recipe) -> Shapes | None:
         remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         return AutoConfig.from_pretrained(source.location, **remote)
 
-    teacher, student = recipe.teacher, recipe.student
+    teacher, student = recipe.teacher if recipe.loads_teacher else None, recipe.student
     of_teacher = None if teacher is None else config_of(teacher, "teacher.model")
     if student.init is None:
         of_student = config_of(student, "student.model")
@@ -161,7 +161,8 @@ def shapes_from_configs(recipe: Recipe) -> Shapes | None:
         of_student = None if of_teacher is None else pruned_config(of_teacher, student.init.layers)
     if of_student is None or (teacher is not None and of_teacher is None):
         return None
-    return ModelShape.from_config(of_student), None if of_teacher is None else ModelShape.from_config(of_teacher)
+    kept = of_teacher is not None and recipe.keeps_teacher  # else it gives the first weights and is let go
+    return ModelShape.from_config(of_student), ModelShape.from_config(of_teacher) if kept else None
 
 
 def _weights(module: nn.Module) -> int:
