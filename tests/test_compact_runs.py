@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
-from dts_hf.language_modeling.caching import CacheOptions
+from dts_hf.language_modeling.caching import CacheOptions, cache_teacher
+from dts_hf.recipe.loading import load_recipe
+from tests.support.examined import recipe as examined
+from tests.support.examined import texts
 from tests.support.tiny import TINY_VOCAB, tiny_llama, tiny_tokenizer
 from tests.test_cached_runs import CACHED, cache, invoke, log_of, quick, recipe
 
@@ -85,3 +89,17 @@ def test_the_command(student, caplog):
     ):
         done = invoke(*to, *words, "temperature.name=constant", "temperature.value=0.1")
         assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
+
+
+def test_the_doctor_says_what_is_kept_and_runs_the_loss_on_it(workplace):
+    cool = examined(temperature=COOL)
+    cache_teacher(load_recipe(cool), Path("states"), CacheOptions(compact=64))
+    teacher = {"model": "teacher", "dtype": "float32", "kind": "cached", "cache": "states"}
+    diagnosis = diagnose(examined(temperature=COOL, teacher=teacher))
+    assert (
+        "64 of 320 logits a label" in diagnosis["states"].summary and "T 0.3 mass" in diagnosis["states"].summary
+    )
+    assert diagnosis["steps"].status == diagnosis["effect"].status == "ok", texts(diagnosis)
+    warm = {"name": "constant", "value": 4.0}
+    said = texts(diagnose(examined(temperature=warm, teacher=teacher)))
+    assert "at T = 4" in said and "--compact K" in said

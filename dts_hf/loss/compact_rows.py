@@ -22,7 +22,9 @@ Shapes: ``C`` rows, ``V`` vocabulary, ``K`` kept tokens, ``M`` knots.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -162,6 +164,21 @@ class CompactRows:
     def summary(self) -> CompactSummary:
         """What a policy that reads summaries may ask of the teacher's logits."""
         return CompactSummary(self)
+
+
+def joined(parts: Sequence[Tensor] | Sequence[CompactRows]) -> Tensor | CompactRows:
+    """States, or compact rows, of several batches as those of one.
+
+    Args:
+        parts: at least one.
+    """
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(cast(list[Tensor], list(parts)))
+    rows = cast("list[CompactRows]", list(parts))
+    return replace(
+        first, **{name: torch.cat([getattr(one, name) for one in rows]) for name in ("ids", "logits", "tail")}
+    )
 
 
 class CompactSummary(LogitSummary):
