@@ -75,15 +75,14 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
     models = load_models(task, args, record, tokenizer, teacher_tokenizer)
-    teacher, student = models.teacher, models.student
+    student = models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
-    if teacher is not None and recipe.data.responses == "teacher":
-        rows = task.answer(teacher, tokenizer, rows)
+    if models.teacher is not None and recipe.data.responses == "teacher":
+        rows = task.answer(models.teacher, tokenizer, rows)
         data = task.encode(rows, tokenizer)
-    if not recipe.keeps_teacher:  # it gave weights or answers; its states are cached
-        teacher, models = None, dataclasses.replace(models, teacher=None)
+    models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are cached
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
     made_from = {**task.manifest(rows, data), "models": record.values}

@@ -44,8 +44,8 @@ def check_states(check: Check, teacher: LiveTeacher, data: EncodedDataset, share
         "labels": labels, "bytes_per_label": each, "bytes": labels * each, "seconds": seconds, "break_even_k": break_even
     }  # fmt: skip
     check.summary = (
-        f"kept by dts-hf cache-teacher: {gb(labels * each)} for {labels:,} labels in {own} ({gb(labels * small)} in int8), about "
-        f"{duration(seconds)} once; top-k is smaller below k = {break_even:,}, and wrong above T = 1"
+        f"kept by dts-hf cache-teacher: {gb(labels * each)} for {labels:,} labels in {own} ({gb(labels * small)} in int8), "
+        f"about {duration(seconds)} once; top-k is smaller below k = {break_even:,}, and wrong above T = 1"
     )
     if labels * each > TOO_LARGE:
         check.summary += "; so large a cache costs more than running the teacher again"

@@ -73,7 +73,7 @@ def download(
     check_free(target, repository)
     api = HfApi(library_name="dts-hf", token=token)
     try:
-        found = patiently(lambda: api.repo_info(repository, revision=revision, repo_type=kind), repository)
+        found: Any = patiently(lambda: api.repo_info(repository, revision=revision, repo_type=kind), repository)
         offered = [file.rfilename for file in found.siblings or []]
         names = wanted(offered)
         target.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def download(
     except HFValidationError as error:
         raise UserError(f"{repository}: is no name of a repository: {error}") from None
     except Exception as error:
-        kind = UserError if status_of(error) in (401, 403, 404) else RunError
-        raise kind(f"{repository}: download failed: {explained(error)}") from error
+        raised = UserError if status_of(error) in (401, 403, 404) else RunError
+        raise raised(f"{repository}: download failed: {explained(error)}") from error
     _clean_up(target)
     left = sorted(set(offered) - set(names) - {".gitattributes"})
     if left:

@@ -73,7 +73,8 @@ def id_hash(row_id: str) -> int:
 def targets_of(labels: Sequence[int]) -> NDArray[np.int64]:
     """The labels of a row that a state predicts, in order."""
     found = np.asarray(labels[1:], np.int64)
-    return found[found != IGNORE_INDEX]
+    targets: NDArray[np.int64] = found[found != IGNORE_INDEX]
+    return targets
 
 
 def spaced(total: int, count: int) -> list[int]:

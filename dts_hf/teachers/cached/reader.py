@@ -161,7 +161,7 @@ class StateCache:
         path = self.folder / facts["file"]
         try:
             self._check_size(facts)
-            file = safe_open(path, "pt")
+            file: Any = safe_open(path, "pt")
             found = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             shape = file.get_slice(self.manifest.parts[0]).get_shape()
         except (SafetensorError, OSError, ValueError) as error:
