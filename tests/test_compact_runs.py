@@ -96,9 +96,7 @@ def test_the_doctor_says_what_is_kept_and_runs_the_loss_on_it(workplace):
     cache_teacher(load_recipe(cool), Path("states"), CacheOptions(compact=64))
     teacher = {"model": "teacher", "dtype": "float32", "kind": "cached", "cache": "states"}
     diagnosis = diagnose(examined(temperature=COOL, teacher=teacher))
-    assert (
-        "64 of 320 logits a label" in diagnosis["states"].summary and "T 0.3 mass" in diagnosis["states"].summary
-    )
+    assert "64 of 320 logits a label" in diagnosis["states"].summary and "T 0.3 mass" in diagnosis["states"].summary
     assert diagnosis["steps"].status == diagnosis["effect"].status == "ok", texts(diagnosis)
     warm = {"name": "constant", "value": 4.0}
     said = texts(diagnose(examined(temperature=warm, teacher=teacher)))
