@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import time
 
 import pytest
 import torch
 
+from dts_hf.data.chat_templates import get_template
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.errors import UserError
 from dts_hf.teachers.cached.layout import bytes_per_label
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.cached.writer import Facts, Rows, make_plan, write_cache
+from dts_hf.teachers.identity import identity_of
 from dts_hf.teachers.live import LiveTeacher
 from tests.support.cached import cache_of
 from tests.support.cached_reading import rows_in_worker
 from tests.support.launching import WORKERS, launch
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import (
     ROWS,
     encoded,
@@ -170,3 +176,51 @@ def test_missing_rows_are_answered_by_the_live_teacher(tmp_path):
     live = run(tmp_path / "a", teacher(), temperature=2.0)
     filled = run(tmp_path / "b", CachedTeacher(folder, LiveTeacher(model)), temperature=2.0)
     torch.testing.assert_close(torch.tensor(losses(filled)), torch.tensor(losses(live)), rtol=1e-6, atol=1e-6)
+
+
+class Silent(LiveTeacher):
+    """Its states are all alike: what a cache of a million labels is made of costs no forward pass."""
+
+    def states(self, batch, labels, positions=None):
+        return torch.ones(int((labels[:, 1:] != -100).sum()), 8)
+
+
+def test_a_million_labels_open_in_a_second(tmp_path):
+    """Reading a row maps its shard alone: memory grows by what is read."""
+    ids = torch.randint(3, 64, (2500, 401), generator=torch.Generator().manual_seed(0)).tolist()
+    data = EncodedDataset([f"row-{number}" for number in range(len(ids))], ids, [1] * len(ids))
+    model = tiny_llama(vocab=64, hidden=8, layers=1)
+    identity = identity_of(model, tiny_tokenizer(), get_template("plain"), name="t")
+    plan = make_plan(Rows(data, data.row_ids), identity, shard_bytes=4 << 20, batch_tokens=1 << 16)
+    write_cache(tmp_path, Silent(model), Rows(data, data.row_ids), plan, Facts({}, {}, 320))
+    began = time.monotonic()
+    teacher = CachedTeacher(tmp_path)
+    seconds = time.monotonic() - began
+    assert teacher.cache.manifest.labels == 1_000_000 and seconds <= 1.0, seconds
+    assert not teacher.cache._open
+    teacher.cache.row(0)
+    assert len(teacher.cache._open) == 1 < len(teacher.cache.manifest.shards)
+
+
+def test_a_trainer_does_not_go_on_with_another_cache(tmp_path, cache):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_for(tmp_path / "run", teacher=CachedTeacher(cache), options=options).train()
+    other = cache_of(tmp_path / "states", tiny_llama(seed=2, layers=3))
+    with pytest.raises(UserError, match=r"teacher\.cached_teacher\.weights: was"):
+        trainer_for(tmp_path / "run", teacher=CachedTeacher(other), options=options).train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")
+        )
+    again = trainer_for(tmp_path / "run", teacher=CachedTeacher(cache), options=options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert again.state.global_step == 2
+
+
+def test_temperatures_of_the_live_teacher_are_compared(tmp_path, cache, caplog):
+    """A live teacher at hand scores some rows again, and another one is refused though all checksums are right."""
+    CachedTeacher(cache, LiveTeacher(teacher())).check_rows(
+        encoded(), "train_dataset", tiny_tokenizer(), None, top=4.0
+    )
+    with pytest.raises(UserError, match=r"self-test failed: [\d,]+ labels scored again: at T = 1 mean KL"):
+        CachedTeacher(cache, LiveTeacher(tiny_llama(seed=2, layers=3))).check_rows(
+            encoded(), "train_dataset", tiny_tokenizer(), None
+        )
