@@ -10,6 +10,7 @@ import torch
 
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
+from dts_hf.language_modeling import caching
 from dts_hf.language_modeling.caching import CacheOptions, cache_teacher
 from dts_hf.recipe.loading import load_recipe
 from tests.support.examined import recipe as examined
@@ -101,3 +102,12 @@ def test_the_doctor_says_what_is_kept_and_runs_the_loss_on_it(workplace):
     warm = {"name": "constant", "value": 4.0}
     said = texts(diagnose(examined(temperature=warm, teacher=teacher)))
     assert "at T = 4" in said and "--compact K" in said
+
+
+def test_rows_are_measured_from_the_first_to_the_last(student, monkeypatch):
+    """Also where there are fewer than are wanted."""
+    seen = []
+    own = caching.pilot
+    monkeypatch.setattr(caching, "pilot", lambda live, rows, *more: own(live, seen.extend(rows) or seen, *more))
+    manifest = cache(student=student, temperature=COOL, options=CacheOptions(compact=64))
+    assert len(seen) == manifest.rows and manifest.compact["errors"][0]["labels"] == manifest.labels

@@ -25,11 +25,12 @@ from dts_hf.errors import UserError
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.checks import check_positions
 from dts_hf.models.loading import load_teacher, load_tokenizers
+from dts_hf.models.pruning import evenly_spaced
 from dts_hf.models.quantization import check_quantization
 from dts_hf.models.vocabulary import check_tokenizers, plan_for
 from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.task import Data
-from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, spaced
+from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
 from dts_hf.teachers.compact import PILOT_ROWS, CompactFormat, ErrorAt, pilot
@@ -210,7 +211,8 @@ def _measured(recipe: Recipe, live: LiveTeacher, rows: Rows, form: CompactFormat
     """
     temperature, loss = recipe.temperature, recipe.loss
     policy = build_temperature(temperature.name, **temperature.options)
-    examples = (rows.examples[number] for number in spaced(len(rows.ids), PILOT_ROWS))
+    total = len(rows.ids)
+    examples = (rows.examples[number] for number in evenly_spaced(min(PILOT_ROWS, total), total))
     errors = pilot(live, examples, form, policy, build_divergence(loss.divergence.model_dump()), forced)
     say(f"{form.top_k:,} of {form.vocab_size:,} tokens and the tail, over {errors[0].labels:,} labels:")
     for error in errors:

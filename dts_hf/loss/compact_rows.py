@@ -176,9 +176,8 @@ def joined(parts: Sequence[Tensor] | Sequence[CompactRows]) -> Tensor | CompactR
     if isinstance(first, Tensor):
         return torch.cat(cast(list[Tensor], list(parts)))
     rows = cast("list[CompactRows]", list(parts))
-    return replace(
-        first, **{name: torch.cat([getattr(one, name) for one in rows]) for name in ("ids", "logits", "tail")}
-    )
+    ids, logits, tail = (torch.cat([getattr(one, name) for one in rows]) for name in ("ids", "logits", "tail"))
+    return replace(first, ids=ids, logits=logits, tail=tail)
 
 
 class CompactSummary(LogitSummary):

@@ -11,7 +11,7 @@ import torch
 from dts_hf.divergences import build_divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.compact_rows import CompactRows
-from dts_hf.teachers.cached.layout import MANIFEST, spaced
+from dts_hf.teachers.cached.layout import MANIFEST
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.compact import (
@@ -292,9 +292,3 @@ def test_enough_tokens_is_a_power_of_two_that_is_enough_and_half_of_it_is_not():
     assert needed & (needed - 1) == 0
     mass = lambda top_k: errors_of(z, form(top_k).rows(z, z.argmax(-1)), [1.5])[0].mass  # noqa: E731
     assert mass(needed) >= LEAST_MASS > mass(needed // 2)
-
-
-@pytest.mark.parametrize(("total", "count"), [(0, 3), (1, 3), (3, 64), (64, 64), (200, 64)])
-def test_rows_that_are_looked_at_reach_from_the_first_to_the_last(total, count):
-    found = spaced(total, count)
-    assert len(found) == min(total, count) and found[:1] + found[-1:] == ([0, total - 1] if total else [])

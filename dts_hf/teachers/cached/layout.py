@@ -77,16 +77,6 @@ def targets_of(labels: Sequence[int]) -> NDArray[np.int64]:
     return targets
 
 
-def spaced(total: int, count: int) -> list[int]:
-    """Numbers spread over ``range(total)``.
-
-    Args:
-        total: how many there are.
-        count: how many are wanted.
-    """
-    return sorted({round(step * (total - 1) / max(count - 1, 1)) for step in range(min(count, total))})
-
-
 def bytes_per_label(hidden_size: int, dtype: str) -> int:
     """Of the states alone.
 

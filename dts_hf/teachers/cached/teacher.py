@@ -19,7 +19,8 @@ from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.selection import IGNORE_INDEX, select_response
 from dts_hf.models.head import Head
-from dts_hf.teachers.cached.layout import row_key, spaced, targets_of
+from dts_hf.models.pruning import evenly_spaced
+from dts_hf.teachers.cached.layout import row_key, targets_of
 from dts_hf.teachers.cached.reader import StateCache, torch_dtype
 from dts_hf.teachers.compact import CompactFormat, check_mass, compare_rows, stored_errors, visited
 from dts_hf.teachers.identity import differences, rows_facts
@@ -204,7 +205,11 @@ class CachedTeacher:
                 f"{self.cache.folder}: keeps distributions over {form.vocab_size:,} tokens, and student and teacher are "
                 f"compared over {vocab_size:,} (teacher.vocab_alignment). Make it again with this recipe"
             )
-        words = [self.cache.row(row) for row in spaced(len(self.cache), _ROWS) if self.cache.labels(row)]
+        words = [
+            self.cache.row(row)
+            for row in evenly_spaced(min(_ROWS, len(self.cache)), len(self.cache))
+            if self.cache.labels(row)
+        ]
         rows = form.unpack(torch.cat(words)[:_LABELS])
         likeliest = rows.ids.gather(-1, rows.logits.float().argmax(-1, keepdim=True)).squeeze(
             -1
@@ -252,7 +257,7 @@ class CachedTeacher:
     def _test(self, dataset: Any, top: float) -> None:
         """Label log-probabilities again, from states and head; and states again, where the teacher is at hand."""
         stored, states, targets, examples, labels = [], [], [], [], 0
-        for number in spaced(len(dataset), _ROWS):
+        for number in evenly_spaced(min(_ROWS, len(dataset)), len(dataset)):
             example = dataset[number]
             row = self.cache.find(row_key(example["input_ids"], example["labels"]))
             if row is None or not self.cache.labels(row):
