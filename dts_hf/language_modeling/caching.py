@@ -25,7 +25,6 @@ from dts_hf.errors import UserError
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.checks import check_positions
 from dts_hf.models.loading import load_teacher, load_tokenizers
-from dts_hf.models.pruning import evenly_spaced
 from dts_hf.models.quantization import check_quantization
 from dts_hf.models.vocabulary import check_tokenizers, plan_for
 from dts_hf.recipe.schema import Recipe, Teacher
@@ -33,7 +32,7 @@ from dts_hf.task import Data
 from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
-from dts_hf.teachers.compact import PILOT_ROWS, CompactFormat, ErrorAt, pilot
+from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
 from dts_hf.teachers.identity import identity_of
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.temperature import build_temperature
@@ -130,7 +129,7 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
     plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens, form)
     on_first_process(lambda: _say_plan(folder, plan), rank, world)
     if form is not None:
-        errors = on_first_process(lambda: _measured(recipe, live, rows, form, options.forced), rank, world)
+        errors = on_first_process(lambda: _measured(recipe, live, rows, plan, form, options.forced), rank, world)
     facts = Facts(
         label_rule=recipe.data.model_dump(include=set(LABEL_RULE)),
         data={name: of.digest for name, of in zip(("train", "validation"), _sets(data), strict=False)},
@@ -203,7 +202,9 @@ def _compact_format(
     return CompactFormat(options.compact, vocabulary.size, options.dtype or "float16")
 
 
-def _measured(recipe: Recipe, live: LiveTeacher, rows: Rows, form: CompactFormat, forced: bool) -> list[ErrorAt]:
+def _measured(
+    recipe: Recipe, live: LiveTeacher, rows: Rows, plan: Plan, form: CompactFormat, forced: bool
+) -> list[ErrorAt]:
     """Say what a compact cache loses at the temperatures that the recipe's policy may visit.
 
     Raises:
@@ -211,8 +212,7 @@ def _measured(recipe: Recipe, live: LiveTeacher, rows: Rows, form: CompactFormat
     """
     temperature, loss = recipe.temperature, recipe.loss
     policy = build_temperature(temperature.name, **temperature.options)
-    total = len(rows.ids)
-    examples = (rows.examples[number] for number in evenly_spaced(min(PILOT_ROWS, total), total))
+    examples = [rows.examples[number] for number in measured_rows(len(plan.counts), sum(plan.counts))]
     errors = pilot(live, examples, form, policy, build_divergence(loss.divergence.model_dump()), forced)
     say(f"{form.top_k:,} of {form.vocab_size:,} tokens and the tail, over {errors[0].labels:,} labels:")
     for error in errors:

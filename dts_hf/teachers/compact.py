@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from dts_hf.loss.compact_rows import KNOTS, TAIL_NUMBERS, CompactRows
 from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.selection import select_response
 from dts_hf.models.head import Head
+from dts_hf.models.pruning import evenly_spaced
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.self_test import LiveDifference
 from dts_hf.temperature.base import RowStats, TemperaturePolicy
@@ -37,10 +39,9 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 PARTS = ("ids", "logits", "tail")
 #: Where policies are asked for their temperatures, and how much sharper than its teacher a student may be at it.
 _PROGRESS, _SHARPNESS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.5, 1.0, 2.0)
-#: Labels whose temperatures are asked for, and labels that are measured before anything is written.
-_ASKED, _PILOT = 64, 512
-#: Rows that are scored for it at most.
-PILOT_ROWS = 64
+#: Labels whose temperatures are asked for, and labels that are measured before anything is written and before training, of
+#: so many rows at least.
+_ASKED, MEASURED, _FEWEST = 64, 512, 16
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,17 @@ def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> li
     return sorted({float(f"{temperature:.4g}") for temperature in found})
 
 
+def measured_rows(rows: int, labels: int) -> list[int]:
+    """Which rows have about 512 labels together, from the first to the last.
+
+    Args:
+        rows: how many there are.
+        labels: of all of them.
+    """
+    wanted = max(_FEWEST, math.ceil(MEASURED * rows / max(labels, 1)))
+    return evenly_spaced(min(wanted, rows), rows)
+
+
 @torch.no_grad()
 def pilot(
     teacher: LiveTeacher, examples: Iterable[Mapping[str, Any]], form: CompactFormat, policy: TemperaturePolicy,
@@ -291,7 +303,7 @@ def pilot(
 
     Args:
         teacher: whole, on its device.
-        examples: encoded rows, spread over the data; as many are scored as have 512 labels.
+        examples: encoded rows, see ``measured_rows``; 512 labels of them at most are looked at.
         form: what would be kept.
         policy: of the recipe.
         divergence: of the recipe.
@@ -301,18 +313,15 @@ def pilot(
         UserError: policy or divergence cannot be served, or too little is kept; the message says what would do.
     """
     check_served(policy, divergence)
-    states, targets, labels = [], [], 0
+    states, targets = [], []
     for example in examples:
         ids, marks = (
             torch.tensor([example[key]], device=teacher.head.weight.device) for key in ("input_ids", "labels")
         )
         states.append(teacher.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, marks))
         targets.append(select_response(marks.unsqueeze(-1), marks)[1])
-        labels += len(targets[-1])
-        if labels >= _PILOT:
-            break
-    logits = logits_of(torch.cat(states)[:_PILOT], teacher.head.cut(form.vocab_size))
-    chosen = torch.cat(targets)[:_PILOT]
+    logits = logits_of(torch.cat(states)[:MEASURED], teacher.head.cut(form.vocab_size))
+    chosen = torch.cat(targets)[:MEASURED]
     rows = form.rows(logits, chosen)
     errors = errors_of(logits, rows, visited(policy, rows, chosen))
     worst = min(errors, key=lambda error: error.mass)

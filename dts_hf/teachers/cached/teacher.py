@@ -22,7 +22,15 @@ from dts_hf.models.head import Head
 from dts_hf.models.pruning import evenly_spaced
 from dts_hf.teachers.cached.layout import row_key, targets_of
 from dts_hf.teachers.cached.reader import StateCache, torch_dtype
-from dts_hf.teachers.compact import CompactFormat, check_mass, compare_rows, stored_errors, visited
+from dts_hf.teachers.compact import (
+    MEASURED,
+    CompactFormat,
+    check_mass,
+    compare_rows,
+    measured_rows,
+    stored_errors,
+    visited,
+)
 from dts_hf.teachers.identity import differences, rows_facts
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.self_test import compare_labels, compare_live, judge, label_difference
@@ -205,15 +213,11 @@ class CachedTeacher:
                 f"{self.cache.folder}: keeps distributions over {form.vocab_size:,} tokens, and student and teacher are "
                 f"compared over {vocab_size:,} (teacher.vocab_alignment). Make it again with this recipe"
             )
-        words = [
-            self.cache.row(row)
-            for row in evenly_spaced(min(_ROWS, len(self.cache)), len(self.cache))
-            if self.cache.labels(row)
-        ]
-        rows = form.unpack(torch.cat(words)[:_LABELS])
-        likeliest = rows.ids.gather(-1, rows.logits.float().argmax(-1, keepdim=True)).squeeze(
-            -1
-        )  # labels are not stored
+        looked_at = measured_rows(len(self.cache), self.cache.manifest.labels)
+        words = [self.cache.row(row) for row in looked_at if self.cache.labels(row)]
+        rows = form.unpack(torch.cat(words)[:MEASURED])
+        first = rows.logits.float().argmax(-1, keepdim=True)  # labels are not stored: what the teacher would have said
+        likeliest = rows.ids.gather(-1, first).squeeze(-1)
         errors = stored_errors(rows, visited(policy, rows, likeliest.long()))
         for error in errors:
             logger.info("%s: compact: %s", self.cache.folder, error)
