@@ -170,7 +170,7 @@ def joined(parts: Sequence[Tensor] | Sequence[CompactRows]) -> Tensor | CompactR
     """States, or compact rows, of several batches as those of one.
 
     Args:
-        parts: at least one.
+        parts: at least one, ``[C, H]`` each, or compact rows.
     """
     first = parts[0]
     if isinstance(first, Tensor):
