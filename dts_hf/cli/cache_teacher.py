@@ -40,6 +40,16 @@ def command(
     ] = 128,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens that the teacher is given at once.")] = 4096,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the cache that is in that folder.")] = False,
+    compact: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Keep K logits of each label and what the others weigh, in the place of states: smaller, and exact only "
+            "for the kept tokens. Refused where they have less than 0.95 of the teacher at a temperature of the recipe.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write a compact cache that keeps less than that.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run no teacher: read all of a finished cache, and check every file.")
     ] = False,
@@ -56,11 +66,13 @@ def command(
         manifest = verify_cache(folder)
     else:
         stored = None if dtype is None else dtype.value
-        manifest = cache_teacher(checked, folder, CacheOptions(stored, shard_mb << 20, batch_tokens, overwrite))
+        options = CacheOptions(stored, shard_mb << 20, batch_tokens, overwrite, compact, force)
+        manifest = cache_teacher(checked, folder, options)
     if not is_main_process():
         return
     if as_json:
         facts = {"folder": str(folder), "rows": manifest.rows, "labels": manifest.labels, "dtype": manifest.dtype}
+        facts |= {} if manifest.compact is None else {"compact": dict(manifest.compact)}
         print_json({**facts, "bytes": manifest.size, "teacher_ce": manifest.nll, "plan": manifest.plan})
     else:
         done = "whole" if verify else "complete"

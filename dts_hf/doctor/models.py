@@ -15,6 +15,7 @@ from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check
 from dts_hf.doctor.effect import Sample
+from dts_hf.loss.compact_rows import joined
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.models.head import head_of, loss_in_head
@@ -120,7 +121,7 @@ def take_sample(
     of_rows = getattr(trainer.data_collator, "of_rows", None) if teacher is trainer.teacher else None
     collator = PaddedCollator(int(pad), of_rows=of_rows)
     ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
-    parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     for first, batch, labels in batches(
         trainer, collator, data, ordered, min(8, trainer.args.per_device_train_batch_size)
     ):
@@ -137,7 +138,7 @@ def take_sample(
     head = replace(head, weight=head.weight.detach().float(), bias=bias)
     taught: tuple[Any, Any] = (None, None)
     if teacher_head is not None:
-        taught = (torch.cat(teachers), teacher_head.cut(trainer.vocab_size))
+        taught = (joined(teachers), teacher_head.cut(trainer.vocab_size))
     return Sample(torch.cat(students), head, *taught, torch.cat(all_targets), torch.cat(sequences))
 
 

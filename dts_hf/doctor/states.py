@@ -13,6 +13,7 @@ from dts_hf.doctor.diagnosis import Check
 from dts_hf.doctor.tokens import spaced
 from dts_hf.teachers.cached.layout import bytes_per_label
 from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.compact import ErrorAt
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 
@@ -103,3 +104,9 @@ def describe_cache(check: Check, cache: StateCache) -> None:
         f"{manifest.labels:,} labels of {manifest.rows:,} rows in {manifest.dtype}, {gb(manifest.size)}; teacher "
         f"{manifest.nll:.2f} nats per label"
     )
+    if manifest.form is not None and manifest.compact is not None:
+        errors = [ErrorAt(**error) for error in manifest.compact["errors"]]
+        worst = min(errors, key=lambda error: error.mass, default=None)
+        check.values |= {"compact": dict(manifest.compact)}
+        check.summary += f"; compact: {manifest.form.top_k:,} of {manifest.form.vocab_size:,} logits a label"
+        check.summary += "" if worst is None else f"; at worst, as it was written, {' '.join(str(worst).split())}"

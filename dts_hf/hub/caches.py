@@ -15,6 +15,7 @@ from dts_hf.hub.pull import download
 from dts_hf.hub.push import Destination, create_repository, full_name
 from dts_hf.teachers.cached.layout import HEAD, INDEX, MANIFEST, SHARDS, Manifest
 from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.compact import ErrorAt
 
 CARD = "README.md"
 #: Files of a commit: the Hub advises no more than a hundred.
@@ -100,7 +101,7 @@ def _upload(folder: Path, manifest: Manifest, card: str, to: Destination) -> str
         lambda: api.list_repo_files(to.repository, repo_type="dataset", revision=to.revision), to.repository
     )
     stale = [name for name in there if Path(name).match(SHARDS) and name not in shards]
-    last = [CommitOperationAdd(CARD, card.encode()), *map(added, (HEAD, INDEX, MANIFEST))]
+    last = [CommitOperationAdd(CARD, card.encode()), *map(added, (*manifest.files, MANIFEST))]
     commit([*last, *map(CommitOperationDelete, stale)], "Index, head and manifest")
     return f"{api.endpoint}/datasets/{to.repository}" + (f"/tree/{to.revision}" if to.revision else "")
 
@@ -135,23 +136,34 @@ def cache_card(manifest: Manifest) -> str:
     Args:
         manifest: of the cache.
     """
-    identity = manifest.identity
+    identity, form = manifest.identity, manifest.form
+    kept = {"states": f"final states after the norm, {identity.hidden_size} numbers a label in {manifest.dtype}"}
+    if form is not None:
+        kept = {
+            "kept logits": f"{form.top_k:,} of {form.vocab_size:,} a label in {form.dtype}, and what the others weigh"
+        }
+        kept |= {"lost": "; ".join(str(ErrorAt(**error)) for error in (manifest.compact or {})["errors"])}
     rows = {
         "teacher": f"`{identity.model}`" + (f" at `{identity.commit}`" if identity.commit else ""),
-        "states": f"final states after the norm, {identity.hidden_size} numbers a label in {manifest.dtype}",
+        **kept,
         "labels": f"{manifest.labels:,} of {manifest.rows:,} rows",
         "size": gb(manifest.size),
         "vocabulary": f"{identity.vocab_size:,} tokens",
         "teacher's loss": f"{manifest.nll:.4f} nats per label",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    what = "What a teacher's head reads, for every label of some rows. Logits at any temperature follow exactly"
+    if form is not None:
+        what = (
+            "The largest logits of a teacher for every label of some rows. How far that is from all of them is below"
+        )
+    head = "`head.safetensors` is a part of the teacher's weights: the teacher's licence holds for it.\n"
     return (
         "---\ntags:\n- dts-hf\n- distillation\n- teacher-states\n---\n\n# Cached teacher states\n\n"
-        "What a teacher's head reads, for every label of some rows, written by `dts-hf cache-teacher`. Logits at any "
-        "temperature follow exactly. The rows themselves are not in it: to train on it they are needed as well, and the "
-        f"same tokenizer and template.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{what}. Written by `dts-hf cache-teacher`. The rows themselves are not in it: to train on it they are needed as "
+        f"well, and the same tokenizer and template.\n\n| | |\n|---|---|\n{table}\n\n"
         "```yaml\nteacher:\n"
         f"  model: {identity.model}\n  dtype: {identity.dtype}\n  kind: cached\n"
         "  cache: FOLDER  # of dts-hf pull-cache\n```\n\n"
-        "`head.safetensors` is a part of the teacher's weights: the teacher's licence holds for it.\n"
+        f"{head if form is None else ''}"
     )

@@ -22,20 +22,23 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import place_teacher
+from dts_hf.divergences import build_divergence
 from dts_hf.errors import UserError
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.checks import check_positions
 from dts_hf.models.loading import load_teacher, load_tokenizers
 from dts_hf.models.quantization import check_quantization
-from dts_hf.models.vocabulary import check_tokenizers
+from dts_hf.models.vocabulary import check_tokenizers, plan_for
 from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.task import Data
-from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
+from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
+from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
 from dts_hf.teachers.identity import TeacherIdentity, identity_of, rows_facts
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.temperature import build_temperature
 
 #: What of ``data`` decides how a row is cut and what is learned of it.
 LABEL_RULE = ("prompt_template", "train_on", "max_length", "max_prompt_length", "long_rows", "responses")
@@ -50,12 +53,17 @@ class CacheOptions:
         shard_bytes: of a shard; a kill costs a process one of them at most.
         batch_tokens: padded tokens that the teacher is given at once.
         overwrite: remove another cache from the folder first.
+        compact: keep so many logits of each label and what the others weigh, in the place of states; ``dtype`` is then that
+            of the kept logits, float16 (None) or float32.
+        forced: also where ``compact`` keeps too little at the temperatures of the recipe.
     """
 
     dtype: str | None = None
     shard_bytes: int = SHARD_BYTES
     batch_tokens: int = BATCH_TOKENS
     overwrite: bool = False
+    compact: int | None = None
+    forced: bool = False
 
 
 def folder_of(recipe: Recipe, output: Path | None) -> Path:
@@ -83,7 +91,8 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
         options: None: the usual ones.
 
     Raises:
-        UserError: wrong input, before the teacher runs; or the folder holds another cache.
+        UserError: wrong input, before the teacher runs; the folder holds another cache; or a compact one would keep too
+            little, which is measured on some rows before anything is written.
         RunError: the teacher gives states that are non-finite.
     """
     options, began = options or CacheOptions(), time.monotonic()
@@ -116,12 +125,18 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
         else:
             teacher.check_rows(of, "data")
     # 3. States
-    plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens)
-    on_first_process(lambda: _say_plan(folder, plan, identity), rank, world)
+    errors: list[ErrorAt] = []
+    form = _compact_format(recipe, options, teacher, student_tokenizer, len(teacher_tokenizer), shared)
+    plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens, form)
+    on_first_process(lambda: _say_plan(folder, plan), rank, world)
+    if form is not None:
+        errors = on_first_process(lambda: _measured(recipe, teacher, rows, plan, form, options.forced), rank, world)
     facts = Facts(
         label_rule=recipe.data.model_dump(include=set(LABEL_RULE)),
         data={name: of.digest for name, of in zip(("train", "validation"), _sets(data), strict=False)},
         shared_tokens=shared,
+        errors=errors,
+        forced=options.forced,
     )
     manifest = write_cache(folder, teacher, rows, plan, facts, rank=rank, world=world)
     if rank == 0:
@@ -192,20 +207,62 @@ def rows_of(data: Data) -> Rows:
     return Rows(joined, [row_id for of in sets for row_id in of.row_ids])  # type: ignore[arg-type]
 
 
-def _say_plan(folder: Path, plan: Plan, identity: TeacherIdentity) -> None:
+def _compact_format(
+    recipe: Recipe,
+    options: CacheOptions,
+    teacher: LiveTeacher | RemoteTeacher,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokens: int,
+    shared: int,
+) -> CompactFormat | None:
+    """What ``options.compact`` keeps, over the ids that ``teacher.vocab_alignment`` compares; None: states are kept.
+
+    Raises:
+        UserError: it is no number of tokens, or of another type than kept logits can have.
+    """
+    if options.compact is None:
+        if options.forced:
+            raise UserError("--force: belongs to --compact, which may keep too little; states are exact")
+        return None
+    width = teacher.head.vocab_size  # a student's narrower head is found when it is trained
+    mode = recipe.required_teacher.vocab_alignment
+    vocabulary = plan_for((width, width), student_tokenizer, teacher_tokens, shared, mode)
+    return CompactFormat(options.compact, vocabulary.size, options.dtype or "float16")
+
+
+def _measured(
+    recipe: Recipe, teacher: LiveTeacher | RemoteTeacher, rows: Rows, plan: Plan, form: CompactFormat, forced: bool
+) -> list[ErrorAt]:
+    """Say what a compact cache loses at the temperatures that the recipe's policy may visit.
+
+    Raises:
+        UserError: see ``compact.pilot``.
+    """
+    temperature, loss = recipe.temperature, recipe.loss
+    policy = build_temperature(temperature.name, **temperature.options)
+    examples = [rows.examples[number] for number in measured_rows(len(plan.counts), sum(plan.counts))]
+    errors = pilot(teacher, examples, form, policy, build_divergence(loss.divergence.model_dump()), forced)
+    say(f"{form.top_k:,} of {form.vocab_size:,} tokens and the tail, over {errors[0].labels:,} labels:")
+    for error in errors:
+        say(f"  {error}")
+    return errors
+
+
+def _say_plan(folder: Path, plan: Plan) -> None:
     """Rows, labels and bytes of the cache that is to be made.
 
     Raises:
         UserError: the disk has no room for it.
     """
-    labels, each = sum(plan.counts), bytes_per_label(identity.hidden_size, plan.dtype)
+    labels, each = sum(plan.counts), plan.label_bytes
     needed = labels * (each + 4) + 32 * len(plan.counts)
     there = next(place for place in [folder, *folder.absolute().parents] if place.exists())
     kept = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     if needed - kept > (free := shutil.disk_usage(there).free):
         raise UserError(f"--output: the cache takes {gb(needed)}, and {gb(free)} are free at {there}")
+    what = plan.dtype if plan.compact is None else f"{plan.compact.top_k:,} logits ({plan.dtype}) and their tail"
     say(
-        f"{folder}: {labels:,} labels of {len(plan.counts):,} rows, {each:,} bytes each in {plan.dtype}, "
+        f"{folder}: {labels:,} labels of {len(plan.counts):,} rows, {each:,} bytes each in {what}, "
         f"{gb(needed)} in {len(plan.ranges()):,} shards{'; complete already' if (folder / MANIFEST).is_file() else ''}"
     )
 

@@ -111,7 +111,12 @@ def compare_labels(stored: Tensor, states: Tensor, head: Head, targets: Tensor) 
         head: the one that would be trained with.
         targets: ``[N]``, the labels of the rows as they are now.
     """
-    apart = label_logprobs(states, head, targets).double().cpu() - stored.double().cpu()
+    return label_difference(stored, label_logprobs(states, head, targets))
+
+
+def label_difference(stored: Tensor, again: Tensor) -> LabelDifference:
+    """Compare label log-probabilities ``[N]`` as they were when the teacher ran with those that were computed ``again``."""
+    apart = again.double().cpu() - stored.double().cpu()
     if not len(apart):
         return LabelDifference(0, 0.0, 0.0, 0.0, 0.0)
     error = float(apart.std(correction=0)) / math.sqrt(len(apart))

@@ -23,6 +23,7 @@ from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
@@ -208,6 +209,10 @@ class DistillationTrainer(GeneratingTrainer):
                 self.teacher.check_rows(dataset, name, self.pair.tokenizer, template)
             if isinstance(self.teacher, RemoteTeacher):
                 self.teacher.check_rows(dataset, name)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_loss(self.temperature, self.loss.divergence, self.vocab_size)
+        elif getattr(self.teacher, "compact", False):
+            check_served(self.temperature, self.loss.divergence)
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from dts_hf.cli import app as cli
 from dts_hf.teachers.cached.layout import MANIFEST
 from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.compact import CompactFormat, ErrorAt
 from tests.support.cached import cache_of
 from tests.support.fake_hub import TOKEN, FakeHub, Fault, fake_hub
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import TINY_VOCAB, tiny_llama
 from tests.support.trainers import ROWS, encoded, trainer_for
 
 
@@ -109,3 +110,18 @@ def test_what_is_no_cache(tmp_path: Path, hub: FakeHub, cache: Path) -> None:
     (cache / MANIFEST).write_text(json.dumps(manifest))
     done = invoke("push-cache", cache)
     assert done.exit_code == 2 and "holds a Hugging Face token" in done.output
+
+
+def test_a_compact_cache_goes_there_and_back(tmp_path: Path, hub: FakeHub) -> None:
+    """It has no head, and its card says what was lost."""
+    form, error = CompactFormat(40, TINY_VOCAB), ErrorAt(0.5, 0.97, 0.01, 0.02, 100)
+    cache = cache_of(tmp_path / "small", tiny_llama(seed=1), compact=form, errors=[error])
+    done = invoke("push-cache", cache)
+    assert done.exit_code == 0, done.output
+    assert {*hub.files("datasets:me/small")} == {*files(cache), "README.md"}
+    pulled = invoke("pull-cache", "me/small", tmp_path / "back")
+    assert pulled.exit_code == 0, pulled.output
+    back = files(tmp_path / "back")
+    card = back.pop("README.md").decode()
+    assert back == files(cache) and "40 of 320 a label in float16" in card and "mass 0.9700" in card
+    assert "head.safetensors" not in card

@@ -11,7 +11,9 @@ from tests.support.tiny import tiny_tokenizer
 from tests.support.trainers import encoded
 
 
-def cache_of(folder, teacher, data=None, tokenizer=None, template="chat", name="teacher", **options):
+def cache_of(
+    folder, teacher, data=None, tokenizer=None, template="chat", name="teacher", forced=False, errors=(), **options
+):
     """Write a cache of ``data`` (``EncodedDataset``) under ``teacher`` and return its folder."""
     data = encoded() if data is None else data
     tokenizer = tokenizer or tiny_tokenizer()
@@ -19,6 +21,6 @@ def cache_of(folder, teacher, data=None, tokenizer=None, template="chat", name="
     identity = identity_of(teacher, tokenizer, get_template(template), name=name)
     rank, world = options.pop("rank", 0), options.pop("world", 1)
     plan = make_plan(rows, identity, **options)
-    facts = Facts({"max_length": 128}, {"train": getattr(data, "digest", None)}, len(tokenizer))
+    facts = Facts({"max_length": 128}, {"train": getattr(data, "digest", None)}, len(tokenizer), errors, forced)
     write_cache(folder, LiveTeacher(teacher), rows, plan, facts, rank=rank, world=world)
     return folder

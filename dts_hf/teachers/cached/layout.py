@@ -5,6 +5,9 @@ A cache is a folder. ``states-00000.safetensors`` and so on hold a fixed range o
 (where its states begin, one more than rows), ``keys [rows, 16]`` and ``checksums``. ``index.safetensors`` has what is needed
 to find a row, ``head.safetensors`` the teacher's head, and ``manifest.json``, written last, says what all of it is: without
 it the cache is unfinished. Neither text nor tokens are in them.
+
+A compact cache (``teachers.compact``) has ``ids [n, K]``, ``logits [n, K]`` and ``tail [n, 21]`` in the place of states, and
+no head; all else is the same.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 from dts_hf.errors import UserError
 from dts_hf.files import json_text, text_digest
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.teachers.compact import PARTS, CompactFormat
 from dts_hf.teachers.identity import POST_NORM, TeacherIdentity
 
 FORMAT = 1
@@ -143,6 +147,7 @@ class Plan:
         counts: labels of each row.
         shard_bytes: see ``shard_ranges``.
         batch_tokens: padded tokens that the teacher is given at once; below fp32 its states depend on it in their last bits.
+        compact: what is kept of logits in the place of states; None: states.
     """
 
     identity: TeacherIdentity
@@ -151,6 +156,7 @@ class Plan:
     counts: Sequence[int]
     shard_bytes: int
     batch_tokens: int
+    compact: CompactFormat | None = None
 
     def digest(self) -> str:
         """Of all of it: shards with another one are of another cache."""
@@ -161,12 +167,20 @@ class Plan:
             "rows": xxhash.xxh3_128(b"".join(self.keys)).hexdigest(),
             "shard_bytes": self.shard_bytes,
             "batch_tokens": self.batch_tokens,
+            **({} if self.compact is None else {"compact": dataclasses.asdict(self.compact)}),
         }
         return text_digest(json.dumps(facts, sort_keys=True))
 
     def ranges(self) -> list[range]:
         """The rows of each shard."""
-        return shard_ranges(self.counts, bytes_per_label(self.identity.hidden_size, self.dtype), self.shard_bytes)
+        return shard_ranges(self.counts, self.label_bytes, self.shard_bytes)
+
+    @property
+    def label_bytes(self) -> int:
+        """Of a label in a shard, its log-probability aside."""
+        if self.compact is not None:
+            return self.compact.label_bytes
+        return bytes_per_label(self.identity.hidden_size, self.dtype)
 
     def offsets(self) -> list[int]:
         """Where the labels of each row begin, counted over all rows; one more than rows."""
@@ -190,6 +204,7 @@ class Manifest:
         nll: mean negative log-likelihood of the labels under the teacher, nats.
         made_with: versions, kernel and device, for people.
         options: ``shard_bytes`` and ``batch_tokens``.
+        compact: as ``compact.described`` gives it; None: a cache of states.
     """
 
     identity: TeacherIdentity
@@ -205,11 +220,25 @@ class Manifest:
     nll: float
     made_with: Mapping[str, str]
     options: Mapping[str, int]
+    compact: Mapping[str, Any] | None = None
 
     def text(self) -> str:
         """The file."""
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         return json_text({"format": FORMAT, **values, "identity": self.identity.as_json()})
+
+    @property
+    def form(self) -> CompactFormat | None:
+        """What is kept of each label in a compact cache; None: states."""
+        facts = self.compact
+        return None if facts is None else CompactFormat(facts["top_k"], facts["vocab_size"], facts["dtype"])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a shard that hold what is read of a row."""
+        if self.compact is not None:
+            return PARTS
+        return ("states", "scale") if self.dtype == "int8" else ("states",)
 
     @property
     def size(self) -> int:
@@ -242,6 +271,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(f"{path}: format {version}, expected {FORMAT}: another version of dts_hf wrote it")
         identity = TeacherIdentity.from_json(values.pop("identity"), str(path))
         manifest = Manifest(identity=identity, **values)
+        kept_in = manifest.dtype if manifest.form is None else manifest.form.dtype
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -251,6 +281,6 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: its states are {manifest.identity.states!r}, expected {POST_NORM!r}: the head reads the final states "
             "after the norm"
         )
-    if manifest.dtype not in DTYPES:
+    if manifest.dtype not in DTYPES or kept_in != manifest.dtype:
         raise UserError(f"{path}: states in {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
     return manifest

@@ -82,6 +82,12 @@ class StateCache:
         """H."""
         return self.identity.hidden_size
 
+    @property
+    def row_shape(self) -> tuple[int, torch.dtype]:
+        """How many numbers ``row`` gives of a label, and their type."""
+        form = self.manifest.form
+        return (self.hidden_size, torch_dtype(self.manifest.dtype)) if form is None else (form.words, torch.int16)
+
     def __len__(self) -> int:
         return self.manifest.rows
 
@@ -111,6 +117,8 @@ class StateCache:
     def row(self, row: int) -> Tensor:
         """The states of a row, ``[labels, H]``, in the type that they are stored in; of int8 multiplied out, in float32.
 
+        Of a compact cache what ``CompactFormat.pack`` gives, ``[labels, words]`` int16.
+
         Args:
             row: its number, as ``find`` gives it.
 
@@ -119,13 +127,15 @@ class StateCache:
         """
         file, start, stop = self._place(row)
         try:
-            states: Tensor = file.get_slice("states")[start:stop]
-            scales = [file.get_slice("scale")[start:stop]] if self.manifest.dtype == "int8" else []
+            parts = {name: file.get_slice(name)[start:stop] for name in self.manifest.parts}
         except SafetensorError as error:
             raise self._damaged(row, str(error)) from None
-        if row_checksum(self._keys[row].tobytes(), [states, *scales]) != int(self._checksums[row]):
+        if row_checksum(self._keys[row].tobytes(), list(parts.values())) != int(self._checksums[row]):
             raise self._damaged(row, "its checksum is another one")
-        return states.float() * scales[0][:, None] if scales else states
+        if (form := self.manifest.form) is not None:
+            return form.pack(parts)
+        states: Tensor = parts["states"]
+        return states.float() * parts["scale"][:, None] if "scale" in parts else states
 
     def label_logprobs(self, row: int) -> Tensor:
         """The stored log-probabilities of the labels of a row at T = 1, ``[labels]`` float32."""
@@ -153,7 +163,7 @@ class StateCache:
             self._check_size(facts)
             file: Any = safe_open(path, "pt")
             found = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            shape = file.get_slice("states").get_shape()
+            shape = file.get_slice(self.manifest.parts[0]).get_shape()
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -163,9 +173,10 @@ class StateCache:
                 "" if found.get("plan") == self.manifest.plan else " of another cache"
             )
             raise UserError(f"{path}: holds {which}, expected shard {shard} of this one. {AGAIN}")
-        if shape != [facts["labels"], self.hidden_size]:
-            expected = [facts["labels"], self.hidden_size]
-            raise UserError(f"{path}: states of the shape {shape}, expected {expected}. {AGAIN}")
+        form = self.manifest.form
+        expected = [facts["labels"], self.hidden_size if form is None else form.top_k]
+        if shape != expected:
+            raise UserError(f"{path}: {self.manifest.parts[0]} of the shape {shape}, expected {expected}. {AGAIN}")
         return file
 
     def _damaged(self, row: int, why: str) -> UserError:
@@ -193,11 +204,13 @@ class StateCache:
     # ------------------------------------------------------------------------------------------------- all of it
 
     def head(self) -> Head:
-        """The teacher's head, as it was when it ran.
+        """The teacher's head, as it was when it ran; of a compact cache, which has logits, one of V rows and no width.
 
         Raises:
             UserError: the file is damaged, or holds another head than that of the manifest.
         """
+        if (form := self.manifest.form) is not None:
+            return Head(torch.empty(form.vocab_size, 0))
         tensors, identity = self._load(HEAD), self.identity
         head = Head(tensors["weight"], tensors.get("bias"), identity.logit_scale, identity.softcap)
         if lines := differences(identity, head_facts(head)):

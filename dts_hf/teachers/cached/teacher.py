@@ -13,14 +13,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template
+from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
-from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.compact_rows import CompactRows
+from dts_hf.loss.compact_served import check_served
+from dts_hf.loss.selection import IGNORE_INDEX, select_response
 from dts_hf.models.head import Head
+from dts_hf.models.pruning import evenly_spaced
 from dts_hf.teachers.cached.layout import row_key, targets_of
 from dts_hf.teachers.cached.reader import StateCache, torch_dtype
+from dts_hf.teachers.compact import (
+    MEASURED,
+    CompactFormat,
+    check_mass,
+    compare_rows,
+    measured_rows,
+    stored_errors,
+    visited,
+)
 from dts_hf.teachers.identity import differences, rows_facts
 from dts_hf.teachers.live import LiveTeacher
-from dts_hf.teachers.self_test import compare_labels, compare_live, judge
+from dts_hf.teachers.self_test import compare_labels, compare_live, judge, label_difference
+from dts_hf.temperature import TemperaturePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +55,16 @@ class CachedStates:
         fill: rows that the cache has not are marked, for a live teacher; False: they are an error.
 
     Returns (of a call):
-        ``teacher_states [N, H]`` in the order of ``selection.select_response``, as whole numbers, and
-        ``teacher_states_missing [N]`` where there are any.
+        ``teacher_states [N, H]`` in the order of ``selection.select_response``, as whole numbers (of a compact cache as
+        ``CompactFormat.pack`` lays them), and ``teacher_states_missing [N]`` where there are any.
     """
 
     cache: StateCache
     fill: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        dtype = torch_dtype(self.cache.manifest.dtype)
-        parts, missing = [torch.zeros(0, self.cache.hidden_size, dtype=dtype)], [torch.zeros(0, dtype=torch.bool)]
+        width, dtype = self.cache.row_shape
+        parts, missing = [torch.zeros(0, width, dtype=dtype)], [torch.zeros(0, dtype=torch.bool)]
         for example in examples:
             labels = example["labels"]
             if all(label == IGNORE_INDEX for label in labels[1:]):  # a row that only fills a batch
@@ -62,9 +76,7 @@ class CachedStates:
                     "tokens and labels. teacher.missing: live has the teacher answer such rows"
                 )
             count = len(targets_of(labels)) if row is None else self.cache.labels(row)
-            parts.append(
-                torch.zeros(count, self.cache.hidden_size, dtype=dtype) if row is None else self.cache.row(row)
-            )
+            parts.append(torch.zeros(count, width, dtype=dtype) if row is None else self.cache.row(row))
             missing.append(torch.full((count,), row is None))
         states, absent = torch.cat(parts), torch.cat(missing)
         batch = {STATES: states.view(BITS[dtype.itemsize])}
@@ -95,6 +107,11 @@ class CachedTeacher:
         return self._head
 
     @property
+    def compact(self) -> bool:
+        """Whether it answers with ``CompactRows`` in the place of states."""
+        return self.cache.manifest.form is not None
+
+    @property
     def of_rows(self) -> CachedStates:
         """What a collator asks for the states of its rows."""
         return CachedStates(self.cache, fill=self.live is not None)
@@ -109,8 +126,10 @@ class CachedTeacher:
         return self
 
     @torch.no_grad()
-    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+    def states(self, batch: dict[str, Any], labels: Tensor) -> Tensor | CompactRows:
         """The states ``[N, H]`` of the rows that carry a label, in the type of the head; see ``Teacher.states``.
+
+        Of a compact cache what it has kept of N rows of logits.
 
         Args:
             batch: with ``teacher_states``.
@@ -123,11 +142,21 @@ class CachedTeacher:
         if STATES not in batch:
             raise UserError("teacher: a batch without the states of its rows, which our own collators put there")
         bits, missing = batch.pop(STATES), batch.pop(MISSING, None)
+        if (form := self.cache.manifest.form) is not None:
+            if missing is not None:
+                bits = torch.where(missing[:, None], self._live_words(form, batch, labels).to(bits.device), bits)
+            return form.unpack(bits)
         states: Tensor = bits.view(torch_dtype(self.cache.manifest.dtype)).to(self._head.weight.dtype)
         if missing is None:
             return states
         assert self.live is not None  # else the collator has refused the row
         return torch.where(missing[:, None], self.live.states(batch, labels).to(states.dtype), states)
+
+    def _live_words(self, form: CompactFormat, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        """What the live teacher would have had kept of a batch, as ``CompactFormat.pack`` lays it."""
+        assert self.live is not None
+        targets = select_response(labels.unsqueeze(-1), labels)[1]
+        return form.answer(self.live.states(batch, labels), self.live.head, targets)[0]
 
     # ------------------------------------------------------------------------------------------- before the first step
 
@@ -162,6 +191,38 @@ class CachedTeacher:
         if not self._is_whole(dataset):
             self._check_present(dataset, name, tokenizer, template)
         self._test(dataset, top)
+
+    def check_loss(self, policy: TemperaturePolicy, divergence: Divergence, vocab_size: int) -> None:
+        """Refuse a loss for which what a compact cache has kept is not enough; states are enough for every one.
+
+        Args:
+            policy: whose temperatures the kept tokens must cover.
+            divergence: of the soft loss.
+            vocab_size: V, the ids that student and teacher are compared over.
+
+        Raises:
+            UserError: it is another vocabulary than that of the cache, the policy or the divergence needs every logit, or
+                the kept tokens have too little of the teacher at a temperature of the policy.
+        """
+        form, facts = self.cache.manifest.form, self.cache.manifest.compact
+        if form is None or facts is None:
+            return
+        check_served(policy, divergence)
+        if vocab_size != form.vocab_size:
+            raise UserError(
+                f"{self.cache.folder}: keeps distributions over {form.vocab_size:,} tokens, and student and teacher are "
+                f"compared over {vocab_size:,} (teacher.vocab_alignment). Make it again with this recipe"
+            )
+        looked_at = measured_rows(len(self.cache), self.cache.manifest.labels)
+        words = [self.cache.row(row) for row in looked_at if self.cache.labels(row)]
+        rows = form.unpack(torch.cat(words)[:MEASURED])
+        first = rows.logits.float().argmax(-1, keepdim=True)  # labels are not stored: what the teacher would have said
+        likeliest = rows.ids.gather(-1, first).squeeze(-1)
+        errors = stored_errors(rows, visited(policy, rows, likeliest.long()))
+        for error in errors:
+            logger.info("%s: compact: %s", self.cache.folder, error)
+        instead = "Make it again with more tokens (dts-hf cache-teacher --compact K), or cache the teacher's states"
+        check_mass(errors, instead, bool(facts["forced"]))
 
     def _is_whole(self, dataset: Any) -> bool:
         """Whether the cache was made of this very data set."""
@@ -200,7 +261,7 @@ class CachedTeacher:
     def _test(self, dataset: Any, top: float) -> None:
         """Label log-probabilities again, from states and head; and states again, where the teacher is at hand."""
         stored, states, targets, examples, labels = [], [], [], [], 0
-        for number in _spaced(len(dataset), _ROWS):
+        for number in evenly_spaced(min(_ROWS, len(dataset)), len(dataset)):
             example = dataset[number]
             row = self.cache.find(row_key(example["input_ids"], example["labels"]))
             if row is None or not self.cache.labels(row):
@@ -215,10 +276,13 @@ class CachedTeacher:
         if not stored:
             return
         where, dtype = str(self.cache.folder), self.cache.manifest.dtype
-        device = self._head.weight.device
-        difference = compare_labels(
-            torch.cat(stored), torch.cat(states).to(device), self._head, torch.cat(targets).to(device)
-        )
+        device, labels_of = self._head.weight.device, torch.cat(targets)
+        if (form := self.cache.manifest.form) is not None:
+            difference = label_difference(torch.cat(stored), form.unpack(torch.cat(states)).log_probs(labels_of))
+        else:
+            difference = compare_labels(
+                torch.cat(stored), torch.cat(states).to(device), self._head, labels_of.to(device)
+            )
         self._warn(judge(difference, dtype, where))
         logger.info("%s: self-test: %s", where, difference)
         if self.live is not None:
@@ -226,11 +290,16 @@ class CachedTeacher:
 
     def _test_live(self, examples: Sequence[Mapping[str, Any]], states: Sequence[Tensor], top: float) -> None:
         assert self.live is not None
-        device, live = self._head.weight.device, []
+        device, live, form = self._head.weight.device, [], self.cache.manifest.form
         for example in examples:  # one at a time: no padding, no collator
             ids, labels = (torch.tensor([example[key]], device=device) for key in ("input_ids", "labels"))
-            live.append(self.live.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels))
-        found = compare_live(torch.cat(list(states)), torch.cat(live), self._head, sorted({1.0, top}))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            live.append(self.live.states(inputs, labels) if form is None else self._live_words(form, inputs, labels))
+        kept, again, temperatures = torch.cat(list(states)), torch.cat(live), sorted({1.0, top})
+        if form is None:
+            found = compare_live(kept, again, self._head, temperatures)
+        else:
+            found = compare_rows(form.unpack(kept), form.unpack(again.cpu()), temperatures)
         self._warn(judge(found, self.cache.manifest.dtype, str(self.cache.folder)))
         logger.info("%s: self-test against the live teacher: %s", self.cache.folder, found)
 
@@ -241,8 +310,3 @@ class CachedTeacher:
 
 #: Where only the tokenizer is compared.
 _NO_TEMPLATE = Template("", "", lambda row, tokenizer: "", is_chat=False)
-
-
-def _spaced(total: int, count: int) -> list[int]:
-    """``count`` numbers spread over ``range(total)``."""
-    return sorted({round(step * (total - 1) / max(count - 1, 1)) for step in range(min(count, total))})

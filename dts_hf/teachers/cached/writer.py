@@ -43,6 +43,7 @@ from dts_hf.teachers.cached.layout import (
     shard_name,
     targets_of,
 )
+from dts_hf.teachers.compact import PARTS, CompactFormat, ErrorAt, described
 from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
@@ -78,11 +79,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifest says besides; see ``Manifest``."""
+    """What the manifest says besides; see ``Manifest``, and of a compact cache ``compact.described``."""
 
     label_rule: Mapping[str, Any]
     data: Mapping[str, str | None]
     shared_tokens: int
+    errors: Sequence[ErrorAt] = ()
+    forced: bool = False
 
 
 def make_plan(
@@ -91,6 +94,7 @@ def make_plan(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     batch_tokens: int = BATCH_TOKENS,
+    compact: CompactFormat | None = None,
 ) -> Plan:
     """All that the bytes of the cache will depend on.
 
@@ -100,18 +104,19 @@ def make_plan(
         dtype: to store states in; None: the teacher's own, in which nothing is lost.
         shard_bytes: see ``SHARD_BYTES``.
         batch_tokens: see ``BATCH_TOKENS``.
+        compact: what to keep of logits, in its own type, in the place of states.
 
     Raises:
         UserError: no row has a label, or float16 would lose what the teacher's type can hold.
     """
-    dtype = dtype or identity.dtype
-    if dtype not in DTYPES or (dtype == "float16" and identity.dtype != "float16"):
+    dtype = compact.dtype if compact is not None else dtype or identity.dtype
+    if dtype not in DTYPES or (dtype == "float16" and compact is None and identity.dtype != "float16"):
         usual = [name for name in DTYPES if name != "float16"]
         raise UserError(f"dtype: got {dtype!r}, expected one of {', '.join(usual)}")
     keys, counts = rows.keys_and_counts()
     if not sum(counts):
         raise UserError("no row has a label, so there are no states to cache")
-    return Plan(identity, dtype, keys, counts, shard_bytes, batch_tokens)
+    return Plan(identity, dtype, keys, counts, shard_bytes, batch_tokens, compact)
 
 
 def write_cache(
@@ -193,7 +198,7 @@ def _is_whole(path: Path, digest: str, number: int) -> bool:
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in ("states", "scale") if name in tensors]
+    return [name for name in ("states", "scale", *PARTS) if name in tensors]
 
 
 def _shard(
@@ -204,12 +209,14 @@ def _shard(
     states: dict[int, Tensor] = {}
     logprobs: dict[int, Tensor] = {}
     for batch in _batches(rows, numbers, plan.batch_tokens):
-        for row, found, logprob in _answered(teacher, head, rows, batch, plan.dtype):
+        for row, found, logprob in _answered(teacher, head, rows, batch, plan):
             states[row], logprobs[row] = found, logprob
             advance(len(logprob))
     kept = torch.cat([states.pop(row) for row in numbers])
     tensors = {"states": kept, "label_logprob": torch.cat([logprobs.pop(row) for row in numbers])}
-    if plan.dtype == "int8":
+    if plan.compact is not None:
+        tensors |= plan.compact.parts(plan.compact.unpack(tensors.pop("states")))
+    elif plan.dtype == "int8":
         tensors["states"], tensors["scale"] = quantise(kept)
     offsets = torch.tensor([0, *np.cumsum([plan.counts[row] for row in numbers]).tolist()])
     keys = [plan.keys[row] for row in numbers]
@@ -236,9 +243,9 @@ def _batches(rows: Rows, numbers: range, tokens: int) -> Iterator[list[int]]:
 
 
 def _answered(
-    teacher: LiveTeacher | RemoteTeacher, head: Head, rows: Rows, batch: Sequence[int], dtype: str
+    teacher: LiveTeacher | RemoteTeacher, head: Head, rows: Rows, batch: Sequence[int], plan: Plan
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, states, label log-probabilities) of a batch, the states in ``dtype``, of int8 in fp32."""
+    """(row, states, label log-probabilities) of a batch, the states as they are stored, of int8 in fp32."""
     examples = [rows.examples[row] for row in batch]
     inputs = PaddedCollator(0)(examples)
     labels = inputs.pop("labels").to(head.weight.device)
@@ -248,8 +255,12 @@ def _answered(
         ids = ", ".join(rows.ids[row] for row in batch[:5])
         raise RunError(f"the teacher gives states that are non-finite, in one of the rows {ids}")
     targets = [targets_of(example["labels"]) for example in examples]
-    logprobs = label_logprobs(states, head, torch.from_numpy(np.concatenate(targets)).to(states.device))
-    stored = states.to(torch.float32 if dtype == "int8" else DTYPES[dtype]).cpu()
+    all_targets = torch.from_numpy(np.concatenate(targets)).to(states.device)
+    if plan.compact is not None:
+        stored, logprobs = plan.compact.answer(states, head, all_targets)
+    else:
+        logprobs = label_logprobs(states, head, all_targets)
+        stored = states.to(torch.float32 if plan.dtype == "int8" else DTYPES[plan.dtype]).cpu()
     counts = [len(part) for part in targets]
     yield from zip(batch, stored.split(counts), logprobs.cpu().split(counts), strict=True)
 
@@ -275,10 +286,11 @@ def _finish(
 ) -> Manifest:
     """Index and head, and the manifest last."""
     head = teacher.head
-    tensors = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach().cpu().contiguous()
-    write_bytes_atomic(folder / HEAD, save(tensors))
+    if plan.compact is None:
+        tensors = {"weight": head.weight.detach().cpu().contiguous()}
+        if head.bias is not None:
+            tensors["bias"] = head.bias.detach().cpu().contiguous()
+        write_bytes_atomic(folder / HEAD, save(tensors))
     write_bytes_atomic(folder / INDEX, save(_index(rows, plan, [shard.pop("checksums") for shard in shards])))
     labels = sum(plan.counts)
     config = getattr(getattr(teacher, "model", None), "config", None)  # of a remote one nobody here knows it
@@ -290,7 +302,7 @@ def _finish(
         labels=labels,
         nll=sum(shard.pop("nll") for shard in shards) / labels,
         shards=shards,
-        files={name: file_sha256(folder / name) for name in (HEAD, INDEX)},
+        files={name: file_sha256(folder / name) for name in (HEAD, INDEX)[plan.compact is not None :]},
         label_rule=facts.label_rule,
         data=facts.data,
         shared_tokens=facts.shared_tokens,
@@ -301,6 +313,7 @@ def _finish(
             "device": _device_name(head.weight.device),
         },
         options={"shard_bytes": plan.shard_bytes, "batch_tokens": plan.batch_tokens},
+        compact=None if plan.compact is None else described(plan.compact, facts.errors, facts.forced),
     )
     for path in set(folder.glob(SHARDS)) - {folder / str(shard["file"]) for shard in shards}:
         path.unlink()  # of a broken one that no metadata could be read of
