@@ -30,7 +30,8 @@ The families below are tested from tiny random configurations, each through `Dis
   to 1e-9 in float64, or to 1e-6 where the family's own code goes down to float32 inside (norms, softmax, routers, state
   space models), whatever the weights are.
 - **Pruning.** `student.init: {from: teacher, layers: N}` keeps the layers it says, each of its own kind, and the pruned
-  model writes the same text with a KV cache as without.
+  model writes the same text with a KV cache as without. What layers and channels are worth is measured on rows
+  ([student](student.md)); the student that is built has the cross-entropy that was measured.
 - **Packing.** A packed row has the logits and gradients that it has alone: nothing of the row before it comes through.
 """
 

@@ -24,12 +24,15 @@ from dts_hf.console import say, working
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.errors import UploadError, UserError
+from dts_hf.files import naming
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.loading import load_tokenizers, tokenizers_of_several
 from dts_hf.models.saving import save_student
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.runs.comparison import ModelRecord, check_same_rows
-from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.directory import ONE_TEACHER, RunDirectory
+from dts_hf.runs.failures import writing
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
 from dts_hf.runs.start import Start, begin, open_run
@@ -74,14 +77,16 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     rows, (tokenizer, teacher_tokenizer), data = read_rows(task, record)
 
     # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
-    models = load_models(task, args, record, tokenizer, teacher_tokenizer)
+    made = student_init(recipe, args, data, start)
+    models = load_models(task, args, record, made, tokenizer, teacher_tokenizer)
     student = models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
-    if recipe.all_teachers and recipe.data.responses == "teacher":
+    if models.taught and recipe.data.responses == "teacher":
         rows = answered(task, models, rows)
         data = task.encode(rows, tokenizer)
+    models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are elsewhere
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
     made_from = {**task.manifest(rows, data), "models": record.values}
@@ -93,7 +98,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 6. The run directory: from here on things are written. A resume is refused where rows or launch have changed.
     check_start(recipe, start, trainer, made_from)
-    run = open_run(recipe, start, made_from, args)
+    run = open_run(recipe, start, made_from, args, made.values)
     trainer.add_callback(RunLogCallback(run))
     if trainer.is_world_process_zero():
         for note in (*teacher_notes(recipe), *task.notes(rows, data)):
@@ -103,15 +108,15 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     scorer = task.make_scorer(run, trainer, models, rows, data, start.scores)
     for callback in scorer.callbacks():
         trainer.add_callback(callback)
-    if start.checkpoint is None:
-        score_untrained(scorer, trainer, models)
+    score_untrained(scorer, trainer, models, start)
     trainer.train(resume_from_checkpoint=start.checkpoint)
     scorer.score("student", student)
 
     # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
     save(task, student, tokenizer, run)
     if trainer.is_world_process_zero():
-        scorer.finish(training_facts(trainer, started))
+        with naming(run.path):
+            scorer.finish(training_facts(trainer, started))
         run.clean_up()
         report(recipe, run)
     push(args, run)
@@ -154,8 +159,35 @@ def check_hub(recipe: Recipe, args: TrainingArguments) -> None:
         on_first_process(look, args.process_index, args.world_size)
 
 
+def student_init(recipe: Recipe, args: TrainingArguments, data: Data, start: Start) -> StudentInit:
+    """What ``student.init`` will be decided by: the rows, or what an earlier attempt at the run has decided.
+
+    Args:
+        recipe: with the section.
+        args: the device, and this process among the others.
+        data: the rows as tokens.
+        start: whether there was an earlier attempt, and where it is gone on from.
+
+    Raises:
+        UserError: a checkpoint is gone on from, and what was decided is lost.
+    """
+    init, run = recipe.student.init, RunDirectory(recipe.output.dir)
+    recorded = on_first_process(run.read_student_init, args.process_index, args.world_size) if start.keep else {}
+    ours = start.checkpoint is not None and start.checkpoint.resolve().is_relative_to(run.path.resolve())
+    if ours and init is not None and init.measures and not recorded:
+        raise UserError(
+            f"{run.student_init_path}: missing or damaged, and it alone knows which layers and channels the student of this "
+            "run has. Put the file back, or start again with --overwrite"
+        )
+    return StudentInit(init, data.train if init is not None else None, args.device, recorded)
+
+
 def load_models(
-    task: Task[Any], args: TrainingArguments, record: ModelRecord, *tokenizers: PreTrainedTokenizerBase
+    task: Task[Any],
+    args: TrainingArguments,
+    record: ModelRecord,
+    made: StudentInit,
+    *tokenizers: PreTrainedTokenizerBase,
 ) -> Models:
     """The teacher, checked and where the recipe wants it, and the student.
 
@@ -163,6 +195,7 @@ def load_models(
         task: loads both.
         args: the device, and the seed of weights that are drawn anew.
         record: takes what they are.
+        made: for ``student.init``.
         tokenizers: the student's and the teacher's.
 
     Raises:
@@ -174,8 +207,8 @@ def load_models(
         teachers |= {} if teacher is None else {"teacher": teacher}
         for key, model in teachers.items():
             task.check_head(model, key)
-        student = task.load_student(teacher, args.seed)
-        record.add_models(student, teachers)
+        student = task.load_student(teacher, args.seed, made)
+        record.add_models(student, teachers, task.teacher_record())
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     for key, model in teachers.items():
         place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
@@ -196,7 +229,10 @@ def answered(task: Task[Any], models: Models, rows: Rows) -> Rows:
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
-    """What a person should know of the teacher that was loaded, as lines for the terminal."""
+    """What a person should know of each teacher, as lines for the terminal."""
+    if recipe.teacher is not None and not recipe.keeps_teacher:
+        yield f"teacher: its states come {recipe.teacher.source}; it is not in memory, and is not scored"
+        return
     for key, teacher in recipe.all_teachers.items():
         if (kind := teacher.quantization) == "none":
             continue
@@ -228,12 +264,24 @@ def check_start(recipe: Recipe, start: Start, trainer: DistillationBase, made_fr
         trainer.prepare_temperature(trainer.planned_steps())
 
 
-def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models) -> None:
-    """Score the teacher, and have the student scored once the trainer has placed it and before its first step."""
-    if models.teacher is not None:
+def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models, start: Start) -> None:
+    """Score the teacher, and have the student scored once the trainer has placed it and before its first step.
+
+    A resume scores a teacher whose scores are lost. The student of a checkpoint is trained.
+
+    Args:
+        scorer: of the task.
+        trainer: has not trained yet.
+        models: the student as it was made.
+        start: knows the scores that an earlier attempt made.
+    """
+    if models.teacher is not None and "teacher" not in start.scores:
         scorer.score("teacher", models.teacher)
     for name, teacher in models.several.items():
-        scorer.score(f"teacher_{name}", teacher)
+        if f"{ONE_TEACHER}{name}" not in start.scores:
+            scorer.score(f"{ONE_TEACHER}{name}", teacher)
+    if start.checkpoint is not None:
+        return
     score_before = partial(scorer.score, "student_before", models.student)
     trainer.add_callback(BeforeTrainingCallback(score_before, trainer.exclude_from_timing))
 
@@ -249,7 +297,8 @@ def save(task: Task[Any], student: nn.Module, tokenizer: PreTrainedTokenizerBase
     """
     lora = task.recipe.student.lora
     merge = lora is None or lora.save == "merged"
-    save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
+    with writing(run.final_path):  # safetensors names neither path nor space
+        save_student(student, tokenizer, run.final_path, merge_lora=merge, carried=task.carried(tokenizer))
 
 
 def training_facts(trainer: DistillationBase, started: float) -> dict[str, Any]:
@@ -273,7 +322,8 @@ def report(recipe: Recipe, run: RunDirectory) -> None:
     if recipe.output.report:
         from dts_hf.reporting.report import write_report  # matplotlib takes seconds to load
 
-        write_report(run)
+        with naming(run.path):
+            write_report(run)
 
 
 def push(args: TrainingArguments, run: RunDirectory) -> None:

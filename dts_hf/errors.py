@@ -148,6 +148,16 @@ def _is_passing(error: BaseException) -> bool:
     return is_out_of_memory(error) or is_connection(error) or status in _PASSING_STATUS
 
 
+def too_long_name(error: BaseException) -> str | None:
+    """The name that no file can have, of which ``error`` tells; None: it tells of something else.
+
+    Names that dts_hf makes are short: a long one is the user's.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return str(error.filename or "the name of a file")
+    return None
+
+
 def is_connection(error: BaseException) -> bool:
     """Whether the network failed. By name: the client's library is chosen by ``huggingface_hub``."""
     kinds = {kind.__name__ for kind in type(error).__mro__}

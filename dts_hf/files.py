@@ -19,6 +19,38 @@ from dts_hf.errors import RunError, UserError
 
 #: What a file system answers that cannot flush folders, or lets nobody open this one: there is nothing more to do then.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+CHECKSUM = "checksum"  # of the rest of a JSON file, in itself
+SHORTER = "Choose a shorter one"
+LONGEST_BEGINNING = 200  # bytes of a name, so that the temporary one before it fits into 255
+
+
+def check_name(path: Path, key: str) -> None:
+    """Refuse a path that no file can have, before anything is made on the way to it.
+
+    Args:
+        path: need not be there.
+        key: of the recipe, or the option, that names it.
+
+    Raises:
+        UserError: a part of it, or all of it, is too long for the file system.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for part in path.parts:
+        if (size := len(part.encode(errors="surrogatepass"))) > longest:
+            raise UserError(
+                f"{key}: the name {part!r} has {size:,} bytes, and the file system takes {longest}. {SHORTER}"
+            )
+    try:
+        path.lstat()
+    except ValueError:  # NUL: no name at all, and whoever opens it says so
+        return
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            size = len(os.fsencode(path))
+            raise UserError(
+                f"{key}: {str(path)[:100]} ... has {size:,} bytes, too many for a path. {SHORTER}"
+            ) from None
 
 
 def check_output(path: Path, example: str, overwrite: bool) -> None:
@@ -30,8 +62,9 @@ def check_output(path: Path, example: str, overwrite: bool) -> None:
         overwrite: a file that is there may be replaced.
 
     Raises:
-        UserError: a folder, or a file that is there.
+        UserError: a folder, or a file that is there, or a name that is too long.
     """
+    check_name(path, "--output")
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder, expected a file, such as {path / example}")
     if os.path.lexists(path) and not overwrite:
@@ -63,8 +96,9 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
     """As ``write_text_atomic``, of bytes."""
     path = Path(path)
+    name = path.name if len(os.fsencode(path.name)) <= LONGEST_BEGINNING else text_digest(path.name)
     # Containers that share a folder may share process numbers; `tempfile` would make the file unreadable for others
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
             with temporary.open("xb") as file:  # x: never through a link
@@ -142,6 +176,28 @@ def write_json_atomic(path: str | Path, values: Any) -> None:
 def json_text(values: Any) -> str:
     """What ``write_json_atomic`` writes."""
     return json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write ``values`` as JSON with a checksum of themselves."""
+    plain = {key: value for key, value in jsonable(values).items() if key != CHECKSUM}
+    write_json_atomic(path, {**plain, CHECKSUM: _checksum(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``write_sealed`` wrote, or an older version without a checksum; empty where that is not what is there."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    seal = values.pop(CHECKSUM, None)
+    return values if seal == _checksum(values) or (seal is None and values.get("format", 1) == 1) else {}
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return text_digest(json.dumps(values, sort_keys=True))
 
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

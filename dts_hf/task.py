@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import Part
 from dts_hf.models.saving import Carried
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.temperature import build_temperature
 from dts_hf.training.distillation_base import DistillationBase
 
@@ -79,6 +81,11 @@ class Models:
     teacher_tokenizer: PreTrainedTokenizerBase
     several: Mapping[str, PreTrainedModel] = field(default_factory=dict)
     several_tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is loaded, or several are."""
+        return self.teacher is not None or bool(self.several)
 
     @property
     def loaded(self) -> list[nn.Module]:
@@ -159,6 +166,23 @@ class Task(ABC, Generic[TrainerT]):
         """
         return {}
 
+    def teacher_cache(self) -> StateCache | None:
+        """The cache of the teacher's states, opened; None where the recipe has none.
+
+        Raises:
+            UserError: it is unfinished, damaged, or of another teacher.
+        """
+        return None
+
+    def teacher_record(self) -> dict[str, Any] | None:
+        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare.
+
+        Raises:
+            UserError: see ``teacher_cache``.
+        """
+        cache = self.teacher_cache()
+        return None if cache is None else cache.record()
+
     def check_head(self, model: nn.Module, role: str) -> None:
         """Refuse a model whose outputs the loss cannot represent. The model is whole: this comes before it is placed.
 
@@ -171,12 +195,13 @@ class Task(ABC, Generic[TrainerT]):
         """
 
     @abstractmethod
-    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
+    def load_student(self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None) -> nn.Module:
         """The student: loaded, or cut out of ``teacher``; with LoRA where the recipe asks for it.
 
         Args:
             teacher: whole.
             seed: of weights that are drawn anew.
+            made: for ``student.init``: has the rows that decide what is kept, and takes what they decided.
 
         Raises:
             UserError: it cannot be loaded, cut or given adapters, or the loss cannot represent its outputs.

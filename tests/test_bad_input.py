@@ -37,6 +37,7 @@ ROWS = "".join(
     json.dumps({"id": f"r{k}", "instruction": f"Name {k} trees.", "input": "", "output": "An oak."}) + "\n"
     for k in range(4)
 )
+LONG_NAME = "x" * 300
 LONG_ROW = json.dumps({"instruction": "Name a tree. " * 60, "output": "An oak."}) + "\n"
 
 
@@ -312,6 +313,16 @@ TRAINING_CASES = [
     Case("negative seed", "training.seed=-1", ("training.seed", "got -1", "between 0 and")),
     Case("no such DeepSpeed file", "training.deepspeed=zero9.json", ("training", "deepspeed")),
     Case("reporter not installed", "training.report_to=clearml", ("training", "ClearML")),
+    Case(
+        "options that the optimizer refuses",
+        "training.optim=sgd training.optim_args=momentum=-5",
+        ("training.optim_args: got 'momentum=-5', which SGD refuses: Invalid momentum value: -5",),
+    ),
+    Case(
+        "options of another optimizer",
+        "training.optim=rmsprop training.optim_args=alpha=-3",
+        ("training.optim_args: got 'alpha=-3', which RMSprop refuses: Invalid alpha value: -3",),
+    ),
     Case("optimizer not installed", "training.optim=adamw_bnb_8bit", ("training", "bitsandbytes")),
     Case(
         "evaluation steps without rows",
@@ -323,6 +334,9 @@ TRAINING_CASES = [
 ]
 
 OUTPUT_CASES = [
+    Case("name of 300 letters", f"output.dir={LONG_NAME}", ("output.dir: the name", "has 300 bytes", "takes 255")),
+    Case("name of 300 letters on the way", f"output.dir=new/{LONG_NAME}/run", ("output.dir: the name", "300 bytes")),
+    Case("path of 6,000 letters", f"output.dir={'abc/' * 1500}", ("output.dir:", "too many for a path")),
     Case("output is a file", "output.dir=train.jsonl", ("output.dir", "train.jsonl", "is a file")),
     Case("output below a file", "output.dir=train.jsonl/run", ("output.dir", "train.jsonl is a file")),
     Case("output not writable", "output.dir=/proc/run", ("output.dir", "cannot write in")),
@@ -526,10 +540,40 @@ OTHER_COMMANDS = [
     ("score train.jsonl", ("train.jsonl, line 1", "no field 'prediction'")),
     ("report models", ("models", "recipe.yaml")),
     ("report nope", ("nope", "no such run directory")),
+    *(
+        (command.replace("LONG", LONG_NAME), ("x" * 300,))
+        for command in (
+            "train LONG",
+            "train recipe.yaml --output LONG",
+            "train recipe.yaml --resume --output LONG",
+            "train recipe.yaml teacher.model=LONG",
+            "train recipe.yaml teacher.tokenizer=LONG",
+            "train recipe.yaml data.train=LONG",
+            "train recipe.yaml training.resume_from_checkpoint=LONG",
+            "generate models/teacher --prompt hi --output LONG",
+            "generate models/teacher --data LONG",
+            "generate models/teacher --data valid.jsonl --output LONG/x",
+            "generate LONG --prompt hi",
+            "evaluate LONG",
+            "evaluate models/teacher --data valid.jsonl --output LONG",
+            "evaluate models/teacher --data LONG",
+            "score LONG",
+            "report LONG",
+            "push LONG",
+            "pull org/name LONG",
+            "chat LONG",
+            "init --teacher models/teacher --data train.jsonl --output LONG",
+            "prepare recipes --output LONG",
+            "prepare quickstart --output LONG",
+            "prepare dolly --source LONG",
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("command", "says"), OTHER_COMMANDS, ids=[command for command, _ in OTHER_COMMANDS])
+@pytest.mark.parametrize(
+    ("command", "says"), OTHER_COMMANDS, ids=[command.replace(LONG_NAME, "LONG") for command, _ in OTHER_COMMANDS]
+)
 def test_other_commands(command: str, says: tuple[str, ...], place: Path) -> None:
     (place / "unfinished").mkdir()
     (place / "unfinished" / "recipe.yaml").write_text(RECIPE)

@@ -65,6 +65,7 @@ def test_the_run_directory_holds_exactly_this(workplace):
         "predictions/teacher.jsonl",
         "recipe.yaml",
         "report.html",
+        "scores.json",
     ]
     assert run.read_recipe() == in_full(wanted)
     kinds = [record["kind"] for record in run.read_log()]

@@ -263,6 +263,45 @@ def test_a_checkpoint_with_planted_pickles_does_not_run(place: Path) -> None:
     assert replaced >= 3  # optimizer, scheduler, random state
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "old/adapter_model.bin"])
+def test_a_checkpoint_with_pickled_weights_is_refused_by_name(place: Path, name: str) -> None:
+    """Not once, but at each start: the run does not go on from an older one with what somebody has planted beside it."""
+    done = run("train", "recipe.yaml", "evaluation.models=[]", "output.report=false")
+    assert done.exit_code == 0, done.output
+    checkpoint, marker = place / "runs" / "x" / "checkpoint-1", place / "marker"
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    torch.save({"planted": Planted(marker)}, checkpoint / name)
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    list_anew(checkpoint)
+    again = ["training.resume_from_checkpoint=runs/x/checkpoint-1", "evaluation.models=[]", "output.report=false"]
+    for _ in range(2):
+        refused(run("train", "recipe.yaml", *again, "output.dir=runs/y"), f"checkpoint-1/{name}: weights as a pickle")
+    assert not marker.exists()
+
+
+def test_other_files_in_a_checkpoint_are_named_or_left_alone(place: Path) -> None:
+    """A bare pickle is none of torch.save's files; the state of a loss scaler is nothing to a run without fp16."""
+    done = run("train", "recipe.yaml", "evaluation.models=[]", "output.report=false")
+    assert done.exit_code == 0, done.output
+    checkpoint, marker = place / "runs" / "x" / "checkpoint-1", place / "marker"
+    again = ["training.resume_from_checkpoint=runs/x/checkpoint-1", "evaluation.models=[]", "output.report=false"]
+    torch.save({"scale": 1.0}, checkpoint / "scaler.pt")
+    list_anew(checkpoint)
+    result = run("train", "recipe.yaml", *again, "output.dir=runs/scaler")
+    assert result.exit_code == 0, result.output
+    for content, words in (
+        (pickle.dumps({"state": {}}), ["optimizer.pt cannot be read: torch.save has not written it so"]),
+        (pickle.dumps(Planted(marker)), ["optimizer.pt cannot be read: torch.save has not written it so"]),
+        (pickle.dumps(Planted(marker), protocol=2), ["mkdir, which is none of the types of a checkpoint"]),
+    ):
+        (checkpoint / "optimizer.pt").write_bytes(content)
+        list_anew(checkpoint)
+        result = run("train", "recipe.yaml", *again, "output.dir=runs/bare")
+        refused(result, *words)
+        assert "mmap" not in result.output and not marker.exists()
+
+
 def list_anew(checkpoint: Path) -> None:
     """The list of a complete checkpoint tells what its files were: an attacker would have adapted it."""
     record = read_complete(checkpoint)

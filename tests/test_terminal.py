@@ -17,7 +17,7 @@ from dts_hf.cli.printing import print_json, print_table
 from dts_hf.console import harmless, printable, say, show
 from dts_hf.doctor.diagnosis import Diagnosis, PicturedRow, Segment
 from dts_hf.doctor.report import print_screen
-from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
 from dts_hf.runs.replaced import replaced_run
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -158,3 +158,76 @@ def test_what_is_replaced_may_be_broken(tmp_path: Path, files: dict[str, str], s
         (tmp_path / name).write_text(text)
     found = replaced_run(RunDirectory(tmp_path))
     assert found is None if says is None else re.search(says, found or "")
+
+
+#: Of a file: without NUL and the slash.
+NAME = "a\x1b[2J\x1b]0;owned\x07\r\x9b\u202egnp\u2066\u200f\u061c\x7f\u2028b"
+YAML = NAME.replace("\x1b", "\\x1b").encode("unicode_escape").decode().replace("\\\\", "\\")
+#: Commands that quote what somebody else has named: each fails, or prints a result, and nothing acts on the terminal.
+ATTACKS = (
+    ("train", NAME), ("train", f"{NAME}.yaml"), ("train", "broken.yaml"), ("train", "keys.yaml"), ("train", "scalar.yaml"),
+    ("train", "recipe.yaml", f"{NAME}=1"), ("train", "recipe.yaml", f"training.{NAME}=1"),
+    ("train", "recipe.yaml", f"teacher.model={json.dumps(NAME)}"), ("train", "recipe.yaml", f"data.train={NAME}"),
+    ("train", "recipe.yaml", f"teacher.model=models/{NAME}"), ("train", "recipe.yaml", "teacher.model=models/odd"),
+    ("train", "recipe.yaml", f"temperature.name={NAME}"), ("train", "recipe.yaml", f"training.optim={NAME}"),
+    ("train", "recipe.yaml", f"loss.divergence={NAME}"), ("train", "recipe.yaml", f"data.prompt_template={NAME}"),
+    ("train", "recipe.yaml", f"training.resume_from_checkpoint={NAME}"), ("train", "recipe.yaml", f"output.dir={NAME}.txt"),
+    ("train", "recipe.yaml", f"data.train={NAME}.jsonl"), ("train", "recipe.yaml", "data.train=long.jsonl"),
+    ("train", "recipe.yaml", "data.train=fields.jsonl"), ("train", "recipe.yaml", "data.train=twice.jsonl"),
+    ("train", "recipe.yaml", "data.train=table.csv"), ("train", "recipe.yaml", "teacher.model=models/template",
+     "data.prompt_template=chat"),
+    ("doctor", f"{NAME}.yaml"), ("doctor", "broken.yaml"), ("doctor", "keys.yaml"),
+    ("doctor", "recipe.yaml", "data.train=long.jsonl"),
+    ("doctor", "recipe.yaml", "teacher.model=models/odd"),
+    ("generate", NAME, "--prompt", "x"), ("generate", "models/odd", "--prompt", "x"),
+    ("generate", "models/teacher", "--data", f"{NAME}.jsonl"), ("generate", "models/teacher", "--prompt", NAME),
+    ("evaluate", NAME), ("evaluate", "models/teacher", "--data", NAME), ("evaluate", "models/teacher", "--protocol", NAME),
+    ("evaluate", "models/teacher", "--sets", NAME), ("score", NAME), ("score", f"{NAME}.jsonl"), ("report", NAME),
+    ("report", "odd_run"), ("push", NAME), ("push", "odd_run"), ("pull", NAME, "here"), ("chat", NAME), ("list", NAME),
+    ("prepare", NAME), ("prepare", "dolly", "--source", NAME), ("prepare", "recipes", "--output", f"{NAME}.txt"),
+    ("init", "--teacher", NAME, "--data", NAME), (NAME,), (f"--{NAME}",), ("train", f"--{NAME}"), ("schema", NAME),
+    ("env", NAME),
+    ("generate", "models/teacher", "--max-new-tokens", NAME),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which everything has a name that would act, and says it where it is quoted."""
+    folder = tmp_path_factory.mktemp("attacked")
+    for name in ("teacher", "odd", "template", NAME):
+        tiny_llama(layers=1).save_pretrained(folder / "models" / name)
+        tiny_tokenizer().save_pretrained(folder / "models" / name)
+    config = json.loads((folder / "models" / "odd" / "config.json").read_text())
+    for name in ("odd", NAME):
+        odd = {**config, "model_type": NAME, "architectures": [NAME], NAME: NAME}
+        (folder / "models" / name / "config.json").write_text(json.dumps(odd))
+    (folder / "models" / "template" / "chat_template.jinja").write_text(
+        f"{{{{ raise_exception({json.dumps(NAME)}) }}}}"
+    )
+    good = {"id": f"r{NASTY}", "instruction": "Name a tree.", "output": "An oak."}
+    files = {
+        "recipe.yaml": RECIPE.replace("overwrite: true", "overwrite: false"),
+        "broken.yaml": f"{NAME}: [{NAME}", f"{NAME}.yaml": f"a: {NAME}\n- {NAME}",
+        "keys.yaml": f'"{YAML}": {{"{YAML}": 1}}\nteacher: {{"{YAML}": "{YAML}"}}\n', "scalar.yaml": f'"{YAML}"\n',
+        f"{NAME}.txt": "", f"{NAME}.jsonl": f"{NAME}\n",
+        "long.jsonl": json.dumps({**good, "instruction": f"tree {NASTY} " * 400}) + "\n",
+        "fields.jsonl": json.dumps({f"id{NASTY}": 1, NASTY: NASTY}) + "\n",
+        "twice.jsonl": 2 * (json.dumps(good) + "\n"), "table.csv": f"{NAME},b\n1,2\n",
+        "odd_run/recipe.yaml": f"{RECIPE_HEADER}{NAME}: {NAME}\n",
+    }  # fmt: skip
+    (folder / "odd_run").mkdir()
+    for name, text in {**files, "train.jsonl": json.dumps({**good, "id": "r"}) + "\n"}.items():
+        (folder / name).write_text(text, errors="surrogatepass")
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(ATTACKS)), ids=lambda number: f"{number}-{ATTACKS[number][0][:8]!a}")
+def test_names_of_strangers_do_not_act(attacked: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.chdir(attacked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(*ATTACKS[number])
+    assert result.exit_code in (0, 1, 2) and "Traceback" not in result.output, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    found = ACTS.search(result.output)
+    assert found is None, (ATTACKS[number], ascii(result.output[max(found.start() - 200, 0) :][:400]))

@@ -184,6 +184,7 @@ def load_task_student(student: Student, teacher: PreTrainedModel | None, task: G
         UserError: see ``load_classifier`` and ``prune_layers``.
     """
     if student.init is not None and teacher is not None:
+        assert student.init.layers is not None  # of a task the recipe was refused otherwise
         model = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
     else:
         options = student.model_dump(include=LOADED_WITH)

@@ -17,6 +17,7 @@ from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.manifest import manifest
 from dts_hf.data.sources import Sources, as_sources
 from dts_hf.evaluation.glue_metrics import headline
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
@@ -80,7 +81,12 @@ class Classification(Task[ClassificationDistillationTrainer]):
     def load_teacher(self) -> PreTrainedModel | None:
         return None if self.recipe.teacher is None else load_task_teacher(self.recipe.teacher, self.glue)
 
-    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
+    def load_student(
+        self,
+        teacher: PreTrainedModel | None,
+        seed: int,
+        made: StudentInit | None = None,  # no row of a task decides what is kept
+    ) -> nn.Module:
         set_seed(seed)  # a new head is the seed's, whatever was loaded before
         return load_task_student(self.recipe.student, teacher, self.glue)
 

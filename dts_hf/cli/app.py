@@ -15,22 +15,51 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from dts_hf.cli import chat, doctor, env, evaluate, generate, init, prepare, pull, push, report, schema, score, train
+from dts_hf.cli import (
+    cache_teacher,
+    chat,
+    doctor,
+    env,
+    evaluate,
+    generate,
+    init,
+    prepare,
+    pull,
+    pull_cache,
+    push,
+    push_cache,
+    report,
+    schema,
+    score,
+    serve_teacher,
+    train,
+)
 from dts_hf.cli import list as list_
 from dts_hf.cli.printing import is_main_process
-from dts_hf.console import guarded_logs, show
-from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError
+from dts_hf.console import guarded_logs, printable, show
+from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError, too_long_name
 from dts_hf.runs.failures import GO_ON, one_sentence
 from dts_hf.runs.stopping import Stage, ends, stage
 
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
-COMMANDS = (init, doctor, train, chat, generate, evaluate, score, report, push, pull, prepare, list_, schema, env)
+COMMANDS = (
+    init, doctor, train, chat, generate, evaluate, score, report, push, pull, cache_teacher, push_cache, pull_cache,
+    serve_teacher, prepare, list_, schema, env,
+)  # fmt: skip
 
 
 class CommandGroup(TyperGroup):
     """Turns the ways in which a command ends early into a message and an exit status; a bug keeps its traceback."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read what stands before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except Exception as error:
+            _make_harmless(error)
+            raise
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Call the command; what it raises becomes one message, said by one process."""
@@ -48,13 +77,22 @@ class CommandGroup(TyperGroup):
             _leave(ExitCode.CTRL_C, f"Stopped: Ctrl-C.{train_again}" if is_main_process() else "")
         except Exception as error:
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+                _make_harmless(error)
                 raise  # typer's own
+            if (name := too_long_name(error)) is not None:
+                _leave(ExitCode.WRONG_INPUT, f"Error{_who()}: {name} is too long for a file. Choose a shorter name")
             sentence = str(error) if isinstance(error, RunError) else one_sentence(error)
             if sentence is not None:
                 if ctx.invoked_subcommand == "train" and GO_ON not in sentence:
                     sentence += f". {GO_ON}"
                 _leave(ExitCode.FAILED, "" if _is_said_elsewhere(error) else f"Error{_who()}: {sentence}")
             _leave(ExitCode.FAILED, traceback.format_exc())  # Python's own would show the terminal whatever is in it
+
+
+def _make_harmless(error: Exception) -> None:
+    """What typer says of a command line quotes it as it is: names of files may stand there (``dts-hf schema *``)."""
+    if isinstance(message := getattr(error, "message", None), str):
+        error.message = printable(message)  # type: ignore[attr-defined]
 
 
 def _leave(code: ExitCode, message: str) -> NoReturn:
@@ -121,5 +159,7 @@ def main(
 
 for module in COMMANDS:
     app.command(
-        module.__name__.rpartition(".")[2], epilog=module.EPILOG, context_settings=getattr(module, "CONTEXT", None)
+        module.__name__.rpartition(".")[2].replace("_", "-"),
+        epilog=module.EPILOG,
+        context_settings=getattr(module, "CONTEXT", None),
     )(module.command)

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dts_hf.cli.printing import AsJson, print_answer, print_json
+from dts_hf.cli.printing import AsJson, is_main_process, print_answer, print_json
 from dts_hf.console import show
 from dts_hf.recipe.schema import Dtype
 
+if TYPE_CHECKING:
+    from dts_hf.inference.generate import GenerateOptions
+
 EPILOG = (
     'Example: [bold]dts-hf generate runs/first --prompt "Name a fruit"[/bold], or'
-    " dts-hf generate runs/first --data rows.jsonl --output answers.jsonl"
+    " dts-hf generate runs/first --data rows.jsonl --output answers.jsonl; rows to train on:"
+    " dts-hf generate TEACHER --data rows.jsonl --out answered.jsonl --temperature 1 --answers 4 --best-of mean"
 )
+OUT_HELP = (
+    "Rows to train on (data.train): answers that pass filters; a killed call goes on. See docs/sequence_level.md."
+)
+SCORER_HELP = "The model whose log-probability --best-of asks; default: MODEL itself."
+BEST_HELP = "With --out: keep each row's likeliest answer, by log-probability per token or in all."
+Out = Annotated[Path | None, typer.Option(help=OUT_HELP)]
+Split = Annotated[str, typer.Option(help="With --out: of a Hub data set, or a folder with splits.")]
+Answers = Annotated[int, typer.Option(min=1, help="With --out: so many answers a row.")]
+BestOf = Annotated[Literal["mean", "sum"] | None, typer.Option(help=BEST_HELP)]
+Scorer = Annotated[str | None, typer.Option(metavar="MODEL|RUN", help=SCORER_HELP)]
+Cut = Annotated[Literal["drop", "keep"], typer.Option(help="With --out: answers that ran into --max-new-tokens.")]
+MaxRepetition = Annotated[
+    float, typer.Option(min=0, max=1, help="With --out: largest share of 4-grams said before; 1: any.")
+]
 
 
 def command(
@@ -26,18 +44,27 @@ def command(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows to answer; with or without answers of their own.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines of the answers; default: printed.")] = None,
+    out: Out = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0: the most likely token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows.")] = None,
+    split: Split = "train",
+    answers: Answers = 1,
+    best_of: BestOf = None,
+    scorer: Scorer = None,
+    cut: Cut = "drop",
+    max_repetition: MaxRepetition = 0.5,
     template: Annotated[str | None, typer.Option(help="Prompt template; default: the run's, or auto.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file, or what was begun with other settings.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a student or any model; dts-hf score can score what --output holds."""
-    from dts_hf.inference.generate import GenerateOptions, generate_answers
+    from dts_hf.inference.generate import GenerateOptions, check_options
 
     options = GenerateOptions(
         prompts=tuple(prompt or ()),
@@ -52,11 +79,53 @@ def command(
         rows=rows,
         overwrite=overwrite,
     )
+    of_rows = {"answers": answers > 1, "best-of": best_of, "scorer": scorer, "split": split != "train"}
+    check_options(options, out, of_rows)
+    if out is None:
+        _answer(model, options, as_json)
+    else:
+        choice = {"answers": answers, "cut": cut, "max_repetition": max_repetition, "best_of": best_of}
+        _write_rows(model, options, out, choice, scorer, split, as_json)
+
+
+def _answer(model: str, options: GenerateOptions, as_json: bool) -> None:
+    from dts_hf.inference.generate import generate_answers
+
     answers = generate_answers(model, options)
     if as_json:
         print_json({"answers": answers})
-    elif output is not None:
-        show(f"{len(answers):,} answers: {output}")
+    elif options.output is not None:
+        show(f"{len(answers):,} answers: {options.output}")
     else:
         for answer in answers:
             print_answer(answer, alone=len(answers) == 1)
+
+
+def _write_rows(
+    model: str,
+    options: GenerateOptions,
+    out: Path,
+    choice: dict[str, Any],
+    scorer: str | None,
+    split: str,
+    as_json: bool,
+) -> None:
+    from dts_hf.generation.answers import AnswerSettings, said_of
+    from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
+
+    asked = AnswerDataOptions(
+        str(options.data),
+        out,
+        AnswerSettings(options.settings, **choice),
+        scorer=scorer,
+        split=split,
+        rows=options.rows,
+        template=options.template,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    manifest, there = write_answer_data(model, asked)
+    if is_main_process() and as_json:
+        print_json(manifest)
+    elif is_main_process():
+        show(f"{out}: {'there already: ' * there}{said_of(manifest['counts'])}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,22 @@ from dts_hf.models.packed_attention import cu_seqlens_mask
 NO_ROW = -1
 
 
+@dataclass
 class Collator:
-    """Base of our collators: they take of a row what they know, and return its ``row_id`` and the number of its teacher."""
+    """Base of our collators: they take of a row what they know, and return its ``row_id`` and the number of its teacher.
 
+    Args:
+        of_rows: gives what else a batch has of its rows, in their order, such as states out of a cache; None: nothing.
+    """
 
-def _numbers(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """What is one number a row, ``[rows]`` each."""
-    numbers = {"row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples])}
-    if TEACHER in examples[0]:
-        numbers[TEACHER] = torch.tensor([example["teacher_number"] for example in examples])
-    return numbers
+    of_rows: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = field(default=None, kw_only=True)
+
+    def more(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """What is one number a row, ``[rows]`` each, and what ``of_rows`` gives."""
+        found = {"row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples])}
+        if TEACHER in examples[0]:
+            found[TEACHER] = torch.tensor([example[TEACHER] for example in examples])
+        return found if self.of_rows is None else found | self.of_rows(examples)
 
 
 @dataclass
@@ -40,8 +47,8 @@ class PaddedCollator(Collator):
         pad_to_multiple_of: round the width up to a multiple of this.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64;
-        ``teacher_number`` [B] too, where rows have one of several.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; ``teacher_number`` [B] too, where
+        rows have one of several; and what ``of_rows`` gives.
     """
 
     pad_token_id: int
@@ -62,7 +69,7 @@ class PaddedCollator(Collator):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            **_numbers(examples),
+            **self.more(examples),
         }
 
 
@@ -81,7 +88,7 @@ class PackedCollator(Collator):
 
     Returns (of a call):
         ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
-        each row is -100: after the shift it would be predicted from the row before.
+        each row is -100: after the shift it would be predicted from the row before. And what ``of_rows`` gives.
     """
 
     cu_seqlens: bool = False
@@ -94,7 +101,7 @@ class PackedCollator(Collator):
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
-            **_numbers(examples),
+            **self.more(examples),
         }
         if self.cu_seqlens:
             batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])

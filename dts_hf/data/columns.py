@@ -32,6 +32,7 @@ FIELDS: dict[str, str] = {
     "tools": "the tools that may be called: a list of JSON schemas, or that list as JSON",
     "chat_template_kwargs": "further arguments of the chat template: a mapping",
     "reasoning_content": "what the assistant thinks before it responds",
+    "finish_reason": "why the response ends: 'length' where it was cut, so that no end of turn is learned behind it",
     "label": "refused where it may mark bad responses: true or false, 0 or 1",
     "images": "refused",
     "videos": "refused",

@@ -35,6 +35,8 @@ PAIRS = (
     ("problem", "solution"),
     ("prompt", "completion"),
 )
+#: What ``finish_reason`` says of a response that was cut at a limit, as servers (OpenAI, vLLM) write it.
+CUT = "length"
 #: The formats in order, with the fields that make them.
 FORMATS = {
     "messages": ("messages",),
@@ -71,14 +73,27 @@ def _row_of(record: Record, row_id: str) -> Row:
     for name in _by_precedence(record):
         if name == "pair":
             if pair := _pair(record):
-                return _with_reasoning(record, _answered(record, row_id, *pair))
+                return _completed(record, _answered(record, row_id, *pair))
         elif record.has(name):
             if name != "text":
-                return _with_reasoning(record, _conversation(record, row_id, name))
+                return _completed(record, _conversation(record, row_id, name))
             learned = text(record.get("text"), record.place("text"))
             _refuse_beside(record, _OF_CHATS, "a text is learned as it stands", "Write it into the text")
             return Row(row_id, "", "", (learned,), kind="text")
     raise _no_format(record)
+
+
+def response_field(obj: Mapping[str, Any]) -> str | None:
+    """The column of a row's response, None of a conversation; of a row that ``parse_row`` takes.
+
+    Args:
+        obj: the row as read.
+    """
+    record = Record(obj, None, "")
+    if record.has("messages") or record.has("conversations"):
+        return None
+    pair = _pair(record)
+    return None if pair is None else pair[1]
 
 
 def _by_precedence(record: Record) -> Iterable[str]:
@@ -177,6 +192,12 @@ def _template_arguments(record: Record) -> Mapping[str, Any] | None:
     place = record.place("chat_template_kwargs")
     given = mapping(value, place, "a mapping, such as {enable_thinking: false}")
     return plain(given, place, nulls=isinstance(value, str)) or None
+
+
+def _completed(record: Record, row: Row) -> Row:
+    """``row`` with what columns of their own say of its response."""
+    row = _with_reasoning(record, row)
+    return replace(row, cut=True) if record.get("finish_reason") == CUT else row
 
 
 def _with_reasoning(record: Record, row: Row) -> Row:

@@ -69,7 +69,7 @@ def _rows_sha256(rows: Iterable[Row]) -> str:
 
 def _content(row: Row) -> list[Any]:
     """What is learned of a row."""
-    further = (row.answer, row.given, row.tools, row.chat_template_kwargs)
+    further = (row.answer, row.given, row.tools, row.chat_template_kwargs, row.cut or None)
     return [
         row.id,
         row.instruction,

@@ -32,6 +32,7 @@ class Row:
         tools: descriptions (JSON schema) of the tools that the conversation may call.
         chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
         teacher: what the row says of its teacher, where ``data.teacher_column`` names a column.
+        cut: the last response stops where whoever wrote it was stopped, so no end of turn is learned behind it.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Row:
     tools: tuple[Mapping[str, Any], ...] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     teacher: Any = None
+    cut: bool = False
 
     @property
     def response(self) -> str:

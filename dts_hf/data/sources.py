@@ -18,6 +18,7 @@ from dts_hf.data.mixture import Mixture, Part, weighted
 from dts_hf.data.row_files import DATA_SUFFIXES, read_objects, row_file_stem
 from dts_hf.data.rows import Row
 from dts_hf.errors import UserError, nearest, not_readable
+from dts_hf.files import check_name
 from dts_hf.recipe.schema import Source
 
 MOST_FILES = 50_000  # that are looked at to find the row files of a folder
@@ -287,16 +288,33 @@ def _split_of(file: Path) -> str | None:
 
 def _records(source: str, split: str, columns: Columns | None, stems: Counter[str]) -> Iterator[tuple[Row, str]]:
     """(row, place) of one source; ``stems`` are the names that ids of rows without one began with before."""
+    for default_id, where, obj in source_objects(source, split, stems):
+        yield parse_row(obj, where, default_id, columns), where
+
+
+def source_objects(
+    source: str, split: str = "train", stems: Counter[str] | None = None
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield (default id, place, object) of every row of one source, unchecked, one row at a time.
+
+    Args:
+        source: as in ``load_rows``.
+        split: see there.
+        stems: the names that ids of rows without one began with before.
+
+    Raises:
+        UserError: nothing there, a file without rows, or one that cannot be read.
+    """
+    stems = Counter() if stems is None else stems
     files = source_files(source, split=split)
     if files is None:
-        for default_id, where, obj in hub_objects(source, split, stems):
-            yield parse_row(obj, where, default_id, columns), where
+        yield from hub_objects(source, split, stems)
     for file in files or ():
         empty = True
         stem = _own_stem(row_file_stem(file), stems)
         for number, where, obj in read_objects(file):
             empty = False
-            yield parse_row(obj, where, f"{stem}-{number}", columns), where
+            yield f"{stem}-{number}", where, obj
         if empty:
             raise UserError(f"{file}: the file holds no rows; expected rows {ROW_FORMAT}")
 
@@ -319,6 +337,7 @@ def hub_dataset(name: str, split: str) -> Any:
     """
     import datasets
 
+    check_name(Path(name), "data")
     path, _, configuration = name.partition(":")
     if path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{path}"):
         # `text` or `json` is no data set, but a reader that would take whatever lies in the current folder.

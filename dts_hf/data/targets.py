@@ -100,6 +100,15 @@ class TextCutter:
         Raises:
             UserError: the template cannot hold the row, or writes it so that no sound mask exists.
         """
+        texts = self._cut(row)
+        if not row.cut:
+            return texts
+        # Whoever wrote the response was stopped and had not ended: an end of turn here would teach to stop in mid-sentence
+        *before, last = texts.texts
+        end = self.end or str(self.tokenizer.eos_token)
+        return texts._replace(texts=[*before, last.removesuffix(end) if texts.ends else last], ends=True)
+
+    def _cut(self, row: Row) -> RowTexts:
         worded = self.template.words(row)
         said, end = self._spelt_end(row.response)
         if not worded:  # a text, or a finished prompt and its completion

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -198,6 +199,18 @@ class RowForm:
         learned[starts] = False  # nothing predicts the first token of a row
         return lengths, np.add.reduceat(learned, starts, dtype=np.int64)
 
+    def content(self, columns: Mapping[str, Flat], first: int) -> bytes:
+        """What is trained on of rows that ``check`` has passed, for a checksum: however they are padded and stored."""
+        ids, lengths = columns["input_ids"]
+        parts = [columns[column].values for column in COLUMNS if column in columns]
+        if not self.as_they_are:  # what the mask hides and positions that count are no difference
+            parts = [ids, columns["labels"].values]
+            mask = columns["attention_mask"].values if "attention_mask" in columns else None
+            if mask is not None and not (mask == 1).all():
+                lengths, shown = self._unmasked(mask, lengths, first)
+                parts = [part[shown] for part in parts]
+        return b"".join(np.asarray(part, np.int64).tobytes() for part in (lengths, *parts))
+
     def _unmasked(
         self, mask: NDArray[Any], lengths: NDArray[np.int64], first: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -246,6 +259,8 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
         lengths: tokens of each row, without padding.
         report: what became of the rows.
         teachers: the number of each row's teacher; None: there are not several.
+        digest: a checksum over all rows, without their padding; of rows for a collator of the user's, over tokens, labels,
+            mask and positions. None where a row is another one each time that it is read.
     """
 
     def __init__(self, rows: Any, form: RowForm, first_reading: Iterable[Any] | None = None) -> None:
@@ -263,12 +278,23 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
         else:
             blocks = _blocks(form, self._routed(rows_of(rows) if first_reading is None else first_reading))
         self.lengths: list[int] = []
-        targets = []
+        targets, xxh3 = [], xxhash.xxh3_64()
         for block in blocks:
             lengths, of_block = form.check(block, len(self.lengths))
+            xxh3.update(form.content(block, len(self.lengths)))
             self.lengths += lengths.tolist()
             targets.append(of_block)
         self.report = report_of(np.array(self.lengths), np.concatenate(targets or [np.zeros(0, np.int64)]), form.name)
+        self.digest = f"xxh3:{xxh3.hexdigest()}" if has_arrow_rows(rows) or self._stays() else None
+
+    def _stays(self) -> bool:
+        """Whether some of the rows are the same when they are read again."""
+        some = sorted({*range(0, len(self), max(len(self) // 4, 1)), len(self) - 1})
+        once, again = (
+            [self.form.content(self.form.columns([self.rows[index]], index), index) for index in some]
+            for _ in range(2)
+        )
+        return once == again
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.files import file_sha256, write_json_atomic
+from dts_hf.files import file_sha256, naming, write_json_atomic
 
 TRIES = 5
 PAUSE_SECONDS = 1.0
@@ -143,7 +143,8 @@ def _transfer(url: str, part: Path, advance: Callable[[int, int | None], None]) 
         with open(part, "ab" if continued else "wb") as file:
             received = start
             while piece := response.read(PIECE):
-                file.write(piece)
+                with naming(part):
+                    file.write(piece)
                 received += len(piece)
                 advance(received, total)
     # read(n) does not complain when the connection ends early.

@@ -24,7 +24,7 @@ from dts_hf.data_prep.same_question import identity, without
 from dts_hf.data_prep.upstream import UPSTREAM
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import KNOWN_SETS, MANIFEST, read_manifest
-from dts_hf.files import file_sha256, write_json_atomic
+from dts_hf.files import file_sha256, naming, write_json_atomic
 
 #: Splits whose rows give way to those of the held-out splits; ``valid`` (Dolly's) gives way to ``test`` too.
 GIVES_WAY = ("valid", "train")
@@ -226,7 +226,8 @@ class Job:
         aside = {split: folder / f".{split}.jsonl.{os.getpid()}.tmp" for split in texts}
         try:
             for split, path in aside.items():
-                path.write_bytes(texts[split])
+                with naming(path):
+                    path.write_bytes(texts[split])
             (folder / MANIFEST).unlink(missing_ok=True)
             for split, path in aside.items():
                 os.replace(path, folder / f"{split}.jsonl")

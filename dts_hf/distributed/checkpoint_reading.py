@@ -33,6 +33,13 @@ _OF_DEEPSPEED = {
 }
 #: How torch's unpickler and ours name what they refuse.
 _ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")
+#: Pickled weights as transformers and peft would read them, and what stands there instead.
+_WHOLE = ("model.safetensors", "model.safetensors.index.json")
+_SAFE = {
+    "pytorch_model.bin": _WHOLE,
+    "pytorch_model.bin.index.json": _WHOLE,
+    "adapter_model.bin": ("adapter_model.safetensors",),
+}
 _METADATA = "torch.distributed.checkpoint.metadata"
 #: What ``.metadata`` is made of, besides the types of tensors (``torch.float32``).
 _OF_METADATA = {
@@ -106,6 +113,25 @@ def data_only(checkpoint: str | Path) -> Iterator[None]:
         filesystem.pickle = unpickler  # type: ignore[attr-defined]
         del os.environ[_FORCED]
         os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+def refuse_pickled_weights(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint whose weights, or those of an adapter in it, are there as a pickle alone.
+
+    DeepSpeed and FSDP2 have files of their own, which ``data_only`` reads.
+
+    Args:
+        checkpoint: the folder that is read.
+
+    Raises:
+        UserError: names the file.
+    """
+    for pickled in sorted(Path(checkpoint).rglob("*")):
+        if (safe := _SAFE.get(pickled.name)) and not any((pickled.parent / name).is_file() for name in safe):
+            raise UserError(
+                f"{pickled}: weights as a pickle, which could run code; it was not read. dts_hf writes {safe[0]}: put that "
+                "file back from a copy, or resume from a checkpoint that dts_hf wrote, and that nobody else could change"
+            )
 
 
 def asks_for_code(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,15 @@ from dts_hf.errors import RunError, UserError
 Result = TypeVar("Result")
 #: How long a process whose collective has failed waits for the others to say the same, seconds.
 SECONDS_TO_ANSWER = 5.0
+
+
+def join_processes() -> torch.device:
+    """Join the processes of a launcher (``torchrun``, ``accelerate launch``), if there are any, and take a device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        return torch.device(PartialState(cpu=not torch.cuda.is_available()).device)  # type: ignore[arg-type]
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def process() -> tuple[int, int]:

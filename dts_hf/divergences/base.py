@@ -28,11 +28,14 @@ class Distribution(NamedTuple):
 
     Probabilities come out of the one exponential that the normaliser needs anyway: an ``exp`` over the vocabulary costs
     more than any other elementwise operation.
+
+    ``moves`` ``[C, V]`` is d u / d log b, b = 1 / T, where it is not u itself: a teacher of whom not every logit is known.
     """
 
     prob: Tensor
     logits: Tensor
     log_norm: Tensor
+    moves: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> Distribution:
@@ -46,7 +49,13 @@ class Distribution(NamedTuple):
 
         With z = T u: d u / d log T = -u and d log norm / d log T = -sum p u, so it is sum p u - u.
         """
-        return dot(self.prob, self.logits).unsqueeze(-1) - self.logits
+        moves = self.by_sharpness
+        return dot(self.prob, moves).unsqueeze(-1) - moves
+
+    @property
+    def by_sharpness(self) -> Tensor:
+        """The derivative d u / d log b, ``[C, V]``, b = 1 / T: of logits that are divided by T it is u itself."""
+        return self.logits if self.moves is None else self.moves
 
     def entropy(self) -> Tensor:
         """H = log norm - sum p u, ``[C]``, nats."""

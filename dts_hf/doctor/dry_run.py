@@ -11,11 +11,13 @@ from dts_hf.console import quiet
 from dts_hf.doctor.classification import ClassifierWalk
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.language_modeling import LanguageModelWalk
+from dts_hf.doctor.run import describe_init
 from dts_hf.doctor.several import names_of_each, rows_of_each, walk_of
 from dts_hf.doctor.walk import Walk
 from dts_hf.errors import UserError
 from dts_hf.recipe.effective import effective
-from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.schema import Init, Recipe
+from dts_hf.reporting.facts import format_count
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.environment import where_it_trains
 from dts_hf.runs.outline import outline
@@ -57,6 +59,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(plan, effective(recipe, walk.args).to_yaml())
 
 
+def _student(init: Init, walk: Walk) -> str:
+    """What the student will be, and how many weights it will have."""
+    weights = f"about {format_count(walk.shapes[0].parameters)} weights" if walk.shapes is not None else (
+        "how many weights is known once the file of the teacher is read (dts-hf doctor does so)"
+    )  # fmt: skip
+    rows = f"; it is chosen on {init.calibration_rows} training rows before training" if init.measures else ""
+    return f"{describe_init(init)}, {weights}{rows}"
+
+
 def memory_of(recipe: Recipe) -> tuple[float, float] | None:
     """(bytes that the run is estimated to need, bytes that are free); None where that is not known without loading."""
     checks = [
@@ -96,8 +107,10 @@ def _plan(recipe: Recipe, walk: Walk, diagnosis: Diagnosis) -> dict[str, str]:
     )
     kept = checkpoints_kept(args, steps)
     checkpoints = f"{kept} checkpoint{'s' if kept > 1 else ''}" if kept else "no checkpoint"
+    student = {} if recipe.student.init is None else {"student": _student(recipe.student.init, walk)}
     return {
         "parts": outline(recipe, args).removeprefix("plan: "),
+        **student,
         "device": where_it_trains(args).removeprefix("training on "),
         "rows": f"{len(rows.train):,} to train on, {len(rows.validation):,} held out{sets}",
         "tokens": diagnosis["data"].summary,

@@ -17,7 +17,7 @@ from torch import Tensor
 from dts_hf.doctor.diagnosis import Check, Skipped
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
-from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
+from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
 from dts_hf.temperature.constant import Constant
 
 #: The temperature is multiplied by this to see whether the gradient follows.
@@ -74,6 +74,10 @@ class Nudged(TemperaturePolicy):
     def __init__(self, policy: TemperaturePolicy) -> None:
         super().__init__()
         self.policy = policy
+
+    @property
+    def reads(self) -> Reads:  # type: ignore[override]
+        return self.policy.reads
 
     @property
     def kd_ratio(self) -> float | None:

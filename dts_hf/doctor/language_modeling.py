@@ -19,6 +19,7 @@ from dts_hf.doctor.diagnosis import Check, Skipped, need
 from dts_hf.doctor.effect import Sample
 from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
+from dts_hf.doctor.states import check_states, describe_cache, describe_server
 from dts_hf.doctor.walk import Walk
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.runs.memory import resident_bytes
@@ -83,9 +84,27 @@ class LanguageModelWalk(Walk):
         with self.diagnosis.check("memory") as check:
             if self.shapes is None:
                 student = ModelShape.from_model(need(self.student, "the student"))
-                self.shapes = (student, None if self.teacher is None else ModelShape.from_model(self.teacher))
+                teacher = self.teacher if self.recipe.keeps_teacher else None
+                self.shapes = (student, None if teacher is None else ModelShape.from_model(teacher))
             work = need(self.workload(), "tokenised rows")
             self.loads, self.trains = check_memory(check, self.diagnosis, self.recipe, self.shapes, work, self.devices)
+
+    def look_at_states(self) -> None:
+        """What a cache of the teacher's states would take, or what the recipe's is."""
+        section = self.recipe.teacher
+        if section is None:
+            return
+        with self.diagnosis.check("states") as check:
+            data, rows = need(self.data, "tokenised rows"), need(self.rows, "rows")
+            if section.cache is not None:
+                describe_cache(check, need(self.task.teacher_cache(), "a cache"))
+                return
+            if section.kind == "remote":
+                describe_server(check, need(self.task.remote_teacher, "a server"), data)
+                return
+            need(self.loads or None, "enough memory for the models")
+            share = (len(rows.train) + len(rows.validation)) / max(len(self.looked_at), 1)
+            check_states(check, LiveTeacher(need(self.teacher, "the teacher")), data, share)
 
     def look_at_loss(self) -> None:
         written = self.recipe.data.responses == "teacher"
@@ -106,6 +125,7 @@ class LanguageModelWalk(Walk):
             masks.check_labels(check, data, collator, ends)
             self.diagnosis.picture = masks.picture(data, collator, tokenizer, ends, self.kept)
         super().look_at_loss()
+        self.look_at_states()
 
     def answer(self, check: Check) -> None:
         """Sequence-level KD: the teacher answers some rows itself, which take the place of the data's."""

@@ -15,6 +15,7 @@ from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor.diagnosis import Check
 from dts_hf.doctor.effect import Sample
+from dts_hf.loss.compact_rows import joined
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.models.head import head_of, loss_in_head
@@ -23,7 +24,7 @@ from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
 from dts_hf.teachers.base import Teacher
 from dts_hf.training.distillation_base import DistillationBase
-from dts_hf.training.trainer import DistillationTrainer
+from dts_hf.training.trainer import NOT_FOR_MODELS, DistillationTrainer
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
 UNTRAINED = 0.95
@@ -116,14 +117,17 @@ def take_sample(
     """
     student: Any = trainer.model
     teacher = teacher or trainer.teacher
-    collator = PaddedCollator(int(trainer.processing_class.pad_token_id))  # type: ignore[union-attr]
+    pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
+    of_rows = getattr(trainer.data_collator, "of_rows", None) if teacher is trainer.teacher else None
+    collator = PaddedCollator(int(pad), of_rows=of_rows)
     ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
-    parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     for first, batch, labels in batches(
         trainer, collator, data, ordered, min(8, trainer.args.per_device_train_batch_size)
     ):
         with loss_in_head(student, lambda states, head: states):  # states in the place of logits
-            states = student(**batch, use_cache=False).logits
+            seen = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+            states = student(**seen, use_cache=False).logits
         chosen, targets = select_response(states, labels)
         numbers = sequence_numbers(labels) + first
         parts.append((chosen.float(), teacher.states(batch, labels), targets, numbers))
@@ -134,7 +138,7 @@ def take_sample(
     head = replace(head, weight=head.weight.detach().float(), bias=bias)
     taught: tuple[Any, Any] = (None, None)
     if teacher_head is not None:
-        taught = (torch.cat(teachers), teacher_head.cut(trainer.vocab_size))
+        taught = (joined(teachers), teacher_head.cut(trainer.vocab_size))
     return Sample(torch.cat(students), head, *taught, torch.cat(all_targets), torch.cat(sequences))
 
 
@@ -196,8 +200,8 @@ def check_teacher(check: Check, eval_loss: DistillationLoss, sample: Sample, cla
             "student-worse-than-guessing",
             f"the student needs {ce:.2f} nats per label, and guessing evenly among {classes:,} ids costs {guess:.2f}: "
             + ("without the layers that were left out it knows nothing" if cut else "it knows nothing of these rows"),
-            "student.init.layers: keep more layers, or others (a list: some models bear it better to lose their last layers "
-            "than every second one), or train on many more tokens: it starts from less than nothing"
+            "student.init: choose: search (evenly spaced layers are the worst start), or keep more layers, or train on many "
+            "more tokens: it starts from less than nothing"
             if cut
             else "Are its weights trained, and the prompt template the one it knows? From random weights: train much longer",
         )

@@ -19,7 +19,7 @@ from dts_hf.doctor.language_modeling import LanguageModelWalk
 from dts_hf.doctor.several import examine_several
 from dts_hf.errors import UserError
 from dts_hf.recipe.loading import load_recipe
-from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.schema import Init, Recipe
 from dts_hf.temperature import build_temperature
 
 
@@ -61,6 +61,23 @@ def diagnose(
     return diagnosis
 
 
+def describe_init(init: Init) -> str:
+    """What ``student.init`` asks for, in a few words."""
+    parts = []
+    if init.layers is not None:
+        parts.append(f"{init.layers if isinstance(init.layers, int) else len(init.layers)} of its layers")
+    if init.mlp is not None:
+        parts.append(f"MLPs of {init.mlp:,} channels")
+    if init.hidden is not None:
+        parts.append(f"states of {init.hidden:,} channels")
+    if init.parameters is not None:
+        parts.append(f"at most {init.parameters:,} weights")
+    if init.measures:
+        parts.append(f"chosen on its rows ({init.choose})")
+    kind = {"teacher": "", "config": "random weights in its shape: "}.get(init.from_, f"of {init.from_[-45:]}: ")
+    return kind + (", ".join(parts) or "all layers")
+
+
 def describe_recipe(recipe: Recipe) -> str:
     """Teacher, student and loss in one line."""
 
@@ -70,7 +87,7 @@ def describe_recipe(recipe: Recipe) -> str:
 
     student, init = short(recipe.student.model), recipe.student.init
     if init is not None:
-        student = f"{init.layers if isinstance(init.layers, int) else len(init.layers)} of its layers"
+        student = describe_init(init)
     task = "" if recipe.task is None else f"{recipe.task.name}/{recipe.task.subset}: "
     if not recipe.all_teachers:
         return f"{task}{student}, from labels alone"

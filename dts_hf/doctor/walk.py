@@ -30,6 +30,7 @@ from dts_hf.doctor.tokens import check_tokenizers, spaced
 from dts_hf.errors import UserError
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.quantization import check_quantization
+from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
@@ -155,7 +156,7 @@ class Walk(ABC):
         """Teacher, then student, which may be cut out of it."""
         seed = 42 if self.args is None else self.args.seed
         set_seed(seed)
-        if self.recipe.teacher is not None:
+        if self.recipe.teacher is not None and self.recipe.loads_teacher:
             with self.diagnosis.check("teacher") as check:
                 need(self.loads or None, "enough memory for the models")
                 teacher = need(self.task.load_teacher(), "a teacher")
@@ -170,10 +171,17 @@ class Walk(ABC):
                     check.error("head", str(error))
         with self.diagnosis.check("student") as check:
             need(self.loads or None, "enough memory for the models")
-            if self.recipe.student.init is not None:
+            init, device = self.recipe.student.init, "cpu" if self.args is None else self.args.device
+            if init is not None and init.source is None:
                 need(self.teacher, "the teacher that it is cut from")
-            student = self.task.load_student(self.teacher, seed)
+            if init is not None and init.measures:
+                need(self.data, "tokenised rows, on which its layers are chosen")
+            made = StudentInit(init, self.data, device)
+            student = self.task.load_student(self.teacher, seed, made)
             describe_weights(check, "student", student)
+            if chosen := made.summary():
+                check.summary += f"; {chosen}"
+                check.values["init"] = made.values
             self.student = student
             if self.args is not None:
                 check_step_size(check, student, self.args.learning_rate)
@@ -182,7 +190,11 @@ class Walk(ABC):
         """Teacher and student on the same rows, and what the loss makes of the two."""
         with self.diagnosis.check("cross-entropy") as check:
             self.compare(check)
-        if self.recipe.teacher is not None and self.recipe.teacher.quantization != "none":
+        if (
+            self.recipe.teacher is not None
+            and self.recipe.teacher.quantization != "none"
+            and self.recipe.keeps_teacher
+        ):
             with self.diagnosis.check("quantization") as check:
                 self.compare_with_full(check, self.recipe.teacher)
         with self.diagnosis.check("effect") as check:
@@ -276,7 +288,7 @@ class Walk(ABC):
         """What the teacher does beside the loss; None: nothing."""
         if self.recipe.data.responses == "teacher":
             return "the teacher writes the answers, and they are learned like labels"
-        if self.recipe.student.init is not None:
+        if self.recipe.student.init is not None and self.recipe.student.init.from_ == "teacher":
             return "the teacher gives the student its first weights, and no more"
         return None
 

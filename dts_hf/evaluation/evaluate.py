@@ -6,7 +6,6 @@ stopped (``output_folder.py``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from dts_hf.console import say
 from dts_hf.data.held_out_split import split_off
 from dts_hf.data.rows import Row
 from dts_hf.data.sources import load_many, load_mixture, load_rows
-from dts_hf.distributed.processes import process
+from dts_hf.distributed.processes import join_processes, process
 from dts_hf.errors import UserError
 from dts_hf.evaluation.fingerprint import describe_protocol, files_digest, model_digest, rows_digest
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, load_sets
@@ -67,7 +66,7 @@ def evaluate(model: str, options: EvaluationOptions | None = None) -> dict[str, 
     protocol = choose_protocol(subject, options)
     rows = _load_rows(model, recipe, options)
     dtype = options.dtype or subject.dtype or "float32"
-    device = _join_processes()
+    device = join_processes()
     tokenizer = load_tokenizer(location, key="model")
     asked = with_template(protocol, subject, options, tokenizer)
     protocol = asked.protocol
@@ -184,15 +183,6 @@ def _set_name(data: str) -> str:
     """What rows given by path are called: ``rows.jsonl`` and ``rows/*.jsonl`` are both ``rows``."""
     plain = [part.split(".")[0] for part in Path(data).parts if not set(part) & set("*?[")]
     return next(filter(None, reversed(plain)), "data")
-
-
-def _join_processes() -> torch.device:
-    """Join the processes of a launcher (``torchrun``, ``accelerate launch``), if there are any, and take a device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        return torch.device(PartialState(cpu=not torch.cuda.is_available()).device)  # type: ignore[arg-type]
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load_answerer(location: str, dtype: str, backend: str, device: torch.device) -> _Answerer:

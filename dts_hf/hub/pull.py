@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dts_hf.console import say
 from dts_hf.errors import RunError, UserError
-from dts_hf.files import read_json
+from dts_hf.files import naming, read_json
 from dts_hf.hub.faults import explained, patiently, status_of
 from dts_hf.hub.staging import CARD, METRICS, PROTOCOL, has_weights, is_allowed
 from dts_hf.reporting.facts import format_count
@@ -34,21 +34,54 @@ def pull(repository: str, target: Path, *, revision: str | None = None, token: s
             no earlier try of the same download has left.
         RunError: the Hub or the network failed.
     """
+
+    def wanted(offered: list[str]) -> list[str]:
+        names = [name for name in offered if is_allowed(name)]
+        check_offer(repository, offered, names)
+        return names
+
+    download(repository, target, "model", wanted, revision=revision, token=token)
+    return target
+
+
+def download(
+    repository: str,
+    target: Path,
+    kind: str,
+    wanted: Callable[[list[str]], list[str]],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> None:
+    """Download some files of a repository into a folder; a download that broke off goes on where it was.
+
+    Args:
+        repository: its name on the Hub.
+        target: as for ``pull``.
+        kind: ``model`` or ``dataset``.
+        wanted: chooses among the names of its files, or refuses them.
+        revision: branch, tag or commit; None: the main branch.
+        token: None: the one of ``hf auth login`` or of ``HF_TOKEN``.
+
+    Raises:
+        UserError: see ``pull``.
+        RunError: the Hub or the network failed.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import HFValidationError
 
     check_free(target, repository)
     api = HfApi(library_name="dts-hf", token=token)
     try:
-        found = patiently(lambda: api.model_info(repository, revision=revision), repository)
+        found: Any = patiently(lambda: api.repo_info(repository, revision=revision, repo_type=kind), repository)
         offered = [file.rfilename for file in found.siblings or []]
-        names = [name for name in offered if is_allowed(name)]
-        check_offer(repository, offered, names)
+        names = wanted(offered)
         target.mkdir(parents=True, exist_ok=True)
-        (target / UNFINISHED).write_text(repository, encoding="utf-8")
+        with naming(target / UNFINISHED):
+            (target / UNFINISHED).write_text(repository, encoding="utf-8")
         patiently(
             lambda: snapshot_download(
-                repository, revision=found.sha, local_dir=target, allow_patterns=names, token=token
+                repository, repo_type=kind, revision=found.sha, local_dir=target, allow_patterns=names, token=token
             ),
             repository,
         )
@@ -57,13 +90,12 @@ def pull(repository: str, target: Path, *, revision: str | None = None, token: s
     except HFValidationError as error:
         raise UserError(f"{repository}: is no name of a repository: {error}") from None
     except Exception as error:
-        kind = UserError if status_of(error) in (401, 403, 404) else RunError
-        raise kind(f"{repository}: download failed: {explained(error)}") from error
+        raised = UserError if status_of(error) in (401, 403, 404) else RunError
+        raise raised(f"{repository}: download failed: {explained(error)}") from error
     _clean_up(target)
     left = sorted(set(offered) - set(names) - {".gitattributes"})
     if left:
         say(f"{repository}: left there: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}")
-    return target
 
 
 def check_free(target: Path, repository: str) -> None:

@@ -259,16 +259,23 @@ def full_name(to: Destination) -> str:
     return f"{who['name']}/{to.repository}"
 
 
-def create_repository(to: Destination) -> str:
-    """Make the repository, private unless asked otherwise, or find it as it is; say which, and return its full name."""
+def create_repository(to: Destination, kind: str = "model") -> str:
+    """Make the repository, private unless asked otherwise, or find it as it is; say which, and return its full name.
+
+    Args:
+        to: with its name.
+        kind: ``model`` or ``dataset``.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dts-hf", token=to.token)
-    made = patiently(lambda: api.create_repo(to.repository, private=to.private, exist_ok=True), to.repository)
+    made = patiently(
+        lambda: api.create_repo(to.repository, private=to.private, exist_ok=True, repo_type=kind), to.repository
+    )
     name = str(made.repo_id)
     if to.revision is not None:
-        patiently(lambda: api.create_branch(name, branch=str(to.revision), exist_ok=True), name)
-    found = patiently(lambda: api.model_info(name), name)
+        patiently(lambda: api.create_branch(name, branch=str(to.revision), exist_ok=True, repo_type=kind), name)
+    found = patiently(lambda: api.repo_info(name, repo_type=kind), name)
     if found.private is False and to.private:
         say(f"{name}: this repository was there already, and it is PUBLIC")
     else:

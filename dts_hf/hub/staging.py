@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dts_hf.console import gb, secrets_in
 from dts_hf.errors import UserError
-from dts_hf.files import jsonable
+from dts_hf.files import jsonable, naming
 from dts_hf.recipe.yaml_files import dump_values
 from dts_hf.reporting import model_card
 from dts_hf.reporting.facts import MODELS, publishable, short_name, without_folders
@@ -138,9 +138,9 @@ def stage(
     for figure in figures:
         if is_allowed(name := f"figures/{figure.name}"):
             _place(figure.parent, figure.name, target / name)
-    (target / CARD).write_text(card, encoding="utf-8")
+    _write_text(target / CARD, card)
     if recipe is not None:
-        (target / RECIPE).write_text(public_recipe(recipe), encoding="utf-8")
+        _write_text(target / RECIPE, public_recipe(recipe))
     if metrics:
         _write_json(target / METRICS, publishable(_public_metrics(metrics)))
     check_no_secret(target)
@@ -303,4 +303,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with naming(path):
+        path.write_text(text, encoding="utf-8")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dts_hf.data.row_files import read_objects
+from dts_hf.data.asked import asked_row, unique_ids
 from dts_hf.data.rows import Row
-from dts_hf.data.sources import load_rows
+from dts_hf.data.sources import source_objects
 from dts_hf.errors import UserError
 from dts_hf.evaluation.references import references_of
 from dts_hf.evaluation.subject import find_subject
 from dts_hf.files import check_output, write_jsonl_atomic
 from dts_hf.generation.engine import GenerationSettings
 from dts_hf.inference.speakers import load_speaker, template_of
-
-#: Columns that hold a question or an answer: a row with the first alone has no reference.
-ASKED = ("instruction", "prompt", "question", "messages")
-ANSWERED = ("output", "response", "completion", "answer", "references")
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class GenerateOptions:
 
     Args:
         prompts: texts, each a message of the user.
-        data: rows in any form that training takes; those of a JSON lines file may lack the answer.
+        data: rows in any form that training takes; they may lack the answer.
         output: where the answers go, one JSON object a line; None: they are returned alone.
         max_new_tokens: longest answer, in tokens.
         temperature: of sampling; 0: the most likely token each time.
@@ -64,6 +59,26 @@ class GenerateOptions:
             temperature=self.temperature or 1.0,
             seed=self.seed,
         )
+
+
+def check_options(options: GenerateOptions, out: Path | None, of_rows: Mapping[str, object]) -> None:
+    """Refuse options that do not belong together.
+
+    Args:
+        options: of the command.
+        out: its ``--out``.
+        of_rows: by name, those that only rows to train on have; what is not given is false.
+
+    Raises:
+        UserError: they do not.
+    """
+    given = [f"--{name}" for name, value in of_rows.items() if value]
+    if out is None and given:
+        raise UserError(f"{given[0]}: is for rows to train on; expected --data and --out FILE.jsonl with it")
+    if out is not None and options.output is not None:
+        raise UserError("--out, --output: expected one of them: rows to train on, or answers for dts-hf score")
+    if out is not None and (options.prompts or options.data is None):
+        raise UserError("--out: expected rows to answer: --data FILE, and no --prompt")
 
 
 def generate_answers(model: str, options: GenerateOptions) -> list[dict[str, Any]]:
@@ -125,37 +140,5 @@ def _asked(options: GenerateOptions) -> Iterator[tuple[Row, bool]]:
         yield Row(f"prompt-{number}", text, "", ("",)), False
     if options.data is None:
         return
-    path = Path(options.data)
-    if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file() and (rows := _without_answers(path)):
-        yield from ((row, False) for row in rows)
-        return
-    for row in load_rows(options.data):
-        if row.kind == "text":
-            raise UserError(
-                f"--data: {options.data}: row '{row.id}' is a text, which asks nothing: expected rows with a prompt"
-            )
-        yield row, True
-
-
-def _without_answers(path: Path) -> list[Row]:
-    """The rows of a file whose first row has a question and no answer; none where it is another file."""
-    rows: list[Row] = []
-    for number, where, found in read_objects(path):
-        given = found if isinstance(found, Mapping) else {}
-        messages: Any = given.get("messages")
-        key = next((name for name in ASKED if given.get(name)), None)
-        ends_asking = isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "user"
-        if key is None or any(given.get(name) for name in ANSWERED) or (key == "messages" and not ends_asking):
-            if not rows:
-                return []
-            raise UserError(
-                f"{where}: got {json.dumps(found)[:80]}, expected a prompt without an answer, as in line 1"
-            )
-        name = str(given.get("id") or f"{path.name.split('.')[0]}-{number}")
-        if key == "messages":
-            rows.append(Row(name, str(messages[-1]["content"]), "", ("",), messages=tuple(messages)))
-        elif isinstance(given[key], str):
-            rows.append(Row(name, given[key], str(given.get("input") or ""), ("",)))
-        else:
-            raise UserError(f"{where}: {key}: expected a text")
-    return rows
+    objects = source_objects(options.data)
+    yield from unique_ids((asked_row(obj, where, row_id) for row_id, where, obj in objects), options.data)

@@ -16,6 +16,7 @@ from dts_hf.errors import UserError
 from dts_hf.evaluation.subject import Subject
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
 from dts_hf.generation.shares import decode_answer
+from dts_hf.models.checks import positions_of
 from dts_hf.models.loading import load_model, load_tokenizer
 
 #: A prompt of this many tokens and no more, where the model names no limit of its own.
@@ -51,20 +52,28 @@ class Speaker:
         Raises:
             UserError: a prompt leaves no room for its answer.
         """
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT
-        limit = positions - max_new_tokens
-        if limit < 1:
-            raise UserError(
-                f"--max-new-tokens: {max_new_tokens} of the {positions} positions of {self.label} are too many"
-            )
+        limit = self.longest_prompt(max_new_tokens)
         prompts = encode_prompts(list(rows), self.tokenizer, self.template, limit)
         for row, prompt in zip(rows, prompts, strict=True):
             if prompt is None:
                 raise UserError(
-                    f"row '{row.id}': its prompt leaves no room for {max_new_tokens} new tokens in the {positions} "
-                    f"positions of {self.label}"
+                    f"row '{row.id}': its prompt leaves no room for {max_new_tokens} new tokens in the "
+                    f"{limit + max_new_tokens} positions of {self.label}"
                 )
         return [prompt.ids for prompt in prompts if prompt is not None]
+
+    def longest_prompt(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have beside an answer of ``max_new_tokens``.
+
+        Raises:
+            UserError: none.
+        """
+        positions = positions_of(self.model) or LONGEST_PROMPT
+        if positions <= max_new_tokens:
+            raise UserError(
+                f"--max-new-tokens: {max_new_tokens} of the {positions} positions of {self.label} are too many"
+            )
+        return positions - max_new_tokens
 
     def answer(
         self,
@@ -103,7 +112,14 @@ class Speaker:
 
 
 def load_speaker(
-    label: str, path: str, *, template: str | Template, key: str, dtype: str = "float32", tokenizer: str | None = None
+    label: str,
+    path: str,
+    *,
+    template: str | Template,
+    key: str,
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+    device: torch.device | None = None,
 ) -> Speaker:
     """Load a model to answer with, on the GPU where there is one.
 
@@ -114,6 +130,7 @@ def load_speaker(
         key: what the user calls this choice, for messages.
         dtype: of the weights.
         tokenizer: where its tokenizer is; None: where the model is.
+        device: where it answers; None: on the GPU where there is one.
 
     Raises:
         UserError: it cannot be loaded, or knows no such template.
@@ -123,5 +140,5 @@ def load_speaker(
         words = load_tokenizer(tokenizer or path, key=key)
         model: Any = load_model(path, key=key, dtype=dtype)
     found = template if isinstance(template, Template) else resolve_template(template, words, "--template")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Speaker(label, model.to(device).eval(), words, found)
+    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Speaker(label, model.to(place).eval(), words, found)

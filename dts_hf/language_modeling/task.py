@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,15 +25,22 @@ from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
 from dts_hf.evaluation.student_file import student_facts
+from dts_hf.generation.answers import said_of
 from dts_hf.generation.engine import cache_argument
 from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_several, load_student, load_teacher
 from dts_hf.models.saving import Carried
+from dts_hf.models.student_init import StudentInit
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.recipe import check_same_model, open_cache
+from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -91,7 +99,28 @@ class LanguageModeling(Task[DistillationTrainer]):
         return TextCutter(tokenizer, self.template(tokenizer), self.train_on)
 
     def load_teacher(self) -> PreTrainedModel | None:
-        return None if self.recipe.teacher is None else load_teacher(self.recipe.teacher)
+        teacher = self.recipe.teacher
+        return None if teacher is None or not self.recipe.loads_teacher else load_teacher(teacher)
+
+    def teacher_cache(self) -> StateCache | None:
+        teacher = self.recipe.teacher
+        return None if teacher is None or teacher.cache is None else open_cache(teacher)
+
+    @functools.cached_property
+    def remote_teacher(self) -> RemoteTeacher | None:
+        """The teacher behind the recipe's address, met and tested; None where it is of another kind.
+
+        Raises:
+            UserError: see ``RemoteTeacher``.
+        """
+        teacher = self.recipe.teacher
+        if teacher is None or teacher.kind != "remote":
+            return None
+        return RemoteTeacher(str(teacher.url), token_env=teacher.token_env)
+
+    def teacher_record(self) -> dict[str, Any] | None:
+        remote = self.remote_teacher
+        return super().teacher_record() if remote is None else remote.record()
 
     def load_several(self) -> dict[str, PreTrainedModel]:
         return load_several(self.recipe) if self.recipe.teachers else {}
@@ -99,8 +128,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
 
-    def load_student(self, teacher: PreTrainedModel | None, seed: int) -> nn.Module:
-        return load_student(self.recipe.student, teacher)
+    def load_student(self, teacher: PreTrainedModel | None, seed: int, made: StudentInit | None = None) -> nn.Module:
+        return load_student(self.recipe.student, teacher, seed, made)
 
     def check_context_length(
         self, models: Sequence[nn.Module], tokenizer: PreTrainedTokenizerBase, rows: Rows
@@ -144,10 +173,18 @@ class LanguageModeling(Task[DistillationTrainer]):
         count = len(rows.train)
         train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
         if not train:
-            raise UserError("data.responses: teacher, but the teacher answered none of the training prompts")
+            raise UserError(
+                f"data.responses: teacher, but the teacher answered none of the training prompts ({self._said(record)})"
+            )
         return dataclasses.replace(
             rows, train=train, validation=validation, answers=record, unanswered=list(answered).count(None)
         )
+
+    def _said(self, record: Mapping[str, Any]) -> str:
+        """What became of the answers, in words: of one teacher, or of each of several."""
+        if not self.recipe.teachers:
+            return said_of(record["counts"])
+        return "; ".join(f"{name}: {said_of(of_one['counts'])}" for name, of_one in record.items())
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
         recipe = self.recipe
@@ -159,13 +196,13 @@ class LanguageModeling(Task[DistillationTrainer]):
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
             vocab_alignment=next((one.vocab_alignment for one in recipe.all_teachers.values()), "strict"),
-            **(self.trainer_options(models, data) | self._of_several(models)),
+            **(self.trainer_options(models, data) | self._of_teachers(models)),
         )
 
-    def _of_several(self, models: Models) -> dict[str, Any]:
-        """What the trainer takes where there are several teachers."""
+    def _of_teachers(self, models: Models) -> dict[str, Any]:
+        """What the trainer asks: the teacher, or each of several and how the rows are shared out."""
         if not self.recipe.teachers:
-            return {}
+            return {"teacher": self.teacher_of(models)}
         data = self.recipe.data
         weights = {name: section.weight for name, section in self.recipe.teachers.items()}
         return {
@@ -176,6 +213,20 @@ class LanguageModeling(Task[DistillationTrainer]):
             "default_teacher": data.default_teacher,
             "temperature_per_teacher": self.recipe.loss.temperature_per_teacher,
         }
+
+    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | None:
+        """What the trainer asks: the model, what has been cached of it, or the server that has it.
+
+        Raises:
+            UserError: the cache is of another teacher.
+        """
+        cache = self.teacher_cache()
+        if cache is None:
+            return self.remote_teacher or models.teacher
+        live = models.teacher if self.recipe.keeps_teacher else None
+        if live is not None:
+            check_same_model(cache, live, self.recipe.required_teacher)
+        return CachedTeacher(cache, None if live is None else LiveTeacher(live))
 
     def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:
         template = self.template(tokenizer)
@@ -222,6 +273,8 @@ class LanguageModeling(Task[DistillationTrainer]):
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
+        if rows.answers is not None:
+            yield f"data.responses: teacher: {self._said(rows.answers)}"
         if is_mixed(rows.train_parts):
             yield f"data.train: {summary(rows.train_parts)}"
         yield f"train: {_report(data.train).summary()}"

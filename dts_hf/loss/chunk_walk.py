@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dts_hf.loss import statistics as stats
+from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.loss.plain_rows import PlainRows
-from dts_hf.loss.row_loss import LossSettings, RowLoss, room_for_logits
+from dts_hf.loss.row_loss import LossSettings, RowLoss, TeacherLogits, room_for_logits
 from dts_hf.loss.sequence_gap import sequence_means, whole_sequences
 from dts_hf.models.head import Head
 
@@ -57,7 +58,8 @@ class ChunkWalk:
         settings: of the loss.
         states: ``[N, H_s]``, the student's; N may be 0.
         head: the student's, weight ``[V, H_s]``.
-        teacher_states: ``[N, H_t]``; None: no teacher, and the student's logits stand for the teacher's (r must be 0).
+        teacher_states: ``[N, H_t]``, or N compact rows, whose logits need no matmul; None: no teacher, and the student's
+            logits stand for the teacher's (r must be 0).
         teacher_head: weight ``[V, H_t]``.
         targets: ``[N]`` int64.
         sequences: ``[N]`` int64, never falling; for policies with ``needs_sequence_gap``.
@@ -71,7 +73,7 @@ class ChunkWalk:
         *,
         states: Tensor,
         head: Head,
-        teacher_states: Tensor | None,
+        teacher_states: Tensor | CompactRows | None,
         teacher_head: Head,
         targets: Tensor,
         sequences: Tensor | None,
@@ -98,7 +100,7 @@ class ChunkWalk:
         equal = settings.fused and self.sequences is None
         self.chunk = equal_chunks(rows, self.chunk) if equal else min(self.chunk, max(rows, 1))
         # All chunks write into these: taken anew for each chunk, the last and the next one would be there together
-        dtypes = [student_dtype] if teacher_states is None else [student_dtype, teacher_dtype]
+        dtypes = [student_dtype, teacher_dtype] if isinstance(teacher_states, Tensor) else [student_dtype]
         apart = settings.fused and student_dtype != self.matmul_dtype  # g is for a matmul, which takes no fp32 logits
         dtypes += [self.matmul_dtype] if apart else []
         buffers = [
@@ -170,7 +172,7 @@ class ChunkWalk:
         for start in range(0, rows, self.chunk):
             yield [slice(start, min(start + self.chunk, rows))]
 
-    def _logits(self, span: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits(self, span: slice) -> tuple[Tensor, TeacherLogits, Tensor]:
         """Step 2: raw logits ``[C, V]`` of student and teacher, and the student's states ``[C, H]`` as the matmul read them.
 
         They stand in the shared buffers, so the next call overwrites them.
@@ -179,12 +181,14 @@ class ChunkWalk:
         student = _raw_logits(hidden, self.weight, self.head.bias, self.buffers[0])
         if self.teacher_states is None:
             return student, student, hidden
+        if isinstance(self.teacher_states, CompactRows):
+            return student, self.teacher_states[span].to(self.math_dtype), hidden
         teacher_weight = self.teacher_head.weight.detach()
         teacher_hidden = self.teacher_states[span].to(teacher_weight.dtype)
         teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, self.buffers[1])
         return student, teacher, hidden
 
-    def _gaps(self, span: slice, student: Tensor, teacher: Tensor, whole_gap: Tensor | None) -> Tensor | None:
+    def _gaps(self, span: slice, student: Tensor, teacher: TeacherLogits, whole_gap: Tensor | None) -> Tensor | None:
         """The gap ``[C]`` of each row's sequence, from raw logits ``[C, V]``; None for policies that do not need it."""
         if self.sequences is None:
             return None

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from dts_hf.divergences import Divergence, build_divergence
 from dts_hf.errors import UserError, is_out_of_memory, nearest
 from dts_hf.loss.chunk_walk import ChunkWalk, matmul_dtype_of, rows_in_budget
+from dts_hf.loss.compact_rows import CompactRows
+from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.road import (
     PLAIN_BUDGET_MB,
     Kernels,
@@ -110,7 +112,7 @@ class DistillationLoss(nn.Module):
         self,
         student_states: Tensor,
         student_head: Head,
-        teacher_states: Tensor | None,
+        teacher_states: Tensor | CompactRows | None,
         teacher_head: Head | None,
         targets: Tensor,
         normalizer: float | Tensor,
@@ -124,9 +126,10 @@ class DistillationLoss(nn.Module):
         Args:
             student_states: ``[N, H_s]``, only rows that carry a label; N may be 0.
             student_head: weight ``[V, H_s]``, whole on this process.
-            teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them. None, with ``kd_ratio`` 0: the
-                cross-entropy alone, one matmul less; the teacher's statistics are then the student's own.
-            teacher_head: weight ``[V, H_t]``; None without a teacher.
+            teacher_states: ``[N, H_t]``, the same rows; no gradient flows into them. Or N compact rows, what a teacher has
+                kept of its logits. None, with ``kd_ratio`` 0: the cross-entropy alone, one matmul less; the teacher's
+                statistics are then the student's own.
+            teacher_head: weight ``[V, H_t]``, of compact rows ``[V, 0]``; None without a teacher.
             targets: ``[N]`` int64, all in [0, V).
             normalizer: labels of the whole optimizer step divided by the number of ranks (docs/architecture.md, section 3).
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
@@ -138,7 +141,7 @@ class DistillationLoss(nn.Module):
 
         Raises:
             ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
-            UserError: there is no teacher to distil.
+            UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
         policy = self.temperature.of_teacher(teacher)
         ratio = policy.kd_ratio
@@ -153,7 +156,10 @@ class DistillationLoss(nn.Module):
             with_grad and leaf is not None and leaf.requires_grad for leaf in leaves
         )
 
-        settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device)
+        compact = isinstance(teacher_states, CompactRows)
+        if compact:
+            check_served(policy, self.divergence)
+        settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device, compact)
 
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(
@@ -185,7 +191,13 @@ class DistillationLoss(nn.Module):
                 torch.cuda.empty_cache()
 
     def _settings(
-        self, policy: TemperaturePolicy, kd_ratio: float, student: Head, teacher: Head, device: torch.device
+        self,
+        policy: TemperaturePolicy,
+        kd_ratio: float,
+        student: Head,
+        teacher: Head,
+        device: torch.device,
+        compact: bool,
     ) -> LossSettings:
         """What the walk is told; chooses between kernels and PyTorch, and the budget where nobody did.
 
@@ -200,14 +212,16 @@ class DistillationLoss(nn.Module):
             self.logits_budget_mb or PLAIN_BUDGET_MB,
             fp32_logits=self.logits_dtype == "float32",
         )
-        settings = replace(settings, fused=self._is_fused(settings, student, teacher, device))
+        settings = replace(settings, fused=self._is_fused(settings, student, teacher, device, compact))
         if self.logits_budget_mb is None:
             self.logits_budget_mb = default_budget_mb(settings.fused, free_bytes(device))
         if self._chooses_budget and not settings.fused:  # one that kernels chose before, here or in a checkpoint
             self.logits_budget_mb = min(self.logits_budget_mb, PLAIN_BUDGET_MB)
         return replace(settings, logits_budget_mb=self.logits_budget_mb)
 
-    def _is_fused(self, settings: LossSettings, student: Head, teacher: Head, device: torch.device) -> bool:
+    def _is_fused(
+        self, settings: LossSettings, student: Head, teacher: Head, device: torch.device, compact: bool
+    ) -> bool:
         if self.kernels == "torch" or (self.kernels == "auto" and device.type != "cuda"):
             return False  # not to be missed on a CPU; the interpreter, which tests have, is no road to train on
         of_matmul = matmul_dtype_of(student, device)
@@ -215,6 +229,8 @@ class DistillationLoss(nn.Module):
         if settings.fp32_logits and torch.float64 not in dtypes:
             dtypes = torch.float32, torch.float32
         reason = why_not_fused(settings, device, student.vocab_size, set(dtypes))
+        if compact:
+            reason = "the teacher's cache is compact, and the logits of its tail move with the temperature"
         missing = reason is not None
         if reason is None and device.type == "cuda":  # the interpreter is there to be tested, not to be trusted
             reason = why_not_trusted(settings, device, student, teacher, (*dtypes, of_matmul))
@@ -232,7 +248,7 @@ class DistillationLoss(nn.Module):
         self,
         student_states: Tensor,
         student_head: Head,
-        teacher_states: Tensor | None,
+        teacher_states: Tensor | CompactRows | None,
         teacher_head: Head,
         targets: Tensor,
         sequences: Tensor | None,
@@ -242,6 +258,10 @@ class DistillationLoss(nn.Module):
         counts = {name: len(rows) for name, rows in parts.items() if rows is not None}
         if len(set(counts.values())) > 1:
             raise ValueError("rows differ: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        if isinstance(teacher_states, CompactRows) and teacher_states.vocab_size != student_head.vocab_size:
+            raise ValueError(
+                f"vocabularies differ: student {student_head.vocab_size}, compact rows {teacher_states.vocab_size}"
+            )
         if student_head.vocab_size != teacher_head.vocab_size:
             raise ValueError(
                 f"vocabularies differ: student {student_head.vocab_size}, teacher {teacher_head.vocab_size}; "

@@ -29,7 +29,7 @@ from dts_hf.divergences.todi import ToDi
 from dts_hf.divergences.tvd import TVD
 from dts_hf.loss import kernels
 from dts_hf.loss import statistics as stats
-from dts_hf.loss.row_loss import RowLoss, as_rows
+from dts_hf.loss.row_loss import RowLoss, TeacherLogits, as_rows
 from dts_hf.temperature.base import RowStats, Temperatures
 from dts_hf.temperature.parts.logit_statistics import LogitSummary
 
@@ -181,11 +181,16 @@ class FusedRows(RowLoss):
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def run(
-        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None, grad: Tensor
+        self,
+        raw_student: Tensor,
+        raw_teacher: TeacherLogits,
+        targets: Tensor,
+        sequence_gap: Tensor | None,
+        grad: Tensor,
     ) -> None:
         # Triton launches on the device in force, which need not be that of the tensors: a model may be on any card
         with torch.cuda.device_of(raw_student):
-            self._run(_Chunk(raw_student, raw_teacher, targets), sequence_gap, grad)
+            self._run(_Chunk(raw_student, cast(Tensor, raw_teacher), targets), sequence_gap, grad)
 
     def _run(self, chunk: _Chunk, sequence_gap: Tensor | None, grad: Tensor) -> None:
         rows, answer = len(chunk.targets), None
@@ -203,9 +208,10 @@ class FusedRows(RowLoss):
         if self.with_grad:
             self._gradient(chunk, one, answer, terms, along, grad)
 
-    def gaps(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> Tensor:
+    def gaps(self, raw_student: Tensor, raw_teacher: TeacherLogits, targets: Tensor) -> Tensor:
+        chunk = _Chunk(raw_student, cast(Tensor, raw_teacher), targets)
         with torch.cuda.device_of(raw_student):  # as in ``run``
-            one = self._launch_statistics(_Chunk(raw_student, raw_teacher, targets), None, None, moments=False)[0]
+            one = self._launch_statistics(chunk, None, None, moments=False)[0]
         return one.ce_s - one.ce_t
 
     # ----------------------------------------------------------------------------------------------------- statistics

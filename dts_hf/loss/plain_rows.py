@@ -7,14 +7,15 @@ Shapes: ``C`` rows of a chunk (on a CPU: of a block of it), ``V`` vocabulary; ``
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from dts_hf.divergences import Distribution, Distributions, dot
 from dts_hf.loss import statistics as stats
-from dts_hf.loss.row_loss import RowLoss, as_rows
+from dts_hf.loss.compact_rows import CompactRows
+from dts_hf.loss.row_loss import RowLoss, TeacherLogits, as_rows
 from dts_hf.loss.sequence_gap import row_gaps
 from dts_hf.temperature.base import RowStats, Temperatures
 
@@ -31,6 +32,7 @@ class _Block(NamedTuple):
     rows: RowStats  # [C] each
     student_entropy: Tensor  # [C] at T = 1
     teacher_entropy: Tensor  # [C]
+    compact: CompactRows | None  # where not every logit of the teacher is known: then z_t is at T = 1 alone
 
 
 class _SoftLoss(NamedTuple):
@@ -52,21 +54,30 @@ class PlainRows(RowLoss):
     """
 
     def run(
-        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None, grad: Tensor
+        self,
+        raw_student: Tensor,
+        raw_teacher: TeacherLogits,
+        targets: Tensor,
+        sequence_gap: Tensor | None,
+        grad: Tensor,
     ) -> None:
         for part in self._blocks(raw_student):
             gap = None if sequence_gap is None else sequence_gap[part]
             self._block(raw_student[part], raw_teacher[part], targets[part], gap, grad[part])
 
-    def gaps(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> Tensor:
+    def gaps(self, raw_student: Tensor, raw_teacher: TeacherLogits, targets: Tensor) -> Tensor:
         return torch.cat(
             [
-                row_gaps(
-                    self.head.activate(raw_student[part]), self.teacher_head.activate(raw_teacher[part]), targets[part]
-                )
+                row_gaps(self.head.activate(raw_student[part]), self._logits_at_one(raw_teacher[part]), targets[part])
                 for part in self._blocks(raw_student)
             ]
         )
+
+    def _logits_at_one(self, raw_teacher: TeacherLogits) -> Tensor:
+        """The teacher's logits ``[C, V]`` at T = 1."""
+        if isinstance(raw_teacher, CompactRows):
+            return raw_teacher.at(1.0).logits
+        return self.teacher_head.activate(raw_teacher)
 
     def _blocks(self, raw: Tensor) -> Iterator[slice]:
         """The blocks of a chunk of logits ``[C, V]``: what fits into a CPU's cache, elsewhere all of it."""
@@ -78,7 +89,7 @@ class PlainRows(RowLoss):
             yield slice(first, min(first + size, rows))
 
     def _block(
-        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, gap: Tensor | None, grad: Tensor
+        self, raw_student: Tensor, raw_teacher: TeacherLogits, targets: Tensor, gap: Tensor | None, grad: Tensor
     ) -> None:
         """One block: raw logits ``[C, V]``, ``targets`` ``[C]``, the gap ``[C]`` of each row's sequence.
 
@@ -94,13 +105,14 @@ class PlainRows(RowLoss):
     # -------------------------------------------------------------------------------------------------- 1: statistics
 
     def _statistics(
-        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None
+        self, raw_student: Tensor, raw_teacher: TeacherLogits, targets: Tensor, sequence_gap: Tensor | None
     ) -> _Block:
         """What does not depend on a temperature, from raw logits ``[C, V]``, ``targets`` and gaps ``[C]``.
 
         These numbers are at T = 1 whatever the policy does, so that runs of different policies can be compared by them.
         """
-        z_s, z_t = self.head.activate(raw_student), self.teacher_head.activate(raw_teacher)  # [C, V]
+        compact = raw_teacher if isinstance(raw_teacher, CompactRows) else None
+        z_s, z_t = self.head.activate(raw_student), self._logits_at_one(raw_teacher)  # [C, V]
         picked = targets.unsqueeze(-1)  # [C, 1]
         top_s, top_t = z_s.max(-1, keepdim=True), z_t.amax(-1, keepdim=True)  # [C, 1]
         # The row maximum is taken off once: no exp can overflow, and it is still 0 after a division by any T > 0
@@ -110,7 +122,8 @@ class PlainRows(RowLoss):
         lse_t = (top_t + at_one.p.log_norm).squeeze(-1)  # [C]
         student_ce = lse_s - z_s.gather(-1, picked).squeeze(-1)  # [C]
         teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)  # [C]
-        student_entropy, teacher_entropy = at_one.q.entropy(), at_one.p.entropy()  # [C]
+        student_entropy = at_one.q.entropy()  # [C]
+        teacher_entropy = at_one.p.entropy() if compact is None else compact.entropy(1.0)
 
         self.add(stats.CE, student_ce)
         self.add(stats.TEACHER_CE, teacher_ce)
@@ -120,7 +133,7 @@ class PlainRows(RowLoss):
         self.add(stats.STUDENT_ENTROPY, student_entropy)
         self.add(stats.TEACHER_ENTROPY, teacher_entropy)
         rows = RowStats(student_ce, teacher_ce, lse_s, lse_t, sequence_gap)
-        return _Block(z_s, z_t, at_one, rows, student_entropy, teacher_entropy)
+        return _Block(z_s, z_t, at_one, rows, student_entropy, teacher_entropy, compact)
 
     # ------------------------------------------------------------------------------------------------- 2: temperature
 
@@ -134,26 +147,34 @@ class PlainRows(RowLoss):
         Raises:
             ValueError: the answer breaks the contract of what the policy declares.
         """
-        temperatures = self.settings.temperature(block.z_s, block.z_t, block.rows)
+        compact = block.compact
+        seen = block.z_t if compact is None else compact.summary()
+        temperatures = cast(Temperatures, self.settings.temperature(block.z_s, seen, block.rows))
         self.check(temperatures, len(block.z_s))
-        at_t = self._tempered(temperatures, block.at_one)
+        at_t = self._tempered(temperatures, block)
 
         # An entropy costs a pass over [C, V]: where T = 1 left the logits as they are, it is the one of step 1
         same_q, same_p = at_t.q.logits is block.at_one.q.logits, at_t.p.logits is block.at_one.p.logits
         self.add(stats.STUDENT_ENTROPY_AT_T, block.student_entropy if same_q else at_t.q.entropy())
-        self.add(stats.TEACHER_ENTROPY_AT_T, block.teacher_entropy if same_p else at_t.p.entropy())
+        if compact is not None:
+            self.add(stats.TEACHER_ENTROPY_AT_T, compact.entropy(temperatures.teacher))
+        else:
+            self.add(stats.TEACHER_ENTROPY_AT_T, block.teacher_entropy if same_p else at_t.p.entropy())
         self.log(temperatures, block.rows.student_ce)
         return temperatures, at_t
 
-    def _tempered(self, temperatures: Temperatures, at_one: Distributions) -> Distributions:
+    def _tempered(self, temperatures: Temperatures, block: _Block) -> Distributions:
         """Bring p and q ``[C, V]`` to their temperature; shares what T = 1 leaves as it is."""
+        at_one = block.at_one
         t_s, t_t, share = temperatures.student, temperatures.teacher, temperatures.teacher_share
         if _is_one(t_s):
             # No second softmax. But a divergence may overwrite q.prob, and the gradient of the cross-entropy still needs it
             q = at_one.q._replace(prob=at_one.q.prob.clone()) if self.with_grad else at_one.q
         else:
             q = Distribution.of(at_one.q.logits / t_s)
-        if share is not None:
+        if block.compact is not None:
+            p = block.compact.at(t_t, moving=self.settings.temperature.learns)
+        elif share is not None:
             # An intermediate teacher between the student as it is (held constant) and the teacher; its maximum is not 0
             mixed = torch.lerp(at_one.q.logits, at_one.p.logits, share.to(self.math_dtype))
             p = Distribution.of((mixed - mixed.amax(-1, keepdim=True)).div_(t_t))
@@ -173,11 +194,12 @@ class PlainRows(RowLoss):
         policy, divergence = self.settings.temperature, self.settings.divergence
         t_s = temperatures.student  # [] or [C, 1]
         # First, because at_t.q is at_one.q itself where T_s = 1 and no gradient is needed
-        companions = self._companions(block.at_one)  # [C, V]
+        companions = self._companions(block)  # [C, V]
         scale = self.scale_of(temperatures)  # [] or [C, 1]
         if policy.learns:
-            # d D / d log T [C] by way of p, and of what D holds constant: d u / d log T = -u on both sides
-            slope = divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.logits)
+            # d D / d log T [C] by way of p, and of what D holds constant: d u / d log T = -u, the tail of a compact teacher
+            # aside
+            slope = divergence.held_slope(at_t) - dot(divergence.teacher_grad(at_t), at_t.p.by_sharpness)
         value, grad = divergence.value_and_grad(at_t)  # [C], [C, V]; q.prob is used up from here on
         self.add(stats.KD, value * as_rows(scale))
         if policy.learns:
@@ -187,17 +209,16 @@ class PlainRows(RowLoss):
             self.sums[stats.TEMPERATURE_GRAD] += by_temperature.sum()
         return _SoftLoss(grad, scale, companions)
 
-    def _companions(self, at_one: Distributions) -> Tensor | None:
+    def _companions(self, block: _Block) -> Tensor | None:
         """The policy's further terms weight T^2 D at fixed temperatures: adds their values to ``kd``.
 
         Returns:
             the sum of their gradients ``[C, V]`` with respect to z_s; None: there are none.
         """
-        total = None
+        total, at_one, compact = None, block.at_one, block.compact
         for temperature, factor in self.companions():
-            at_t = at_one._replace(
-                p=Distribution.of(at_one.p.logits / temperature), q=Distribution.of(at_one.q.logits / temperature)
-            )
+            p = Distribution.of(at_one.p.logits / temperature) if compact is None else compact.at(temperature)
+            at_t = at_one._replace(p=p, q=Distribution.of(at_one.q.logits / temperature))
             value, grad = self.settings.divergence.value_and_grad(at_t)
             self.add(stats.KD, value * factor)
             grad.mul_(factor / temperature)  # by u = z_s / T -> by z_s

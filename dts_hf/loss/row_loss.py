@@ -17,9 +17,12 @@ from torch import Tensor
 
 from dts_hf.divergences import Divergence
 from dts_hf.loss import statistics as stats
+from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures
 
+#: Raw logits ``[C, V]`` as the matmul gave them, or what a compact teacher kept of its own.
+TeacherLogits = Tensor | CompactRows
 #: Kernels read 16 bytes at once where every row of logits begins at a multiple of so many entries: V of GPT-2 is odd.
 _PITCH = 64
 
@@ -82,13 +85,18 @@ class RowLoss:
             self.sums[stats.TEMPERATURE_GRAD] = torch.zeros((), dtype=math_dtype, device=device)
 
     def run(
-        self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor, sequence_gap: Tensor | None, grad: Tensor
+        self,
+        raw_student: Tensor,
+        raw_teacher: TeacherLogits,
+        targets: Tensor,
+        sequence_gap: Tensor | None,
+        grad: Tensor,
     ) -> None:
         """Add the rows of one chunk to ``sums``, and write the gradient of (1 - r) CE + r kd.
 
         Args:
             raw_student: ``[C, V]`` logits as the matmul gave them; may be overwritten.
-            raw_teacher: ``[C, V]``; ``raw_student`` itself without a teacher.
+            raw_teacher: ``[C, V]`` or C compact rows; ``raw_student`` itself without a teacher.
             targets: ``[C]`` int64.
             sequence_gap: ``[C]`` the gap of each row's sequence, for policies that need it.
             grad: ``[C, V]`` for the gradient with respect to ``raw_student``, which it may be itself. Untouched where no
@@ -96,7 +104,7 @@ class RowLoss:
         """
         raise NotImplementedError
 
-    def gaps(self, raw_student: Tensor, raw_teacher: Tensor, targets: Tensor) -> Tensor:
+    def gaps(self, raw_student: Tensor, raw_teacher: TeacherLogits, targets: Tensor) -> Tensor:
         """Student CE - teacher CE at T = 1 of each row, ``[C]``, from raw logits ``[C, V]``, which stay as they are."""
         raise NotImplementedError
 

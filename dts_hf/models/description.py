@@ -29,6 +29,8 @@ from dts_hf.files import digest, jsonable, text_digest
 
 #: What the Trainer itself sets in a model's configuration: from the tokenizer, for the time of training, as it is saved.
 SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "architectures", "dtype")
+#: What our own generation reads of a model's generation config: where answers end, and an empty prompt begins.
+READ_TO_ANSWER = ("bos_token_id", "eos_token_id")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: transformers imports the Python code that comes with a model under this name.
 REMOTE_CODE = "transformers_modules"
@@ -42,7 +44,9 @@ def versions() -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------- models
 
 
-def describe_model(model: nn.Module, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def describe_model(
+    model: nn.Module, name: str | None = None, revision: str | None = None, generation: Iterable[str] | None = None
+) -> dict[str, Any]:
     """A model that has just been loaded; the values are JSON's.
 
     Args:
@@ -50,13 +54,17 @@ def describe_model(model: nn.Module, name: str | None = None, revision: str | No
         name: of the folder or on the Hub; None: it was cut out of another one. A quantised model's weights are those of its
             files: packed, they may differ in their last bits from one card to another.
         revision: branch, tag or commit on the Hub.
+        generation: the settings of its generation config that act; None: all, as of a student that is saved with them.
 
     Returns:
-        ``config``, ``generation_config``, ``adapter``, ``commit`` (on the Hub), ``code`` (digest of what came with it) and
+        ``config``, ``generation``, ``adapter``, ``commit`` (on the Hub), ``code`` (digest of what came with it) and
         digests of weights: ``weights``; of a model with an adapter ``frozen_weights``; of a quantised one
         ``unpacked_weights`` and ``files``.
     """
-    values = {**_settings(model), "generation_config": _configuration(getattr(model, "generation_config", None))}
+    settings = _configuration(getattr(model, "generation_config", None))
+    if generation is not None:
+        settings = {key: settings.get(key) for key in generation}
+    values = {**_settings(model), "generation": settings}
     values["commit"] = commit_of(name, revision)
     if _is_quantized(model):
         values["files"] = _files_digest(name) or values["commit"]
@@ -95,6 +103,13 @@ def commit_of(name: str | None, revision: str | None) -> str | None:
         return None
     found = re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if isinstance(path, str) else None
     return found[1] if found else None
+
+
+def knows_weights(described: Mapping[str, Any]) -> bool:
+    """Whether a record of ``describe_model`` tells other weights from these: then the folder that they lie in may be any."""
+    if "files" in described:  # quantised: what is left unpacked is not all
+        return described["files"] is not None
+    return "weights" in described or "frozen_weights" in described
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -21,8 +21,8 @@ from dts_hf.models.checks import check_finite
 from dts_hf.models.compilation import restore_layers
 from dts_hf.models.gguf_files import PACKAGE_PREFIX, find_gguf, load_gguf_tokenizer
 from dts_hf.models.head import check_head
-from dts_hf.models.pruning import prune_layers
 from dts_hf.models.quantization import check_quantized, quantized_options
+from dts_hf.models.student_init import StudentInit
 
 if TYPE_CHECKING:
     from dts_hf.recipe.schema import Recipe, Student, Teacher
@@ -92,16 +92,19 @@ def load_tokenizer(
 def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one.
 
-    Of several teachers each has its own (``tokenizers_of_several``), and the student's stands for both here.
+    Of several teachers each has its own (``tokenizers_of_several``), and the student's stands for both here. A teacher whose
+    model is not loaded needs no tokenizer: the student's was compared with it when its states were cached.
 
     Raises:
         UserError: see ``load_tokenizer``.
     """
     teacher = student = None
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and recipe.loads_teacher:
         teacher = _teacher_tokenizer("teacher", recipe.teacher)
-    if recipe.student.model is not None:
-        student = load_tokenizer(recipe.student.model, key="student.model", **_from_hub(recipe.student))
+    init = recipe.student.init
+    own, key = (recipe.student.model, "student.model") if init is None else (init.source, "student.init.from")
+    if own is not None:
+        student = load_tokenizer(own, key=key, **_from_hub(recipe.student))
     return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
 
 
@@ -269,14 +272,28 @@ def load_several(recipe: Recipe) -> dict[str, PreTrainedModel]:
     return models
 
 
-def load_student(student: Student, teacher: PreTrainedModel | None) -> nn.Module:
-    """The student: loaded, or pruned from the teacher; with LoRA adapters where the recipe asks for them.
+def load_student(
+    student: Student, teacher: PreTrainedModel | None, seed: int = 0, made: StudentInit | None = None
+) -> nn.Module:
+    """The student: loaded, or cut out of another model; with LoRA adapters where the recipe asks for them.
+
+    Args:
+        student: the section of the recipe.
+        teacher: full; None: there is none.
+        seed: of random weights.
+        made: knows the rows that decide what is kept, or what was decided; None: no row decides anything.
 
     Raises:
-        UserError: it cannot be loaded or pruned, or its logits are not what ``Head`` can represent.
+        UserError: it cannot be loaded or cut, or its logits are not what ``Head`` can represent.
     """
-    if student.init is not None and teacher is not None:
-        model: nn.Module = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
+    init = student.init
+    if init is not None:
+        source = teacher
+        if init.source is not None:
+            source = load_model(init.source, key="student.init.from", dtype=student.dtype, **_from_hub(student))
+        assert source is not None  # the recipe was refused otherwise
+        cut = (made or StudentInit(init, None)).student(source, seed)
+        model: nn.Module = cut.to(getattr(torch, student.dtype))
     else:
         model = load_model(str(student.model), key="student.model", dtype=student.dtype, **_from_hub(student))
     check_head(model, role="student")

@@ -61,11 +61,9 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
         UserError: too many, none, out of range, repeated or unordered; or the configuration cannot say that they are of
             the kinds that they are, and then the nearest choice that it can say is named.
     """
-    classifies = type(teacher).__name__.endswith("ForSequenceClassification")
-    auto_class: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    text_config = teacher.config.get_text_config()
+    classifies, text_config = _classifies(teacher), teacher.config.get_text_config()
     wraps = text_config is not teacher.config
-    build: Build = auto_class.from_config if wraps else type(teacher)._from_config
+    build = build_of(teacher)
     config = pruned_config(teacher.config, layers, build)
     if wraps and classifies:
         for key in ("id2label", "label2id", "problem_type"):
@@ -73,24 +71,63 @@ def prune_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTr
     elif wraps:
         embeddings, output = teacher.get_input_embeddings(), teacher.get_output_embeddings()
         config.tie_word_embeddings = output is not None and output.weight is embeddings.weight
+    student = empty_like(teacher, config, build)
+    fill(
+        student, _state_for(student, teacher, kept_layers(layers, _depth(text_config)), wraps), type(teacher).__name__
+    )
+    return student
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def build_of(model: PreTrainedModel) -> Build:
+    """What makes a model of the kind of ``model`` from a configuration; of one that wraps a language model, that alone."""
+    auto_class: Any = AutoModelForSequenceClassification if _classifies(model) else AutoModelForCausalLM
+    wraps = model.config.get_text_config() is not model.config
+    build: Build = auto_class.from_config if wraps else type(model)._from_config
+    return build
+
+
+def empty_like(model: PreTrainedModel, config: Any, build: Build) -> PreTrainedModel:
+    """A new model of ``config``, with random weights, of the dtype, device and mode of ``model``.
+
+    Args:
+        model: it is taken after.
+        config: of the new one.
+        build: makes it.
+    """
     with unsharded_init():
-        student: PreTrainedModel = build(config, dtype=next(teacher.parameters()).dtype)
-    state = _state_for(student, teacher, kept_layers(layers, _depth(text_config)), wraps)
-    shapes = {name: weight.shape for name, weight in student.state_dict().items()}
-    for name in sorted(shapes.keys() | state.keys()):
-        ours, theirs = shapes.get(name), state[name].shape if name in state else None
+        made: PreTrainedModel = build(config, dtype=next(model.parameters()).dtype)
+    if not _classifies(model):
+        made.generation_config = copy.deepcopy(model.generation_config)
+    made.config.name_or_path = ""
+    made.train(model.training)  # a model built from its configuration would drop out
+    made.to(next(model.parameters()).device)  # type: ignore[arg-type]
+    return made
+
+
+def fill(student: PreTrainedModel, state: dict[str, torch.Tensor], name: str) -> None:
+    """Give ``student`` the weights ``state``, all of them and no others.
+
+    Args:
+        student: takes them.
+        state: by name.
+        name: of the model that they come from.
+
+    Raises:
+        UserError: a weight is missing, or of another shape.
+    """
+    shapes = {key: weight.shape for key, weight in student.state_dict().items()}
+    for key in sorted(shapes.keys() | state.keys()):
+        ours, theirs = shapes.get(key), state[key].shape if key in state else None
         if ours != theirs:
             raise UserError(
-                f"student.init: {type(teacher).__name__} cannot be pruned: {name} is {_describe_shape(theirs)} in the "
+                f"student.init: {name} cannot be pruned: {key} is {_describe_shape(theirs)} in the "
                 f"teacher and {_describe_shape(ours)} in the student. Give student.model instead"
             )
     student.load_state_dict(state, strict=True)
-    if not classifies:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    student.config.name_or_path = ""
-    student.train(teacher.training)  # a model built from its configuration would drop out
-    student.to(next(teacher.parameters()).device)  # type: ignore[arg-type]
-    return student
 
 
 def _describe_shape(shape: torch.Size | None) -> str:
@@ -110,7 +147,7 @@ def _state_for(
         ends = {name: weight for name, weight in state.items() if name in student.state_dict()}
         inside = {prefix + name[len(outer) :]: weight for name, weight in state.items() if name.startswith(outer)}
         state = {**ends, **inside}
-    stacks = [prefix + name for name in _stacks(language_model, _depth(teacher.config.get_text_config()))]
+    stacks = [prefix + name for name in find_stacks(language_model, _depth(teacher.config.get_text_config()))]
     renumbered = {f"{stack}.{old}.": f"{stack}.{new}." for stack in stacks for new, old in enumerate(kept)}
     result = {}
     for name, weight in state.items():
@@ -138,7 +175,7 @@ def _depth(text_config: Any) -> int:
     return int(depth)
 
 
-def _stacks(model: nn.Module, depth: int) -> list[str]:
+def find_stacks(model: nn.Module, depth: int) -> list[str]:
     """Names of the lists of ``depth`` layers in ``model``, but not of lists inside a layer."""
     found = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
@@ -213,6 +250,25 @@ def pruned_config(config: Any, layers: int | Sequence[int], build: Build = AutoM
     return pruned
 
 
+def fitting(config: Any, build: Build) -> Callable[[Sequence[int]], list[int] | None]:
+    """What makes of some layers those nearest to them that the configuration can describe; None: there are none.
+
+    Args:
+        config: of a language model, or of a model that wraps one.
+        build: as ``pruned_config`` takes it.
+    """
+    text_config = config.get_text_config()
+    before = _kinds(build, text_config)
+
+    def fit(kept: Sequence[int]) -> list[int] | None:
+        for choice in (list(kept), _nearest_choice(before, kept)):
+            if not _moved(build, text_config, before, choice)[1]:
+                return choice
+        return None
+
+    return fit
+
+
 def _moved(build: Build, config: Any, before: Sequence[Kind], kept: Sequence[int]) -> tuple[Any, str]:
     """The configuration for the layers ``kept`` alone, and in words why it will not do; empty where it will."""
     name = type(config).__name__.removesuffix("Config")
@@ -285,7 +341,7 @@ def _kinds(build: Build, config: Any) -> list[Kind]:
         model = build(copy.deepcopy(config))
     depth = int(config.num_hidden_layers)
     modules = dict(model.named_modules())
-    kinds: list[Kind] = [{} for _ in range(depth)] if (stacks := _stacks(model, depth)) else []
+    kinds: list[Kind] = [{} for _ in range(depth)] if (stacks := find_stacks(model, depth)) else []
     for stack in stacks:
         for kind, layer in zip(kinds, modules[stack], strict=True):
             for name, module in layer.named_modules():

@@ -44,11 +44,25 @@ def align_vocabularies(
     Raises:
         UserError: an unknown mode; the tokenizers differ, or the widths do in ``strict`` mode.
     """
-    if mode not in MODES:
-        raise UserError(
-            f"vocab_alignment: got {mode!r}, expected one of {', '.join(MODES)}.{nearest(str(mode), MODES)}"
-        )
+    shared = check_tokenizers(student_tokenizer, teacher_tokenizer, mode)
     widths = (head_of(student).vocab_size, head_of(teacher).vocab_size)
+    return plan_for(widths, student_tokenizer, len(teacher_tokenizer), shared, mode)
+
+
+def check_tokenizers(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, mode: str
+) -> int:
+    """How many leading ids mean the same in both, where they are enough for ``mode``.
+
+    Args:
+        student_tokenizer: of the student.
+        teacher_tokenizer: of the teacher.
+        mode: as in ``align_vocabularies``.
+
+    Raises:
+        UserError: an unknown mode, or the tokenizers differ.
+    """
+    _check_mode(mode)
     tokens = (len(student_tokenizer), len(teacher_tokenizer))
     shared = shared_prefix(student_tokenizer, teacher_tokenizer)
     if shared < max(tokens) and (mode != "intersect" or shared < min(tokens)):
@@ -61,11 +75,30 @@ def align_vocabularies(
             f"{ours!r} for the student and {theirs!r} for the teacher. dts_hf compares distributions id by id: choose a "
             "student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
         )
+    return shared
+
+
+def plan_for(
+    widths: tuple[int, int], tokenizer: PreTrainedTokenizerBase, teacher_tokens: int, shared: int, mode: str
+) -> VocabularyPlan:
+    """Over which ids two heads are compared.
+
+    Args:
+        widths: rows of the student's head and of the teacher's.
+        tokenizer: the student's; where ``mode`` is strict the teacher's is the same.
+        teacher_tokens: length of the teacher's tokenizer.
+        shared: as ``check_tokenizers`` gives it.
+        mode: as in ``align_vocabularies``.
+
+    Raises:
+        UserError: an unknown mode, or the widths differ in ``strict`` mode.
+    """
+    _check_mode(mode)
+    tokens = (len(tokenizer), teacher_tokens)
     if mode == "strict":
         if widths[0] != widths[1]:
             if min(widths) < max(tokens):
-                longer = student_tokenizer if tokens[0] == max(tokens) else teacher_tokenizer
-                raise _added_tokens(longer, min(widths), "student" if widths[0] < widths[1] else "teacher")
+                raise _added_tokens(tokenizer, min(widths), "student" if widths[0] < widths[1] else "teacher")
             raise UserError(
                 f"teacher.vocab_alignment: strict, but the student's head has {widths[0]:,} rows and the teacher's "
                 f"{widths[1]:,}. The tokenizer is the same ({tokens[0]:,} entries), so the rest is padding: "
@@ -80,6 +113,13 @@ def align_vocabularies(
     if note:
         logger.warning(note)
     return VocabularyPlan(size, note)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise UserError(
+            f"vocab_alignment: got {mode!r}, expected one of {', '.join(MODES)}.{nearest(str(mode), MODES)}"
+        )
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, known: int, role: str) -> UserError:

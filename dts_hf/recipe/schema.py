@@ -46,6 +46,8 @@ CountFromZero = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(whole)]
 MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
+#: What a variable is called whose value ``console.masked`` hides.
+TOKEN_VARIABLE = r"[A-Z][A-Z0-9_]*_(TOKEN|KEY|SECRET|PASSWORD)"
 #: The package that quantises a teacher's weights in each way.
 QUANTIZED_BY = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "fp8": "torchao", "int8": "torchao"}
 
@@ -81,13 +83,94 @@ class NamedOptions(Section):
         return dict(self.model_extra or {})
 
 
-class Init(Section):
-    """A student that is cut out of the teacher."""
+MOST_WEIGHTS = 10**15  # of a model
+WEIGHTS = r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([kKMBG])"
 
-    from_: Literal["teacher"] = Field(alias="from", description="Where the weights come from.")
-    layers: Count | Annotated[list[CountFromZero], Field(min_length=1)] = Field(
-        description="How many of the teacher's layers to keep, evenly spaced, or their indices (the first is 0)."
+
+def _number_of_weights(value: Any) -> Any:
+    """``60M`` as a number; anything else as it is."""
+    found = re.fullmatch(WEIGHTS, value) if isinstance(value, str) else None
+    if found is None:
+        return whole(value)
+    return round(float(found[1]) * {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[found[2]])
+
+
+class Init(Section):
+    """A student that is cut out of the teacher or another model, or made new in the shape of one that is."""
+
+    from_: str = Field(
+        alias="from",
+        min_length=1,
+        description="Where the weights come from: 'teacher'; Hub name or folder of another model; 'config': random weights, "
+        "in the shape of the teacher.",
     )
+    layers: Count | Annotated[list[CountFromZero], Field(min_length=1)] | None = Field(
+        default=None,
+        description="How many of the layers to keep, or their indices (the first is 0). Null: all, or what 'parameters' "
+        "leaves.",
+    )
+    choose: Literal["even", "block_influence", "middle_block", "search"] = Field(
+        default="even",
+        description="Which layers, where 'layers' is a number: evenly spaced; those that change their states most; all but "
+        "one contiguous block; or the best of all that a search finds. All but 'even' are measured on training rows.",
+    )
+    mlp: Count | None = Field(
+        default=None, description="Channels that each MLP keeps: those that say most. Null: all."
+    )
+    hidden: Count | None = Field(
+        default=None,
+        description="Channels of the states that are kept: those that say most (LLaMA, Mistral, Qwen2, Qwen3). Null: all.",
+    )
+    parameters: Annotated[int, Field(ge=1, le=MOST_WEIGHTS), BeforeValidator(_number_of_weights)] | None = Field(
+        default=None,
+        description="At most so many weights, such as 60M: decides what of 'layers' and 'mlp' is not given. With choose: "
+        "search both are searched for, else the number of layers alone.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MOST_WEIGHTS},
+                {"type": "string", "pattern": f"^{WEIGHTS}$"},
+                {"type": "null"},
+            ]
+        },
+    )
+    calibration_rows: Count = Field(
+        default=24, description="Training rows on which layers and channels are weighed up; fewer where they are long."
+    )
+
+    @property
+    def source(self) -> str | None:
+        """Hub name or folder of the model that the student is cut out of; None: it is the teacher's."""
+        return None if self.from_ in ("teacher", "config") else self.from_
+
+    @property
+    def measures(self) -> bool:
+        """Whether rows decide what is kept."""
+        wide = self.mlp or self.hidden or (self.parameters and isinstance(self.layers, (int, list)))
+        return self.from_ != "config" and bool(self.choose != "even" or wide)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Init:
+        if self.source is not None and "/" not in self.from_ and (meant := nearest(self.from_, ("teacher", "config"))):
+            raise ValueError(
+                f"from: got '{self.from_}', expected teacher, config, a folder (./NAME) or a Hub name.{meant}"
+            )
+        sizes = (self.layers, self.mlp, self.hidden, self.parameters)
+        if self.from_ != "config" and all(size is None for size in sizes):
+            raise ValueError(
+                "give at least one of layers, mlp, hidden and parameters, or the student is the model itself"
+            )
+        if self.parameters is not None and self.layers is not None and self.mlp is not None:
+            raise ValueError("got layers, mlp and parameters, which leaves nothing to decide: leave one of them out")
+        if self.choose != "even":
+            if isinstance(self.layers, list):
+                raise ValueError(f"choose is '{self.choose}', but layers is a list: expected how many to choose")
+            if self.layers is None and self.parameters is None:
+                raise ValueError(f"choose is '{self.choose}', but neither layers nor parameters says how many")
+            if self.from_ == "config":
+                raise ValueError(
+                    f"choose is '{self.choose}', but random weights tell no layer from another: leave it out"
+                )
+        return self
 
 
 class Lora(Section):
@@ -110,7 +193,7 @@ class Student(Section):
     model: str | None = Field(default=None, description="Hub name or folder. Give either model or init.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     init: Init | None = Field(
-        default=None, description="Cut the student out of the teacher. Give either model or init."
+        default=None, description="Cut the student out of the teacher, or make it new. Give either model or init."
     )
     dtype: Dtype = Field(default="float32", description="Type of the student's weights.")
     lora: Lora | None = Field(default=None, description="Train low-rank adapters instead of all weights.")
@@ -149,6 +232,64 @@ class Teacher(Section):
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    kind: Literal["live", "cached", "remote"] = Field(
+        default="live",
+        description="live: it runs on every batch. cached: its states come out of the folder cache, which dts-hf "
+        "cache-teacher has written, and its backbone is not in memory. remote: dts-hf serve-teacher answers for it at url.",
+    )
+    url: str | None = Field(
+        default=None, min_length=1, description="Address of dts-hf serve-teacher; only with kind: remote."
+    )
+    token_env: str | None = Field(
+        default=None,
+        description="Name of the environment variable with the server's token, such as TEACHER_TOKEN; never the token.",
+    )
+    cache: str | None = Field(
+        default=None, min_length=1, description="Folder of its cached states; only with kind: cached."
+    )
+    missing: Literal["error", "live"] = Field(
+        default="error",
+        description="Rows that the cache has not: an error, or the teacher is loaded as well and answers them.",
+    )
+
+    @property
+    def source(self) -> str:
+        """Where its states come from, where they are not computed here."""
+        return f"from {self.url}" if self.kind == "remote" else f"out of {self.cache}"
+
+    @model_validator(mode="after")
+    def _cache_of_states(self) -> Teacher:
+        if self.kind == "cached" and self.cache is None:
+            raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
+        if self.kind != "cached" and (self.cache is not None or self.missing != "error"):
+            given = "cache" if self.cache is not None else "missing"
+            keep = (
+                ". dts-hf cache-teacher keeps what a server answers, for kind 'cached'"
+                if self.kind == "remote"
+                else ""
+            )
+            raise ValueError(f"{given}: belongs to kind 'cached', got kind '{self.kind}'{keep}")
+        if self.kind != "live" and self.placement == "sharded":
+            raise ValueError(
+                f"placement is 'sharded', but the states of kind '{self.kind}' need no backbone: use 'replicated'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _address_of_a_server(self) -> Teacher:
+        if self.kind == "remote" and self.url is None:
+            raise ValueError("kind is 'remote', expected the address of the server as well: url: http://HOST:8765")
+        if self.kind != "remote" and (self.url is not None or self.token_env is not None):
+            given = "url" if self.url is not None else "token_env"
+            raise ValueError(f"{given}: belongs to kind 'remote', got kind '{self.kind}'")
+        # Nothing of the value is shown: it may be the token itself
+        if self.token_env is not None and not re.fullmatch(TOKEN_VARIABLE, self.token_env):
+            raise ValueError(
+                "token_env: expected the name of an environment variable in capitals that ends with _TOKEN, _KEY, _SECRET "
+                "or _PASSWORD (whose values are masked everywhere), such as TEACHER_TOKEN; the token itself never stands in "
+                "a recipe"
+            )
+        return self
 
     @model_validator(mode="after")
     def _placement_of_packed_weights(self) -> Teacher:
@@ -281,6 +422,17 @@ class Data(Section):
         description="Train on the answers in the data, or on the teacher's own (generated once and cached).",
     )
     teacher_max_new_tokens: Count = Field(default=128, description="Longest teacher answer, in tokens.")
+    cut_answers: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="Teacher answers that ran into teacher_max_new_tokens: learned as far as they go, without an end of "
+        "turn, or left out.",
+    )
+    max_repetition: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Teacher answers of which a larger share of 4-grams was said before are left out; 1: none.",
+    )
     max_train_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     max_validation_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     cache_dir: str | None = Field(
@@ -471,14 +623,28 @@ class Recipe(Section):
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
         if not self.all_teachers and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
-        if self.teacher is None and not self.teachers and self.student.init is not None:
-            raise ValueError("student.init: from teacher, but there is no teacher; give student.model")
-        if self.teacher is not None and self.student.init is not None and self.teacher.quantization != "none":
+        init = self.student.init
+        if self.teacher is None and init is not None and init.source is None:
+            raise ValueError(f"student.init: from {init.from_}, but there is no teacher; give student.model")
+        if (
+            self.teacher is not None
+            and init is not None
+            and init.from_ == "teacher"
+            and self.teacher.quantization != "none"
+        ):
             raise ValueError(
                 f"student.init: from teacher, but teacher.quantization is '{self.teacher.quantization}', and packed weights "
                 "cannot be trained: use quantization 'none', or give student.model"
             )
         if self.task is not None:
+            if init is not None and (
+                init.from_ != "teacher" or init.layers is None or init.measures or init.parameters
+            ):
+                raise ValueError("student.init: a task takes {from: teacher, layers: a number or a list} alone")
+            if self.teacher is not None and self.teacher.kind != "live":
+                raise ValueError(
+                    f"teacher.kind: {self.teacher.kind}, but a task has no states of tokens; use kind: live"
+                )
             unfit = {
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),
@@ -526,6 +692,18 @@ class Recipe(Section):
             raise UserError("teacher: is missing, expected a mapping with model")
         return self.teacher
 
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the teacher's model, or each of several, stays in memory for training."""
+        return any(section.kind == "live" or section.missing == "live" for section in self.all_teachers.values())
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether the teacher's model is loaded at all: one whose states are cached may have to give weights or answers."""
+        init = self.student.init
+        needed = (init is not None and init.source is None) or self.data.responses == "teacher"
+        return bool(self.all_teachers) and (self.keeps_teacher or needed)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:
         """Check ``values`` and build the recipe.
@@ -569,8 +747,11 @@ def several_problem(recipe: Recipe) -> str:
         return "data.responses: teacher, but every teacher has every row: give teacher_column, so that one answers each row"
     if "teacher" in data.columns:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
-    if recipe.student.init is not None:
-        return "student.init: from teacher, but there are several: give student.model"
+    for name, section in teachers.items():
+        if section.kind != "live":
+            return f"teachers.{name}.kind: {section.kind}, but each of several teachers is loaded: use kind: live"
+    if recipe.student.init is not None and recipe.student.init.source is None:
+        return f"student.init: from {recipe.student.init.from_}, but there are several teachers: give student.model"
     if recipe.task is not None:
         return "task: classifiers have one teacher; give teacher in the place of teachers"
     if len({section.vocab_alignment for section in teachers.values()}) > 1:

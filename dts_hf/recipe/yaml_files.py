@@ -17,8 +17,10 @@ from dts_hf.errors import UserError, nearest, not_readable
 # The keys that hold a path or a model name; a value that starts with ./ or ../ is relative to the file that says it.
 PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("student", "model"),
+    ("student", "init", "from"),
     ("teacher", "model"),
     ("teacher", "tokenizer"),
+    ("teacher", "cache"),
     ("data", "train"),
     ("data", "validation"),
     ("task", "mismatched"),

@@ -258,14 +258,38 @@ def describe_several(facts: Facts) -> list[tuple[str, str]]:
     return found
 
 
+#: Which layers ``student.init.choose`` has chosen, in words.
+CHOSEN = {
+    "even": "evenly spaced layers",
+    "block_influence": "layers, those that change their states most,",
+    "middle_block": "layers, all but one block,",
+    "search": "layers that a search has found,",
+}
+
+
+def _describe_init(init: Mapping[str, Any], revision: str | None) -> str:
+    """``student.init`` in words: what it was cut out of, and what it keeps."""
+    layers, sizes = init.get("layers"), []
+    if isinstance(layers, int):
+        sizes.append(f"{layers} {CHOSEN.get(init.get('choose', 'even'), 'layers')}")
+    elif layers is not None:
+        sizes.append(f"layers {layers}")
+    sizes += [f"MLPs of {init['mlp']:,} channels"] if init.get("mlp") else []
+    sizes += [f"states of {init['hidden']:,} channels"] if init.get("hidden") else []
+    sizes += [f"at most {init['parameters']:,} weights"] if init.get("parameters") else []
+    kept = " and ".join(sizes) or "all layers"
+    origin = init.get("from", "teacher")
+    if origin == "config":
+        return f"random weights in the teacher's shape ({kept})"
+    return f"pruned from {'the teacher' if origin == 'teacher' else describe_model(origin, revision)} ({kept} kept)"
+
+
 def describe_student(facts: Facts) -> str:
     """Where the student's first weights came from, in words."""
     student = facts.section("student")
     init = student.get("init")
     if init:
-        layers = init.get("layers")
-        kept = f"{layers} evenly spaced layers" if isinstance(layers, int) else f"layers {layers}"
-        words = f"pruned from the teacher ({kept} kept)"
+        words = _describe_init(init, student.get("revision"))
     elif student.get("model"):
         words = describe_model(student["model"], student.get("revision"))
     elif facts.recipe:

@@ -411,19 +411,29 @@ def has_chat_template(student: Path) -> bool:
 
 
 def models_of(recipe: Mapping[str, Any]) -> list[tuple[str, str | None]]:
-    """First weights and teacher of a recipe, each with its revision."""
-    student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}
-    base, several = teacher if student.get("init") else student, (recipe.get("teachers") or {}).values()
-    found = [(entry["model"], entry.get("revision")) for entry in (base, teacher, *several) if entry.get("model")]
+    """First weights and teachers of a recipe, each with its revision."""
+    several = recipe.get("teachers") or {}
+    teachers = [recipe.get("teacher") or {}, *several.values()]
+    named = [_first_weights(recipe), *((teacher.get("model"), teacher.get("revision")) for teacher in teachers)]
+    found = [(name, revision) for name, revision in named if name]
     return list(dict.fromkeys(found)) if several else found
+
+
+def _first_weights(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The model that gave the student its first weights, with its revision; None: they were random, or nobody knows."""
+    student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}
+    origin = (student.get("init") or {}).get("from", "teacher") if student.get("init") else None
+    if origin == "teacher":
+        return teacher.get("model"), teacher.get("revision")
+    name = student.get("model") if origin is None else origin
+    return (None, None) if origin == "config" else (name, student.get("revision"))
 
 
 # -------------------------------------------------------------------------------------------------------- helpers
 
 
 def _origin(facts: Facts) -> str | None:
-    student = facts.section("student")
-    return facts.section("teacher").get("model") if student.get("init") else student.get("model")
+    return _first_weights(facts.recipe)[0]
 
 
 def _sources(facts: Facts) -> list[str]:

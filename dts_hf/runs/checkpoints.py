@@ -11,17 +11,21 @@ complete one if there ever was.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from fnmatch import fnmatchcase
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dts_hf.console import say
 from dts_hf.errors import RunError, UserError
-from dts_hf.files import check_no_link, flush, read_json, write_json_atomic
-from dts_hf.runs.file_lists import flushed, read_sealed, why_differs, write_sealed
-from dts_hf.runs.links import remove_files
+from dts_hf.files import check_no_link, flush, read_json, read_sealed, write_json_atomic, write_sealed
+from dts_hf.runs.file_lists import flushed, why_differs
+from dts_hf.runs.links import matching, remove_files
 from dts_hf.runs.readable import why_unreadable
 
 COMPLETE = "complete.json"
@@ -75,10 +79,13 @@ def why_incomplete(folder: str | Path, *, contents: bool = False) -> str | None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        return "there is no such folder"
+        return "it is a file, expected a folder" if folder.is_file() else "there is no such folder"
     if not (folder / COMPLETE).is_file():
-        if (folder / TRAINER_STATE).is_file() and not any(folder.glob("rank_*.json")):  # ours are written first
-            return f"it was not written by dts_hf: it has no {COMPLETE}, nor any other file but those of transformers"
+        if (writer := _other_writer(folder)) is not None:
+            return (
+                f"it was not written by dts_hf: it has no {COMPLETE}, nor any other file but those of {writer}. Its weights "
+                "can begin a new run (student.model), its optimizer and step cannot"
+            )
         return f"it has no {COMPLETE}, which is written last: the save was interrupted"
     record = read_complete(folder)
     if not record:
@@ -128,6 +135,8 @@ def newest_whole(run: str | Path, also: Callable[[Path], str | None] = lambda fo
         also: what else may be wrong with one, as ``why_not_resumable``.
     """
     ignored: list[tuple[Path, str]] = []
+    files = [path for path in matching(Path(run), "checkpoint-#") if path.is_file() and not path.is_symlink()]
+    ignored += [(path, str(why_incomplete(path))) for path in files]
     for folder in reversed(checkpoints(run)):
         why = why_not_resumable(folder, contents=True) or also(folder)
         if why is None:
@@ -168,6 +177,24 @@ def newest_complete(run: str | Path) -> Path | None:
     return next((folder for folder in reversed(checkpoints(run)) if why_not_resumable(folder) is None), None)
 
 
+def make_way(folder: Path) -> None:
+    """Clear the place of a checkpoint that is about to be written: what a killed run left there goes, and nothing else.
+
+    What is not of dts_hf (a file, a checkpoint of another program) is renamed, and that is said.
+
+    Raises:
+        RunError: a link stands there.
+    """
+    check_no_link(folder)
+    if folder.is_dir() and not _is_others(folder):
+        remove(folder)
+    elif os.path.lexists(folder):
+        names = (folder.with_name(f"{folder.name}.other{number or ''}") for number in count())
+        aside = next(name for name in names if not os.path.lexists(name))
+        os.replace(folder, aside)
+        say(f"{folder} was not written by dts_hf and is in the way of a checkpoint: it is {aside.name} now")
+
+
 def remove(folder: str | Path) -> None:
     """Remove a checkpoint, its ``complete.json`` first: what a kill leaves of it is no checkpoint.
 
@@ -175,7 +202,8 @@ def remove(folder: str | Path) -> None:
         RunError: a link stands there.
     """
     check_no_link(Path(folder))
-    remove_files(Path(folder), COMPLETE)
+    for files in (COMPLETE, "[!r]*", "rng_*"):  # rank_*.json last: they say whose it is, should a kill come
+        remove_files(Path(folder), files)
     shutil.rmtree(folder)
 
 
@@ -213,11 +241,27 @@ def rotate(
         useless += old[: max(surplus, 0)]
         # Nothing goes before there is one to go on from
         useless += [
-            folder for folder in regular if complete and folder not in complete and folder.resolve() not in kept
+            folder
+            for folder in regular
+            if complete and folder not in complete and folder.resolve() not in kept and not _is_others(folder)
         ]
     for folder in useless:
         whole.discard(folder.resolve())
         _remove_if_possible(folder)
+
+
+def _is_others(folder: Path) -> bool:
+    return not (folder / COMPLETE).is_file() and _other_writer(folder) is not None
+
+
+def _other_writer(folder: Path) -> str | None:
+    """Which program has written a folder without ``complete.json``; None: a killed run of ours, for all we know."""
+    names = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+    if PROGRESS in names or any(fnmatchcase(name, "rank_*.json") for name in names):  # ours are written first
+        return None
+    if TRAINER_STATE in names:
+        return "transformers (its Trainer, or one of TRL's)"
+    return "another program, such as accelerate" if names else None
 
 
 def _is_whole(folder: Path, known: set[Path]) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dts_hf.console import say
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
-from dts_hf.models.description import SET_BY_TRAINER, describe_model, describe_tokenizer, versions
+from dts_hf.models.description import READ_TO_ANSWER, SET_BY_TRAINER, describe_model, describe_tokenizer, versions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
@@ -53,12 +53,16 @@ class ModelRecord:
 
         self._add(describe)
 
-    def add_models(self, student: Any, teachers: Mapping[str, PreTrainedModel]) -> None:
+    def add_models(
+        self, student: Any, teachers: Mapping[str, PreTrainedModel], elsewhere: Mapping[str, Any] | None = None
+    ) -> None:
         """Record the models, before a teacher is sharded.
 
         Args:
-            student: the student.
-            teachers: by the key of their section: ``teacher``, or ``teachers.NAME`` of each of several.
+            student: as it is trained.
+            teachers: those that were loaded, by the key of their section: ``teacher``, or ``teachers.NAME`` of each of
+                several.
+            elsewhere: what the cache of the teacher's states or its server says of itself, where it has one.
 
         Raises:
             UserError: one has changed.
@@ -67,12 +71,17 @@ class ModelRecord:
         def describe() -> dict[str, Any]:
             asked = self.recipe.student
             found = {"student": describe_model(student, asked.model, asked.revision)}
+            settings = READ_TO_ANSWER if self._teacher_answers() else ()
             for key, section in self.recipe.all_teachers.items():
                 if key in teachers:
-                    found[key] = describe_model(teachers[key], section.model, section.revision)
-            return found
+                    found[key] = describe_model(teachers[key], section.model, section.revision, settings)
+            return found if elsewhere is None else {**found, "teacher_states": dict(elsewhere)}
 
         self._add(describe)
+
+    def _teacher_answers(self) -> bool:
+        data, evaluation = self.recipe.data, self.recipe.evaluation
+        return data.responses == "teacher" or (data.validation is not None and "teacher" in evaluation.models)
 
     def _add(self, describe: Callable[[], dict[str, Any]]) -> None:
         def look() -> dict[str, Any]:

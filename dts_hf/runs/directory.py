@@ -1,9 +1,10 @@
 """The run directory is an API: everything that a run leaves behind, and the only thing that reports read.
 
     recipe.yaml  environment.json  data_manifest.json  log.jsonl  checkpoint-*/  final/  final.json  metrics.json
+    scores.json (of the models before training)  student_init.json (where rows decided what the student keeps)
     predictions/*.jsonl  figures/*.png  report.html  README.md (model card)
 
-A run that is not finished may also have scores.json (those of the models before training) and interrupted/checkpoint-*.
+A run that is not finished may also have interrupted/checkpoint-*.
 Files are written under a temporary name and then renamed, so a reader never sees half of one. None of all this is a link.
 """
 
@@ -19,48 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from dts_hf import files
+from dts_hf.console import say
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
-from dts_hf.runs.file_lists import flushed, read_sealed, why_differs, write_sealed
+from dts_hf.runs.file_lists import flushed, why_differs
 from dts_hf.runs.links import make_folder, matching, open_nofollow, refuse_links, remove, remove_files
 from dts_hf.runs.lock import LOCK, is_in_use
+from dts_hf.runs.names import BROKEN_STEP_FILES, LEFTOVERS, NOBODYS, OUR_NAMES
 
 RECIPE_HEADER = (
     "# The effective recipe of this run, every default written out. Train again with it: dts-hf train FILE\n"
 )
-BROKEN_STEP_FILES = "broken_step-*.rank*.json"  # the rows of steps whose loss was non-finite
-# What create(overwrite=True) removes, in this order: what is left when that is cut short must neither look finished nor
-# like something to resume. Anything else in the folder is not ours and stays.
-OUR_NAMES = (
-    "metrics.json",
-    "final.json",
-    "checkpoint-#/complete.json",
-    "interrupted/*/complete.json",
-    "checkpoint-#",
-    "interrupted",
-    BROKEN_STEP_FILES,
-    "scores.json",
-    "log.jsonl",
-    "environment.json",
-    "data_manifest.json",
-    "final",
-    "predictions",
-    "figures",
-    "report.html",
-    "README.md",
-    "recipe.yaml",
-)
-# What a killed process may leave: files that were not renamed yet, and the probe of check_can_create.
-LEFTOVERS = (
-    *(f".{name}.*.tmp" for name in OUR_NAMES if name.endswith((".json", ".yaml", ".html", ".md")) and "/" not in name),
-    "predictions/.*.tmp",
-    "figures/.*.tmp",
-    ".final.*unfinished",
-    ".dts_hf-*",
-)
-#: What file systems and programs put into any folder: one with nothing else in it is empty. Never ours to remove.
-NOBODYS = (".DS_Store", ".nfs*", "lost+found", ".ipynb_checkpoints")
 #: Models that are scored before training starts; their scores are in scores.json.
 BEFORE = ("teacher", "student_before")
 PREDICTION_ORDER = (*BEFORE, "student")
@@ -75,7 +46,7 @@ def is_before(name: str) -> bool:
 
 def scored_before(recipe: Recipe) -> list[str]:
     """The models that ``recipe`` wants scored before training, by their names in ``metrics.json``."""
-    teachers = [f"{ONE_TEACHER}{name}" for name in recipe.teachers or ()] or ["teacher"] * (recipe.teacher is not None)
+    teachers = [f"{ONE_TEACHER}{name}" for name in recipe.teachers or ()] or ["teacher"] * recipe.keeps_teacher
     names = {"teacher": teachers, "student_before": ["student_before"]}
     return [name for model in BEFORE if model in recipe.evaluation.models for name in names[model]]
 
@@ -89,9 +60,11 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.goes_on = False  # this attempt began from a checkpoint
         self.recipe_path = self.path / "recipe.yaml"
         self.environment_path = self.path / "environment.json"
         self.data_manifest_path = self.path / "data_manifest.json"
+        self.student_init_path = self.path / "student_init.json"
         self.log_path = self.path / "log.jsonl"
         self.final_path = self.path / "final"
         self.final_list_path = self.path / "final.json"
@@ -130,6 +103,7 @@ class RunDirectory:
             UserError: the path is a file, a folder with something in it, or one where something of a run is a link.
         """
         path = Path(path)
+        files.check_name(path, "output.dir")
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file, expected a folder that does not exist yet")
         existing = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
@@ -184,6 +158,7 @@ class RunDirectory:
             UserError: there is no such folder, or it holds no run.
         """
         path = Path(path)
+        files.check_name(path, "RUN")
         if not path.is_dir():
             siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
             raise UserError(f"{path}: no such run directory.{nearest(path.name, siblings)}")
@@ -199,8 +174,7 @@ class RunDirectory:
         return [path for path in found if not (path.is_dir() and is_in_use(path))]  # else an upload is going on in it
 
     def clean_up(self) -> None:
-        """Remove what only an unfinished run needs."""
-        self.scores_path.unlink(missing_ok=True)
+        """Remove what only an unfinished run needs. ``scores.json`` stays, in case ``metrics.json`` is damaged one day."""
         for broken in self.path.glob(BROKEN_STEP_FILES):
             broken.unlink(missing_ok=True)
         shutil.rmtree(self.path / "interrupted", ignore_errors=True)  # which leaves a link as it is
@@ -221,16 +195,38 @@ class RunDirectory:
         files.write_json_atomic(self.environment_path, values)
 
     def read_environment(self) -> dict[str, Any]:
-        """Return ``environment.json``."""
-        return files.read_json(self.environment_path)
+        """Return ``environment.json``; empty where it is damaged, for no number depends on it, and one line says so."""
+        try:
+            return files.read_json(self.environment_path)
+        except UserError as error:
+            say(f"{error}. What it said of versions and machine is lost")
+            return {}
 
     def write_data_manifest(self, values: Mapping[str, Any]) -> None:
         """Write ``data_manifest.json``: what was read, its hash, what was dropped."""
         files.write_json_atomic(self.data_manifest_path, values)
 
     def read_data_manifest(self) -> dict[str, Any]:
-        """Return ``data_manifest.json``."""
-        return files.read_json(self.data_manifest_path)
+        """Return ``data_manifest.json``.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return files.read_json(self.data_manifest_path)
+        except UserError as error:
+            raise UserError(
+                f"{error}. It alone knows the rows and models of this run: put the file back from a copy, or train again "
+                "with --overwrite"
+            ) from None
+
+    def write_student_init(self, values: Mapping[str, Any]) -> None:
+        """Write ``student_init.json``: the layers and channels that the student keeps, and what else was measured."""
+        files.write_sealed(self.student_init_path, values)
+
+    def read_student_init(self) -> dict[str, Any]:
+        """Return ``student_init.json``; empty where it is damaged."""
+        return files.read_sealed(self.student_init_path)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write ``metrics.json``: the scores with n, spread, seeds and protocol fingerprint. It marks the run as finished.
@@ -238,10 +234,11 @@ class RunDirectory:
         What it speaks of is on the disk before it, and listed in ``final.json``: a power cut cannot leave the mark alone.
         """
         text = files.json_text(values)
-        ended = [path for path in sorted(self.final_path.rglob("*")) if path.is_file()]
-        listed = flushed(self.path, [*ended, *([self.log_path] if self.log_path.is_file() else [])])
+        answers = [self.predictions_of(name) for name in self.predictions_names()]
+        ended = [path for path in [*sorted(self.final_path.rglob("*")), *answers, self.log_path] if path.is_file()]
+        listed = flushed(self.path, ended)
         listed["metrics.json"] = {"size": len(text.encode()), "digest": files.text_digest(text)}
-        write_sealed(self.final_list_path, {"format": 2, "files": listed})
+        files.write_sealed(self.final_list_path, {"format": 2, "files": listed})
         files.write_text_atomic(self.metrics_path, text)
 
     def read_metrics(self) -> dict[str, Any]:
@@ -256,7 +253,7 @@ class RunDirectory:
         """
         if not self.final_list_path.is_file():  # of version 0.1, whose files nobody has listed
             return self._why_broken()
-        listed = read_sealed(self.final_list_path).get("files")
+        listed = files.read_sealed(self.final_list_path).get("files")
         if not isinstance(listed, dict):
             return f"{self.final_list_path.name}, the list of its files, is damaged"
         return why_differs(
@@ -279,15 +276,35 @@ class RunDirectory:
             models: the entries of ``metrics.json`` that were made before training; their predictions and log lines are
                 there already.
         """
-        write_sealed(self.scores_path, {"format": 2, **self.log_mark(), "models": models})
+        answers = [self.predictions_of(name) for name in models if self.has_predictions(name)]
+        # The log of an attempt that goes on has steps of training already: one that begins again cannot keep them
+        mark = {"log_bytes": None} if self.goes_on else self.log_mark()
+        listed = flushed(self.path, answers)
+        files.write_sealed(self.scores_path, {"format": 2, **mark, "models": models, "predictions": listed})
 
     def read_scores(self) -> dict[str, Any]:
-        """Return ``scores.json``; empty where it is damaged, or a prediction behind it is lost.
+        """Return ``scores.json``; empty where it is damaged, without the models whose predictions are lost.
 
         That recipe, rows and launch are the same is the caller's to check, for these scores as for the checkpoints.
         """
-        scores = read_sealed(self.scores_path)
-        return scores if all(self.has_predictions(name) for name in scores.get("models", {})) else {}
+        scores = files.read_sealed(self.scores_path)
+        models = {name: entry for name, entry in scores.get("models", {}).items() if self.has_predictions(name)}
+        return {**scores, "models": models} if models else {}
+
+    def why_predictions_differ(self, name: str) -> str | None:
+        """Why ``predictions/{name}.jsonl`` is not what it was when ``scores.json`` was written, as the end of a sentence.
+
+        Of a run of an older version only what can no longer be parsed is noticed.
+        """
+        path = self.predictions_of(name).relative_to(self.path).as_posix()
+        listed = files.read_sealed(self.scores_path).get("predictions", {})
+        if path in listed:
+            return why_differs(self.path, {path: listed[path]}, contents=True)
+        try:
+            self.read_predictions(name)
+        except UserError as error:
+            return str(error)
+        return None
 
     def log_size(self) -> int:
         """Bytes of ``log.jsonl``."""
@@ -316,7 +333,7 @@ class RunDirectory:
         """Shorten ``log.jsonl`` to ``size`` bytes: what comes after them is from an attempt of the run that did not last."""
         if self.log_size() > size:
             self._own_log()
-            with os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
+            with files.naming(self.log_path), os.fdopen(open_nofollow(self.log_path, os.O_RDWR), "rb+") as file:
                 file.truncate(size)
 
     def _own_log(self) -> None:
@@ -333,7 +350,7 @@ class RunDirectory:
         """
         self._own_log()
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        with os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
+        with files.naming(self.log_path), os.fdopen(open_nofollow(self.log_path, flags), "ab+") as file:
             files.drop_half_line(file)
             file.write((json.dumps(files.jsonable(record), ensure_ascii=False) + "\n").encode())
 
@@ -349,22 +366,26 @@ class RunDirectory:
             rows: ``{id, set, seed, prompt, instruction, input, prediction, references, rougeL, tokens, finished}``.
         """
         make_folder(self.predictions_path)
-        files.write_jsonl_atomic(self.predictions_path / f"{name}.jsonl", rows)
+        files.write_jsonl_atomic(self.predictions_of(name), rows)
 
     def read_predictions(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``predictions/{name}.jsonl``."""
-        return list(files.read_jsonl(self.predictions_path / f"{name}.jsonl"))
+        return list(files.read_jsonl(self.predictions_of(name)))
 
     def has_predictions(self, name: str) -> bool:
         """Whether ``predictions/{name}.jsonl`` is there."""
-        return (self.predictions_path / f"{name}.jsonl").is_file()
+        return self.predictions_of(name).is_file()
+
+    def predictions_of(self, name: str) -> Path:
+        """Where the predictions of a model are."""
+        return self.predictions_path / f"{name}.jsonl"
 
     def predictions_names(self) -> list[str]:
         """Models with predictions: teacher, student before, student, then any other."""
-        names = sorted(path.stem for path in self.predictions_path.glob("*.jsonl"))
-        first = [name for name in names if name.startswith(ONE_TEACHER)]
+        names = {path.stem for path in self.predictions_path.glob("*.jsonl")}
+        first = sorted(name for name in names if name.startswith(ONE_TEACHER))
         first += [name for name in PREDICTION_ORDER if name in names]
-        return first + [name for name in names if name not in first]
+        return first + sorted(names - {*first})
 
 
 def _nobodys(folder: Path) -> list[Path]:

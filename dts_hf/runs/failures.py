@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from dts_hf.errors import RunError, is_out_of_memory
+from dts_hf.errors import RunError, UserError, is_out_of_memory
 
 #: What a collective says when the process at the other end is gone.
 _LOST_PEER = (
@@ -43,7 +43,10 @@ _DISK = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-GO_ON = "Then go on from the newest complete checkpoint: the same command and --resume"
+#: The disk is all right, and takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, None)  # None: most likely
+FEW_INODES = 1000  # fewer than these are left: it may be they that have run out
+GO_ON = "Then go on with the same command and --resume, from the newest complete checkpoint if there is one"
 
 
 def one_sentence(error: BaseException) -> str | None:
@@ -55,11 +58,15 @@ def one_sentence(error: BaseException) -> str | None:
     chain = list(_chain(error))
     if is_lost_peer(error):
         return lost_peer_sentence(error)
-    for link in chain:
-        reason = _disk_reason(link)
-        if reason is not None:
-            name = getattr(link, "filename", None)
-            return f"{f'{name}: ' if name else ''}{reason}{_hint(link)}"
+    failure = _disk_failure(error)
+    if failure is not None:
+        where = f"{failure.name}: " if failure.name else ""
+        if failure.number not in _FULL:
+            return f"{where}{failure.reason}"
+        # Who does not say what was written most likely wrote here, or a temporary file
+        places = [failure.name] if failure.name else [".", os.environ.get("TMPDIR", "/tmp")]
+        room = " and ".join(_space(Path(place), failure.number) for place in places)
+        return f"{where}{failure.reason} ({room}); free some space"
     for link in chain:
         if is_out_of_memory(link):
             return (
@@ -80,13 +87,12 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        link, reason = next(
-            ((link, found) for link in _chain(error) if (found := _disk_reason(link)) is not None), (error, None)
-        )
-        if reason is None or is_lost_peer(error):
+        failure = None if isinstance(error, (RunError, UserError)) else _disk_failure(error)
+        if failure is None or is_lost_peer(error):
             raise
-        name = getattr(link, "filename", None) or path
-        raise RunError(f"cannot write {name}: {reason} ({_space(Path(path))}). {GO_ON}") from error
+        name = failure.name or path
+        room, advice = _space(Path(name), failure.number), "Free some space. " if failure.number in _FULL else ""
+        raise RunError(f"cannot write {name}: {failure.reason} ({room}). {advice}{GO_ON}") from error
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -131,28 +137,52 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ if error.__suppress_context__ else error.__context__
 
 
-def _disk_reason(error: BaseException) -> str | None:
+class _DiskFailure(NamedTuple):
+    """Why writing failed: in words, by number (None: the library has lost it), and which file, where it is known."""
+
+    reason: str
+    number: int | None
+    name: str | None
+
+
+def _disk_failure(error: BaseException) -> _DiskFailure | None:
+    """What a disk has to do with ``error``; None: nothing."""
+    found = [(link, reason) for link in _chain(error) if (reason := _disk_reason(link)) is not None]
+    if not found:
+        return None
+    names = [name for link, _ in found if isinstance(name := getattr(link, "filename", None), (str, os.PathLike))]
+    reasons = [reason for _, reason in found]
+    words, number = next((reason for reason in reasons if reason[1] is not None), reasons[0])
+    return _DiskFailure(words, number, os.fspath(names[0]) if names else None)
+
+
+def _disk_reason(error: BaseException) -> tuple[str, int | None] | None:
     """Why writing failed. Rust libraries put the errno into the text; torch's zip writer loses it."""
     if isinstance(error, OSError) and error.errno is not None and error.errno in _DISK:
-        return error.strerror or os.strerror(error.errno)
+        return error.strerror or os.strerror(error.errno), error.errno
     number = re.search(r"\(os error (\d+)\)", str(error))
-    if number and int(number.group(1)) in _DISK:
-        return os.strerror(int(number.group(1)))
+    if number and int(number[1]) in _DISK:
+        return os.strerror(int(number[1])), int(number[1])
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITER):
-        return "torch could not write all of a file, as on a full disk"
+        return "torch could not write all of a file, as on a full disk", None
     return None
 
 
-def _hint(error: BaseException) -> str:
-    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
-    return "; free some space" if full else ""
-
-
-def _space(path: Path) -> str:
+def _space(path: Path, number: int | None = None) -> str:
+    """How much is free where ``path`` would be: a file system may also have no inodes left, or be full for one user."""
     folder = next((parent for parent in (path, *path.absolute().parents) if parent.is_dir()), None)
     if folder is None:
         return "its folder is gone"
-    return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free in {folder}"
+    try:
+        left = os.statvfs(folder)
+    except OSError as error:
+        return f"{folder} does not tell its space: {error.strerror}"
+    free = left.f_bavail * left.f_frsize
+    text = f"{free / 1e9:.2f} GB" if free >= 1e9 else f"{free / 1e6:.1f} MB" if free >= 1e6 else f"{free / 1e3:.0f} kB"
+    text = f"{text} free in {folder.absolute()}"
+    if left.f_files and left.f_favail < FEW_INODES:
+        text += f", and {left.f_favail:,} of {left.f_files:,} inodes: each file and folder takes one"
+    return f"{text}, of which a quota holds back the rest" if number == errno.EDQUOT else text
 
 
 def _first_line(error: BaseException) -> str:

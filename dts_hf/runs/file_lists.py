@@ -1,4 +1,4 @@
-"""Lists of files with their sizes and checksums, which tell whether a folder still is as it was written.
+"""Lists of files with their sizes and checksums, which tell whether a folder is as it was written.
 
 Such a list is the section ``files`` of a JSON file with a checksum of its own (``write_sealed``): a list that is damaged
 itself must accuse nobody. The checksums are there against accidents (a bit that flips, a block that a power cut took),
@@ -7,14 +7,11 @@ not against forgers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dts_hf.files import digest, flush, jsonable, text_digest, write_json_atomic
-
-CHECKSUM = "checksum"
+from dts_hf.files import digest, flush
 
 
 def flushed(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -55,25 +52,3 @@ def why_differs(folder: Path, files: Mapping[str, Mapping[str, Any]], *, content
         if found != known.get("digest"):
             return f"{name} is damaged (its checksum is {found}, and was {known['digest']})"
     return None
-
-
-def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Write ``values`` as JSON with a checksum of themselves."""
-    plain = {key: value for key, value in jsonable(values).items() if key != CHECKSUM}
-    write_json_atomic(path, {**plain, CHECKSUM: _checksum(plain)})
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What ``write_sealed`` wrote, or an older version without a checksum; empty where that is not what is there."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(values, dict):
-        return {}
-    seal = values.pop(CHECKSUM, None)
-    return values if seal == _checksum(values) or (seal is None and values.get("format", 1) == 1) else {}
-
-
-def _checksum(values: Mapping[str, Any]) -> str:
-    return text_digest(json.dumps(values, sort_keys=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 #: Where a recipe or a manifest of data names a model or rows; elsewhere a word without "/" is a file's by chance.
-_NAMES_SOMETHING = ("model", "tokenizer", "train", "validation", "source", "sets")
+_NAMES_SOMETHING = ("model", "tokenizer", "from", "train", "validation", "source", "sets")
 
 
 def local_names(recipe: Mapping[str, Any]) -> list[str]:

@@ -20,10 +20,18 @@ def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     yield "read and encode the rows"
     teachers = len(recipe.all_teachers)
     named = "teacher" if teachers == 1 else f"{teachers} teachers"
-    yield f"load {named} and student" if teachers else "load the student"
+    yield f"load {named} and student" if recipe.loads_teacher else "load the student"
+    if recipe.teacher is not None and recipe.teacher.kind != "live":
+        yield f"the teacher's states come {recipe.teacher.source}"
+    init = recipe.student.init
+    if init is not None and init.measures:
+        yield f"choose what the student keeps on {init.calibration_rows} training rows ({init.choose})"
     if data.responses == "teacher":
         whose = "its" if recipe.teachers else "the"
-        yield f"{whose} teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each; cached)"
+        yield (
+            f"{whose} teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each), where no earlier run "
+            "has kept its answers"
+        )
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))
     before = scored_before(recipe)
     rows = "" if evaluation.rows is None else f" on {evaluation.rows:,} rows"

@@ -7,7 +7,7 @@ with that of the run directory; ``comparison`` does so with models and rows, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dts_hf.console import say
+from dts_hf.data import cache
 from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import check_can_shard
 from dts_hf.errors import UserError
 from dts_hf.files import read_json
+from dts_hf.models.description import knows_weights
 from dts_hf.models.quantization import check_quantization
 from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
@@ -133,8 +135,7 @@ def _start_of(recipe: Recipe, args: TrainingArguments, resume: bool, elsewhere: 
     say(f"{run.path}: there is no complete checkpoint, so the run starts from the beginning")
     # The models and rows that these scores are of are in the manifest: without it nobody can tell
     kept = run.read_scores() if run.data_manifest_path.is_file() else {}
-    _check_answers(run, kept.get("models", {}))
-    if kept and (why := run.why_log_differs(kept)) is not None:
+    if kept and (why := _why_scored_again(run, kept)) is not None:
         say(f"{run.path}: {why}, so the models are scored again")
         kept = {}
     return Start(None, keep=True, scores=kept.get("models", {}), log_bytes=kept.get("log_bytes", 0))
@@ -155,8 +156,10 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     """
     check_launch(args)
     limit_waiting(args)
+    cache.limit_waiting(args.ddp_timeout if args.world_size > 1 else None)
     for teacher in recipe.all_teachers.values():
-        check_quantization(teacher.quantization, args.device)
+        if recipe.loads_teacher:
+            check_quantization(teacher.quantization, args.device)
         if teacher.placement == "sharded":
             check_can_shard(teacher.quantization != "none")
     named = args.resume_from_checkpoint
@@ -171,7 +174,13 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     return start
 
 
-def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: TrainingArguments) -> RunDirectory:
+def open_run(
+    recipe: Recipe,
+    start: Start,
+    made_from: Mapping[str, Any],
+    args: TrainingArguments,
+    student_init: Mapping[str, Any] | None = None,
+) -> RunDirectory:
     """The run directory, with what is known before training; all processes call it.
 
     Everything is checked by now: from here on things are written.
@@ -181,11 +190,13 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
         start: where it starts.
         made_from: ``data_manifest.json``.
         args: name the device and this process; the first one writes.
+        student_init: ``student_init.json``; None or empty: no row has decided what the student is.
 
     Raises:
         UserError: see ``RunDirectory.create``; or the folder is no longer the one that ``find_start`` has locked.
     """
     run = RunDirectory(recipe.output.dir)
+    run.goes_on = start.checkpoint is not None
 
     def write() -> None:
         if not holds(run.path):  # loading takes minutes, and somebody may tidy up
@@ -196,6 +207,8 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
         local = {*run.read_environment().get("local_names", ()), *local_names(recipe.model_dump(mode="json"))}
         run.write_environment({**environment(args.device), "local_names": sorted(local)})
         run.write_data_manifest(made_from)
+        if student_init:
+            run.write_student_init(student_init)
         if start.log_bytes is not None:  # what follows was logged after the checkpoint, and will be again
             run.cut_log(start.log_bytes)
 
@@ -205,9 +218,10 @@ def open_run(recipe: Recipe, start: Start, made_from: Mapping[str, Any], args: T
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     scores = _scores_before(run)
-    lost = [name for name in scored_before(recipe) if name not in scores]
-    if lost and recipe.data.validation is not None:
-        say(f"{run.path}: no scores of {' and '.join(lost)} were kept, so they are left out")
+    for name in scored_before(recipe):
+        if name not in scores and recipe.data.validation is not None:
+            so = "they are left out: it is trained by now" if name == "student_before" else "it is scored again"
+            say(f"{run.path}: no scores of {name} were kept, so {so}")
     log_bytes = None
     if checkpoint.resolve().is_relative_to(run.path.resolve()):  # else it is that of another log
         if not run.data_manifest_path.is_file():
@@ -267,26 +281,35 @@ def _say_rebuilt(run: RunDirectory, lost: str, checkpoint: Path | None) -> None:
     say(f"{run.path}: this run has ended, but {lost}: it is made again from {checkpoint.name}")
 
 
+def _why_scored_again(run: RunDirectory, kept: Mapping[str, Any]) -> str | None:
+    """Why a run that begins again cannot keep its ``scores.json``, as the end of a sentence."""
+    if kept["log_bytes"] is None:
+        return f"{run.scores_path.name} is of an attempt that had gone on from a checkpoint"
+    answers = (run.why_predictions_differ(name) for name in kept["models"])
+    return run.why_log_differs(kept) or next(filter(None, answers), None)
+
+
 def _scores_before(run: RunDirectory) -> dict[str, Any]:
-    """The scores that were made before training; where the run has ended once, those of its end, if they are whole."""
+    """The scores that were made before training; of a run of an older version that has ended, those of its end.
+
+    Raises:
+        UserError: answers of the student from before training are damaged, which nobody can make again.
+    """
     scores: dict[str, Any] = run.read_scores().get("models", {})
     if not scores and run.metrics_path.is_file() and run.why_damaged("metrics.json") is None:
         models = run.read_metrics().get("models", {})
         scores = {name: entry for name, entry in models.items() if is_before(name) and run.has_predictions(name)}
-    _check_answers(run, scores)
-    return scores
-
-
-def _check_answers(run: RunDirectory, names: Iterable[str]) -> None:
-    """Refuse where answers from before training are damaged: the report would find out after hours of it."""
-    for name in names:
-        try:
-            run.read_predictions(name)
-        except UserError as error:
+    for name in list(scores):
+        why = run.why_predictions_differ(name)
+        if why is not None and name != "student_before":
+            say(f"{run.path}: {why}")
+            del scores[name]
+        elif why is not None:
             raise UserError(
-                f"{error} (answers of {name!r} from before training). Put the file back from a copy, or remove it: the run "
-                "then goes on without these scores"
-            ) from None
+                f"{run.path}: {why} (answers of {name!r} from before training). Put the file back from a copy, or remove "
+                "it: the run then goes on without these scores"
+            )
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------- the same run?
@@ -302,9 +325,11 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
     free = list(MAY_CHANGE)
     if args.load_best_model_at_end:  # what is saved decides which weights are the result
         free.remove("training.save_*")
-    if "models" in run.read_data_manifest():  # what is loaded is compared itself (comparison.ModelRecord)
-        roles = ("teacher", "teachers.*", "student")
-        free += [f"{role}.{key}" for role in roles for key in ("model", "tokenizer", "revision")]
+    # What is loaded is compared itself (comparison.ModelRecord), where the record tells one from another
+    known = run.read_data_manifest().get("models", {})
+    for role in (*was.all_teachers, "student"):
+        free += [f"{role}.{key}" for key in ("model", "revision") if knows_weights(known.get(role, {}))]
+        free += [f"{role}.tokenizer"] if "student_tokenizer" in known else []  # the teacher's, too, if it has its own
     refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]
     if refused:
         lines = [f"  {key}: was {as_text(before, key)}, now {as_text(after, key)}" for key in refused]

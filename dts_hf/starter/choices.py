@@ -77,10 +77,8 @@ def _layers(teacher: TeacherLook, layers: int | None) -> Choice:
     if layers is not None and layers > teacher.layers:
         raise UserError(f"--layers: got {layers}, but the teacher has {teacher.layers}")
     if layers is not None:
-        return Choice(layers, f"of the teacher's {teacher.layers}, evenly spaced")
-    return Choice(
-        max(1, (teacher.layers + 1) // 2), f"half of the teacher's {teacher.layers}, evenly spaced; fewer: faster"
-    )
+        return Choice(layers, f"of the teacher's {teacher.layers}")
+    return Choice(max(1, (teacher.layers + 1) // 2), f"half of the teacher's {teacher.layers}; fewer: faster")
 
 
 def _limits(teacher: TeacherLook, data: DataLook) -> tuple[Choice, Choice, Choice | None]:

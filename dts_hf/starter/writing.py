@@ -68,6 +68,9 @@ def _lines(c: Choices, teacher: TeacherLook, data: DataLook, output: str) -> Ite
         yield "  init: # cut out of the teacher; a model of its own: model: NAME in the place of init"
         yield "    from: teacher"
         yield _line("layers", c.layers, 4)
+        yield _line(
+            "choose", Choice("search", "those without which it loses least; even costs nothing, and is worst"), 4
+        )
     yield ""
     yield "teacher:"
     yield f"  model: {_scalar(teacher.name)}"

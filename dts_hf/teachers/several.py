@@ -17,6 +17,7 @@ from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError, nearest
 from dts_hf.loss import statistics as stats
+from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.loss.distillation_loss import DistillationLoss, LossOutput
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.head import Head, gather_head
@@ -30,14 +31,14 @@ class Share:
     """What one teacher says of the labelled rows of a batch.
 
     Attributes:
-        states: ``[N_k, H_t]``; None without a teacher.
+        states: ``[N_k, H_t]``, or N_k compact rows; None without a teacher.
         head: makes logits of them; its weights may be shares until ``gathered`` has them.
         rows: which of the N labelled rows they are, ``[N_k]`` int64; None: all.
         weight: of its loss; the weights of all shares that a row is in add up to 1.
         teacher: its name where there are several.
     """
 
-    states: Tensor | None
+    states: Tensor | CompactRows | None
     head: Head | None
     rows: Tensor | None = None
     weight: float = 1.0
@@ -170,7 +171,9 @@ def _known(teacher: Teacher, positions: Tensor) -> tuple[Any, ...]:
     return (positions,) if isinstance(teacher, LiveTeacher) else ()
 
 
-def _states_of(teacher: Teacher, batch: dict[str, Any], labels: Tensor, mine: Tensor, count: int) -> Tensor | None:
+def _states_of(
+    teacher: Teacher, batch: dict[str, Any], labels: Tensor, mine: Tensor, count: int
+) -> Tensor | CompactRows | None:
     """The states ``[N_k, H_t]`` of the ``count`` labels that stand where ``mine`` ``[B, T]`` does."""
     own_labels = labels.masked_fill(~mine, IGNORE_INDEX)
     if not isinstance(teacher, LiveTeacher):  # a cache knows its rows by what the batch says of all of them

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DynamoBackend
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from dts_hf.distributed.launch import check_launch, limit_waiting
@@ -160,6 +161,27 @@ def check_numbers(args: TrainingArguments) -> None:
         checked = isinstance(value, float) or name == "dataloader_num_workers"
         if checked and value not in limits and not (value == math.inf and name in MAY_BE_INFINITE):
             raise UserError(f"args.{name}: {wrong_value(value, key_schema(name), {})}")
+
+
+def check_optimizer(args: TrainingArguments, kind: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what the optimizer itself would, but for one that asks for the model: it is made after the first scores.
+
+    Args:
+        args: its ``optim_args`` may be what is wrong.
+        kind: the optimizer's class.
+        options: what it is given beside the weights.
+
+    Raises:
+        UserError: with the words of the optimizer.
+    """
+    if {"params", "model", "optimizer_dict"} & {*options}:
+        return
+    try:
+        kind([nn.Parameter(torch.zeros(1))], **options)
+    except ValueError as error:
+        given = f"_args: got {args.optim_args!r}, which" if args.optim_args else ":"
+        name = getattr(kind, "__name__", str(kind))
+        raise UserError(f"training.optim{given} {name} refuses: {error}") from error
 
 
 def check_compilation(args: TrainingArguments) -> None:

@@ -37,7 +37,7 @@ from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
 from dts_hf.training.hub_upload import UPLOAD, card_metadata
 from dts_hf.training.resumable_trainer import ResumableTrainer
 from dts_hf.training.temperature_callback import TemperatureCallback
-from dts_hf.training.tracking import loss_facts, model_facts
+from dts_hf.training.tracking import loss_facts, model_facts, objective_of
 
 TEMPERATURE_STATE = "temperature.json"
 
@@ -110,6 +110,7 @@ class DistillationBase(ResumableTrainer):
         self.eval_loss = DistillationLoss(temperature=Constant(1.0), **options)
         self.temperature.check_classes(self._classes)
         self._fresh_state = copy.deepcopy(self.temperature.state())
+        self._objective = objective_of(self.loss)
         self._budget_asked_for = self.loss.logits_budget_mb  # memory may run out, and the loss then lowers its own
 
     @property
@@ -304,6 +305,11 @@ class DistillationBase(ResumableTrainer):
         return {} if self.teacher_model is None else {"teacher": self.teacher_model}
 
     @property
+    def teacher_record(self) -> dict[str, Any] | None:
+        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare."""
+        return None
+
+    @property
     def answers_with(self) -> str:
         template = getattr(self.rows, "encode_options", {}).get("template")
         return "" if template is None else str(template.name)
@@ -334,7 +340,12 @@ class DistillationBase(ResumableTrainer):
 
     def describe_models(self) -> dict[str, Any]:
         found = super().describe_models()
+        if (record := self.teacher_record) is not None:
+            return {**found, "teacher": record}
         return found | {key: describe_for_training(one, trained=False) for key, one in self.teacher_models.items()}
+
+    def describe_objective(self) -> dict[str, Any]:
+        return self._objective
 
     def extra_state(self) -> ExtraState:
         budget = {"logits_budget_mb": self.loss.logits_budget_mb, "logits_budget_mb_asked_for": self._budget_asked_for}

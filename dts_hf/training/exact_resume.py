@@ -40,6 +40,7 @@ from dts_hf.runs.checkpoints import (
     why_best_is_lost,
     why_not_resumable,
 )
+from dts_hf.runs.comparison import as_text, leaves
 from dts_hf.runs.failures import is_lost_peer
 from dts_hf.training.clock import TrainingClock
 
@@ -323,6 +324,34 @@ def check_length(
         )
 
 
+def check_objective(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on from ``checkpoint`` with another loss or temperature policy than it was trained with.
+
+    Args:
+        checkpoint: its folder.
+        was: ``ResumableTrainer.describe_objective`` of then; empty where an older version wrote it.
+        now: the same of now. An option that only one of the two knows is of another version.
+
+    Raises:
+        UserError: names what has changed.
+    """
+    before, after = leaves(was), leaves(now)
+    named = [
+        key for key in ("temperature.name", "divergence.name") if before.get(key, after.get(key)) != after.get(key)
+    ]
+    hidden = tuple(f"{key.partition('.')[0]}.options." for key in named)  # which are those of another one
+    keys = [*named, *(key for key in before if key in after and key not in named and not key.startswith(hidden))]
+    lines = [
+        f"  {key}: was {as_text(before, key)}, now {as_text(after, key)}" for key in keys if before[key] != after[key]
+    ]
+    if lines:
+        raise UserError(
+            f"{checkpoint}: its loss is not the one that it was trained with, so going on would give numbers of neither:\n"
+            + "\n".join(lines)
+            + "\nSet it back, or train from the beginning (the student of this checkpoint may begin another run)"
+        )
+
+
 def check_layout(
     checkpoint: Path, layout: Mapping[str, Any], args: TrainingArguments, model: nn.Module, noise: float | None
 ) -> None:
@@ -342,7 +371,12 @@ def check_layout(
         UserError: it cannot be exact; says why, and what to launch instead.
     """
     was, now = read_complete(checkpoint), dict(layout)
-    for key in ("device", "optim", "token_digest"):  # which a checkpoint of an older version does not tell
+    for key in (
+        "device",
+        "optim",
+        "token_digest",
+        "row_digest",
+    ):  # which a checkpoint of an older version does not tell
         if was.get(key) is None or now[key] is None:
             was[key] = now[key]
     if args.auto_find_batch_size:  # the Trainer goes on with the size that it had found
@@ -374,6 +408,8 @@ def _why_not_exact(was: Mapping[str, Any], now: Mapping[str, Any], drop_last: bo
         )
     if was["token_digest"] != now["token_digest"]:
         return "the tokens of the training rows are others"
+    if was["row_digest"] != now["row_digest"]:
+        return "the rows of train_dataset are others (their tokens, labels, or order)"
     if was["optim"] != now["optim"]:
         return f"the optimizer was {was['optim']} and would be {now['optim']} (training.optim)"
     if was["device"] != now["device"]:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError
 from dts_hf.models.loading import ModelSource
-from dts_hf.models.pruning import pruned_config
-from dts_hf.recipe.schema import Recipe, Student, Teacher
+from dts_hf.models.sizes import plan_sizes, sized_config
+from dts_hf.recipe.schema import Init, Recipe, Student, Teacher
 
 
 @dataclass(frozen=True)
@@ -146,22 +146,45 @@ Shapes = tuple[ModelShape, ModelShape | None]
 def shapes_from_configs(recipe: Recipe) -> Shapes | None:
     """Shapes without loading a weight; None where the files hold no plain configuration (GGUF)."""
 
-    def config_of(model: Student | Teacher, key: str) -> Any:
-        source = ModelSource.resolve(str(model.model), key)
+    def config_of(model: Student | Teacher, key: str, name: str | None) -> Any:
+        source = ModelSource.resolve(str(name), key)
         if source.gguf_file is not None:
             return None
         remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         return AutoConfig.from_pretrained(source.location, **remote)
 
-    teacher, student = recipe.teacher, recipe.student
-    of_teacher = None if teacher is None else config_of(teacher, "teacher.model")
+    teacher, student = recipe.teacher if recipe.loads_teacher else None, recipe.student
+    of_teacher = None if teacher is None else config_of(teacher, "teacher.model", teacher.model)
     if student.init is None:
-        of_student = config_of(student, "student.model")
+        of_student = config_of(student, "student.model", student.model)
     else:
-        of_student = None if of_teacher is None else pruned_config(of_teacher, student.init.layers)
+        name = student.init.source
+        source = of_teacher if name is None else config_of(student, "student.init.from", name)
+        of_student = None if source is None else planned_config(student.init, source)
     if of_student is None or (teacher is not None and of_teacher is None):
         return None
-    return ModelShape.from_config(of_student), None if of_teacher is None else ModelShape.from_config(of_teacher)
+    kept = of_teacher is not None and recipe.keeps_teacher  # else it gives the first weights and is let go
+    return ModelShape.from_config(of_student), ModelShape.from_config(of_teacher) if kept else None
+
+
+def planned_config(init: Init, config: Any) -> Any:
+    """The configuration of the student that ``init`` makes, as far as it is known before rows are looked at.
+
+    Where a search decides both, the one with the most layers that it may come to: all have about as many weights.
+
+    Args:
+        init: the section of the recipe.
+        config: of the model that the student is cut out of.
+
+    Raises:
+        UserError: see ``plan_sizes`` and ``sized_config``.
+    """
+    build = AutoModelForCausalLM.from_config
+    sizes = plan_sizes(init, config, build)
+    if sizes.options:
+        layers, mlp = sizes.options[-1]
+        sizes = sizes._replace(layers=layers, mlp=mlp)
+    return sized_config(config, sizes, build)
 
 
 def _weights(module: nn.Module) -> int:

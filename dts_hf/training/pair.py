@@ -23,12 +23,14 @@ from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
 from dts_hf.models.packing_check import check_packing
 from dts_hf.models.router import Router, collects_router_logits, router_of
-from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies
+from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies, plan_for
 from dts_hf.recipe.schema import MOST_TOKENS
 from dts_hf.recipe.schema import Teacher as TeacherSection
 from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.several import SeveralTeachers
 from dts_hf.training.student import with_adapter
 from dts_hf.training.tracking import model_facts
@@ -136,22 +138,36 @@ class Pair:
             args: of the trainer.
 
         Raises:
-            UserError: both are asked for, one process would make the packs of all, or see ``check_packing``.
+            UserError: both are asked for, one process would make the packs of all, states out of a cache cannot come with
+                these batches, or see ``check_packing``.
         """
+        of_rows = self.teacher.of_rows if isinstance(self.teacher, (CachedTeacher, RemoteTeacher)) else None
+        config: Any = args.accelerator_config
+        if isinstance(self.teacher, RemoteTeacher) and args.world_size > 1 and config.dispatch_batches:
+            of_rows = None  # it is asked for each batch as it is, when it has come
+        if isinstance(self.teacher, CachedTeacher) and of_user is not None:
+            raise UserError(
+                "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave "
+                "it out, or use the live teacher"
+            )
+        if of_rows is not None and args.world_size > 1 and config.dispatch_batches:
+            raise UserError(
+                "args.accelerator_config: got dispatch_batches: True, expected None or False beside a cached teacher: the "
+                "states [N, H] of a batch cannot be cut like its rows"
+            )
         if packing and of_user is not None:
             raise UserError("packing: got true and a data_collator; give one of them")
         if of_user is not None:
             return of_user
         if packing:
-            config: Any = args.accelerator_config
             if args.world_size > 1 and config.dispatch_batches:
                 raise UserError(
                     "args.accelerator_config: got dispatch_batches: True, expected None or False beside packing: the first "
                     "process would lay the batches of all others on its own, which are of other lengths"
                 )
-            return PackedCollator(self.check_packing(args))
+            return PackedCollator(self.check_packing(args), of_rows=of_rows)
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
-        return PaddedCollator(next(pad for pad in pads if pad is not None))
+        return PaddedCollator(next(pad for pad in pads if pad is not None), of_rows=of_rows)
 
     def check_packing(self, args: TrainingArguments, own_mask: bool = True) -> bool:
         """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
@@ -291,9 +307,11 @@ class _Given:
         self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, alignment: str
     ) -> tuple[Teacher, VocabularyPlan]:
         """As the loss asks it, and the ids that it shares with the student."""
+        if isinstance(self.given, (CachedTeacher, RemoteTeacher)):
+            return self.given, self._elsewhere(self.given, student, tokenizer, alignment)
         if not isinstance(
             self.given, nn.Module
-        ):  # anything may stand behind the interface: its head is all that is known
+        ):  # anything may be behind the interface: its head is all that is known
             answers = NoTeacher() if self.given is None else self.given
             heads = [head for head in (head_of(student), answers.head) if head is not None]
             return answers, VocabularyPlan(min(head.vocab_size for head in heads))
@@ -302,6 +320,27 @@ class _Given:
             check_head(self.given, role="teacher")
         plan = align_vocabularies(student, self.given, tokenizer, self.tokenizer or tokenizer, alignment)
         return LiveTeacher(self.given), plan
+
+    def _elsewhere(
+        self,
+        given: CachedTeacher | RemoteTeacher,
+        student: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        alignment: str,
+    ) -> VocabularyPlan:
+        """The ids that are shared with a teacher whose model is not in this process."""
+        if self.names != [""]:
+            kind = "cached" if isinstance(given, CachedTeacher) else "remote"
+            raise UserError(
+                f"got a {kind} teacher, expected models: whose states come with the batch, or from a server, is the one "
+                "teacher of all rows (teacher)"
+            )
+        given.check_tokenizer(
+            tokenizer
+        )  # of a cache it is the one that was compared with the teacher's when it was made
+        shared = given.cache.manifest.shared_tokens if isinstance(given, CachedTeacher) else len(tokenizer)
+        widths = head_of(student).vocab_size, given.head.vocab_size
+        return plan_for(widths, tokenizer, len(tokenizer), shared, alignment)
 
 
 def _loaded(
@@ -328,6 +367,10 @@ def _loaded(
 
 
 def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
+    if isinstance(teacher, (CachedTeacher, RemoteTeacher)):
+        states = "cached" if isinstance(teacher, CachedTeacher) else "remote"
+        identity = teacher.cache.identity if isinstance(teacher, CachedTeacher) else teacher.description.identity
+        return {role: identity.model, f"{role}_dtype": identity.dtype, f"{role}_states": states}
     if not isinstance(teacher, LiveTeacher):
         return {role: type(teacher).__name__}
     dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")

@@ -30,7 +30,8 @@ from transformers.utils import PushInProgress
 
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.streams import RowStream
-from dts_hf.distributed.checkpoint_reading import data_only, in_form_of
+from dts_hf.data.tokenised import TokenisedDataset
+from dts_hf.distributed.checkpoint_reading import data_only, in_form_of, refuse_pickled_weights
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_first_process, silent_processes
 from dts_hf.errors import RunError, UserError
@@ -38,13 +39,14 @@ from dts_hf.files import check_no_link, write_text_atomic
 from dts_hf.models.compilation import compile_layers
 from dts_hf.models.description import describe_for_training, describe_tokenizer, versions
 from dts_hf.models.saving import ready_for_generation, save_generation_config
-from dts_hf.runs.checkpoints import INTERRUPTED, mark_complete, read_complete, remove, rotate, why_incomplete
+from dts_hf.runs.checkpoints import INTERRUPTED, make_way, mark_complete, read_complete, rotate, why_incomplete
 from dts_hf.runs.comparison import refuse_changed_models
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.failures import has_no_answer, is_lost_peer, lost_peer_sentence, writing
 from dts_hf.runs.links import refuse_links
 from dts_hf.runs.separate_disks import judged_elsewhere
 from dts_hf.training import exact_resume
+from dts_hf.training.arguments import check_optimizer
 from dts_hf.training.callbacks import GenerationEvalCallback, InterruptionCallback, ProgressCallback
 from dts_hf.training.card import OTHER_ROWS
 from dts_hf.training.clock import TrainingClock
@@ -98,6 +100,7 @@ PRIVATE_NAMES: dict[str, str | None] = {
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_rng_state": "(self, checkpoint)",
+    "_load_scaler": "(self, checkpoint)",
     "_issue_warnings_after_load": "(self, load_result)",
     # The Hub
     "_save": "(self, output_dir=None, state_dict=None)",
@@ -154,6 +157,11 @@ class ResumableTrainer(EvenBatchesTrainer):
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         ours = (*self.step_callbacks(), self.non_finite, self.interruption, ProgressCallback())
         super().__init__(model, *positional, callbacks=[*ours, *(callbacks or []), self._resume], **kwargs)
+        if self.optimizer is None:
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, self.model)
+            )
+            check_optimizer(self.args, *chosen)
         # Here and not earlier: whatever looks at the model to see what it is (heads, packing, routers) has done so.
         self.compile_layers(model, "the student")
         if self.args.world_size > 1:
@@ -187,6 +195,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             found["student_tokenizer"] = describe_tokenizer(self.processing_class)
         return found
+
+    def describe_objective(self) -> dict[str, Any]:
+        """What is minimised, as JSON: a run that goes on must have the same."""
+        return {}
 
     def facts_for_trackers(self) -> dict[str, Any]:
         """What trackers are to know of the run besides its arguments and the model's configuration."""
@@ -425,8 +437,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             if self.args.should_save:
                 if self._interrupting:
                     check_no_link(folder.parent)
-                if os.path.lexists(folder):
-                    remove(folder)
+                make_way(folder)
             self.accelerator.wait_for_everyone()
             # 2. Our files and the Trainer's; older checkpoints are needed until the end, so it must not rotate.
             self.save_progress(folder)
@@ -440,7 +451,8 @@ class ResumableTrainer(EvenBatchesTrainer):
             if self.args.should_save:
                 step, resumable = self.state.global_step, not self.args.save_only_model
                 models = self.models_record or self._models_described
-                mark_complete(folder, step=step, resumable=resumable, models=models, **self.layout())
+                told = {"models": models, "objective": self.describe_objective()}
+                mark_complete(folder, step=step, resumable=resumable, **told, **self.layout())
                 self.whole.add(folder.resolve())
                 run = folder.parent.parent if self._interrupting else folder.parent
                 keep = [self.state.best_model_checkpoint]
@@ -490,6 +502,7 @@ class ResumableTrainer(EvenBatchesTrainer):
             "device": self.args.device.type,  # the same recipe takes a GPU where it finds one
             "optim": str(getattr(self.args.optim, "value", self.args.optim)),
             "token_digest": rows.digest if isinstance(rows, EncodedDataset) else None,
+            "row_digest": rows.digest if isinstance(rows, TokenisedDataset) else None,
         }
 
     # -------------------------------------------------------------------------------------------- checkpoints, resumed
@@ -500,8 +513,10 @@ class ResumableTrainer(EvenBatchesTrainer):
         Raises:
             UserError: it cannot be exact; says why, and what to launch instead.
         """
-        was, now = read_complete(folder).get("models", {}), self.models_record or self._models_described
-        refuse_changed_models(str(folder), was, now, "train from the beginning")
+        record = read_complete(folder)
+        now = self.models_record or self._models_described
+        refuse_changed_models(str(folder), record.get("models", {}), now, "train from the beginning")
+        exact_resume.check_objective(folder, record.get("objective", {}), self.describe_objective())
         exact_resume.check_layout(
             folder, self.layout(), self.args, cast(nn.Module, self.model), self.neftune_noise_alpha
         )
@@ -543,8 +558,15 @@ class ResumableTrainer(EvenBatchesTrainer):
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with exact_resume.loading(resume_from_checkpoint):
+        refuse_pickled_weights(resume_from_checkpoint)
+        with data_only(resume_from_checkpoint), exact_resume.loading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # Without fp16 there is none, whatever lies in the folder: another precision is refused before
+        if self.accelerator.scaler is not None:
+            with exact_resume.loading(checkpoint):
+                super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with data_only(str(checkpoint)), exact_resume.loading(checkpoint):  # as it is, but refused in our words

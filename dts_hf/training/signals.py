@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from dts_hf.errors import Interrupted
 from dts_hf.runs.failures import is_lost_peer
-from dts_hf.runs.stopping import GO_ON, Stage, free_signals, request, stage
+from dts_hf.runs.stopping import GO_ON, SIGNALS, Stage, free_signals, request, stage
 
 Work = TypeVar("Work", bound=Callable[..., Any])
 # One byte that forked data-loader workers share with this process: 1 when ``work`` has ended and they obey it again.
@@ -126,8 +126,9 @@ def ignore_signals_in_worker(initialise: Callable[[int], None] | None, worker: i
     before its step is done.
     """
     if request.in_run:
-        for number in free_signals():
-            signal.signal(number, _end_with_parent)
+        for number in SIGNALS:  # all of them: torch has just given the worker a handler in C for SIGTERM
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _end_with_parent)
     if initialise is not None:
         initialise(worker)
 

@@ -7,8 +7,9 @@ too; what is saved, and what the Trainer goes by, is as it was.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,35 @@ def loss_facts(loss: DistillationLoss) -> dict[str, Any]:
         plain = {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))}
         facts |= {f"{role}_{key}": value for key, value in plain.items()}
     return facts
+
+
+def objective_of(loss: DistillationLoss) -> dict[str, Any]:
+    """Everything that decides what a fresh ``loss`` is, as JSON: policy and divergence with all their options.
+
+    What no JSON can hold of an object of the user's own is left out; so is what is the policy's state and moves.
+    """
+    policy, divergence = loss.temperature, loss.divergence
+    moving, described = policy.state(), policy.describe()
+    chosen = {name: described.get(name) for name in options_of(type(policy)) if name not in moving}
+    return {
+        "kd_ratio": loss.kd_ratio,
+        "temperature_scaling": loss.temperature_scaling,
+        "kernels": loss.kernels,
+        "logits_dtype": loss.logits_dtype,
+        "temperature": {"name": policy.name, "options": _plain(chosen)},
+        "divergence": {
+            "name": divergence.name,
+            "options": _plain({name: getattr(divergence, name, None) for name in options_of(type(divergence))}),
+        },
+    }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {}
+    for name, value in options.items():
+        with suppress(TypeError, ValueError):  # an object
+            plain[name] = json.loads(json.dumps(value))
+    return plain
 
 
 def model_facts(role: str, model: nn.Module | None) -> dict[str, Any]:

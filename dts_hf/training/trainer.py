@@ -24,14 +24,18 @@ from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
+from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
+from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET
 from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.cached.teacher import MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
@@ -41,8 +45,10 @@ from dts_hf.training.generating_trainer import GeneratingTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
+#: What our own collators put into a batch for a teacher alone.
+FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
 #: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER})
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
 
 
 class DistillationTrainer(GeneratingTrainer):
@@ -51,7 +57,7 @@ class DistillationTrainer(GeneratingTrainer):
     Args:
         model: the student, or the name or folder of one; None with ``model_init``.
         teacher: a causal language model, its name or folder (then its weights are in bfloat16, as in a recipe), or anything
-            with the ``Teacher`` interface; None with ``kd_ratio`` 0 is plain fine-tuning.
+            with the ``Teacher`` interface, such as a ``CachedTeacher``; None with ``kd_ratio`` 0 is plain fine-tuning.
         temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
@@ -168,6 +174,7 @@ class DistillationTrainer(GeneratingTrainer):
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
+        self._check_cache()
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -186,6 +193,15 @@ class DistillationTrainer(GeneratingTrainer):
             return {}
         weights = self.teacher.weights or {}
         return {name: {"weight": weights.get(name)} for name in self.teacher.names}
+
+    def describe_objective(self) -> dict[str, Any]:
+        return {**super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None}
+
+    @property
+    def teacher_record(self) -> dict[str, Any] | None:
+        if isinstance(self.teacher, RemoteTeacher):
+            return self.teacher.record()
+        return self.teacher.cache.record() if isinstance(self.teacher, CachedTeacher) else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
@@ -210,6 +226,23 @@ class DistillationTrainer(GeneratingTrainer):
         self.teacher.to(self.args.device)
         for teacher, role in self.pair.live:
             self.compile_layers(teacher.model, role)
+
+    def _check_cache(self) -> None:
+        """A cached teacher must know all rows, and its states must be those that its head reads; a server must take them."""
+        held_out: Any = self.eval_dataset
+        named = {f"eval_dataset['{key}']": rows for key, rows in held_out.items()} if isinstance(held_out, dict) else {
+            "eval_dataset": held_out}  # fmt: skip
+        for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
+            if isinstance(self.teacher, CachedTeacher) and isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+                rows: Any = self.rows  # LanguageRows
+                template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
+                self.teacher.check_rows(dataset, name, self.pair.tokenizer, template)
+            if isinstance(self.teacher, RemoteTeacher):
+                self.teacher.check_rows(dataset, name)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_loss(self.temperature, self.loss.divergence, self.vocab_size)
+        elif getattr(self.teacher, "compact", False):
+            check_served(self.temperature, self.loss.divergence)
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
@@ -260,7 +293,8 @@ class DistillationTrainer(GeneratingTrainer):
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
-        shares = shares_of(self.teacher, batch, labels, positions, inputs.get(TEACHER))
+        given = {key: inputs[key] for key in FOR_TEACHERS if key in inputs}
+        shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].

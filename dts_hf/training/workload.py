@@ -173,7 +173,7 @@ def _lora_parameters(student: Student, shape: ModelShape, model: nn.Module | Non
 def launched_plan(recipe: Recipe, devices: int) -> Plan:
     """What ``dts-hf train`` on this machine would be: one process, or one for each device."""
     teacher: TeacherPlacement = "none"
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and recipe.keeps_teacher:
         quantization = recipe.teacher.quantization
         teacher = recipe.teacher.placement if quantization == "none" else quantization
     if devices == 1:

@@ -24,7 +24,7 @@ from dts_hf.evaluation.options import EvaluationOptions
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
-COMMANDS = tuple(module.__name__.rpartition(".")[2] for module in cli.COMMANDS)
+COMMANDS = tuple(module.__name__.rpartition(".")[2].replace("_", "-") for module in cli.COMMANDS)
 RECIPE = """\
 student: {init: {from: teacher, layers: 2}}
 teacher: {model: some/teacher}

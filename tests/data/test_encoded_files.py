@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dts_hf.data import encoded_files
+from dts_hf.data import cache, encoded_files
 from dts_hf.data.chat_templates import get_template
 from dts_hf.data.encoded_files import MappedDataset, encode_cached
 from dts_hf.data.encoding import EncodedDataset, encode_rows
@@ -131,7 +133,9 @@ def test_a_template_that_writes_the_date_makes_a_file_a_day(monkeypatch):
     assert encoded_files.fingerprint(ROWS, tokenizer, PLAIN, LIMITS) != today
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "no record", "foreign record", "older format", "a file"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "empty", "no record", "foreign record", "changed record", "older format", "a file"]
+)
 def test_a_broken_file_is_made_again(tmp_path, damage):
     expected = encode_rows(ROWS, TOKENIZER, PLAIN, **LIMITS)[0]
     cached(tmp_path)
@@ -149,6 +153,10 @@ def test_a_broken_file_is_made_again(tmp_path, damage):
         record.unlink()
     elif damage == "foreign record":
         record.write_text("[]")
+    elif damage == "changed record":
+        text = record.read_text()
+        record.write_text(text.replace(f'"kept": {len(expected)}', f'"kept": {len(expected) - 1}'))
+        assert record.read_text() != text
     elif damage == "older format":
         record.write_text(json.dumps({**json.loads(record.read_text()), "format": 0}))
     else:
@@ -157,6 +165,63 @@ def test_a_broken_file_is_made_again(tmp_path, damage):
     assert_same(cached(tmp_path), expected)
     assert sorted(path.name for path in place.iterdir()) == ["record.json", "rows.arrow"]
     assert not list(tmp_path.glob(".*.unfinished"))
+
+
+def test_a_folder_under_the_name_of_another_is_made_again(tmp_path):
+    others = [replace(row, references=("No.",)) for row in ROWS]
+    cached(tmp_path)
+    (first,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    cached(tmp_path, others)
+    (second,) = (path for path in tmp_path.iterdir() if path.is_dir() and path != first)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    assert_same(cached(tmp_path), encode_rows(ROWS, TOKENIZER, PLAIN, **LIMITS)[0])
+    assert_same(cached(tmp_path, others), encode_rows(others, TOKENIZER, PLAIN, **LIMITS)[0])
+
+
+def _hold(place: Path, held, seconds: float) -> None:
+    with cache._lock(place):
+        held.put(os.getpid())
+        time.sleep(seconds)
+
+
+def test_waiting_for_another_process_is_said_and_ends(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(cache, "SILENCE", 0.2)
+    fork = multiprocessing.get_context("fork")
+    held = fork.SimpleQueue()
+    place = tmp_path / encoded_files.fingerprint(ROWS, TOKENIZER, PLAIN, {**LIMITS})
+    holder = fork.Process(target=_hold, args=(place, held, 60))
+    holder.start()
+    pid = held.get()
+    try:
+        cache.limit_waiting(1)
+        found = cached(tmp_path)
+    finally:
+        cache.limit_waiting()
+        holder.kill()
+        holder.join()
+    assert not isinstance(found, MappedDataset) and len(found) > 0
+    said = capsys.readouterr().err
+    assert said.count("waiting for") == 1 and f"waiting for process {pid} on " in said and str(place) in said
+    assert f"process {pid} on " in caplog.text and "has held its lock for 1" in caplog.text
+    assert isinstance(cached(tmp_path), MappedDataset)  # a lock ends with its process
+
+
+def test_a_file_that_grows_is_waited_for(tmp_path, monkeypatch):
+    growing = cache._unfinished(tmp_path / "a")
+    growing.mkdir()
+    with cache._lock(tmp_path / "a"):
+        cache.limit_waiting(0.5)
+        began = time.monotonic()
+        try:
+            sizes = iter(range(12))  # one look each tenth of a second
+            monkeypatch.setattr(cache, "_size", lambda path: next(sizes, 99))
+            with pytest.raises(TimeoutError), cache._lock(tmp_path / "a"):
+                raise AssertionError("it is held")
+        finally:
+            cache.limit_waiting()
+    assert time.monotonic() - began > 1.5
 
 
 def _encode(folder: Path, made) -> None:

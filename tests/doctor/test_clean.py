@@ -30,7 +30,8 @@ def test_a_clean_recipe_is_clean(workplace: Path) -> None:
     assert all(check.status == "ok" and check.summary for check in diagnosis.checks)
     assert [check.name for check in diagnosis.checks] == [
         "recipe", "training", "rows", "tokenizers", "data", "template", "memory", "teacher", "student",
-        "special-tokens", "vocabulary", "positions", "labels", "cross-entropy", "effect", "temperature", "steps", "output",
+        "special-tokens", "vocabulary", "positions", "labels", "cross-entropy", "effect", "temperature", "states", "steps",
+        "output",
     ]  # fmt: skip
     found = diagnosis["cross-entropy"].values
     assert found["teacher_ce"] < found["student_ce"] < 2 * found["guess"]

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dts_hf.reporting import curves, facts, html, model_card, plots, report, tables
+from dts_hf.reporting.model_card import models_of
 from dts_hf.runs.directory import RunDirectory
 from tests.support.made_run import (
     RECIPE,
@@ -174,6 +175,30 @@ def test_the_base_model_is_a_hub_name_or_absent(
     card = load_card(run)
     assert card.data.get("base_model") == base_model
     assert "anna" not in card.content
+
+
+@pytest.mark.parametrize(("init", "words"), [
+    ({"from": "teacher", "layers": [0, 1, 5]}, "pruned from the teacher (layers [0, 1, 5] kept)"),
+    ({"from": "teacher", "layers": 9, "choose": "search", "mlp": 1024},
+     "pruned from the teacher (9 layers that a search has found, and MLPs of 1,024 channels kept)"),
+    ({"from": "teacher", "parameters": 60_000_000}, "pruned from the teacher (at most 60,000,000 weights kept)"),
+    ({"from": "config", "layers": 3, "hidden": 64}, "random weights in the teacher's shape (3 evenly spaced layers and"),
+    ({"from": "/home/anna/bigger", "layers": 3, "choose": "middle_block"},
+     "pruned from the local folder `bigger` (3 layers, all but one block, kept)"),
+])  # fmt: skip
+def test_the_card_tells_what_was_cut_out_of_what(tmp_path: Path, init: dict[str, Any], words: str) -> None:
+    card = load_card(make_run(tmp_path / "cut", recipe=changed(student={"init": init, "model": None})))
+    assert words in card.content and "anna" not in card.content
+
+
+@pytest.mark.parametrize(("origin", "expected"), [
+    ("teacher", [("org/t", "v2"), ("org/t", "v2")]),
+    ("org/other", [("org/other", "v1"), ("org/t", "v2")]),
+    ("config", [("org/t", "v2")]),
+])  # fmt: skip
+def test_licences_follow_the_model_that_gave_the_first_weights(origin: str, expected: list[tuple[str, str]]) -> None:
+    student = {"init": {"from": origin, "layers": 2}, "model": None, "revision": "v1"}
+    assert models_of({"student": student, "teacher": {"model": "org/t", "revision": "v2"}}) == expected
 
 
 def test_the_card_tells_what_made_the_student(run: RunDirectory) -> None:

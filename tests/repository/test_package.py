@@ -61,14 +61,14 @@ def test_public_names_load_and_unknown_ones_do_not():
 
 
 def test_import_is_light() -> None:
-    """Nothing heavy is imported, and the time says so too (0.03 s; the best of three, for a machine that is busy)."""
+    """Nothing heavy is imported, nor much that is light: about 30 modules of Python's own (0.03 s)."""
     code = (
-        "import sys, time\nstart = time.perf_counter()\nimport dts_hf\nspent = time.perf_counter() - start\n"
+        "import sys\nbefore = len(sys.modules)\nimport dts_hf\n"
         "heavy = {'torch', 'transformers', 'numpy', 'typer', 'rich', 'yaml', 'pydantic'} & set(sys.modules)\n"
-        "assert not heavy, heavy\nprint(spent)"
+        "assert not heavy, heavy\nprint(len(sys.modules) - before)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.1
+    run = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    assert 0 < int(run.stdout) < 60
 
 
 @pytest.mark.parametrize("extra", ["gguf", "quantization", "deepspeed"])

@@ -85,7 +85,7 @@ def test_commands_and_targets_exist(document: Path) -> None:
 
     text = document.read_text(encoding="utf-8")
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
-    used = set(re.findall(r"(?:^|`)dts-hf (\w+)", text, re.MULTILINE))
+    used = set(re.findall(r"(?:^|`)dts-hf (\w[\w-]*)", text, re.MULTILINE))
     assert used <= commands, f"no such command: {sorted(used - commands)}"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

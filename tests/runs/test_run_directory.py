@@ -21,6 +21,7 @@ from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RECIPE_HEADER, RunDirectory
 from dts_hf.runs.environment import environment, where_it_trains
+from dts_hf.runs.outline import outline
 
 VALUES = {
     "student": {"model": "small"},
@@ -356,7 +357,7 @@ def test_a_finished_run_keeps_nothing_of_an_unfinished_one(run: RunDirectory) ->
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).write_text("{}")
     run.clean_up()
-    assert tree(run.path) == ["checkpoint-5", "checkpoint-5/complete.json", "recipe.yaml"]
+    assert tree(run.path) == ["checkpoint-5", "checkpoint-5/complete.json", "recipe.yaml", "scores.json"]
     run.clean_up()  # nothing is there to remove
 
 
@@ -369,3 +370,24 @@ def test_what_systems_put_into_any_folder_is_nothing(tmp_path: Path, recipe: Rec
     RunDirectory.create(tmp_path).save_recipe(recipe)
     RunDirectory.create(tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == [name]
+
+
+def test_the_longest_name_that_a_file_may_have(tmp_path: Path) -> None:
+    """The temporary one beside it must not be longer, or work would be lost at its end."""
+    for name in ("x" * 255, "é" * 127, "x.jsonl"):
+        write_text_atomic(tmp_path / name, name)
+        write_text_atomic(tmp_path / name, f"{name} again")
+        assert (tmp_path / name).read_text() == f"{name} again"
+    assert len([*tmp_path.iterdir()]) == 3
+    run = RunDirectory.create(tmp_path / ("r" * 255))
+    run.append_log({"step": 1})
+    run.write_metrics({})
+    assert RunDirectory(run.path).read_log() == [{"step": 1}]
+
+
+def test_the_plan_says_whose_answers_are_trained_on(recipe: Recipe) -> None:
+    """``cached`` would read as if they were there already."""
+    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"responses": "teacher"})})
+    plan = outline(asked, SimpleNamespace(max_steps=4))
+    assert "tokens each), where no earlier run has kept its answers; " in plan and "cached" not in plan
+    assert "kept its answers" not in outline(recipe, SimpleNamespace(max_steps=4))

@@ -206,8 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
             hub.blobs[found[1]] = request.body
             return self._send(200, {})
-        if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(request.body))
+        if path.startswith("/api/datasets/"):  # a repository of its own, also where a model has the same name
+            path = f"/api/models/datasets:{path.removeprefix('/api/datasets/')}"
+        if path.startswith("/datasets/"):
+            path = f"/datasets:{path.removeprefix('/datasets/')}"
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(\w+)/([^/]+)(?:/(.*))?)?", path):
             return self._repository(request, *found.groups())
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -216,10 +220,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, values: dict[str, Any]) -> None:
         name = f"{values.get('organization') or USER}/{values['name']}"
+        prefix = "datasets/" if values.get("type") == "dataset" else ""
+        name, url = f"{prefix.replace('/', ':')}{name}", f"{prefix}{name}"
         there = name in self.hub.repositories
         if not there:
             self.hub.repositories[name] = Repository(private=values.get("visibility") != "public")
-        self._send(409 if there else 200, {"url": f"{self.hub.endpoint}/{name}"})
+        self._send(409 if there else 200, {"url": f"{self.hub.endpoint}/{url}"})
 
     def _batch(self, values: dict[str, Any]) -> None:
         objects = []
@@ -253,7 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(
             200,
             {
-                "_id": "1", "id": name, "modelId": name, "private": repository.private, "sha": repository.sha(branch),
+                "_id": "1", "id": name.removeprefix("datasets:"),
+                "modelId": name, "private": repository.private, "sha": repository.sha(branch),
                 "siblings": [{"rfilename": path} for path in sorted(files)], "tags": [], "downloads": 0,
                 "cardData": _metadata(files.get("README.md", b"").decode()),
             },
@@ -286,7 +293,14 @@ class _Handler(BaseHTTPRequestHandler):
         files.update(commit.added)
         self.hub.commits.append(commit)
         oid = self.hub.repositories[name].sha(revision)
-        self._send(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{oid}"})
+        self._send(
+            200,
+            {
+                "success": True,
+                "commitOid": oid,
+                "commitUrl": f"{self.hub.endpoint}/{name.replace('datasets:', 'datasets/')}/commit/{oid}",
+            },
+        )
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repository = self.hub.repositories.get(name)

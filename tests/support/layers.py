@@ -27,7 +27,7 @@ LAYERS = (
     ("runs", ("runs",)),
     ("publication", ("reporting", "hub")),
     ("training", ("training",)),
-    ("results", ("evaluation", "inference")),
+    ("results", ("evaluation", "inference", "serving")),
     ("sets", ("data_prep",)),
     ("tasks", ("task", "language_modeling", "classification")),
     ("the line", ("distill",)),

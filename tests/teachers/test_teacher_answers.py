@@ -1,7 +1,8 @@
-"""The teacher's answers: a run that is killed while they are made goes on, and ends with the same ones."""
+"""The teacher's answers: made once, by the road of ``dts-hf generate``; a run that is killed while they are made goes on."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,84 +10,156 @@ import pytest
 import torch
 
 from dts_hf.data.chat_templates import get_template
+from dts_hf.data.encoding import encode_rows
 from dts_hf.data.rows import Row
-from dts_hf.generation.answer_file import AnswerFile
+from dts_hf.generation import answers as road
+from dts_hf.generation.answer_blocks import AnswerBlocks
+from dts_hf.generation.engine import Generated
 from dts_hf.recipe.schema import Recipe
-from dts_hf.teachers import answers as teacher_answers
 from dts_hf.teachers.answers import answer_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
-ROWS = [Row(str(k), f"Say {'it ' * k}.", "", ("x",)) for k in range(12)]
+ROWS = [Row(str(k), f"Say {'it ' * k}.", "", ("x",)) for k in range(14)]
 
 
 class Killed(BaseException):
     """Nothing catches it."""
 
 
-def recipe(place: Path, run: str = "a") -> Recipe:
+def recipe(place: Path, run: str = "a", **data: Any) -> Recipe:
     return Recipe.from_dict(
         {
             "student": {"init": {"from": "teacher", "layers": 1}},
             "teacher": {"model": str(place / "teacher")},
             "data": {"train": "x.jsonl", "responses": "teacher", "teacher_max_new_tokens": 5, "max_prompt_length": 64,
-                     "cache_dir": str(place / "cache")},
+                     "cache_dir": str(place / "cache"), **data},
             "evaluation": {"batch_size": 1},
             "output": {"dir": str(place / run)},
         }
     )  # fmt: skip
 
 
-def answers(place: Path, dtype: torch.dtype, run: str = "a") -> tuple[list[str], bool]:
-    rows, about = answer_rows(
-        recipe(place, run), tiny_llama().to(dtype).eval(), tiny_tokenizer(), get_template("plain"), ROWS
+def answered(place: Path, dtype: torch.dtype = torch.float32, run: str = "a", seed: int = 2, **data: Any) -> Any:
+    return answer_rows(
+        recipe(place, run, **data),
+        tiny_llama(seed=seed).to(dtype).eval(),
+        tiny_tokenizer(),
+        get_template("plain"),
+        ROWS,
     )
+
+
+def answers(place: Path, dtype: torch.dtype = torch.float32, run: str = "a") -> tuple[list[str], bool]:
+    rows, about = answered(place, dtype, run)
     return ["" if row is None else row.references[0] for row in rows], about["cached"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "made_again"),
-    [(torch.float32, 12 - 6), (torch.bfloat16, 12 - 4)],  # in bf16 blocks of four batches belong together
-)
-def test_a_killed_run_goes_on_behind_the_last_answer(
-    tmp_path: Path, dtype: torch.dtype, made_again: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight, _ = answers(tmp_path / "straight", dtype)
-    place, append, generate, asked = tmp_path / "killed", AnswerFile.append, teacher_answers.generate, []
+def cached(place: Path) -> list[str]:
+    return sorted("".join(path.suffixes) for path in (place / "cache").iterdir())
 
-    def dies(self: AnswerFile, row: Any) -> None:
-        if int(self.path.with_name(f"{self.path.name}.partial-0").exists()) and len(self.load()) == 6:
-            raise Killed
-        append(self, row)
 
-    monkeypatch.setattr(AnswerFile, "append", dies)
-    with pytest.raises(Killed):
-        answers(place, dtype)
-    monkeypatch.undo()
-    (partial,) = (place / "cache").iterdir()
-    with partial.open("a") as file:
-        file.write('{"seed": 0, "id": "3", "te')  # the kill came in the middle of a line
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each call of the engine was given."""
+    found: list[int] = []
+    init, generate = road.Answerer.__init__, road.generate
 
-    def counted(model: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
-        asked.extend(prompts)
+    def counted(model: Any, prompts: Any, *rest: Any, **options: Any) -> list[Generated]:
+        found.append(len(prompts))
         return generate(model, prompts, *rest, **options)
 
-    monkeypatch.setattr(teacher_answers, "generate", counted)
-    assert answers(place, dtype) == (straight, False) and len(asked) == made_again
-    assert [path.suffix for path in (place / "cache").iterdir()] == [".json"]
-    assert answers(place, dtype, run="b") == (straight, True) and len(asked) == made_again
+    def stand_in(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **{**options, "answer": counted})
+
+    monkeypatch.setattr(road.Answerer, "__init__", stand_in)
+    return found
 
 
-def test_another_run_does_not_write_into_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_killed_run_goes_on_behind_the_last_block(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, asked: list[int]
+) -> None:
+    straight, _ = answers(tmp_path / "straight", dtype)
+    assert asked == [4, 4, 4, 2] and sum(map(bool, straight)) > 10
+    place, write = tmp_path / "killed", AnswerBlocks.write
+
+    def dies(self: AnswerBlocks, number: int, *rest: Any) -> None:
+        if number == 2:
+            raise Killed
+        write(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerBlocks, "write", dies)
+        with pytest.raises(Killed):
+            answers(place, dtype)
+    (unfinished,) = (place / "cache").iterdir()
+    (unfinished / ".00000002.block.77-ab.tmp").write_text("the kill came in the middle of a write")
+    asked.clear()
+    assert answers(place, dtype) == (straight, False) and asked == [4, 2]
+    assert cached(place) == [".jsonl", ".manifest.json"]
+    assert answers(place, dtype, run="b") == (straight, True) and asked == [4, 2]
+
+
+def test_another_run_does_not_write_into_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs of a sweep share teacher, prompts and cache, and start at the same time."""
-    append, inner = AnswerFile.append, []
+    write, inner = AnswerBlocks.write, []
 
-    def beside(self: AnswerFile, row: Any) -> None:
-        append(self, row)
+    def beside(self: AnswerBlocks, number: int, *rest: Any) -> None:
+        write(self, number, *rest)
         if not inner:
             inner.append(None)
-            inner.append(answers(tmp_path, torch.float32, run="b"))
+            inner.append(answers(tmp_path, run="b"))
 
-    monkeypatch.setattr(AnswerFile, "append", beside)
-    texts, cached = answers(tmp_path, torch.float32)
-    assert inner[1] == (texts, False) and not cached
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+    monkeypatch.setattr(AnswerBlocks, "write", beside)
+    texts, was_cached = answers(tmp_path)
+    assert inner[1] == (texts, False) and not was_cached
+    assert cached(tmp_path) == [".jsonl", ".manifest.json"]
+
+
+def test_other_weights_and_filters_are_answered_anew_and_damage_is_seen(tmp_path: Path, asked: list[int]) -> None:
+    _, first = answered(tmp_path)
+    names = {first["fingerprint"]}
+    for change in ({"seed": 1}, {"cut_answers": "drop"}, {"max_repetition": 0.25}, {"teacher_max_new_tokens": 6}):
+        _, about = answered(tmp_path, **change)  # type: ignore[arg-type]
+        assert not about["cached"]
+        names.add(about["fingerprint"])
+    assert len(names) == 5
+    path = tmp_path / "cache" / f"{first['fingerprint']}.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"stop"', b'"STOP"').replace(b'"length"', b'"LENGTH"'))
+    asked.clear()
+    assert answered(tmp_path)[1] == first and sum(asked) == 14 and path.read_bytes() == content
+
+
+def test_filters_leave_rows_out_and_count_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut answer is kept, as far as it goes: no end of turn is learned behind it. Or it is dropped."""
+    tokenizer, init = tiny_tokenizer(), road.Answerer.__init__
+    said = {"0": ("A fig.", True), "1": ("", True), "2": ("A fig and a pl", False), "3": ("so it goes on, " * 8, True)}
+
+    def answer(model: Any, prompts: Any, *_: Any, row_keys: Any, **__: Any) -> list[Generated]:
+        return [
+            Generated(tokenizer(text)["input_ids"], end)
+            for text, end in (said.get(key, said["0"]) for key in row_keys)
+        ]
+
+    def stand_in(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **{**options, "answer": answer})
+
+    monkeypatch.setattr(road.Answerer, "__init__", stand_in)
+    rows, about = answered(tmp_path)
+    counts = about["counts"]
+    assert [k for k, row in enumerate(rows) if row is None] == [1, 3] and about["answered"] == 12
+    assert (counts["empty"], counts["cut"], counts["repeating"], counts["kept_cut"]) == (1, 0, 1, 1)
+    kept = [row for row in rows[:4] if row is not None]
+    encoded, _ = encode_rows(kept, tokenizer, get_template("plain"), max_length=64, max_prompt_length=32)
+    ends = [encoded[k]["labels"][-1] == tokenizer.eos_token_id for k in range(2)]
+    assert ends == [True, False] and tokenizer.decode(encoded[1]["labels"][-2:]).endswith("pl")
+    dropped, about = answered(tmp_path, cut_answers="drop", max_repetition=1.0)
+    assert [k for k, row in enumerate(dropped) if row is None] == [1, 2] and about["counts"]["cut"] == 1
+
+
+def test_the_file_of_answers_says_what_made_them(tmp_path: Path) -> None:
+    _, about = answered(tmp_path)
+    manifest = json.loads((tmp_path / "cache" / f"{about['fingerprint']}.manifest.json").read_text())
+    assert manifest["counts"] == about["counts"] and manifest["identity"]["teacher"]["weights"].startswith("xxh3:")
+    assert str(tmp_path) not in json.dumps(manifest)

@@ -21,12 +21,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
-from dts_hf.models.description import describe_for_training, describe_model, describe_tokenizer, weights_digest
+from dts_hf.models.description import (
+    describe_for_training,
+    describe_model,
+    describe_tokenizer,
+    knows_weights,
+    weights_digest,
+)
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import mark_complete, read_complete
 from dts_hf.runs.comparison import changed_models
 from dts_hf.runs.lock import LOCK
 from dts_hf.training.temperature_callback import TemperatureCallback
+from tests.support.ends import without_times
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, trainer_for
 from tests.workers.resume_worker import prepare
@@ -172,7 +179,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], str]] = 
     "student, dropout": (put("student/config.json", "resid_pdrop", 0.5), NOTHING,
                          r"  student\.config\.resid_pdrop: was 0\.1, now 0\.5"),
     "student, generation": (put("student/generation_config.json", "eos_token_id", 5), NOTHING,
-                            r"  student\.generation_config\.eos_token_id: was 2, now 5"),
+                            r"  student\.generation\.eos_token_id: was 2, now 5"),
+    "teacher, end of answers": (put("teacher/generation_config.json", "eos_token_id", 5), NOTHING,
+                                r"  teacher\.generation\.eos_token_id: was 2, now 5"),
+    "student, generation that is saved": (put("student/generation_config.json", "top_k", 7), NOTHING,
+                                          r"  student\.generation\.top_k: was .*, now 7"),
     "tokenizers, end of sequence": (both("tokenizer_config.json", lambda path: put(path, "eos_token", "<|pad|>")), NOTHING,
                                     r"  student_tokenizer\.eos_token: was \"<\|im_end\|> \(2\)\", now \"<\|pad\|> \(3\)\""),
     "tokenizers, cut": (both("tokenizer.json", lambda path: edit(path, fewer_tokens)), NOTHING,
@@ -273,6 +284,12 @@ def moved(folder: Path) -> None:
         put(f"{name}/config.json", "_name_or_path", "elsewhere")(folder)
 
 
+def sampled(folder: Path) -> None:
+    """Published teachers say how they want to be sampled, and nobody here does."""
+    put("teacher/generation_config.json", "top_k", 7)(folder)
+    put("teacher/generation_config.json", "pad_token_id", 9)(folder)
+
+
 def without_record(folder: Path) -> None:
     """A run of 0.1.0."""
     edit("run/data_manifest.json", lambda content: content.pop("models") and content)(folder)
@@ -284,7 +301,7 @@ def without_record(folder: Path) -> None:
     assert "models" not in read_complete(checkpoint)
 
 
-@pytest.mark.parametrize("change", [in_shards, saved_again, moved, without_record])
+@pytest.mark.parametrize("change", [in_shards, saved_again, moved, sampled, without_record])
 def test_a_change_without_effect_ends_in_the_same_bits(killed, expected, tmp_path, capsys, change):
     folder = tmp_path / "work"
     shutil.copytree(killed[False], folder)
@@ -303,6 +320,53 @@ def test_models_and_tokenizers_in_another_folder_are_the_same(killed, expected, 
         (folder / name).rename(folder / f"moved_{name}")
     live(folder, **{name: {"model": str(folder / f"moved_{name}")} for name in ("student", "teacher")})
     assert end_of(folder / "run")[1] == expected[1]
+
+
+def test_another_folder_is_refused_where_nothing_tells_its_weights(killed, tmp_path):
+    """As of weights that were nowhere whole when they were described."""
+    folder = tmp_path / "work"
+    shutil.copytree(killed[False], folder)
+    (folder / "teacher").rename(folder / "moved_teacher")
+    elsewhere = {"teacher": {"model": str(folder / "moved_teacher")}}
+    edit("run/data_manifest.json", lambda content: content["models"]["teacher"].pop("weights") and content)(folder)
+    assert re.search(r"  teacher\.model: was \"teacher\", now \"\S+moved_teacher\"", refusal(folder, **elsewhere))
+    with_files = {"files": None, "unpacked_weights": "xxh3:1"}
+    for of, known in (
+        ({}, False),
+        (with_files, False),
+        ({**with_files, "files": "x"}, True),
+        ({"frozen_weights": "x"}, True),
+    ):
+        assert knows_weights(of) is known
+
+
+def test_a_teacher_that_answers_nothing_may_end_answers_as_it_likes(tmp_path):
+    prepare(tmp_path)
+    alone = {"evaluation": {"models": ["student"]}}
+    with pytest.raises(Killed):
+        live(tmp_path, resume=False, kill_at=4, **alone)
+    put("teacher/generation_config.json", "eos_token_id", 5)(tmp_path)
+    live(tmp_path, **alone)
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return without_times(json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"])
+
+
+def test_the_first_scores_are_in_the_history_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    """As in the log: the state of the Trainer is what callbacks, trackers and the card read."""
+    folders = [tmp_path / name for name in ("straight", "died")]
+    for folder in folders:
+        prepare(folder)
+    live(folders[0], resume=False)
+    with pytest.raises(Killed):
+        live(folders[1], resume=False, kill_at=2)
+    assert not [*(folders[1] / "run").glob("checkpoint-*")] and (folders[1] / "run" / "scores.json").is_file()
+    live(folders[1])
+    straight, died = (history(folder / "run") for folder in folders)
+    assert [line for line in straight if line["step"] == 0], straight
+    assert died == straight
 
 
 def test_other_tokens_of_the_same_rows_are_refused_whatever_has_made_them(killed, tmp_path):

@@ -6,6 +6,7 @@ Each test is a real run of the command line in a process of its own; ``Life.wait
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs import failures, stopping
 from dts_hf.runs.checkpoints import newest_complete, why_incomplete
+from dts_hf.runs.directory import RunDirectory
 from dts_hf.training import signals as interruption
 from tests.support.launching import WORKERS, deepspeed_config, environment
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -638,13 +640,16 @@ class Disk:
 
     SIZE = 12 << 20
 
-    def __init__(self, folder: Path) -> None:
-        self.run = folder / "run"
+    def __init__(self, folder: Path, inodes: int = 0) -> None:
+        self.run, self.inodes = folder / "run", inodes  # 0: as many as there may be
         self.ballast = self.run / "ballast"
 
     def __enter__(self) -> Disk:
         self.run.mkdir()
-        if os.geteuid() or self._mount("-t", "tmpfs", "-o", f"size={self.SIZE}", "tmpfs").returncode:
+        if (
+            os.geteuid()
+            or self._mount("-t", "tmpfs", "-o", f"size={self.SIZE},nr_inodes={self.inodes}", "tmpfs").returncode
+        ):
             pytest.skip("needs the right to mount a file system")
         return self
 
@@ -685,7 +690,7 @@ def test_a_full_disk(lives: Lives, straight: Path, share: float | None) -> None:
         run = lives.one(folder, step=3).until_reached()
         disk.fill(0 if share is None else int(share * size) + (16 << 10))
         run.open_gate()
-        assert_one_message(run, "--resume", "0.00 GB free" if share is not None else "No space left on device")
+        assert_one_message(run, "cannot write run", " kB free in ", "Free some space", "--resume")
         saved = newest_complete(disk.run)
         assert saved is not None and saved.name == "checkpoint-2"
         assert not (disk.run / "final").exists()
@@ -694,16 +699,69 @@ def test_a_full_disk(lives: Lives, straight: Path, share: float | None) -> None:
             goes_on(lives, folder, straight)
 
 
+def test_a_log_line_that_finds_no_space(tmp_path: Path) -> None:
+    """The library's error names no file; half a line is cut off by the next one that fits."""
+    with Disk(tmp_path) as disk:
+        run = RunDirectory(disk.run)
+        run.append_log({"step": 1})
+        disk.fill(0)
+        with pytest.raises(OSError, match="No space") as caught:
+            run.append_log({"step": 2, "text": "x" * 9000})
+        said = failures.one_sentence(caught.value) or ""
+        assert said.startswith(f"{disk.run / 'log.jsonl'}: No space left on device (0 kB free in {disk.run})"), said
+        outside, inside = failures.writing(tmp_path / "outside"), failures.writing(tmp_path / "inside")
+        with pytest.raises(RunError) as wrapped, outside, inside:
+            run.append_log({"step": 2, "text": "x" * 9000})
+        assert str(wrapped.value).count("cannot write") == 1 and "log.jsonl" in str(wrapped.value)
+        disk.ballast.unlink()
+        run.append_log({"step": 2})
+        assert [line["step"] for line in run.read_log()] == [1, 2]
+
+
+def test_what_a_full_disk_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the library has lost the path: what was written most likely went here, or is a temporary file."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    said = failures.one_sentence(rust) or ""
+    assert f"free in {Path.cwd()} and " in said and f"free in {tmp_path}); free some space" in said
+    says = rf"cannot write {tmp_path}/final: No space .*free in {tmp_path}"
+    with pytest.raises(RunError, match=says), failures.writing(tmp_path / "final"):
+        raise rust
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / "x"))
+    assert "x: Disk quota exceeded (" in (failures.one_sentence(quota) or "")
+    assert f"free in {tmp_path}, of which a quota holds back the rest)" in (failures.one_sentence(quota) or "")
+    monkeypatch.setattr("os.statvfs", lambda _: os.statvfs_result((1, 1024, 9, 9, 5000, 40, 0, 0, 0, 255)))
+    assert "5.1 MB free in" in (failures.one_sentence(rust) or "")
+    assert ", and 0 of 40 inodes" in (failures.one_sentence(rust) or "")
+
+
 def test_a_disk_that_is_full_at_the_end(lives: Lives, straight: Path) -> None:
     folder = lives.folder()
     with Disk(folder) as disk:
         run = lives.one(folder, scoring=2).until_reached()
         disk.fill(64 << 10)
         run.open_gate()
-        assert_one_message(run, "--resume")
+        assert_one_message(run, f"cannot write {Path('run', 'final')}", " free in ", "Free some space", "--resume")
         assert not (disk.run / "final").exists()
         disk.ballast.unlink()
         goes_on(lives, folder, straight)
+
+
+def test_no_inodes(lives: Lives, straight: Path) -> None:
+    """There is space, and every file takes an inode: a checkpoint has a dozen."""
+    folder = lives.folder()
+    with Disk(folder, inodes=40) as disk:
+        run = lives.one(folder, step=3).until_reached()
+        while os.statvfs(disk.run).f_favail > 3:
+            (disk.run / f"small-{os.statvfs(disk.run).f_favail}").touch()
+        run.open_gate()
+        assert_one_message(run, "cannot write ", "No space left", " MB free in ", " of 40 inodes", "--resume")
+        saved = newest_complete(disk.run)
+        assert saved is not None and saved.name == "checkpoint-2"
+        for small in disk.run.glob("small-*"):
+            small.unlink()
+        again = lives.one(folder, "--resume")  # with fewer checkpoints than it would keep it has room
+        assert again.wait() == ExitCode.FAILED or (disk.run / "final").is_dir(), again.err
 
 
 def test_a_disk_that_turns_read_only(lives: Lives, straight: Path) -> None:
@@ -797,7 +855,7 @@ def test_memory_that_does_not_suffice_for_the_loss(lives: Lives) -> None:
 
 def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(28, "No space left on device", str(tmp_path / "log.jsonl"))
-    assert "log.jsonl: No space left on device; free some space" in (failures.one_sentence(full) or "")
+    assert "log.jsonl: No space left on device (" in (failures.one_sentence(full) or "")
     rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "No space left" in (failures.one_sentence(rust) or "")
     with pytest.raises(RunError, match=r"cannot write .*: File too large .*GB free"), failures.writing(tmp_path):
@@ -831,7 +889,7 @@ def test_what_a_failure_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ),
         (
             "The client socket has timed out after 600000ms while trying to connect to (node1, 29500).",
-            "another process of this run has not answered in time (training.ddp_timeout), ",
+            "another process of this run has not answered for 600 s (training.ddp_timeout), ",
         ),
     ],
 )
@@ -845,6 +903,8 @@ def test_a_process_that_is_gone_before_all_are_joined_is_no_wrong_input(
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("dts_hf.distributed.launch.watch_collectives", lambda *_: None)  # it sets variables
+    groups = torch.distributed.distributed_c10d
+    monkeypatch.setattr(groups, "default_pg_timeout", groups.default_pg_timeout)  # limit_joining sets it
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", join)
     recipe = Recipe.from_dict(RECIPE, deep=False)
     with pytest.raises(torch.distributed.DistNetworkError) as caught:

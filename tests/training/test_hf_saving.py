@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,35 @@ def test_tied_weights(tmp_path: Path, tie: bool) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "lora and embeddings", "wrapped before"])
+def test_no_false_warning_of_missing_keys_on_a_tied_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    """works: a resumed student with tied weights, with and without an adapter; what is really missing is still said"""
+    warned: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *_: warned.append(str(text)))
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    saved = ["embed_tokens"] if "embeddings" in adapter else None
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=saved)
+
+    def trainer() -> DistillationTrainer:
+        model: Any = tiny_llama(seed=0, tie=True)
+        given = {"peft_config": config} if adapter.startswith("lora") else {}
+        return trainer_for(tmp_path, peft.get_peft_model(model, config) if "wrapped" in adapter else model,
+                           options=options, **given)  # fmt: skip
+
+    first = trainer()
+    first.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert not [text for text in warned if "missing" in text or "lm_head" in text], warned
+    result = namedtuple("result", "missing_keys unexpected_keys")
+    again._issue_warnings_after_load(result(["lm_head.weight", "model.norm.weight"], []))
+    assert any("model.norm.weight" in text for text in warned)
 
 
 def test_the_folder_of_the_run_by_default(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from transformers import Trainer
 
 from dts_hf.errors import UserError
-from dts_hf.runs.checkpoints import mark_complete, read_complete
+from dts_hf.runs.checkpoints import mark_complete, read_complete, remove, why_incomplete
+from dts_hf.temperature import build_policy
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import ROWS, arguments, losses, plain, trainer_for
 
@@ -162,9 +163,134 @@ def test_a_checkpoint_of_another_trainer_is_called_that(tmp_path):
     for checkpoint in (str(tmp_path / "checkpoint-2"), True):
         with pytest.raises(UserError, match=r"it was not written by dts_hf: it has no complete\.json"):
             trainer.train(checkpoint)
+    with pytest.raises(UserError, match=r"those of transformers \(its Trainer, or one of TRL's\)\. Its weights can"):
+        trainer.train(True)
+    (tmp_path / "checkpoint-3").write_text("a file")
+    with pytest.raises(UserError, match=r"checkpoint-3: it is a file, expected a folder"):
+        trainer.train(str(tmp_path / "checkpoint-3"))
+    with pytest.raises(
+        UserError, match=r"checkpoint-3: it is a file, expected a folder; checkpoint-2: it was not written"
+    ):
+        trainer.train(True)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match=r"those of another program, such as accelerate"):
+        trainer.train(str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / "rank_0.json").write_text("{}")
     with pytest.raises(UserError, match="the save was interrupted"):
         trainer.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_another_loss_is_refused_by_name(tmp_path):
+    options = {**CONSTANT, "max_steps": 4}
+    was = {"divergence": {"name": "jsd", "beta": 0.3}, "temperature": {"name": "dts", "t_init": 3.0}, "kd_ratio": 0.5}
+    trainer_for(tmp_path, options=options, **was).train()
+    changes = [
+        ({"divergence": {"name": "jsd", "beta": 0.4}}, r"\n  divergence\.options\.beta: was 0\.3, now 0\.4\n"),
+        ({"divergence": "forward_kl"}, r"numbers of neither:\n  divergence\.name: was \"jsd\", now \"forward_kl\"\n"),
+        ({"kd_ratio": 0.7}, r"\n  kd_ratio: was 0\.5, now 0\.7\n"),
+        ({"temperature_scaling": "none"}, r"temperature_scaling: was \"squared\", now \"none\""),
+        ({"temperature": {"name": "dts", "t_init": 2.0}}, r"temperature\.options\.t_init: was 3\.0, now 2\.0"),
+        (
+            {"temperature": {"name": "dts", "t_init": 3.0, "rule": "paper"}},
+            r"options\.rule: was \"gap\", now \"paper\"",
+        ),
+        ({"temperature": 2.0}, r"numbers of neither:\n  temperature\.name: was \"dts\", now \"constant\"\nSet"),
+    ]
+    for change, named in changes:
+        trainer = trainer_for(tmp_path, options=options, **{**was, **change})
+        with pytest.raises(UserError, match=named) as caught:
+            trainer.train(str(tmp_path / "checkpoint-2"))
+        assert "its loss is not the one that it was trained with" in str(caught.value)
+        assert trainer.state.global_step == 0
+    same = trainer_for(tmp_path, options=options, **was, logits_budget_mb=1)  # how work is cut up is no change
+    assert same.train(str(tmp_path / "checkpoint-2")).global_step == 4
+
+
+def test_an_object_that_has_moved_is_the_same_policy(tmp_path):
+    options = {**CONSTANT, "max_steps": 4}
+    for policy in ({"name": "dts", "range": "auto", "support_max": 40}, {"name": "ctkd"}, build_policy("dts")):
+        folder = tmp_path / str(getattr(policy, "name", None) or policy["name"])
+        trainer = trainer_for(folder, options=options, temperature=policy)
+        trainer.train()
+        assert trainer.train(str(folder / "checkpoint-2")).global_step == 4
+        assert trainer_for(folder, options=options, temperature=policy).train(True).global_step == 4
+
+
+def test_other_rows_that_were_tokenised_elsewhere_are_refused(tmp_path):
+    options = {**CONSTANT, "max_steps": 4}
+    rows = plain()
+    trainer_for(tmp_path, rows=rows, options=options).train()
+    other_token, other_label = ([{**row} for row in rows] for _ in range(2))
+    other_token[5]["input_ids"] = [*rows[5]["input_ids"][:-1], 7]
+    other_label[5]["labels"] = [*rows[5]["labels"][:-1], -100]
+    for changed in (other_token, other_label, [*rows[1:], rows[0]], datasets.Dataset.from_list(other_token)):
+        with pytest.raises(
+            UserError, match=r"the rows of train_dataset are others \(their tokens, labels, or order\)"
+        ):
+            trainer_for(tmp_path, rows=changed, options=options).train(True)
+    padded = [
+        {"input_ids": [*row["input_ids"], 2, 2], "labels": [*row["labels"], -100, -100],
+         "attention_mask": [*[1] * len(row["labels"]), 0, 0]} for row in rows
+    ]  # fmt: skip
+    for same in (rows, datasets.Dataset.from_list(rows), padded, Own(rows)):
+        assert trainer_for(tmp_path, rows=same, options=options).train(True).global_step == 4
+
+
+class Own(torch.utils.data.Dataset):
+    """Rows of a class of one's own."""
+
+    def __init__(self, rows, change=lambda row: row):
+        self.rows, self.change = rows, change
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.change(self.rows[index])
+
+
+def test_rows_that_are_made_anew_each_time_are_not_compared(tmp_path):
+    """As by an augmentation: nobody can tell whether they are others."""
+    options, drawn = {**CONSTANT, "max_steps": 4}, iter(range(10_000))
+
+    def other(row):
+        return {**row, "input_ids": [next(drawn) % 300, *row["input_ids"][1:]]}
+
+    trainer = trainer_for(tmp_path, rows=Own(plain(), other), options=options)
+    assert trainer.train_dataset.digest is None
+    trainer.train()
+    assert trainer_for(tmp_path, rows=Own(plain(), other), options=options).train(True).global_step == 4
+
+
+def test_checkpoints_of_another_program_stay(tmp_path, capsys):
+    """Also where a checkpoint is to be written there, and where old ones are removed."""
+    Trainer(
+        tiny_llama(), arguments(tmp_path, **CONSTANT, max_steps=4), train_dataset=[{**plain()[0]} for _ in range(16)]
+    ).train()
+    theirs = {path.name: (path / "model.safetensors").read_bytes() for path in tmp_path.glob("checkpoint-*")}
+    (tmp_path / "checkpoint-6").write_text("a file")
+    options = {**CONSTANT, "max_steps": 6, "save_steps": 3, "save_total_limit": 1}
+    trainer_for(tmp_path, options={**options, "save_steps": 2}).train()
+    said = capsys.readouterr().err
+    for step in (2, 4, 6):
+        assert f"checkpoint-{step} was not written by dts_hf and is in the way of a checkpoint" in said
+    assert {*theirs} == {"checkpoint-2", "checkpoint-4"} and (tmp_path / "checkpoint-6.other").read_text() == "a file"
+    for name, weights_then in theirs.items():
+        assert (tmp_path / f"{name}.other" / "model.safetensors").read_bytes() == weights_then
+    Trainer(
+        tiny_llama(), arguments(tmp_path, **CONSTANT, max_steps=2), train_dataset=[{**plain()[0]} for _ in range(16)]
+    ).train()
+    trainer_for(tmp_path, options=options).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-?")) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_what_a_kill_leaves_of_a_removed_checkpoint_is_still_ours(tmp_path, monkeypatch):
+    trainer_for(tmp_path, options={**CONSTANT, "max_steps": 2}).train()
+    folder = tmp_path / "checkpoint-2"
+    monkeypatch.setattr("shutil.rmtree", lambda *_: None)
+    remove(folder)
+    assert [path.name for path in folder.iterdir()] == ["rank_0.json"]
+    assert "the save was interrupted" in (why_incomplete(folder) or "")
 
 
 # ------------------------------------------------------------------------------------------------- the order of the rows

@@ -35,7 +35,7 @@ RECIPE: dict[str, Any] = {
     "training": {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1,
                  "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "disable_tqdm": True,
                  "learning_rate": 1e-3, "save_total_limit": 2},
-    "evaluation": {"rows": 2, "max_new_tokens": 3, "models": ["student_before", "student"]},
+    "evaluation": {"rows": 2, "max_new_tokens": 3, "models": ["teacher", "student_before", "student"]},
     "output": {"dir": "run", "report": False},
 }  # fmt: skip
 OF_KILLED = (
@@ -227,16 +227,99 @@ def test_no_checkpoint_is_left(runs: Runs) -> None:
     )
 
 
-def test_damaged_answers_are_found_before_training(runs: Runs) -> None:
-    """The report reads them, after hours."""
-    folder = runs.copy("killed", "case")
-    path = folder / "run" / "predictions" / "student_before.jsonl"
-    path.write_bytes(path.read_bytes()[:-5] + b"\0\0\n")
+def go_on(folder: Path) -> tuple[int, str]:
     process = start(folder, "--resume")
     process.join(120)
-    assert process.exitcode == 2
-    assert re.search(
-        r"student_before\.jsonl: line 2: broken JSON.*or remove it: the run then goes on", said(folder), re.S
+    return process.exitcode, said(folder)
+
+
+def scores_of(run: Path) -> dict[str, Any]:
+    entries: dict[str, Any] = json.loads((run / "metrics.json").read_text())["models"]
+    return entries
+
+
+@pytest.mark.parametrize("damage", ["a number", "cut"])
+def test_damaged_answers_are_found_before_training(runs: Runs, damage: str) -> None:
+    """The report reads them, after hours. A number that has become another one can be parsed all the same."""
+    folder = runs.copy("killed", "case")
+    path = folder / "run" / "predictions" / "student_before.jsonl"
+    text = path.read_text()
+    changed = text[:-9] + "\n" if damage == "cut" else re.sub(r'"tokens": \d', '"tokens": 7', text)
+    assert changed != text
+    path.write_text(changed)
+    code, text = go_on(folder)
+    assert code == 2
+    assert re.search(r"predictions/student_before\.jsonl (is damaged|has ).*or remove it: the run then goes on", text)
+    assert not (folder / "run" / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize("kind", ["killed", "finished"])
+@pytest.mark.parametrize("damage", ["one bit", "deleted"])
+def test_answers_of_the_teacher_are_made_again(runs: Runs, kind: str, damage: str) -> None:
+    folder = runs.copy(kind, "case")
+    path = folder / "run" / "predictions" / "teacher.jsonl"
+    content = DAMAGES[damage](path.read_bytes(), random.Random(3))
+    path.unlink() if content is None else path.write_bytes(content)
+    code, text = go_on(folder)
+    assert code == 0 and "no scores of teacher were kept, so it is scored again" in text, text
+    assert damage == "deleted" or "predictions/teacher.jsonl is damaged" in text
+    for name in ("teacher", "student_before", "student"):
+        of = f"predictions/{name}.jsonl"
+        assert (folder / "run" / of).read_bytes() == (runs.finished / "run" / of).read_bytes(), name
+    assert scores_of(folder / "run") == scores_of(runs.finished / "run")
+
+
+def test_a_lost_answer_of_a_finished_run_is_said_where_nothing_can_make_it(runs: Runs) -> None:
+    folder = runs.copy("finished", "case")
+    (folder / "run" / "predictions" / "student.jsonl").unlink()
+    for checkpoint in (folder / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    code, text = go_on(folder)
+    assert code == 2 and "predictions/student.jsonl is missing, and there is no checkpoint" in text
+
+
+@pytest.mark.parametrize("name", ["final.json", "metrics.json"])
+@pytest.mark.parametrize("damage", ["one bit", "empty", "deleted"])
+def test_scores_outlive_the_files_of_the_end(runs: Runs, name: str, damage: str) -> None:
+    folder = runs.copy("finished", "case")
+    path = folder / "run" / name
+    content = DAMAGES[damage](path.read_bytes(), random.Random(3))
+    path.unlink() if content is None else path.write_bytes(content)
+    code, text = go_on(folder)
+    assert code == 0 and "no scores of" not in text and "Traceback" not in text
+    assert scores_of(folder / "run") == scores_of(runs.finished / "run")
+
+
+def test_lost_scores_of_the_teacher_are_made_again(runs: Runs) -> None:
+    folder = runs.copy("killed", "case")
+    (folder / "run" / "scores.json").write_text("")
+    code, text = go_on(folder)
+    assert code == 0 and "no scores of student_before were kept, so they are left out" in text
+    found, expected = scores_of(folder / "run"), scores_of(runs.finished / "run")
+    assert found["teacher"] == expected["teacher"] and found["student"] == expected["student"]
+    assert "student_before" not in found
+
+
+@pytest.mark.parametrize("kind", ["killed", "finished"])
+@pytest.mark.parametrize("damage", ["empty", "garbage"])
+def test_no_number_depends_on_the_environment(runs: Runs, kind: str, damage: str) -> None:
+    folder = runs.copy(kind, "case")
+    path = folder / "run" / "environment.json"
+    path.write_bytes(DAMAGES[damage](path.read_bytes(), random.Random(0)) or b"")
+    code, text = go_on(folder)
+    assert code == 0, text
+    assert end_of(folder / "run") == end_of(runs.finished / "run")
+    if kind == "killed":
+        assert "environment.json: broken JSON" in text and "versions and machine is lost" in text
+        assert "torch" in json.loads(path.read_text())["packages"]
+
+
+def test_a_damaged_manifest_says_what_to_do(runs: Runs) -> None:
+    folder = runs.copy("killed", "case")
+    (folder / "run" / "data_manifest.json").write_bytes(b"\xc2 garbage")
+    code, text = go_on(folder)
+    assert code == 2 and re.search(
+        r"data_manifest.json: broken JSON.*from a copy, or train again with --overwrite", text
     )
 
 

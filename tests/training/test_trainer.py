@@ -241,7 +241,7 @@ def test_resume_refuses_another_policy(tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_for(tmp_path, options=options).train()
     other = trainer_for(tmp_path, temperature=2.0, options=options)
-    with pytest.raises(UserError, match="another temperature policy"):
+    with pytest.raises(UserError, match=r'temperature\.name: was "dts", now "constant"'):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -62,6 +62,8 @@ def kill(kills: int, rows: int) -> None:
         last, half = generator.randint(1, max(1, 2 * rows // kills - 1)), number % 2 == 1
         child = os.fork()
         if child == 0:
+            # A forked torch makes its pool of threads anew when it is first used: two threads of a loader would race for it.
+            torch.set_num_threads(1)
             if number < kills - 1:  # the last one dies at a moment, not at a row
                 answer_file.AnswerFile.append = dying(answer_file.AnswerFile.append, last, half)  # type: ignore[method-assign]
             evaluate("killed")

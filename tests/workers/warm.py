@@ -46,6 +46,8 @@ def script(path: str, words: list[str], variables: dict[str, str], folder: str, 
         os.setpgid(0, 0)  # a signal to the tests is not meant for it, nor one of its own for them
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # of data loaders: that of the tests would stay in force
+    # A forked torch makes its pool of threads anew when it is first used: two threads that load a model would race for it.
+    torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

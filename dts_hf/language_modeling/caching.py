@@ -1,0 +1,283 @@
+"""``cache_teacher(recipe)``: the teacher runs once over a recipe's rows, and its states are kept (``teacher.kind: cached``).
+
+It goes the way of ``distill`` as far as the rows: the same rows, tokenizers, template and limits, and the teacher's own
+answers where ``data.responses`` asks for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dts_hf.console import duration, gb, say, working
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.distributed.launch import check_launch, limit_waiting
+from dts_hf.distributed.processes import on_first_process
+from dts_hf.distributed.sharding import place_teacher
+from dts_hf.divergences import build_divergence
+from dts_hf.errors import UserError
+from dts_hf.language_modeling.task import LanguageModeling
+from dts_hf.models.checks import check_positions
+from dts_hf.models.loading import load_teacher, load_tokenizers
+from dts_hf.models.quantization import check_quantization
+from dts_hf.models.vocabulary import check_tokenizers, plan_for
+from dts_hf.recipe.schema import Recipe, Teacher
+from dts_hf.task import Data
+from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan
+from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
+from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
+from dts_hf.teachers.identity import TeacherIdentity, identity_of, rows_facts
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.temperature import build_temperature
+
+#: What of ``data`` decides how a row is cut and what is learned of it.
+LABEL_RULE = ("prompt_template", "train_on", "max_length", "max_prompt_length", "long_rows", "responses")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache is written.
+
+    Attributes:
+        dtype: ``float32``, ``bfloat16`` or ``int8``; None: the teacher's own, in which nothing is lost.
+        shard_bytes: of a shard; a kill costs a process one of them at most.
+        batch_tokens: padded tokens that the teacher is given at once.
+        overwrite: remove another cache from the folder first.
+        compact: keep so many logits of each label and what the others weigh, in the place of states; ``dtype`` is then that
+            of the kept logits, float16 (None) or float32.
+        forced: also where ``compact`` keeps too little at the temperatures of the recipe.
+    """
+
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    batch_tokens: int = BATCH_TOKENS
+    overwrite: bool = False
+    compact: int | None = None
+    forced: bool = False
+
+
+def folder_of(recipe: Recipe, output: Path | None) -> Path:
+    """Where the recipe's cache is or will be.
+
+    Args:
+        recipe: its ``teacher.cache``, where ``output`` does not say it.
+        output: of the command line.
+
+    Raises:
+        UserError: neither says it.
+    """
+    named = None if recipe.teacher is None else recipe.teacher.cache
+    if output is None and named is None:
+        raise UserError("--output: is missing, expected the folder of the cache (or teacher.cache in the recipe)")
+    return (Path(str(named)) if output is None else output).expanduser()
+
+
+def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = None) -> Manifest:
+    """Write the states of the recipe's teacher over its training and validation rows; all processes call it.
+
+    Args:
+        recipe: of a language model with a teacher.
+        folder: of the cache; what an earlier try has left there is gone on with.
+        options: None: the usual ones.
+
+    Raises:
+        UserError: wrong input, before the teacher runs; the folder holds another cache; or a compact one would keep too
+            little, which is measured on some rows before anything is written.
+        RunError: the teacher gives states that are non-finite.
+    """
+    options, began = options or CacheOptions(), time.monotonic()
+    # 1. What can be refused without loading anything
+    recipe = _with_live_teacher(recipe)
+    task = LanguageModeling(recipe)
+    args = task.training_arguments(folder)
+    check_launch(args)
+    limit_waiting(args)
+    section, rank, world = recipe.required_teacher, args.process_index, args.world_size
+    check_quantization(section.quantization, args.device)
+    if options.overwrite:
+        on_first_process(lambda: remove_cache(folder), rank, world)
+    transformers_logging.disable_progress_bar()
+    # 2. Rows as they are trained on
+    with working("reading and encoding the rows"):
+        loaded = task.load_rows()
+        student_tokenizer, teacher_tokenizer = load_tokenizers(recipe)
+    shared = check_tokenizers(student_tokenizer, teacher_tokenizer, section.vocab_alignment)
+    with working("loading the teacher"):
+        teacher, identity = _teacher_of(task, student_tokenizer, args.device)
+    if recipe.data.responses == "teacher":
+        model: Any = teacher.model if isinstance(teacher, LiveTeacher) else load_teacher(section)
+        loaded = task.answer(model, student_tokenizer, loaded)
+    data = task.encode(loaded, student_tokenizer)
+    rows = rows_of(data)
+    for of in _sets(data):
+        if isinstance(teacher, LiveTeacher):
+            check_positions(teacher.model, "the teacher", max(of.lengths), "Lower data.max_length")  # type: ignore[arg-type]
+        else:
+            teacher.check_rows(of, "data")
+    # 3. States
+    errors: list[ErrorAt] = []
+    form = _compact_format(recipe, options, teacher, student_tokenizer, len(teacher_tokenizer), shared)
+    plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens, form)
+    on_first_process(lambda: _say_plan(folder, plan), rank, world)
+    if form is not None:
+        errors = on_first_process(lambda: _measured(recipe, teacher, rows, plan, form, options.forced), rank, world)
+    facts = Facts(
+        label_rule=recipe.data.model_dump(include=set(LABEL_RULE)),
+        data={name: of.digest for name, of in zip(("train", "validation"), _sets(data), strict=False)},
+        shared_tokens=shared,
+        errors=errors,
+        forced=options.forced,
+    )
+    manifest = write_cache(folder, teacher, rows, plan, facts, rank=rank, world=world)
+    if rank == 0:
+        say(
+            f"{folder}: {manifest.labels:,} labels of {manifest.rows:,} rows in {gb(manifest.size)}, teacher "
+            f"{manifest.nll:.3f} nats per label, {duration(time.monotonic() - began)}"
+        )
+    return manifest
+
+
+def _teacher_of(
+    task: LanguageModeling, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[LiveTeacher | RemoteTeacher, TeacherIdentity]:
+    """The teacher that is asked, here or behind the recipe's address, and what it is for these rows.
+
+    Args:
+        task: of the recipe.
+        tokenizer: that encodes the rows.
+        device: where it runs.
+
+    Raises:
+        UserError: it cannot be loaded, or nobody answers at the address.
+    """
+    section, template = task.recipe.required_teacher, task.template(tokenizer)
+    if (remote := task.remote_teacher) is not None:
+        remote.check_tokenizer(tokenizer)
+        return remote.to(device), replace(remote.description.identity, **rows_facts(tokenizer, template))
+    model = load_teacher(section)
+    task.check_head(model, "teacher")
+    name = {"name": section.model, "revision": section.revision, "quantization": section.quantization}
+    identity = identity_of(model, tokenizer, template, **name)  # type: ignore[arg-type]
+    place_teacher(model, "replicated", device)
+    return LiveTeacher(model), identity
+
+
+def _with_live_teacher(recipe: Recipe) -> Recipe:
+    """The recipe as if its teacher ran: rows are answered and encoded as without a cache.
+
+    Raises:
+        UserError: there is no teacher, or none whose states are those of tokens.
+    """
+    section = recipe.required_teacher
+    if recipe.task is not None:
+        raise UserError("task: a classifier has no states of tokens to cache; expected a recipe of a language model")
+    if section.placement == "sharded":
+        raise UserError(
+            "teacher.placement: sharded, but each process of cache-teacher runs rows of its own through a whole teacher; "
+            "expected replicated, or one whose weights are quantised"
+        )
+    if section.kind == "remote":
+        return recipe
+    live: Teacher = section.model_copy(update={"kind": "live", "cache": None, "missing": "error"})
+    return recipe.model_copy(update={"teacher": live})
+
+
+def _sets(data: Data) -> list[EncodedDataset]:
+    return [data.train, *([] if data.validation is None else [data.validation])]
+
+
+def rows_of(data: Data) -> Rows:
+    """Training rows, then validation rows.
+
+    Args:
+        data: encoded.
+    """
+    sets = _sets(data)
+    joined: ConcatDataset[object] = ConcatDataset(sets)
+    return Rows(joined, [row_id for of in sets for row_id in of.row_ids])  # type: ignore[arg-type]
+
+
+def _compact_format(
+    recipe: Recipe,
+    options: CacheOptions,
+    teacher: LiveTeacher | RemoteTeacher,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokens: int,
+    shared: int,
+) -> CompactFormat | None:
+    """What ``options.compact`` keeps, over the ids that ``teacher.vocab_alignment`` compares; None: states are kept.
+
+    Raises:
+        UserError: it is no number of tokens, or of another type than kept logits can have.
+    """
+    if options.compact is None:
+        if options.forced:
+            raise UserError("--force: belongs to --compact, which may keep too little; states are exact")
+        return None
+    width = teacher.head.vocab_size  # a student's narrower head is found when it is trained
+    mode = recipe.required_teacher.vocab_alignment
+    vocabulary = plan_for((width, width), student_tokenizer, teacher_tokens, shared, mode)
+    return CompactFormat(options.compact, vocabulary.size, options.dtype or "float16")
+
+
+def _measured(
+    recipe: Recipe, teacher: LiveTeacher | RemoteTeacher, rows: Rows, plan: Plan, form: CompactFormat, forced: bool
+) -> list[ErrorAt]:
+    """Say what a compact cache loses at the temperatures that the recipe's policy may visit.
+
+    Raises:
+        UserError: see ``compact.pilot``.
+    """
+    temperature, loss = recipe.temperature, recipe.loss
+    policy = build_temperature(temperature.name, **temperature.options)
+    examples = [rows.examples[number] for number in measured_rows(len(plan.counts), sum(plan.counts))]
+    errors = pilot(teacher, examples, form, policy, build_divergence(loss.divergence.model_dump()), forced)
+    say(f"{form.top_k:,} of {form.vocab_size:,} tokens and the tail, over {errors[0].labels:,} labels:")
+    for error in errors:
+        say(f"  {error}")
+    return errors
+
+
+def _say_plan(folder: Path, plan: Plan) -> None:
+    """Rows, labels and bytes of the cache that is to be made.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    labels, each = sum(plan.counts), plan.label_bytes
+    needed = labels * (each + 4) + 32 * len(plan.counts)
+    there = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    kept = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if needed - kept > (free := shutil.disk_usage(there).free):
+        raise UserError(f"--output: the cache takes {gb(needed)}, and {gb(free)} are free at {there}")
+    what = plan.dtype if plan.compact is None else f"{plan.compact.top_k:,} logits ({plan.dtype}) and their tail"
+    say(
+        f"{folder}: {labels:,} labels of {len(plan.counts):,} rows, {each:,} bytes each in {what}, "
+        f"{gb(needed)} in {len(plan.ranges()):,} shards{'; complete already' if (folder / MANIFEST).is_file() else ''}"
+    )
+
+
+def verify_cache(folder: Path) -> Manifest:
+    """Read all of a cache and compare it with what was written.
+
+    Args:
+        folder: the cache.
+
+    Raises:
+        UserError: names the first file that is not as it was written.
+    """
+    cache = StateCache(folder)
+    with working("verifying labels", cache.manifest.labels) as work:
+        for labels in cache.verify():
+            work.advance(labels)
+    return cache.manifest

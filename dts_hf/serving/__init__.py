@@ -1,0 +1,1 @@
+"""A teacher behind HTTP: final states for trainers on other machines (``dts-hf serve-teacher``)."""
