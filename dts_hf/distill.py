@@ -84,8 +84,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
     if models.taught and recipe.data.responses == "teacher":
-        rows = answered(task, models, rows)
-        data = task.encode(rows, tokenizer)
+        rows, data = answered(task, models, rows)
     models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are elsewhere
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
@@ -216,16 +215,17 @@ def load_models(
     return Models(student, teacher, tokenizers[0], tokenizers[1], several, of_several)
 
 
-def answered(task: Task[Any], models: Models, rows: Rows) -> Rows:
-    """The same rows with answers of the teacher, or of each row's own where there are several.
+def answered(task: Task[Any], models: Models, rows: Rows) -> tuple[Rows, Data]:
+    """The same rows with answers of the teacher, or of each row's own where there are several; and these as tokens.
 
     Raises:
         UserError: there are none.
     """
-    if models.several:
-        return task.answer_by_several(models.several, models.tokenizer, rows)
-    assert models.teacher is not None
-    return task.answer(models.teacher, models.tokenizer, rows)
+    if models.teacher is None:
+        rows = task.answer_by_several(models.several, models.tokenizer, rows)
+    else:
+        rows = task.answer(models.teacher, models.tokenizer, rows)
+    return rows, task.encode(rows, models.tokenizer)
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:

@@ -59,13 +59,16 @@ class Pair:
     vocabulary: VocabularyPlan
 
     @property
+    def teachers(self) -> list[tuple[Teacher, str]]:
+        """The teacher, or each of several once, with what errors call it."""
+        if not isinstance(self.teacher, SeveralTeachers):
+            return [(self.teacher, "the teacher")]
+        return [(one, f"the teacher {' and '.join(map(repr, names))}") for one, names in self.teacher.distinct]
+
+    @property
     def live(self) -> list[tuple[LiveTeacher, str]]:
         """The teachers that are models of this process, each once, with what errors call them."""
-        if isinstance(self.teacher, SeveralTeachers):
-            found = [(one, f"the teacher {' and '.join(map(repr, names))}") for one, names in self.teacher.distinct]
-        else:
-            found = [(self.teacher, "the teacher")]
-        return [(one, role) for one, role in found if isinstance(one, LiveTeacher)]
+        return [(one, role) for one, role in self.teachers if isinstance(one, LiveTeacher)]
 
     def with_student(self, student: nn.Module, peft_config: Any = None) -> Pair:
         """The same with another student, which must fit the teacher as the first one did.
@@ -179,9 +182,6 @@ class Pair:
         Raises:
             UserError: student or teacher mixes packed rows.
         """
-        teachers = [self.teacher]
-        if isinstance(self.teacher, SeveralTeachers):
-            teachers = [teacher for teacher, _ in self.teacher.distinct]
         device = args.device
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             args.mixed_precision
@@ -189,7 +189,7 @@ class Pair:
         # A mixture of experts reads the mask as one of tokens, for its router's loss.
         cu_seqlens = own_mask and not collects_router_logits(self.student)
         cu_seqlens = cu_seqlens and all(
-            isinstance(one, LiveTeacher) or getattr(one, "takes_cu_seqlens", False) for one in teachers
+            isinstance(one, LiveTeacher) or getattr(one, "takes_cu_seqlens", False) for one, _ in self.teachers
         )
         models: list[tuple[nn.Module, str, torch.dtype | None]] = [(self.student, "the student", autocast)]
         models += [(teacher.model, role, None) for teacher, role in self.live]

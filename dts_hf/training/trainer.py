@@ -241,7 +241,7 @@ class DistillationTrainer(GeneratingTrainer):
                 self.teacher.check_rows(dataset, name)
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.check_loss(self.temperature, self.loss.divergence, self.vocab_size)
-        elif getattr(self.teacher, "compact", False):
+        elif any(getattr(one, "compact", False) for one, _ in self.pair.teachers):
             check_served(self.temperature, self.loss.divergence)
 
     def _try_collator(self, pair: Pair) -> None:

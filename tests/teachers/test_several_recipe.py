@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
+from dts_hf.models.description import describe_model
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Recipe
 from dts_hf.reporting.facts import describe_several, gather
@@ -102,8 +104,11 @@ def test_each_row_is_answered_by_its_own_teacher(place: Path) -> None:
     answers = run.read_data_manifest()["teacher_answers"]
     assert {*answers} == {*NAMES} and answers["math"]["fingerprint"] != answers["code"]["fingerprint"]
     assert sum(one["answered"] for one in answers.values()) <= 17
-    kept = sorted((place / "cache" / "teacher_answers").glob("*.json"))
-    assert {json.loads(path.read_text())["teacher"] for path in kept} == {*NAMES}
+    for name in NAMES:
+        kept = place / "cache" / "teacher_answers" / f"{answers[name]['fingerprint']}.manifest.json"
+        said_by = json.loads(kept.read_text())["identity"]["teacher"]
+        model = AutoModelForCausalLM.from_pretrained(place / name)
+        assert said_by["weights"] == describe_model(model, name)["weights"]
 
 
 def test_the_recipe_of_the_page_trains(place: Path) -> None:
@@ -214,6 +219,10 @@ def test_a_source_may_have_a_column_of_its_own(place: Path) -> None:
         ({"task": {"name": "glue", "subset": "rte"}}, "classifiers have one teacher"),
         ({"teachers": {**SECTIONS, "c": {"model": "code", "vocab_alignment": "intersect"}}}, "vocab_alignment differs"),
         ({"teachers": None}, "data.teacher_column: is for several teachers"),
+        ({"teachers": {**SECTIONS, "c": {"model": "code", "kind": "cached", "cache": "states"}}},
+         "teachers.c.kind: cached, but each of several teachers is loaded"),
+        ({"teachers": {**SECTIONS, "c": {"model": "code", "kind": "remote", "url": "http://127.0.0.1:1"}}},
+         "teachers.c.kind: remote, but each of several teachers is loaded"),
     ],
     ids=str,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import RowStats, StepStats, TemperaturePolicy, Temperatures
+from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
 
 
 class PerTeacher(TemperaturePolicy):
@@ -57,6 +57,10 @@ class PerTeacher(TemperaturePolicy):
     @property
     def needs_sequence_gap(self) -> bool:
         return self._first.needs_sequence_gap
+
+    @property
+    def reads(self) -> Reads:  # type: ignore[override]
+        return self._first.reads
 
     def log_values(self) -> dict[str, float]:
         """Those of each teacher, as ``NAME/TEACHER``."""
