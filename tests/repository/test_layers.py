@@ -32,7 +32,8 @@ MATHEMATICS = ("divergences", "temperature", "loss", "models.head")
 LIGHT = (
     "dts_hf", "__main__", "console", "errors", "files", "registry", "recipe", "runs.directory", "runs.failures",
     "runs.names", "runs.file_lists", "runs.links", "runs.lock", "runs.stopping", "data.row_files", "data.columns",
-    "data.file_limits", "data.routes", "data.table_files", "data.text_files", "evaluation.benchmark_sets", "evaluation.protocol", "cli",
+    "data.file_limits", "data.routes", "data.table_files", "data.text_files", "evaluation.benchmark_sets",
+    "evaluation.protocol", "cli",
 )  # fmt: skip
 HEAVY = {
     "torch",
