@@ -397,8 +397,8 @@ def test_dry_run_and_doctor_say_what_is_chosen_and_how_many_weights_it_has(workp
 
 WRONG = {
     "a wrong word": (
-        {"from": "techer", "layers": 2},
-        "from: got 'techer', expected teacher, config, a folder (./NAME)",
+        {"from": "teach", "layers": 2},
+        "from: got 'teach', expected teacher, config, a folder (./NAME)",
     ),
     "no size": ({"from": "teacher"}, "give at least one of layers, mlp, hidden and parameters"),
     "a list to choose": (
