@@ -18,6 +18,7 @@ TAIL = """
 - **Held-out lines** put `eval_` before the names, at T = 1 throughout. They also have `eval_loss` (its parts weighed by
   the recipe's `kd_ratio`), `eval_rows` and `eval_labels`.
 - **Without a teacher** the log has the rows marked "student" alone.
+- **Of several teachers** each has `labels/NAME` and the means over its own rows: [several teachers](several_teachers.md).
 - **A regression** (STS-B) has squared errors in the place of cross-entropies, under the names of the last column, and none
   of the others.
 - **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets

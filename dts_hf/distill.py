@@ -26,12 +26,12 @@ from dts_hf.distributed.sharding import place_teacher
 from dts_hf.errors import UploadError, UserError
 from dts_hf.files import naming
 from dts_hf.language_modeling.task import LanguageModeling
-from dts_hf.models.loading import load_tokenizers
+from dts_hf.models.loading import load_tokenizers, tokenizers_of_several
 from dts_hf.models.saving import save_student
 from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.runs.comparison import ModelRecord, check_same_rows
-from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.directory import ONE_TEACHER, RunDirectory
 from dts_hf.runs.failures import writing
 from dts_hf.runs.lock import unlocking
 from dts_hf.runs.memory import peak_memory_gb
@@ -83,10 +83,9 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
-    if models.teacher is not None and recipe.data.responses == "teacher":
-        rows = task.answer(models.teacher, tokenizer, rows)
-        data = task.encode(rows, tokenizer)
-    models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are cached
+    if models.taught and recipe.data.responses == "teacher":
+        rows, data = answered(task, models, rows)
+    models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are elsewhere
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
     made_from = {**task.manifest(rows, data), "models": record.values}
@@ -202,25 +201,43 @@ def load_models(
         UserError: one of them cannot be loaded, the loss cannot represent its outputs, or a resume finds another one.
     """
     with working("loading the models"):
-        teacher = task.load_teacher()
-        if teacher is not None:
-            task.check_head(teacher, "teacher")
+        teacher, several = task.load_teacher(), task.load_several()
+        teachers = {f"teachers.{name}": model for name, model in several.items()}
+        teachers |= {} if teacher is None else {"teacher": teacher}
+        for key, model in teachers.items():
+            task.check_head(model, key)
         student = task.load_student(teacher, args.seed, made)
-        record.add_models(student, teacher, task.teacher_record())
+        record.add_models(student, teachers, task.teacher_record())
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
-    if teacher is not None:
-        place_teacher(teacher, task.recipe.required_teacher.placement, args.device)
-    return Models(student, teacher, *tokenizers)
+    for key, model in teachers.items():
+        place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
+    of_several = tokenizers_of_several(task.recipe) if several else {}
+    return Models(student, teacher, tokenizers[0], tokenizers[1], several, of_several)
+
+
+def answered(task: Task[Any], models: Models, rows: Rows) -> tuple[Rows, Data]:
+    """The same rows with answers of the teacher, or of each row's own where there are several; and these as tokens.
+
+    Raises:
+        UserError: there are none.
+    """
+    if models.teacher is None:
+        rows = task.answer_by_several(models.several, models.tokenizer, rows)
+    else:
+        rows = task.answer(models.teacher, models.tokenizer, rows)
+    return rows, task.encode(rows, models.tokenizer)
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
-    """What a person should know of the teacher, as lines for the terminal."""
+    """What a person should know of each teacher, as lines for the terminal."""
     if recipe.teacher is not None and not recipe.keeps_teacher:
         yield f"teacher: its states come {recipe.teacher.source}; it is not in memory, and is not scored"
         return
-    if recipe.teacher is not None and (kind := recipe.teacher.quantization) != "none":
+    for key, teacher in recipe.all_teachers.items():
+        if (kind := teacher.quantization) == "none":
+            continue
         yield (
-            f"teacher: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "
+            f"{key}: quantised to {kind} by {QUANTIZED_BY[kind]}, so its probabilities are slightly others than those of "
             "its files (dts-hf doctor measures by how much)"
         )
 
@@ -260,6 +277,9 @@ def score_untrained(scorer: Scorer, trainer: DistillationBase, models: Models, s
     """
     if models.teacher is not None and "teacher" not in start.scores:
         scorer.score("teacher", models.teacher)
+    for name, teacher in models.several.items():
+        if f"{ONE_TEACHER}{name}" not in start.scores:
+            scorer.score(f"{ONE_TEACHER}{name}", teacher)
     if start.checkpoint is not None:
         return
     score_before = partial(scorer.score, "student_before", models.student)

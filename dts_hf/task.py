@@ -68,17 +68,30 @@ class Data:
 
 @dataclass(frozen=True)
 class Models:
-    """Student and teacher with their tokenizers; without a teacher, ``teacher_tokenizer`` is the student's."""
+    """Student and teacher with their tokenizers; without a teacher, ``teacher_tokenizer`` is the student's.
+
+    Attributes:
+        several: of several teachers each by name, in the place of ``teacher``; one may have several names.
+        several_tokenizers: theirs.
+    """
 
     student: nn.Module
     teacher: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase
+    several: Mapping[str, PreTrainedModel] = field(default_factory=dict)
+    several_tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is loaded, or several are."""
+        return self.teacher is not None or bool(self.several)
 
     @property
     def loaded(self) -> list[nn.Module]:
-        """Teacher and student; where there is no teacher, the student alone."""
-        return [model for model in (self.teacher, self.student) if model is not None]
+        """Teacher, or each of several once, and student; where there is no teacher, the student alone."""
+        teachers = [self.teacher, *{id(model): model for model in self.several.values()}.values()]
+        return [model for model in (*teachers, self.student) if model is not None]
 
 
 class Scorer(Protocol):
@@ -145,6 +158,14 @@ class Task(ABC, Generic[TrainerT]):
             UserError: it cannot be loaded.
         """
 
+    def load_several(self) -> dict[str, PreTrainedModel]:
+        """Several teachers by name, in the place of ``load_teacher``; empty where there are not several.
+
+        Raises:
+            UserError: one cannot be loaded.
+        """
+        return {}
+
     def teacher_cache(self) -> StateCache | None:
         """The cache of the teacher's states, opened; None where the recipe has none.
 
@@ -200,6 +221,22 @@ class Task(ABC, Generic[TrainerT]):
 
         Raises:
             UserError: the teacher gave none.
+            NotImplementedError: this kind of task has no answers to learn from, which the recipe has been refused for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no answers")
+
+    def answer_by_several(
+        self, teachers: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: Rows
+    ) -> Rows:
+        """The same where each row has one of several teachers, which answers it.
+
+        Args:
+            teachers: by name.
+            tokenizer: the student's, which is theirs.
+            rows: each names its teacher.
+
+        Raises:
+            UserError: the teachers gave no answer.
             NotImplementedError: this kind of task has no answers to learn from, which the recipe has been refused for.
         """
         raise NotImplementedError(f"{type(self).__name__} has no answers")

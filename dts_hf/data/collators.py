@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.data.encoding import Example
+from dts_hf.data.routes import TEACHER
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.packed_attention import cu_seqlens_mask
 
@@ -19,7 +20,7 @@ NO_ROW = -1
 
 @dataclass
 class Collator:
-    """Base of our collators: they take of a row what they know, and return its ``row_id``.
+    """Base of our collators: they take of a row what they know, and return its ``row_id`` and the number of its teacher.
 
     Args:
         of_rows: gives what else a batch has of its rows, in their order, such as states out of a cache; None: nothing.
@@ -28,8 +29,11 @@ class Collator:
     of_rows: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = field(default=None, kw_only=True)
 
     def more(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """What ``of_rows`` gives."""
-        return {} if self.of_rows is None else self.of_rows(examples)
+        """What is one number a row, ``[rows]`` each, and what ``of_rows`` gives."""
+        found = {"row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples])}
+        if TEACHER in examples[0]:
+            found[TEACHER] = torch.tensor([example[TEACHER] for example in examples])
+        return found if self.of_rows is None else found | self.of_rows(examples)
 
 
 @dataclass
@@ -43,7 +47,8 @@ class PaddedCollator(Collator):
         pad_to_multiple_of: round the width up to a multiple of this.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; and what ``of_rows`` gives.
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; ``teacher_number`` [B] too, where
+        rows have one of several; and what ``of_rows`` gives.
     """
 
     pad_token_id: int
@@ -64,7 +69,6 @@ class PaddedCollator(Collator):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
             **self.more(examples),
         }
 
@@ -97,7 +101,6 @@ class PackedCollator(Collator):
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
-            "row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples]),
             **self.more(examples),
         }
         if self.cu_seqlens:

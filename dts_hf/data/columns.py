@@ -38,6 +38,7 @@ FIELDS: dict[str, str] = {
     "videos": "refused",
     "audio": "refused",
     "id": "the row's id",
+    "teacher": "which of several teachers the row has; see data.teacher_column, which names it for all rows",
 }
 #: Other names that stand for a field where the rows have no column of its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -89,7 +90,7 @@ class Record:
                 self._values[field], self._names[field] = value, name
         for field, column in columns.items():
             if column is not None:
-                self._values[field], self._names[field] = _given(_value_at(obj, column, field, where)), column
+                self._values[field], self._names[field] = _given(_named(obj, column, field, where)), column
 
     def get(self, field: str) -> Any:
         """The value of ``field``; None where the row has none."""
@@ -138,6 +139,16 @@ def _given(value: Any) -> Any:
         return value
     value = value.tolist() if hasattr(value, "tolist") else value
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _named(obj: Mapping[Any, Any], name: str, field: str, where: str) -> Any:
+    """The value of the column that ``data.columns`` names; a row without its teacher is told of with all of them."""
+    try:
+        return _value_at(obj, name, field, where)
+    except UserError:
+        if field != "teacher":  # which may have a default
+            raise
+        return None
 
 
 def _value_at(obj: Mapping[Any, Any], name: str, field: str, where: str) -> Any:

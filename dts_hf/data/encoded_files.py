@@ -210,7 +210,7 @@ class MappedDataset(EncodedDataset):
         self.prompt_lengths = [int(start) for values, offsets in self.bounds.parts for start in values[offsets[:-1]]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MappedDataset, (self.path, self.report, self.count)
+        return MappedDataset, (self.path, self.report, self.count), {"teachers": self.teachers}
 
     def spans(self, index: int) -> list[tuple[int, int]]:
         bounds = self.bounds[index].tolist()
@@ -225,4 +225,6 @@ class MappedDataset(EncodedDataset):
         return counts
 
     def subset(self, n: int) -> EncodedDataset:
-        return MappedDataset(self.path, None, n)
+        dataset = MappedDataset(self.path, None, n)
+        dataset.teachers = None if self.teachers is None else self.teachers[:n]
+        return dataset

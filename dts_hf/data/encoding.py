@@ -27,12 +27,19 @@ if TYPE_CHECKING:
 KeptRow: TypeAlias = tuple[str, EncodedRow]
 
 
-class Example(TypedDict):
-    """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set."""
-
+class _Tokens(TypedDict):
     input_ids: list[int]
     labels: list[int]
     row_id: int
+
+
+class Example(_Tokens, total=False):
+    """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set.
+
+    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``).
+    """
+
+    teacher_number: int
 
 
 class EncodedDataset(Dataset[Example]):
@@ -48,9 +55,11 @@ class EncodedDataset(Dataset[Example]):
     Attributes:
         lengths: tokens of each row.
         report: what became of the rows when they were encoded; None for tokens that come from elsewhere.
+        teachers: the number of each row's teacher (``routes.Routing``); None: the rows name none.
     """
 
     report: EncodingReport | None = None
+    teachers: list[int] | None = None
 
     def __init__(
         self,
@@ -74,7 +83,10 @@ class EncodedDataset(Dataset[Example]):
         labels = [IGNORE_INDEX] * len(ids)
         for start, stop in self.spans(index):
             labels[start:stop] = ids[start:stop]
-        return {"input_ids": ids, "labels": labels, "row_id": index}
+        row: Example = {"input_ids": ids, "labels": labels, "row_id": index}
+        if self.teachers is not None:
+            row["teacher_number"] = self.teachers[index]
+        return row
 
     def spans(self, index: int) -> list[tuple[int, int]]:
         """Where the tokens of a row are learned: (first, behind the last) of each stretch, in order."""
@@ -94,19 +106,23 @@ class EncodedDataset(Dataset[Example]):
 
     @cached_property
     def digest(self) -> str | None:
-        """A checksum over the tokens of all rows and which of them are learned; None where the template writes the date."""
+        """A checksum over the tokens of all rows, which are learned, and the rows' teachers; None: the template is dated."""
         if self.report is not None and self.report.dated:
             return None
         xxh3 = xxhash.xxh3_64()
         for index, ids in enumerate(self.ids):
             xxh3.update(np.asarray(ids, np.int32).tobytes())
             xxh3.update(repr(self.spans(index)).encode())
+        if self.teachers is not None:
+            xxh3.update(np.asarray(self.teachers, np.int32).tobytes())
         return f"xxh3:{xxh3.hexdigest()}"
 
     def subset(self, n: int) -> EncodedDataset:
         """Return the first ``n`` rows (all of them when there are fewer)."""
         spans = {index: bounds for index, bounds in self._spans.items() if index < n}
-        return EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n], spans)
+        dataset = EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n], spans)
+        dataset.teachers = None if self.teachers is None else self.teachers[:n]
+        return dataset
 
 
 @dataclass

@@ -63,7 +63,12 @@ def parse_row(obj: Mapping[str, Any], where: str, default_id: str, columns: Colu
     if not isinstance(obj, Mapping):
         raise UserError(f"{where}: expected an object {ROW_FORMAT}, got {kind(obj)}")
     record = Record(obj, columns, where)
-    row_id = _row_id(record, default_id)
+    row = _row_of(record, _row_id(record, default_id))
+    # By that name another data set may say which model wrote the response
+    return replace(row, teacher=record.get("teacher")) if "teacher" in record.mapped else row
+
+
+def _row_of(record: Record, row_id: str) -> Row:
     _refuse_media(record)
     for name in _by_precedence(record):
         if name == "pair":

@@ -31,6 +31,7 @@ class Row:
             None for other rows.
         tools: descriptions (JSON schema) of the tools that the conversation may call.
         chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
+        teacher: what the row says of its teacher, where ``data.teacher_column`` names a column.
         cut: the last response stops where whoever wrote it was stopped, so no end of turn is learned behind it.
     """
 
@@ -44,6 +45,7 @@ class Row:
     given: int | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    teacher: Any = None
     cut: bool = False
 
     @property

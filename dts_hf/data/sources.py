@@ -118,7 +118,7 @@ def _mixed(
         remaining = None if limit is None else limit - taken
         if remaining == 0:
             break
-        of_source = _records(source.source, split_for(source, split), source.columns or columns, stems)
+        of_source = _records(source.source, split_for(source, split), _columns_of(source, columns), stems)
         # What is taken of a fraction depends on all rows.
         first = remaining if source.weight == 1 else None
         rows: Iterable[Row] = _unique(islice(of_source, first), source.source)
@@ -131,6 +131,13 @@ def _mixed(
             yield row, source.source
         parts.append(Part(public_name(source.source), source.split, source.weight, read or used, used))
         taken += used
+
+
+def _columns_of(source: Source, columns: Columns | None) -> Columns | None:
+    """A source's own columns in the place of those of all; the column of the teacher is of all, unless it has its own."""
+    if not source.columns or "teacher" not in (columns or {}):
+        return source.columns or columns
+    return {"teacher": (columns or {})["teacher"], **source.columns}
 
 
 def as_sources(sources: Sources) -> list[Source]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
+from dts_hf.data.routes import TEACHER, Routing
 from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX, count_targets
@@ -53,6 +54,7 @@ class RowForm:
         as_they_are: they go to a collator of the user's, which gets every column and answers for masks and positions.
         labelled: they bring labels; otherwise that collator makes them.
         row_ids: their ids, where they have some.
+        routing: how they name their teacher, where there are several.
     """
 
     name: str
@@ -60,6 +62,7 @@ class RowForm:
     as_they_are: bool = False
     labelled: bool = True
     row_ids: Sequence[str] | None = None
+    routing: Routing | None = None
 
     def place(self, number: int) -> str:
         """What errors call the row of this number."""
@@ -69,13 +72,24 @@ class RowForm:
     def read(self, row: Mapping[str, Any], row_id: int) -> dict[str, Any]:
         """A row that has been checked, without its padding."""
         if self.as_they_are:
-            dropped = () if self.labelled else ("labels",)  # which may be there as None
+            dropped = set() if self.labelled else {"labels"}  # which may be there as None
+            dropped |= set() if self.routing is None else {self.routing.column}  # a text, which makes no tensor
             return {**{name: cell for name, cell in row.items() if name not in dropped}, "row_id": row_id}
         ids, labels, mask = (_listed(row.get(column)) for column in ("input_ids", "labels", "attention_mask"))
         if mask is not None:
             start, end = mask.index(1), len(mask) - mask[::-1].index(1)
             ids, labels = ids[start:end], labels[start:end]
         return {"input_ids": ids, "labels": labels, "row_id": row_id}
+
+    def teacher(self, row: Any, number: int) -> int:
+        """The number of the teacher that a row names.
+
+        Raises:
+            UserError: it names none, or one that there is not.
+        """
+        assert self.routing is not None
+        value = row.get(self.routing.column) if isinstance(row, Mapping) else None
+        return self.routing.number(value, self.place(number))
 
     def columns(self, rows: Sequence[Any], first: int) -> dict[str, Flat]:
         """The columns of ``rows``, the first of which has the number ``first``.
@@ -244,19 +258,25 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
     Attributes:
         lengths: tokens of each row, without padding.
         report: what became of the rows.
+        teachers: the number of each row's teacher; None: there are not several.
         digest: a checksum over all rows, without their padding; of rows for a collator of the user's, over tokens, labels,
             mask and positions. None where a row is another one each time that it is read.
     """
 
     def __init__(self, rows: Any, form: RowForm, first_reading: Iterable[Any] | None = None) -> None:
         self.rows, self.form = rows, form
+        self.teachers: list[int] | None = None if form.routing is None else []
         if has_arrow_rows(rows):
+            if form.routing is not None:
+                column = form.routing.column
+                values = rows.with_format(None)[column] if column in rows.column_names else [None] * len(rows)
+                self.teachers = [form.teacher({column: value}, number) for number, value in enumerate(values)]
             blocks = _arrow_blocks(rows, form)
             if not form.as_they_are:  # whatever their format: our batches are made of lists
                 columns = [column for column in COLUMNS if column in rows.column_names]
                 self.rows = rows.select_columns(columns).with_format(None)
         else:
-            blocks = _blocks(form, rows_of(rows) if first_reading is None else first_reading)
+            blocks = _blocks(form, self._routed(rows_of(rows) if first_reading is None else first_reading))
         self.lengths: list[int] = []
         targets, xxh3 = [], xxhash.xxh3_64()
         for block in blocks:
@@ -281,12 +301,20 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        return self.form.read(self.rows[index], index)
+        row = self.form.read(self.rows[index], index)
+        return row if self.teachers is None else {**row, TEACHER: self.teachers[index]}
+
+    def _routed(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """``rows``, whose teachers are noted as they go by."""
+        for number, row in enumerate(rows):
+            if self.teachers is not None:
+                self.teachers.append(self.form.teacher(row, number))
+            yield row
 
 
 @dataclass
 class NumberedCollator:
-    """A collator of the user's, which sees neither ``row_id`` nor dummy_rows; both come back in its batch.
+    """A collator of the user's, which sees neither ``row_id``, teacher nor dummy_rows; all come back in its batch.
 
     Args:
         collator: rows to a batch.
@@ -297,11 +325,12 @@ class NumberedCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         real = [example for example in examples if example["row_id"] != DUMMY_ROW]
         chosen = real or examples[:1]
-        rows = [{name: value for name, value in example.items() if name != "row_id"} for example in chosen]
+        ours = [name for name in ("row_id", TEACHER) if name in chosen[0]]
+        rows = [{name: value for name, value in example.items() if name not in ours} for example in chosen]
         batch = dict(self.collator(rows))
         if not real:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-        return {**batch, "row_id": torch.tensor([example["row_id"] for example in chosen])}
+        return {**batch, **{name: torch.tensor([example[name] for example in chosen]) for name in ours}}
 
 
 #: In a batch: how many of its labels count, a number on the host.

@@ -12,6 +12,7 @@ from dts_hf.doctor.classification import ClassifierWalk
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.language_modeling import LanguageModelWalk
 from dts_hf.doctor.run import describe_init
+from dts_hf.doctor.several import names_of_each, rows_of_each, walk_of
 from dts_hf.doctor.walk import Walk
 from dts_hf.errors import UserError
 from dts_hf.recipe.effective import effective
@@ -44,6 +45,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: what ``train`` would refuse: rows, tokens, training arguments, the run directory.
     """
     RunDirectory.check_can_create(recipe.output.dir, recipe.output.overwrite)
+    of_each = rows_of_each(recipe) if recipe.teachers else {}
     walk = _walked(recipe)
     diagnosis = walk.diagnosis
     problems = [problem for problem in diagnosis.problems if problem.level == "error"]
@@ -51,7 +53,10 @@ def dry_run(recipe: Recipe) -> DryRun:
         raise UserError(
             "\n".join(f"{problem.text}{f' ({problem.advice})' if problem.advice else ''}" for problem in problems)
         )
-    return DryRun(_plan(recipe, walk, diagnosis), effective(recipe, walk.args).to_yaml())
+    plan = _plan(recipe, walk, diagnosis)
+    if of_each:
+        plan["teachers"] = "; ".join(f"{name}: {count:,} training rows" for name, count in of_each.items())
+    return DryRun(plan, effective(recipe, walk.args).to_yaml())
 
 
 def _student(init: Init, walk: Walk) -> str:
@@ -77,11 +82,13 @@ def _walked(recipe: Recipe) -> Walk:
     kind = LanguageModelWalk if recipe.task is None else ClassifierWalk
     with tempfile.TemporaryDirectory(prefix="dts_hf-dry-run-") as folder, quiet():
         walk: Walk = kind(diagnosis, recipe, Path(folder), None)
+        if recipe.teachers:  # the tokenizer of the first, the weights of all
+            walk = walk_of(diagnosis, recipe, names_of_each(recipe)[0], Path(folder), None)
         walk.look_at_arguments()
         walk.look_at_rows()
         if isinstance(walk, LanguageModelWalk):
             with contextlib.suppress(Exception):  # of a GGUF file the shapes are not known before it is loaded
-                walk.shapes = shapes_from_configs(recipe)
+                walk.shapes = shapes_from_configs(walk.recipe)
             if walk.shapes is not None and walk.data is not None:
                 walk.look_at_memory()
     return walk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from typing import Any, cast
@@ -194,4 +195,5 @@ class LanguageModelWalk(Walk):
     def workload(self) -> Workload | None:
         if self.shapes is None or self.args is None or self.data is None:
             return None
-        return workload_of(self.recipe, self.args, self.shapes[0], self.data, self.student, self.beside)
+        work = workload_of(self.recipe, self.args, self.shapes[0], self.data, self.student, self.beside)
+        return dataclasses.replace(work, other_teachers=self.other_teachers, teachers=self.teachers)

@@ -16,6 +16,7 @@ from dts_hf.console import quiet
 from dts_hf.doctor.classification import ClassifierWalk
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.language_modeling import LanguageModelWalk
+from dts_hf.doctor.several import examine_several
 from dts_hf.errors import UserError
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Init, Recipe
@@ -48,9 +49,11 @@ def diagnose(
     with diagnosis.check("recipe") as check:
         recipe = load_recipe(path, overrides)
         check.summary = describe_recipe(recipe)
-        if recipe.teacher is not None:
+        if recipe.all_teachers:
             build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
-    if recipe is not None:
+    if recipe is not None and recipe.teachers:
+        examine_several(diagnosis, recipe, devices)
+    elif recipe is not None:
         kind = LanguageModelWalk if recipe.task is None else ClassifierWalk
         with tempfile.TemporaryDirectory(prefix="dts_hf-doctor-") as folder, quiet():
             kind(diagnosis, recipe, Path(folder), devices).walk()
@@ -86,7 +89,8 @@ def describe_recipe(recipe: Recipe) -> str:
     if init is not None:
         student = describe_init(init)
     task = "" if recipe.task is None else f"{recipe.task.name}/{recipe.task.subset}: "
-    if recipe.teacher is None:
+    if not recipe.all_teachers:
         return f"{task}{student}, from labels alone"
     loss = f"{recipe.loss.divergence.name}, kd_ratio {recipe.loss.kd_ratio:g}, temperature {recipe.temperature.name}"
-    return f"{task}{short(recipe.teacher.model)} → {student}; {loss}"
+    teachers = " + ".join(short(teacher.model) for teacher in recipe.all_teachers.values())
+    return f"{task}{teachers} → {student}; {loss}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class Walk(ABC):
 
     def __init__(self, diagnosis: Diagnosis, recipe: Recipe, folder: Path, devices: int | None) -> None:
         self.diagnosis, self.recipe, self.folder, self.devices = diagnosis, recipe, folder, devices
+        #: Where it is one of several (``doctor.several``): which rows it has, the others' weights in bytes, how many names.
+        self.is_own: Callable[[Any], bool] | None = None
+        self.other_teachers, self.teachers = 0.0, 1
         self.before = resident_bytes()
         self.loads = self.trains = True  # whether this machine has the memory for the models, and for three steps
         self.task: Task[Any] = self.trial()
@@ -138,7 +142,8 @@ class Walk(ABC):
             check_tokenizers(check, student, teacher)
         with self.diagnosis.check("data") as check:
             rows = need(self.rows, "rows").train
-            self.looked_at = spaced(rows, LOOKED_AT)
+            own = rows if self.is_own is None else [row for row in rows if self.is_own(row)]
+            self.looked_at = spaced(need(own or None, "rows of this teacher"), LOOKED_AT)
             self.data = self.task.encode(Rows(self.looked_at), self.tokenizer).train
             self.check_data(check, self.data, len(rows))
             if self.args is not None:

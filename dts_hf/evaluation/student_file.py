@@ -65,8 +65,12 @@ def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     """
     data, loss = recipe.data, recipe.loss
     learns = {"kd_ratio": loss.kd_ratio, "temperature_scaling": loss.temperature_scaling}
-    policy = {"temperature": recipe.temperature.model_dump(mode="json"), **learns}
+    policy: dict[str, Any] = {"temperature": recipe.temperature.model_dump(mode="json"), **learns}
     policy["divergence"] = loss.divergence.model_dump(mode="json")
+    if recipe.teachers:  # how many and how they share the rows, and not what they are
+        weights = {name: section.weight for name, section in recipe.teachers.items()}
+        policy["teachers"] = [*weights] if data.teacher_column else weights
+        policy["temperature_per_teacher"] = loss.temperature_per_teacher
     return {
         "format": FORMAT,
         "dts_hf": installed_version("dts-hf"),
@@ -77,7 +81,7 @@ def student_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
         "max_prompt_length": data.max_prompt_length,
         "protocol": describe_protocol(protocol_of(recipe), tokenizer),
         "dtype": recipe.evaluation.dtype or recipe.student.dtype,
-        "distillation": None if recipe.teacher is None else _without_paths(policy),
+        "distillation": _without_paths(policy) if recipe.all_teachers else None,
     }
 
 

@@ -22,6 +22,7 @@ from dts_hf.files import jsonable, naming
 from dts_hf.recipe.yaml_files import dump_values
 from dts_hf.reporting import model_card
 from dts_hf.reporting.facts import MODELS, publishable, short_name, without_folders
+from dts_hf.runs.directory import is_before
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -218,9 +219,10 @@ def inside(folder: Path, name: str) -> Path:
 def _public_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``metrics.json`` what is known to be a score, a size or a setting."""
     kept = {key: metrics[key] for key in _METRICS if key in metrics}
-    for key, names in (("training", _TRAINING), ("models", MODELS)):
-        if isinstance(values := kept.get(key), Mapping):
-            kept[key] = {name: values[name] for name in names if name in values}
+    if isinstance(values := kept.get("training"), Mapping):
+        kept["training"] = {name: values[name] for name in _TRAINING if name in values}
+    if isinstance(values := kept.get("models"), Mapping):
+        kept["models"] = {name: entry for name, entry in values.items() if name in MODELS or is_before(name)}
     return kept
 
 

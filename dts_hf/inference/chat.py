@@ -170,6 +170,10 @@ def load_speakers(
     weights = dtype or subject.dtype or "float32"
     speakers = [load_speaker(label, subject.location, template=words, key="model", dtype=weights)]
     own = recipe.teacher if recipe is not None else None
+    if recipe is not None and recipe.teachers and teacher is None and not no_teacher:
+        say(
+            f"the student alone: it had several teachers ({', '.join(recipe.teachers)}); --teacher MODEL names one of them"
+        )
     if teacher is not None:
         speakers.append(load_speaker("teacher", teacher, template=template or "auto", key="--teacher"))
     elif own is not None and not no_teacher:

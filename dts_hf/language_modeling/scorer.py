@@ -18,9 +18,9 @@ from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.references import checked_references, note_on_references
-from dts_hf.loss.statistics import CE, KL, TEACHER_CE, TOP1_AGREEMENT
+from dts_hf.loss.statistics import CE, KL, LABELS, OF_TEACHER, TEACHER_CE, TOP1_AGREEMENT
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.directory import BEFORE, RunDirectory
+from dts_hf.runs.directory import ONE_TEACHER, RunDirectory, is_before
 from dts_hf.task import Entries, Rows
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
@@ -72,16 +72,18 @@ class GenerationScorer:
         """Score ``model`` by generation and, for the student, by its teacher-forced held-out loss at T = 1.
 
         Args:
-            name: ``teacher``, ``student_before`` (training) or ``student``.
+            name: ``teacher`` (``teacher_NAME`` of several), ``student_before`` (training) or ``student``.
             model: as it is now.
         """
         sets: dict[str, Sequence[Row]] = {VALIDATION: self.rows} if self.rows else {}
         if name != "student_before":  # the student before training is a control, not a result
             sets |= self.sets
-        if not (sets or self.has_losses) or name not in self.recipe.evaluation.models or name in self.entries:
+        is_teacher = name == "teacher" or name.startswith(ONE_TEACHER)
+        asked = ("teacher" if is_teacher else name) in self.recipe.evaluation.models
+        if not (sets or self.has_losses) or not asked or name in self.entries:
             return
         entry: dict[str, Any] = {"parameters": parameter_count(model)}
-        if name != "teacher" and self.has_losses:
+        if not is_teacher and self.has_losses:
             entry["teacher_forced"] = self._teacher_forced()
         title = name.replace("_", " ")
         with weights_as(model, self.recipe.evaluation.dtype):
@@ -104,6 +106,11 @@ class GenerationScorer:
         if teacher is not None:
             losses = {CE.sum: values[TEACHER_CE.held_out_log], KL.sum: 0.0, TOP1_AGREEMENT.sum: 1.0}
             teacher["teacher_forced"] = {**losses, "n_tokens": labels}
+        for name in self.recipe.teachers or ():  # each on the rows that it has
+            key = f"{TEACHER_CE.held_out_log}{OF_TEACHER}{name}"
+            if f"{ONE_TEACHER}{name}" in self.entries and key in values:
+                own = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
+                self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {CE.sum: values[key], "n_tokens": own}
         # Without a teacher there is no distance to it.
         logged = {one.sum: one.held_out_log for one in (CE, KL, TOP1_AGREEMENT)}
         return {**{name: values[key] for name, key in logged.items() if key in values}, "n_tokens": labels}
@@ -111,10 +118,10 @@ class GenerationScorer:
     def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:
         """Put answers, log line and kept scores into the run directory, and say the scores."""
         self.run.write_predictions(name, [row for result in results.values() for row in result.predictions])
-        if name != "teacher" and VALIDATION in results:
+        if not name.startswith("teacher") and VALIDATION in results:
             scores = results[VALIDATION].scores
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
-        if name in BEFORE:
+        if is_before(name):
             self.run.write_scores(self.entries)
         for set_name, result in results.items():
             mean = means(result.scores)

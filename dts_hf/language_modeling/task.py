@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.held_out_split import split_off
 from dts_hf.data.kept_rows import load_mixture_once
 from dts_hf.data.manifest import manifest
-from dts_hf.data.mixture import Mixture, is_mixed, parts_of, summary
+from dts_hf.data.mixture import Mixture, Part, is_mixed, parts_of, summary
 from dts_hf.data.rows import Row
 from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.data.written_template import as_chat_template
@@ -30,7 +30,7 @@ from dts_hf.generation.engine import cache_argument
 from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
-from dts_hf.models.loading import load_student, load_teacher
+from dts_hf.models.loading import load_several, load_student, load_teacher
 from dts_hf.models.saving import Carried
 from dts_hf.models.student_init import StudentInit
 from dts_hf.runs.directory import RunDirectory
@@ -53,7 +53,7 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def load_rows(self) -> Rows:
         data, evaluation = self.recipe.data, self.recipe.evaluation
-        load = partial(load_mixture_once, columns=data.columns, cache_dir=data.cache_dir)
+        load = partial(load_mixture_once, columns=data.all_columns, cache_dir=data.cache_dir)
         train = load(data.train, split=data.train_split, limit=data.max_train_rows, name="data.train")
         held_out = Mixture([], ())
         if isinstance(data.validation, float):
@@ -72,14 +72,20 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The sets stay text: their prompts are encoded when they are answered."""
-        train = self._encode(rows.train, tokenizer, "data.train")
-        validation = self._encode(rows.validation, tokenizer, "data.validation") if rows.validation else None
+        train = self._encode(rows.train, tokenizer, "data.train", rows.train_parts)
+        validation = None
+        if rows.validation:
+            validation = self._encode(rows.validation, tokenizer, "data.validation", rows.validation_parts)
         return Data(train, validation)
 
-    def _encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedDataset:
+    def _encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str, parts: Sequence[Part]
+    ) -> EncodedDataset:
         limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows", "cache_dir"})
         template = self.template(tokenizer)
         encoded, _ = encode_cached(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
+        if (routing := self.recipe.routing) is not None:
+            routing.route(encoded, rows, name, [(part.source, part.used) for part in parts])
         return encoded
 
     @property
@@ -116,6 +122,9 @@ class LanguageModeling(Task[DistillationTrainer]):
         remote = self.remote_teacher
         return super().teacher_record() if remote is None else remote.record()
 
+    def load_several(self) -> dict[str, PreTrainedModel]:
+        return load_several(self.recipe) if self.recipe.teachers else {}
+
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
 
@@ -140,16 +149,42 @@ class LanguageModeling(Task[DistillationTrainer]):
         """Training and validation prompts are answered together: they share batches and one file in the cache."""
         prompts = [*rows.train, *rows.validation]
         answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template(tokenizer), prompts)
+        return self._answered(rows, answered, record)
+
+    def answer_by_several(
+        self, teachers: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: Rows
+    ) -> Rows:
+        prompts, routing = [*rows.train, *rows.validation], self.recipe.routing
+        assert routing is not None  # the recipe has been refused without
+        numbers = [routing.number(row.teacher, f"row '{row.id}'") for row in prompts]
+        answered: list[Row | None] = [None] * len(prompts)
+        records = {}
+        for number, (name, teacher) in enumerate(teachers.items()):
+            places = [place for place, of_row in enumerate(numbers) if of_row == number]
+            if places:
+                own = [prompts[place] for place in places]
+                alone = self.recipe.with_teacher(name)
+                texts, records[name] = answer_rows(alone, teacher, tokenizer, self.template(tokenizer), own)
+                for place, row in zip(places, texts, strict=True):
+                    answered[place] = row
+        return self._answered(rows, answered, records)
+
+    def _answered(self, rows: Rows, answered: Sequence[Row | None], record: Mapping[str, Any]) -> Rows:
         count = len(rows.train)
         train, validation = ([row for row in part if row is not None] for part in (answered[:count], answered[count:]))
         if not train:
             raise UserError(
-                "data.responses: teacher, but the teacher answered none of the training prompts "
-                f"({said_of(record['counts'])})"
+                f"data.responses: teacher, but the teacher answered none of the training prompts ({self._said(record)})"
             )
         return dataclasses.replace(
-            rows, train=train, validation=validation, answers=record, unanswered=answered.count(None)
+            rows, train=train, validation=validation, answers=record, unanswered=list(answered).count(None)
         )
+
+    def _said(self, record: Mapping[str, Any]) -> str:
+        """What became of the answers, in words: of one teacher, or of each of several."""
+        if not self.recipe.teachers:
+            return said_of(record["counts"])
+        return "; ".join(f"{name}: {said_of(of_one['counts'])}" for name, of_one in record.items())
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
         recipe = self.recipe
@@ -160,9 +195,24 @@ class LanguageModeling(Task[DistillationTrainer]):
             packing=recipe.data.model_dump()["packing"],
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
-            vocab_alignment="strict" if recipe.teacher is None else recipe.teacher.vocab_alignment,
-            **self.trainer_options(models, data) | {"teacher": self.teacher_of(models)},
+            vocab_alignment=next((one.vocab_alignment for one in recipe.all_teachers.values()), "strict"),
+            **(self.trainer_options(models, data) | self._of_teachers(models)),
         )
+
+    def _of_teachers(self, models: Models) -> dict[str, Any]:
+        """What the trainer asks: the teacher, or each of several and how the rows are shared out."""
+        if not self.recipe.teachers:
+            return {"teacher": self.teacher_of(models)}
+        data = self.recipe.data
+        weights = {name: section.weight for name, section in self.recipe.teachers.items()}
+        return {
+            "teachers": models.several,
+            "teacher_tokenizer": models.several_tokenizers,
+            "teacher_weights": weights if data.teacher_column is None else None,
+            "teacher_column": data.teacher_column,
+            "default_teacher": data.default_teacher,
+            "temperature_per_teacher": self.recipe.loss.temperature_per_teacher,
+        }
 
     def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | None:
         """What the trainer asks: the model, what has been cached of it, or the server that has it.
@@ -189,7 +239,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
         train = manifest(asked.train, rows.train, split=asked.train_split, parts=rows.train_parts)
-        splits = {"train": {**train, **dataclasses.asdict(_report(data.train)), "token_digest": data.train.digest}}
+        splits = {"train": {**train, **self._described(data.train)}}
         if asked.validation is not None and data.validation is not None:
             if isinstance(asked.validation, float):
                 validation = {**train, "share": asked.validation, "rows": len(rows.validation)}
@@ -202,8 +252,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             encoded = data.validation
             splits["validation"] = {
                 **validation,
-                **dataclasses.asdict(_report(encoded)),
-                "token_digest": encoded.digest,
+                **self._described(encoded),
             }
         # The names of the sets are in the order of the recipe
         sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)
@@ -215,16 +264,28 @@ class LanguageModeling(Task[DistillationTrainer]):
             "teacher_answers": rows.answers,
         }
 
+    def _described(self, dataset: EncodedDataset) -> dict[str, Any]:
+        """What ``data_manifest.json`` says of rows as tokens."""
+        routing = self.recipe.routing
+        teachers = {} if routing is None else {"teachers": routing.counts(dataset)}
+        return {**dataclasses.asdict(_report(dataset)), "token_digest": dataset.digest, **teachers}
+
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
             yield f"data.responses: teacher: left out {rows.unanswered:,} rows that it did not answer"
         if rows.answers is not None:
-            yield f"data.responses: teacher: {said_of(rows.answers['counts'])}"
+            yield f"data.responses: teacher: {self._said(rows.answers)}"
         if is_mixed(rows.train_parts):
             yield f"data.train: {summary(rows.train_parts)}"
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"
+        if (routing := self.recipe.routing) is not None:
+            of_rows = (f"{name} {count:,}" for name, count in routing.counts(data.train).items())
+            yield f"teachers of the training rows: {', '.join(of_rows)}"
+        if self.recipe.teachers:
+            each = self.recipe.loss.temperature_per_teacher
+            yield f"temperature: {'a state for each teacher' if each else 'one state for the rows of all teachers'}"
 
     def make_scorer(
         self, run: RunDirectory, trainer: DistillationTrainer, models: Models, rows: Rows, data: Data, kept: Entries

@@ -88,7 +88,7 @@ class CompactRows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: slice) -> CompactRows:
+    def __getitem__(self, rows: slice | Tensor) -> CompactRows:
         return replace(self, ids=self.ids[rows], logits=self.logits[rows], tail=self.tail[rows])
 
     def to(self, target: torch.device | torch.dtype) -> CompactRows:

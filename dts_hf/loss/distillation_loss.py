@@ -117,6 +117,7 @@ class DistillationLoss(nn.Module):
         targets: Tensor,
         normalizer: float | Tensor,
         sequences: Tensor | None = None,
+        teacher: str | None = None,
     ) -> LossOutput:
         """Return the loss of N rows over the normaliser, and the sums over these rows that are logged.
 
@@ -133,6 +134,7 @@ class DistillationLoss(nn.Module):
             normalizer: labels of the whole optimizer step divided by the number of ranks (docs/architecture.md, section 3).
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
                 with ``needs_sequence_gap``.
+            teacher: whose rows they are, where each of several teachers has a temperature of its own.
 
         Returns:
             the loss ``[]``, whose backward pass can be run once, and detached sums.
@@ -141,7 +143,8 @@ class DistillationLoss(nn.Module):
             ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
             UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
-        ratio = self.temperature.kd_ratio
+        policy = self.temperature.of_teacher(teacher)
+        ratio = policy.kd_ratio
         kd_ratio = self.kd_ratio if ratio is None else ratio
         if teacher_states is None or teacher_head is None:
             check_has_teacher(False, kd_ratio)
@@ -155,8 +158,8 @@ class DistillationLoss(nn.Module):
 
         compact = isinstance(teacher_states, CompactRows)
         if compact:
-            check_served(self.temperature, self.divergence)
-        settings = self._settings(kd_ratio, student_head, teacher_head, student_states.device, compact)
+            check_served(policy, self.divergence)
+        settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device, compact)
 
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(
@@ -188,7 +191,13 @@ class DistillationLoss(nn.Module):
                 torch.cuda.empty_cache()
 
     def _settings(
-        self, kd_ratio: float, student: Head, teacher: Head, device: torch.device, compact: bool
+        self,
+        policy: TemperaturePolicy,
+        kd_ratio: float,
+        student: Head,
+        teacher: Head,
+        device: torch.device,
+        compact: bool,
     ) -> LossSettings:
         """What the walk is told; chooses between kernels and PyTorch, and the budget where nobody did.
 
@@ -197,7 +206,7 @@ class DistillationLoss(nn.Module):
         """
         settings = LossSettings(
             self.divergence,
-            self.temperature,
+            policy,
             kd_ratio,
             self.temperature_scaling == "squared",
             self.logits_budget_mb or PLAIN_BUDGET_MB,

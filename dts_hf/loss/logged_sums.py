@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,14 +64,21 @@ class Totals(dict[str, float]):
 
     def step_stats(self) -> StepStats:
         """What the policy is told of the optimizer step; there must have been a row."""
-        rows = self[stats.ROWS]
+        first = f"{stats.ROWS}{stats.OF_TEACHER}"
+        teachers = [name.removeprefix(first) for name, rows in self.items() if name.startswith(first) and rows]
+        by_teacher = {teacher: self._step_stats(f"{stats.OF_TEACHER}{teacher}") for teacher in teachers}
+        return replace(self._step_stats(), by_teacher=by_teacher)
+
+    def _step_stats(self, suffix: str = "") -> StepStats:
+        """Those of the rows whose sums have names with this ending."""
+        rows = self[stats.ROWS + suffix]
         return StepStats(
-            student_ce=self[stats.CE.sum] / rows,
-            teacher_ce=self[stats.TEACHER_CE.sum] / rows,
-            kd=self[stats.KD.sum] / rows,
+            student_ce=self[stats.CE.sum + suffix] / rows,
+            teacher_ce=self[stats.TEACHER_CE.sum + suffix] / rows,
+            kd=self[stats.KD.sum + suffix] / rows,
             num_items=rows,
-            temperature_grad=self.get(stats.TEMPERATURE_GRAD, 0.0) / rows,
-            observed=tuple(value / rows for value in self.vectors.get(stats.OBSERVED, ())),
+            temperature_grad=self.get(stats.TEMPERATURE_GRAD + suffix, 0.0) / rows,
+            observed=tuple(value / rows for value in self.vectors.get(stats.OBSERVED + suffix, ())),
         )
 
     def add_policy_values(self, values: Mapping[str, float | None]) -> None:
@@ -87,10 +94,12 @@ class LogColumns:
     Args:
         teacher: there is one; without it the log has the student's own numbers alone.
         regression: the sums hold squared errors (STS-B), and temperatures say nothing.
+        teachers: the names of several.
     """
 
     teacher: bool = True
     regression: bool = False
+    teachers: tuple[str, ...] = ()
 
     def means(self, totals: Mapping[str, float], *, held_out: bool = False) -> dict[str, float]:
         """The numbers of one log line, by their name in it.
@@ -109,7 +118,17 @@ class LogColumns:
             rows = totals[stats.ROWS] or math.nan
             of_policy = {name: value for name, value in totals.items() if name.startswith(stats.OF_POLICY)}
             means.update({name.removeprefix(stats.OF_POLICY): value / rows for name, value in of_policy.items()})
+        for teacher in self.teachers:
+            means.update(self._of_teacher(teacher, totals, held_out))
         return means
+
+    def _of_teacher(self, teacher: str, totals: Mapping[str, float], held_out: bool) -> dict[str, float]:
+        """What the line says of the rows of one of several teachers: how many labels they have and, if any, the means."""
+        end = f"{stats.OF_TEACHER}{teacher}"
+        of_teacher = {name.removesuffix(end): value for name, value in totals.items() if name.endswith(end)}
+        rows = of_teacher.get(stats.ROWS, 0.0)
+        shown = [one for one in stats.BY_TEACHER if rows and (one.held_out or not held_out)]
+        return {f"{stats.LABELS}{end}": round(rows), **{f"{one.log}{end}": one.number(of_teacher) for one in shown}}
 
 
 class MeanLog:

@@ -25,6 +25,8 @@ ROWS = "rows"
 TEMPERATURE_GRAD, OBSERVED = "temperature_grad", "observed"
 #: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``), while they are summed up.
 OF_POLICY = "policy_"
+#: Between the name of a number and that of the teacher whose rows it is about, where there are several: ``kd_loss/math``.
+OF_TEACHER = "/"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
 )  # fmt: skip
+#: What is also logged of the rows of each of several teachers.
+BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)
+#: Also summed up for each of them: what its policy is told, where each has its own.
+SUMS_BY_TEACHER = (ROWS, *(statistic.sum for statistic in BY_TEACHER), TEMPERATURE_GRAD, OBSERVED)
+#: How many labels of a teacher a line of the log is about.
+LABELS = "labels"
 #: The sums that every call of the loss fills, beside ``ROWS``.
 SUMS_OF_LOSS: dict[str, Reduction] = {
     name: statistic.reduction for statistic in STATISTICS if statistic.of_loss for name in statistic.sums

@@ -92,22 +92,34 @@ def load_tokenizer(
 def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one.
 
-    A teacher whose model is not loaded needs no tokenizer: the student's was compared with it when its states were cached.
+    Of several teachers each has its own (``tokenizers_of_several``), and the student's stands for both here. A teacher whose
+    model is not loaded needs no tokenizer: the student's was compared with it when its states were cached.
 
     Raises:
         UserError: see ``load_tokenizer``.
     """
     teacher = student = None
     if recipe.teacher is not None and recipe.loads_teacher:
-        name, key = recipe.teacher.model, "teacher.model"
-        if recipe.teacher.tokenizer:
-            name, key = recipe.teacher.tokenizer, "teacher.tokenizer"
-        teacher = load_tokenizer(name, key=key, **_from_hub(recipe.teacher))
+        teacher = _teacher_tokenizer("teacher", recipe.teacher)
     init = recipe.student.init
     own, key = (recipe.student.model, "student.model") if init is None else (init.source, "student.init.from")
     if own is not None:
         student = load_tokenizer(own, key=key, **_from_hub(recipe.student))
     return student or teacher, teacher or student  # type: ignore[return-value]  # the recipe has one of them
+
+
+def tokenizers_of_several(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizer of each of several teachers, by name.
+
+    Raises:
+        UserError: see ``load_tokenizer``.
+    """
+    return {key.partition(".")[2]: _teacher_tokenizer(key, section) for key, section in recipe.all_teachers.items()}
+
+
+def _teacher_tokenizer(key: str, teacher: Teacher) -> PreTrainedTokenizerBase:
+    named = "tokenizer" if teacher.tokenizer else "model"
+    return load_tokenizer(teacher.tokenizer or teacher.model, key=f"{key}.{named}", **_from_hub(teacher))
 
 
 def _from_hub(section: Student | Teacher) -> dict[str, Any]:
@@ -228,16 +240,36 @@ def _clear_quantised_mark(model: PreTrainedModel) -> None:
     setattr(model, "is_quantized", False)  # noqa: B010  (typed as a tensor or module by nn.Module)
 
 
-def load_teacher(teacher: Teacher) -> PreTrainedModel:
+def load_teacher(teacher: Teacher, key: str = "teacher") -> PreTrainedModel:
     """The teacher, frozen and in evaluation mode. Its head is the caller's to check (``check_head``).
+
+    Args:
+        teacher: what to load.
+        key: of its section, for errors.
 
     Raises:
         UserError: it cannot be loaded.
     """
     options = {**_from_hub(teacher), "quantization": teacher.quantization}
-    model = load_model(teacher.model, key="teacher.model", dtype=teacher.dtype, **options)
+    model = load_model(teacher.model, key=f"{key}.model", dtype=teacher.dtype, **options)
     model.requires_grad_(False).eval()
     return model
+
+
+def load_several(recipe: Recipe) -> dict[str, PreTrainedModel]:
+    """Several teachers by name, as ``load_teacher`` leaves them; equal sections are one model under several names.
+
+    Raises:
+        UserError: one cannot be loaded.
+    """
+    loaded: list[tuple[Teacher, PreTrainedModel]] = []
+    models = {}
+    for key, section in recipe.all_teachers.items():
+        model = next((model for known, model in loaded if known == section), None)
+        if model is None:
+            loaded.append((section, model := load_teacher(section, key)))
+        models[key.partition(".")[2]] = model
+    return models
 
 
 def load_student(

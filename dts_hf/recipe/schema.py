@@ -28,6 +28,7 @@ from pydantic import (
 
 from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
+from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
@@ -306,6 +307,22 @@ class Teacher(Section):
         return self
 
 
+class OneOfSeveral(Teacher):
+    """One of several models that are imitated."""
+
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Of its loss, where every teacher has every row (no data.teacher_column); all weights add up to 1.",
+    )
+
+    @property
+    def alone(self) -> Teacher:
+        """The same without its weight: two names with equal sections are one model in memory."""
+        return Teacher.model_validate(self.model_dump(exclude={"weight"}))
+
+
 class Packing(Section):
     """Training batches that are filled to a number of tokens, so that steps cost the same."""
 
@@ -374,6 +391,14 @@ class Data(Section):
         description="Our names of columns, and yours: {prompt: question_text, completion: gold}. A dot leads inside "
         "(answers.text.0); null leaves a column of ours out. See docs/data.md.",
     )
+    teacher_column: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column that names the teacher of each row, where there are several (teachers).",
+    )
+    default_teacher: str | None = Field(
+        default=None, description="Teacher of rows that name none in teacher_column; null: such a row is an error."
+    )
     prompt_template: Literal["auto", "alpaca", "chat", "plain"] = Field(
         default="auto",
         description="How a row becomes a prompt; auto: the tokenizer's chat template where it has one, else alpaca.",
@@ -415,6 +440,11 @@ class Data(Section):
     cache_dir: str | None = Field(
         default=None, description="Folder for rows, their tokens and the teacher's answers; null: the default cache."
     )
+
+    @property
+    def all_columns(self) -> dict[str, str | None]:
+        """``columns``, and the column of the teacher where there are several."""
+        return self.columns if self.teacher_column is None else {**self.columns, "teacher": self.teacher_column}
 
     @property
     def pack_tokens(self) -> int | None:
@@ -462,6 +492,11 @@ class Loss(Section):
     )
     temperature_scaling: Literal["squared", "none"] = Field(
         default="squared", description="Multiply kd_loss by T^2, or not."
+    )
+    temperature_per_teacher: bool = Field(
+        default=False,
+        description="Each of several teachers has a state of the temperature policy of its own, which sees its rows alone; "
+        "false: one state sees all rows.",
     )
     logits_budget_mb: Count | None = Field(
         default=None,
@@ -556,6 +591,11 @@ class Recipe(Section):
         default=None,
         description="The large model that is imitated; it is never changed. Null with loss.kd_ratio: 0: labels alone.",
     )
+    teachers: dict[str, OneOfSeveral] | None = Field(
+        default=None,
+        description="Several teachers by name, in the place of teacher: each row has one (data.teacher_column), or all have "
+        "every row (weight). See docs/several_teachers.md.",
+    )
     data: Data = Field(description="The rows: where they are and how they become tokens.")
     task: Task | None = Field(
         default=None,
@@ -578,10 +618,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _task_fits(self) -> Recipe:
-        if self.teacher is None and self.loss.kd_ratio > 0:
+        if problem := several_problem(self):
+            raise ValueError(problem)
+        if not self.all_teachers and self.loss.kd_ratio > 0:
             without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
-        if self.teacher is None and self.data.responses == "teacher":
+        if not self.all_teachers and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
         init = self.student.init
         if self.teacher is None and init is not None and init.source is None:
@@ -623,6 +665,25 @@ class Recipe(Section):
         return self
 
     @property
+    def all_teachers(self) -> dict[str, Teacher]:
+        """The teachers by the key of their section: ``teacher``, or ``teachers.NAME`` of each of several; none at all."""
+        if self.teachers:
+            return {f"teachers.{name}": section.alone for name, section in self.teachers.items()}
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    @property
+    def routing(self) -> Routing | None:
+        """How each row names one of several teachers; None where it does not."""
+        column = self.data.teacher_column
+        return Routing(column, tuple(self.teachers), self.data.default_teacher) if column and self.teachers else None
+
+    def with_teacher(self, name: str) -> Recipe:
+        """The same with one of several teachers alone, for every row; rows still say which one they name."""
+        section = (self.teachers or {})[name].alone
+        loss = self.loss.model_copy(update={"temperature_per_teacher": False})
+        return self.model_copy(update={"teacher": section, "teachers": None, "loss": loss})
+
+    @property
     def required_teacher(self) -> Teacher:
         """The teacher's section where there always is one: everywhere but with ``kd_ratio: 0``.
 
@@ -635,15 +696,15 @@ class Recipe(Section):
 
     @property
     def keeps_teacher(self) -> bool:
-        """Whether the teacher's model stays in memory for training."""
-        return self.teacher is not None and (self.teacher.kind == "live" or self.teacher.missing == "live")
+        """Whether the teacher's model, or each of several, stays in memory for training."""
+        return any(section.kind == "live" or section.missing == "live" for section in self.all_teachers.values())
 
     @property
     def loads_teacher(self) -> bool:
         """Whether the teacher's model is loaded at all: one whose states are cached may have to give weights or answers."""
         init = self.student.init
         needed = (init is not None and init.source is None) or self.data.responses == "teacher"
-        return self.teacher is not None and (self.keeps_teacher or needed)
+        return bool(self.all_teachers) and (self.keeps_teacher or needed)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:
@@ -663,6 +724,41 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Every key, defaults included, as YAML that loads again to an equal recipe."""
         return dump_values(self.model_dump(mode="json"))
+
+
+def several_problem(recipe: Recipe) -> str:
+    """What is wrong with the teachers of ``recipe`` taken together; empty where nothing is."""
+    data, teachers = recipe.data, recipe.teachers
+    if teachers is None:
+        of_several = {"data.teacher_column": data.teacher_column, "data.default_teacher": data.default_teacher,
+                      "loss.temperature_per_teacher": recipe.loss.temperature_per_teacher or None}  # fmt: skip
+        given = [key for key, value in of_several.items() if value is not None]
+        return f"{given[0]}: is for several teachers, and there is no section teachers" if given else ""
+    if recipe.teacher is not None:
+        return "teacher and teachers: got both, expected exactly one of them (null removes a key)"
+    weights = {name: section.weight for name, section in teachers.items() if section.weight is not None}
+    if problem := names_problem(teachers) or weights_problem(
+        teachers, data.teacher_column, weights or None, "teachers.NAME.weight", "data.teacher_column"
+    ):
+        return problem
+    default = data.default_teacher
+    if default is not None and (data.teacher_column is None or default not in teachers):
+        expected = f"expected one of {', '.join(teachers)}, beside teacher_column.{nearest(default, teachers)}"
+        return f"data.default_teacher: got {default!r}, {expected}"
+    if data.responses == "teacher" and data.teacher_column is None:
+        return "data.responses: teacher, but every teacher has every row: give teacher_column, so that one answers each row"
+    if "teacher" in data.columns:
+        return "data.columns: got 'teacher', but data.teacher_column is the key for that"
+    for name, section in teachers.items():
+        if section.kind != "live":
+            return f"teachers.{name}.kind: {section.kind}, but each of several teachers is loaded: use kind: live"
+    if recipe.student.init is not None and recipe.student.init.source is None:
+        return f"student.init: from {recipe.student.init.from_}, but there are several teachers: give student.model"
+    if recipe.task is not None:
+        return "task: classifiers have one teacher; give teacher in the place of teachers"
+    if len({section.vocab_alignment for section in teachers.values()}) > 1:
+        return "teachers: their vocab_alignment differs, expected the same for all: the student has one vocabulary"
+    return ""
 
 
 def validated(values: Mapping[str, Any], source: Callable[[str], str], deep: bool) -> Recipe:

@@ -29,6 +29,7 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("temperature", "match_mean_of"),
     ("temperature", "gap_source", "replay"),
 )
+_OF_TEACHER = ("model", "tokenizer")  # of each of several
 #: A number in quotes, as far as a recipe takes one.
 NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -256,7 +257,11 @@ def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     for holder, key in ((expanded, "temperature"), (expanded.get("loss"), "divergence")):
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = {"name": holder[key]}
-    for *sections, key in PATH_KEYS:
+    teachers = expanded.get("teachers")
+    several = [
+        ("teachers", name, key) for name in (teachers if isinstance(teachers, dict) else ()) for key in _OF_TEACHER
+    ]
+    for *sections, key in (*PATH_KEYS, *several):
         at: Any = expanded
         for section in sections:
             at = at.get(section) if isinstance(at, dict) else None

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from dts_hf.console import masked
+from dts_hf.loss.statistics import BY_TEACHER, KD, OF_TEACHER
 from dts_hf.recipe.schema import QUANTIZED_BY
-from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.directory import ONE_TEACHER, RunDirectory
 from dts_hf.runs.local_names import with_names
 
 MODELS = ("teacher", "student_before", "student")
@@ -50,7 +51,7 @@ class Facts:
     @property
     def learns_from_teacher(self) -> bool:
         """Whether there was a teacher; without a recipe nothing says that there was none."""
-        return bool(self.section("teacher")) or not self.recipe
+        return bool(self.section("teacher") or self.section("teachers")) or not self.recipe
 
     def model(self, name: str) -> Mapping[str, Any]:
         """The ``metrics.json`` entry of ``teacher``, ``student_before`` or ``student``."""
@@ -59,7 +60,8 @@ class Facts:
     @property
     def models(self) -> list[str]:
         """The models that have scores or predictions, teacher first."""
-        return [name for name in MODELS if self.model(name) or self.predictions.get(name)]
+        several = [f"{ONE_TEACHER}{name}" for name in self.section("teachers")]
+        return [name for name in (*several, *MODELS) if self.model(name) or self.predictions.get(name)]
 
     @property
     def sets(self) -> list[str]:
@@ -209,16 +211,51 @@ def describe_model(value: str, revision: str | None = None) -> str:
 
 def describe_teacher(facts: Facts) -> str:
     """The teacher, in words."""
+    if several := facts.section("teachers"):
+        column = facts.section("data").get("teacher_column")
+        how = f"each row has the one that its column `{column}` names" if column else "each row has all of them"
+        if not column and not any(section.get("weight") for section in several.values()):
+            how = "each row has one of them"  # of a trainer, which does not tell the column
+        return f"{len(several)} teachers ({', '.join(f'`{name}`' for name in several)}); {how}"
     teacher = facts.section("teacher")
     if facts.recipe and not teacher:
         return "none: it learnt from labels alone"
+    return _describe_section(teacher, bool(facts.recipe))
+
+
+def _describe_section(teacher: Mapping[str, Any], has_recipe: bool) -> str:
     if not teacher.get("model"):
-        return UNNAMED if facts.recipe else "unknown (the run has no recipe)"
+        return UNNAMED if has_recipe else "unknown (the run has no recipe)"
     words = describe_model(teacher["model"], teacher.get("revision"))
     kind = teacher.get("quantization")
     if kind in QUANTIZED_BY:
         words += f", quantised to {kind} by {QUANTIZED_BY[kind]}"
     return words
+
+
+def describe_several(facts: Facts) -> list[tuple[str, str]]:
+    """Each of several teachers, in words: what it is, its share of the rows, and what the last line of the log says."""
+    trained = [line for line in facts.log if KD.log in line]
+    last = trained[-1] if trained else {}
+    counts = ((facts.manifest.get("splits") or {}).get("train") or {}).get("teachers") or {}
+    found = []
+    for name, section in facts.section("teachers").items():
+        parts = [_describe_section(section, True)]
+        if name in counts:
+            parts.append(f"{counts[name]:,} training rows")
+        if section.get("weight") is not None:
+            parts.append(f"weight {section['weight']:g}")
+        values = {one: number(last.get(f"{one.log}{OF_TEACHER}{name}")) for one in BY_TEACHER}
+        said = [f"{one.log} {value:.3f}" for one, value in values.items() if value is not None]
+        if said:
+            parts.append(f"at the end of training {', '.join(said)}")
+        found.append((f"teacher `{name}`", "; ".join(parts)))
+    if found:
+        each = facts.section("loss").get("temperature_per_teacher")
+        found.append(
+            ("state of the temperature", "one for each teacher" if each else "one for the rows of all teachers")
+        )
+    return found
 
 
 #: Which layers ``student.init.choose`` has chosen, in words.

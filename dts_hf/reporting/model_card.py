@@ -12,6 +12,7 @@ from dts_hf.recipe.schema import QUANTIZED_BY
 from dts_hf.reporting.facts import (
     Facts,
     Policy,
+    describe_several,
     describe_student,
     describe_teacher,
     divergence,
@@ -298,6 +299,7 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
     rows = [
         ("task", f"GLUE, `{task['subset']}`, texts of at most {task.get('max_length')} tokens" if task else ""),
         ("teacher", describe_teacher(facts)),
+        *describe_several(facts),
         ("teacher's tokenizer", f"`{_published(tokenizer)}`" if tokenizer and not task else ""),
         ("student", describe_student(facts)),
         ("parameters", _format_parameters(facts)),
@@ -327,7 +329,7 @@ def _describe_rows(facts: Facts) -> list[tuple[str, str]]:
 def _describe_loss(facts: Facts, hard: str, soft: str) -> str:
     """The weighted sum that was minimised, with the recipe's weights or the policy's own."""
     ratio = number(facts.section("loss").get("kd_ratio"))
-    if not facts.section("teacher") or ratio is None:
+    if not facts.recipe or not facts.learns_from_teacher or ratio is None:
         return hard
     own = policy_facts(facts).kd_ratio if softens(facts) else None
     if own is None:
@@ -409,13 +411,12 @@ def has_chat_template(student: Path) -> bool:
 
 
 def models_of(recipe: Mapping[str, Any]) -> list[tuple[str, str | None]]:
-    """First weights and teacher of a recipe, each with its revision."""
-    teacher = recipe.get("teacher") or {}
-    return [
-        (name, revision)
-        for name, revision in (_first_weights(recipe), (teacher.get("model"), teacher.get("revision")))
-        if name
-    ]
+    """First weights and teachers of a recipe, each with its revision."""
+    several = recipe.get("teachers") or {}
+    teachers = [recipe.get("teacher") or {}, *several.values()]
+    named = [_first_weights(recipe), *((teacher.get("model"), teacher.get("revision")) for teacher in teachers)]
+    found = [(name, revision) for name, revision in named if name]
+    return list(dict.fromkeys(found)) if several else found
 
 
 def _first_weights(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:

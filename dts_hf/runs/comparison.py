@@ -54,14 +54,15 @@ class ModelRecord:
         self._add(describe)
 
     def add_models(
-        self, student: Any, teacher: PreTrainedModel | None, cache: Mapping[str, Any] | None = None
+        self, student: Any, teachers: Mapping[str, PreTrainedModel], elsewhere: Mapping[str, Any] | None = None
     ) -> None:
-        """Record the models, before the teacher is sharded.
+        """Record the models, before a teacher is sharded.
 
         Args:
             student: as it is trained.
-            teacher: None where it was not loaded.
-            cache: what the cache of the teacher's states says of itself, where it has one.
+            teachers: those that were loaded, by the key of their section: ``teacher``, or ``teachers.NAME`` of each of
+                several.
+            elsewhere: what the cache of the teacher's states or its server says of itself, where it has one.
 
         Raises:
             UserError: one has changed.
@@ -70,11 +71,11 @@ class ModelRecord:
         def describe() -> dict[str, Any]:
             asked = self.recipe.student
             found = {"student": describe_model(student, asked.model, asked.revision)}
-            if teacher is not None:
-                section = self.recipe.required_teacher
-                settings = READ_TO_ANSWER if self._teacher_answers() else ()
-                found["teacher"] = describe_model(teacher, section.model, section.revision, settings)
-            return found if cache is None else {**found, "teacher_states": dict(cache)}
+            settings = READ_TO_ANSWER if self._teacher_answers() else ()
+            for key, section in self.recipe.all_teachers.items():
+                if key in teachers:
+                    found[key] = describe_model(teachers[key], section.model, section.revision, settings)
+            return found if elsewhere is None else {**found, "teacher_states": dict(elsewhere)}
 
         self._add(describe)
 
@@ -116,7 +117,8 @@ def refuse_changed_models(where: str, was: Mapping[str, Any], now: Mapping[str, 
     if not lines:
         return
     more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    commits = {role: [of.get(role, {}).get("commit") for of in (was, now)] for role in ("teacher", "student")}
+    roles = sorted(role for role in {*was} & {*now} if isinstance(was[role], Mapping))
+    commits = {role: [of[role].get("commit") for of in (was, now)] for role in roles}
     moved = [
         f"  (the Hub's {role} was commit {before}, and is {after}: set {role}.revision to the first)"
         for role, (before, after) in commits.items()

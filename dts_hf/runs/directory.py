@@ -35,6 +35,20 @@ RECIPE_HEADER = (
 #: Models that are scored before training starts; their scores are in scores.json.
 BEFORE = ("teacher", "student_before")
 PREDICTION_ORDER = (*BEFORE, "student")
+#: Before the name of one of several teachers, in scores and predictions.
+ONE_TEACHER = "teacher_"
+
+
+def is_before(name: str) -> bool:
+    """Whether the model of this name in ``metrics.json`` is scored before training."""
+    return name in BEFORE or name.startswith(ONE_TEACHER)
+
+
+def scored_before(recipe: Recipe) -> list[str]:
+    """The models that ``recipe`` wants scored before training, by their names in ``metrics.json``."""
+    teachers = [f"{ONE_TEACHER}{name}" for name in recipe.teachers or ()] or ["teacher"] * recipe.keeps_teacher
+    names = {"teacher": teachers, "student_before": ["student_before"]}
+    return [name for model in BEFORE if model in recipe.evaluation.models for name in names[model]]
 
 
 class RunDirectory:
@@ -369,7 +383,9 @@ class RunDirectory:
     def predictions_names(self) -> list[str]:
         """Models with predictions: teacher, student before, student, then any other."""
         names = {path.stem for path in self.predictions_path.glob("*.jsonl")}
-        return [name for name in PREDICTION_ORDER if name in names] + sorted(names - {*PREDICTION_ORDER})
+        first = sorted(name for name in names if name.startswith(ONE_TEACHER))
+        first += [name for name in PREDICTION_ORDER if name in names]
+        return first + sorted(names - {*first})
 
 
 def _nobodys(folder: Path) -> list[Path]:

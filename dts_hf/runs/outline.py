@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import TrainingArguments
 
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.directory import scored_before
 
 
 def outline(recipe: Recipe, args: TrainingArguments) -> str:
@@ -17,19 +18,22 @@ def outline(recipe: Recipe, args: TrainingArguments) -> str:
 def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
-    yield "load teacher and student" if recipe.loads_teacher else "load the student"
+    teachers = len(recipe.all_teachers)
+    named = "teacher" if teachers == 1 else f"{teachers} teachers"
+    yield f"load {named} and student" if recipe.loads_teacher else "load the student"
     if recipe.teacher is not None and recipe.teacher.kind != "live":
         yield f"the teacher's states come {recipe.teacher.source}"
     init = recipe.student.init
     if init is not None and init.measures:
         yield f"choose what the student keeps on {init.calibration_rows} training rows ({init.choose})"
     if data.responses == "teacher":
+        whose = "its" if recipe.teachers else "the"
         yield (
-            f"the teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each), where no earlier run has "
-            "kept its answers"
+            f"{whose} teacher answers every prompt (up to {data.teacher_max_new_tokens} tokens each), where no earlier run "
+            "has kept its answers"
         )
     answered = recipe.task is None and (data.validation is not None or bool(evaluation.sets))
-    before = [name for name in evaluation.models if name != "student" and (name != "teacher" or recipe.keeps_teacher)]
+    before = scored_before(recipe)
     rows = "" if evaluation.rows is None else f" on {evaluation.rows:,} rows"
     if answered and before:
         yield f"score {' and '.join(name.replace('_', ' ') for name in before)}{rows}"

@@ -28,7 +28,7 @@ from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.checkpoints import PROGRESS, newest_whole, step_of, why_best_is_lost, why_not_resumable
 from dts_hf.runs.comparison import as_text, leaves
-from dts_hf.runs.directory import BEFORE, RunDirectory
+from dts_hf.runs.directory import RunDirectory, is_before, scored_before
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.local_names import local_names
 from dts_hf.runs.lock import holds, lock
@@ -95,7 +95,7 @@ def find_start(
             or all are; the run in the folder is another one; a recorded run that the temperature needs is not there.
     """
     start = _start_of(recipe, args, resume, elsewhere)
-    if recipe.teacher is not None and start.checkpoint is None and not start.finished:
+    if recipe.all_teachers and start.checkpoint is None and not start.finished:
         # What the temperature reads of another run is in the checkpoints of this one; at the beginning it must be there.
         build_temperature(recipe.temperature.name, **recipe.temperature.options).begin_run()
     return start
@@ -157,11 +157,11 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     check_launch(args)
     limit_waiting(args)
     cache.limit_waiting(args.ddp_timeout if args.world_size > 1 else None)
-    if recipe.teacher is not None:
+    for teacher in recipe.all_teachers.values():
         if recipe.loads_teacher:
-            check_quantization(recipe.teacher.quantization, args.device)
-        if recipe.teacher.placement == "sharded":
-            check_can_shard(recipe.teacher.quantization != "none")
+            check_quantization(teacher.quantization, args.device)
+        if teacher.placement == "sharded":
+            check_can_shard(teacher.quantization != "none")
     named = args.resume_from_checkpoint
     elsewhere = judged_elsewhere(Path(recipe.output.dir), None if named is None else Path(named), args)
     start = on_first_process(lambda: find_start(recipe, args, resume, elsewhere), args.process_index, args.world_size)
@@ -218,10 +218,9 @@ def open_run(
 
 def _start_from(checkpoint: Path, run: RunDirectory, recipe: Recipe) -> Start:
     scores = _scores_before(run)
-    scored = [name for name in recipe.evaluation.models if name != "teacher" or recipe.keeps_teacher]
-    for name in BEFORE:
-        if name in scored and name not in scores and recipe.data.validation is not None:
-            so = "it is scored again" if name == "teacher" else "they are left out: it is trained by now"
+    for name in scored_before(recipe):
+        if name not in scores and recipe.data.validation is not None:
+            so = "they are left out: it is trained by now" if name == "student_before" else "it is scored again"
             say(f"{run.path}: no scores of {name} were kept, so {so}")
     log_bytes = None
     if checkpoint.resolve().is_relative_to(run.path.resolve()):  # else it is that of another log
@@ -299,10 +298,10 @@ def _scores_before(run: RunDirectory) -> dict[str, Any]:
     scores: dict[str, Any] = run.read_scores().get("models", {})
     if not scores and run.metrics_path.is_file() and run.why_damaged("metrics.json") is None:
         models = run.read_metrics().get("models", {})
-        scores = {name: models[name] for name in BEFORE if name in models and run.has_predictions(name)}
+        scores = {name: entry for name, entry in models.items() if is_before(name) and run.has_predictions(name)}
     for name in list(scores):
         why = run.why_predictions_differ(name)
-        if why is not None and name == "teacher":
+        if why is not None and name != "student_before":
             say(f"{run.path}: {why}")
             del scores[name]
         elif why is not None:
@@ -328,7 +327,7 @@ def _check_same(was: Recipe, now: Recipe, args: TrainingArguments, run: RunDirec
         free.remove("training.save_*")
     # What is loaded is compared itself (comparison.ModelRecord), where the record tells one from another
     known = run.read_data_manifest().get("models", {})
-    for role in ("teacher", "student"):
+    for role in (*was.all_teachers, "student"):
         free += [f"{role}.{key}" for key in ("model", "revision") if knows_weights(known.get(role, {}))]
         free += [f"{role}.tokenizer"] if "student_tokenizer" in known else []  # the teacher's, too, if it has its own
     refused = [key for key in changed if not any(fnmatchcase(key, pattern) for pattern in free)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ class StepStats:
         temperature_grad: d kd / d T for T_s = T_t = T, scale included and no weight held; only for policies with
             ``learns``.
         observed: the means of ``Temperatures.observed``, K numbers.
+        by_teacher: the same of the rows of each teacher that had some, where there are several.
     """
 
     student_ce: float
@@ -78,6 +79,7 @@ class StepStats:
     num_items: float
     temperature_grad: float = 0.0
     observed: tuple[float, ...] = ()
+    by_teacher: Mapping[str, StepStats] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
@@ -147,6 +149,10 @@ class TemperaturePolicy(nn.Module):
     def kd_ratio(self) -> float | None:
         """The weight of the soft loss in force, where the policy schedules it too; None leaves it to the loss."""
         return None
+
+    def of_teacher(self, teacher: str | None) -> TemperaturePolicy:
+        """The policy for the rows of one of several teachers: this one, unless each has its own; None: of all rows."""
+        return self
 
     def log_values(self) -> dict[str, float]:
         """What the log should show beside the temperature, as it is in force now; the log has means over steps."""
@@ -264,8 +270,8 @@ class TemperaturePolicy(nn.Module):
                 f"temperature state of '{self.name}': got the fields {sorted(state)}, expected {sorted(holders)}; "
                 "was the checkpoint written with another policy?"
             )
-        for field, value in state.items():
-            setattr(holders[field], field, copy.deepcopy(value))
+        for name, value in state.items():
+            setattr(holders[name], name, copy.deepcopy(value))
 
     def _state_holders(self) -> dict[str, TemperaturePolicy | Mechanism]:
         """Who has which field of the state."""

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.reporting.facts import Facts
+from dts_hf.runs.directory import ONE_TEACHER
 from dts_hf.runs.environment import installed_packages
 
 #: Held-out losses as the Trainer logs them, and their names in ``metrics.json``.
@@ -57,11 +58,12 @@ def held_out_scores(
 
 def facts_of_training(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Mapping[str, nn.Module],
     loss: DistillationLoss,
     args: TrainingArguments,
     *,
     taught: bool,
+    several: Mapping[str, Any],
     rows: Mapping[str, Any],
     task: str | None,
     log: Sequence[Mapping[str, Any]],
@@ -72,10 +74,11 @@ def facts_of_training(
 
     Args:
         student: as it is trained; where it came from is in its configuration.
-        teacher: the same; None: there is none, or one whose name is not known.
+        teachers: the same, by the key of a recipe; nothing: there is none, or one whose name is not known.
         loss: with its temperature.
         args: of the trainer.
         taught: there is a teacher.
+        several: the section of each of several teachers, without its model.
         rows: how rows became tokens: a template and limits.
         task: of classifiers, by name.
         log: lines of the Trainer.
@@ -84,14 +87,17 @@ def facts_of_training(
     """
     adapter = getattr(student, "peft_config", {}).get("default")
     lora = {"r": getattr(adapter, "r", None), "save": "adapter"}  # other kinds have no rank
+    policy = loss.temperature.describe()
+    per_teacher = policy.pop("per_teacher", False)
     recipe: dict[str, Any] = {
         "student": {"model": _name(student), **({"lora": lora} if adapter else {})},
         "data": _described(rows),
-        "temperature": {"name": loss.temperature.name, **loss.temperature.describe()},
+        "temperature": {"name": loss.temperature.name, **policy},
         "loss": {
             "divergence": loss.divergence.describe(),
             "kd_ratio": loss.kd_ratio,
             "temperature_scaling": loss.temperature_scaling,
+            "temperature_per_teacher": per_teacher,
         },
         "training": {
             key: getattr(args, key) for key in ("learning_rate", "num_train_epochs", "max_steps", "seed")
@@ -101,10 +107,15 @@ def facts_of_training(
     if task is not None:
         recipe["task"] = {"subset": task, "max_length": rows.get("max_length")}
     models: dict[str, Any] = {"student": {"parameters": _parameters(student)}}
-    if taught:
-        recipe["teacher"] = {"model": "" if teacher is None else _name(teacher)}
-        if teacher is not None:
-            models["teacher"] = {"parameters": _parameters(teacher)}
+    if several:
+        named = {name: teachers.get(f"teachers.{name}") for name in several}
+        recipe["teachers"] = {
+            name: {**several[name], "model": "" if model is None else _name(model)} for name, model in named.items()
+        }
+    elif taught:
+        recipe["teacher"] = {"model": _name(teachers["teacher"]) if "teacher" in teachers else ""}
+    for key, teacher in teachers.items():
+        models[key.replace("teachers.", ONE_TEACHER)] = {"parameters": _parameters(teacher)}
     if task is not None:
         for model, entry in models.items():
             prefix = "" if model == "student" else f"{model}_"

@@ -23,6 +23,7 @@ from dts_hf.data.collators import Collator
 from dts_hf.data.containers import as_rows
 from dts_hf.data.encoded_files import encode_cached
 from dts_hf.data.encoding import EncodedDataset, EncodingReport, encode_rows
+from dts_hf.data.routes import Routing
 from dts_hf.data.sources import rows_from_dataset
 from dts_hf.data.streams import RowStream
 from dts_hf.distributed.processes import gathered, process
@@ -137,6 +138,7 @@ class LanguageRows(RowReader):
         limits: of text: ``max_length``, ``max_prompt_length``, ``long_rows`` and ``train_on``; see ``encode_rows``.
         collator: of the batches; one of the user's gets every column of tokenised rows.
         columns: of text, as ``data.columns``: our names and theirs.
+        routing: how rows name one of several teachers; None: they do not.
     """
 
     def __init__(
@@ -146,12 +148,14 @@ class LanguageRows(RowReader):
         limits: Mapping[str, Any],
         collator: Any,
         columns: Mapping[str, str | None] | None = None,
+        routing: Routing | None = None,
     ) -> None:
         super().__init__()
         named = resolve_template(template, pair.tokenizer, "prompt_template")
         self.encode_options = {"tokenizer": pair.tokenizer, "template": named, **limits}
         self.vocab_size, self.models = pair.vocabulary.size, pair.models()
         self.as_they_are, self.columns = not isinstance(collator, Collator), columns
+        self.routing = routing
 
     def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
         """Text is encoded, tokens are checked: at once or, of a stream, as they come.
@@ -159,10 +163,15 @@ class LanguageRows(RowReader):
         Raises:
             UserError: a row is wrong, none has a label, or the data set cannot be read as training reads it.
         """
-        form = tokenised.RowForm(name, self.vocab_size, self.as_they_are)
+        form = tokenised.RowForm(name, self.vocab_size, self.as_they_are, routing=self.routing)
         # 1. Rows that ``encode_rows`` has made need no more than a look.
         if isinstance(dataset, EncodedDataset):
             report = self._check_encoded(dataset, form)
+            if self.routing is not None and dataset.teachers is None:
+                raise UserError(
+                    f"{name}: its rows are tokens without their text, so none of them names its teacher; expected an "
+                    "EncodedDataset with teachers (data.routes.Routing.route)"
+                )
             return dataset, dataset.report or report
         dataset = as_rows(dataset, name, keep_format=self.as_they_are)
         # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
@@ -172,14 +181,23 @@ class LanguageRows(RowReader):
         if self.as_they_are and isinstance(first, Mapping) and tokens and first.get("labels") is None:
             form = dataclasses.replace(form, labelled=False)  # a collator of the user's may make them
         if isinstance(dataset, IterableDataset):
+            if self.routing is not None:
+                raise UserError(
+                    f"{name}: a stream cannot be routed to several teachers: that each of its rows names one could only be "
+                    "found out during training; expected a list or a data set that is read by number, or teachers with "
+                    "weights"
+                )
             stream = self._stream(dataset, first, form, tokens)
             return stream, stream.report
         if not tokens:
-            raw = rows_from_dataset(rows if first is None else chain([first], rows), name, self.columns)
+            columns = self.columns if self.routing is None else self.routing.columns(self.columns)
+            raw = rows_from_dataset(rows if first is None else chain([first], rows), name, columns)
             every = self.takes_every_row
             encoded, report = encode_cached(raw, name=name, may_be_empty=every, **self.encode_options)
             if every and report.dropped:
                 raise UserError(self._too_long(report, name))
+            if self.routing is not None:
+                self.routing.route(encoded, raw, name)
             self._check_encoded(encoded, form)
             return encoded, report
         # 3. Tokens.
@@ -195,7 +213,7 @@ class LanguageRows(RowReader):
         reader = cast(LanguageRows, super().for_answers(losses=losses))
         if not losses:  # no model reads the reference: it may be of any length
             reader.encode_options = {**self.encode_options, "max_length": sys.maxsize, "long_rows": "cut"}
-            reader.models = []
+            reader.models, reader.routing = [], None
         return reader
 
     def _too_long(self, report: EncodingReport, name: str) -> str:

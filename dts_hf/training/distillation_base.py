@@ -31,6 +31,7 @@ from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import Setting, models_of, render_card
 from dts_hf.temperature import TemperaturePolicy, build_policy
 from dts_hf.temperature.constant import Constant
+from dts_hf.temperature.parts.per_teacher import PerTeacher
 from dts_hf.training.card import facts_of_training, held_out_scores
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
 from dts_hf.training.hub_upload import UPLOAD, card_metadata
@@ -55,6 +56,7 @@ class DistillationBase(ResumableTrainer):
         loss_options: what ``DistillationLoss`` takes besides.
         columns: the statistics that are logged in this kind of run.
         facts: what trackers and callbacks are told of the run besides policy and divergence, such as the teacher's name.
+        temperature_per_teacher: each of several teachers (``columns.teachers``) has a state of the policy of its own.
         kwargs: everything else that ``ResumableTrainer`` takes.
 
     Attributes:
@@ -81,11 +83,15 @@ class DistillationBase(ResumableTrainer):
         loss_options: Mapping[str, Any],
         columns: LogColumns,
         facts: Mapping[str, Any] | None = None,
+        temperature_per_teacher: bool = False,
         **kwargs: Any,
     ) -> None:
         self._loss_spec: dict[str, Any] = {
             "temperature": temperature, "divergence": divergence, "kd_ratio": kd_ratio, **loss_options
         }  # fmt: skip
+        self._per_teacher = columns.teachers if temperature_per_teacher else ()
+        if temperature_per_teacher and not columns.teachers:
+            raise UserError("temperature_per_teacher: got True without teachers; it is for several of them")
         self._classes, self._facts = classes, {**model_facts("student", model), **(facts or {})}
         self.sums = StepSums(columns)
         self._make_loss(self._loss_spec)
@@ -97,6 +103,8 @@ class DistillationBase(ResumableTrainer):
     def _make_loss(self, spec: Mapping[str, Any]) -> None:
         options = {name: value for name, value in spec.items() if name != "temperature"}
         self.temperature = build_policy(spec["temperature"])
+        if self._per_teacher:
+            self.temperature = PerTeacher(self.temperature, self._per_teacher)
         self.loss = DistillationLoss(temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
         self.eval_loss = DistillationLoss(temperature=Constant(1.0), **options)
@@ -109,6 +117,11 @@ class DistillationBase(ResumableTrainer):
     def facts(self) -> dict[str, Any]:
         """What makes this run a distillation; see the class."""
         return {**loss_facts(self.loss), **self._facts}
+
+    @property
+    def several(self) -> dict[str, Any]:
+        """Of several teachers each one's section as a recipe would have it; empty where there are not several."""
+        return {}
 
     def facts_for_trackers(self) -> dict[str, Any]:
         return self.facts
@@ -167,7 +180,8 @@ class DistillationBase(ResumableTrainer):
                 known = [*self._loss_spec, *type(self.args).__dataclass_fields__]
                 raise UserError(f"hp_space: {unknown[0]} is no argument of this trainer.{nearest(unknown[0], known)}")
             given = self._loss_spec["temperature"]
-            if isinstance(given, TemperaturePolicy):  # an object, which has moved in the trial before
+            # An object has moved in the trial before; where each teacher has a copy of it, it has not
+            if isinstance(given, TemperaturePolicy) and not self._per_teacher:
                 given.load_state(copy.deepcopy(self._first_state))
             self._make_loss({**self._loss_spec, **ours})
             self.loss.to(self.args.device)
@@ -286,6 +300,11 @@ class DistillationBase(ResumableTrainer):
         return None
 
     @property
+    def teacher_models(self) -> dict[str, nn.Module]:
+        """The teachers that are models of this process, by the key that a recipe has for them."""
+        return {} if self.teacher_model is None else {"teacher": self.teacher_model}
+
+    @property
     def teacher_record(self) -> dict[str, Any] | None:
         """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare."""
         return None
@@ -303,8 +322,8 @@ class DistillationBase(ResumableTrainer):
         done = {"steps": self.state.global_step, "seconds": self.clock.seconds, "tokens": int(self.tokens_seen)}
         sets = [str(name) for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
         facts = facts_of_training(
-            student, self.teacher_model, self.loss, self.args,
-            taught=self.sums.columns.teacher, rows=getattr(self.rows, "encode_options", {}),
+            student, self.teacher_models, self.loss, self.args,
+            taught=self.sums.columns.teacher, several=self.several, rows=getattr(self.rows, "encode_options", {}),
             task=getattr(getattr(self.rows, "task", None), "subset", None),
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,
@@ -320,10 +339,10 @@ class DistillationBase(ResumableTrainer):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def describe_models(self) -> dict[str, Any]:
-        teacher, found = self.teacher_model, super().describe_models()
+        found = super().describe_models()
         if (record := self.teacher_record) is not None:
             return {**found, "teacher": record}
-        return found if teacher is None else {**found, "teacher": describe_for_training(teacher, trained=False)}
+        return found | {key: describe_for_training(one, trained=False) for key, one in self.teacher_models.items()}
 
     def describe_objective(self) -> dict[str, Any]:
         return self._objective
@@ -357,4 +376,5 @@ class DistillationBase(ResumableTrainer):
             self.loss.logits_budget_mb = before["logits_budget_mb"]
 
     def scheduled_over_run(self) -> list[str]:
-        return [] if isinstance(self.temperature, Constant) else [f"temperature ({self.temperature.name})"]
+        constant = self.temperature.name == Constant.name
+        return [] if constant else [f"temperature ({self.temperature.name})"]

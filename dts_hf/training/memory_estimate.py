@@ -13,9 +13,9 @@ from typing import Any
 
 from dts_hf.loss.chunk_walk import equal_chunks, rows_in_budget
 from dts_hf.loss.road import default_budget_mb
-from dts_hf.recipe.schema import QUANTIZED_BY
+from dts_hf.recipe.schema import QUANTIZED_BY, Teacher
 from dts_hf.training.model_shape import ModelShape
-from dts_hf.training.workload import Plan, Workload
+from dts_hf.training.workload import Plan, TeacherPlacement, Workload
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Sharded in the plan's devices: parameters, gradients, optimizer state.
@@ -85,7 +85,7 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: W
         teacher = None
     trained, types = trained_weights(student, workload), Types.of(workload, plan)
     weights, gradients, optimizer, buffers = _divided(student, workload, plan, types)
-    teacher_weights = _teacher_bytes(teacher, workload, plan)
+    teacher_weights = _teacher_bytes(teacher, workload, plan) + workload.other_teachers
     held = weights + optimizer + buffers + teacher_weights + workload.beside
 
     carried = 0.0  # gradients that are there before the backward pass begins
@@ -211,6 +211,20 @@ def _gathered(shape: ModelShape, plan: Plan) -> float:
     return min(max(needed, shape.parameters // 10 if plan.live is None else plan.live), shape.parameters)
 
 
+def teacher_weights(shape: ModelShape, teacher: Teacher, devices: int) -> float:
+    """Bytes of the weights of ``teacher`` on one of so many devices.
+
+    Args:
+        shape: of it.
+        teacher: its section.
+        devices: that it may be sharded over.
+    """
+    placement: TeacherPlacement = teacher.placement if teacher.quantization == "none" else teacher.quantization
+    placement = "replicated" if placement == "sharded" and devices == 1 else placement
+    work = Workload(rows=1, tokens=1, labelled=1, teacher_dtype=teacher.dtype)
+    return _teacher_bytes(shape, work, Plan("single" if devices == 1 else "ddp", devices, placement))
+
+
 def _teacher_bytes(teacher: ModelShape | None, workload: Workload, plan: Plan) -> float:
     if teacher is None:
         return 0.0
@@ -295,6 +309,8 @@ def _loss_bytes(
     else:  # the sum over chunks is fp32, as GPUs leave it; on a CPU two more in the matmul's type stand beside it
         at_work = 4 * head if workload.device == "cuda" else (4 + 2 * size if several else size) * head
         left = 4 * head if types.stream == 4 else (4 + size) * head
+    further = (workload.teachers - 1) * left  # each has its own gradient of the head, until autograd adds them up
+    at_work, left = at_work + further, left + further
     if types.casts:
         at_work += size * head
     if size < of_student:  # g for the matmuls, which otherwise lies over the student's logits

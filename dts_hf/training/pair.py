@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -29,10 +31,13 @@ from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.several import SeveralTeachers
 from dts_hf.training.student import with_adapter
 from dts_hf.training.tracking import model_facts
 
 logger = logging.getLogger(__name__)
+#: A teacher as a trainer takes it; None: there is none.
+AnyTeacher: TypeAlias = nn.Module | Teacher | str | None
 #: Of a teacher that is given by name, as in a recipe.
 TEACHER_DTYPE: str = TeacherSection.model_fields["dtype"].default
 
@@ -53,6 +58,18 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: VocabularyPlan
 
+    @property
+    def teachers(self) -> list[tuple[Teacher, str]]:
+        """The teacher, or each of several once, with what errors call it."""
+        if not isinstance(self.teacher, SeveralTeachers):
+            return [(self.teacher, "the teacher")]
+        return [(one, f"the teacher {' and '.join(map(repr, names))}") for one, names in self.teacher.distinct]
+
+    @property
+    def live(self) -> list[tuple[LiveTeacher, str]]:
+        """The teachers that are models of this process, each once, with what errors call them."""
+        return [(one, role) for one, role in self.teachers if isinstance(one, LiveTeacher)]
+
     def with_student(self, student: nn.Module, peft_config: Any = None) -> Pair:
         """The same with another student, which must fit the teacher as the first one did.
 
@@ -65,8 +82,8 @@ class Pair:
         """
         check_whole(student)
         student = with_adapter(unwrapped(student), peft_config)
-        if isinstance(self.teacher, LiveTeacher):
-            check_apart(student, self.teacher.model)
+        for teacher, _ in self.live:
+            check_apart(student, teacher.model)
         check_finite(student, "model_init: the student")
         check_head(student, role="student")
         before, now = head_of(self.student).vocab_size, head_of(student).vocab_size
@@ -75,36 +92,30 @@ class Pair:
         return replace(self, student=student)
 
     def facts(self) -> dict[str, Any]:
-        """What trackers are told of the teacher."""
-        if isinstance(self.teacher, LiveTeacher):
-            return {
-                **model_facts("teacher", self.teacher.model),
-                "teacher_dtype": str(next(self.teacher.model.parameters()).dtype).removeprefix("torch."),
-            }
-        if isinstance(self.teacher, CachedTeacher):
-            identity = self.teacher.cache.identity
-            return {"teacher": identity.model, "teacher_dtype": identity.dtype, "teacher_states": "cached"}
-        if isinstance(self.teacher, RemoteTeacher):
-            identity = self.teacher.description.identity
-            return {"teacher": identity.model, "teacher_dtype": identity.dtype, "teacher_states": "remote"}
-        return {"teacher": type(self.teacher).__name__} if self.taught else model_facts("teacher", None)
+        """What trackers are told of the teacher, or of each of several."""
+        if isinstance(self.teacher, SeveralTeachers):
+            facts: dict[str, Any] = {"teacher": ", ".join(self.teacher.names)}
+            for name, teacher in self.teacher.by_name.items():
+                facts |= _facts_of(f"teacher_{name}", teacher)
+            return facts
+        return _facts_of("teacher", self.teacher) if self.taught else model_facts("teacher", None)
 
     def warn_if_swapped(self) -> None:
         """Say it where the student is larger than its teacher, as when the two stand in each other's places."""
-        if not isinstance(self.teacher, LiveTeacher) or process()[0] != 0:
+        if process()[0] != 0:
             return
-        student, teacher = (facts_of["x_parameters"] for facts_of in (model_facts("x", self.student),
-                            model_facts("x", self.teacher.model)))  # fmt: skip
-        if student > teacher:
-            logger.warning(
-                "the student has %s parameters and the teacher %s: are they in each other's places? The order is "
-                "DistillationTrainer(model, teacher)", f"{student:,}", f"{teacher:,}"
-            )  # fmt: skip
+        student = model_facts("x", self.student)["x_parameters"]
+        for teacher, role in self.live:
+            parameters = model_facts("x", teacher.model)["x_parameters"]
+            if student > parameters:
+                logger.warning(
+                    "the student has %s parameters and %s %s: are they in each other's places? The order is "
+                    "DistillationTrainer(model, teacher)", f"{student:,}", role, f"{parameters:,}"
+                )  # fmt: skip
 
     def models(self) -> list[tuple[nn.Module, str]]:
         """The models that read the rows, with what errors call them."""
-        live = [(self.teacher.model, "the teacher")] if isinstance(self.teacher, LiveTeacher) else []
-        return [(self.student, "the student"), *live]
+        return [(self.student, "the student"), *((teacher.model, role) for teacher, role in self.live)]
 
     @property
     def taught(self) -> bool:
@@ -171,20 +182,23 @@ class Pair:
         Raises:
             UserError: student or teacher mixes packed rows.
         """
-        live = isinstance(self.teacher, LiveTeacher)
         device = args.device
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             args.mixed_precision
         )  # a launcher's choice, too
         # A mixture of experts reads the mask as one of tokens, for its router's loss.
         cu_seqlens = own_mask and not collects_router_logits(self.student)
-        cu_seqlens = cu_seqlens and (live or getattr(self.teacher, "takes_cu_seqlens", False))
-        cu_seqlens = check_packing(self.student, "the student", device, cu_seqlens, autocast)
-        if isinstance(self.teacher, LiveTeacher):
-            both = check_packing(self.teacher.model, "the teacher", device, cu_seqlens)
-            if cu_seqlens and not both:
-                check_packing(self.student, "the student", device, False, autocast)
-            cu_seqlens = both
+        cu_seqlens = cu_seqlens and all(
+            isinstance(one, LiveTeacher) or getattr(one, "takes_cu_seqlens", False) for one, _ in self.teachers
+        )
+        models: list[tuple[nn.Module, str, torch.dtype | None]] = [(self.student, "the student", autocast)]
+        models += [(teacher.model, role, None) for teacher, role in self.live]
+        for place, (model, role, dtype) in enumerate(models):
+            takes = check_packing(model, role, device, cu_seqlens, dtype)
+            if cu_seqlens and not takes:  # then all of them go by position_ids
+                for earlier, its_role, its_dtype in models[:place]:
+                    check_packing(earlier, its_role, device, False, its_dtype)
+            cu_seqlens = takes
         return cu_seqlens
 
 
@@ -206,23 +220,26 @@ def pack_tokens(packing: bool | Mapping[str, Any]) -> int | None:
 
 def set_up_models(
     student: nn.Module | str | None,
-    teacher: nn.Module | Teacher | str | None,
+    teacher: AnyTeacher | Mapping[str, AnyTeacher],
     tokenizer: PreTrainedTokenizerBase | None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None,
     vocab_alignment: str,
     args: TrainingArguments,
     peft_config: Any = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Pair:
     """Load what is a name, undo what an earlier trainer has done to a model, and check that the two can be compared.
 
     Args:
         student: as ``DistillationTrainer`` takes it.
-        teacher: the same.
+        teacher: the same; or several by name.
         tokenizer: the student's; by default the one that its name brings.
-        teacher_tokenizer: compared with it; by default the one that the teacher's name brings, else the same.
+        teacher_tokenizer: compared with it, or one for each of several teachers; by default the one that the teacher's name
+            brings, else the same.
         vocab_alignment: see ``align_vocabularies``.
         args: of the trainer.
         peft_config: of the adapter that the student gets; None: it is trained as it is.
+        weights: of several teachers that all have every row.
 
     Raises:
         UserError: a model or the tokenizer is missing or in pieces, they share weights, one does something to its logits
@@ -234,43 +251,130 @@ def set_up_models(
     if isinstance(student, str):
         tokenizer = tokenizer or load_tokenizer(student, key="model")
         student = load_model(student, key="model")
-    if isinstance(teacher, str):
-        teacher_tokenizer = teacher_tokenizer or load_tokenizer(teacher, key="teacher")
-        teacher = load_model(teacher, key="teacher", dtype=TEACHER_DTYPE)
+    teachers = _loaded(teacher, teacher_tokenizer)
     if tokenizer is None:
         raise UserError("processing_class: got None, expected the student's tokenizer")
     check_whole(student)
     # 2. Without what an earlier trainer has put around them; the teacher may be the student of one.
     student = with_adapter(unwrapped(student), peft_config)
-    teacher = unwrapped(teacher) if isinstance(teacher, nn.Module) else teacher
-    held = teacher.model if isinstance(teacher, LiveTeacher) else teacher
-    if isinstance(held, nn.Module):
-        check_apart(student, held)
+    for one in teachers:
+        if isinstance(one.given, (nn.Module, LiveTeacher)):
+            check_apart(student, one.given.model if isinstance(one.given, LiveTeacher) else one.given)
     prepare_deepspeed(args, student)
-    # 3. The loss must see both models' own logits, over ids that mean the same.
+    # 3. The loss must see all models' own logits, over ids that mean the same.
     check_finite(student, "model: the student")
     check_head(student, role="student")
-    if isinstance(teacher, CachedTeacher):
-        teacher.check_tokenizer(
-            tokenizer
-        )  # it is the one that was compared with the teacher's when the cache was made
-        widths, shared = (head_of(student).vocab_size, teacher.head.vocab_size), teacher.cache.manifest.shared_tokens
-        return Pair(student, teacher, tokenizer, plan_for(widths, tokenizer, len(tokenizer), shared, vocab_alignment))
-    if isinstance(teacher, RemoteTeacher):
-        teacher.check_tokenizer(tokenizer)
-        widths, shared = (head_of(student).vocab_size, teacher.head.vocab_size), len(tokenizer)
-        return Pair(student, teacher, tokenizer, plan_for(widths, tokenizer, shared, shared, vocab_alignment))
-    if not isinstance(teacher, nn.Module):  # anything may stand behind the interface: its head is all that is known
-        answers = NoTeacher() if teacher is None else teacher
-        heads = [head for head in (head_of(student), answers.head) if head is not None]
-        return Pair(student, answers, tokenizer, VocabularyPlan(min(head.vocab_size for head in heads)))
-    if not is_sharded(teacher):  # otherwise it was checked when it was whole
-        check_finite(teacher, "teacher: the teacher")
-        check_head(teacher, role="teacher")
-    plan = align_vocabularies(student, teacher, tokenizer, teacher_tokenizer or tokenizer, vocab_alignment)
-    pair = Pair(student, LiveTeacher(teacher), tokenizer, plan)
+    ready: dict[str, Teacher] = {}
+    plans = []
+    for one in teachers:
+        with one.named():
+            answers, plan = one.compared(student, tokenizer, vocab_alignment)
+        ready |= dict.fromkeys(one.names, answers)
+        plans.append(plan)
+    plan = min(plans, key=lambda plan: plan.size)
+    if not isinstance(teacher, Mapping):
+        pair = Pair(student, ready[""], tokenizer, plan)
+    else:
+        several = SeveralTeachers({name: ready[name] for name in teacher}, weights)
+        notes = dict.fromkeys(plan.note for plan in plans if plan.note)
+        pair = Pair(student, several, tokenizer, replace(plan, note="; ".join(notes)))
     pair.warn_if_swapped()
     return pair
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A teacher as it was given, and what it is called: nothing where there is but one."""
+
+    names: list[str]
+    given: nn.Module | Teacher | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Within it an error says which of several teachers it is about."""
+        try:
+            yield
+        except UserError as error:
+            if self.names == [""]:
+                raise
+            said = re.sub(r"^teacher(?=[.:])", "", str(error))
+            where = f"teachers.{self.names[0]}"
+            message = f"{where}{said}" if said != str(error) else f"{where}: {said}"
+            raise UserError(message, everywhere=error.everywhere) from error
+
+    def compared(
+        self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, alignment: str
+    ) -> tuple[Teacher, VocabularyPlan]:
+        """As the loss asks it, and the ids that it shares with the student."""
+        if isinstance(self.given, (CachedTeacher, RemoteTeacher)):
+            return self.given, self._elsewhere(self.given, student, tokenizer, alignment)
+        if not isinstance(
+            self.given, nn.Module
+        ):  # anything may be behind the interface: its head is all that is known
+            answers = NoTeacher() if self.given is None else self.given
+            heads = [head for head in (head_of(student), answers.head) if head is not None]
+            return answers, VocabularyPlan(min(head.vocab_size for head in heads))
+        if not is_sharded(self.given):  # otherwise it was checked when it was whole
+            check_finite(self.given, "teacher: the teacher")
+            check_head(self.given, role="teacher")
+        plan = align_vocabularies(student, self.given, tokenizer, self.tokenizer or tokenizer, alignment)
+        return LiveTeacher(self.given), plan
+
+    def _elsewhere(
+        self,
+        given: CachedTeacher | RemoteTeacher,
+        student: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        alignment: str,
+    ) -> VocabularyPlan:
+        """The ids that are shared with a teacher whose model is not in this process."""
+        if self.names != [""]:
+            kind = "cached" if isinstance(given, CachedTeacher) else "remote"
+            raise UserError(
+                f"got a {kind} teacher, expected models: whose states come with the batch, or from a server, is the one "
+                "teacher of all rows (teacher)"
+            )
+        given.check_tokenizer(
+            tokenizer
+        )  # of a cache it is the one that was compared with the teacher's when it was made
+        shared = given.cache.manifest.shared_tokens if isinstance(given, CachedTeacher) else len(tokenizer)
+        widths = head_of(student).vocab_size, given.head.vocab_size
+        return plan_for(widths, tokenizer, len(tokenizer), shared, alignment)
+
+
+def _loaded(
+    teacher: AnyTeacher | Mapping[str, AnyTeacher],
+    tokenizers: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None,
+) -> list[_Given]:
+    """Each teacher once, whatever names it has, and without what an earlier trainer has put around it."""
+    asked = dict(teacher) if isinstance(teacher, Mapping) else {"": teacher}
+    found: dict[object, _Given] = {}
+    for name, one in asked.items():
+        key = one if isinstance(one, str) else id(one)
+        if key in found:
+            found[key].names.append(name)
+            continue
+        where = f"teachers.{name}" if name else "teacher"
+        tokenizer = tokenizers.get(name) if isinstance(tokenizers, Mapping) else tokenizers
+        if isinstance(one, str):
+            tokenizer = tokenizer or load_tokenizer(one, key=where)
+            loaded: nn.Module | Teacher | None = load_model(one, key=where, dtype=TEACHER_DTYPE)
+        else:
+            loaded = unwrapped(one) if isinstance(one, nn.Module) else one
+        found[key] = _Given([name], loaded, tokenizer)
+    return list(found.values())
+
+
+def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
+    if isinstance(teacher, (CachedTeacher, RemoteTeacher)):
+        states = "cached" if isinstance(teacher, CachedTeacher) else "remote"
+        identity = teacher.cache.identity if isinstance(teacher, CachedTeacher) else teacher.description.identity
+        return {role: identity.model, f"{role}_dtype": identity.dtype, f"{role}_states": states}
+    if not isinstance(teacher, LiveTeacher):
+        return {role: type(teacher).__name__}
+    dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")
+    return {**model_facts(role, teacher.model), f"{role}_dtype": dtype}
 
 
 def check_whole(student: nn.Module) -> None:

@@ -6,7 +6,7 @@ name that cannot be confused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.routes import TEACHER
 from dts_hf.data.samplers import real_tokens
 from dts_hf.data.streams import RowStream, Sample
 from dts_hf.data.targets import TrainOn
@@ -24,27 +25,30 @@ from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
 from dts_hf.loss.compact_served import check_served
-from dts_hf.loss.distillation_loss import LossOutput, check_has_teacher
+from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
-from dts_hf.models.head import Head, gather_head, loss_in_head
+from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.generating_trainer import GeneratingTrainer
-from dts_hf.training.pair import Pair, pack_tokens, set_up_models
+from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
+#: What our own collators put into a batch for a teacher alone.
+FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
 #: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, STATES, MISSING, LOGPROBS, TICKET})
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
 
 
 class DistillationTrainer(GeneratingTrainer):
@@ -78,6 +82,14 @@ class DistillationTrainer(GeneratingTrainer):
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
             configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
             it out. Held-out losses never have it. See ``models.router.Router``.
+        teachers: several by name, in the place of ``teacher``; the same object or folder under two names is one model in
+            memory. Each row has one of them (``teacher_column``), or all have every row (``teacher_weights``). See
+            docs/several_teachers.md.
+        teacher_weights: of their losses, by name, adding up to 1.
+        teacher_column: of the rows, with the name of their teacher; that of the training rows and of held-out ones.
+        default_teacher: of rows that name none; None: that is an error.
+        temperature_per_teacher: each teacher has a state of the temperature's policy of its own, which sees its rows alone;
+            False: one state sees all rows.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``distributed.sharding.shard_teacher``).
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
@@ -123,8 +135,10 @@ class DistillationTrainer(GeneratingTrainer):
         columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
-        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         teacher_placement: str = "replicated",
+        teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
+        teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
         router_aux_loss: str = "model",
         data_collator: Any = None,
         peft_config: Any = None,
@@ -134,11 +148,11 @@ class DistillationTrainer(GeneratingTrainer):
         # 1. Two models that can be compared, and batches that both read.
         args = checked_arguments(args, kwargs, type(self))
         check_placement(teacher_placement)
-        check_has_teacher(teacher is not None, kd_ratio)
+        routing = routing_of(teacher, teachers, teacher_column, default_teacher, teacher_weights)
+        check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
         model = first_student(model, model_init, args, **kwargs)
-        shard = teacher_placement == "sharded" and isinstance(teacher, (str, nn.Module))
-        pair = set_up_models(model, teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
-                             peft_config)  # fmt: skip
+        pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
+                             peft_config, teacher_weights)  # fmt: skip
         self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
@@ -146,24 +160,39 @@ class DistillationTrainer(GeneratingTrainer):
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
-        rows = LanguageRows(pair, prompt_template, limits, collator, columns)
+        rows = LanguageRows(pair, prompt_template, limits, collator, columns, routing)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
             pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
-            classes=self.vocab_size, loss_options=loss_options, columns=LogColumns(teacher=pair.taught),
+            classes=self.vocab_size, loss_options=loss_options,
+            columns=LogColumns(pair.taught, teachers=tuple(teachers or ())), temperature_per_teacher=temperature_per_teacher,
             rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
         self._try_collator(pair)
-        self._place_teacher(shard)
+        self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
 
     @property
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+
+    @property
+    def teacher_models(self) -> dict[str, nn.Module]:
+        if not isinstance(self.teacher, SeveralTeachers):
+            return super().teacher_models
+        live = ((name, one) for name, one in self.teacher.by_name.items() if isinstance(one, LiveTeacher))
+        return {f"teachers.{name}": one.model for name, one in live}
+
+    @property
+    def several(self) -> dict[str, Any]:
+        if not isinstance(self.teacher, SeveralTeachers):
+            return {}
+        weights = self.teacher.weights or {}
+        return {name: {"weight": weights.get(name)} for name in self.teacher.names}
 
     def describe_objective(self) -> dict[str, Any]:
         return {**super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None}
@@ -190,12 +219,13 @@ class DistillationTrainer(GeneratingTrainer):
         config.use_cache = self.args.use_cache  # as the Trainer's __init__ does
         return self.pair.student
 
-    def _place_teacher(self, shard: bool) -> None:
-        if shard and isinstance(self.teacher, LiveTeacher):
-            shard_teacher(self.teacher.model, self.args.device)
+    def _place_teachers(self, shard: bool, given: Sequence[Any]) -> None:
+        for teacher, _ in self.pair.live:
+            if shard and not any(teacher is one for one in given):  # an object of the user's stays as it is
+                shard_teacher(teacher.model, self.args.device)
         self.teacher.to(self.args.device)
-        if isinstance(self.teacher, LiveTeacher):
-            self.compile_layers(self.teacher.model, "the teacher")
+        for teacher, role in self.pair.live:
+            self.compile_layers(teacher.model, role)
 
     def _check_cache(self) -> None:
         """A cached teacher must know all rows, and its states must be those that its head reads; a server must take them."""
@@ -211,7 +241,7 @@ class DistillationTrainer(GeneratingTrainer):
                 self.teacher.check_rows(dataset, name)
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.check_loss(self.temperature, self.loss.divergence, self.vocab_size)
-        elif getattr(self.teacher, "compact", False):
+        elif any(getattr(one, "compact", False) for one, _ in self.pair.teachers):
             check_served(self.temperature, self.loss.divergence)
 
     def _try_collator(self, pair: Pair) -> None:
@@ -262,25 +292,22 @@ class DistillationTrainer(GeneratingTrainer):
         loss_fn, meter = self.loss_and_meter(model.training)
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
-        # 2. The teacher: [N, H_t], the states of the rows that carry a label.
-        known = (positions,) if isinstance(self.teacher, LiveTeacher) else ()  # others have the interface alone
-        given = {key: inputs[key] for key in (STATES, MISSING, LOGPROBS, TICKET) if key in inputs}  # by the collator
-        teacher_states = self.teacher.states({**batch, **given}, labels, *known)
+        # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
+        given = {key: inputs[key] for key in FOR_TEACHERS if key in inputs}
+        shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
         def loss_of_states(states: Tensor, head: Head) -> Tensor:
             rows, targets = select_response(states, labels, positions)
-            cut_teacher = None if teacher_head is None else teacher_head.cut(self.vocab_size)
-            output: LossOutput = loss_fn(
-                rows, head.cut(self.vocab_size), teacher_states, cut_teacher, targets, normalizer, sequences
-            )
+            own_head = head.cut(self.vocab_size)
+            output = loss_of_shares(loss_fn, whole_shares, rows, own_head, targets, normalizer, sequences)
             sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 
         # 3. The student. The teacher's head is read outside of its context, where its scale and soft-cap are on.
         student = cast(nn.Module, self.model)  # unwrap_model(model) searches the installed packages each time: 5 ms
-        with gather_head(self.teacher.head) as teacher_head, loss_in_head(student, loss_of_states):
+        with gathered(shares, self.vocab_size) as whole_shares, loss_in_head(student, loss_of_states):
             outputs = model(**batch, **self._router_options(model.training), use_cache=False)
         loss = _exact(outputs.logits, sums.pop("loss"))
         # 5. The one term that is no sum over rows.

@@ -41,6 +41,9 @@ class Workload:
         device: ``cpu`` or ``cuda``; on a CPU the loss works in small blocks.
         beside: bytes that rows and tokenizers take where the device's memory is theirs too, on a CPU: they are not
             estimated, ``dts-hf doctor`` has loaded them already.
+        other_teachers: bytes of the weights of further teachers, each of which also makes the loss another gradient of the
+            head for its rows.
+        teachers: how many names there are.
     """
 
     rows: int
@@ -59,6 +62,8 @@ class Workload:
     attention: str = "sdpa"
     device: str = "cuda"
     beside: float = 0.0
+    other_teachers: float = 0.0
+    teachers: int = 1
 
 
 @dataclass(frozen=True)

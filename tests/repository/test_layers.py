@@ -31,8 +31,9 @@ MATHEMATICS = ("divergences", "temperature", "loss", "models.head")
 #: ``dts-hf --help`` and the check of a recipe's own keys must not wait for heavy libraries.
 LIGHT = (
     "dts_hf", "__main__", "console", "errors", "files", "registry", "recipe", "runs.directory", "runs.failures",
-    "runs.file_lists", "runs.links", "runs.lock", "runs.names", "runs.stopping", "data.row_files", "data.columns",
-    "data.file_limits", "data.table_files", "data.text_files", "evaluation.benchmark_sets", "evaluation.protocol", "cli",
+    "runs.names", "runs.file_lists", "runs.links", "runs.lock", "runs.stopping", "data.row_files", "data.columns",
+    "data.file_limits", "data.routes", "data.table_files", "data.text_files", "evaluation.benchmark_sets",
+    "evaluation.protocol", "cli",
 )  # fmt: skip
 HEAVY = {
     "torch",

@@ -21,7 +21,7 @@ LAYERS = (
     ("ground", ("console", "errors", "files", "registry")),
     ("processes", ("distributed",)),
     ("mathematics", ("temperature", "divergences", "models.head", "loss")),
-    ("recipe", ("evaluation.protocol", "data.columns", "recipe")),
+    ("recipe", ("evaluation.protocol", "data.columns", "data.routes", "recipe")),
     ("rows and models", ("data", "models")),
     ("text", ("generation", "teachers")),
     ("runs", ("runs",)),
