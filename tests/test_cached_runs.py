@@ -9,18 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from dts_hf.cli.app import app
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
-from dts_hf.language_modeling.caching import CacheOptions, cache_teacher
+from dts_hf.language_modeling.caching import CacheOptions
+from tests.support.cached_runs import CACHED, LIVE, QUICK, SGD, cache, invoke, log_of, quick
 from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
-
-LIVE = {"model": "teacher", "dtype": "float32"}
-CACHED = {**LIVE, "kind": "cached", "cache": "states"}
-SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 6}
 
 
 @pytest.fixture
@@ -30,27 +25,8 @@ def student(workplace):
     return {"model": "student"}
 
 
-#: Without what is not looked at here.
-QUICK = {"evaluation": {"models": [], "every_steps": None}}
-
-
-def quick(teacher=LIVE, folder="run", **sections):
-    """A run without scores and figures."""
-    output = {"dir": folder, "report": False}
-    return distill(recipe(**{"training": SGD, "teacher": teacher, "output": output, **QUICK, **sections}))
-
-
-def log_of(run, key):
-    return torch.tensor([line[key] for line in run.read_log() if line["kind"] == "train"])
-
-
 def weights(run):
     return AutoModelForCausalLM.from_pretrained(run.final_path).state_dict()
-
-
-def cache(folder="states", **sections):
-    options = sections.pop("options", None)
-    return cache_teacher(recipe(**sections), Path(folder), options)
 
 
 @pytest.mark.parametrize("data", [{}, {"packing": True}], ids=["padded", "packed"])
@@ -145,10 +121,6 @@ def test_a_resume_finds_another_cache(student):
     assert 'teacher_states.cache.dtype: was "float32", now "bfloat16"' in str(refused.value)
     cache(student=student, options=CacheOptions(overwrite=True))
     assert distill(recipe(**first), resume=True).read_metrics()["training"]["steps"] == 6
-
-
-def invoke(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_the_command(student):

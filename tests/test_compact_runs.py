@@ -13,10 +13,11 @@ from dts_hf.errors import UserError
 from dts_hf.language_modeling import caching
 from dts_hf.language_modeling.caching import CacheOptions, cache_teacher
 from dts_hf.recipe.loading import load_recipe
+from tests.support.cached_runs import CACHED, cache, invoke, log_of, quick
 from tests.support.examined import recipe as examined
 from tests.support.examined import texts
+from tests.support.recipes import recipe
 from tests.support.tiny import TINY_VOCAB, tiny_llama, tiny_tokenizer
-from tests.test_cached_runs import CACHED, cache, invoke, log_of, quick, recipe
 
 COOL = {"name": "constant", "value": 0.3}
 

@@ -123,7 +123,9 @@ class AnswerBlocks:
         return made
 
     def read_manifest(self) -> dict[str, Any]:
-        """That of the finished file; empty where there is none."""
+        """That of the finished file; empty where there is none. The empty folder that a kill at the very end left goes."""
+        if not self._entries():
+            self._remove()
         return read_json(self.manifest_path)
 
     # ------------------------------------------------------------------------------------------------ the first process

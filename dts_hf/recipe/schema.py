@@ -12,6 +12,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -150,7 +151,8 @@ class Init(Section):
 
     @model_validator(mode="after")
     def _one_size(self) -> Init:
-        if self.source is not None and "/" not in self.from_ and (meant := nearest(self.from_, ("teacher", "config"))):
+        named = self.source is not None and ("/" in self.from_ or Path(self.from_).is_dir())
+        if self.source is not None and not named and (meant := nearest(self.from_, ("teacher", "config"))):
             raise ValueError(
                 f"from: got '{self.from_}', expected teacher, config, a folder (./NAME) or a Hub name.{meant}"
             )

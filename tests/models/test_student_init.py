@@ -29,9 +29,9 @@ from dts_hf.models.student_init import StudentInit, as_hex, from_hex, ranges
 from dts_hf.models.width import cut_hidden, cut_mlps, find_mlps, largest
 from dts_hf.recipe.schema import Init, Recipe
 from dts_hf.training.model_shape import shapes_from_configs
-from tests.models.test_pruning import ALL, logits_of
 from tests.support.families import FAMILIES
 from tests.support.launching import launch
+from tests.support.prunable import ALL, logits_of
 from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama
 
@@ -397,8 +397,8 @@ def test_dry_run_and_doctor_say_what_is_chosen_and_how_many_weights_it_has(workp
 
 WRONG = {
     "a wrong word": (
-        {"from": "techer", "layers": 2},
-        "from: got 'techer', expected teacher, config, a folder (./NAME)",
+        {"from": "teach", "layers": 2},
+        "from: got 'teach', expected teacher, config, a folder (./NAME)",
     ),
     "no size": ({"from": "teacher"}, "give at least one of layers, mlp, hidden and parameters"),
     "a list to choose": (
