@@ -220,12 +220,14 @@ def test_raw_and_tokenised_rows_train_the_same(tmp_path):
     assert losses(raw) == losses(tokenised) and temperatures(raw) == temperatures(tokenised)
 
 
-def test_a_row_is_read_once_before_training_and_an_evaluation_reads_it_once(tmp_path):
+def test_rows_are_read_once_before_training_and_an_evaluation_reads_them_once(tmp_path):
+    """Beside six of them at most, which are read twice more: are they the same each time?"""
     rows, held_out = MapStyle(plain()), MapStyle(plain(ROWS[:6]))
     trainer = trainer_for(tmp_path, rows=rows, eval_dataset=held_out, options={"per_device_eval_batch_size": 3})
-    assert set(rows.read) == set(held_out.read) == {1}
+    assert {*rows.read} <= {1, 3} and rows.read.count(3) <= 6 and held_out.read.count(3) <= 6
+    before = list(held_out.read)
     trainer.evaluate()
-    assert set(held_out.read) == {2}
+    assert held_out.read == [times + 1 for times in before]
     raw = MapStyle(ROWS)
     trainer_for(tmp_path, rows=raw)
     assert set(raw.read) == {1}
