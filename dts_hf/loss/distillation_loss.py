@@ -220,7 +220,7 @@ class DistillationLoss(nn.Module):
         return replace(settings, logits_budget_mb=self.logits_budget_mb)
 
     def _is_fused(
-        self, settings: LossSettings, student: Head, teacher: Head, device: torch.device, compact: bool
+        self, settings: LossSettings, student: Head, teacher: Head, device: torch.device, compact: bool = False
     ) -> bool:
         if self.kernels == "torch" or (self.kernels == "auto" and device.type != "cuda"):
             return False  # not to be missed on a CPU; the interpreter, which tests have, is no road to train on

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -34,6 +35,9 @@ READ_TO_ANSWER = ("bos_token_id", "eos_token_id")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: transformers imports the Python code that comes with a model under this name.
 REMOTE_CODE = "transformers_modules"
+# Of models that were described before they were sharded: a teacher's answers are kept under the same digest afterwards.
+# Weights that are trained are described once, before training.
+_read_whole: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 def versions() -> dict[str, str]:
@@ -68,7 +72,10 @@ def describe_model(
     values["commit"] = commit_of(name, revision)
     if _is_quantized(model):
         values["files"] = _files_digest(name) or values["commit"]
-    return values | _weights(model, frozen=bool(_adapters(model)))
+    found = _weights(model, frozen=bool(_adapters(model)))
+    if found:
+        _read_whole[model] = found
+    return values | (found or _read_whole.get(model, {}))
 
 
 def describe_for_training(model: nn.Module, trained: bool) -> dict[str, Any]:

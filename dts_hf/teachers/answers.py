@@ -24,7 +24,7 @@ from dts_hf.files import file_sha256, read_json, read_jsonl
 from dts_hf.generation.answer_blocks import AnswerBlocks
 from dts_hf.generation.answers import Answer, Answerer, AnswerSettings, write_answers
 from dts_hf.generation.engine import GenerationSettings
-from dts_hf.models.description import describe_model, describe_tokenizer
+from dts_hf.models.description import READ_TO_ANSWER, describe_model, describe_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +142,7 @@ def _identity(
         prompts.update(json.dumps([None if prompt is None else prompt.ids for prompt in encoded]).encode())
     identity = {
         "format": FORMAT,
-        "teacher": describe_model(teacher, asked.model, asked.revision),
+        "teacher": describe_model(teacher, asked.model, asked.revision, READ_TO_ANSWER),
         "tokenizer": describe_tokenizer(tokenizer),
         "turn_ends": end_of_turn_ids(tokenizer, template),
         "settings": dataclasses.asdict(settings),

@@ -714,7 +714,7 @@ def test_the_command(case: tuple[dict[str, Any], bytes | None], place: Path) -> 
         os.environ.clear()
         os.environ.update(environment)
         for made in (place / "runs", *allowed[2:]):
-            if made.is_dir() and made != place and "models" not in made.parts:
+            if os.path.isdir(made) and made != place and "models" not in made.parts:  # a name may be too long
                 shutil.rmtree(made)
         if rows is not None:
             shutil.copyfile("valid.jsonl", "train.jsonl")

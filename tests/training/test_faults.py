@@ -794,10 +794,13 @@ def test_a_file_in_the_way(lives: Lives, straight: Path) -> None:
     folder = lives.folder()
     run = lives.one(folder, step=3).until_reached()
     (folder / "run" / "checkpoint-4").write_text("mine")
-    run.open_gate()
-    assert_one_message(run, "checkpoint-4", "--resume")
-    (folder / "run" / "checkpoint-4").unlink()
-    goes_on(lives, folder, straight)
+    assert run.open_gate().wait() == ExitCode.DONE, run.err
+    assert (
+        "run/checkpoint-4 was not written by dts_hf and is in the way of a checkpoint: it is checkpoint-4.other"
+        in run.err
+    )
+    assert (folder / "run" / "checkpoint-4.other").read_text() == "mine"
+    assert_same_end(folder / "run", straight)
 
 
 def test_a_limit_on_file_sizes(lives: Lives) -> None:
