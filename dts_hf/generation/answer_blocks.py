@@ -26,13 +26,12 @@ from dts_hf.errors import UserError
 from dts_hf.files import (
     file_sha256,
     flush,
-    json_text,
     jsonable,
     naming,
-    read_json,
+    read_sealed,
     text_digest,
     write_bytes_atomic,
-    write_json_atomic,
+    write_sealed,
 )
 
 IDENTITY_FILE, ASSEMBLED = "settings.json", "assembled.tmp"
@@ -49,12 +48,20 @@ class AnswerBlocks:
         world: number of processes. Each may have a folder of its own: the first one asks for what it does not see.
         folder: of the blocks; None: ``OUT.unfinished`` beside the file.
         key: what the user calls the file, for messages.
+        private: nobody else may read what is written.
     """
 
     def __init__(
-        self, path: Path, rank: int = 0, world: int = 1, *, folder: Path | None = None, key: str = "--out"
+        self,
+        path: Path,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        folder: Path | None = None,
+        key: str = "--out",
+        private: bool = False,
     ) -> None:
-        self.path, self.rank, self.world, self.key = path, rank, world, key
+        self.path, self.rank, self.world, self.key, self.private = path, rank, world, key, private
         self.folder = path.with_name(f"{path.name}.unfinished") if folder is None else folder
         self.manifest_path = path.with_name(f"{path.name.removesuffix('.jsonl')}.manifest.json")
         self._digest = ""  # of the identity, from ``begin`` on
@@ -143,7 +150,7 @@ class AnswerBlocks:
         """That of the finished file; empty where there is none. The empty folder that a kill at the very end left goes."""
         if not self._entries() and not self._is_busy():
             self._remove()
-        return read_json(self.manifest_path)
+        return read_sealed(self.manifest_path)
 
     # ------------------------------------------------------------------------------------------------ the first process
 
@@ -152,12 +159,18 @@ class AnswerBlocks:
             raise UserError(f"{self.key}: {self.path} is a folder, or {self.folder} is a file; choose another name")
         if self._lock is None and self._is_busy():
             raise self._busy()
-        started = read_json(self.folder / IDENTITY_FILE)
-        if not started and self._entries():
+        started = read_sealed(self.folder / IDENTITY_FILE)
+        entries = [] if started else self._entries()
+        if any(not _is_ours(path) for path in entries):
             raise UserError(f"{self.key}: {self.folder} is not empty and holds no rows of ours; choose another file")
+        if entries and not overwrite:
+            raise UserError(
+                f"{self.key}: {self.folder / IDENTITY_FILE} is gone or damaged, so nobody knows what the unfinished rows "
+                "beside it are of. Begin anew with --overwrite, or choose another file"
+            )
         goes_on = bool(started) and not differences(started, identity)
         if os.path.lexists(self.path):
-            manifest = read_json(self.manifest_path)
+            manifest = read_sealed(self.manifest_path)
             before = manifest.get("identity")
             if before and not differences(before, identity) and not self._was_changed(manifest):
                 return "unfinished" if goes_on or overwrite else "finished"
@@ -198,16 +211,16 @@ class AnswerBlocks:
             raise
 
     def _begin(self, identity: Mapping[str, Any]) -> None:
-        if read_json(self.folder / IDENTITY_FILE) == identity:
+        if read_sealed(self.folder / IDENTITY_FILE) == identity:
             for left in self.folder.glob(".*.tmp") if self.rank == 0 else ():  # of a process killed in a write
                 left.unlink(missing_ok=True)
             return
         self._clear()
-        write_json_atomic(self.folder / IDENTITY_FILE, identity)
+        write_sealed(self.folder / IDENTITY_FILE, identity)
 
     def _make(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700 if self.private else 0o777, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.key}: cannot make the folder {self.folder}: {error.strerror}") from None
 
@@ -262,10 +275,11 @@ class AnswerBlocks:
             **(summary(facts) if summary else {}),
             "identity": identity,
         }
-        os.replace(assembled, self.path)
         described = self.folder / "manifest.tmp"
-        described.write_text(json_text(manifest), encoding="utf-8")
-        flush(described)
+        write_sealed(described, manifest)
+        for path in (assembled, described) if self.private else ():
+            path.chmod(0o600)
+        os.replace(assembled, self.path)
         os.replace(described, self.manifest_path)
         flush(self.path.parent)
         return manifest
@@ -316,8 +330,12 @@ class AnswerBlocks:
     def _clear(self) -> None:
         """Empty the folder, what says whose it is last: a kill in between leaves something that is known."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == IDENTITY_FILE):
-            if path.suffix in (".block", ".tmp") or path.name == IDENTITY_FILE:
+            if _is_ours(path):
                 path.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix in (".block", ".tmp") or path.name == IDENTITY_FILE
 
 
 def _lock(folder: int) -> bool:
