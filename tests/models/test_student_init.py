@@ -465,6 +465,14 @@ def test_a_hidden_width_that_transformers_will_not_save_is_refused_before_any_pa
     assert student.config.hidden_size == 28
 
 
+def test_a_record_that_asks_for_too_much_is_not_called_damaged() -> None:
+    hidden = {"layers": [0, 1], "hidden": {"channels": as_hex(torch.arange(31), 32)}}
+    with pytest.raises(UserError, match=r"^student.init.hidden: got 31"):
+        student_init.made_of(hidden, tiny_llama())
+    with pytest.raises(UserError, match=r"^student_init.json: damaged \(ValueError"):
+        student_init.made_of({"layers": [0, 1], "hidden": {"channels": "xyz"}}, tiny_llama())
+
+
 def test_a_student_that_cannot_be_saved_is_not_made() -> None:
     teacher = tiny_llama()
     teacher.config.hidden_size = 30
