@@ -268,6 +268,22 @@ def summary(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**{name: total[name] for name in names}, "without_answer": without[:MOST_NAMED]}
 
 
+def why_none(counts: Mapping[str, Any]) -> str:
+    """Why a file has no row, and what to do, in a sentence for people; empty where it has some."""
+    if counts["kept"]:
+        return ""
+    advice = {
+        "cut": "raise --max-new-tokens, or keep answers without an end with --cut keep",
+        "repeating": "raise --temperature, or keep them with --max-repetition 1",
+        "empty": "look at its prompt template (--template)",
+        "no_prompt": "lower --max-new-tokens, or answer with a model of more positions",
+    }
+    most = max(advice, key=lambda name: counts[name])
+    return (
+        f"no answer was kept, so there is nothing to train on; {advice[most]}, and replace the file with --overwrite"
+    )
+
+
 def said_of(counts: Mapping[str, Any]) -> str:
     """``summary`` in one line for people."""
     parts = [f"{counts['kept']:,} of {counts['generated']:,} answers to {counts['rows']:,} rows kept"]

@@ -219,6 +219,32 @@ def _with_answer(init: Any, answer: Any) -> Any:
     return stand_in
 
 
+@pytest.mark.parametrize(
+    ("text", "finished", "advice"),
+    [
+        ("Apples and pears gr", False, "raise --max-new-tokens, or keep answers without an end with --cut keep"),
+        ("so it goes on, " * 8, True, "keep them with --max-repetition 1"),
+        ("", True, "look at its prompt template"),
+    ],
+)
+def test_a_file_without_a_row_is_a_failure_with_advice(
+    place: Path, monkeypatch: pytest.MonkeyPatch, text: str, finished: bool, advice: str
+) -> None:
+    def answer(model: Any, prompts: Any, *_: Any, **__: Any) -> list[Generated]:
+        return [Generated(tiny_tokenizer()(text)["input_ids"], finished) for _ in prompts]
+
+    monkeypatch.setattr(road.Answerer, "__init__", _with_answer(road.Answerer.__init__, answer))
+    for there in ("", "there already: "):
+        done = invoke("generate", "model", "--data", "rows.jsonl", "--out", "a.jsonl")
+        assert done.exit_code == 1 and f"a.jsonl: {there}0 of 21 answers" in done.stdout
+        said = " ".join(done.stderr.split())
+        assert "a.jsonl: no answer was kept" in said and advice in said and "Traceback" not in said
+    if not finished:
+        assert len(read("a.jsonl")) == 0
+        generated("--out", "a.jsonl", "--cut", "keep", "--overwrite")
+        assert len(read("a.jsonl")) == 21
+
+
 def test_an_input_that_would_be_shortened_is_no_prompt(place: Path) -> None:
     """The row keeps all of its input, so an answer to half of it would be an answer to something else."""
     write("rows.jsonl", [{**ROWS[0], "input": "of the sea " * 900}, ROWS[1]])
