@@ -219,6 +219,21 @@ def _with_answer(init: Any, answer: Any) -> Any:
     return stand_in
 
 
+def test_answers_get_no_id_that_another_row_has(place: Path) -> None:
+    write("rows.jsonl", [{**ROWS[0], "id": "x#2"}, {**ROWS[1], "id": "x"}])
+    several = ("--out", "a.jsonl", *SAMPLING, "--cut", "keep", "--answers")
+    said = refused(*several, "2", model="no-such-model")
+    assert "row 1 has the id 'x#2', which answer 2 to row 'x' would get, too" in said
+    generated(*several, "2", "--best-of", "mean")  # one answer keeps the id of its row
+    assert [row["id"] for row in read("a.jsonl")] == ["x#2", "x"]
+    write("rows.jsonl", [{**ROWS[0], "id": "x#3"}, {**ROWS[1], "id": "x"}, {**ROWS[2], "id": "x#2#"}])
+    generated(*several, "2", "--overwrite")
+    ids = {(row["id"], row["source_id"]) for row in read("a.jsonl")}
+    assert len(ids) == len(read("a.jsonl")) > 3 and all(mine.startswith(f"{of}#") for mine, of in ids)
+    generated(*several[:1], "b.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2", "--data", "a.jsonl")
+    assert {row["source_id"] for row in read("b.jsonl")} <= {one for one, _ in ids}
+
+
 @pytest.mark.parametrize(
     ("text", "finished", "advice"),
     [
