@@ -234,9 +234,14 @@ class Work:
         return f"{self.what}{share}{self.note}, {duration(seconds)} so far{left}"
 
 
+_going_on: list[Work] = []  # the innermost last
+
+
 @contextmanager
 def working(what: str, total: int = 0, *, live: bool = False) -> Iterator[Work]:
     """Say every ``SECONDS_BETWEEN_LINES`` how far a piece of work is: one line, by the first process.
+
+    Of pieces within each other the innermost alone is told.
 
     Args:
         what: what is being done, as a participle.
@@ -247,10 +252,12 @@ def working(what: str, total: int = 0, *, live: bool = False) -> Iterator[Work]:
 
     def tell() -> None:
         while not ended.wait(SECONDS_BETWEEN_LINES):
-            say(str(work))
+            if _going_on[-1] is work:
+                say(str(work))
 
     silent = os.environ.get("RANK", "0") != "0" or (live and sys.stderr.isatty())
     thread = threading.Thread(target=tell, name="dts_hf-working", daemon=True)
+    _going_on.append(work)
     if not silent:
         thread.start()
     try:
@@ -259,6 +266,7 @@ def working(what: str, total: int = 0, *, live: bool = False) -> Iterator[Work]:
         ended.set()
         if not silent:
             thread.join()
+        _going_on.remove(work)
 
 
 @contextmanager

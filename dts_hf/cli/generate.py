@@ -9,6 +9,7 @@ import typer
 
 from dts_hf.cli.printing import AsJson, is_main_process, print_answer, print_json
 from dts_hf.console import show
+from dts_hf.errors import RunError
 from dts_hf.recipe.schema import Dtype
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _write_rows(
     split: str,
     as_json: bool,
 ) -> None:
-    from dts_hf.generation.answers import AnswerSettings, said_of
+    from dts_hf.generation.answers import AnswerSettings, said_of, why_none
     from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
 
     asked = AnswerDataOptions(
@@ -129,3 +130,5 @@ def _write_rows(
         print_json(manifest)
     elif is_main_process():
         show(f"{out}: {'there already: ' * there}{said_of(manifest['counts'])}")
+    if problem := why_none(manifest["counts"]):
+        raise RunError(f"{out}: {problem}", everywhere=True)

@@ -36,15 +36,16 @@ def asked_row(obj: Any, where: str, default_id: str) -> tuple[Row, bool]:
     return row, filled is None
 
 
-def unique_ids(records: Iterable[tuple[Row, Any]], source: str) -> Iterator[tuple[Row, Any]]:
+def unique_ids(records: Iterable[tuple[Row, Any]], source: str, answers: int = 1) -> Iterator[tuple[Row, Any]]:
     """``records``, of which no two have one id: the sampling noise of an answer follows it.
 
     Args:
         records: rows, and whatever comes with each.
         source: what errors call them.
+        answers: that each row gets; several have ids of their own, which no row may have.
 
     Raises:
-        UserError: two have.
+        UserError: two have, or a row has the id that an answer to another one gets.
     """
     places: dict[str, int] = {}
     for place, (row, rest) in enumerate(records, 1):
@@ -55,6 +56,13 @@ def unique_ids(records: Iterable[tuple[Row, Any]], source: str) -> Iterator[tupl
                 "none: rows without are numbered"
             )
         yield row, rest
+    for row_id in places if answers > 1 else ():
+        base, mark, number = row_id.rpartition("#")
+        if mark and base in places and number in map(str, range(1, answers + 1)):
+            raise UserError(
+                f"--data: {source}: row {places[row_id]} has the id '{row_id}', which answer {number} to row '{base}' would "
+                "get, too; expected another one, or none: rows without are numbered"
+            )
 
 
 def with_answer(
@@ -92,7 +100,7 @@ def with_answer(
     if written.get("id") is None:
         written["id"] = row.id
     if number is not None:
-        written.setdefault(SOURCE_ID, row.id)
+        written[SOURCE_ID] = row.id  # and not what an earlier call wrote there
         written["id"] = f"{row.id}#{number}"
     written["finish_reason"] = CUT if cut else "stop"
     return written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +86,13 @@ def _walked(recipe: Recipe) -> Walk:
         walk.look_at_arguments()
         walk.look_at_rows()
         if isinstance(walk, LanguageModelWalk):
-            with contextlib.suppress(Exception):  # of a GGUF file the shapes are not known before it is loaded
+            try:
                 walk.shapes = shapes_from_configs(walk.recipe)
+            except UserError:
+                if recipe.student.init is not None:  # asks for what the model cannot become
+                    raise
+            except Exception:  # of a GGUF file the shapes are not known before it is loaded
+                pass
             if walk.shapes is not None and walk.data is not None:
                 walk.look_at_memory()
     return walk

@@ -2,12 +2,16 @@
 
 A block is written under a temporary name, flushed and renamed, so a killed process loses the blocks it was at. The file
 itself appears once all blocks are there, then its manifest, and then the folder goes. What the rows depend on (their
-*identity*) lies in the folder from before the first block until the end: rows of two jobs never meet in one file.
+*identity*) lies in the folder from before the first block until the end, and a digest of it in every block: rows of two
+jobs never meet in one file. One call at a time works in the folder, which it locks; the system drops the lock of one that
+is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,15 +26,17 @@ from dts_hf.errors import UserError
 from dts_hf.files import (
     file_sha256,
     flush,
-    json_text,
     jsonable,
     naming,
-    read_json,
+    read_sealed,
+    text_digest,
     write_bytes_atomic,
-    write_json_atomic,
+    write_sealed,
 )
 
 IDENTITY_FILE, ASSEMBLED = "settings.json", "assembled.tmp"
+#: How often the folder may vanish under a start: whoever has finished removes it.
+ATTEMPTS = 100
 
 
 class AnswerBlocks:
@@ -42,14 +48,24 @@ class AnswerBlocks:
         world: number of processes. Each may have a folder of its own: the first one asks for what it does not see.
         folder: of the blocks; None: ``OUT.unfinished`` beside the file.
         key: what the user calls the file, for messages.
+        private: nobody else may read what is written.
     """
 
     def __init__(
-        self, path: Path, rank: int = 0, world: int = 1, *, folder: Path | None = None, key: str = "--out"
+        self,
+        path: Path,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        folder: Path | None = None,
+        key: str = "--out",
+        private: bool = False,
     ) -> None:
-        self.path, self.rank, self.world, self.key = path, rank, world, key
+        self.path, self.rank, self.world, self.key, self.private = path, rank, world, key, private
         self.folder = path.with_name(f"{path.name}.unfinished") if folder is None else folder
         self.manifest_path = path.with_name(f"{path.name.removesuffix('.jsonl')}.manifest.json")
+        self._digest = ""  # of the identity, from ``begin`` on
+        self._lock: int | None = None  # the open folder
 
     def check(self, identity: Mapping[str, Any], overwrite: bool = False) -> Literal["new", "unfinished", "finished"]:
         """What is there of these rows. Writes nothing.
@@ -59,12 +75,12 @@ class AnswerBlocks:
             overwrite: other rows may be replaced.
 
         Raises:
-            UserError: the file, or the folder, is of other rows or no rows of ours.
+            UserError: the file, or the folder, is of other rows or no rows of ours, or another call works in it.
         """
         return on_first_process(lambda: self._check(identity, overwrite), self.rank, self.world)
 
     def begin(self, identity: Mapping[str, Any], overwrite: bool = False) -> set[int]:
-        """Make the folder, or go on in it.
+        """Make the folder, or go on in it, and lock it until ``close``.
 
         Args:
             identity: all of it.
@@ -76,9 +92,11 @@ class AnswerBlocks:
         Raises:
             UserError: as ``check``, or the folder cannot be made.
         """
-        on_first_process(lambda: self._check(identity, overwrite), self.rank, self.world)
-        on_first_process(lambda: self._begin(identity), self.rank, self.world)
-        self._begin(identity)  # each machine may have a folder of its own; one that all share is ready
+        self._digest = text_digest(json.dumps(identity, sort_keys=True))
+        on_first_process(lambda: self._begin_alone(identity, overwrite), self.rank, self.world)
+        if self.rank:  # each machine may have a folder of its own; one that all share is ready
+            self._make()
+            self._begin(identity)
         return set().union(*gathered(self._whole_blocks(), self.world))
 
     def write(self, number: int, lines: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
@@ -90,7 +108,7 @@ class AnswerBlocks:
             facts: of the block, for the manifest.
         """
         body = b"".join(json_line(line) for line in lines)
-        header = {**facts, "digest": xxhash.xxh3_64(body).hexdigest()}
+        header = {**facts, "identity": self._digest, "digest": xxhash.xxh3_64(body).hexdigest()}
         write_bytes_atomic(self._block(number), json.dumps(header).encode() + b"\n" + body)
 
     def finish(
@@ -108,7 +126,7 @@ class AnswerBlocks:
             the manifest.
 
         Raises:
-            UserError: a file of other rows has appeared meanwhile.
+            UserError: a file of other rows has appeared meanwhile, or blocks are gone.
         """
         missing = on_first_process(
             lambda: [number for number in range(count) if self._facts(number) is None], self.rank, self.world
@@ -122,23 +140,37 @@ class AnswerBlocks:
             self._remove()
         return made
 
+    def close(self) -> None:
+        """Let another call work in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def read_manifest(self) -> dict[str, Any]:
         """That of the finished file; empty where there is none. The empty folder that a kill at the very end left goes."""
-        if not self._entries():
+        if not self._entries() and not self._is_busy():
             self._remove()
-        return read_json(self.manifest_path)
+        return read_sealed(self.manifest_path)
 
     # ------------------------------------------------------------------------------------------------ the first process
 
     def _check(self, identity: Mapping[str, Any], overwrite: bool) -> Literal["new", "unfinished", "finished"]:
         if self.path.is_dir() or (self.folder.exists() and not self.folder.is_dir()):
             raise UserError(f"{self.key}: {self.path} is a folder, or {self.folder} is a file; choose another name")
-        started = read_json(self.folder / IDENTITY_FILE)
-        if not started and self._entries():
+        if self._lock is None and self._is_busy():
+            raise self._busy()
+        started = read_sealed(self.folder / IDENTITY_FILE)
+        entries = [] if started else self._entries()
+        if any(not _is_ours(path) for path in entries):
             raise UserError(f"{self.key}: {self.folder} is not empty and holds no rows of ours; choose another file")
+        if entries and not overwrite:
+            raise UserError(
+                f"{self.key}: {self.folder / IDENTITY_FILE} is gone or damaged, so nobody knows what the unfinished rows "
+                "beside it are of. Begin anew with --overwrite, or choose another file"
+            )
         goes_on = bool(started) and not differences(started, identity)
         if os.path.lexists(self.path):
-            manifest = read_json(self.manifest_path)
+            manifest = read_sealed(self.manifest_path)
             before = manifest.get("identity")
             if before and not differences(before, identity) and not self._was_changed(manifest):
                 return "unfinished" if goes_on or overwrite else "finished"
@@ -165,25 +197,71 @@ class AnswerBlocks:
     def _was_changed(self, manifest: Mapping[str, Any]) -> bool:
         return not self.path.is_file() or file_sha256(self.path) != manifest.get("sha256")
 
+    def _begin_alone(self, identity: Mapping[str, Any], overwrite: bool) -> None:
+        """Look, lock, look again: what was seen without the lock decides nothing that cannot be taken back."""
+        self._check(identity, overwrite)
+        self._take()
+        try:
+            self._check(identity, overwrite)
+            self._begin(identity)
+        except BaseException:
+            with contextlib.suppress(OSError):  # something is in it
+                self.folder.rmdir()
+            self.close()
+            raise
+
     def _begin(self, identity: Mapping[str, Any]) -> None:
-        if read_json(self.folder / IDENTITY_FILE) == identity:
-            for left in (
-                self.folder.glob(".*.tmp") if self.rank == 0 else ()
-            ):  # of a process that was killed in a write
+        if read_sealed(self.folder / IDENTITY_FILE) == identity:
+            for left in self.folder.glob(".*.tmp") if self.rank == 0 else ():  # of a process killed in a write
                 left.unlink(missing_ok=True)
             return
-        self._remove()
+        self._clear()
+        write_sealed(self.folder / IDENTITY_FILE, identity)
+
+    def _make(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700 if self.private else 0o777, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.key}: cannot make the folder {self.folder}: {error.strerror}") from None
-        write_json_atomic(self.folder / IDENTITY_FILE, identity)
+
+    def _take(self) -> None:
+        """Make and lock the folder; where the file system has no locks, it is gone on without."""
+        for _ in range(ATTEMPTS):
+            self._make()
+            with contextlib.suppress(FileNotFoundError):  # whoever had it has finished and removed it
+                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if not _lock(descriptor):
+                        raise self._busy()
+                    if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
+                        self._lock, descriptor = descriptor, -1
+                        return
+                finally:
+                    if descriptor >= 0:
+                        os.close(descriptor)
+        raise UserError(f"{self.key}: cannot write in {self.folder.parent} (no folder lasts there)")
+
+    def _is_busy(self) -> bool:
+        """Whether another call works in the folder."""
+        try:
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return False
+        try:
+            return not _lock(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _busy(self) -> UserError:
+        return UserError(
+            f"{self.key}: another process is writing {self.path}. Wait for its end or stop it, or choose another file"
+        )
 
     def _finish(self, count: int, identity: Mapping[str, Any], overwrite: bool, summary: Any) -> dict[str, Any]:
         assembled, sha256, facts = self.folder / ASSEMBLED, hashlib.sha256(), []
         with assembled.open("wb") as file, naming(assembled):
             for number in range(count):
-                header, body = self._read(number)
+                header, body = self._read_or_tell(number)
                 facts.append(header)
                 file.write(body)
                 sha256.update(body)
@@ -197,10 +275,11 @@ class AnswerBlocks:
             **(summary(facts) if summary else {}),
             "identity": identity,
         }
-        os.replace(assembled, self.path)
         described = self.folder / "manifest.tmp"
-        described.write_text(json_text(manifest), encoding="utf-8")
-        flush(described)
+        write_sealed(described, manifest)
+        for path in (assembled, described) if self.private else ():
+            path.chmod(0o600)
+        os.replace(assembled, self.path)
         os.replace(described, self.manifest_path)
         flush(self.path.parent)
         return manifest
@@ -213,9 +292,18 @@ class AnswerBlocks:
     def _read(self, number: int) -> tuple[dict[str, Any], bytes]:
         head, _, body = self._block(number).read_bytes().partition(b"\n")
         header = json.loads(head)
-        if header.pop("digest") != xxhash.xxh3_64(body).hexdigest():
-            raise ValueError(f"{self._block(number)}: not as it was written")
+        if header.pop("digest") != xxhash.xxh3_64(body).hexdigest() or header.pop("identity") != self._digest:
+            raise ValueError("not as it was written, or of other settings")
         return header, body
+
+    def _read_or_tell(self, number: int) -> tuple[dict[str, Any], bytes]:
+        try:
+            return self._read(number)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{self.key}: {self._block(number)} is gone or was changed since it was written ({error}): another program "
+                "writes there. Give the same command again: it makes what is missing"
+            ) from None
 
     def _facts(self, number: int) -> dict[str, Any] | None:
         """What the block says of itself; None where it is missing or damaged: then it is made again."""
@@ -234,14 +322,29 @@ class AnswerBlocks:
         return [path for path in self.folder.iterdir() if not path.name.endswith(".tmp")]
 
     def _remove(self) -> None:
-        """The folder, what says whose it is last: a kill in between leaves something that is known."""
-        if not self.folder.is_dir():
-            return
+        if self.folder.is_dir():
+            self._clear()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def _clear(self) -> None:
+        """Empty the folder, what says whose it is last: a kill in between leaves something that is known."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == IDENTITY_FILE):
-            if path.suffix in (".block", ".tmp") or path.name == IDENTITY_FILE:
+            if _is_ours(path):
                 path.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix in (".block", ".tmp") or path.name == IDENTITY_FILE
+
+
+def _lock(folder: int) -> bool:
+    """Lock an open folder until it is closed; False: another one has it."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # else there are no locks here
+    return True
 
 
 _ADVICE = "Choose another file, or replace it with --overwrite"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -141,23 +142,24 @@ def write_answers(
     Raises:
         UserError: what is there is of other rows; all processes raise it.
     """
-    known, rank, world = blocks.begin(identity, overwrite), blocks.rank, blocks.world
-    together = isinstance(answerer.model, torch.nn.Module) and is_sharded(answerer.model)
-    count = -(-total // settings.block_rows)
-    todo = [number for number in range(count) if number not in known]
-    owners = {number: place % world for place, number in enumerate(todo)}
-    calls = 0
-    for number, block in enumerate(_blocks(items, settings.block_rows)):
-        if owners.get(number) != rank:
-            continue
-        calls += 1
-        title = None if rank or progress is None else f"{progress}, part {number + 1} of {count}"
-        lines, facts = _answer_block(block, answerer, settings, title)
-        blocks.write(number, lines, facts)
-    # The weights that lie here are needed by those that have one block more
-    if together and calls < -(-len(todo) // world):
-        _generate([], [], answerer, settings, None)
-    return blocks.finish(count, identity, overwrite, lambda facts: {"counts": summary(facts)})
+    with closing(blocks):
+        known, rank, world = blocks.begin(identity, overwrite), blocks.rank, blocks.world
+        together = isinstance(answerer.model, torch.nn.Module) and is_sharded(answerer.model)
+        count = -(-total // settings.block_rows)
+        todo = [number for number in range(count) if number not in known]
+        owners = {number: place % world for place, number in enumerate(todo)}
+        calls = 0
+        for number, block in enumerate(_blocks(items, settings.block_rows)):
+            if owners.get(number) != rank:
+                continue
+            calls += 1
+            title = None if rank or progress is None else f"{progress}, part {number + 1} of {count}"
+            lines, facts = _answer_block(block, answerer, settings, title)
+            blocks.write(number, lines, facts)
+        # The weights that lie here are needed by those that have one block more
+        if together and calls < -(-len(todo) // world):
+            _generate([], [], answerer, settings, None)
+        return blocks.finish(count, identity, overwrite, lambda facts: {"counts": summary(facts)})
 
 
 def _blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -264,6 +266,22 @@ def summary(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
     without = [row_id for block in facts for row_id in block["without"]]
     return {**{name: total[name] for name in names}, "without_answer": without[:MOST_NAMED]}
+
+
+def why_none(counts: Mapping[str, Any]) -> str:
+    """Why a file has no row, and what to do, in a sentence for people; empty where it has some."""
+    if counts["kept"]:
+        return ""
+    advice = {
+        "cut": "raise --max-new-tokens, or keep answers without an end with --cut keep",
+        "repeating": "raise --temperature, or keep them with --max-repetition 1",
+        "empty": "look at its prompt template (--template)",
+        "no_prompt": "lower --max-new-tokens, or answer with a model of more positions",
+    }
+    most = max(advice, key=lambda name: counts[name])
+    return (
+        f"no answer was kept, so there is nothing to train on; {advice[most]}, and replace the file with --overwrite"
+    )
 
 
 def said_of(counts: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 Fault: TypeAlias = Literal["empty", "cut", "repeating"]
 Cut: TypeAlias = Literal["drop", "keep"]
 NGRAM = 4
-#: Above it an answer repeats itself; see docs/sequence_level.md for what answers of people and of models have.
+#: Above it an answer repeats itself; docs/sequence_level.md says what has so much.
 MAX_REPETITION = 0.5
 #: Shorter answers are not looked at: "no, no, no" may be right.
 LEAST_TOKENS = 16

@@ -153,11 +153,13 @@ def _read(options: AnswerDataOptions) -> _Read:
     """Every row once, before the first answer: what is wrong with one shows in seconds.
 
     Raises:
-        UserError: a row is wrong, or two have one id.
+        UserError: a row is wrong, or two have one id, or would have.
     """
     digest, count = hashlib.sha256(), 0
     with working("reading the rows"):
-        for _ in unique_ids(_digested(_records(options), digest), options.data):
+        settings = options.settings
+        answers = settings.answers if settings.best_of is None else 1
+        for _ in unique_ids(_digested(_records(options), digest), options.data, answers):
             count += 1
     return _Read(count, digest.hexdigest())
 

@@ -97,7 +97,12 @@ def empty_like(model: PreTrainedModel, config: Any, build: Build) -> PreTrainedM
         model: it is taken after.
         config: of the new one.
         build: makes it.
+
+    Raises:
+        UserError: transformers will not save a model of ``config``; said here, and not behind a whole training.
     """
+    if problem := unsaveable(config):
+        raise UserError(f"student.init: no student can be saved so: {problem}. Ask for other layers or widths")
     with unsharded_init():
         made: PreTrainedModel = build(config, dtype=next(model.parameters()).dtype)
     if not _classifies(model):
@@ -106,6 +111,18 @@ def empty_like(model: PreTrainedModel, config: Any, build: Build) -> PreTrainedM
     made.train(model.training)  # a model built from its configuration would drop out
     made.to(next(model.parameters()).device)  # type: ignore[arg-type]
     return made
+
+
+def unsaveable(config: Any) -> str:
+    """Why transformers will not save a model of ``config``, in words; empty where it will.
+
+    It looks at a configuration when it is made and when it is saved, and not when a value of it changes.
+    """
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        return " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    return ""
 
 
 def fill(student: PreTrainedModel, state: dict[str, torch.Tensor], name: str) -> None:

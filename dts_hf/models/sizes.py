@@ -56,7 +56,7 @@ def plan_sizes(init: Init, config: Any, build: Build) -> Sizes:
         build: makes a model from a configuration.
 
     Raises:
-        UserError: a number is larger than what there is, or no student is so small.
+        UserError: a number is larger than what there is, or one that the family does not take; or no student is so small.
     """
     text = config.get_text_config()
     total = int(getattr(text, "num_hidden_layers", None) or 0)
@@ -65,6 +65,7 @@ def plan_sizes(init: Init, config: Any, build: Build) -> Sizes:
         kept_layers(layers, total)
     if init.hidden is not None:
         check_width("hidden", init.hidden, int(text.hidden_size))
+        narrower_config(text, None, init.hidden)
     if init.mlp is not None:
         check_width("mlp", init.mlp, next(iter(find_mlps(build, text).values())).width)
     if init.parameters is None:

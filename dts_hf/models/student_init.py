@@ -271,7 +271,7 @@ def made_of(values: Mapping[str, Any], source: PreTrainedModel) -> PreTrainedMod
     """The student that a record describes, cut out of ``source``.
 
     Raises:
-        UserError: the record is not of such a model, or damaged.
+        UserError: the model cannot be cut so, or the record is damaged.
     """
     try:
         student = prune_layers(source, values["layers"])
@@ -279,6 +279,8 @@ def made_of(values: Mapping[str, Any], source: PreTrainedModel) -> PreTrainedMod
             student = cut_mlps(student, [from_hex(text) for text in mlp["channels"]])
         if hidden := values.get("hidden"):
             student = cut_hidden(student, from_hex(hidden["channels"]))
+    except UserError:  # it is a ValueError, and says by itself what is wrong
+        raise
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(
             f"student_init.json: damaged ({type(error).__name__}: {error}), expected what the run has written. Put the file "

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from dts_hf.distributed.sharding import unsharded_init
 from dts_hf.errors import UserError
 from dts_hf.models.calibration import Calibration
-from dts_hf.models.pruning import Build, build_of, empty_like, fill, find_stacks
+from dts_hf.models.pruning import Build, build_of, empty_like, fill, find_stacks, unsaveable
 
 #: Keys of configurations that are the width of an MLP; a family has one of them.
 MLP_KEYS = ("ffn_dim", "n_inner", "ffn_hidden_size", "intermediate_size")
@@ -52,7 +52,7 @@ def narrower_config(config: Any, mlp: int | None, hidden: int | None) -> Any:
     """A copy of a text configuration with MLPs of ``mlp`` channels and states of ``hidden``; None: as they are.
 
     Raises:
-        UserError: the family has no such key, or its hidden width is not cut.
+        UserError: the family has no such key, or its hidden width is not cut, or not to this one.
     """
     config, name = copy.deepcopy(config), type(config).__name__.removesuffix("Config")
     if mlp is not None:
@@ -73,7 +73,12 @@ def narrower_config(config: Any, mlp: int | None, hidden: int | None) -> Any:
             )
         if not getattr(config, "head_dim", None):  # else the heads would become narrower with the states
             config.head_dim = config.hidden_size // config.num_attention_heads
-        config.hidden_size = hidden
+        before, config.hidden_size = config.hidden_size, hidden
+        if problem := unsaveable(config):  # LLaMA's is a multiple of its heads, although these do not share it out
+            heads = config.num_attention_heads
+            nearest = [size for size in (hidden // heads * heads, -(-hidden // heads) * heads) if 0 < size <= before]
+            advice = f"The nearest that may do: {' or '.join(f'{size:,}' for size in dict.fromkeys(nearest))}"
+            raise UserError(f"student.init.hidden: got {hidden:,}, which {name} does not take: {problem}. {advice}")
     return config
 
 

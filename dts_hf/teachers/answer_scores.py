@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dts_hf.data.chat_templates import Template
 from dts_hf.data.row_encoder import RowEncoder
@@ -17,14 +17,12 @@ from dts_hf.errors import UserError
 from dts_hf.generation.answers import Answer
 from dts_hf.loss.selection import IGNORE_INDEX, select_response
 from dts_hf.models.checks import positions_of
-from dts_hf.models.head import Head
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.self_test import label_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Logits that are in memory at a time.
-CHUNK_LOGITS = 1 << 25
 #: Longest row of a model that names no limit, in tokens.
 LONGEST = 1 << 20
 
@@ -79,24 +77,6 @@ class AnswerScorer:
                 labels[:, start:stop] = ids[:, start:stop]
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             states = self.teacher.states(batch, labels)
-            found = label_log_probabilities(states, self.teacher.head, select_response(ids[..., None], labels)[1])
+            found = label_logprobs(states, self.teacher.head, select_response(ids[..., None], labels)[1])
             scores.append((float(found.double().sum()), len(found)))
         return scores
-
-
-@torch.no_grad()
-def label_log_probabilities(states: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """The log-probability of each target ``[N]`` at temperature 1, in nats; fp32, or float64 for states of that.
-
-    Args:
-        states: ``[N, H]``.
-        head: makes logits of them.
-        targets: ``[N]`` ids.
-    """
-    rows = max(1, CHUNK_LOGITS // head.vocab_size)
-    found = []
-    for part, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-        logits = head(part)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        found.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)

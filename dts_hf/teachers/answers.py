@@ -20,7 +20,7 @@ from dts_hf.data.formats import CUT
 from dts_hf.data.rows import Row
 from dts_hf.distributed.processes import on_first_process, process
 from dts_hf.errors import UserError
-from dts_hf.files import file_sha256, read_json, read_jsonl
+from dts_hf.files import file_sha256, read_jsonl, read_sealed
 from dts_hf.generation.answer_blocks import AnswerBlocks
 from dts_hf.generation.answers import Answer, Answerer, AnswerSettings, write_answers
 from dts_hf.generation.engine import GenerationSettings
@@ -69,7 +69,7 @@ def answer_rows(
 
     def find() -> tuple[dict[str, Any], dict[str, Any]]:
         identity = _identity(recipe, teacher, tokenizer, template, settings, rows)
-        return identity, _finished(_file(recipe, identity))
+        return identity, _finished(_file(recipe, identity), identity)
 
     identity, manifest = on_first_process(find, rank, world)
     path, cached = _file(recipe, identity), bool(manifest)
@@ -77,7 +77,7 @@ def answer_rows(
         # Of this run alone: another one with the same teacher may be answering the same prompts right now
         run = hashlib.sha256(str(Path(recipe.output.dir).resolve()).encode()).hexdigest()[:8]
         folder = path.with_name(f"{path.stem}-{run}.unfinished")
-        blocks = AnswerBlocks(path, rank, world, folder=folder, key="data.cache_dir")
+        blocks = AnswerBlocks(path, rank, world, folder=folder, key="data.cache_dir", private=True)
         answerer = Answerer(teacher, tokenizer, end_of_turn_ids(tokenizer, template), encode, _lines)
         items = ((row, place) for place, row in enumerate(rows))
         manifest = dict(
@@ -116,14 +116,18 @@ def _file(recipe: Recipe, identity: Mapping[str, Any]) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def _finished(path: Path) -> dict[str, Any]:
-    """The manifest of answers that are all there; empty where some are not. Their folder is made, before the work."""
+def _finished(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of answers that are all there, as they were written; else empty: they are made again.
+
+    Their folder is made, before the work.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot make the folder {path.parent}: {error.strerror}") from None
-    manifest = read_json(AnswerBlocks(path).manifest_path)
-    return manifest if path.is_file() and manifest.get("sha256") == file_sha256(path) else {}
+    manifest = read_sealed(AnswerBlocks(path).manifest_path)
+    whole = manifest.get("identity") == identity and isinstance(manifest.get("counts"), dict)
+    return manifest if whole and path.is_file() and manifest.get("sha256") == file_sha256(path) else {}
 
 
 def _identity(

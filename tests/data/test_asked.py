@@ -90,7 +90,7 @@ def test_columns_of_an_earlier_call_stay() -> None:
     first = with_answer(FORMS["alpaca"], *asked_row(FORMS["alpaca"], "rows", "r1")[:1], "a plum", cut=True, number=1)
     row, _ = asked_row(first, "rows", "r9")
     second = with_answer(first, row, "a quince", cut=False, number=3)
-    assert (second["original_response"], second["source_id"], second["id"]) == ("a fig", "r1", "r1#1#3")
+    assert (second["original_response"], second["source_id"], second["id"]) == ("a fig", "r1#1", "r1#1#3")
     assert second["finish_reason"] == "stop"
 
 

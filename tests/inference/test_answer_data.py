@@ -19,6 +19,7 @@ from dts_hf.files import file_sha256
 from dts_hf.generation import answers as road
 from dts_hf.generation.answers import AnswerSettings
 from dts_hf.generation.engine import Generated, GenerationSettings
+from dts_hf.inference import answer_data as road_of_rows
 from dts_hf.inference.answer_data import AnswerDataOptions, write_answer_data
 from tests.support.launching import WORKERS
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -218,6 +219,47 @@ def _with_answer(init: Any, answer: Any) -> Any:
     return stand_in
 
 
+def test_answers_get_no_id_that_another_row_has(place: Path) -> None:
+    write("rows.jsonl", [{**ROWS[0], "id": "x#2"}, {**ROWS[1], "id": "x"}])
+    several = ("--out", "a.jsonl", *SAMPLING, "--cut", "keep", "--answers")
+    said = refused(*several, "2", model="no-such-model")
+    assert "row 1 has the id 'x#2', which answer 2 to row 'x' would get, too" in said
+    generated(*several, "2", "--best-of", "mean")  # one answer keeps the id of its row
+    assert [row["id"] for row in read("a.jsonl")] == ["x#2", "x"]
+    write("rows.jsonl", [{**ROWS[0], "id": "x#3"}, {**ROWS[1], "id": "x"}, {**ROWS[2], "id": "x#2#"}])
+    generated(*several, "2", "--overwrite")
+    ids = {(row["id"], row["source_id"]) for row in read("a.jsonl")}
+    assert len(ids) == len(read("a.jsonl")) > 3 and all(mine.startswith(f"{of}#") for mine, of in ids)
+    generated(*several[:1], "b.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2", "--data", "a.jsonl")
+    assert {row["source_id"] for row in read("b.jsonl")} <= {one for one, _ in ids}
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "advice"),
+    [
+        ("Apples and pears gr", False, "raise --max-new-tokens, or keep answers without an end with --cut keep"),
+        ("so it goes on, " * 8, True, "keep them with --max-repetition 1"),
+        ("", True, "look at its prompt template"),
+    ],
+)
+def test_a_file_without_a_row_is_a_failure_with_advice(
+    place: Path, monkeypatch: pytest.MonkeyPatch, text: str, finished: bool, advice: str
+) -> None:
+    def answer(model: Any, prompts: Any, *_: Any, **__: Any) -> list[Generated]:
+        return [Generated(tiny_tokenizer()(text)["input_ids"], finished) for _ in prompts]
+
+    monkeypatch.setattr(road.Answerer, "__init__", _with_answer(road.Answerer.__init__, answer))
+    for there in ("", "there already: "):
+        done = invoke("generate", "model", "--data", "rows.jsonl", "--out", "a.jsonl")
+        assert done.exit_code == 1 and f"a.jsonl: {there}0 of 21 answers" in done.stdout
+        said = " ".join(done.stderr.split())
+        assert "a.jsonl: no answer was kept" in said and advice in said and "Traceback" not in said
+    if not finished:
+        assert len(read("a.jsonl")) == 0
+        generated("--out", "a.jsonl", "--cut", "keep", "--overwrite")
+        assert len(read("a.jsonl")) == 21
+
+
 def test_an_input_that_would_be_shortened_is_no_prompt(place: Path) -> None:
     """The row keeps all of its input, so an answer to half of it would be an answer to something else."""
     write("rows.jsonl", [{**ROWS[0], "input": "of the sea " * 900}, ROWS[1]])
@@ -280,6 +322,7 @@ def same(one: str, other: str) -> bool:
     manifests = [json.loads(path.with_suffix(".manifest.json").read_text()) for path in (whole, made)]
     for manifest in manifests:
         manifest.pop("file")
+        manifest.pop("checksum")  # of the name, too
     left = list(made.parent.glob(f"{made.stem}*"))
     return whole.read_bytes() == made.read_bytes() and manifests[0] == manifests[1] and len(left) == 2
 
@@ -406,6 +449,77 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(place: Path, monkeypatch:
     with pytest.raises(UserError, match="is there now, and is not ours"):
         written("a.jsonl", answers=2)
     assert Path("a.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("values", [{"answers": 2}, {"answers": 2, "generation": {"seed": 99}, "overwrite": True}])
+def test_a_second_call_for_the_same_file_is_refused_while_the_first_one_writes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    """With the same settings, or with others and leave to replace the rows; before a model is loaded."""
+    whole, _ = written("whole.jsonl", answers=2)
+    write_block = road.AnswerBlocks.write
+    refusals: list[int] = []
+
+    def beside(self: Any, number: int, *rest: Any) -> None:
+        write_block(self, number, *rest)
+        with monkeypatch.context() as patch:
+            patch.setattr(road_of_rows, "load_speaker", lambda *_, **__: pytest.fail("loaded"))
+            with pytest.raises(UserError, match=r"--out: another process is writing a.jsonl. Wait for its end"):
+                written("a.jsonl", **values)
+        refusals.append(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(road.AnswerBlocks, "write", beside)
+        assert written("a.jsonl", answers=2)[0] == whole
+    assert len(refusals) == 3 and same("whole.jsonl", "a.jsonl")
+    if "overwrite" in values:  # once the other one has ended
+        assert written("a.jsonl", **values)[0] != whole
+
+
+def test_a_second_call_that_starts_in_the_same_moment_is_refused_too(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked, and loaded their models, before one of them makes the folder."""
+    begin, inner = road.AnswerBlocks.begin, []
+
+    def beside(self: Any, *rest: Any) -> Any:
+        if not inner:
+            inner.append(None)
+            other = road.AnswerBlocks(Path("a.jsonl"))
+            with monkeypatch.context() as patch:
+                patch.setattr(self, "_check", lambda *_: "new")  # it has looked
+                other.begin(*rest)
+                with pytest.raises(UserError, match=r"another process is writing a.jsonl"):
+                    begin(self, *rest)
+            other.close()
+        return begin(self, *rest)
+
+    whole, _ = written("whole.jsonl", answers=2)
+    monkeypatch.setattr(road.AnswerBlocks, "begin", beside)
+    assert written("a.jsonl", answers=2)[0] == whole and inner and same("whole.jsonl", "a.jsonl")
+
+
+def test_blocks_of_other_settings_are_made_again_or_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no locks, two calls may meet in one folder: their rows do not."""
+    whole, _ = written("whole.jsonl", answers=2)
+    half_done(monkeypatch, "other.jsonl", answers=2, generation={"seed": 99})
+    half_done(monkeypatch, "a.jsonl", answers=2)
+    block = "jsonl.unfinished/00000001.block"
+    Path(f"a.{block}").write_bytes(Path(f"other.{block}").read_bytes())
+    write_block = road.AnswerBlocks.write
+
+    def meets(self: Any, number: int, *rest: Any) -> None:
+        write_block(self, number, *rest)
+        Path("a.jsonl.unfinished/00000000.block").write_bytes(
+            Path("other.jsonl.unfinished/00000000.block").read_bytes()
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(road.AnswerBlocks, "write", meets)
+        with pytest.raises(UserError, match=r"00000000.block is gone or was changed .* Give the same command again"):
+            written("a.jsonl", answers=2)
+    assert not Path("a.jsonl").exists()
+    assert written("a.jsonl", answers=2)[0] == whole and same("whole.jsonl", "a.jsonl")
 
 
 def test_rows_that_change_while_they_are_answered_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

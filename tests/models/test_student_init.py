@@ -24,7 +24,7 @@ from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.models import student_init
 from dts_hf.models.calibration import Calibration, LayerSwitch
 from dts_hf.models.layer_choice import choose_layers
-from dts_hf.models.pruning import build_of, prune_layers
+from dts_hf.models.pruning import build_of, empty_like, prune_layers
 from dts_hf.models.student_init import StudentInit, as_hex, from_hex, ranges
 from dts_hf.models.width import cut_hidden, cut_mlps, find_mlps, largest
 from dts_hf.recipe.schema import Init, Recipe
@@ -436,6 +436,48 @@ def test_sizes_that_the_teacher_has_not(workplace: Path, init: dict[str, Any], e
     with pytest.raises(UserError, match=expected):
         distill(recipe(student={"init": {"from": "teacher", **init}}))
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("choose", ["search", "even"])
+def test_a_hidden_width_that_transformers_will_not_save_is_refused_before_any_pass(
+    workplace: Path, choose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks at LLaMA's (a multiple of the heads, here 4) when it saves, which would be behind the training."""
+    layers = {"layers": 2, "choose": choose}
+    asked = recipe(student={"init": {"from": "teacher", **layers, "hidden": 31}})
+    words = r"student.init.hidden: got 31, which Llama does not take: .*multiple.* The nearest that may do: 28 or 32"
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerSwitch, "__init__", lambda *_: pytest.fail("a pass"))
+        with pytest.raises(UserError, match=words):
+            dry_run(asked)
+        with pytest.raises(UserError, match=words):
+            distill(asked)
+        (workplace / "r.yaml").write_text(asked.to_yaml())
+        assert "student.init.hidden: got 31" in str(diagnose(workplace / "r.yaml"))
+        random = recipe(student={"init": {"from": "config", "hidden": 31}})
+        with pytest.raises(UserError, match=words):
+            distill(random)
+    fits = recipe(
+        student={"init": {"from": "teacher", **layers, "hidden": 28}}, training={"max_steps": 1}, evaluation=UNSCORED
+    )
+    run = distill(fits)
+    student = type(tiny_llama()).from_pretrained(run.final_path)
+    assert student.config.hidden_size == 28
+
+
+def test_a_record_that_asks_for_too_much_is_not_called_damaged() -> None:
+    hidden = {"layers": [0, 1], "hidden": {"channels": as_hex(torch.arange(31), 32)}}
+    with pytest.raises(UserError, match=r"^student.init.hidden: got 31"):
+        student_init.made_of(hidden, tiny_llama())
+    with pytest.raises(UserError, match=r"^student_init.json: damaged \(ValueError"):
+        student_init.made_of({"layers": [0, 1], "hidden": {"channels": "xyz"}}, tiny_llama())
+
+
+def test_a_student_that_cannot_be_saved_is_not_made() -> None:
+    teacher = tiny_llama()
+    teacher.config.hidden_size = 30
+    with pytest.raises(UserError, match=r"student.init: no student can be saved so: .*multiple of"):
+        empty_like(teacher, teacher.config, build_of(teacher))
 
 
 def test_a_task_takes_layers_alone() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,102 @@ def test_other_weights_and_filters_are_answered_anew_and_damage_is_seen(tmp_path
     path.write_bytes(content.replace(b'"stop"', b'"STOP"').replace(b'"length"', b'"LENGTH"'))
     asked.clear()
     assert answered(tmp_path)[1] == first and sum(asked) == 14 and path.read_bytes() == content
+
+
+def without(key: str) -> Any:
+    def change(content: bytes) -> bytes:
+        return json.dumps({name: value for name, value in json.loads(content).items() if name != key}).encode()
+
+    return change
+
+
+def lines_of(content: bytes) -> list[bytes]:
+    return content.splitlines(keepends=True)
+
+
+DAMAGE: dict[str, tuple[str, Any]] = {
+    "cut": ("jsonl", lambda content: content[: len(content) // 2]),
+    "empty": ("jsonl", lambda _: b""),
+    "binary": ("jsonl", lambda _: bytes(range(256))),
+    "an empty object": ("jsonl", lambda _: b"{}\n"),
+    "too few answers": ("jsonl", lambda content: b"".join(lines_of(content)[:-2])),
+    "an answer twice": ("jsonl", lambda content: content + lines_of(content)[-1]),
+    "a number for a text": (
+        "jsonl",
+        lambda content: b"".join(json.dumps({**json.loads(line), "text": 7}).encode() + b"\n" for line in lines_of(content)),
+    ),
+    "changed letters": ("jsonl", lambda content: content.replace(b'"text": "', b'"text": "x')),
+    "gone": ("jsonl", None),
+    "a manifest that is gone": ("manifest.json", None),
+    "an empty manifest": ("manifest.json", lambda _: b""),
+    "half a manifest": ("manifest.json", lambda content: content[: len(content) // 2]),
+    "a binary manifest": ("manifest.json", lambda _: bytes(range(256))),
+    "a list": ("manifest.json", lambda content: b"[" + content + b"]"),
+    "no counts": ("manifest.json", without("counts")),
+    "no counts and no seal": ("manifest.json", lambda content: without("checksum")(without("counts")(content))),
+    "other counts": ("manifest.json", lambda content: content.replace(b'"kept": 14', b'"kept": 13')),
+    "counts of words": (
+        "manifest.json",
+        lambda content: json.dumps({**json.loads(without("checksum")(content)), "counts": "many"}).encode(),
+    ),
+    "no sha256": ("manifest.json", without("sha256")),
+    "no identity": ("manifest.json", without("identity")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_answers_are_made_again_and_never_learned(tmp_path: Path, asked: list[int], name: str) -> None:
+    rows, about = answered(tmp_path)
+    suffix, change = DAMAGE[name]
+    kept = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    (path,) = (path for path in kept if path.name == f"{about['fingerprint']}.{suffix}")
+    path.unlink()
+    if change is not None:
+        path.write_bytes(change(kept[path]))
+        assert path.read_bytes() != kept[path]
+    asked.clear()
+    assert answered(tmp_path) == (rows, about) and sum(asked) == 14
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == kept
+    assert answered(tmp_path)[1]["cached"] and sum(asked) == 14
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"format": 2}', None])
+def test_unfinished_answers_of_who_knows_what_are_begun_anew(
+    tmp_path: Path, asked: list[int], content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = answered(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerBlocks, "finish", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            answered(tmp_path)
+    (folder,) = (tmp_path / "cache").iterdir()
+    settings = folder / "settings.json"
+    settings.unlink()
+    if content is not None:
+        settings.write_bytes(content)
+    asked.clear()
+    assert answered(tmp_path)[0] == whole and sum(asked) == 14 and cached(tmp_path) == [".jsonl", ".manifest.json"]
+
+
+def test_nobody_else_may_read_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are text of a user; also where the folder of the cache is open to all, and while they are made."""
+    write, modes = AnswerBlocks.write, []
+
+    def look(self: AnswerBlocks, number: int, *rest: Any) -> None:
+        write(self, number, *rest)
+        modes.append(stat.S_IMODE(self.folder.stat().st_mode))
+
+    monkeypatch.setattr(AnswerBlocks, "write", look)
+    before = os.umask(0o022)
+    try:
+        answered(tmp_path / "a")
+        (tmp_path / "b" / "cache").mkdir(parents=True)
+        answered(tmp_path / "b")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a" / "cache").stat().st_mode) == 0o700 and {*modes} == {0o700}
+    for path in (*(tmp_path / "a" / "cache").iterdir(), *(tmp_path / "b" / "cache").iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
 def test_filters_leave_rows_out_and_count_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

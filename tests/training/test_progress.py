@@ -47,6 +47,18 @@ def test_short_work_and_other_processes_say_nothing(
     assert capsys.readouterr().err == ""
 
 
+def test_of_pieces_within_each_other_the_innermost_is_told(often: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A student's layers are chosen while the models are loaded."""
+    with working("loading"):
+        with working("choosing"):
+            time.sleep(0.18)
+        inside = capsys.readouterr().err.splitlines()
+        time.sleep(0.13)
+    after = capsys.readouterr().err.splitlines()
+    assert inside and all(line.startswith("choosing") for line in inside)
+    assert after and all(line.startswith("loading") for line in after)
+
+
 def test_work_of_unknown_size() -> None:
     work = Work("loading the teacher")
     work.began -= 95
