@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 from dts_hf.data.chat_templates import get_template
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.files import json_text, sealed
+from dts_hf.teachers.cached.layout import MANIFEST
 from dts_hf.teachers.cached.writer import Facts, Rows, make_plan, write_cache
 from dts_hf.teachers.identity import identity_of
 from dts_hf.teachers.live import LiveTeacher
@@ -24,3 +28,11 @@ def cache_of(
     facts = Facts({"max_length": 128}, {"train": getattr(data, "digest", None)}, len(tokenizer), errors, forced)
     write_cache(folder, LiveTeacher(teacher), rows, plan, facts, rank=rank, world=world)
     return folder
+
+
+def edit_manifest(folder, change):
+    """Change a manifest as one who knows its checksum: ``change(values)``."""
+    path = folder / MANIFEST
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json_text(sealed(values)))

@@ -23,20 +23,18 @@ from dts_hf.errors import UserError
 from dts_hf.files import file_sha256
 from dts_hf.models.head import Head
 from dts_hf.teachers.cached.layout import (
+    AGAIN,
     DTYPES,
-    HEAD,
-    INDEX,
     MANIFEST,
     METADATA,
     Manifest,
+    check_regular,
     id_hash,
     read_manifest,
     row_checksum,
 )
+from dts_hf.teachers.cached.manifest_form import HEAD, INDEX
 from dts_hf.teachers.identity import TeacherIdentity, differences, head_facts
-
-#: What to do with a cache that is not as it was written.
-AGAIN = "Make it again with dts-hf cache-teacher --overwrite, or fetch it again"
 
 
 class StateCache:
@@ -186,8 +184,7 @@ class StateCache:
 
     def _check_size(self, shard: Any) -> None:
         path = self.folder / shard["file"]
-        if not path.is_file():
-            raise UserError(f"{path}: is missing. {AGAIN}")
+        check_regular(path)
         if (size := path.stat().st_size) != shard["bytes"]:
             raise UserError(
                 f"{path}: has {size:,} bytes, expected {shard['bytes']:,}: it was cut or replaced. {AGAIN}"
@@ -195,8 +192,7 @@ class StateCache:
 
     def _load(self, name: str) -> dict[str, Tensor]:
         path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: is missing. {AGAIN}")
+        check_regular(path)
         if file_sha256(path) != self.manifest.files[name]:
             raise UserError(f"{path}: is not as it was written, going by its sha256 in {MANIFEST}. {AGAIN}")
         return load_file(path)

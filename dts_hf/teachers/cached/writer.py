@@ -28,11 +28,8 @@ from dts_hf.files import file_sha256, write_bytes_atomic, write_text_atomic
 from dts_hf.models.head import Head
 from dts_hf.teachers.cached.layout import (
     DTYPES,
-    HEAD,
-    INDEX,
     MANIFEST,
     METADATA,
-    SHARDS,
     Manifest,
     Plan,
     as_int64,
@@ -40,9 +37,10 @@ from dts_hf.teachers.cached.layout import (
     quantise,
     row_checksum,
     row_key,
-    shard_name,
+    shards_in,
     targets_of,
 )
+from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, shard_name
 from dts_hf.teachers.compact import PARTS, CompactFormat, ErrorAt, described
 from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
@@ -165,7 +163,7 @@ def _prepare(folder: Path, digest: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.tmp"):
         left.unlink(missing_ok=True)
-    for path in sorted(folder.glob(SHARDS)):
+    for path in shards_in(folder):
         found = _metadata(path)
         if found is not None and found.get("plan") != digest:
             raise UserError(
@@ -315,7 +313,7 @@ def _finish(
         options={"shard_bytes": plan.shard_bytes, "batch_tokens": plan.batch_tokens},
         compact=None if plan.compact is None else described(plan.compact, facts.errors, facts.forced),
     )
-    for path in set(folder.glob(SHARDS)) - {folder / str(shard["file"]) for shard in shards}:
+    for path in {*shards_in(folder)} - {folder / str(shard["file"]) for shard in shards}:
         path.unlink()  # of a broken one that no metadata could be read of
     write_text_atomic(folder / MANIFEST, manifest.text())
     return manifest
@@ -345,5 +343,5 @@ def remove_cache(folder: Path) -> None:
     Args:
         folder: of the cache, or of what a killed process has left of one.
     """
-    for path in [folder / MANIFEST, folder / INDEX, folder / HEAD, *folder.glob(SHARDS)]:
+    for path in [folder / MANIFEST, folder / INDEX, folder / HEAD, *shards_in(folder)]:
         path.unlink(missing_ok=True)
