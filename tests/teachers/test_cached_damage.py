@@ -18,6 +18,7 @@ from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.cached.writer import Rows, make_plan
 from tests.support.cached import cache_of, edit_manifest
+from tests.support.streams import as_stream
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, encoded, trainer_for
 
@@ -295,3 +296,14 @@ def test_what_cannot_be_cached():
     plan = make_plan(Rows(encoded(), encoded().row_ids), identity)
     assert plan.digest() != dataclasses.replace(plan, dtype="int8").digest()
     assert torch.tensor(plan.counts).sum() == sum(encoded().target_counts)
+
+
+def test_the_first_batches_of_a_stream_are_tested(cache, tmp_path):
+    """Nobody could look at its rows before: states of another scale than the head's end the run before its first step."""
+    streamed = {"train_dataset": as_stream(ROWS), "max_length": 128, "max_prompt_length": 64}
+    train(tmp_path, cache, **streamed)
+    edit_manifest(cache, lambda manifest: manifest["identity"].update(logit_scale=2.0))
+    trainer = trainer_for(tmp_path / "run", teacher=CachedTeacher(cache), **streamed)
+    with pytest.raises(UserError, match="states: the self-test failed: label log-probabilities of"):
+        trainer.train()
+    assert trainer.state.global_step == 0

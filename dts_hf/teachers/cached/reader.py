@@ -36,6 +36,7 @@ from dts_hf.teachers.cached.layout import (
 )
 from dts_hf.teachers.cached.manifest_form import HEAD, INDEX
 from dts_hf.teachers.identity import TeacherIdentity, differences, head_facts
+
 #: Types as safetensors writes them.
 _SHORT = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 
