@@ -87,6 +87,18 @@ def test_another_teacher_is_refused(student):
         distill(recipe(student=student, teacher={**CACHED, "missing": "live"}))
 
 
+def test_another_teacher_in_the_same_folder_is_refused(student):
+    """By its weights wherever it is loaded, else by its configuration; other weights alone nobody sees who loads none."""
+    cache(student=student)
+    cut = {"student": {"init": {"from": "teacher", "layers": 2}}, "teacher": CACHED}
+    tiny_llama(seed=77, layers=4).save_pretrained("teacher")
+    with pytest.raises(UserError, match="is of another teacher: weights: xxh3"):
+        distill(recipe(**cut))
+    tiny_llama(seed=77, layers=3).save_pretrained("teacher")
+    with pytest.raises(UserError, match="is of another teacher: configuration: xxh3"):
+        distill(recipe(student=student, teacher=CACHED))
+
+
 def write_long_rows():
     """Of which an input is shortened to fit a limit."""
     rows = [{"id": f"row-{n}", "instruction": "Say yes", "input": "word " * 12, "output": "yes"} for n in range(4)]

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template
 from dts_hf.errors import UserError
 from dts_hf.files import text_digest
-from dts_hf.models.description import describe_model, describe_tokenizer, versions, weights_digest
+from dts_hf.models.description import describe_config, describe_model, describe_tokenizer, versions, weights_digest
 from dts_hf.models.head import Head, head_of
 
 #: Final states, after the norm that ends the backbone: what the head reads. Engines often give those before it.
@@ -184,6 +184,21 @@ def model_facts(
         "adapter": _digest(model["adapter"]) if model["adapter"] else None,
         **head_facts(head),
     }
+
+
+def config_digest(config: PreTrainedConfig, dtype: str) -> str:
+    """``TeacherIdentity.config`` of the configuration of a model that is not loaded.
+
+    Args:
+        config: as it lies on the disk.
+        dtype: torch's name of the type that the model would be loaded in, which loading writes into the configuration.
+    """
+
+    def loaded(values: dict[str, Any]) -> dict[str, Any]:
+        found = {key: loaded(value) if isinstance(value, dict) else value for key, value in values.items()}
+        return {**found, "dtype": dtype} if "dtype" in found else found
+
+    return _digest(loaded(describe_config(config)))
 
 
 def head_facts(head: Head) -> dict[str, Any]:
