@@ -135,6 +135,24 @@ def test_a_resume_finds_another_cache(student):
     assert distill(recipe(**first), resume=True).read_metrics()["training"]["steps"] == 6
 
 
+def test_a_resume_may_find_its_cache_in_another_folder(student):
+    first = {
+        "student": student,
+        "teacher": CACHED,
+        "training": {**SGD, "save_strategy": "steps", "save_steps": 3},
+        "output": {"dir": "run", "report": False},
+        **QUICK,
+    }
+    cache(student=student)
+    distill(recipe(**first))
+    (Path("run") / "metrics.json").unlink()
+    shutil.rmtree("run/final")
+    shutil.rmtree("run/checkpoint-6")
+    Path("states").rename("moved")
+    moved = recipe(**{**first, "teacher": {**CACHED, "cache": "moved"}})
+    assert distill(moved, resume=True).read_metrics()["training"]["steps"] == 6
+
+
 def test_the_command(student):
     values = recipe(student=student)
     Path("recipe.yaml").write_text(values.to_yaml())
