@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.language_modeling.caching import CacheOptions
+from tests.support.cached import edit_manifest
 from tests.support.cached_runs import CACHED, LIVE, QUICK, SGD, cache, invoke, log_of, quick
 from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -168,6 +169,10 @@ def test_the_command(student):
     assert before == {path.name: path.stat().st_mtime_ns for path in Path("states").glob("states-*")}
     done = invoke("cache-teacher", "recipe.yaml", "teacher.kind=cached", "teacher.cache=states", "--verify")
     assert done.exit_code == 0 and "whole, " in done.stdout
+    edit_manifest(Path("states"), lambda manifest: manifest["identity"].update(logit_scale=1.01))
+    done = invoke("cache-teacher", "recipe.yaml", "--output", "states", "--verify")
+    assert done.exit_code == 2 and "the self-test failed" in " ".join(done.output.split()), done.output
+    edit_manifest(Path("states"), lambda manifest: manifest["identity"].update(logit_scale=1.0))
     shard = Path("states/states-00000.safetensors")
     shard.write_bytes(shard.read_bytes()[:-40] + b"\0" * 40)
     done = invoke("cache-teacher", "recipe.yaml", "--output", "states", "--verify")

@@ -35,6 +35,7 @@ from dts_hf.task import Data
 from dts_hf.teachers.cached.folder import held, own_bytes, remove_cache
 from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
 from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, write_cache
 from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
 from dts_hf.teachers.identity import TeacherIdentity, identity_of, rows_facts
@@ -285,17 +286,28 @@ def _say_plan(folder: Path, plan: Plan, overwrite: bool) -> None:
     )
 
 
-def verify_cache(folder: Path) -> Manifest:
-    """Read all of a cache and compare it with what was written.
+def verify_cache(folder: Path, recipe: Recipe) -> Manifest:
+    """Read all of a cache and compare it with what was written; and make the self-test on rows of the recipe.
 
     Args:
         folder: the cache.
+        recipe: whose rows it is of.
 
     Raises:
-        UserError: names the first file that is not as it was written.
+        UserError: names the first file that is not as it was written; the states are not those that the head reads; or a row
+            of the recipe is not in the cache.
     """
     cache = StateCache(folder)
     with working("verifying labels", cache.manifest.labels) as work:
         for labels in cache.verify():
             work.advance(labels)
+    if recipe.data.responses == "teacher":
+        say("the rows of this recipe are the teacher's own answers, so no label is tested without it")
+        return cache.manifest
+    task, teacher = LanguageModeling(_with_live_teacher(recipe)), CachedTeacher(cache)
+    tokenizer, _ = load_tokenizers(recipe)
+    teacher.check_tokenizer(tokenizer)
+    data = task.encode(task.load_rows(), tokenizer)
+    for name, of in zip(("data.train", "data.validation"), _sets(data), strict=False):
+        teacher.check_rows(of, name, tokenizer, task.template(tokenizer))
     return cache.manifest

@@ -75,7 +75,7 @@ def _apart(identity: TeacherIdentity, teacher: Teacher, whose: str) -> list[str]
     lines, commit = [], commit_of(teacher.model, teacher.revision)
     if None not in (commit, identity.commit) and commit != identity.commit:
         lines.append(f"commit: {identity.commit} in {whose}, {commit} here")
-    facts = {"dtype": teacher.dtype, "quantization": teacher.quantization}
+    facts: dict[str, str] = {"dtype": teacher.dtype, "quantization": teacher.quantization}
     if (config := _config_here(teacher)) is not None:
         facts["config"] = config
     return lines + differences(identity, facts, whose)
