@@ -224,6 +224,23 @@ def test_manifests_of_others(cache, change, said):
         StateCache(cache)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shards_of_another_type_than_the_manifest_says(cache, tmp_path, dtype):
+    edit_manifest(cache, lambda manifest: manifest.update(dtype=dtype))
+    with pytest.raises(UserError, match=r"states-00000\.safetensors: states: got F32 .*, expected (BF16|I8) "):
+        train(tmp_path, cache)
+
+
+def test_an_index_that_does_not_go_with_the_shards(cache):
+    index = load_file(cache / INDEX)
+    replace_file(cache, INDEX, {**index, "offsets": index["offsets"] + 1})
+    with pytest.raises(UserError, match=r"index\.safetensors: other labels than those of the shards"):
+        StateCache(cache)
+    replace_file(cache, INDEX, {name: tensor for name, tensor in index.items() if name != "order"})
+    with pytest.raises(UserError, match=r"index\.safetensors: order: got nothing, expected \[16\]"):
+        StateCache(cache)
+
+
 def test_a_manifest_that_somebody_has_changed(cache):
     path = cache / MANIFEST
     path.write_text(path.read_text().replace('"nll": ', '"nll": 1'))

@@ -94,7 +94,8 @@ def check_form(values: Mapping[str, Any], where: str) -> None:
         form = _Manifest.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, given = ".".join(map(str, first["loc"])), repr(first["input"])[:60]
+        key = "".join(letter for letter in ".".join(map(str, first["loc"])) if letter.isprintable())[:200]
+        given = repr(first["input"])[:60]
         raise UserError(f"{where}: is no manifest of a cache of states: {key}: got {given}: {first['msg']}") from None
     own = {INDEX} if form.compact is not None else {INDEX, HEAD}
     if {*form.files} != own:
