@@ -180,8 +180,18 @@ def json_text(values: Any) -> str:
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` as JSON with a checksum of themselves."""
+    write_json_atomic(path, sealed(values))
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` as JSON holds them, with a checksum of themselves."""
     plain = {key: value for key, value in jsonable(values).items() if key != CHECKSUM}
-    write_json_atomic(path, {**plain, CHECKSUM: _checksum(plain)})
+    return {**plain, CHECKSUM: _checksum(plain)}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether what was read is what ``sealed`` gave."""
+    return values.get(CHECKSUM) == _checksum({key: value for key, value in values.items() if key != CHECKSUM})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

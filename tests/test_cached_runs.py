@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.language_modeling.caching import CacheOptions
+from tests.support.cached import edit_manifest
 from tests.support.cached_runs import CACHED, LIVE, QUICK, SGD, cache, invoke, log_of, quick
 from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -87,6 +88,18 @@ def test_another_teacher_is_refused(student):
         distill(recipe(student=student, teacher={**CACHED, "missing": "live"}))
 
 
+def test_another_teacher_in_the_same_folder_is_refused(student):
+    """By its weights wherever it is loaded, else by its configuration; other weights alone nobody sees who loads none."""
+    cache(student=student)
+    cut = {"student": {"init": {"from": "teacher", "layers": 2}}, "teacher": CACHED}
+    tiny_llama(seed=77, layers=4).save_pretrained("teacher")
+    with pytest.raises(UserError, match="is of another teacher: weights: xxh3"):
+        distill(recipe(**cut))
+    tiny_llama(seed=77, layers=3).save_pretrained("teacher")
+    with pytest.raises(UserError, match="is of another teacher: configuration: xxh3"):
+        distill(recipe(student=student, teacher=CACHED))
+
+
 def write_long_rows():
     """Of which an input is shortened to fit a limit."""
     rows = [{"id": f"row-{n}", "instruction": "Say yes", "input": "word " * 12, "output": "yes"} for n in range(4)]
@@ -123,6 +136,24 @@ def test_a_resume_finds_another_cache(student):
     assert distill(recipe(**first), resume=True).read_metrics()["training"]["steps"] == 6
 
 
+def test_a_resume_may_find_its_cache_in_another_folder(student):
+    first = {
+        "student": student,
+        "teacher": CACHED,
+        "training": {**SGD, "save_strategy": "steps", "save_steps": 3},
+        "output": {"dir": "run", "report": False},
+        **QUICK,
+    }
+    cache(student=student)
+    distill(recipe(**first))
+    (Path("run") / "metrics.json").unlink()
+    shutil.rmtree("run/final")
+    shutil.rmtree("run/checkpoint-6")
+    Path("states").rename("moved")
+    moved = recipe(**{**first, "teacher": {**CACHED, "cache": "moved"}})
+    assert distill(moved, resume=True).read_metrics()["training"]["steps"] == 6
+
+
 def test_the_command(student):
     values = recipe(student=student)
     Path("recipe.yaml").write_text(values.to_yaml())
@@ -138,6 +169,10 @@ def test_the_command(student):
     assert before == {path.name: path.stat().st_mtime_ns for path in Path("states").glob("states-*")}
     done = invoke("cache-teacher", "recipe.yaml", "teacher.kind=cached", "teacher.cache=states", "--verify")
     assert done.exit_code == 0 and "whole, " in done.stdout
+    edit_manifest(Path("states"), lambda manifest: manifest["identity"].update(logit_scale=1.01))
+    done = invoke("cache-teacher", "recipe.yaml", "--output", "states", "--verify")
+    assert done.exit_code == 2 and "the self-test failed" in " ".join(done.output.split()), done.output
+    edit_manifest(Path("states"), lambda manifest: manifest["identity"].update(logit_scale=1.0))
     shard = Path("states/states-00000.safetensors")
     shard.write_bytes(shard.read_bytes()[:-40] + b"\0" * 40)
     done = invoke("cache-teacher", "recipe.yaml", "--output", "states", "--verify")

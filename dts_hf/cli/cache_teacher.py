@@ -51,7 +51,10 @@ def command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write a compact cache that keeps less than that.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run no teacher: read all of a finished cache, and check every file.")
+        bool,
+        typer.Option(
+            "--verify", help="Run no teacher: read all of a finished cache, check every file, and make the self-test."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +66,7 @@ def command(
 
     folder = folder_of(checked, output)
     if verify:
-        manifest = verify_cache(folder)
+        manifest = verify_cache(folder, checked)
     else:
         stored = None if dtype is None else dtype.value
         options = CacheOptions(stored, shard_mb << 20, batch_tokens, overwrite, compact, force)

@@ -13,7 +13,8 @@ from dts_hf.errors import UploadError, UserError
 from dts_hf.hub.faults import explained, patiently
 from dts_hf.hub.pull import download
 from dts_hf.hub.push import Destination, create_repository, full_name
-from dts_hf.teachers.cached.layout import HEAD, INDEX, MANIFEST, SHARDS, Manifest
+from dts_hf.teachers.cached.layout import MANIFEST, Manifest
+from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, is_shard_name, shard_name
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.compact import ErrorAt
 
@@ -80,7 +81,9 @@ def _upload(folder: Path, manifest: Manifest, card: str, to: Destination) -> str
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="dts-hf", token=to.token)
-    shards = [str(shard["file"]) for shard in manifest.shards]
+    # Names of our own, whatever the manifest says, which may have come from anywhere
+    shards = [shard_name(number) for number in range(len(manifest.shards))]
+    rest = [INDEX, MANIFEST] if manifest.form is not None else [HEAD, INDEX, MANIFEST]
     say(f"{to.repository}: uploading {len(shards)} shards, {gb(manifest.size)}")
 
     def commit(operations: list[CommitOperationAdd | CommitOperationDelete], message: str) -> None:
@@ -100,8 +103,8 @@ def _upload(folder: Path, manifest: Manifest, card: str, to: Destination) -> str
     there = patiently(
         lambda: api.list_repo_files(to.repository, repo_type="dataset", revision=to.revision), to.repository
     )
-    stale = [name for name in there if Path(name).match(SHARDS) and name not in shards]
-    last = [CommitOperationAdd(CARD, card.encode()), *map(added, (*manifest.files, MANIFEST))]
+    stale = [name for name in there if is_shard_name(name) and name not in shards]
+    last = [CommitOperationAdd(CARD, card.encode()), *map(added, rest)]
     commit([*last, *map(CommitOperationDelete, stale)], "Index, head and manifest")
     return f"{api.endpoint}/datasets/{to.repository}" + (f"/tree/{to.revision}" if to.revision else "")
 
@@ -124,7 +127,7 @@ def pull_cache(repository: str, target: Path, *, revision: str | None = None, to
         if MANIFEST not in offered:
             raise UserError(f"{repository}: holds no {MANIFEST}, so it is no cache of states, or an unfinished one")
         own = {MANIFEST, INDEX, HEAD, CARD}
-        return [name for name in offered if name in own or ("/" not in name and Path(name).match(SHARDS))]
+        return [name for name in offered if name in own or is_shard_name(name)]
 
     download(repository, target, "dataset", wanted, revision=revision, token=token)
     return _whole(target)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from dts_hf.console import duration, gb, say, working
@@ -31,9 +32,11 @@ from dts_hf.models.quantization import check_quantization
 from dts_hf.models.vocabulary import check_tokenizers, plan_for
 from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.task import Data
-from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan
+from dts_hf.teachers.cached.folder import held, own_bytes, remove_cache
+from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
 from dts_hf.teachers.cached.reader import StateCache
-from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, remove_cache, write_cache
+from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, write_cache
 from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
 from dts_hf.teachers.identity import TeacherIdentity, identity_of, rows_facts
 from dts_hf.teachers.live import LiveTeacher
@@ -52,7 +55,7 @@ class CacheOptions:
         dtype: ``float32``, ``bfloat16`` or ``int8``; None: the teacher's own, in which nothing is lost.
         shard_bytes: of a shard; a kill costs a process one of them at most.
         batch_tokens: padded tokens that the teacher is given at once.
-        overwrite: remove another cache from the folder first.
+        overwrite: replace another cache in the folder, once all else is checked and measured.
         compact: keep so many logits of each label and what the others weigh, in the place of states; ``dtype`` is then that
             of the kept logits, float16 (None) or float32.
         forced: also where ``compact`` keeps too little at the temperatures of the recipe.
@@ -104,9 +107,19 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
     limit_waiting(args)
     section, rank, world = recipe.required_teacher, args.process_index, args.world_size
     check_quantization(section.quantization, args.device)
-    if options.overwrite:
-        on_first_process(lambda: remove_cache(folder), rank, world)
     transformers_logging.disable_progress_bar()
+    stack = ExitStack()
+    on_first_process(lambda: stack.enter_context(held(folder)), rank, world)  # before minutes of loading
+    with stack:
+        return _written(task, folder, options, args, began)
+
+
+def _written(
+    task: LanguageModeling, folder: Path, options: CacheOptions, args: TrainingArguments, began: float
+) -> Manifest:
+    """The rows, the teacher and its states; nothing that lies in the folder is touched before all is checked."""
+    recipe, rank, world = task.recipe, args.process_index, args.world_size
+    section = recipe.required_teacher
     # 2. Rows as they are trained on
     with working("reading and encoding the rows"):
         loaded = task.load_rows()
@@ -128,7 +141,7 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
     errors: list[ErrorAt] = []
     form = _compact_format(recipe, options, teacher, student_tokenizer, len(teacher_tokenizer), shared)
     plan = make_plan(rows, identity, options.dtype, options.shard_bytes, options.batch_tokens, form)
-    on_first_process(lambda: _say_plan(folder, plan), rank, world)
+    on_first_process(lambda: _say_plan(folder, plan, options.overwrite), rank, world)
     if form is not None:
         errors = on_first_process(lambda: _measured(recipe, teacher, rows, plan, form, options.forced), rank, world)
     facts = Facts(
@@ -138,6 +151,8 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
         errors=errors,
         forced=options.forced,
     )
+    if options.overwrite:
+        on_first_process(lambda: remove_cache(folder), rank, world)
     manifest = write_cache(folder, teacher, rows, plan, facts, rank=rank, world=world)
     if rank == 0:
         say(
@@ -248,36 +263,51 @@ def _measured(
     return errors
 
 
-def _say_plan(folder: Path, plan: Plan) -> None:
+def _say_plan(folder: Path, plan: Plan, overwrite: bool) -> None:
     """Rows, labels and bytes of the cache that is to be made.
 
     Raises:
         UserError: the disk has no room for it.
     """
     labels, each = sum(plan.counts), plan.label_bytes
-    needed = labels * (each + 4) + 32 * len(plan.counts)
+    head = 0 if plan.compact is not None else plan.identity.vocab_size * bytes_per_label(
+        plan.identity.hidden_size + 1, plan.identity.dtype)  # fmt: skip
+    # Of a row 32 bytes in its shard and 56 in the index; of a file its header
+    needed = labels * (each + 4) + 88 * len(plan.counts) + head + 4096 * (len(plan.ranges()) + 3)
     there = next(place for place in [folder, *folder.absolute().parents] if place.exists())
-    kept = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    kept = own_bytes(folder)  # of this plan and gone on with, or to be removed
     if needed - kept > (free := shutil.disk_usage(there).free):
         raise UserError(f"--output: the cache takes {gb(needed)}, and {gb(free)} are free at {there}")
+    complete = "; complete already" if not overwrite and (folder / MANIFEST).is_file() else ""
     what = plan.dtype if plan.compact is None else f"{plan.compact.top_k:,} logits ({plan.dtype}) and their tail"
     say(
         f"{folder}: {labels:,} labels of {len(plan.counts):,} rows, {each:,} bytes each in {what}, "
-        f"{gb(needed)} in {len(plan.ranges()):,} shards{'; complete already' if (folder / MANIFEST).is_file() else ''}"
+        f"{gb(needed)} in {len(plan.ranges()):,} shards{complete}"
     )
 
 
-def verify_cache(folder: Path) -> Manifest:
-    """Read all of a cache and compare it with what was written.
+def verify_cache(folder: Path, recipe: Recipe) -> Manifest:
+    """Read all of a cache and compare it with what was written; and make the self-test on rows of the recipe.
 
     Args:
         folder: the cache.
+        recipe: whose rows it is of.
 
     Raises:
-        UserError: names the first file that is not as it was written.
+        UserError: names the first file that is not as it was written; the states are not those that the head reads; or a row
+            of the recipe is not in the cache.
     """
     cache = StateCache(folder)
     with working("verifying labels", cache.manifest.labels) as work:
         for labels in cache.verify():
             work.advance(labels)
+    if recipe.data.responses == "teacher":
+        say("the rows of this recipe are the teacher's own answers, so no label is tested without it")
+        return cache.manifest
+    task, teacher = LanguageModeling(_with_live_teacher(recipe)), CachedTeacher(cache)
+    tokenizer, _ = load_tokenizers(recipe)
+    teacher.check_tokenizer(tokenizer)
+    data = task.encode(task.load_rows(), tokenizer)
+    for name, of in zip(("data.train", "data.validation"), _sets(data), strict=False):
+        teacher.check_rows(of, name, tokenizer, task.template(tokenizer))
     return cache.manifest

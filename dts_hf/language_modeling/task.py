@@ -37,7 +37,7 @@ from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
 from dts_hf.teachers.cached.reader import StateCache
-from dts_hf.teachers.cached.recipe import check_same_model, open_cache
+from dts_hf.teachers.cached.recipe import check_same_model, check_server, open_cache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
@@ -100,7 +100,12 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def load_teacher(self) -> PreTrainedModel | None:
         teacher = self.recipe.teacher
-        return None if teacher is None or not self.recipe.loads_teacher else load_teacher(teacher)
+        if teacher is None or not self.recipe.loads_teacher:
+            return None
+        model = load_teacher(teacher)
+        if (states := self.teacher_cache() or self.remote_teacher) is not None:
+            check_same_model(states, model, teacher)
+        return model
 
     def teacher_cache(self) -> StateCache | None:
         teacher = self.recipe.teacher
@@ -111,12 +116,14 @@ class LanguageModeling(Task[DistillationTrainer]):
         """The teacher behind the recipe's address, met and tested; None where it is of another kind.
 
         Raises:
-            UserError: see ``RemoteTeacher``.
+            UserError: see ``RemoteTeacher``; or it is another teacher than the recipe's.
         """
         teacher = self.recipe.teacher
         if teacher is None or teacher.kind != "remote":
             return None
-        return RemoteTeacher(str(teacher.url), token_env=teacher.token_env)
+        remote = RemoteTeacher(str(teacher.url), token_env=teacher.token_env)
+        check_server(remote, teacher)
+        return remote
 
     def teacher_record(self) -> dict[str, Any] | None:
         remote = self.remote_teacher
@@ -224,8 +231,6 @@ class LanguageModeling(Task[DistillationTrainer]):
         if cache is None:
             return self.remote_teacher or models.teacher
         live = models.teacher if self.recipe.keeps_teacher else None
-        if live is not None:
-            check_same_model(cache, live, self.recipe.required_teacher)
         return CachedTeacher(cache, None if live is None else LiveTeacher(live))
 
     def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:

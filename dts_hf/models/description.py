@@ -65,7 +65,7 @@ def describe_model(
         digests of weights: ``weights``; of a model with an adapter ``frozen_weights``; of a quantised one
         ``unpacked_weights`` and ``files``.
     """
-    settings = _configuration(getattr(model, "generation_config", None))
+    settings = describe_config(getattr(model, "generation_config", None))
     if generation is not None:
         settings = {key: settings.get(key) for key in generation}
     values = {**_settings(model), "generation": settings}
@@ -139,7 +139,7 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 def _settings(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return {
-        "config": _configuration(config),
+        "config": describe_config(config),
         "adapter": {name: _adapter(adapter) for name, adapter in _adapters(model).items()},
         "code": _code_digest(type(_base(model))),
     }
@@ -157,7 +157,7 @@ def _weights(model: nn.Module, frozen: bool) -> dict[str, str]:
     return {} if found is None else {name: found}
 
 
-def _configuration(config: Any) -> dict[str, Any]:
+def describe_config(config: Any) -> dict[str, Any]:
     """``to_dict`` without what is not of the model: the place that it was loaded from, and who wrote it."""
     if not hasattr(config, "to_dict"):
         return {}

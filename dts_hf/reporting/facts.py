@@ -220,6 +220,11 @@ def describe_teacher(facts: Facts) -> str:
     teacher = facts.section("teacher")
     if facts.recipe and not teacher:
         return "none: it learnt from labels alone"
+    served = (facts.manifest.get("models") or {}).get("teacher_states") or {}
+    if served.get("kind") == "remote":  # what has answered, whatever the recipe calls it
+        name = "".join(letter for letter in str(served["model"]) if letter.isprintable() and letter not in "`|<>[]()")
+        commit = served.get("commit")
+        return f"`{name[:200]}`{f' at revision `{commit}`' if commit else ''} in {served['dtype']}, on another machine"
     return _describe_section(teacher, bool(facts.recipe))
 
 

@@ -42,6 +42,7 @@ from dts_hf.temperature import build_temperature
 MAY_CHANGE = (
     "output.*", "data.train", "data.train.source", "data.validation", "data.validation.source",
     "data.cache_dir", "student.lora.save", "teacher.placement", "loss.logits_budget_mb",
+    "teacher.url", "teacher.token_env", "teacher.cache",  # what is behind them is compared itself (teacher_record)
     *(f"training.{key}" for key in (
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
         "eval_accumulation_steps", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",

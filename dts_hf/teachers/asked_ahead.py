@@ -20,13 +20,13 @@ from torch.utils.data import get_worker_info
 
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.teachers.batch_rows import Row
-from dts_hf.teachers.cached.teacher import BITS, STATES
+from dts_hf.teachers.cached.teacher import BITS, LOGPROBS, STATES
 from dts_hf.teachers.remote_states import RemoteStates
 from dts_hf.teachers.wire import Answer
 
-#: In a batch: the number ``[1]`` of the question that its rows were asked in; or, beside the states, the bits of the
-#: log-probabilities ``[N]`` that came with them.
-TICKET, LOGPROBS = "teacher_ticket", "teacher_logprobs"
+#: In a batch: the number ``[1]`` of the question that its rows were asked in; or, beside the states, the
+#: log-probabilities ``[N]`` that came with them (``LOGPROBS``).
+TICKET = "teacher_ticket"
 #: Answers that nobody has fetched, as of batches that a resume skips.
 _MOST_KEPT = 64
 

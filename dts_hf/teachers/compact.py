@@ -232,7 +232,9 @@ def check_mass(errors: Sequence[ErrorAt], instead: str, forced: bool = False) ->
         f"{worst.kl:.2g} nats). {instead}"
     )
     if not forced:
-        raise UserError(f"{what}. --force keeps it as it is")
+        raise UserError(
+            f"{what}. --force writes it all the same, for the temperatures of the recipe that it is written with"
+        )
     logger.warning("%s (forced)", what)
 
 

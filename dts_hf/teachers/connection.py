@@ -135,6 +135,7 @@ class Connection:
                 status = response.status_code
                 content = self._read(response, most if status == 200 else 2000)
                 wait = response.headers.get("Retry-After", "")
+                location = response.headers.get("Location", "")
         except (requests.RequestException, OSError) as error:
             raise _Again(_plain(error)) from None
         if status == 200:
@@ -143,6 +144,12 @@ class Connection:
         sentence = f"{self.url}{path}: {status} {masked(words)}"
         if status in _AGAIN:
             raise _Again(f"{status} {words}", min(float(wait), 60.0) if wait.isdecimal() else 0.0)
+        if status in range(300, 400):
+            place = "".join(letter for letter in location if letter.isprintable())[:300]
+            raise RunError(
+                f"{self.url}{path}: {status}, a redirection to {masked(place) or 'nowhere'}, which is not followed: the "
+                "token goes to the address of teacher.url alone. Put the server's own address there"
+            )
         if status == 401:
             raise RunError(f"{sentence}. Set the variable that teacher.token_env names to the server's token")
         if status == 409:

@@ -18,6 +18,8 @@ from dts_hf.teachers.wire import PROTOCOL, STATE_DTYPES, Limits
 
 #: Of an identity, what does not change an answer to token ids: where the teacher came from, who words the rows.
 _NOT_HASHED = ("model", "commit", "versions", "template")
+#: Of a limit: a question has int32 lengths.
+_MOST = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,18 @@ class Description:
             raise UserError(
                 f"{where}: its description has no identity or no limits: another version of dts_hf wrote it"
             )
-        if not all(isinstance(limit, int) and limit >= 1 for limit in limits.values()):
-            raise UserError(f"{where}: got the limits {dict(limits)}, expected whole numbers from 1 on")
+        if not all(type(limit) is int and 1 <= limit <= _MOST for limit in limits.values()):
+            raise UserError(f"{where}: got the limits {dict(limits)}, expected whole numbers from 1 to {_MOST:,}")
         if identity.get("states") != POST_NORM:
             raise UserError(
                 f"{where}: its states are {identity.get('states')!r}, expected {POST_NORM!r}: the head reads those after "
                 "the final norm, and no others give the teacher's logits"
             )
         found = cls(TeacherIdentity.from_json(identity, where), Limits(**limits))
+        if found.limits.vocab_size > found.identity.vocab_size:
+            raise UserError(
+                f"{where}: takes ids below {found.limits.vocab_size:,}, and its head has {found.identity.vocab_size:,}"
+            )
         if found.identity.dtype not in STATE_DTYPES:
             raise UserError(f"{where}: its states are in {found.identity.dtype}, expected {', '.join(STATE_DTYPES)}")
         if values.get("teacher_hash") != found.teacher_hash:

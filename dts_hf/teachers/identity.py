@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template
 from dts_hf.errors import UserError
 from dts_hf.files import text_digest
-from dts_hf.models.description import describe_model, describe_tokenizer, versions, weights_digest
+from dts_hf.models.description import describe_config, describe_model, describe_tokenizer, versions, weights_digest
 from dts_hf.models.head import Head, head_of
 
 #: Final states, after the norm that ends the backbone: what the head reads. Engines often give those before it.
 POST_NORM = "post_norm"
+#: Types of the weights that a teacher can have.
+DTYPES = ("float32", "bfloat16", "float16")
+#: Of H and of V: far above every model, and small enough that what is made of it can be refused before it is tried.
+MOST_WIDTH = 1 << 24
 #: Compared only where the same versions of the libraries have written both: another one writes the same rules otherwise.
 _OF_VERSION = ("tokenizer_rules", "config")
 #: Told, and not compared: a branch may move without a change of the weights, and the same ones may lie elsewhere.
@@ -110,7 +116,27 @@ class TeacherIdentity:
             raise UserError(
                 f"{where}: the teacher's identity {' and '.join(what)}: another version of dts_hf wrote it"
             )
-        return cls(**values)
+        try:
+            known_types: TypeAdapter[TeacherIdentity] = TypeAdapter(cls)
+            found = known_types.validate_json(json.dumps(dict(values)), strict=True)
+        except (ValidationError, ValueError, TypeError) as error:
+            first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+            key, given = (first["loc"][0], repr(first["input"])[:60]) if first else ("identity", "no JSON")
+            why = first["msg"] if first else error
+            raise UserError(f"{where}: the teacher's identity: {key}: got {given}: {why}") from None
+        for key, value in (("hidden_size", found.hidden_size), ("vocab_size", found.vocab_size)):
+            if not 1 <= value <= MOST_WIDTH:
+                raise UserError(f"{where}: the teacher's identity: {key}: got {value:,}, expected 1 to {MOST_WIDTH:,}")
+        for key, number in (("logit_scale", found.logit_scale), ("softcap", found.softcap)):
+            if number is not None and not (math.isfinite(number) and number):
+                raise UserError(
+                    f"{where}: the teacher's identity: {key}: got {number}, expected a finite number, not 0"
+                )
+        if found.dtype not in DTYPES:
+            raise UserError(
+                f"{where}: the teacher's identity: dtype: got {found.dtype!r}, expected one of {', '.join(DTYPES)}"
+            )
+        return found
 
 
 def identity_of(
@@ -158,6 +184,21 @@ def model_facts(
         "adapter": _digest(model["adapter"]) if model["adapter"] else None,
         **head_facts(head),
     }
+
+
+def config_digest(config: PreTrainedConfig, dtype: str) -> str:
+    """``TeacherIdentity.config`` of the configuration of a model that is not loaded.
+
+    Args:
+        config: as it lies on the disk.
+        dtype: torch's name of the type that the model would be loaded in, which loading writes into the configuration.
+    """
+
+    def loaded(values: dict[str, Any]) -> dict[str, Any]:
+        found = {key: loaded(value) if isinstance(value, dict) else value for key, value in values.items()}
+        return {**found, "dtype": dtype} if "dtype" in found else found
+
+    return _digest(loaded(describe_config(config)))
 
 
 def head_facts(head: Head) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from dts_hf.errors import RunError, UserError
 from dts_hf.loss.selection import response_positions
 from dts_hf.models.description import describe_tokenizer
 from dts_hf.models.head import Head
-from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET, AskedAhead
+from dts_hf.teachers.asked_ahead import TICKET, AskedAhead
 from dts_hf.teachers.batch_rows import labelled_rows
-from dts_hf.teachers.cached.teacher import STATES
+from dts_hf.teachers.cached.teacher import LOGPROBS, STATES
 from dts_hf.teachers.connection import Connection, token_of
 from dts_hf.teachers.description import Description, decode_head
 from dts_hf.teachers.identity import differences

@@ -31,9 +31,9 @@ from dts_hf.loss.selection import response_positions, select_response, sequence_
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
-from dts_hf.teachers.asked_ahead import LOGPROBS, TICKET
+from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.base import Teacher
-from dts_hf.teachers.cached.teacher import MISSING, STATES, CachedTeacher
+from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of

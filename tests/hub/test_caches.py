@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dts_hf.cli import app as cli
+from dts_hf.files import file_sha256
 from dts_hf.teachers.cached.layout import MANIFEST
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.compact import CompactFormat, ErrorAt
-from tests.support.cached import cache_of
+from tests.support.cached import cache_of, edit_manifest
 from tests.support.fake_hub import TOKEN, FakeHub, Fault, fake_hub
 from tests.support.tiny import TINY_VOCAB, tiny_llama
 from tests.support.trainers import ROWS, encoded, trainer_for
@@ -105,9 +105,7 @@ def test_what_is_no_cache(tmp_path: Path, hub: FakeHub, cache: Path) -> None:
     assert "no such folder" in invoke("push-cache", tmp_path / "nowhere").output
     assert "--repo: got 'a/b/c'" in invoke("push-cache", cache, "--repo", "a/b/c").output
     assert "404" in invoke("pull-cache", "me/nothing", tmp_path / "back").output
-    manifest = json.loads((cache / MANIFEST).read_text())
-    manifest["made_with"]["device"] = "hf_" + "a" * 34
-    (cache / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(cache, lambda manifest: manifest["made_with"].update(device="hf_" + "a" * 34))
     done = invoke("push-cache", cache)
     assert done.exit_code == 2 and "holds a Hugging Face token" in done.output
 
@@ -125,3 +123,25 @@ def test_a_compact_cache_goes_there_and_back(tmp_path: Path, hub: FakeHub) -> No
     card = back.pop("README.md").decode()
     assert back == files(cache) and "40 of 320 a label in float16" in card and "mass 0.9700" in card
     assert "head.safetensors" not in card
+
+
+def test_a_manifest_uploads_no_file_but_its_own(tmp_path: Path, hub: FakeHub, cache: Path) -> None:
+    """What it names may have been written by somebody else: neither a path, nor a link, nor a file beside it goes out."""
+    private = tmp_path / "private.txt"
+    private.write_text("PRIVATE KEY")
+    (cache / "beside.txt").write_text("PRIVATE KEY")
+    digest = file_sha256(private)
+    for name in (str(private), "beside.txt", "../../private.txt"):
+        edit_manifest(cache, lambda manifest, name=name: manifest["files"].update({name: digest}))
+        done = invoke("push-cache", cache)
+        assert done.exit_code == 2 and "files: got " in done.output, done.output
+        edit_manifest(cache, lambda manifest, name=name: manifest["files"].pop(name))
+    edit_manifest(cache, lambda manifest: manifest["shards"][0].update(file="../mine/states-00000.safetensors"))
+    done = invoke("push-cache", cache)
+    assert done.exit_code == 2 and "expected states-00000.safetensors" in done.output
+    edit_manifest(cache, lambda manifest: manifest["shards"][0].update(file="states-00000.safetensors"))
+    (cache / "index.safetensors").rename(tmp_path / "moved")
+    (cache / "index.safetensors").symlink_to(tmp_path / "moved")
+    done = invoke("push-cache", cache)
+    assert done.exit_code == 2 and "index.safetensors: is a link" in done.output
+    assert not hub.repositories and b"PRIVATE KEY" not in hub.bodies

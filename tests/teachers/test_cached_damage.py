@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -13,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from dts_hf.errors import UserError
 from dts_hf.files import file_sha256
-from dts_hf.teachers.cached.layout import HEAD, INDEX, MANIFEST, row_key, shard_ranges
+from dts_hf.teachers.cached.layout import MANIFEST, row_key, shard_ranges
+from dts_hf.teachers.cached.manifest_form import HEAD, INDEX
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.cached.writer import Rows, make_plan
-from tests.support.cached import cache_of
+from tests.support.cached import cache_of, edit_manifest
+from tests.support.streams import as_stream
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, encoded, trainer_for
 
@@ -93,10 +94,8 @@ def test_swapped_shards(cache, tmp_path):
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
-    manifest = json.loads((cache / MANIFEST).read_text())  # also where both are of one size
-    for shard, path in zip(manifest["shards"], (one, other), strict=False):
-        shard["bytes"] = path.stat().st_size
-    (cache / MANIFEST).write_text(json.dumps(manifest))
+    sizes = [path.stat().st_size for path in (one, other)]  # also where both are of one size
+    edit_manifest(cache, lambda m: [shard.update(bytes=size) for shard, size in zip(m["shards"], sizes, strict=False)])
     with pytest.raises(UserError, match="holds shard 1, expected shard 0 of this one"):
         train(tmp_path, cache)
 
@@ -135,9 +134,7 @@ def test_a_flipped_bit_in_head_or_index(cache, name):
 def replace_file(cache, name, tensors):
     """A file, and its checksum in the manifest: what no checksum of files can find."""
     save_file(tensors, cache / name)
-    manifest = json.loads((cache / MANIFEST).read_text())
-    manifest["files"][name] = file_sha256(cache / name)
-    (cache / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(cache, lambda manifest: manifest["files"].update({name: file_sha256(cache / name)}))
 
 
 def test_another_head(cache):
@@ -149,12 +146,10 @@ def test_another_head(cache):
 def test_a_head_that_nobody_has_written_down_fails_the_self_test(cache, tmp_path):
     other = tiny_llama(seed=9).lm_head.weight.detach().clone()
     replace_file(cache, HEAD, {"weight": other})
-    teacher_identity = json.loads((cache / MANIFEST).read_text())
     from dts_hf.models.head import Head
     from dts_hf.teachers.identity import head_facts
 
-    teacher_identity["identity"] |= head_facts(Head(other))
-    (cache / MANIFEST).write_text(json.dumps(teacher_identity))
+    edit_manifest(cache, lambda manifest: manifest["identity"].update(head_facts(Head(other))))
     with pytest.raises(UserError, match="self-test failed"):
         train(tmp_path, cache)
 
@@ -201,15 +196,58 @@ def test_what_cannot_bring_states(cache, tmp_path):
     [
         (lambda m: m.update(format=2), "format 2, expected 1"),
         (lambda m: m["identity"].update(states="pre_norm"), "its states are 'pre_norm', expected 'post_norm'"),
-        (lambda m: m.update(dtype="int4"), "states in 'int4'"),
-        (lambda m: m.pop("labels"), "is no manifest"),
+        (lambda m: m.update(dtype="int4"), "dtype: got 'int4'"),
+        (lambda m: m.pop("labels"), "is no manifest.*labels.*required"),
+        (lambda m: m.update(files={}), "files: got none"),
+        (lambda m: m.update(shards=["x"]), r"shards\.0: got 'x'"),
+        (lambda m: m.update(shards=[]), "shards: got"),
+        (lambda m: m["shards"][0].update(bytes="x"), r"shards\.0\.bytes: got 'x'"),
+        (lambda m: m["shards"][0].update(rows=-5), r"shards\.0\.rows: got -5"),
+        (lambda m: m["shards"][0].update(rows=10**30), r"shards\.0\.rows"),
+        (lambda m: m["shards"][0].pop("file"), r"shards\.0\.file"),
+        (lambda m: m.update(rows=10**12), "rows: got 1,000,000,000,000, and the shards have 16 together"),
+        (lambda m: m.update(labels=1), "labels: got 1, and the shards"),
+        (lambda m: m.update(data=None), "data: got None"),
+        (lambda m: m.update(compact=[]), "compact: got"),
+        (lambda m: m.update(identity=[]), "identity: got"),
+        (lambda m: m.update(extra=1), "extra: got 1"),
+        (lambda m: m["identity"].update(logit_scale=None), "logit_scale: got None"),
+        (lambda m: m["identity"].update(logit_scale=0), "logit_scale: got 0"),
+        (lambda m: m["identity"].update(softcap="x"), "softcap: got 'x'"),
+        (lambda m: m["identity"].update(model={"a": 1}), "model: got"),
+        (lambda m: m["identity"].update(vocab_size=10**9), "vocab_size: got 1,000,000,000"),
     ],
 )
 def test_manifests_of_others(cache, change, said):
-    values = json.loads((cache / MANIFEST).read_text())
-    change(values)
-    (cache / MANIFEST).write_text(json.dumps(values))
+    edit_manifest(cache, change)
     with pytest.raises(UserError, match=said):
+        StateCache(cache)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shards_of_another_type_than_the_manifest_says(cache, tmp_path, dtype):
+    edit_manifest(cache, lambda manifest: manifest.update(dtype=dtype))
+    with pytest.raises(UserError, match=r"states-00000\.safetensors: states: got F32 .*, expected (BF16|I8) "):
+        train(tmp_path, cache)
+
+
+def test_an_index_that_does_not_go_with_the_shards(cache):
+    index = load_file(cache / INDEX)
+    replace_file(cache, INDEX, {**index, "offsets": index["offsets"] + 1})
+    with pytest.raises(UserError, match=r"index\.safetensors: other labels than those of the shards"):
+        StateCache(cache)
+    replace_file(cache, INDEX, {name: tensor for name, tensor in index.items() if name != "order"})
+    with pytest.raises(UserError, match=r"index\.safetensors: order: got nothing, expected \[16\]"):
+        StateCache(cache)
+
+
+def test_a_manifest_that_somebody_has_changed(cache):
+    path = cache / MANIFEST
+    path.write_text(path.read_text().replace('"nll": ', '"nll": 1'))
+    with pytest.raises(UserError, match=r"manifest\.json: is not as it was written, going by its own checksum"):
+        StateCache(cache)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no manifest"):
         StateCache(cache)
 
 
@@ -275,3 +313,14 @@ def test_what_cannot_be_cached():
     plan = make_plan(Rows(encoded(), encoded().row_ids), identity)
     assert plan.digest() != dataclasses.replace(plan, dtype="int8").digest()
     assert torch.tensor(plan.counts).sum() == sum(encoded().target_counts)
+
+
+def test_the_first_batches_of_a_stream_are_tested(cache, tmp_path):
+    """Nobody could look at its rows before: states of another scale than the head's end the run before its first step."""
+    streamed = {"train_dataset": as_stream(ROWS), "max_length": 128, "max_prompt_length": 64}
+    train(tmp_path, cache, **streamed)
+    edit_manifest(cache, lambda manifest: manifest["identity"].update(logit_scale=2.0))
+    trainer = trainer_for(tmp_path / "run", teacher=CachedTeacher(cache), **streamed)
+    with pytest.raises(UserError, match="states: the self-test failed: label log-probabilities of"):
+        trainer.train()
+    assert trainer.state.global_step == 0

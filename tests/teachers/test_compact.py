@@ -248,6 +248,15 @@ def test_a_temperature_that_rose_after_writing_is_refused_before_training(tmp_pa
         )
 
 
+def test_force_reaches_no_further_than_the_temperatures_it_was_given_for(tmp_path, caplog):
+    measured = errors_of(*_with_rows(), [1.0, 3.0])
+    folder = cache_of(tmp_path / "c", teacher(), compact=form(16), forced=True, errors=measured)
+    trainer_for(tmp_path / "a", teacher=CachedTeacher(folder), temperature=3.0)
+    assert "(forced)" in caplog.text
+    with pytest.raises(UserError, match=r"probability at T = 8, .*expected 0.95 at least"):
+        trainer_for(tmp_path / "b", teacher=CachedTeacher(folder), temperature=8.0)
+
+
 def test_mass_that_is_no_number_is_refused():
     error = errors_of(*_with_rows(), [1.0])[0]._replace(mass=float("nan"))
     with pytest.raises(UserError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.server
+import json
 import logging
 import socket
 import threading
@@ -301,7 +302,7 @@ def test_what_passes_is_waited_for_and_what_does_not_ends_at_once(url, monkeypat
         with pytest.raises(RunError, match=rf"{proxy}/v1/states: 413 not now"):
             teacher.states(batch, labels)
         codes = iter([302])  # a token must not follow to wherever an answer points
-        with pytest.raises(RunError, match="302"):
+        with pytest.raises(RunError, match="302, a redirection to nowhere, which is not followed"):
             teacher.states(batch, labels)
 
 
@@ -390,3 +391,45 @@ def test_a_server_that_comes_back_is_waited_for_and_another_teacher_is_refused(m
     with running(served_tiny(tiny_llama(seed=5, layers=3)), port=port), pytest.raises(RunError) as error:
         teacher.states(batch, labels)
     assert "It has another teacher now (weights: " in str(error.value) and "--resume" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("identity", "model", {"a": 1}, "the teacher's identity: model: got"),
+        ("identity", "logit_scale", "x", "the teacher's identity: logit_scale: got 'x'"),
+        ("identity", "hidden_size", 10**12, "the teacher's identity: hidden_size: got 1,000,000,000,000"),
+        ("limits", "vocab_size", 10**9, "takes ids below 1,000,000,000, and its head has 320"),
+        ("limits", "rows", 10**12, "expected whole numbers from 1 to"),
+        ("limits", "rows", True, "expected whole numbers from 1 to"),
+    ],
+)
+def test_a_description_that_cannot_be_is_a_sentence(url, part, key, value, words) -> None:
+    def change(path, status, content):
+        if path != "/v1/teacher":
+            return status, content
+        told = json.loads(content)
+        told[part][key] = value
+        return status, json.dumps(told).encode()
+
+    with through(url, change) as proxy, pytest.raises(UserError) as error:
+        RemoteTeacher(proxy, first_patience=1)
+    assert words in str(error.value)
+
+
+def test_a_redirection_says_where_it_led() -> None:
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "https://login.example/in")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"302, a redirection to https://login\.example/in, which is not followed"):
+            RemoteTeacher(f"http://127.0.0.1:{server.server_address[1]}", first_patience=1)
+        server.shutdown()

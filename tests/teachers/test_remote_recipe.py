@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dts_hf.distill import distill
 from dts_hf.errors import RunError, UserError
@@ -20,7 +21,7 @@ from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.identity import differences
 from dts_hf.teachers.remote import RemoteTeacher
 from tests.support.recipes import recipe
-from tests.support.served import TOKEN, running
+from tests.support.served import TOKEN, running, served_tiny
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 LIVE = {"model": "teacher", "dtype": "float32"}
@@ -102,6 +103,24 @@ def test_a_server_is_not_opened_to_everybody(monkeypatch, options, words) -> Non
     with pytest.raises(UserError) as error:
         serve_teacher("no/model", ServeOptions(**options))
     assert words in str(error.value) and "abcde" not in str(error.value)
+
+
+def test_a_server_of_another_teacher_is_refused_and_the_card_names_its_own(place) -> None:
+    tiny_llama(seed=1, layers=3).save_pretrained("elsewhere")
+    model = AutoModelForCausalLM.from_pretrained("elsewhere")
+    with running(served_tiny(model)) as url:  # some/teacher in float32
+        named = {**LIVE, "model": "some/teacher", "kind": "remote", "url": url}
+        for change, words in (
+            ({"model": "Qwen/Qwen3-8B"}, "model: 'some/teacher' at the server, 'Qwen/Qwen3-8B' here"),
+            ({"dtype": "bfloat16"}, "type of the weights: float32 in the server, bfloat16 here"),
+            ({"model": "teacher"}, "configuration: xxh3"),  # a folder, of four layers
+        ):
+            with pytest.raises(UserError, match="serves another teacher than the recipe's") as error:
+                distill(recipe(student=STUDENT, teacher={**named, **change}, output={"dir": "refused"}))
+            assert words in str(error.value)
+        run = distill(recipe(student=STUDENT, teacher={**named, "model": "elsewhere"}, output={"dir": "run"}))
+    card = run.card_path.read_text()
+    assert "distilled with `dts_hf` from `some/teacher` in float32, on another machine" in card
 
 
 def test_an_address_that_is_taken_is_a_sentence(place) -> None:

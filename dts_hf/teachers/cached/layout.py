@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,13 +28,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dts_hf.errors import UserError
-from dts_hf.files import json_text, text_digest
+from dts_hf.files import CHECKSUM, is_sealed, json_text, sealed, text_digest
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.teachers.cached.manifest_form import check_form, is_shard_name
 from dts_hf.teachers.compact import PARTS, CompactFormat
 from dts_hf.teachers.identity import POST_NORM, TeacherIdentity
 
 FORMAT = 1
-MANIFEST, INDEX, HEAD, SHARDS = "manifest.json", "index.safetensors", "head.safetensors", "states-*.safetensors"
+#: What to do with a cache that is not as it was written.
+AGAIN = "Make it again with dts-hf cache-teacher --overwrite, or fetch it again"
+MANIFEST = "manifest.json"
 #: What states can be stored in. int8 has a scale for each label.
 DTYPES = {
     "float32": torch.float32,
@@ -43,11 +47,6 @@ DTYPES = {
 }
 #: A shard of ours in the metadata of safetensors; one key alone, for several would stand in a random order.
 METADATA = "dts_hf"
-
-
-def shard_name(number: int) -> str:
-    """The file of a shard."""
-    return f"states-{number:05}.safetensors"
 
 
 def row_key(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
@@ -225,7 +224,7 @@ class Manifest:
     def text(self) -> str:
         """The file."""
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        return json_text({"format": FORMAT, **values, "identity": self.identity.as_json()})
+        return json_text(sealed({"format": FORMAT, **values, "identity": self.identity.as_json()}))
 
     @property
     def form(self) -> CompactFormat | None:
@@ -246,41 +245,63 @@ class Manifest:
         return sum(int(shard["bytes"]) for shard in self.shards)
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """Files of a folder with the name of a shard, in order; what only looks like one is somebody's own."""
+    return sorted(path for path in folder.iterdir() if is_shard_name(path.name)) if folder.is_dir() else []
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished cache.
+    """The manifest of a finished cache: every key of its type, every file one of a cache's own.
 
     Args:
         folder: the cache.
 
     Raises:
-        UserError: there is no cache, it is unfinished, or another version wrote it.
+        UserError: there is no cache, it is unfinished, another version wrote it, or it is not as it was written.
     """
     path = folder / MANIFEST
     if not path.is_file():
         if not folder.is_dir():
-            raise UserError(
-                f"{folder}: there is no such folder, expected a cache of states: dts-hf cache-teacher makes one"
-            )
-        shards = len(list(folder.glob(SHARDS)))
+            there = "is a file" if os.path.lexists(folder) else "there is no such folder"
+            raise UserError(f"{folder}: {there}, expected a folder, a cache of states: dts-hf cache-teacher makes one")
+        shards = len(shards_in(folder))
         what = f"has {shards} shards and no {MANIFEST}, so it is unfinished" if shards else f"has no {MANIFEST}"
         raise UserError(f"{folder}: {what}; dts-hf cache-teacher goes on with it where it was stopped")
+    check_regular(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("format")
-        if version != FORMAT:
-            raise UserError(f"{path}: format {version}, expected {FORMAT}: another version of dts_hf wrote it")
-        identity = TeacherIdentity.from_json(values.pop("identity"), str(path))
-        manifest = Manifest(identity=identity, **values)
-        kept_in = manifest.dtype if manifest.form is None else manifest.form.dtype
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no manifest of a cache of states: {error}") from None
-    if manifest.identity.states != POST_NORM:
+    if not isinstance(values, dict) or "format" not in values:
+        raise UserError(f"{path}: is no manifest of a cache of states: it has no format")
+    if values["format"] != FORMAT:
+        raise UserError(f"{path}: format {values['format']!r}, expected {FORMAT}: another version of dts_hf wrote it")
+    whole = is_sealed(values)
+    values.pop(CHECKSUM, None)
+    check_form(values, str(path))  # first: it names the key
+    identity = TeacherIdentity.from_json(values.pop("identity"), str(path))
+    if identity.states != POST_NORM:
         raise UserError(
-            f"{path}: its states are {manifest.identity.states!r}, expected {POST_NORM!r}: the head reads the final states "
-            "after the norm"
+            f"{path}: its states are {identity.states!r}, expected {POST_NORM!r}: the head reads the final states after the "
+            "norm"
         )
-    if manifest.dtype not in DTYPES or kept_in != manifest.dtype:
-        raise UserError(f"{path}: states in {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not whole:
+        raise UserError(f"{path}: is not as it was written, going by its own {CHECKSUM}. {AGAIN}")
+    manifest = Manifest(identity=identity, **{key: value for key, value in values.items() if key != "format"})
+    if (form := manifest.form) is not None and form.vocab_size > identity.vocab_size:
+        raise UserError(
+            f"{path}: compact.vocab_size: got {form.vocab_size:,}, and the head has {identity.vocab_size:,}"
+        )
     return manifest
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a link, or anything else that is no file, where a file of a cache belongs.
+
+    Raises:
+        UserError: it is one, or nothing is there.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, expected a file of the cache. Put there what it leads to")
+    if not path.is_file():
+        raise UserError(f"{path}: is missing. {AGAIN}")

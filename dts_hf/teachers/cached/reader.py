@@ -21,22 +21,24 @@ from torch import Tensor
 
 from dts_hf.errors import UserError
 from dts_hf.files import file_sha256
+from dts_hf.loss.compact_rows import TAIL_NUMBERS
 from dts_hf.models.head import Head
 from dts_hf.teachers.cached.layout import (
+    AGAIN,
     DTYPES,
-    HEAD,
-    INDEX,
     MANIFEST,
     METADATA,
     Manifest,
+    check_regular,
     id_hash,
     read_manifest,
     row_checksum,
 )
+from dts_hf.teachers.cached.manifest_form import HEAD, INDEX
 from dts_hf.teachers.identity import TeacherIdentity, differences, head_facts
 
-#: What to do with a cache that is not as it was written.
-AGAIN = "Make it again with dts-hf cache-teacher --overwrite, or fetch it again"
+#: Types as safetensors writes them.
+_SHORT = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 
 
 class StateCache:
@@ -58,7 +60,7 @@ class StateCache:
         self.manifest: Manifest = read_manifest(self.folder)
         for shard in self.manifest.shards:
             self._check_size(shard)
-        index = self._load(INDEX)
+        index = self._index()
         self._keys: NDArray[np.uint8] = index["keys"].numpy()
         self._sorted = index["sorted"].numpy().view(np.uint64)  # the first half of each key, in order
         self._order = index["order"].numpy()  # the row of each of them
@@ -66,6 +68,9 @@ class StateCache:
         self._offsets = index["offsets"].numpy()
         self._checksums = index["checksums"].numpy().view(np.uint64)
         self._firsts = np.array([0, *np.cumsum([shard["rows"] for shard in self.manifest.shards])])
+        labels = self._offsets[self._firsts]
+        if labels[0] or [shard["labels"] for shard in self.manifest.shards] != np.diff(labels).tolist():
+            raise UserError(f"{self.folder / INDEX}: other labels than those of the shards in {MANIFEST}. {AGAIN}")
         self._open: dict[int, Any] = {}
         self._pid = os.getpid()
 
@@ -163,7 +168,8 @@ class StateCache:
             self._check_size(facts)
             file: Any = safe_open(path, "pt")
             found = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            shape = file.get_slice(self.manifest.parts[0]).get_shape()
+            slices = {name: file.get_slice(name) for name in self._expected(0) if name in file.keys()}  # noqa: SIM118
+            found_parts = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -173,11 +179,21 @@ class StateCache:
                 "" if found.get("plan") == self.manifest.plan else " of another cache"
             )
             raise UserError(f"{path}: holds {which}, expected shard {shard} of this one. {AGAIN}")
-        form = self.manifest.form
-        expected = [facts["labels"], self.hidden_size if form is None else form.top_k]
-        if shape != expected:
-            raise UserError(f"{path}: {self.manifest.parts[0]} of the shape {shape}, expected {expected}. {AGAIN}")
+        for name, expected in self._expected(int(facts["labels"])).items():
+            if found_parts.get(name) != expected:
+                got = found_parts.get(name, "nothing")
+                raise UserError(f"{path}: {name}: got {got}, expected {expected}. {AGAIN}")
         return file
+
+    def _expected(self, labels: int) -> dict[str, str]:
+        """Type and shape of what is read of a shard, in the words of safetensors."""
+        form, dtype = self.manifest.form, _SHORT[self.manifest.dtype]
+        common = {"label_logprob": f"F32 {[labels]}"}
+        if form is not None:
+            kept = {"ids": f"I32 {[labels, form.top_k]}", "logits": f"{dtype} {[labels, form.top_k]}"}
+            return {**kept, "tail": f"F32 {[labels, TAIL_NUMBERS]}", **common}
+        scale = {"scale": f"F32 {[labels]}"} if self.manifest.dtype == "int8" else {}
+        return {"states": f"{dtype} {[labels, self.hidden_size]}", **scale, **common}
 
     def _damaged(self, row: int, why: str) -> UserError:
         shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
@@ -186,8 +202,7 @@ class StateCache:
 
     def _check_size(self, shard: Any) -> None:
         path = self.folder / shard["file"]
-        if not path.is_file():
-            raise UserError(f"{path}: is missing. {AGAIN}")
+        check_regular(path)
         if (size := path.stat().st_size) != shard["bytes"]:
             raise UserError(
                 f"{path}: has {size:,} bytes, expected {shard['bytes']:,}: it was cut or replaced. {AGAIN}"
@@ -195,11 +210,26 @@ class StateCache:
 
     def _load(self, name: str) -> dict[str, Tensor]:
         path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: is missing. {AGAIN}")
+        check_regular(path)
         if file_sha256(path) != self.manifest.files[name]:
             raise UserError(f"{path}: is not as it was written, going by its sha256 in {MANIFEST}. {AGAIN}")
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}. {AGAIN}") from None
+
+    def _index(self) -> dict[str, Tensor]:
+        """The index, whose tensors must have the rows of the manifest."""
+        index, rows = self._load(INDEX), self.manifest.rows
+        shapes = {"keys": (rows, 16), "offsets": (rows + 1,)}
+        shapes |= dict.fromkeys(("sorted", "order", "ids", "checksums"), (rows,))
+        for name, shape in shapes.items():
+            dtype = torch.uint8 if name == "keys" else torch.int64
+            found = index.get(name)
+            if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+                given = "nothing" if found is None else f"{list(found.shape)} {found.dtype}"
+                raise UserError(f"{self.folder / INDEX}: {name}: got {given}, expected {list(shape)} {dtype}. {AGAIN}")
+        return index
 
     # ------------------------------------------------------------------------------------------------- all of it
 

@@ -33,7 +33,7 @@ from dts_hf.teachers.compact import (
 )
 from dts_hf.teachers.identity import differences, rows_facts
 from dts_hf.teachers.live import LiveTeacher
-from dts_hf.teachers.self_test import compare_labels, compare_live, judge, label_difference
+from dts_hf.teachers.self_test import LabelDifference, compare_labels, compare_live, judge, label_difference
 from dts_hf.temperature import TemperaturePolicy
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,13 @@ logger = logging.getLogger(__name__)
 #: In a batch: the states of its rows ``[N, H]`` as whole numbers with the same bits, for the Trainer casts every floating
 #: input to the type that DeepSpeed trains in; and which of them the cache has not ``[N]``, where there are any.
 STATES, MISSING = "teacher_states", "teacher_states_missing"
+#: In a batch: the bits of the label log-probabilities ``[N]`` that were stored with the states.
+LOGPROBS = "teacher_logprobs"
 BITS = {2: torch.int16, 4: torch.int32}
 #: For the self-test: at least so many labels, of at most so many rows; and rows that a live teacher scores again.
 _LABELS, _ROWS, _LIVE_ROWS = 512, 64, 8
+#: Temperatures that are measured again differ in their last digits, for the rows of the policy are others.
+_NEAR = 1.05
 
 
 @dataclass
@@ -56,7 +60,7 @@ class CachedStates:
 
     Returns (of a call):
         ``teacher_states [N, H]`` in the order of ``selection.select_response``, as whole numbers (of a compact cache as
-        ``CompactFormat.pack`` lays them), and ``teacher_states_missing [N]`` where there are any.
+        ``CompactFormat.pack`` lays them), ``teacher_logprobs [N]``, and ``teacher_states_missing [N]`` where there are any.
     """
 
     cache: StateCache
@@ -65,6 +69,7 @@ class CachedStates:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         width, dtype = self.cache.row_shape
         parts, missing = [torch.zeros(0, width, dtype=dtype)], [torch.zeros(0, dtype=torch.bool)]
+        logprobs = [torch.zeros(0)]
         for example in examples:
             labels = example["labels"]
             if all(label == IGNORE_INDEX for label in labels[1:]):  # a row that only fills a batch
@@ -78,8 +83,9 @@ class CachedStates:
             count = len(targets_of(labels)) if row is None else self.cache.labels(row)
             parts.append(torch.zeros(count, width, dtype=dtype) if row is None else self.cache.row(row))
             missing.append(torch.full((count,), row is None))
+            logprobs.append(torch.zeros(count) if row is None else self.cache.label_logprobs(row))
         states, absent = torch.cat(parts), torch.cat(missing)
-        batch = {STATES: states.view(BITS[dtype.itemsize])}
+        batch = {STATES: states.view(BITS[dtype.itemsize]), LOGPROBS: torch.cat(logprobs).view(torch.int32)}
         return {**batch, MISSING: absent} if absent.any() else batch
 
 
@@ -100,6 +106,7 @@ class CachedTeacher:
         self.cache = cache if isinstance(cache, StateCache) else StateCache(cache)
         self.live = live
         self._head = self.cache.head()
+        self._untested = _LABELS  # labels; of rows that are only known as their batches come
 
     @property
     def head(self) -> Head:
@@ -136,12 +143,15 @@ class CachedTeacher:
             labels: ``[B, T]`` unshifted.
 
         Raises:
-            UserError: the batch brings none, as that of a collator that is not ours.
+            UserError: the batch brings none, as that of a collator that is not ours; or, in the first batches of rows that
+                could not be looked at before, states are not those that the head reads.
         """
         batch = dict(batch)
         if STATES not in batch:
             raise UserError("teacher: a batch without the states of its rows, which our own collators put there")
-        bits, missing = batch.pop(STATES), batch.pop(MISSING, None)
+        bits, missing, logprobs = batch.pop(STATES), batch.pop(MISSING, None), batch.pop(LOGPROBS, None)
+        if self._untested > 0 and logprobs is not None:
+            self._test_batch(bits, missing, logprobs.view(torch.float32), labels)
         if (form := self.cache.manifest.form) is not None:
             if missing is not None:
                 bits = torch.where(missing[:, None], self._live_words(form, batch, labels).to(bits.device), bits)
@@ -222,7 +232,11 @@ class CachedTeacher:
         for error in errors:
             logger.info("%s: compact: %s", self.cache.folder, error)
         instead = "Make it again with more tokens (dts-hf cache-teacher --compact K), or cache the teacher's states"
-        check_mass(errors, instead, bool(facts["forced"]))
+        # --force was given for the temperatures that were measured then, and not for warmer ones
+        measured = [error["temperature"] for error in facts["errors"]] if facts["forced"] else []
+        highest = max(measured, default=0.0)
+        check_mass([error for error in errors if error.temperature > highest * _NEAR], instead)
+        check_mass([error for error in errors if error.temperature <= highest * _NEAR], instead, forced=True)
 
     def _is_whole(self, dataset: Any) -> bool:
         """Whether the cache was made of this very data set."""
@@ -275,18 +289,36 @@ class CachedTeacher:
                 break
         if not stored:
             return
-        where, dtype = str(self.cache.folder), self.cache.manifest.dtype
-        device, labels_of = self._head.weight.device, torch.cat(targets)
-        if (form := self.cache.manifest.form) is not None:
-            difference = label_difference(torch.cat(stored), form.unpack(torch.cat(states)).log_probs(labels_of))
-        else:
-            difference = compare_labels(
-                torch.cat(stored), torch.cat(states).to(device), self._head, labels_of.to(device)
-            )
-        self._warn(judge(difference, dtype, where))
-        logger.info("%s: self-test: %s", where, difference)
+        found = self._compare(torch.cat(stored), torch.cat(states), torch.cat(targets))
+        logger.info("%s: self-test: %s", self.cache.folder, found)
+        self._untested = 0
         if self.live is not None:
             self._test_live(examples[:_LIVE_ROWS], states[:_LIVE_ROWS], top)
+
+    def _test_batch(self, bits: Tensor, missing: Tensor | None, logprobs: Tensor, labels: Tensor) -> None:
+        """The self-test of the rows of a batch that are in the cache, until enough labels were tested."""
+        known = torch.ones_like(logprobs, dtype=torch.bool) if missing is None else ~missing
+        known = known.nonzero()[: self._untested, 0]
+        if not len(known):
+            return
+        targets = select_response(labels.unsqueeze(-1), labels)[1].to(known.device)[known]
+        states = bits[known] if self.compact else bits[known].view(torch_dtype(self.cache.manifest.dtype))
+        self._compare(logprobs[known], states, targets)
+        self._untested -= len(known)
+
+    def _compare(self, stored: Tensor, states: Tensor, targets: Tensor) -> LabelDifference:
+        """Label log-probabilities ``[n]`` as they were stored, and again from what is kept of them.
+
+        Raises:
+            UserError: see ``self_test.judge``.
+        """
+        device = self._head.weight.device
+        if (form := self.cache.manifest.form) is not None:
+            found = label_difference(stored, form.unpack(states).log_probs(targets))
+        else:
+            found = compare_labels(stored, states.to(device), self._head, targets.to(device))
+        self._warn(judge(found, self.cache.manifest.dtype, str(self.cache.folder)))
+        return found
 
     def _test_live(self, examples: Sequence[Mapping[str, Any]], states: Sequence[Tensor], top: float) -> None:
         assert self.live is not None

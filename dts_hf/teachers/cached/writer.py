@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,13 +26,11 @@ from dts_hf.distributed.processes import gathered, on_first_process
 from dts_hf.errors import RunError, UserError
 from dts_hf.files import file_sha256, write_bytes_atomic, write_text_atomic
 from dts_hf.models.head import Head
+from dts_hf.teachers.cached.folder import check_folder, remove_temporary, shard_metadata
 from dts_hf.teachers.cached.layout import (
     DTYPES,
-    HEAD,
-    INDEX,
     MANIFEST,
     METADATA,
-    SHARDS,
     Manifest,
     Plan,
     as_int64,
@@ -40,9 +38,10 @@ from dts_hf.teachers.cached.layout import (
     quantise,
     row_checksum,
     row_key,
-    shard_name,
+    shards_in,
     targets_of,
 )
+from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, shard_name
 from dts_hf.teachers.compact import PARTS, CompactFormat, ErrorAt, described
 from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
@@ -162,11 +161,11 @@ def write_cache(
 
 def _prepare(folder: Path, digest: str) -> None:
     """Refuse a folder with another cache in it, and remove what a killed process was writing."""
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
-    for path in sorted(folder.glob(SHARDS)):
-        found = _metadata(path)
+    remove_temporary(folder)
+    for path in shards_in(folder):
+        found = shard_metadata(path)
         if found is not None and found.get("plan") != digest:
             raise UserError(
                 f"{folder}: holds shards of another cache (another teacher, other rows or other options). Choose another "
@@ -174,18 +173,9 @@ def _prepare(folder: Path, digest: str) -> None:
             )
 
 
-def _metadata(path: Path) -> dict[str, Any] | None:
-    """What a shard says of itself; None: it is broken."""
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(json.loads((file.metadata() or {})[METADATA]))
-    except (SafetensorError, OSError, ValueError, KeyError):
-        return None
-
-
 def _is_whole(path: Path, digest: str, number: int) -> bool:
     """Whether a shard is there, and every row in it as it was written."""
-    if not path.is_file() or _metadata(path) != {"plan": digest, "shard": number}:
+    if not path.is_file() or shard_metadata(path) != {"plan": digest, "shard": number}:
         return False
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -315,7 +305,7 @@ def _finish(
         options={"shard_bytes": plan.shard_bytes, "batch_tokens": plan.batch_tokens},
         compact=None if plan.compact is None else described(plan.compact, facts.errors, facts.forced),
     )
-    for path in set(folder.glob(SHARDS)) - {folder / str(shard["file"]) for shard in shards}:
+    for path in {*shards_in(folder)} - {folder / str(shard["file"]) for shard in shards}:
         path.unlink()  # of a broken one that no metadata could be read of
     write_text_atomic(folder / MANIFEST, manifest.text())
     return manifest
@@ -337,13 +327,3 @@ def _index(rows: Rows, plan: Plan, checksums: Sequence[Tensor]) -> dict[str, Ten
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def remove_cache(folder: Path) -> None:
-    """Remove the files of a cache, and no others; the manifest first, so that what is left is unfinished.
-
-    Args:
-        folder: of the cache, or of what a killed process has left of one.
-    """
-    for path in [folder / MANIFEST, folder / INDEX, folder / HEAD, *folder.glob(SHARDS)]:
-        path.unlink(missing_ok=True)
