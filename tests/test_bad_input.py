@@ -323,6 +323,11 @@ TRAINING_CASES = [
         "training.optim=rmsprop training.optim_args=alpha=-3",
         ("training.optim_args: got 'alpha=-3', which RMSprop refuses: Invalid alpha value: -3",),
     ),
+    Case(
+        "a schedule that ends above its beginning",
+        "training.lr_scheduler_type=polynomial training.learning_rate=0.0",
+        ("training.lr_scheduler_type: polynomial refuses: lr_end (1e-07) must be smaller than initial lr (0.0)",),
+    ),
     Case("optimizer not installed", "training.optim=adamw_bnb_8bit", ("training", "bitsandbytes")),
     Case(
         "evaluation steps without rows",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.errors import UserError, nearest
@@ -164,7 +164,7 @@ def check_numbers(args: TrainingArguments) -> None:
 
 
 def check_optimizer(args: TrainingArguments, kind: Any, options: Mapping[str, Any]) -> None:
-    """Refuse what the optimizer itself would, but for one that asks for the model: it is made after the first scores.
+    """Refuse what optimizer and schedule would, but for one that asks for the model: they are made after the first scores.
 
     Args:
         args: its ``optim_args`` may be what is wrong.
@@ -172,16 +172,22 @@ def check_optimizer(args: TrainingArguments, kind: Any, options: Mapping[str, An
         options: what it is given beside the weights.
 
     Raises:
-        UserError: with the words of the optimizer.
+        UserError: with the words of the optimizer, or of the schedule.
     """
     if {"params", "model", "optimizer_dict"} & {*options}:
         return
     try:
-        kind([nn.Parameter(torch.zeros(1))], **options)
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     except ValueError as error:
         given = f"_args: got {args.optim_args!r}, which" if args.optim_args else ":"
         name = getattr(kind, "__name__", str(kind))
         raise UserError(f"training.optim{given} {name} refuses: {error}") from error
+    steps, more = {"num_warmup_steps": 0, "num_training_steps": 100}, args.lr_scheduler_kwargs or None
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=more)  # type: ignore[arg-type]
+    except ValueError as error:  # as polynomial's, where learning_rate is not above its lr_end
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise UserError(f"training.lr_scheduler_type: {name} refuses: {error}") from error
 
 
 def check_compilation(args: TrainingArguments) -> None:
