@@ -50,6 +50,38 @@ def command(*words: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+#: A library whose destructor ends the process with an abort, as a thread of gloo's that has outlived its group.
+ABORTS = """
+import atexit, ctypes, sys, threading, time
+import torch
+import dts_hf.cli.app
+from dts_hf.__main__ import main
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+atexit.register(print, "farewell")
+
+def work(prog_name):
+    if sys.argv[1] == "group":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    threading.Thread(target=lambda: (time.sleep(0.2), print("saved"))).start()
+    raise SystemExit(3)
+
+dts_hf.cli.app.app = work
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a name of glibc's")
+@pytest.mark.parametrize(("kind", "status"), [("group", 3), ("alone", -signal.SIGABRT)])
+def test_a_library_that_aborts_at_the_end_costs_a_process_of_several_nothing(kind: str, status: int) -> None:
+    """Threads and farewells of Python have their turn; the libraries below it are not taken down."""
+    start = [sys.executable, "-c", ABORTS, kind]
+    done = subprocess.run(start, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.split() == ["saved", "farewell"]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("number", "window", "words"),
