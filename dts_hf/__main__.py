@@ -13,7 +13,6 @@ def main() -> None:
         app(prog_name="dts-hf")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        stopping.ends(status)
         stopping.leave_group(status)
         raise
     finally:

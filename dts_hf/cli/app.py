@@ -39,7 +39,7 @@ from dts_hf.cli.printing import is_main_process
 from dts_hf.console import guarded_logs, printable, show
 from dts_hf.errors import ExitCode, Interrupted, RunError, UploadError, UserError, too_long_name
 from dts_hf.runs.failures import GO_ON, one_sentence
-from dts_hf.runs.stopping import Stage, ends, stage
+from dts_hf.runs.stopping import Stage, end_at_once, ends, stage
 
 #: How much later than another process the first one may find the same wrong input, seconds.
 SAME_INPUT_SECONDS = 5.0
@@ -102,9 +102,7 @@ def _leave(code: ExitCode, message: str) -> NoReturn:
         show(message.rstrip(), error=True)
     if _is_one_of_several():
         # The farewell of collective libraries may wait for processes that are gone or still at work.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
     raise typer.Exit(int(code)) from None
 
 

@@ -104,9 +104,7 @@ class Request:
         """End the process without a farewell; no more is lost than by a kill, from which every run goes on."""
         if text:
             say_first(text)
-        with contextlib.suppress(Exception):  # the signal may have come in the middle of another flush
-            sys.stdout.flush()
-        os._exit(self.status if self.status is not None else CTRL_C if number == signal.SIGINT else INTERRUPTED)
+        end_at_once(self.status if self.status is not None else CTRL_C if number == signal.SIGINT else INTERRUPTED)
 
 
 request = Request()
@@ -178,9 +176,17 @@ def leave_group(status: int) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
+    ends(status)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that have work of their own
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
+    end_at_once(status)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End the process with what it has printed, and without any farewell."""
+    with contextlib.suppress(
+        Exception
+    ):  # nobody reads it any more, or a signal has come in the middle of another flush
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
