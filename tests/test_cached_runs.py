@@ -115,8 +115,10 @@ def test_another_length_limit_is_named(student):
         distill(recipe(student=student, teacher=CACHED, data={"max_prompt_length": 40}))
 
 
-def test_a_resume_finds_another_cache(student):
-    first = {
+@pytest.fixture
+def killed(student):
+    """The sections of a run of a cached teacher, of which checkpoint-3 is left as if it had been killed before its end."""
+    sections = {
         "student": student,
         "teacher": CACHED,
         "training": {**SGD, "save_strategy": "steps", "save_steps": 3},
@@ -124,33 +126,25 @@ def test_a_resume_finds_another_cache(student):
         **QUICK,
     }
     cache(student=student)
-    distill(recipe(**first))
-    (Path("run") / "metrics.json").unlink()  # as if it had been killed before its end
-    shutil.rmtree("run/final")
-    shutil.rmtree("run/checkpoint-6")
-    cache(student=student, options=CacheOptions(dtype="bfloat16", overwrite=True))
-    with pytest.raises(UserError, match="its models are not those that it was started with") as refused:
-        distill(recipe(**first), resume=True)
-    assert 'teacher_states.cache.dtype: was "float32", now "bfloat16"' in str(refused.value)
-    cache(student=student, options=CacheOptions(overwrite=True))
-    assert distill(recipe(**first), resume=True).read_metrics()["training"]["steps"] == 6
-
-
-def test_a_resume_may_find_its_cache_in_another_folder(student):
-    first = {
-        "student": student,
-        "teacher": CACHED,
-        "training": {**SGD, "save_strategy": "steps", "save_steps": 3},
-        "output": {"dir": "run", "report": False},
-        **QUICK,
-    }
-    cache(student=student)
-    distill(recipe(**first))
+    distill(recipe(**sections))
     (Path("run") / "metrics.json").unlink()
     shutil.rmtree("run/final")
     shutil.rmtree("run/checkpoint-6")
+    return sections
+
+
+def test_a_resume_finds_another_cache(student, killed):
+    cache(student=student, options=CacheOptions(dtype="bfloat16", overwrite=True))
+    with pytest.raises(UserError, match="its models are not those that it was started with") as refused:
+        distill(recipe(**killed), resume=True)
+    assert 'teacher_states.cache.dtype: was "float32", now "bfloat16"' in str(refused.value)
+    cache(student=student, options=CacheOptions(overwrite=True))
+    assert distill(recipe(**killed), resume=True).read_metrics()["training"]["steps"] == 6
+
+
+def test_a_resume_may_find_its_cache_in_another_folder(killed):
     Path("states").rename("moved")
-    moved = recipe(**{**first, "teacher": {**CACHED, "cache": "moved"}})
+    moved = recipe(**{**killed, "teacher": {**CACHED, "cache": "moved"}})
     assert distill(moved, resume=True).read_metrics()["training"]["steps"] == 6
 
 

@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-import torch
-
 from dts_hf.teachers.cached.teacher import CachedTeacher
-from dts_hf.training.trainer import DistillationTrainer
-from tests.support.launching import leave, training_arguments
-from tests.support.tiny import tiny_llama, tiny_tokenizer
-from tests.support.trainers import ROWS
+from tests.support.two_teachers import live_teacher, record_runs
 
 
 def main(folder: str, cache: str) -> None:
-    record = {}
-    for packing in (False, True):
-        for name in ("live", "cached"):
-            out = Path(folder)
-            args = training_arguments(
-                output_dir=str(out / "run"), max_steps=20, per_device_train_batch_size=3, learning_rate=0.05, optim="sgd",
-                logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=7,
-            )  # fmt: skip
-            trainer = DistillationTrainer(
-                tiny_llama(seed=0), CachedTeacher(cache) if name == "cached" else tiny_llama(seed=1, layers=3), args=args,
-                temperature={"name": "dts", "rule": "gap"}, train_dataset=ROWS, processing_class=tiny_tokenizer(),
-                packing=packing,
-            )  # fmt: skip
-            trainer.train()
-            logs = [log for log in trainer.state.log_history if "kl" in log]
-            weights = torch.cat([value.flatten() for value in trainer.model.state_dict().values()])
-            record[f"{name} {packing}"] = {
-                "losses": [log["loss"] for log in logs],
-                "temperatures": [log["temperature"] for log in logs],
-                "weights": weights.tolist(),
-            }
-    record["world"] = args.world_size
-    (out / f"{args.process_index}.json").write_text(json.dumps(record))
-    if args.world_size > 1:
-        leave()
+    teachers = {"live": live_teacher, "cached": lambda: CachedTeacher(cache)}
+    record_runs(Path(folder), teachers, [*teachers], max_steps=20, learning_rate=0.05, optim="sgd")
 
 
 if __name__ == "__main__":
