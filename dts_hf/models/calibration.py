@@ -243,7 +243,7 @@ class LayerSwitch:
             return _nll(self.model, batch)
 
     def _idle(self, kept: Sequence[int]) -> dict[int, Callable[..., Any]]:
-        return {place: self._hands_on(place) for place in range(self.depth) if place not in {*kept}}
+        return {place: self._hands_on(place) for place in sorted({*range(self.depth)} - {*kept})}
 
     def _hands_on(self, place: int, instead: Tensor | None = None) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

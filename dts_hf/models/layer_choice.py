@@ -84,8 +84,7 @@ def choose_layers(switch: LayerSwitch, choose: str, count: int, fit: Fit, advanc
     if choose in ("block_influence", "search"):
         wanted["block_influence"] = by_influence(influence, count)
     if choose == "middle_block":
-        starts = range(1, total - (total - count) + 1)
-        wanted["middle_block"] = best_block(switch, count, starts, advance)
+        wanted["middle_block"] = best_block(switch, count, range(1, count + 1), advance)
     path: dict[int, list[int]] = {}
     if choose == "search":
         few = [1 + place for place in evenly_spaced(min(BLOCKS, count), count)]

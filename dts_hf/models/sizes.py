@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,25 +71,32 @@ def plan_sizes(init: Init, config: Any, build: Build) -> Sizes:
     if init.parameters is None:
         return Sizes(total if layers is None else layers, init.mlp, init.hidden)
 
-    def weights(depth: int | Sequence[int], mlp: int | None) -> int:
-        return parameters_of(build, narrower_config(pruned_config(config, depth, build), mlp, init.hidden))
+    def weights(pruned: Any, mlp: int | None) -> int:
+        return parameters_of(build, narrower_config(pruned, mlp, init.hidden))
+
+    @cache
+    def of(depth: int) -> Any:  # several probes share a depth, and each costs models without weights
+        return pruned_config(config, depth, build)
 
     both = layers is None and init.mlp is None and init.choose == "search"
     if layers is None and not both:
-        return Sizes(_deepest(total, init.parameters, lambda depth: weights(depth, init.mlp)), init.mlp, init.hidden)
+        return Sizes(
+            _deepest(total, init.parameters, lambda depth: weights(of(depth), init.mlp)), init.mlp, init.hidden
+        )
     width = next(iter(find_mlps(build, text).values())).width
     if layers is not None:
-        return Sizes(layers, _widest(width, init.parameters, lambda mlp: weights(layers, mlp)), init.hidden)
+        listed = pruned_config(config, layers, build)
+        return Sizes(layers, _widest(width, init.parameters, partial(weights, listed)), init.hidden)
     narrow = max(STEP, int(width * NARROWEST) // STEP * STEP)
-    deepest = _deepest(total, init.parameters, lambda depth: weights(depth, narrow))
-    if weights(1, width) > init.parameters:
+    deepest = _deepest(total, init.parameters, lambda depth: weights(of(depth), narrow))
+    if weights(of(1), width) > init.parameters:
         shallowest = 1
     else:
-        shallowest = _deepest(total, init.parameters, lambda depth: weights(depth, width))
+        shallowest = _deepest(total, init.parameters, lambda depth: weights(of(depth), width))
     depths = sorted(
         {shallowest + k for k in evenly_spaced(min(DEPTHS, deepest - shallowest + 1), deepest - shallowest + 1)}
     )
-    options = [(depth, _widest(width, init.parameters, partial(weights, depth))) for depth in depths]
+    options = [(depth, _widest(width, init.parameters, partial(weights, of(depth)))) for depth in depths]
     return Sizes(depths[0], None, init.hidden, tuple(options))
 
 

@@ -99,11 +99,6 @@ class StudentInit:
                 f"{calibration.digest}). Put the rows back as they were, or start again with --overwrite"
             )
 
-    def notes(self) -> Iterator[str]:
-        """What was chosen, as lines for the terminal."""
-        if self.values:
-            yield f"student: {self.summary()}"
-
     def summary(self) -> str:
         """What was chosen, in one line; empty where no row decided anything."""
         return summary(self.values) if self.values else ""

@@ -90,8 +90,7 @@ def _shapes(build: Build, config: Any) -> tuple[Any, dict[str, torch.Size]]:
 
 def parameters_of(build: Build, config: Any) -> int:
     """Weights of the model of ``config``, each once; nothing is loaded."""
-    with unsharded_init(), torch.device("meta"):
-        return sum(weight.numel() for weight in build(copy.deepcopy(config)).parameters())
+    return sum(weight.numel() for weight in _shapes(build, config)[0].parameters())
 
 
 def find_mlps(build: Build, config: Any) -> dict[int, Mlp]:
