@@ -11,7 +11,7 @@ from dts_hf.doctor.classification import ClassifierWalk
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.language_modeling import LanguageModelWalk
 from dts_hf.doctor.run import describe_init
-from dts_hf.doctor.several import names_of_each, rows_of_each, walk_of
+from dts_hf.doctor.several import describe_rows, names_of_each, rows_of_each, walk_of
 from dts_hf.doctor.walk import Walk
 from dts_hf.errors import UserError
 from dts_hf.recipe.effective import effective
@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         )
     plan = _plan(recipe, walk, diagnosis)
     if of_each:
-        plan["teachers"] = "; ".join(f"{name}: {count:,} training rows" for name, count in of_each.items())
+        plan["teachers"] = describe_rows(of_each)
     return DryRun(plan, effective(recipe, walk.args).to_yaml())
 
 
@@ -78,11 +78,12 @@ def memory_of(recipe: Recipe) -> tuple[float, float] | None:
 def _walked(recipe: Recipe) -> Walk:
     """The doctor's walk up to where models would be loaded."""
     diagnosis = Diagnosis(recipe.output.dir)
-    kind = LanguageModelWalk if recipe.task is None else ClassifierWalk
     with tempfile.TemporaryDirectory(prefix="dts_hf-dry-run-") as folder, quiet():
-        walk: Walk = kind(diagnosis, recipe, Path(folder), None)
         if recipe.teachers:  # the tokenizer of the first, the weights of all
-            walk = walk_of(diagnosis, recipe, names_of_each(recipe)[0], Path(folder), None)
+            walk: Walk = walk_of(diagnosis, recipe, names_of_each(recipe)[0], Path(folder), None)
+        else:
+            kind = LanguageModelWalk if recipe.task is None else ClassifierWalk
+            walk = kind(diagnosis, recipe, Path(folder), None)
         walk.look_at_arguments()
         walk.look_at_rows()
         if isinstance(walk, LanguageModelWalk):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -36,7 +36,7 @@ def examine_several(diagnosis: Diagnosis, recipe: Recipe, devices: int | None) -
     """
     with diagnosis.check("teachers") as check, quiet():
         check.values = rows_of_each(recipe)
-        check.summary = "; ".join(f"{name}: {count:,} training rows" for name, count in check.values.items())
+        check.summary = describe_rows(check.values)
         for name in [name for name, count in check.values.items() if not count]:
             check.warn(
                 "teacher-without-rows", f"no training row has the teacher '{name}'", "Leave it out, or add rows"
@@ -114,6 +114,11 @@ def rows_of_each(recipe: Recipe) -> dict[str, int]:
     return {name: numbers[0].count(number) for number, name in enumerate(routing.names)}
 
 
+def describe_rows(counts: Mapping[str, int]) -> str:
+    """The training rows of each teacher, in words."""
+    return "; ".join(f"{name}: {count:,} training rows" for name, count in counts.items())
+
+
 def _other_weights(recipe: Recipe, names: list[str], devices: int) -> float:
     """Bytes of the weights of the teachers without these ``names``, on one of so many devices."""
     total = 0.0
@@ -122,5 +127,5 @@ def _other_weights(recipe: Recipe, names: list[str], devices: int) -> float:
             alone = recipe.with_teacher(other[0])
             shapes = shapes_from_configs(alone)
             if shapes is not None and shapes[1] is not None:
-                total += teacher_weights(shapes[1], alone.required_teacher, devices)
+                total += teacher_weights(shapes[1], alone, devices)
     return total

@@ -13,9 +13,9 @@ from typing import Any
 
 from dts_hf.loss.chunk_walk import equal_chunks, rows_in_budget
 from dts_hf.loss.road import default_budget_mb
-from dts_hf.recipe.schema import QUANTIZED_BY, Teacher
+from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
 from dts_hf.training.model_shape import ModelShape
-from dts_hf.training.workload import Plan, TeacherPlacement, Workload
+from dts_hf.training.workload import Plan, Workload, launched_plan
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Sharded in the plan's devices: parameters, gradients, optimizer state.
@@ -211,18 +211,16 @@ def _gathered(shape: ModelShape, plan: Plan) -> float:
     return min(max(needed, shape.parameters // 10 if plan.live is None else plan.live), shape.parameters)
 
 
-def teacher_weights(shape: ModelShape, teacher: Teacher, devices: int) -> float:
-    """Bytes of the weights of ``teacher`` on one of so many devices.
+def teacher_weights(shape: ModelShape, recipe: Recipe, devices: int) -> float:
+    """Bytes of the weights of the one teacher of ``recipe`` on one of so many devices.
 
     Args:
-        shape: of it.
-        teacher: its section.
+        shape: of the teacher.
+        recipe: has no other one.
         devices: that it may be sharded over.
     """
-    placement: TeacherPlacement = teacher.placement if teacher.quantization == "none" else teacher.quantization
-    placement = "replicated" if placement == "sharded" and devices == 1 else placement
-    work = Workload(rows=1, tokens=1, labelled=1, teacher_dtype=teacher.dtype)
-    return _teacher_bytes(shape, work, Plan("single" if devices == 1 else "ddp", devices, placement))
+    work = Workload(rows=1, tokens=1, labelled=1, teacher_dtype=recipe.required_teacher.dtype)
+    return _teacher_bytes(shape, work, launched_plan(recipe, devices))
 
 
 def _teacher_bytes(teacher: ModelShape | None, workload: Workload, plan: Plan) -> float:
