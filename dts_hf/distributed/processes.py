@@ -24,6 +24,11 @@ def join_processes() -> torch.device:
         from accelerate import PartialState
 
         return torch.device(PartialState(cpu=not torch.cuda.is_available()).device)  # type: ignore[arg-type]
+    return default_device()
+
+
+def default_device() -> torch.device:
+    """Of a process that is alone: the first GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

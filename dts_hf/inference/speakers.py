@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from dts_hf.console import working
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.rows import Row
+from dts_hf.distributed.processes import default_device
 from dts_hf.errors import UserError
 from dts_hf.evaluation.subject import Subject
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
@@ -140,5 +141,5 @@ def load_speaker(
         words = load_tokenizer(tokenizer or path, key=key)
         model: Any = load_model(path, key=key, dtype=dtype)
     found = template if isinstance(template, Template) else resolve_template(template, words, "--template")
-    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or default_device()
     return Speaker(label, model.to(place).eval(), words, found)

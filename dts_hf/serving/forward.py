@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.teachers.live import LiveTeacher
@@ -124,8 +124,3 @@ class ForwardQueue:
     def close(self) -> None:
         """Forget what waits and let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def place(model: nn.Module) -> LiveTeacher:
-    """``model`` as a teacher on the first GPU, or on the CPU where there is none."""
-    return LiveTeacher(model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -19,16 +19,18 @@ from transformers import PreTrainedModel
 
 from dts_hf.console import harmless
 from dts_hf.data.chat_templates import resolve_template
+from dts_hf.distributed.processes import default_device
 from dts_hf.errors import RunError, UserError
 from dts_hf.models.checks import positions_of
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_teacher, load_tokenizer
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import Teacher
-from dts_hf.serving.forward import TeacherForward, place
+from dts_hf.serving.forward import TeacherForward
 from dts_hf.teachers.connection import is_loopback, token_of
 from dts_hf.teachers.description import Description, encode_head
 from dts_hf.teachers.identity import TeacherIdentity, identity_of, model_facts, rows_facts
+from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.wire import Answer, Limits, Question
 
 if TYPE_CHECKING:
@@ -231,7 +233,7 @@ def served_model(model: PreTrainedModel, identity: TeacherIdentity, options: Ser
     Raises:
         UserError: its head is none that ``Head`` can represent.
     """
-    live = place(model)
+    live = LiveTeacher(model).to(default_device())
     check_head(model, role="teacher")
     return _served(model, identity, options, TeacherForward(live, options.batch_tokens))
 
