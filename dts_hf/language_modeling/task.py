@@ -108,6 +108,10 @@ class LanguageModeling(Task[DistillationTrainer]):
         return model
 
     def teacher_cache(self) -> StateCache | None:
+        return self._teacher_cache
+
+    @functools.cached_property
+    def _teacher_cache(self) -> StateCache | None:
         teacher = self.recipe.teacher
         return None if teacher is None or teacher.cache is None else open_cache(teacher)
 
