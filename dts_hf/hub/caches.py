@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dts_hf.console import gb, say, secrets_in, working
+from dts_hf.console import gb, say, secrets_in
 from dts_hf.errors import UploadError, UserError
 from dts_hf.hub.faults import explained, patiently
 from dts_hf.hub.pull import download
-from dts_hf.hub.push import Destination, create_repository, full_name
+from dts_hf.hub.push import Destination, check_repository, create_repository, full_name
 from dts_hf.teachers.cached.layout import MANIFEST, Manifest
 from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, is_shard_name, shard_name
-from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.reader import verified
 from dts_hf.teachers.compact import ErrorAt
 
 CARD = "README.md"
@@ -44,14 +44,9 @@ def push_cache(
         UserError: the cache is unfinished or damaged, or this is no name of a repository.
         UploadError: the Hub or the network failed.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     to = Destination(repository or folder.resolve().name, private, revision, token)
-    try:
-        validate_repo_id(to.repository)
-    except HFValidationError as error:
-        raise UserError(f"--repo: got '{to.repository}', expected owner/name: {error}") from None
-    manifest = _whole(folder)
+    check_repository(to.repository)
+    manifest = verified(folder).manifest
     card = cache_card(manifest)
     for text, name in ((card, CARD), (manifest.text(), MANIFEST)):
         if found := next(secrets_in(text), None):
@@ -67,14 +62,6 @@ def push_cache(
         raise UploadError(f"upload failed: {explained(error)}; retry: {again}") from error
     say(f"uploaded to {address}")
     return address
-
-
-def _whole(folder: Path) -> Manifest:
-    cache = StateCache(folder)
-    with working("verifying labels", cache.manifest.labels) as work:
-        for labels in cache.verify():
-            work.advance(labels)
-    return cache.manifest
 
 
 def _upload(folder: Path, manifest: Manifest, card: str, to: Destination) -> str:
@@ -130,7 +117,7 @@ def pull_cache(repository: str, target: Path, *, revision: str | None = None, to
         return [name for name in offered if name in own or is_shard_name(name)]
 
     download(repository, target, "dataset", wanted, revision=revision, token=token)
-    return _whole(target)
+    return verified(target).manifest
 
 
 def cache_card(manifest: Manifest) -> str:

@@ -116,21 +116,30 @@ def destination(
     Raises:
         UserError: this is nothing that can be uploaded, or no name of a repository.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     training: Mapping[str, Any] = {}
     if run := run_of(source):
         training = run.read_recipe().training
     elif not source.is_dir():
         RunDirectory.open(source)  # says that there is none, and the nearest name
     name = repository or training.get("hub_model_id") or name_of(source)
+    check_repository(name)
+    if private is None:
+        private = training.get("hub_private_repo") is not False
+    return Destination(name, private, revision or training.get("hub_revision"), token)
+
+
+def check_repository(name: str) -> None:
+    """Refuse what is no name of a repository.
+
+    Raises:
+        UserError: it is none.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(f"--repo: got '{name}', expected owner/name: {error}") from None
-    if private is None:
-        private = training.get("hub_private_repo") is not False
-    return Destination(name, private, revision or training.get("hub_revision"), token)
 
 
 def name_of(source: Path) -> str:

@@ -34,7 +34,7 @@ from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.task import Data
 from dts_hf.teachers.cached.folder import held, own_bytes, remove_cache
 from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
-from dts_hf.teachers.cached.reader import StateCache
+from dts_hf.teachers.cached.reader import verified
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.cached.writer import BATCH_TOKENS, SHARD_BYTES, Facts, Rows, make_plan, write_cache
 from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
@@ -297,10 +297,7 @@ def verify_cache(folder: Path, recipe: Recipe) -> Manifest:
         UserError: names the first file that is not as it was written; the states are not those that the head reads; or a row
             of the recipe is not in the cache.
     """
-    cache = StateCache(folder)
-    with working("verifying labels", cache.manifest.labels) as work:
-        for labels in cache.verify():
-            work.advance(labels)
+    cache = verified(folder)
     if recipe.data.responses == "teacher":
         say("the rows of this recipe are the teacher's own answers, so no label is tested without it")
         return cache.manifest

@@ -60,6 +60,11 @@ class Head:
             grad.mul_(1.0 - (logits / self.softcap).square())
         return grad if self.logit_scale == 1.0 else grad.mul_(self.logit_scale)
 
+    def to(self, device: torch.device) -> Head:
+        """The same head on ``device``."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
     def __call__(self, states: Tensor) -> Tensor:
         """Dense logits ``[..., V]``: for probes and tests, never for training."""
         return self.activate(torch.nn.functional.linear(states, self.weight, self.bias))

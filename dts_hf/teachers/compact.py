@@ -297,6 +297,12 @@ def measured_rows(rows: int, labels: int) -> list[int]:
 
 
 @torch.no_grad()
+def alone(example: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch of one encoded row, without padding, and its labels ``[1, T]``."""
+    ids, labels = (torch.tensor([example[key]], device=device) for key in ("input_ids", "labels"))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels
+
+
 def pilot(
     teacher: Teacher, examples: Iterable[Mapping[str, Any]], form: CompactFormat, policy: TemperaturePolicy,
     divergence: Divergence, forced: bool = False,
@@ -319,8 +325,8 @@ def pilot(
     head = teacher.head
     assert head is not None
     for example in examples:
-        ids, marks = (torch.tensor([example[key]], device=head.weight.device) for key in ("input_ids", "labels"))
-        found = teacher.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, marks)
+        inputs, marks = alone(example, head.weight.device)
+        found = teacher.states(inputs, marks)
         assert isinstance(found, Tensor)
         states.append(found)
         targets.append(select_response(marks.unsqueeze(-1), marks)[1])

@@ -86,8 +86,7 @@ class RemoteTeacher:
 
     def to(self, device: torch.device) -> RemoteTeacher:
         """Move the head."""
-        bias = None if self._head.bias is None else self._head.bias.to(device)
-        self._head = Head(self._head.weight.to(device), bias, self._head.logit_scale, self._head.softcap)
+        self._head = self._head.to(device)
         return self
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

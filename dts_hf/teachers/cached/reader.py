@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dts_hf.console import working
 from dts_hf.errors import UserError
-from dts_hf.files import file_sha256
+from dts_hf.files import file_sha256, text_digest
 from dts_hf.loss.compact_rows import TAIL_NUMBERS
 from dts_hf.models.head import Head
 from dts_hf.teachers.cached.layout import (
@@ -269,15 +270,25 @@ class StateCache:
         shards = [shard["sha256"] for shard in manifest.shards]
         return {
             "cache": {"plan": manifest.plan, "dtype": manifest.dtype, "rows": manifest.rows, "labels": manifest.labels,
-                      "states": shards[0] if len(shards) == 1 else _digest_of(shards)},
+                      "states": shards[0] if len(shards) == 1 else text_digest("\n".join(shards))},
             "cached_teacher": {key: value for key, value in self.identity.as_json().items() if key != "versions"},
         }  # fmt: skip
 
 
-def _digest_of(words: Sequence[str]) -> str:
-    from dts_hf.files import text_digest
+def verified(folder: Path) -> StateCache:
+    """A cache of which all has been read, and is as it was written.
 
-    return text_digest("\n".join(words))
+    Args:
+        folder: the cache.
+
+    Raises:
+        UserError: see ``StateCache.verify``.
+    """
+    cache = StateCache(folder)
+    with working("verifying labels", cache.manifest.labels) as work:
+        for labels in cache.verify():
+            work.advance(labels)
+    return cache
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

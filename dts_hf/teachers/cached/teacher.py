@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dts_hf.teachers.cached.reader import StateCache, torch_dtype
 from dts_hf.teachers.compact import (
     MEASURED,
     CompactFormat,
+    alone,
     check_mass,
     compare_rows,
     measured_rows,
@@ -125,9 +126,7 @@ class CachedTeacher:
 
     def to(self, device: torch.device) -> CachedTeacher:
         """Move the head, and the live teacher where there is one."""
-        head = self._head
-        bias = None if head.bias is None else head.bias.to(device)
-        self._head = replace(head, weight=head.weight.to(device), bias=bias)
+        self._head = self._head.to(device)
         if self.live is not None:
             self.live.to(device)
         return self
@@ -324,8 +323,7 @@ class CachedTeacher:
         assert self.live is not None
         device, live, form = self._head.weight.device, [], self.cache.manifest.form
         for example in examples:  # one at a time: no padding, no collator
-            ids, labels = (torch.tensor([example[key]], device=device) for key in ("input_ids", "labels"))
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            inputs, labels = alone(example, device)
             live.append(self.live.states(inputs, labels) if form is None else self._live_words(form, inputs, labels))
         kept, again, temperatures = torch.cat(list(states)), torch.cat(live), sorted({1.0, top})
         if form is None:

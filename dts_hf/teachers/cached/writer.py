@@ -43,6 +43,7 @@ from dts_hf.teachers.cached.layout import (
 )
 from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, shard_name
 from dts_hf.teachers.compact import PARTS, CompactFormat, ErrorAt, described
+from dts_hf.teachers.description import encode_head
 from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
@@ -277,10 +278,7 @@ def _finish(
     """Index and head, and the manifest last."""
     head = teacher.head
     if plan.compact is None:
-        tensors = {"weight": head.weight.detach().cpu().contiguous()}
-        if head.bias is not None:
-            tensors["bias"] = head.bias.detach().cpu().contiguous()
-        write_bytes_atomic(folder / HEAD, save(tensors))
+        write_bytes_atomic(folder / HEAD, encode_head(head))
     write_bytes_atomic(folder / INDEX, save(_index(rows, plan, [shard.pop("checksums") for shard in shards])))
     labels = sum(plan.counts)
     config = getattr(getattr(teacher, "model", None), "config", None)  # of a remote one nobody here knows it
