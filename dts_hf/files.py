@@ -178,6 +178,17 @@ def json_text(values: Any) -> str:
     return json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n"
 
 
+def lock_folder(descriptor: int) -> bool:
+    """Lock an open folder until it is closed; False: another one has it. A file system without locks gives none."""
+    import fcntl  # not everywhere
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` as JSON with a checksum of themselves."""
     write_json_atomic(path, sealed(values))
@@ -186,12 +197,12 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` as JSON holds them, with a checksum of themselves."""
     plain = {key: value for key, value in jsonable(values).items() if key != CHECKSUM}
-    return {**plain, CHECKSUM: _checksum(plain)}
+    return {**plain, CHECKSUM: json_digest(plain)}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
     """Whether what was read is what ``sealed`` gave."""
-    return values.get(CHECKSUM) == _checksum({key: value for key, value in values.items() if key != CHECKSUM})
+    return values.get(CHECKSUM) == json_digest({key: value for key, value in values.items() if key != CHECKSUM})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -203,10 +214,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     seal = values.pop(CHECKSUM, None)
-    return values if seal == _checksum(values) or (seal is None and values.get("format", 1) == 1) else {}
+    return values if seal == json_digest(values) or (seal is None and values.get("format", 1) == 1) else {}
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
+def json_digest(values: Any) -> str:
+    """``text_digest`` of ``values`` as JSON; the order of keys does not count."""
     return text_digest(json.dumps(values, sort_keys=True))
 
 

@@ -10,8 +10,6 @@ is killed.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,10 +24,11 @@ from dts_hf.errors import UserError
 from dts_hf.files import (
     file_sha256,
     flush,
+    json_digest,
     jsonable,
+    lock_folder,
     naming,
     read_sealed,
-    text_digest,
     write_bytes_atomic,
     write_sealed,
 )
@@ -92,7 +91,7 @@ class AnswerBlocks:
         Raises:
             UserError: as ``check``, or the folder cannot be made.
         """
-        self._digest = text_digest(json.dumps(identity, sort_keys=True))
+        self._digest = json_digest(identity)
         on_first_process(lambda: self._begin_alone(identity, overwrite), self.rank, self.world)
         if self.rank:  # each machine may have a folder of its own; one that all share is ready
             self._make()
@@ -231,7 +230,7 @@ class AnswerBlocks:
             with contextlib.suppress(FileNotFoundError):  # whoever had it has finished and removed it
                 descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    if not _lock(descriptor):
+                    if not lock_folder(descriptor):
                         raise self._busy()
                     if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
                         self._lock, descriptor = descriptor, -1
@@ -248,7 +247,7 @@ class AnswerBlocks:
         except OSError:
             return False
         try:
-            return not _lock(descriptor)
+            return not lock_folder(descriptor)
         finally:
             os.close(descriptor)
 
@@ -336,15 +335,6 @@ class AnswerBlocks:
 
 def _is_ours(path: Path) -> bool:
     return path.suffix in (".block", ".tmp") or path.name == IDENTITY_FILE
-
-
-def _lock(folder: int) -> bool:
-    """Lock an open folder until it is closed; False: another one has it."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # else there are no locks here
-    return True
 
 
 _ADVICE = "Choose another file, or replace it with --overwrite"

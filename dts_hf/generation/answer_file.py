@@ -60,10 +60,6 @@ class AnswerFile:
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the finished file in the order of ``rows`` and remove the partial ones of all processes."""
         write_jsonl_atomic(self.path, rows)
-        self.remove_partial()
-
-    def remove_partial(self) -> None:
-        """Remove the partial files of all processes: their answers are kept elsewhere."""
         for path in self._partial_files():
             path.unlink()
 

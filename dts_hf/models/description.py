@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from dts_hf.files import digest, jsonable, text_digest
+from dts_hf.files import digest, json_digest, jsonable, text_digest
 
 #: What the Trainer itself sets in a model's configuration: from the tokenizer, for the time of training, as it is saved.
 SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "architectures", "dtype")
@@ -249,9 +249,9 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     values: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "code": _code_digest(type(tokenizer)),
-        "vocabulary": f"{_json_digest(sorted(vocabulary.items()))} of {len(vocabulary):,} tokens",
+        "vocabulary": f"{json_digest(sorted(vocabulary.items()))} of {len(vocabulary):,} tokens",
         "rules": _rules_digest(tokenizer),
-        "chat_template": _json_digest(tokenizer.chat_template) if tokenizer.chat_template else None,
+        "chat_template": json_digest(tokenizer.chat_template) if tokenizer.chat_template else None,
     }
     for name in SPECIAL:
         token = getattr(tokenizer, name, None)
@@ -266,8 +266,4 @@ def _rules_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     rules = json.loads(backend.to_str())
     for key in ("truncation", "padding"):  # of the last call
         rules.pop(key, None)
-    return _json_digest(rules)
-
-
-def _json_digest(value: Any) -> str:
-    return text_digest(json.dumps(value, sort_keys=True))
+    return json_digest(rules)

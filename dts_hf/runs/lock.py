@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dts_hf.console import say
 from dts_hf.errors import UserError
+from dts_hf.files import lock_folder
 from dts_hf.runs.links import open_nofollow, refuse_links
 
 LOCK = ".lock"
@@ -134,12 +135,9 @@ def is_in_use(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return not lock_folder(descriptor)
     finally:
         os.close(descriptor)
-    return False
 
 
 def _make(path: Path) -> list[Path]:

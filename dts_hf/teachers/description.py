@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from dts_hf.errors import UserError
-from dts_hf.files import text_digest
+from dts_hf.files import json_digest
 from dts_hf.models.head import Head
 from dts_hf.teachers.identity import POST_NORM, TeacherIdentity, differences, head_facts
 from dts_hf.teachers.wire import PROTOCOL, STATE_DTYPES, Limits
@@ -34,11 +34,11 @@ class Description:
     identity: TeacherIdentity
     limits: Limits
 
-    @property
+    @cached_property
     def teacher_hash(self) -> str:
         """Names the teacher: equal where the same tokens get the same states, and the head is the same."""
         values = {key: value for key, value in self.identity.as_json().items() if key not in _NOT_HASHED}
-        return text_digest(json.dumps(values, sort_keys=True))
+        return json_digest(values)
 
     def as_json(self) -> dict[str, Any]:
         """The object."""

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dts_hf.data.chat_templates import Template
 from dts_hf.errors import UserError
-from dts_hf.files import text_digest
+from dts_hf.files import json_digest
 from dts_hf.models.description import describe_config, describe_model, describe_tokenizer, versions, weights_digest
 from dts_hf.models.head import Head, head_of
 
@@ -177,11 +176,11 @@ def model_facts(
     return {
         "model": shared_name(name),
         "commit": model["commit"],
-        "config": _digest(model["config"]),
+        "config": json_digest(model["config"]),
         "weights": "; ".join(map(str, weights)) or None,
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "quantization": quantization,
-        "adapter": _digest(model["adapter"]) if model["adapter"] else None,
+        "adapter": json_digest(model["adapter"]) if model["adapter"] else None,
         **head_facts(head),
     }
 
@@ -198,7 +197,7 @@ def config_digest(config: PreTrainedConfig, dtype: str) -> str:
         found = {key: loaded(value) if isinstance(value, dict) else value for key, value in values.items()}
         return {**found, "dtype": dtype} if "dtype" in found else found
 
-    return _digest(loaded(describe_config(config)))
+    return json_digest(loaded(describe_config(config)))
 
 
 def head_facts(head: Head) -> dict[str, Any]:
@@ -266,16 +265,6 @@ def shared_name(name: str) -> str:
     """
     local = name.startswith((".", "/", "~")) or Path(name).exists() or "\\" in name
     return Path(name).resolve().name if local else name
-
-
-def head_dtype(identity: TeacherIdentity) -> torch.dtype:
-    """Of the head's weights, and of the states as the teacher gives them."""
-    found: torch.dtype = getattr(torch, identity.dtype)
-    return found
-
-
-def _digest(values: Any) -> str:
-    return text_digest(json.dumps(values, sort_keys=True))
 
 
 def _shown(value: Any) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 PROTOCOL = 1
 TEACHER_PATH, HEAD_PATH, STATES_PATH = "/v1/teacher", "/v1/head", "/v1/states"
 PROTOCOL_HEADER, TOKENS_HEADER, TEACHER_HEADER = "X-Teacher-Protocol", "X-Token-Hash", "X-Teacher-Hash"
-REQUEST_HEADER = "X-Request-Id"
 CONTENT_TYPE = "application/octet-stream"
 #: The types that states travel in: those that models compute them in.
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,12 +73,12 @@ class Question:
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.int32)
         return cls(torch.cat(ids).to(torch.int32), lengths, torch.cat(masks).to(torch.uint8))
 
-    @property
+    @cached_property
     def labels(self) -> int:
         """N, how many states the answer has."""
         return int(self.label_mask.sum())
 
-    @property
+    @cached_property
     def token_hash(self) -> str:
         """SHA-256 over ids, lengths and mask: equal for equal questions, whoever asks, and however often."""
         digest = hashlib.sha256(f"dts_hf states {PROTOCOL}".encode())

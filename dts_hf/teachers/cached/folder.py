@@ -7,8 +7,6 @@ such as a run directory, is refused by name before anything is loaded.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
@@ -19,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dts_hf.errors import UserError
-from dts_hf.files import check_name
+from dts_hf.files import check_name, lock_folder
 from dts_hf.teachers.cached.layout import MANIFEST, METADATA, shards_in
 from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, is_shard_name
 
@@ -140,14 +138,11 @@ def held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"--output: another process is writing the cache {folder}. Wait for its end or stop it, or choose "
-                    "another folder"
-                ) from None
+        if not lock_folder(descriptor):
+            raise UserError(
+                f"--output: another process is writing the cache {folder}. Wait for its end or stop it, or choose "
+                "another folder"
+            )
         yield
     finally:
         with contextlib.suppress(OSError):  # something is in it

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dts_hf.errors import UserError
-from dts_hf.files import CHECKSUM, is_sealed, json_text, sealed, text_digest
+from dts_hf.files import CHECKSUM, is_sealed, json_digest, json_text, sealed
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.teachers.cached.manifest_form import check_form, is_shard_name
 from dts_hf.teachers.compact import PARTS, CompactFormat
@@ -168,7 +168,7 @@ class Plan:
             "batch_tokens": self.batch_tokens,
             **({} if self.compact is None else {"compact": dataclasses.asdict(self.compact)}),
         }
-        return text_digest(json.dumps(facts, sort_keys=True))
+        return json_digest(facts)
 
     def ranges(self) -> list[range]:
         """The rows of each shard."""
