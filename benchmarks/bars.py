@@ -59,7 +59,7 @@ def cpu_figures(reports: Reports) -> list[Figure]:
     figures += _step(reports, "train_step_fp32", ["packed"], "x_sft", "HF's SFT", 0.95)
     figures += _step(reports, "train_step_fp32", ["padded"], "x_sft", "HF's SFT", 1.10)
     for name in _CACHED:
-        figures += _step(reports, "train_step_fp32", [name], "x_sft", "HF's SFT", 0.65)
+        figures += _step(reports, "train_step_fp32", [name], "x_sft", "HF's SFT", 0.60)
     for name in _LIVE:
         figures += _step(reports, "train_step_fp32", [name], "memory_x_trl_gkd", "TRL GKD, peak memory", 0.35)
     for name in _LIVE:
