@@ -1,0 +1,1 @@
+"""Several runs together: how sure a difference between them is."""
