@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from dts_hf.cli import (
     cache_teacher,
     chat,
+    compare,
     doctor,
     env,
     evaluate,
@@ -45,8 +46,8 @@ from dts_hf.runs.stopping import Stage, end_at_once, ends, stage
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
 COMMANDS = (
-    init, doctor, train, chat, generate, evaluate, score, report, push, pull, cache_teacher, push_cache, pull_cache,
-    serve_teacher, prepare, list_, schema, env,
+    init, doctor, train, chat, generate, evaluate, score, report, compare, push, pull, cache_teacher, push_cache,
+    pull_cache, serve_teacher, prepare, list_, schema, env,
 )  # fmt: skip
 
 

@@ -72,6 +72,11 @@ def verdict(
     return Verdict("undecided", f"cannot be told apart with {seeds} seeds{_enough(margin, run_sd, seeds)}", interval)
 
 
+def digits_of(margin: float) -> int:
+    """Digits behind the point with which a tenth of ``margin`` can be seen."""
+    return max(1, 1 - math.floor(math.log10(margin)) - (margin >= 0.5))
+
+
 def _enough(margin: float, run_sd: float, seeds: int) -> str:
     """How many would do: those with which equal ones are called equivalent, which is also enough to see the margin."""
     if not (run_sd > 0 and math.isfinite(run_sd)):

@@ -218,7 +218,9 @@ def test_equivalence_is_statsmodels_own() -> None:
     for scale in (0.3, 1.0):
         first, second = random.normal(0, scale, (2, 6, 50))
         interval = paired_difference(first, second).on_these_rows(0.90)
-        touched = max(abs(interval.low), abs(interval.high))  # the margin at which they would just be called equivalent
+        touched = max(
+            abs(interval.low), abs(interval.high)
+        )  # the margin at which they would just be called equivalent
         p = tests.ttost_paired(second.mean(1), first.mean(1), -touched, touched)[0]
         assert p == pytest.approx(0.05, abs=1e-6)
 

@@ -1,0 +1,122 @@
+"""Comparisons as Markdown, CSV and plain cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+
+from dts_hf.experiments.compare import Line, Table
+from dts_hf.experiments.verdicts import digits_of
+
+COLUMNS = (
+    "kind", "seeds", "mean", "sd: seeds", "sd: generations", "sd: rows", "difference", "interval", "p", "verdict",
+    "near best", "best with", "seconds",
+)  # fmt: skip
+
+
+#: What a terminal has room for.
+SHOWN = ("kind", "seeds", "mean", "difference", "interval", "verdict")
+
+
+def title(table: Table) -> str:
+    """What the table is of, in a line."""
+    rows = f", {table.rows:,} rows" if table.rows else ""
+    generations = f", {table.generations} generations each" if table.generations > 1 else ""
+    return f"{table.label}, {table.set}{rows}{generations} (baseline: {table.baseline})"
+
+
+def cells(table: Table, line: Line) -> dict[str, str]:
+    """One line for people, by column."""
+    digits = digits_of(table.margin)
+    spread = line.spread
+    seeds = f"{line.seeds}" + (f" (+{line.failed} failed)" if line.failed else "")
+    return dict(
+        zip(
+            COLUMNS,
+            (
+                line.kind, seeds, _number(line.mean, digits),
+                _number(spread.train if spread else line.run_sd, digits + 1) if line.seeds > 1 else "",
+                _number(spread.generation, 1) if spread and table.generations > 1 else "",
+                _number(spread.example, 1) if spread else "",
+                _signed(line.difference, digits),
+                " to ".join(_signed(end, digits) for end in line.interval or ()),
+                "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.0005 else "< 0.001",
+                line.verdict.sentence if line.verdict else "" if line.kind == table.baseline else "no verdict",
+                "yes" if line.near_best else "", f"{line.wins}" if line.wins else "", _number(line.seconds, 0),
+            ),
+            strict=True,
+        )
+    )  # fmt: skip
+
+
+def footnotes(table: Table) -> list[str]:
+    """What a reader of the table has to know."""
+    intervals = (
+        "Intervals: 95 % for all kinds together, over seeds and rows that might have been others"
+        if table.rows
+        else "Intervals: 95 % for all kinds together, over seeds, on these rows"
+    )
+    reach = f"{table.detectable:.{digits_of(table.margin)}f}"
+    seen = (
+        ""
+        if math.isnan(table.detectable)
+        else f"; on these rows 4 of 5 such studies would see a difference of {reach}"
+    )
+    margin = f"equivalent and near best: within {table.margin:.{digits_of(table.margin) + 1}g}"
+    protocol = f", protocol {table.protocol}" if table.protocol else ""
+    return [f"{intervals}; {margin}{seen}{protocol}.", *(f"{note[0].upper()}{note[1:]}." for note in table.notes)]
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """All tables, with their footnotes."""
+    parts = []
+    for table in tables:
+        rows = [cells(table, line) for line in table.lines]
+        used = [column for column in COLUMNS if any(row[column] for row in rows)]
+        parts += [f"### {title(table)}", ""]
+        parts.append(f"| {' | '.join(used)} |")
+        parts.append(f"|{'|'.join('---' if column in ('kind', 'verdict') else '---:' for column in used)}|")
+        parts += [f"| {' | '.join(row[column].replace('|', chr(92) + '|') for column in used)} |" for row in rows]
+        parts += ["", *footnotes(table), ""]
+    return "\n".join(parts)
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """All lines of all tables with full precision, for another program."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([
+        "set", "measure", "protocol", "kind", "baseline", "seeds", "failed", "mean", "run_sd", "sd_train",
+        "sd_generation", "sd_example", "difference", "low", "high", "p", "verdict", "sentence", "near_best", "wins",
+        "seconds", "rows", "generations", "margin",
+    ])  # fmt: skip
+    for table in tables:
+        for line in table.lines:
+            spread, interval = line.spread, line.interval
+            values = (
+                line.mean, line.run_sd, *((spread.train, spread.generation, spread.example) if spread else (None,) * 3),
+                line.difference, *(interval or (None, None)), line.p,
+            )  # fmt: skip
+            said = (line.verdict.word, line.verdict.sentence) if line.verdict else ("", "")
+            writer.writerow([
+                table.set, table.measure, table.protocol, line.kind, table.baseline, line.seeds, line.failed,
+                *("" if value is None or math.isnan(value) else repr(float(value)) for value in values), *said,
+                int(line.near_best), line.wins, "" if math.isnan(line.seconds) else line.seconds, table.rows,
+                table.generations, table.margin,
+            ])  # fmt: skip
+    return text.getvalue()
+
+
+def as_json(tables: Sequence[Table]) -> list[dict[str, object]]:
+    """The lines of ``as_csv`` as mappings."""
+    return [dict(row) for row in csv.DictReader(io.StringIO(as_csv(tables)))]
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:+.{digits}f}"

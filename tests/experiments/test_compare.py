@@ -1,0 +1,201 @@
+"""Planted runs beside each other: kinds, means, verdicts, failed runs, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dts_hf.cli.app import app
+from dts_hf.errors import UserError
+from dts_hf.experiments.compare import Table, compare, of_tasks, task_numbers
+from dts_hf.experiments.runs import names_of_kinds, read_run
+from dts_hf.experiments.tables import as_csv, markdown
+from dts_hf.recipe.schema import Recipe
+from tests.support.made_run import RECIPE, make_run
+
+ROWS = 60
+
+
+def plant(
+    folder: Path,
+    value: float,
+    seed: int,
+    effect: float = 0.0,
+    *,
+    kl: float = 0.6,
+    ids: tuple[str, ...] = (),
+    protocol: str = "0f3ac1d2e4b59687",
+    ended: bool = True,
+    generations: int = 2,
+    **training: Any,
+) -> Path:
+    """A run with ``temperature.value`` whose ROUGE-L is about 40 + ``effect``; rows are as hard in every run."""
+    recipe = copy.deepcopy(RECIPE)
+    recipe["temperature"] = {"name": "constant", "value": value}
+    recipe["training"] = {**recipe["training"], "seed": seed, **training}
+    recipe["output"] = {"dir": str(folder)}
+    full = Recipe.from_dict(recipe).model_dump(mode="json")
+    hard = np.random.default_rng(0).normal(0, 15, ROWS)
+    random = np.random.default_rng([seed, round(100 * value)])
+    run_effect = random.normal(0, 0.2)
+    rows = [
+        {
+            "id": ids[row] if ids else f"q-{row:03}", "set": "validation", "seed": generation, "prediction": "x",
+            "references": ["x"], "prompt": "p", "instruction": "i", "input": "", "tokens": 3, "finished": True,
+            "rougeL": (40 + effect + run_effect + hard[row] + random.normal(0, 1)) / 100,
+        }
+        for generation in range(10, 10 + generations)
+        for row in range(ROWS)
+    ]  # fmt: skip
+    run = make_run(folder, recipe=full, predictions={"student": rows})
+    metrics = run.read_metrics()
+    metrics["protocol"]["fingerprint"] = protocol
+    metrics["models"]["student"]["teacher_forced"]["kl"] = kl + random.normal(0, 0.001)
+    run.metrics_path.write_text(json.dumps(metrics)) if ended else run.metrics_path.unlink()
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> list[Path]:
+    """T = 1 (the baseline), T = 2 (2 points better) and T = 4 (as good), three seeds each."""
+    return [
+        plant(tmp_path / f"t{value}-s{seed}", float(value), seed, effect, kl=kl)
+        for value, effect, kl in ((1, 0.0, 0.6), (2, 2.0, 0.7), (4, 0.0, 0.6))
+        for seed in (1, 2, 3)
+    ]
+
+
+def table_of(tables: list[Table], measure: str) -> Table:
+    (found,) = [table for table in tables if table.measure == measure]
+    return found
+
+
+def test_kinds_means_and_verdicts(study) -> None:
+    tables = compare(study)
+    rouge = table_of(tables, "rougeL")
+    assert rouge.baseline == "temperature.value=1.0" and (rouge.rows, rouge.generations) == (ROWS, 2)
+    lines = {line.kind: line for line in rouge.lines}
+    better, equal = lines["temperature.value=2.0"], lines["temperature.value=4.0"]
+    assert better.verdict is not None and better.verdict.word == "better" and better.near_best and better.wins == 3
+    assert better.difference == pytest.approx(2, abs=0.5) and better.p is not None and better.p < 0.01
+    assert equal.verdict is not None and equal.verdict.word in ("equivalent", "undecided") and not equal.near_best
+    assert [line.kind for line in rouge.lines][:2] == ["temperature.value=1.0", "temperature.value=2.0"]
+    by_hand = [np.mean([row["rougeL"] * 100 for row in rows_of(path)]) for path in study if path.name.startswith("t2")]
+    assert better.mean == pytest.approx(np.mean(by_hand), abs=1e-9)
+    assert better.run_sd == pytest.approx(np.std(by_hand, ddof=1), abs=1e-9)
+    kl = table_of(tables, "kl")
+    worse = next(line for line in kl.lines if line.kind == "temperature.value=2.0")
+    assert worse.verdict is not None and worse.verdict.word == "worse" and kl.rows == 0  # less is better
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "predictions/student.jsonl").read_text().splitlines()]
+
+
+def test_what_has_no_effect_makes_no_kind(tmp_path: Path) -> None:
+    first = plant(tmp_path / "a", 1.0, 1)
+    other = plant(tmp_path / "b", 1.0, 2, logging_steps=7, report_to="none", save_steps=3)
+    third = plant(tmp_path / "c", 1.0, 3, learning_rate=1e-5)
+    assert read_run(first).settings == read_run(other).settings != read_run(third).settings
+    with pytest.raises(UserError, match="at least two kinds"):
+        compare([first, other])
+
+
+def test_failed_runs_stay_visible(study) -> None:
+    (study[3] / "metrics.json").unlink()
+    rouge = table_of(compare(study), "rougeL")
+    line = next(line for line in rouge.lines if line.kind == "temperature.value=2.0")
+    assert (line.seeds, line.failed) == (2, 1)
+    assert any("1 of 3 runs have no scores" in note for note in rouge.notes)
+    assert any("not paired by seed" in note for note in rouge.notes)
+    assert "2 (+1 failed)" in markdown([rouge])
+
+
+def test_a_run_that_diverged_is_a_failed_one(study) -> None:
+    metrics = json.loads((study[3] / "metrics.json").read_text())
+    metrics["models"]["student"]["teacher_forced"]["kl"] = math.nan
+    (study[3] / "metrics.json").write_text(json.dumps(metrics))
+    assert "kl is nan" in read_run(study[3]).failed
+
+
+def test_one_seed_gets_no_verdict(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / f"{value}", value, 1, effect=value) for value in (1.0, 2.0)]
+    rouge = table_of(compare(runs), "rougeL")
+    assert rouge.lines[1].verdict is None and rouge.lines[1].difference is not None and rouge.lines[1].p is None
+    assert "no verdict" in markdown([rouge]) and any("one seed" in note for note in rouge.notes)
+
+
+def test_protocols_never_share_a_table(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / f"{value}", value, 1) for value in (1.0, 2.0)]
+    runs += [plant(tmp_path / f"{value}-other", value, 2, protocol="f" * 16) for value in (1.0, 2.0)]
+    tables = [table for table in compare(runs) if table.measure == "rougeL"]
+    assert [table.protocol for table in tables] == ["0f3ac1d2e4b59687", "f" * 16]
+    assert all(line.seeds == 1 for table in tables for line in table.lines)
+    mixed = [plant(tmp_path / "x", 1.0, 5), plant(tmp_path / "y", 2.0, 5, protocol="f" * 16)]
+    with pytest.raises(UserError, match="under the same protocol"):
+        compare(mixed)
+
+
+def test_baselines_by_name_by_words_and_by_folder(study, tmp_path: Path) -> None:
+    for wanted in ("temperature.value=4.0", "value=4", str(study[6])):
+        assert compare(study, wanted)[0].baseline == "temperature.value=4.0"
+    with pytest.raises(UserError, match="fits several kinds"):
+        compare(study, "temperature")
+    with pytest.raises(UserError, match="is no kind"):
+        compare(study, "value=9")
+
+
+def test_the_same_run_does_not_count_twice(study, tmp_path: Path) -> None:
+    copied = plant(tmp_path / "again", 1.0, 1)
+    with pytest.raises(UserError, match="each seed once"):
+        compare([*study, copied])
+    assert compare([*study, study[0]]) == compare(study)
+
+
+def test_other_rows_are_refused(study, tmp_path: Path) -> None:
+    other = plant(tmp_path / "rows", 8.0, 1, ids=tuple(f"z-{row}" for row in range(ROWS)))
+    with pytest.raises(UserError, match="expected the same rows"):
+        compare([*study, other])
+
+
+def test_rows_of_a_task_vary_together(tmp_path: Path) -> None:
+    ids = tuple(f"task{100 + row // 6}_about-{row:03}" for row in range(ROWS))
+    assert task_numbers(ids) == [row // 6 for row in range(ROWS)]
+    assert task_numbers(["q-1", ids[0]]) is None and task_numbers(ids[:6]) is None
+    scores = np.arange(12.0).reshape(2, 6)
+    assert of_tasks(scores, [0, 0, 0, 1, 1, 2]).tolist() == [[1.0, 3.5, 5.0], [7.0, 9.5, 11.0]]
+    runs = [plant(tmp_path / f"{v}-{s}", v, s, ids=ids) for v in (1.0, 2.0) for s in (1, 2)]
+    assert any("over 10 tasks" in note for note in table_of(compare(runs), "rougeL").notes)
+
+
+def test_names_tell_kinds_apart() -> None:
+    kinds = [
+        {"temperature.name": "dts", "temperature.rule": "gap", "loss.kd_ratio": 0.5},
+        {"temperature.name": "constant", "temperature.value": 2, "loss.kd_ratio": 0.5},
+    ]
+    assert names_of_kinds(kinds) == [
+        "temperature=dts, temperature.rule=gap",
+        "temperature=constant, temperature.value=2",
+    ]
+
+
+def test_command_writes_markdown_and_csv(study, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = CliRunner().invoke(app, ["compare", *map(str, study), "--output", str(folder)])
+    assert result.exit_code == 0, result.output
+    text = (folder / "comparison.md").read_text()
+    assert "better by" in text and "ROUGE-L, validation, 60 rows" in text and "| kind |" in text
+    rows = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
+    assert {row["measure"] for row in rows} == {"rougeL", "kl", "ce", "top1_agreement"}
+    assert as_csv(compare(study)) == (folder / "comparison.csv").read_text()
+    printed = CliRunner().invoke(app, ["compare", *map(str, study), "--json"])
+    assert len(json.loads(printed.stdout)["lines"]) == len(rows)
