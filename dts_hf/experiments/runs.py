@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dts_hf.errors import UserError
+from dts_hf.experiments.identity import settings_of
 from dts_hf.runs.directory import RunDirectory
 
-#: Keys of a recipe that change neither the student nor what is measured of it: where things lie, what is shown and kept.
-WITHOUT_EFFECT = (
-    "output",
-    "evaluation.every_steps", "evaluation.models", "evaluation.batch_size",
-    "data.cache_dir",
-    "training.output_dir", "training.run_name", "training.report_to", "training.disable_tqdm", "training.log_level",
-    "training.log_level_replica", "training.logging_dir", "training.logging_first_step", "training.logging_steps",
-    "training.logging_strategy", "training.save_steps", "training.save_strategy", "training.save_total_limit",
-    "training.eval_steps", "training.eval_strategy", "training.eval_on_start", "training.per_device_eval_batch_size",
-    "training.push_to_hub", "training.hub_model_id", "training.hub_strategy", "training.hub_token",
-    "training.hub_private_repo", "training.hub_revision", "training.hub_always_push",
-)  # fmt: skip
-#: Keys by which runs of one kind differ.
-SEEDS = ("training.seed", "training.data_seed")
 #: Of a whole set, and of each run one number: the student against the teacher on held-out rows, in nats per label.
 DENSE = {"kl": ("held-out KL", False), "ce": ("held-out CE", False), "top1_agreement": ("top-1 agreement", True)}
 #: Of each answer, and whether more is better.
@@ -64,9 +51,7 @@ def read_run(path: Path) -> Run:
     """
     run = RunDirectory.open(path)
     recipe = run.read_recipe()
-    values = dict(flat(recipe.model_dump(mode="json")))
-    seed = int(values.get("training.seed") or 42)
-    settings = {key: value for key, value in values.items() if not is_under(key, (*WITHOUT_EFFECT, *SEEDS))}
+    seed, settings = int(recipe.training.get("seed") or 42), settings_of(recipe)
     metrics = run.read_metrics()
     student = (metrics.get("models") or {}).get("student")
     if not student:
@@ -88,21 +73,6 @@ def _answers(run: RunDirectory) -> dict[str, dict[str, dict[tuple[str, int], flo
                 place = found.setdefault(str(row["set"]), {}).setdefault(measure, {})
                 place[str(row["id"]), int(row.get("seed") or 0)] = 100 * float(row[measure])
     return found
-
-
-def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value); lists stay whole."""
-    for key, value in values.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{name}.")
-        else:
-            yield name, value
-
-
-def is_under(key: str, sections: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of ``sections`` or inside of one."""
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def names_of_kinds(kinds: list[Mapping[str, Any]]) -> list[str]:

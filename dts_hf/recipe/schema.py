@@ -575,6 +575,21 @@ class Evaluation(Section):
         return value
 
 
+class Sweep(Section):
+    """What ``dts-hf sweep`` varies; ``dts-hf train`` does not look at it."""
+
+    set: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default={}, description="Values by dotted key, each with each: {temperature.value: [1, 2, 4]}."
+    )
+    zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default={},
+        description="Values by dotted key that go together: the first ones of all keys, the second ones, ...",
+    )
+    seeds: list[CountFromZero] = Field(
+        default=[], description="Seeds of training; empty: that of training.seed alone."
+    )
+
+
 class Output(Section):
     """The run directory."""
 
@@ -609,6 +624,7 @@ class Recipe(Section):
     training: dict[str, Any] = Field(default={}, description="Passed to transformers.TrainingArguments as it is.")
     evaluation: Evaluation = Field(default=Evaluation(), description="Scores by generation on the validation rows.")
     output: Output = Field(description="Where the results go.")
+    sweep: Sweep | None = Field(default=None, description="What dts-hf sweep varies; train does not look at it.")
 
     @model_validator(mode="after")
     def _rows_to_evaluate(self) -> Recipe:

@@ -26,6 +26,8 @@ from dts_hf.files import lock_folder
 from dts_hf.runs.links import open_nofollow, refuse_links
 
 LOCK = ".lock"
+#: In what is said of a run that another process has.
+BUSY = "another process is working on this run"
 #: How often the folder, or the lock file in it, may vanish under a start: their last owner removes them when it leaves.
 ATTEMPTS = 100
 _BUSY = (errno.EACCES, errno.EAGAIN)  # what a lock says that another process has
@@ -126,6 +128,21 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Whether a process, this one or another, has the run directory ``folder`` (see ``lock``)."""
+    try:
+        descriptor = open_nofollow(Path(folder) / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        _take(descriptor, shared=True)
+    except OSError as error:
+        return error.errno in _BUSY
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_in_use(folder: Path) -> bool:
@@ -244,7 +261,7 @@ def _not_ours(path: Path, folder: str | Path, error: OSError) -> UserError:
 
 def _busy(folder: str | Path, owner: str) -> UserError:
     return UserError(
-        f"output.dir: another process is working on this run, {folder} ({owner or 'just started'}). Wait for its "
+        f"output.dir: {BUSY}, {folder} ({owner or 'just started'}). Wait for its "
         "end or stop it, or choose another folder"
     )
 

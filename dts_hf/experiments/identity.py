@@ -1,0 +1,126 @@
+"""What a run *is*: its effective recipe with the contents of its files, and nothing of where things lie or what is shown.
+
+Two recipes with the same id give the same student and the same scores; one is never trained twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dts_hf.data.sources import source_files
+from dts_hf.files import digest, json_digest
+from dts_hf.recipe.effective import effective
+from dts_hf.recipe.schema import Recipe, Source
+from dts_hf.recipe.training_arguments import training_arguments
+
+#: Keys of a recipe that change neither the student nor what is measured of it: where things lie, what is shown and kept.
+WITHOUT_EFFECT = (
+    "output",
+    "sweep",
+    "evaluation.every_steps", "evaluation.models", "evaluation.batch_size",
+    "data.cache_dir",
+    "training.output_dir", "training.use_cpu", "training.dataloader_num_workers",
+    "training.run_name", "training.report_to", "training.disable_tqdm", "training.log_level",
+    "training.log_level_replica", "training.logging_dir", "training.logging_first_step", "training.logging_steps",
+    "training.logging_strategy", "training.save_total_limit", "training.push_to_hub", "training.hub_model_id",
+    "training.hub_strategy", "training.hub_token", "training.hub_private_repo", "training.hub_revision",
+    "training.hub_always_push",
+)  # fmt: skip
+#: These neither, unless what held-out rows say decides something (``_evaluation_decides``).
+OF_EVALUATION = (
+    "training.save_steps", "training.save_strategy", "training.eval_steps", "training.eval_strategy",
+    "training.eval_on_start", "training.eval_delay", "training.per_device_eval_batch_size",
+)  # fmt: skip
+#: Keys by which runs of one kind differ.
+SEEDS = ("training.seed", "training.data_seed")
+ID_DIGITS = 10
+_TELLS_ALL = ("manifest.json", "log.jsonl")  # of a cache of states; of a run that a temperature replays
+#: What of a folder is a model: its weights, and all that says how they and the text are read.
+_OF_MODEL = (".safetensors", ".json", ".gguf", ".jinja", ".model", ".txt")
+
+
+def run_id(recipe: Recipe) -> str:
+    """Ten hexadecimal digits of SHA-256 that stand for ``recipe``.
+
+    The order of keys, defaults that are written out, the folder of rows and weights, and ``WITHOUT_EFFECT`` do not count;
+    every option of loss, temperature, data and training does, and so does each byte of rows and weights that lie here.
+    """
+    whole = effective(recipe, training_arguments(recipe, "."))
+    seeds = {key: whole.training.get(key.rpartition(".")[2]) for key in SEEDS}
+    text = json.dumps({**settings_of(whole), **seeds, **contents(recipe)}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """``recipe`` as ``{dotted key: value}``, without what has no effect and without seeds."""
+    values = dict(flat(recipe.model_dump(mode="json")))
+    silent = (*WITHOUT_EFFECT, *SEEDS, *(() if _evaluation_decides(values) else OF_EVALUATION))
+    return {key: value for key, value in values.items() if not is_under(key, silent)}
+
+
+def _evaluation_decides(values: Mapping[str, Any]) -> bool:
+    """Whether the student depends on when held-out rows are looked at: the best checkpoint, or an adaptive share."""
+    adaptive = any(key.startswith("data.on_policy.adaptive") and value is not None for key, value in values.items())
+    return bool(values.get("training.load_best_model_at_end")) or adaptive
+
+
+def contents(recipe: Recipe) -> dict[str, Any]:
+    """What stands in the place of paths, by key: digests of the rows, weights, caches and logs that lie here.
+
+    A name of the Hub stays what it is.
+    """
+    data, found = recipe.data, {}
+    for key, sources, split in (
+        ("data.train", data.train, data.train_split),
+        ("data.validation", data.validation, data.validation_split),
+    ):
+        if isinstance(sources, (str, list, Source)):
+            found[key] = [_of_source(one, split) for one in (sources if isinstance(sources, list) else [sources])]
+    found["evaluation.sets"] = [_of_place(name) for name in recipe.evaluation.sets]
+    init = recipe.student.init
+    places = {"student.model": recipe.student.model, "student.init.from": init.from_ if init is not None else None}
+    for key, section in recipe.all_teachers.items():
+        places |= {f"{key}.model": section.model, f"{key}.cache": section.cache, f"{key}.tokenizer": section.tokenizer}
+    places |= {
+        key: value for key, value in flat({"temperature": recipe.temperature.model_dump()}) if isinstance(value, str)
+    }
+    found |= {key: _of_place(place) for key, place in places.items() if place and os.path.exists(place)}
+    return found
+
+
+def _of_source(source: str | Source, split: str) -> Any:
+    name, own = (source, None) if isinstance(source, str) else (source.source, source.split)
+    files = source_files(name, split=own or split)
+    beside = {} if isinstance(source, str) else source.model_dump(exclude={"source"})
+    return [name if files is None else [digest(file) for file in files], beside]
+
+
+def _of_place(place: str) -> str:
+    path = Path(place)
+    if path.is_file():
+        return digest(path)
+    if not path.is_dir():
+        return place
+    own = next((path / name for name in _TELLS_ALL if (path / name).is_file()), None)
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _OF_MODEL)
+    return digest(own) if own is not None else json_digest([digest(file) for file in files])
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as (dotted key, value); lists stay whole."""
+    for key, value in values.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def is_under(key: str, sections: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of ``sections`` or inside of one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,148 @@
+"""A run's id: changed by what changes the student or its scores, and by nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dts_hf.divergences import DIVERGENCES
+from dts_hf.experiments.identity import OF_EVALUATION, SEEDS, WITHOUT_EFFECT, flat, is_under, run_id, settings_of
+from dts_hf.recipe.effective import RESULT_KEYS
+from dts_hf.recipe.schema import Recipe
+from dts_hf.temperature import temperature_policies
+from tests.support.recipes import recipe, write_rows
+
+
+@pytest.fixture(autouse=True)
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.jsonl", 0, 6)
+    write_rows(tmp_path / "valid.jsonl", 6, 3)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/model.safetensors").write_bytes(b"weights")
+    (tmp_path / "teacher/config.json").write_text("{}")
+    return tmp_path
+
+
+def changed(dotted: str, value: Any) -> Recipe:
+    values = recipe().model_dump(mode="json", exclude_defaults=True)
+    at = values
+    *sections, key = dotted.split(".")
+    for section in sections:
+        at = at.setdefault(section, {})
+    at[key] = value
+    return Recipe.from_dict(values)
+
+
+def test_keys_in_another_order_and_defaults_written_out_change_nothing() -> None:
+    values = recipe().model_dump(mode="json", exclude_defaults=True)
+    turned = json.loads(json.dumps(values), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    assert (
+        run_id(Recipe.from_dict(turned))
+        == run_id(recipe())
+        == run_id(Recipe.from_dict(recipe().model_dump(mode="json")))
+    )
+    assert run_id(changed("training.weight_decay", 0.0)) == run_id(recipe())
+    assert run_id(changed("training.seed", 42)) == run_id(recipe())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output.dir", "elsewhere"), ("output.report", False), ("training.report_to", "none"),
+        ("training.run_name", "mine"), ("training.logging_steps", 1), ("training.save_strategy", "epoch"),
+        ("training.eval_strategy", "epoch"), ("evaluation.every_steps", 3), ("evaluation.models", ["student"]),
+        ("data.cache_dir", "cache"), ("sweep", {"seeds": [1, 2]}), ("training.dataloader_num_workers", 2),
+    ],
+)  # fmt: skip
+def test_what_is_shown_and_kept_changes_nothing(key: str, value: Any) -> None:
+    assert run_id(changed(key, value)) == run_id(recipe())
+
+
+def test_a_moved_folder_keeps_its_id_and_other_bytes_change_it(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run_id(recipe())
+    shutil.copytree(rows, rows / "moved", ignore=shutil.ignore_patterns("moved"))
+    monkeypatch.chdir(rows / "moved")
+    assert run_id(recipe()) == before
+    assert run_id(changed("data.train", str(rows / "train.jsonl"))) == before
+    for file in ("train.jsonl", "valid.jsonl", "teacher/model.safetensors"):
+        content = Path(file).read_bytes()
+        Path(file).write_bytes(content[:-2] + b" " + content[-2:])
+        assert run_id(recipe()) != before, file
+        Path(file).write_bytes(content)
+    assert run_id(recipe()) == before
+
+
+#: Another value for every key of these sections that can have one beside the rest of the recipe.
+OTHER = {
+    "data.prompt_template": "plain", "data.train_on": "completion", "data.max_length": 90, "data.max_prompt_length": 60,
+    "data.long_rows": "cut", "data.packing": True, "data.max_train_rows": 5, "data.max_validation_rows": 2,
+    "data.responses": "teacher", "data.columns": {"instruction": "ask"}, "data.validation": 0.3,
+    "loss.kd_ratio": 0.4, "loss.temperature_scaling": "none", "loss.divergence": {"name": "jsd"},
+    "loss.router_aux_loss": "none", "loss.logits_dtype": "float32",
+    "temperature": {"name": "constant", "value": 3}, "student.dtype": "bfloat16", "teacher.dtype": "bfloat16",
+    "student.init.layers": 1, "student.init.choose": "middle_block", "student.lora": {"r": 4},
+    "evaluation.rows": 4, "evaluation.max_new_tokens": 7, "evaluation.do_sample": True, "evaluation.protocol": "greedy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_every_option_changes_it(key: str) -> None:
+    assert run_id(changed(key, OTHER[key])) != run_id(recipe())
+
+
+OF_TRAINING = {
+    "num_train_epochs": 2, "max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    "train_sampling_strategy": "random", "dataloader_drop_last": True, "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "sgd", "weight_decay": 0.1, "adam_beta1": 0.8,
+    "adam_beta2": 0.9, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "neftune_noise_alpha": 1.0, "bf16": True, "seed": 7,
+    "data_seed": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OF_TRAINING)
+def test_every_key_of_training_that_counts_changes_it(key: str) -> None:
+    changes = {"max_steps": -1, "num_train_epochs": 2} if key == "num_train_epochs" else {key: OF_TRAINING[key]}
+    values = recipe().model_dump(mode="json", exclude_defaults=True)
+    values["training"] |= changes
+    assert run_id(Recipe.from_dict(values)) != run_id(recipe())
+
+
+def test_every_key_is_counted_or_listed() -> None:
+    """A key that is added to the recipe counts, unless it is in the one list of those without effect."""
+    kept = settings_of(recipe())
+    for key, _ in flat(recipe().model_dump(mode="json")):
+        assert key in kept or is_under(key, (*WITHOUT_EFFECT, *OF_EVALUATION, *SEEDS)), key
+    silent = {key.removeprefix("training.") for key in (*WITHOUT_EFFECT, *OF_EVALUATION)}
+    counted = [key for key in RESULT_KEYS if key not in silent and f"training.{key}" not in SEEDS]
+    assert {"learning_rate", "optim", "max_steps"} <= set(counted)
+
+
+@pytest.mark.parametrize("name", [*temperature_policies(), *(f"divergence {name}" for name in DIVERGENCES)])
+def test_every_policy_and_divergence_is_another_run(name: str) -> None:
+    kind, _, divergence = name.partition(" ")
+    key = "loss.divergence" if divergence else "temperature"
+    options = {"name": divergence or kind}
+    options |= {"replay": {"run": "x"}, "skew_kl": {}, "alpha_beta": {}}.get(options["name"], {})
+    before = recipe().model_dump(mode="json", exclude_defaults=True)
+    same = options["name"] in ("dts", "forward_kl")
+    assert before and (run_id(changed(key, options)) == run_id(recipe())) == same
+
+
+def test_evaluations_count_where_they_decide() -> None:
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+    }
+    values = recipe().model_dump(mode="json", exclude_defaults=True)
+    values["training"] |= best
+    first = run_id(Recipe.from_dict(values))
+    values["training"] |= {"eval_steps": 1, "save_steps": 1}
+    assert run_id(Recipe.from_dict(values)) != first
