@@ -7,11 +7,12 @@ name that cannot be confused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
@@ -21,6 +22,7 @@ from dts_hf.data.samplers import real_tokens
 from dts_hf.data.streams import RowStream, Sample
 from dts_hf.data.targets import TrainOn
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
+from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
@@ -36,13 +38,24 @@ from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
 from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.generating_trainer import GeneratingTrainer
+from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
+from dts_hf.training.self_teaching import (
+    FollowCallback,
+    check_launch_of_self,
+    load_mean,
+    mean_of,
+    objective_of_teacher,
+    record_of,
+    saved_mean,
+)
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
@@ -57,7 +70,8 @@ class DistillationTrainer(GeneratingTrainer):
     Args:
         model: the student, or the name or folder of one; None with ``model_init``.
         teacher: a causal language model, its name or folder (then its weights are in bfloat16, as in a recipe), or anything
-            with the ``Teacher`` interface, such as a ``CachedTeacher``; None with ``kd_ratio`` 0 is plain fine-tuning.
+            with the ``Teacher`` interface, such as a ``CachedTeacher``; a ``SelfTeacher`` where the student teaches itself
+            (docs/self_distillation.md); None with ``kd_ratio`` 0 is plain fine-tuning.
         temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
@@ -119,7 +133,7 @@ class DistillationTrainer(GeneratingTrainer):
     def __init__(
         self,
         model: nn.Module | str | None = None,
-        teacher: nn.Module | Teacher | str | None = None,
+        teacher: nn.Module | Teacher | SelfTeacher | str | None = None,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float = "dts",
         divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
         kd_ratio: float = 0.5,
@@ -172,13 +186,15 @@ class DistillationTrainer(GeneratingTrainer):
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
+        check_launch_of_self(self.teacher, strategy_of(self.accelerator), teacher_placement == "sharded")
         self._try_collator(pair)
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
 
     @property
     def teacher_model(self) -> nn.Module | None:
-        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+        live = isinstance(self.teacher, LiveTeacher) and not isinstance(self.teacher, CopyTeacher)  # no other model
+        return cast(LiveTeacher, self.teacher).model if live else None
 
     @property
     def teacher_models(self) -> dict[str, nn.Module]:
@@ -195,13 +211,31 @@ class DistillationTrainer(GeneratingTrainer):
         return {name: {"weight": weights.get(name)} for name in self.teacher.names}
 
     def describe_objective(self) -> dict[str, Any]:
-        return {**super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None}
+        router = self.router.coefficient if self.router else None
+        return {**super().describe_objective(), "router_aux_loss": router, **objective_of_teacher(self.teacher)}
 
     @property
     def teacher_record(self) -> dict[str, Any] | None:
         if isinstance(self.teacher, RemoteTeacher):
             return self.teacher.record()
+        if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
+            return record_of(self.teacher)
         return self.teacher.cache.record() if isinstance(self.teacher, CachedTeacher) else None
+
+    def step_callbacks(self) -> list[TrainerCallback]:
+        mean = mean_of(self.teacher)
+        follow = [] if mean is None else [FollowCallback(mean, lambda: cast(nn.Module, self.model))]
+        return [*super().step_callbacks(), *follow]
+
+    def extra_state(self) -> ExtraState:
+        extra = super().extra_state()
+        if not self.args.save_only_model and self.args.should_save:
+            extra.tensors |= saved_mean(self.teacher)
+        return extra
+
+    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+        super().load_extra_state(folder, progress)
+        load_mean(self.teacher, folder)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
