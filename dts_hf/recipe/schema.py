@@ -421,6 +421,10 @@ class Source(Section):
     )
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 HeldOutShare = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -506,6 +510,12 @@ class Data(Section):
         return {**self.columns, **{field: column for field, column in more.items() if column is not None}}
 
     @property
+    def sources(self) -> list[Source]:
+        """Those of the training and validation rows that are given as mappings."""
+        listed = [*_listed(self.train), *_listed(self.validation)]
+        return [source for source in listed if isinstance(source, Source)]
+
+    @property
     def pack_tokens(self) -> int | None:
         """To how many tokens each training batch is filled; None: it is a number of rows."""
         return None if isinstance(self.packing, bool) else self.packing.tokens
@@ -521,8 +531,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _no_weight_held_out(self) -> Data:
-        held_out = self.validation if isinstance(self.validation, list) else [self.validation]
-        for source in held_out:
+        for source in _listed(self.validation):
             if isinstance(source, Source) and source.weight != 1:
                 raise ValueError(
                     f"validation: the weight of {source.source} is {source.weight:g}, but held-out rows count once each"
@@ -737,7 +746,7 @@ class Recipe(Section):
             if found:
                 raise ValueError(f"{', '.join(found)}: belongs to generated answers, and a task has labels instead")
             for key, value in (("train", self.data.train), ("validation", self.data.validation)):
-                if any(isinstance(one, Source) for one in (value if isinstance(value, list) else [value])):
+                if any(isinstance(one, Source) for one in _listed(value)):
                     raise ValueError(f"data.{key}: got a mapping, but the sources of a task are names alone")
         return self
 
@@ -866,7 +875,8 @@ def prefix_problem(recipe: Recipe) -> str:
     """What is wrong with a text for the teacher alone beside the rest of ``recipe``; empty where nothing is."""
     column = recipe.data.teacher_prefix_column
     if column is None:
-        return ""
+        given = "teacher_prefix" in {field for source in recipe.data.sources for field in source.columns or {}}
+        return "columns: got 'teacher_prefix' of a source, without data.teacher_prefix_column for all" if given else ""
     said = f"data.teacher_prefix_column: {column}"
     if "teacher_prefix" in recipe.data.columns:
         return "data.columns: got 'teacher_prefix', but data.teacher_prefix_column is the key for that"

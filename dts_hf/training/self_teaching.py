@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from dts_hf.errors import UserError
 from dts_hf.models.description import describe_for_training
 from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.self_teacher import CopyTeacher, RunningMean, SharedTeacher
 
 #: Of a checkpoint: the running mean.
@@ -36,6 +37,37 @@ class FollowCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.mean.follow(self.student(), state.global_step)
+
+
+def columns_with_prefix(
+    columns: Mapping[str, str | None] | None, prefix: str | None, teacher: Teacher, data_collator: Any
+) -> Mapping[str, str | None] | None:
+    """``data.columns`` with the one of the text that a teacher alone reads.
+
+    Args:
+        columns: our names of columns, and theirs.
+        prefix: ``teacher_prefix_column``.
+        teacher: must be able to read other rows than the student.
+        data_collator: of the user; None: there is none.
+
+    Raises:
+        UserError: teacher, collator or columns do not go with it.
+    """
+    if "teacher_prefix" in (columns or {}):
+        raise UserError("columns: got 'teacher_prefix', but teacher_prefix_column is the argument for that")
+    if prefix is None:
+        return columns
+    if not isinstance(teacher, (LiveTeacher, SharedTeacher)):
+        raise UserError(
+            f"teacher_prefix_column: got {prefix!r} with {type(teacher).__name__}, expected one teacher that is a model of this "
+            "process, or SelfTeacher: others know the student's rows alone"
+        )
+    if data_collator is not None:
+        raise UserError(
+            f"teacher_prefix_column: got {prefix!r} and a data_collator, which knows nothing of a second row for the teacher; "
+            "leave one of them out"
+        )
+    return {**(columns or {}), "teacher_prefix": prefix}
 
 
 def mean_of(teacher: Teacher) -> RunningMean | None:

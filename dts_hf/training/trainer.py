@@ -21,6 +21,7 @@ from dts_hf.data.routes import TEACHER
 from dts_hf.data.samplers import real_tokens
 from dts_hf.data.streams import RowStream, Sample
 from dts_hf.data.targets import TrainOn
+from dts_hf.data.teacher_context import TEACHER_BATCH
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.sharding import check_placement, shard_teacher
@@ -50,6 +51,7 @@ from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.self_teaching import (
     FollowCallback,
     check_launch_of_self,
+    columns_with_prefix,
     load_mean,
     mean_of,
     objective_of_teacher,
@@ -59,7 +61,7 @@ from dts_hf.training.self_teaching import (
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
-FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
+FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET, *TEACHER_BATCH.values())
 #: Columns of a batch that neither model is given.
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
 
@@ -104,6 +106,8 @@ class DistillationTrainer(GeneratingTrainer):
         default_teacher: of rows that name none; None: that is an error.
         temperature_per_teacher: each teacher has a state of the temperature's policy of its own, which sees its rows alone;
             False: one state sees all rows.
+        teacher_prefix_column: of rows of text, with a text that the teacher alone reads, before the last question: a
+            demonstration, or the verified solution. Held-out rows need it, too. See docs/self_distillation.md.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``distributed.sharding.shard_teacher``).
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
@@ -153,6 +157,7 @@ class DistillationTrainer(GeneratingTrainer):
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
+        teacher_prefix_column: str | None = None,
         router_aux_loss: str = "model",
         data_collator: Any = None,
         peft_config: Any = None,
@@ -171,6 +176,7 @@ class DistillationTrainer(GeneratingTrainer):
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
         collator = pair.collator(bool(packing), data_collator, args)
+        columns = columns_with_prefix(columns, teacher_prefix_column, pair.teacher, data_collator)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
