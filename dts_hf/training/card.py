@@ -64,6 +64,8 @@ def facts_of_training(
     *,
     taught: bool,
     several: Mapping[str, Any],
+    itself: Mapping[str, Any],
+    prefix: str | None,
     rows: Mapping[str, Any],
     task: str | None,
     log: Sequence[Mapping[str, Any]],
@@ -79,6 +81,8 @@ def facts_of_training(
         args: of the trainer.
         taught: there is a teacher.
         several: the section of each of several teachers, without its model.
+        itself: the section of a teacher that is the student itself; empty: it is another one.
+        prefix: the column of what the teacher alone reads; None: nothing.
         rows: how rows became tokens: a template and limits.
         task: of classifiers, by name.
         log: lines of the Trainer.
@@ -104,6 +108,8 @@ def facts_of_training(
             if key != "max_steps" or args.max_steps > 0
         },
     }  # fmt: skip
+    if prefix is not None:
+        recipe["data"]["teacher_prefix_column"] = prefix
     if task is not None:
         recipe["task"] = {"subset": task, "max_length": rows.get("max_length")}
     models: dict[str, Any] = {"student": {"parameters": _parameters(student)}}
@@ -113,7 +119,7 @@ def facts_of_training(
             name: {**several[name], "model": "" if model is None else _name(model)} for name, model in named.items()
         }
     elif taught:
-        recipe["teacher"] = {"model": _name(teachers["teacher"]) if "teacher" in teachers else ""}
+        recipe["teacher"] = dict(itself) or {"model": _name(teachers["teacher"]) if "teacher" in teachers else ""}
     for key, teacher in teachers.items():
         models[key.replace("teachers.", ONE_TEACHER)] = {"parameters": _parameters(teacher)}
     if task is not None:

@@ -216,6 +216,10 @@ class DistillationTrainer(GeneratingTrainer):
         weights = self.teacher.weights or {}
         return {name: {"weight": weights.get(name)} for name in self.teacher.names}
 
+    @property
+    def itself(self) -> dict[str, Any]:
+        return self.teacher.spec.facts if isinstance(self.teacher, (CopyTeacher, SharedTeacher)) else {}
+
     def describe_objective(self) -> dict[str, Any]:
         router = self.router.coefficient if self.router else None
         return {**super().describe_objective(), "router_aux_loss": router, **objective_of_teacher(self.teacher)}
