@@ -37,7 +37,7 @@ class _Tokens(TypedDict):
 class Example(_Tokens, total=False):
     """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set.
 
-    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``), and the others where the teacher
+    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``), the others where the teacher
     reads more than the student (``teacher_context``).
     """
 

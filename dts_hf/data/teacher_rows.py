@@ -89,12 +89,11 @@ def _learned(row: EncodedRow) -> list[int]:
 
 def _up_to(row: EncodedRow, count: int) -> EncodedRow:
     """``row`` cut behind its label number ``count``, where it has more."""
-    left, spans = count, array("i")
-    for start, stop in zip(row.spans[::2], row.spans[1::2], strict=True):
-        if left:
-            stop = min(stop, start + left)
-            left -= stop - start
-            spans.extend((start, stop))
     if len(_learned(row)) <= count:
         return row
+    left, spans = count, array("i")
+    for start, stop in zip(row.spans[::2], row.spans[1::2], strict=True):
+        taken = min(left, stop - start)
+        left -= taken
+        spans.extend((start, start + taken) if taken else ())
     return row._replace(ids=row.ids[: spans[-1]], spans=spans, cut=True)

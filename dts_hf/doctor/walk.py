@@ -200,8 +200,13 @@ class Walk(ABC):
             with self.diagnosis.check("quantization") as check:
                 self.compare_with_full(check, self.recipe.teacher)
         with self.diagnosis.check("effect") as check:
-            if self.teaches_itself and self.small_sample().means(need(self.trainer, "a trainer").eval_loss)["kl"] < EQUAL:
-                raise Skipped("before the first step the student and its teacher are one: only the labels pull them apart")
+            if (
+                self.teaches_itself
+                and self.small_sample().means(need(self.trainer, "a trainer").eval_loss)["kl"] < EQUAL
+            ):
+                raise Skipped(
+                    "before the first step the student and its teacher are one: only the labels pull them apart"
+                )
             check_effect(check, need(self.trainer, "a trainer").loss, self.small_sample(), self.use_of_teacher())
         with self.diagnosis.check("temperature") as check:
             loss, steps = need(self.trainer, "a trainer").loss, need(self.steps, "rows")

@@ -199,8 +199,8 @@ def _with_live_teacher(recipe: Recipe) -> Recipe:
     if section.kind == "self":
         never = "" if section.weights == "base" else ", and a running mean has others at every step"
         raise UserError(
-            f"teacher.kind: self has no states to cache: the student gives them{never}. To cache those of its first weights, "
-            "name them: kind: live, with the student's model"
+            f"teacher.kind: self has no states to cache: the student gives them{never}. To cache those of its first "
+            "weights, name them: kind: live, with the student's model"
         )
     if section.placement == "sharded":
         raise UserError(

@@ -857,7 +857,9 @@ def self_problem(recipe: Recipe) -> str:
     if recipe.data.responses == "teacher":
         return "data.responses: teacher, but with teacher.kind: self there is no other model that could answer"
     if student.init is not None and student.init.source is None:
-        return f"student.init: from {student.init.from_}, but with teacher.kind: self there is no other model: name one"
+        return (
+            f"student.init: from {student.init.from_}, but with teacher.kind: self there is no other model: name one"
+        )
     if student.lora is not None and teacher.dtype != student.dtype:
         return (
             f"teacher.dtype: {teacher.dtype}, but with student.lora the teacher's weights are the student's own, "
@@ -865,8 +867,8 @@ def self_problem(recipe: Recipe) -> str:
         )
     if teacher.weights == "ema" and student.lora is None and teacher.dtype != "float32":
         return (
-            f"teacher.dtype: {teacher.dtype} with weights 'ema', expected float32: a step of {teacher.ema_rate:g} of a small "
-            "change is lost in a shorter type"
+            f"teacher.dtype: {teacher.dtype} with weights 'ema', expected float32: a step of {teacher.ema_rate:g} of a "
+            "small change is lost in a shorter type"
         )
     return ""
 
@@ -883,9 +885,10 @@ def prefix_problem(recipe: Recipe) -> str:
     if recipe.task is not None:
         return f"{said}, but a task has classifiers, which answer nothing"
     if recipe.teacher is None:
-        return f"{said}, but there {'are several teachers' if recipe.teachers else 'is no teacher'}: it is for a single one"
+        return f"{said}, but there {'are several teachers' if recipe.teachers else 'is no teacher'}: it is for one"
     if recipe.teacher.kind in ("cached", "remote"):
-        return f"{said}, but the states of teacher.kind: {recipe.teacher.kind} are of the student's rows: use kind live or self"
+        kind = recipe.teacher.kind
+        return f"{said}, but the states of teacher.kind: {kind} are of the student's rows: use kind live or self"
     if recipe.data.responses == "teacher":
         return f"{said}, but with data.responses: teacher the teacher writes the answers, without that text"
     return ""

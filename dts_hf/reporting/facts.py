@@ -239,7 +239,9 @@ def _describe_itself(teacher: Mapping[str, Any]) -> str:
     if teacher.get("weights") != "ema":
         return "itself, with its first weights"
     steps = "step" if teacher.get("ema_every", 1) == 1 else f"{teacher['ema_every']} steps"
-    return f"itself, with a running mean of its weights (the new ones count {teacher.get('ema_rate')} at every {steps})"
+    return (
+        f"itself, with a running mean of its weights (the new ones count {teacher.get('ema_rate')} at every {steps})"
+    )
 
 
 def _describe_section(teacher: Mapping[str, Any], has_recipe: bool) -> str:

@@ -178,7 +178,9 @@ class SharedTeacher:
             )
         _check_adapter(student)
         if spec.weights == "ema":
-            values = {name: weight.detach().to(_precise(weight), copy=True) for name, weight in _trained(student).items()}
+            values = {
+                name: weight.detach().to(_precise(weight), copy=True) for name, weight in _trained(student).items()
+            }
             self.mean: RunningMean | None = RunningMean(spec, values)
         else:
             self._check_untrained()
@@ -215,7 +217,10 @@ class SharedTeacher:
         assert self.mean is not None
         saved = {name: weight.data for name, weight in own.items()}
         try:
-            for name, weight in own.items():  # no copy, and nothing of autograd's: the optimizer steps on the student's
+            for (
+                name,
+                weight,
+            ) in own.items():  # no copy, and nothing of autograd's: the optimizer steps on the student's
                 weight.data = self.mean.values[name].to(weight.dtype)
             yield
         finally:

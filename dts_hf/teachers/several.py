@@ -143,7 +143,9 @@ def shares_of(
     if read := split_batch(batch):  # it reads more than the student, and predicts the same labels in the same order
         states = teacher.states(*read)
         if states is None or len(states) != len(positions):
-            raise ValueError(f"{0 if states is None else len(states)} states of the teacher for {len(positions)} labels")
+            raise ValueError(
+                f"{0 if states is None else len(states)} states of the teacher for {len(positions)} labels"
+            )
         return [Share(states, teacher.head)]
     return [Share(teacher.states(batch, labels, *_known(teacher, positions)), teacher.head)]
 

@@ -174,7 +174,9 @@ class LanguageRows(RowReader):
                 )
             self._check_read_by_teacher(name, dataset.for_teacher is not None)
             if dataset.for_teacher is not None and "teacher_prefix" not in (self.columns or {}):
-                raise UserError(f"{name}: its teacher reads more than the student; expected teacher_prefix_column as well")
+                raise UserError(
+                    f"{name}: its teacher reads more than the student; expected teacher_prefix_column as well"
+                )
             return dataset, dataset.report or report
         dataset = as_rows(dataset, name, keep_format=self.as_they_are)
         # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
@@ -216,8 +218,8 @@ class LanguageRows(RowReader):
     def _check_read_by_teacher(self, name: str, has_text: bool) -> None:
         if not has_text and "teacher_prefix" in (self.columns or {}):
             raise UserError(
-                f"{name}: its rows are tokens, and teacher_prefix_column names a text of rows of text; expected those, or an "
-                "EncodedDataset of them (data.encoding.encode_rows)"
+                f"{name}: its rows are tokens, and teacher_prefix_column names a text of rows of text; expected those, or "
+                "an EncodedDataset of them (data.encoding.encode_rows)"
             )
 
     def for_answers(self, *, losses: bool) -> LanguageRows:
@@ -225,7 +227,9 @@ class LanguageRows(RowReader):
         if not losses:  # no model reads the reference: it may be of any length
             reader.encode_options = {**self.encode_options, "max_length": sys.maxsize, "long_rows": "cut"}
             reader.models, reader.routing = [], None
-            reader.columns = {k: v for k, v in (self.columns or {}).items() if k != "teacher_prefix"}  # nobody is taught
+            reader.columns = {
+                k: v for k, v in (self.columns or {}).items() if k != "teacher_prefix"
+            }  # nobody is taught
         return reader
 
     def _too_long(self, report: EncodingReport, name: str) -> str:
@@ -259,7 +263,7 @@ class LanguageRows(RowReader):
 
     def _check_encoded(self, dataset: EncodedDataset, form: tokenised.RowForm) -> EncodingReport:
         report = tokenised.check_encoded(dataset, form)
-        self._check_positions(max(max(dataset.lengths), max(dataset.teacher_lengths)), "Lower data.max_length")
+        self._check_positions(max(*dataset.lengths, *dataset.teacher_lengths), "Lower data.max_length")
         return report
 
     def _check_positions(self, longest: int, advice: str) -> None:

@@ -82,7 +82,9 @@ class Pair:
             UserError: it does not fit.
         """
         if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
-            raise UserError("model_init: makes a new student, but its teacher is the first one itself; give model instead")
+            raise UserError(
+                "model_init: makes a new student, but its teacher is the first one itself; give model instead"
+            )
         check_whole(student)
         student = with_adapter(unwrapped(student), peft_config)
         for teacher, _ in self.live:
@@ -314,7 +316,9 @@ class _Given:
         """As the loss asks it, and the ids that it shares with the student."""
         if isinstance(self.given, SelfTeacher):
             if self.names != [""]:
-                raise UserError("got SelfTeacher, expected models: a student that teaches itself is the one teacher (teacher)")
+                raise UserError(
+                    "got SelfTeacher, expected models: a student that teaches itself is the one teacher (teacher)"
+                )
             plan = align_vocabularies(student, student, tokenizer, tokenizer, alignment)
             return self.given.of(student), plan
         if isinstance(self.given, (CachedTeacher, RemoteTeacher)):
@@ -382,7 +386,10 @@ def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
         identity = teacher.cache.identity if isinstance(teacher, CachedTeacher) else teacher.description.identity
         return {role: identity.model, f"{role}_dtype": identity.dtype, f"{role}_states": states}
     if isinstance(teacher, (CopyTeacher, SharedTeacher)):
-        return {role: "self", **{f"{role}_{name}": value for name, value in teacher.spec.facts.items() if name != "kind"}}
+        return {
+            role: "self",
+            **{f"{role}_{name}": value for name, value in teacher.spec.facts.items() if name != "kind"},
+        }
     if not isinstance(teacher, LiveTeacher):
         return {role: type(teacher).__name__}
     dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")

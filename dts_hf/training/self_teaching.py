@@ -1,4 +1,4 @@
-"""What a trainer does for a student that teaches itself: the running mean of its weights, and what it cannot be shared by."""
+"""What a trainer does for a student that teaches itself, and for a teacher that reads more than the student."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def columns_with_prefix(
         return columns
     if not isinstance(teacher, (LiveTeacher, SharedTeacher)):
         raise UserError(
-            f"teacher_prefix_column: got {prefix!r} with {type(teacher).__name__}, expected one teacher that is a model of this "
-            "process, or SelfTeacher: others know the student's rows alone"
+            f"teacher_prefix_column: got {prefix!r} with {type(teacher).__name__}, expected one teacher that is a model of "
+            "this process, or SelfTeacher: others know the student's rows alone"
         )
     if data_collator is not None:
         raise UserError(
-            f"teacher_prefix_column: got {prefix!r} and a data_collator, which knows nothing of a second row for the teacher; "
-            "leave one of them out"
+            f"teacher_prefix_column: got {prefix!r} and a data_collator, which knows nothing of a row for the teacher; leave "
+            "one of them out"
         )
     return {**(columns or {}), "teacher_prefix": prefix}
 
@@ -78,7 +78,11 @@ def mean_of(teacher: Teacher) -> RunningMean | None:
 def objective_of_teacher(teacher: Teacher) -> dict[str, Any]:
     """Which weights of the student ``teacher`` has, in flat words: a run that goes on must have the same."""
     facts = teacher.spec.facts if isinstance(teacher, (CopyTeacher, SharedTeacher)) else {}
-    return {"self_teacher": facts.get("weights"), "ema_rate": facts.get("ema_rate"), "ema_every": facts.get("ema_every")}
+    return {
+        "self_teacher": facts.get("weights"),
+        "ema_rate": facts.get("ema_rate"),
+        "ema_every": facts.get("ema_every"),
+    }
 
 
 def record_of(teacher: CopyTeacher | SharedTeacher) -> dict[str, Any]:

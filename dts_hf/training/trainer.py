@@ -45,8 +45,8 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
-from dts_hf.training.generating_trainer import GeneratingTrainer
 from dts_hf.training.exact_resume import ExtraState, Progress
+from dts_hf.training.generating_trainer import GeneratingTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.self_teaching import (
     FollowCallback,

@@ -17,7 +17,9 @@ from dts_hf.recipe.schema import Recipe, Student
 from dts_hf.training.model_shape import ModelShape
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "fp8", "int8", "cached", "copied", "shared"]
+TeacherPlacement = Literal[
+    "none", "replicated", "sharded", "8bit", "4bit", "fp8", "int8", "cached", "copied", "shared"
+]
 
 
 @dataclass(frozen=True)

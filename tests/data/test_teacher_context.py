@@ -53,7 +53,10 @@ def check_sides(tokenizer, template, rows, **limits):
 def random_rows(draw, turns):
     rows = []
     for k in range(8):
-        said = [("a" if turn % 2 else "u", " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))) for turn in range(2 * turns)]
+        said = [
+            ("a" if turn % 2 else "u", " ".join(draw.choices(WORDS, k=draw.randint(1, 6))))
+            for turn in range(2 * turns)
+        ]
         prefix = draw.choice(["", "Proof: " + " ".join(draw.choices(WORDS, k=draw.randint(1, 20)))])
         rows.append(dataclasses.replace(chat(*said), id=str(k), teacher_prefix=prefix))
     return rows
@@ -89,7 +92,9 @@ def test_both_sides_learn_the_same_text_long(family):
         draw = random.Random(seed)
         options = {"train_on": "last_turn", "max_length": draw.choice([40, 90, 400]), "max_prompt_length": 30}
         rows = random_rows(draw, draw.randint(1, 2))
-        check_sides(tokenizer, resolve_template("auto", tokenizer), rows, long_rows=draw.choice(["cut", "drop"]), **options)
+        check_sides(
+            tokenizer, resolve_template("auto", tokenizer), rows, long_rows=draw.choice(["cut", "drop"]), **options
+        )
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "marked"])
@@ -106,7 +111,9 @@ def test_where_the_text_stands(name):
     tokenizer = tiny_tokenizer()
     row = Row("a", "Add.", "2 and 2", ("4",), teacher_prefix="It is four.")
     prompt = get_template(name).render(with_teacher_prefix(row), tokenizer)
-    assert "It is four.\n\nAdd." in prompt and prompt.replace("It is four.\n\n", "") == get_template(name).render(row, tokenizer)
+    assert "It is four.\n\nAdd." in prompt and prompt.replace("It is four.\n\n", "") == get_template(name).render(
+        row, tokenizer
+    )
     check_sides(tokenizer, get_template(name), [row])
     finished = Row("b", "2 + 2 =", "", (" 4",), kind="prompt", teacher_prefix="It is four.")
     assert with_teacher_prefix(finished).instruction == "It is four.\n\n2 + 2 ="
@@ -134,7 +141,9 @@ def test_rows_that_are_too_long_behind_the_text_are_counted_and_named():
     alone = encode_rows([dataclasses.replace(middle, teacher_prefix=None)], tokenizer, template, **limits)[0]
     data, report = check_sides(tokenizer, template, [middle], long_rows="cut", **limits)
     assert report.cut == report.teacher_too_long == 1 and len(data[0]["teacher_input_ids"]) == 60
-    assert data[0]["input_ids"] == alone[0]["input_ids"][: len(data[0]["input_ids"])] and len(data[0]["input_ids"]) < 60
+    assert (
+        data[0]["input_ids"] == alone[0]["input_ids"][: len(data[0]["input_ids"])] and len(data[0]["input_ids"]) < 60
+    )
 
 
 def test_the_column_is_read_and_a_missing_one_is_named():
@@ -156,7 +165,9 @@ def test_the_column_is_read_and_a_missing_one_is_named():
 
 def test_many_rows_come_out_of_a_file_as_they_are_in_memory(tmp_path):
     tokenizer, template = tiny_tokenizer(), get_template("plain")
-    raw = [{"instruction": "Say it", "output": "yes " * (1 + k % 3), "hint": "h " * (k % 4)} for k in range(LEAST_ROWS)]
+    raw = [
+        {"instruction": "Say it", "output": "yes " * (1 + k % 3), "hint": "h " * (k % 4)} for k in range(LEAST_ROWS)
+    ]
     rows = rows_from_dataset(raw, columns={"teacher_prefix": "hint"})
     kept, report = encode_cached(rows, tokenizer, template, cache_dir=tmp_path, **LIMITS)
     plain, expected = encode_rows(rows, tokenizer, template, **LIMITS)
@@ -168,7 +179,9 @@ def test_many_rows_come_out_of_a_file_as_they_are_in_memory(tmp_path):
 
 
 def test_what_only_fills_a_batch_has_no_label_for_the_teacher():
-    data = encode_rows([Row("a", "Say", "", ("yes",), teacher_prefix="no")], tiny_tokenizer(), get_template("plain"), **LIMITS)[0]
+    data = encode_rows(
+        [Row("a", "Say", "", ("yes",), teacher_prefix="no")], tiny_tokenizer(), get_template("plain"), **LIMITS
+    )[0]
     filler = dummy_row(data[0], [-100])
     batch = PaddedCollator(0)([data[0], filler])
     assert (batch["teacher_labels"][1] == -100).all() and batch["teacher_attention_mask"][1].sum() == 1

@@ -17,7 +17,9 @@ from tests.support import reference
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, arguments, largest_difference, losses, plain, step_gradients
 
-HINTED = [{**row, "hint": "" if k % 5 == 0 else f"It says {row['output']}" + " so" * (k % 4)} for k, row in enumerate(ROWS)]
+HINTED = [
+    {**row, "hint": "" if k % 5 == 0 else f"It says {row['output']}" + " so" * (k % 4)} for k, row in enumerate(ROWS)
+]
 T = 2.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
 from dts_hf.training.self_teaching import EMA_WEIGHTS
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.support.trainers import ROWS, arguments, largest_difference, losses, step_gradients, trainer_for
+from tests.support.trainers import ROWS, arguments, losses, step_gradients, trainer_for
 
 #: Four names of one thing: who teaches, and whether through an adapter.
 KINDS = [("base", False), ("base", True), ("ema", False), ("ema", True)]
@@ -191,8 +190,8 @@ def closed_form(steps, rate, every):
     total = len(moved)
     found = {name: (1 - rate) ** total * value for name, value in steps[0].items()}
     for k, weights in enumerate(moved, 1):
-        for name in found:
-            found[name] = found[name] + rate * (1 - rate) ** (total - k) * weights[name]
+        for name, value in found.items():
+            found[name] = value + rate * (1 - rate) ** (total - k) * weights[name]
     return found
 
 
