@@ -145,10 +145,11 @@ class CopyTeacher(LiveTeacher):
         if dtype is None and spec.weights == "ema" and head_of(student).weight.itemsize < 4:
             dtype = torch.float32
         super().__init__(model if dtype is None else model.to(dtype))
-        self.spec, self.mean = spec, None
+        self.spec = spec
+        self.mean: RunningMean | None = None
         if spec.weights == "ema":
             copies = dict(self.model.named_parameters())
-            self.mean: RunningMean | None = RunningMean(spec, {name: copies[name] for name in _trained(student)})
+            self.mean = RunningMean(spec, {name: copies[name] for name in _trained(student)})
 
 
 class SharedTeacher:
@@ -169,7 +170,8 @@ class SharedTeacher:
     takes_cu_seqlens = True
 
     def __init__(self, spec: SelfTeacher, student: nn.Module) -> None:
-        self.spec, self.model, self.mean = spec, student, None
+        self.spec, self.model = spec, student
+        self.mean: RunningMean | None = None
         self.backbone = backbone_of(student)
         if spec.dtype not in (None, head_of(student).weight.dtype):
             raise UserError(
@@ -181,7 +183,7 @@ class SharedTeacher:
             values = {
                 name: weight.detach().to(_precise(weight), copy=True) for name, weight in _trained(student).items()
             }
-            self.mean: RunningMean | None = RunningMean(spec, values)
+            self.mean = RunningMean(spec, values)
         else:
             self._check_untrained()
 

@@ -64,8 +64,8 @@ def columns_with_prefix(
         )
     if data_collator is not None:
         raise UserError(
-            f"teacher_prefix_column: got {prefix!r} and a data_collator, which knows nothing of a row for the teacher; leave "
-            "one of them out"
+            f"teacher_prefix_column: got {prefix!r} and a data_collator, which knows nothing of a row for the teacher; "
+            "leave one of them out"
         )
     return {**(columns or {}), "teacher_prefix": prefix}
 
