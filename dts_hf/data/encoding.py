@@ -311,7 +311,9 @@ def encoded_blocks(
 
     def blocks() -> Iterator[list[KeptRow]]:
         for block in _blocks(rows, progress):
-            encoded = zip(block, for_teacher.add(block, encoder.encode(block), report), strict=True)
+            read, too_long = for_teacher.add(block, encoder.encode(block))
+            report.teacher_too_long += too_long
+            encoded = zip(block, read, strict=True)
             yield [(row.id, kept) for row, one in encoded if (kept := _counted(row, one, long_rows, report))]
 
     return blocks(), report

@@ -5,15 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
-
 from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
 from dts_hf.data.teacher_context import with_teacher_prefix
 from dts_hf.errors import UserError
-
-if TYPE_CHECKING:
-    from dts_hf.data.encoding import EncodingReport
 
 
 class TeacherRows:
@@ -29,9 +24,7 @@ class TeacherRows:
             encoder.tokenizer, encoder.cutter, encoder.max_length, encoder.max_length - 1, encoder.eos
         )
 
-    def add(
-        self, rows: Sequence[Row], encoded: Sequence[EncodedRow | None], report: EncodingReport
-    ) -> list[EncodedRow | None]:
+    def add(self, rows: Sequence[Row], encoded: Sequence[EncodedRow | None]) -> tuple[list[EncodedRow | None], int]:
         """``encoded`` with the teacher's rows; None where there is no room for the text and a label.
 
         Where the end of the teacher's row is cut at ``max_length``, the student's is cut behind the same label.
@@ -39,16 +32,19 @@ class TeacherRows:
         Args:
             rows: the text; only where a column is named for what a teacher alone reads is anything done.
             encoded: the same as tokens.
-            report: counts the rows that are too long because of that text.
+
+        Returns:
+            the rows, and how many are too long only because of that text.
 
         Raises:
             UserError: the text cannot stand before a row, or changes the tokens of its answers.
         """
         if not any(row.teacher_prefix is not None for row in rows):
-            return list(encoded)
+            return list(encoded), 0
         places = [k for k, one in enumerate(encoded) if one is not None and rows[k].teacher_prefix]
         sides = dict(zip(places, self.encoder.encode([with_teacher_prefix(rows[k]) for k in places]), strict=True))
         found: list[EncodedRow | None] = []
+        too_long = 0
         for k, one in enumerate(encoded):
             if one is None:
                 found.append(None)
@@ -56,9 +52,9 @@ class TeacherRows:
                 found.append(one._replace(teacher_ids=one.ids, teacher_spans=one.spans))
             else:
                 both = self._both(rows[k], one, sides[k])
-                report.teacher_too_long += both is None or (both.cut and not one.cut)
+                too_long += both is None or (both.cut and not one.cut)
                 found.append(both)
-        return found
+        return found, too_long
 
     def _both(self, row: Row, one: EncodedRow, side: EncodedRow | None) -> EncodedRow | None:
         if side is None or side.prompt_cut:

@@ -65,7 +65,6 @@ def facts_of_training(
     taught: bool,
     several: Mapping[str, Any],
     itself: Mapping[str, Any],
-    prefix: str | None,
     rows: Mapping[str, Any],
     task: str | None,
     log: Sequence[Mapping[str, Any]],
@@ -82,8 +81,7 @@ def facts_of_training(
         taught: there is a teacher.
         several: the section of each of several teachers, without its model.
         itself: the section of a teacher that is the student itself; empty: it is another one.
-        prefix: the column of what the teacher alone reads; None: nothing.
-        rows: how rows became tokens: a template and limits.
+        rows: how rows became tokens: a template and limits, and the column of what the teacher alone reads.
         task: of classifiers, by name.
         log: lines of the Trainer.
         held_out: scores of the student as it is; see ``held_out_scores``.
@@ -108,8 +106,6 @@ def facts_of_training(
             if key != "max_steps" or args.max_steps > 0
         },
     }  # fmt: skip
-    if prefix is not None:
-        recipe["data"]["teacher_prefix_column"] = prefix
     if task is not None:
         recipe["task"] = {"subset": task, "max_length": rows.get("max_length")}
     models: dict[str, Any] = {"student": {"parameters": _parameters(student)}}
@@ -147,7 +143,7 @@ def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _described(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Template and limits by name; a tokenizer and other objects are left out."""
-    known = {"max_length", "max_prompt_length"} & rows.keys()
+    known = {"max_length", "max_prompt_length", "teacher_prefix_column"} & rows.keys()
     template = getattr(rows.get("template"), "name", None)
     return ({"prompt_template": template} if template else {}) | {key: rows[key] for key in known}
 

@@ -96,6 +96,10 @@ class RowReader:
         reader.takes_every_row = True
         return reader
 
+    def for_card(self) -> dict[str, Any]:
+        """How rows became tokens, as a model card tells it."""
+        return dict(getattr(self, "encode_options", {}))
+
     def tell_of_streams(self, names: Callable[[str], bool] = lambda name: True) -> None:
         """Say what became of the rows of streams, where any was lost since it was said last; bring ``reports`` up to date.
 
@@ -214,6 +218,10 @@ class LanguageRows(RowReader):
         ready = tokenised.TokenisedDataset(dataset, form, chain([first], rows))
         self._check_positions(max(ready.lengths), "Shorten the rows")
         return ready, ready.report
+
+    def for_card(self) -> dict[str, Any]:
+        column = (self.columns or {}).get("teacher_prefix")
+        return {**self.encode_options, **({"teacher_prefix_column": column} if column else {})}
 
     def _check_read_by_teacher(self, name: str, has_text: bool) -> None:
         if not has_text and "teacher_prefix" in (self.columns or {}):

@@ -329,8 +329,7 @@ class DistillationBase(ResumableTrainer):
         facts = facts_of_training(
             student, self.teacher_models, self.loss, self.args,
             taught=self.sums.columns.teacher, several=self.several, itself=self.itself,
-            prefix=(getattr(self.rows, "columns", None) or {}).get("teacher_prefix"),
-            rows=getattr(self.rows, "encode_options", {}),
+            rows=self.rows.for_card(),
             task=getattr(getattr(self.rows, "task", None), "subset", None),
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,

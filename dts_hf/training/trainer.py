@@ -157,8 +157,7 @@ class DistillationTrainer(GeneratingTrainer):
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
-        teacher_prefix_column: str | None = None,
-        router_aux_loss: str = "model",
+        teacher_prefix_column: str | None = None, router_aux_loss: str = "model",
         data_collator: Any = None,
         peft_config: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
@@ -192,7 +191,6 @@ class DistillationTrainer(GeneratingTrainer):
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
-        check_launch_of_self(self.teacher, strategy_of(self.accelerator), teacher_placement == "sharded")
         self._try_collator(pair)
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
@@ -264,6 +262,7 @@ class DistillationTrainer(GeneratingTrainer):
         return self.pair.student
 
     def _place_teachers(self, shard: bool, given: Sequence[Any]) -> None:
+        check_launch_of_self(self.teacher, strategy_of(self.accelerator), shard)
         for teacher, _ in self.pair.live:
             if shard and not any(teacher is one for one in given):  # an object of the user's stays as it is
                 shard_teacher(teacher.model, self.args.device)
