@@ -687,7 +687,7 @@ class Recipe(Section):
             return value
         student = student if isinstance(student, Mapping) else {}
         ema = teacher.get("weights") == "ema" and student.get("lora") is None
-        dtype = "float32" if ema else student.get("dtype", Student.model_fields["dtype"].default)
+        dtype = "float32" if ema else student.get("dtype") or Student.model_fields["dtype"].default
         return {**value, "teacher": {**teacher, "dtype": dtype}}
 
     @model_validator(mode="after")

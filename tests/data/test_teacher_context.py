@@ -137,7 +137,7 @@ def test_rows_that_are_too_long_behind_the_text_are_counted_and_named():
 
     data, report = check_sides(tokenizer, template, rows, long_rows="cut", **limits)
     assert data.row_ids == ["fits", "long for both", "without"] and report.cut == 1  # nothing of an answer fits
-    middle = Row("m", "Say", "", ("yes " * 8,), teacher_prefix="so " * 10)
+    middle = Row("m", "Say", "", ("yes " * 8,), teacher_prefix="so " * 16)
     alone = encode_rows([dataclasses.replace(middle, teacher_prefix=None)], tokenizer, template, **limits)[0]
     data, report = check_sides(tokenizer, template, [middle], long_rows="cut", **limits)
     assert report.cut == report.teacher_too_long == 1 and len(data[0]["teacher_input_ids"]) == 60
