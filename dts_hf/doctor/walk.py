@@ -189,7 +189,11 @@ class Walk(ABC):
                 check_step_size(check, student, self.args.learning_rate)
 
     def look_at_loss(self) -> None:
-        """Teacher and student on the same rows, and what the loss makes of the two."""
+        """Teacher and student on the same rows, and what the loss makes of the two.
+
+        Raises:
+            Skipped: within a check, which takes it.
+        """
         with self.diagnosis.check("cross-entropy") as check:
             self.compare(check)
         if (

@@ -137,6 +137,10 @@ def shares_of(
         labels: ``[B, T]`` unshifted.
         positions: ``[N]``, ``selection.response_positions(labels)``.
         numbers: of the rows' teachers, ``[rows]``, where each row has one of several.
+
+    Raises:
+        UserError: see ``SeveralTeachers.shares``.
+        ValueError: a teacher that reads more than the student gives another number of states than there are labels.
     """
     if isinstance(teacher, SeveralTeachers):
         return teacher.shares(batch, labels, positions, numbers)

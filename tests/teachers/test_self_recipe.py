@@ -141,7 +141,7 @@ def test_a_run_tells_what_taught_it(place, capfd, lora):
     )
     metrics = json.loads((run.path / "metrics.json").read_text())
     assert {*metrics["models"]} == {"student_before", "student"}  # nobody is scored twice
-    assert [name for name, _ in models_of(facts.recipe)] == ["student"]
+    assert [name for name, _ in models_of(facts.recipe)] == ["./student"]
     manifest = RunDirectory(run.path).read_data_manifest()
     assert manifest["splits"]["train"]["prefixed"] == 9 and "teacher" not in manifest["models"]
     ends = {name: load_file(run.path / "checkpoint-4" / name) for name in ("ema.safetensors",)}
