@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import chain
+
 from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
 from dts_hf.data.teacher_context import with_teacher_prefix

@@ -126,7 +126,7 @@ def test_it_is_neither_cached_nor_served(workplace):
 def test_a_run_tells_what_taught_it(place, capfd, lora):
     asked = taught_by_itself(
         student={"lora": lora}, teacher={"weights": "ema", "ema_rate": 0.1}, data={"teacher_prefix_column": "proof"},
-        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "eval_strategy": "epoch"},
+        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01, "eval_strategy": "epoch"},
     )  # fmt: skip
     run = distill(asked)
     said = " ".join(capfd.readouterr().err.split())
@@ -145,8 +145,9 @@ def test_a_run_tells_what_taught_it(place, capfd, lora):
     manifest = RunDirectory(run.path).read_data_manifest()
     assert manifest["splits"]["train"]["prefixed"] == 9 and "teacher" not in manifest["models"]
     ends = {name: load_file(run.path / "checkpoint-4" / name) for name in ("ema.safetensors",)}
-    resumed = distill(asked.model_copy(update={"output": asked.output.model_copy(update={"dir": "again"}),
-                      "training": {**asked.training, "resume_from_checkpoint": str(run.path / "checkpoint-2")}}))  # fmt: skip
+    output = asked.output.model_copy(update={"dir": "again"})
+    training = {**asked.training, "resume_from_checkpoint": str(run.path / "checkpoint-2")}
+    resumed = distill(asked.model_copy(update={"output": output, "training": training}))
     again = load_file(resumed.path / "checkpoint-4" / "ema.safetensors")
     assert all(torch.equal(again[name], value) for name, value in ends["ema.safetensors"].items())
 
