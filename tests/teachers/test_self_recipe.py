@@ -126,7 +126,7 @@ def test_it_is_neither_cached_nor_served(workplace):
 def test_a_run_tells_what_taught_it(place, capfd, lora):
     asked = taught_by_itself(
         student={"lora": lora}, teacher={"weights": "ema", "ema_rate": 0.1}, data={"teacher_prefix_column": "proof"},
-        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01, "eval_strategy": "epoch"},
+        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "epoch"},
     )  # fmt: skip
     run = distill(asked)
     said = " ".join(capfd.readouterr().err.split())
