@@ -230,6 +230,9 @@ def answered(task: Task[Any], models: Models, rows: Rows) -> tuple[Rows, Data]:
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:
     """What a person should know of each teacher, as lines for the terminal."""
+    if recipe.teacher is not None and recipe.teacher.kind == "self":
+        yield f"teacher: {recipe.teacher.itself}; it is not scored apart from the student"
+        return
     if recipe.teacher is not None and not recipe.keeps_teacher:
         yield f"teacher: its states come {recipe.teacher.source}; it is not in memory, and is not scored"
         return

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dts_hf.data.encoding import Example
 from dts_hf.data.routes import TEACHER
+from dts_hf.data.teacher_context import TEACHER_BATCH, TEACHER_IDS, TEACHER_LABELS, check_same_labels
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.packed_attention import cu_seqlens_mask
 
@@ -22,11 +23,30 @@ NO_ROW = -1
 class Collator:
     """Base of our collators: they take of a row what they know, and return its ``row_id`` and the number of its teacher.
 
+    Where the teacher reads more than the student, a batch for it comes besides, under the names of ``TEACHER_BATCH``.
+
     Args:
         of_rows: gives what else a batch has of its rows, in their order, such as states out of a cache; None: nothing.
     """
 
     of_rows: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = field(default=None, kw_only=True)
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        batch = {**self.tokens(examples), **self.more(examples)}
+        if TEACHER_IDS not in examples[0]:
+            return batch
+        for example in examples:
+            check_same_labels(example.get("row_id"), example["labels"], example[TEACHER_LABELS])
+        read = [{"input_ids": example[TEACHER_IDS], "labels": example[TEACHER_LABELS]} for example in examples]
+        return batch | {TEACHER_BATCH[name]: value for name, value in self.tokens(read).items()}
+
+    def tokens(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The tokens of rows as a batch.
+
+        Args:
+            examples: each with ``input_ids`` and ``labels``.
+        """
+        raise NotImplementedError
 
     def more(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """What is one number a row, ``[rows]`` each, and what ``of_rows`` gives."""
@@ -54,7 +74,7 @@ class PaddedCollator(Collator):
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def tokens(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         step = self.pad_to_multiple_of or 1
         width = -(-max(len(example["input_ids"]) for example in examples) // step) * step
         input_ids = torch.full((len(examples), width), self.pad_token_id)
@@ -65,12 +85,7 @@ class PaddedCollator(Collator):
             input_ids[k, :length] = torch.tensor(example["input_ids"])
             labels[k, :length] = torch.tensor(example["labels"])
             attention_mask[k, :length] = 1
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            **self.more(examples),
-        }
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @dataclass
@@ -93,7 +108,7 @@ class PackedCollator(Collator):
 
     cu_seqlens: bool = False
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def tokens(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [i for example in examples for i in example["input_ids"]]
         positions = [i for example in examples for i in range(len(example["input_ids"]))]
         labels = [i for example in examples for i in (IGNORE_INDEX, *example["labels"][1:])]
@@ -101,7 +116,6 @@ class PackedCollator(Collator):
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
-            **self.more(examples),
         }
         if self.cu_seqlens:
             batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])

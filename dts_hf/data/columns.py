@@ -39,6 +39,7 @@ FIELDS: dict[str, str] = {
     "audio": "refused",
     "id": "the row's id",
     "teacher": "which of several teachers the row has; see data.teacher_column, which names it for all rows",
+    "teacher_prefix": "what the teacher alone reads; see data.teacher_prefix_column, which names it for all rows",
 }
 #: Other names that stand for a field where the rows have no column of its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -99,6 +100,10 @@ class Record:
     def has(self, field: str) -> bool:
         """Whether there is a value: null is none."""
         return self._values.get(field) is not None
+
+    def column(self, field: str) -> str:
+        """The column that ``data.columns`` names for ``field``; empty: none."""
+        return self._names.get(field, "")
 
     def is_null(self, field: str) -> bool:
         """Whether the row has the column, without a value."""

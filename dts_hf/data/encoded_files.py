@@ -74,7 +74,9 @@ def encode_cached(
     place = folder / fingerprint(rows, tokenizer, template, limits)
     try:
         encoded = partial(encoded_blocks, rows, tokenizer, template, **limits)
-        dataset = kept(place, lambda path: _write(path, encoded), _opened)
+        asked = rows[:1] if isinstance(rows, MappedRows) else rows  # in a file all rows have the columns of the recipe
+        for_teacher = any(row.teacher_prefix is not None for row in asked)
+        dataset = kept(place, lambda path: _write(path, encoded, for_teacher), _opened)
     except (OSError, NotImplementedError) as error:  # no room, no rights, no locks on this file system
         logger.warning("%s: cannot keep the encoded rows in %s (%s); they stay in memory", name, folder, error)
         return encode_rows(rows, tokenizer, template, name=name, may_be_empty=may_be_empty, **limits)
@@ -126,18 +128,22 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, encoded: Callable[[], tuple[Iterator[list[KeptRow]], EncodingReport]]) -> dict[str, Any]:
+def _write(
+    path: Path, encoded: Callable[[], tuple[Iterator[list[KeptRow]], EncodingReport]], for_teacher: bool
+) -> dict[str, Any]:
     """Write rows as they are encoded. Their report counts all of them at the end, and not before."""
     import pyarrow as pa
 
     lists = pa.list_(pa.int32())
-    schema = pa.schema([("row_id", pa.string()), ("input_ids", lists), ("learned", lists)])
+    names = ["input_ids", "learned", *(["teacher_ids", "teacher_learned"] if for_teacher else [])]
+    schema = pa.schema([("row_id", pa.string()), *((name, lists) for name in names)])
     blocks, report = encoded()
     columns = (
         [
             pa.array([row_id for row_id, _ in block], pa.string()),
             _list_array([row.ids for _, row in block]),
             _list_array([row.spans for _, row in block]),
+            *(_list_array([row.read[part] for _, row in block]) for part in range(2 * for_teacher)),
         ]
         for block in blocks
     )
@@ -207,6 +213,8 @@ class MappedDataset(EncodedDataset):
         ids = Lists(table.column("input_ids"))
         self.ids, self.lengths = ids, ids.lengths()
         self.bounds = Lists(table.column("learned"))
+        if "teacher_ids" in table.column_names:
+            self.for_teacher = Lists(table.column("teacher_ids")), Lists(table.column("teacher_learned"))
         self.prompt_lengths = [int(start) for values, offsets in self.bounds.parts for start in values[offsets[:-1]]]
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
@@ -16,6 +16,7 @@ from dts_hf.data.chat_templates import Template, is_dated
 from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
 from dts_hf.data.targets import TextCutter, TrainOn
+from dts_hf.data.teacher_rows import TeacherRows
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 
@@ -36,10 +37,13 @@ class _Tokens(TypedDict):
 class Example(_Tokens, total=False):
     """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set.
 
-    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``).
+    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``), the others where the teacher
+    reads more than the student (``teacher_context``).
     """
 
     teacher_number: int
+    teacher_input_ids: list[int]
+    teacher_labels: list[int]
 
 
 class EncodedDataset(Dataset[Example]):
@@ -56,10 +60,12 @@ class EncodedDataset(Dataset[Example]):
         lengths: tokens of each row.
         report: what became of the rows when they were encoded; None for tokens that come from elsewhere.
         teachers: the number of each row's teacher (``routes.Routing``); None: the rows name none.
+        for_teacher: tokens, and bounds as in ``spans``, of each row as its teacher reads it; None: as the student does.
     """
 
     report: EncodingReport | None = None
     teachers: list[int] | None = None
+    for_teacher: tuple[Sequence[Any], Sequence[Any]] | None = None
 
     def __init__(
         self,
@@ -80,12 +86,12 @@ class EncodedDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]  # negative indices count from the end; row_id is always the place
         ids = self.ids[index].tolist()
-        labels = [IGNORE_INDEX] * len(ids)
-        for start, stop in self.spans(index):
-            labels[start:stop] = ids[start:stop]
-        row: Example = {"input_ids": ids, "labels": labels, "row_id": index}
+        row: Example = {"input_ids": ids, "labels": _labels(ids, self.spans(index)), "row_id": index}
         if self.teachers is not None:
             row["teacher_number"] = self.teachers[index]
+        if self.for_teacher is not None:
+            row["teacher_input_ids"] = read = self.for_teacher[0][index].tolist()
+            row["teacher_labels"] = _labels(read, _pairs(self.for_teacher[1][index]))
         return row
 
     def spans(self, index: int) -> list[tuple[int, int]]:
@@ -93,7 +99,7 @@ class EncodedDataset(Dataset[Example]):
         bounds = self._spans.get(index)
         if bounds is None:
             return [(self.prompt_lengths[index], self.lengths[index])]
-        return list(zip(bounds[::2], bounds[1::2], strict=True))
+        return _pairs(bounds)
 
     @property
     def target_counts(self) -> list[int]:
@@ -115,6 +121,8 @@ class EncodedDataset(Dataset[Example]):
             xxh3.update(repr(self.spans(index)).encode())
         if self.teachers is not None:
             xxh3.update(np.asarray(self.teachers, np.int32).tobytes())
+        for read, bounds in zip(*self.for_teacher, strict=True) if self.for_teacher is not None else ():
+            xxh3.update(np.asarray(read, np.int32).tobytes() + repr(_pairs(bounds)).encode())
         return f"xxh3:{xxh3.hexdigest()}"
 
     def subset(self, n: int) -> EncodedDataset:
@@ -122,7 +130,26 @@ class EncodedDataset(Dataset[Example]):
         spans = {index: bounds for index, bounds in self._spans.items() if index < n}
         dataset = EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n], spans)
         dataset.teachers = None if self.teachers is None else self.teachers[:n]
+        if self.for_teacher is not None:
+            dataset.for_teacher = self.for_teacher[0][:n], self.for_teacher[1][:n]
         return dataset
+
+    @property
+    def teacher_lengths(self) -> list[int]:
+        """Tokens of each row as its teacher reads it."""
+        return self.lengths if self.for_teacher is None else [len(ids) for ids in self.for_teacher[0]]
+
+
+def _pairs(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    found = [int(bound) for bound in bounds]
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _labels(ids: list[int], spans: Iterable[tuple[int, int]]) -> list[int]:
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+    return labels
 
 
 @dataclass
@@ -136,6 +163,8 @@ class EncodingReport:
         ignored: rows kept of which the chat template leaves something out, such as their tools.
         ignored_example: the first such part.
         unlabelled: rows kept of which no label counts, so that nothing is learned from them.
+        prefixed: rows kept before which the teacher reads a text of its own.
+        teacher_too_long: rows that fit, but not behind that text: dropped, or cut, and counted there, too.
         dropped_ids, unlabelled_ids: the first five ids of such rows (of tokenised rows: their numbers, from 0).
         prompt_tokens, response_tokens: tokens kept; those of responses carry the labels.
         template: the prompt template that worded them, by its own name.
@@ -149,6 +178,8 @@ class EncodingReport:
     prompts_cut: int = 0
     ignored: int = 0
     unlabelled: int = 0
+    prefixed: int = 0
+    teacher_too_long: int = 0
     dropped_ids: list[str] = field(default_factory=list)
     unlabelled_ids: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -171,6 +202,10 @@ class EncodingReport:
             parts.append(
                 f"without a label that counts: {self.unlabelled:,} ({_first_of(self.unlabelled_ids, self.unlabelled)})"
             )
+        if self.teacher_too_long:
+            parts.append(f"too long only behind the teacher's text: {self.teacher_too_long:,}")
+        if self.prefixed:
+            parts.append(f"the teacher reads a text before {self.prefixed:,}")
         if self.cut:
             parts.append(f"responses cut: {self.cut:,}")
         if self.prompts_cut:
@@ -233,6 +268,8 @@ def encode_rows(
     row_ids = [row_id for row_id, _ in kept]
     dataset = EncodedDataset(row_ids, [row.ids for row in encoded], [row.spans[0] for row in encoded], spans)
     dataset.report = report
+    if any(row.teacher_ids is not None for row in encoded):
+        dataset.for_teacher = [row.read[0] for row in encoded], [row.read[1] for row in encoded]
     if not may_be_empty:
         refuse_empty(report, name, max_prompt_length, max_length)
     return dataset, report
@@ -269,11 +306,14 @@ def encoded_blocks(
     """
     end = _checked_end(tokenizer, max_length, max_prompt_length, long_rows)
     encoder = RowEncoder(tokenizer, TextCutter(tokenizer, template, train_on), max_length, max_prompt_length, end)
+    for_teacher = TeacherRows(encoder)
     report = EncodingReport(rows=len(rows), template=template.name, dated=template.is_chat and is_dated(tokenizer))
 
     def blocks() -> Iterator[list[KeptRow]]:
         for block in _blocks(rows, progress):
-            encoded = zip(block, encoder.encode(block), strict=True)
+            read, too_long = for_teacher.add(block, encoder.encode(block))
+            report.teacher_too_long += too_long
+            encoded = zip(block, read, strict=True)
             yield [(row.id, kept) for row, one in encoded if (kept := _counted(row, one, long_rows, report))]
 
     return blocks(), report
@@ -288,6 +328,7 @@ def _counted(row: Row, encoded: EncodedRow | None, long_rows: str, report: Encod
     report.kept += 1
     report.cut += encoded.cut
     report.prompts_cut += encoded.prompt_cut
+    report.prefixed += bool(row.teacher_prefix)
     if encoded.ignored is not None:
         report.ignored += 1
         report.ignored_example = report.ignored_example or f"{encoded.ignored} of row '{row.id}'"

@@ -64,8 +64,14 @@ def parse_row(obj: Mapping[str, Any], where: str, default_id: str, columns: Colu
         raise UserError(f"{where}: expected an object {ROW_FORMAT}, got {kind(obj)}")
     record = Record(obj, columns, where)
     row = _row_of(record, _row_id(record, default_id))
-    # By that name another data set may say which model wrote the response
-    return replace(row, teacher=record.get("teacher")) if "teacher" in record.mapped else row
+    # By these names another data set may say which model wrote the response, or something else
+    if "teacher" in record.mapped:
+        row = replace(row, teacher=record.get("teacher"))
+    if "teacher_prefix" in (columns or {}):
+        value = record.get("teacher_prefix")
+        prefix = "" if value is None else text(value, record.place("teacher_prefix"), empty=True)
+        row = replace(row, teacher_prefix=prefix)
+    return row
 
 
 def _row_of(record: Record, row_id: str) -> Row:
@@ -364,6 +370,8 @@ def _no_format(record: Record) -> UserError:
     others = [name for name in record.names if name not in FIELDS]
     hint = next(filter(None, (nearest(name, wanted) for name in others)), "")
     example = f"{{{wanted[0]}: {others[0][:80] if others else 'NAME'}}}"
+    if (taken := record.column("teacher_prefix")) in FIELDS:  # it is for the teacher, unless the user says otherwise
+        example = f"{{{taken}: {taken}}}, where what the teacher alone reads is more besides"
     return UserError(
         f"{record.where}: {missing}; found the columns {record.found()}, expected {ROW_FORMAT}.{hint} Columns of other "
         f"names are given by data.columns, such as {example}"

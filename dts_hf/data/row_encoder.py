@@ -30,6 +30,7 @@ class EncodedRow(NamedTuple):
         cut: the row was longer.
         prompt_cut: its input was shortened.
         ignored: what of it the chat template does not write.
+        teacher_ids, teacher_spans: the same of the row as its teacher reads it, where it reads more (``teacher_rows``).
     """
 
     ids: array[int]
@@ -37,6 +38,15 @@ class EncodedRow(NamedTuple):
     cut: bool
     prompt_cut: bool
     ignored: str | None
+    teacher_ids: array[int] | None = None
+    teacher_spans: array[int] | None = None
+
+    @property
+    def read(self) -> tuple[array[int], array[int]]:
+        """Tokens and spans of the row as its teacher reads it."""
+        if self.teacher_ids is None or self.teacher_spans is None:
+            return self.ids, self.spans
+        return self.teacher_ids, self.teacher_spans
 
 
 class RowEncoder:

@@ -32,6 +32,8 @@ class Row:
         tools: descriptions (JSON schema) of the tools that the conversation may call.
         chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
         teacher: what the row says of its teacher, where ``data.teacher_column`` names a column.
+        teacher_prefix: what the teacher alone reads before the last question, where ``data.teacher_prefix_column`` names a
+            column; empty: nothing.
         cut: the last response stops where whoever wrote it was stopped, so no end of turn is learned behind it.
     """
 
@@ -47,6 +49,7 @@ class Row:
     chat_template_kwargs: Mapping[str, Any] | None = None
     teacher: Any = None
     cut: bool = False
+    teacher_prefix: str | None = None
 
     @property
     def response(self) -> str:

@@ -134,10 +134,11 @@ def _mixed(
 
 
 def _columns_of(source: Source, columns: Columns | None) -> Columns | None:
-    """A source's own columns in the place of those of all; the column of the teacher is of all, unless it has its own."""
-    if not source.columns or "teacher" not in (columns or {}):
-        return source.columns or columns
-    return {"teacher": (columns or {})["teacher"], **source.columns}
+    """A source's own columns in the place of those of all; what is for teachers is of all, unless it has its own."""
+    if not source.columns:
+        return columns
+    of_teachers = {field: name for field, name in (columns or {}).items() if field in ("teacher", "teacher_prefix")}
+    return {**of_teachers, **source.columns}
 
 
 def as_sources(sources: Sources) -> list[Source]:

@@ -28,7 +28,8 @@ from dts_hf.errors import UserError
 BLOCK = 128  # rows that are encoded and checked together, so that many are read ahead
 NAMED = 5  # rows that a report names
 NAME_BYTES = 80  # of such a name, as UTF-8
-COUNTS = ("rows", "kept", "dropped", "cut", "prompts_cut", "ignored", "unlabelled", "prompt_tokens", "response_tokens")
+COUNTS = ("rows", "kept", "dropped", "cut", "prompts_cut", "ignored", "unlabelled", "prefixed",
+          "teacher_too_long", "prompt_tokens", "response_tokens")  # fmt: skip
 
 #: Makes tokens of rows whose ids are their numbers in the stream; none of them has to be left.
 EncodeBlock = Callable[[Sequence[Row]], tuple[EncodedDataset, EncodingReport]]

@@ -85,6 +85,8 @@ class LanguageModelWalk(Walk):
             if self.shapes is None:
                 student = ModelShape.from_model(need(self.student, "the student"))
                 teacher = self.teacher if self.recipe.keeps_teacher else None
+                if self.recipe.teacher is not None and self.recipe.teacher.kind == "self":
+                    teacher = cast(PreTrainedModel, self.student)
                 self.shapes = (student, None if teacher is None else ModelShape.from_model(teacher))
             work = need(self.workload(), "tokenised rows")
             self.loads, self.trains = check_memory(check, self.diagnosis, self.recipe, self.shapes, work, self.devices)
@@ -92,7 +94,7 @@ class LanguageModelWalk(Walk):
     def look_at_states(self) -> None:
         """What a cache of the teacher's states would take, or what the recipe's is."""
         section = self.recipe.teacher
-        if section is None:
+        if section is None or section.kind == "self":
             return
         with self.diagnosis.check("states") as check:
             data, rows = need(self.data, "tokenised rows"), need(self.rows, "rows")

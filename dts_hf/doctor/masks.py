@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
+from dts_hf.data.teacher_context import split_batch
 from dts_hf.doctor.diagnosis import Check, PicturedRow, Segment
 from dts_hf.doctor.tokens import spaced
 from dts_hf.loss.selection import IGNORE_INDEX
@@ -95,19 +96,39 @@ def picture(
         if kinds.get(name) not in seen:
             seen.add(kinds.get(name))
             chosen.append(index)
+    batch = collator([data[i] for i in chosen])
     pictured = []
-    for index, (ids, labels, real) in zip(chosen, _split(collator([data[i] for i in chosen])), strict=True):
-        kinds_of = [
-            "padding" if not is_real else "masked" if label == IGNORE_INDEX else "learned"
-            for label, is_real in zip(labels.tolist(), real.tolist(), strict=True)
-        ]
-        for _, stop in data.spans(index):
-            if kinds_of[stop - 1] == "learned" and int(ids[stop - 1]) in ends:
-                kinds_of[stop - 1] = "end"
-        segments = []
-        for kind, places in groupby(range(len(kinds_of)), key=kinds_of.__getitem__):
-            tokens = ids[list(places)].tolist()
-            text = "" if kind == "padding" else str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-            segments.append(Segment(kind, len(tokens), text))  # type: ignore[arg-type]
-        pictured.append(PicturedRow(data.row_ids[index], segments))
+    for place, (index, row) in enumerate(zip(chosen, _split(batch), strict=True)):
+        stops = [stop for _, stop in data.spans(index)]
+        pictured.append(PicturedRow(data.row_ids[index], _segments(*row, stops, tokenizer, ends)))
+        if data.for_teacher is not None and (read := split_batch(batch)):
+            stops = [int(stop) for stop in data.for_teacher[1][index][1::2]]
+            of_teacher = _split({**read[0], "labels": read[1]})[place]
+            pictured.append(
+                PicturedRow(f"{data.row_ids[index]}, for the teacher", _segments(*of_teacher, stops, tokenizer, ends))
+            )
     return pictured
+
+
+def _segments(
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    real: torch.Tensor,
+    stops: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[int],
+) -> list[Segment]:
+    """One row ``[T]`` as the loss sees it; ``stops`` are the places behind what is learned."""
+    kinds_of = [
+        "padding" if not is_real else "masked" if label == IGNORE_INDEX else "learned"
+        for label, is_real in zip(labels.tolist(), real.tolist(), strict=True)
+    ]
+    for stop in stops:
+        if kinds_of[stop - 1] == "learned" and int(ids[stop - 1]) in ends:
+            kinds_of[stop - 1] = "end"
+    segments = []
+    for kind, places in groupby(range(len(kinds_of)), key=kinds_of.__getitem__):
+        tokens = ids[list(places)].tolist()
+        text = "" if kind == "padding" else str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        segments.append(Segment(kind, len(tokens), text))  # type: ignore[arg-type]
+    return segments

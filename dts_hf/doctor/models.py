@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.teacher_context import split_batch
 from dts_hf.doctor.diagnosis import Check
 from dts_hf.doctor.effect import Sample
 from dts_hf.loss.compact_rows import joined
@@ -130,7 +131,8 @@ def take_sample(
             states = student(**seen, use_cache=False).logits
         chosen, targets = select_response(states, labels)
         numbers = sequence_numbers(labels) + first
-        parts.append((chosen.float(), teacher.states(batch, labels), targets, numbers))
+        read = split_batch(batch) or (batch, labels)
+        parts.append((chosen.float(), teacher.states(*read), targets, numbers))
     students, teachers, all_targets, sequences = zip(*parts, strict=True)
     head, teacher_head = head_of(student).cut(trainer.vocab_size), teacher.head
     # Without its graph, and so exact that gradients can be subtracted from each other

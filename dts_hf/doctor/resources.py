@@ -94,6 +94,8 @@ def _savings(recipe: Recipe, workload: Workload, memory: Memory, device_type: st
     """What makes the largest part smaller, in the words of the recipe; never empty."""
     training = memory.student + memory.gradients + memory.optimizer
     largest = max(training, memory.teacher, memory.activations + memory.loss)
+    if largest == memory.teacher and recipe.teacher is not None and recipe.teacher.kind == "self":
+        return "student.lora, whose teacher has no weights of its own; a smaller student"
     if largest == memory.teacher and recipe.teacher is not None:
         halved = ["teacher.dtype: bfloat16"] if recipe.teacher.dtype == "float32" else []
         packs = device_type == "cuda" and recipe.student.init is None and recipe.teacher.quantization == "none"

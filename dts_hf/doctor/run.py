@@ -92,5 +92,6 @@ def describe_recipe(recipe: Recipe) -> str:
     if not recipe.all_teachers:
         return f"{task}{student}, from labels alone"
     loss = f"{recipe.loss.divergence.name}, kd_ratio {recipe.loss.kd_ratio:g}, temperature {recipe.temperature.name}"
-    teachers = " + ".join(short(teacher.model) for teacher in recipe.all_teachers.values())
+    sections = recipe.all_teachers.values()
+    teachers = " + ".join(one.itself if one.kind == "self" else short(one.model) for one in sections)
     return f"{task}{teachers} → {student}; {loss}"

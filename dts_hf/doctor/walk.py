@@ -45,6 +45,8 @@ from dts_hf.training.workload import Workload
 LOOKED_AT = 5000
 #: Labels of the sample that the effect test uses.
 EFFECT_LABELS = 128
+#: Nats per label below which two models are one.
+EQUAL = 1e-5
 #: What three steps in a temporary folder need, whatever the recipe says.
 TRIAL = {
     "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False,
@@ -187,7 +189,11 @@ class Walk(ABC):
                 check_step_size(check, student, self.args.learning_rate)
 
     def look_at_loss(self) -> None:
-        """Teacher and student on the same rows, and what the loss makes of the two."""
+        """Teacher and student on the same rows, and what the loss makes of the two.
+
+        Raises:
+            Skipped: within a check, which takes it.
+        """
         with self.diagnosis.check("cross-entropy") as check:
             self.compare(check)
         if (
@@ -198,6 +204,13 @@ class Walk(ABC):
             with self.diagnosis.check("quantization") as check:
                 self.compare_with_full(check, self.recipe.teacher)
         with self.diagnosis.check("effect") as check:
+            if (
+                self.teaches_itself
+                and self.small_sample().means(need(self.trainer, "a trainer").eval_loss)["kl"] < EQUAL
+            ):
+                raise Skipped(
+                    "before the first step the student and its teacher are one: only the labels pull them apart"
+                )
             check_effect(check, need(self.trainer, "a trainer").loss, self.small_sample(), self.use_of_teacher())
         with self.diagnosis.check("temperature") as check:
             loss, steps = need(self.trainer, "a trainer").loss, need(self.steps, "rows")
@@ -283,6 +296,11 @@ class Walk(ABC):
     def small_sample(self) -> Sample:
         """So much of the sample as the effect test can afford."""
         return need(self.sample, "a sample of rows").first(EFFECT_LABELS)
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the teacher is the student, and labels move the student away from it; else there is nothing to learn."""
+        return self.recipe.teacher is not None and self.recipe.teacher.kind == "self" and self.recipe.loss.kd_ratio < 1
 
     def use_of_teacher(self) -> str | None:
         """What the teacher does beside the loss; None: nothing."""

@@ -170,6 +170,9 @@ def load_speakers(
     weights = dtype or subject.dtype or "float32"
     speakers = [load_speaker(label, subject.location, template=words, key="model", dtype=weights)]
     own = recipe.teacher if recipe is not None else None
+    if own is not None and own.kind == "self" and teacher is None and not no_teacher:
+        say("the student alone: it was its own teacher; --teacher MODEL names the model that it began as")
+        own = None
     if recipe is not None and recipe.teachers and teacher is None and not no_teacher:
         say(
             f"the student alone: it had several teachers ({', '.join(recipe.teachers)}); --teacher MODEL names one of them"

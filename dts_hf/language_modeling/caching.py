@@ -196,6 +196,12 @@ def _with_live_teacher(recipe: Recipe) -> Recipe:
     section = recipe.required_teacher
     if recipe.task is not None:
         raise UserError("task: a classifier has no states of tokens to cache; expected a recipe of a language model")
+    if section.kind == "self":
+        never = "" if section.weights == "base" else ", and a running mean has others at every step"
+        raise UserError(
+            f"teacher.kind: self has no states to cache: the student gives them{never}. To cache those of its first "
+            "weights, name them: kind: live, with the student's model"
+        )
     if section.placement == "sharded":
         raise UserError(
             "teacher.placement: sharded, but each process of cache-teacher runs rows of its own through a whole teacher; "

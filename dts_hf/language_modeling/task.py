@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -41,6 +42,7 @@ from dts_hf.teachers.cached.recipe import check_same_model, check_server, open_c
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.self_teacher import SelfTeacher
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -203,6 +205,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             args=args,
             logits_budget_mb=recipe.loss.logits_budget_mb,
             router_aux_loss=recipe.loss.router_aux_loss,
+            teacher_prefix_column=recipe.data.teacher_prefix_column,
             packing=recipe.data.model_dump()["packing"],
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
@@ -225,13 +228,16 @@ class LanguageModeling(Task[DistillationTrainer]):
             "temperature_per_teacher": self.recipe.loss.temperature_per_teacher,
         }
 
-    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | None:
-        """What the trainer asks: the model, what has been cached of it, or the server that has it.
+    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | SelfTeacher | None:
+        """What the trainer asks: the model, what has been cached of it, the server that has it, or the student itself.
 
         Raises:
             UserError: the cache is of another teacher.
         """
-        cache = self.teacher_cache()
+        section, cache = self.recipe.teacher, self.teacher_cache()
+        if section is not None and section.kind == "self":
+            dtype = None if self.recipe.student.lora is not None else getattr(torch, section.dtype)
+            return SelfTeacher(section.weights, section.ema_rate, section.ema_every, dtype)
         if cache is None:
             return self.remote_teacher or models.teacher
         live = models.teacher if self.recipe.keeps_teacher else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -38,3 +40,21 @@ def add_lora(model: nn.Module, lora: Lora, task_type: str = "CAUSAL_LM") -> nn.M
     if task_type == "CAUSAL_LM":
         output_module(adapted)  # refuses an adapter on the output layer
     return adapted
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Within it ``model``, whose layers have adapters of peft's, answers without them; then each is as it was.
+
+    Not peft's own ``disable_adapter``: it freezes the adapters, and then trains all of the active one, whatever was
+    frozen of it; and it counts all weights first, at each call.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was

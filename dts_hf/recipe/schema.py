@@ -44,11 +44,14 @@ def whole(value: Any) -> Any:
 # The range stands first, or it would not be in the JSON schema
 Count = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(whole)]
 CountFromZero = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(whole)]
+EMA_RATE = 0.05  # of TRL's SDFT and SDPO
 MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
 #: What a variable is called whose value ``console.masked`` hides.
 TOKEN_VARIABLE = r"[A-Z][A-Z0-9_]*_(TOKEN|KEY|SECRET|PASSWORD)"
+#: ``teacher.model`` of kind ``self``: it is no name, and nobody gives it.
+ITSELF = "student"
 #: The package that quantises a teacher's weights in each way.
 QUANTIZED_BY = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "fp8": "torchao", "int8": "torchao"}
 
@@ -215,7 +218,8 @@ class Teacher(Section):
     """The model that is imitated."""
 
     model: str = Field(
-        description="Hub name, folder, a .gguf file, or package:NAME/FILE.gguf (a file of an installed package)."
+        description="Hub name, folder, a .gguf file, or package:NAME/FILE.gguf (a file of an installed package). Not with "
+        "kind: self."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     tokenizer: str | None = Field(
@@ -234,11 +238,23 @@ class Teacher(Section):
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
-    kind: Literal["live", "cached", "remote"] = Field(
+    kind: Literal["live", "cached", "remote", "self"] = Field(
         default="live",
         description="live: it runs on every batch. cached: its states come out of the folder cache, which dts-hf "
-        "cache-teacher has written, and its backbone is not in memory. remote: dts-hf serve-teacher answers for it at url.",
+        "cache-teacher has written, and its backbone is not in memory. remote: dts-hf serve-teacher answers for it at url. "
+        "self: the student itself, with the weights that 'weights' names; then there is no model.",
     )
+    weights: Literal["base", "ema"] = Field(
+        default="base",
+        description="Of kind self. base: those that the student began with. ema: a running mean of those that it has had.",
+    )
+    ema_rate: float = Field(
+        default=EMA_RATE,
+        gt=0,
+        le=1,
+        description="Weight of the NEW weights in the running mean, not of what is kept: mean + ema_rate * (new - mean).",
+    )
+    ema_every: Count = Field(default=1, description="The running mean moves after every so many optimizer steps.")
     url: str | None = Field(
         default=None, min_length=1, description="Address of dts-hf serve-teacher; only with kind: remote."
     )
@@ -257,7 +273,43 @@ class Teacher(Section):
     @property
     def source(self) -> str:
         """Where its states come from, where they are not computed here."""
+        if self.kind == "self":
+            return f"from {self.itself}"
         return f"from {self.url}" if self.kind == "remote" else f"out of {self.cache}"
+
+    @property
+    def itself(self) -> str:
+        """Of kind ``self`` whose weights they are, in words."""
+        if self.weights == "base":
+            return "the student itself, with its first weights"
+        steps = "step" if self.ema_every == 1 else f"{self.ema_every:,} steps"
+        return f"the student itself, with a running mean of its weights (rate {self.ema_rate:g} every {steps})"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_model_of_its_own(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("kind") != "self":
+            return value
+        if (given := value.get("model")) not in (None, ITSELF):
+            raise ValueError(
+                f"model: got {shown(given)} beside kind 'self', whose teacher is the student itself: leave it out, or use "
+                "kind: live, also for an earlier checkpoint"
+            )
+        return {**value, "model": ITSELF}
+
+    @model_validator(mode="after")
+    def _only_of_itself(self) -> Teacher:
+        fields = Teacher.model_fields
+        of_self = ("weights", "ema_rate", "ema_every")
+        of_others = ("revision", "tokenizer", "quantization", "placement", "trust_remote_code")
+        for name in of_others if self.kind == "self" else of_self:
+            if getattr(self, name) != fields[name].default:
+                kind = f"got {getattr(self, name)!r} with kind '{self.kind}'"
+                why = "the teacher is the student's own model" if self.kind == "self" else "it belongs to kind 'self'"
+                raise ValueError(f"{name}: {kind}, but {why}: leave it out")
+        if self.kind == "self" and self.weights == "base" and (self.ema_rate, self.ema_every) != (EMA_RATE, 1):
+            raise ValueError("ema_rate, ema_every: belong to weights 'ema', got weights 'base'")
+        return self
 
     @model_validator(mode="after")
     def _cache_of_states(self) -> Teacher:
@@ -369,6 +421,10 @@ class Source(Section):
     )
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 HeldOutShare = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -398,6 +454,12 @@ class Data(Section):
     )
     default_teacher: str | None = Field(
         default=None, description="Teacher of rows that name none in teacher_column; null: such a row is an error."
+    )
+    teacher_prefix_column: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column of a text that the teacher alone reads, before the row's last question: a demonstration, or the "
+        "verified solution. Both answer with the same tokens. Kinds live and self. See docs/self_distillation.md.",
     )
     prompt_template: Literal["auto", "alpaca", "chat", "plain"] = Field(
         default="auto",
@@ -443,8 +505,15 @@ class Data(Section):
 
     @property
     def all_columns(self) -> dict[str, str | None]:
-        """``columns``, and the column of the teacher where there are several."""
-        return self.columns if self.teacher_column is None else {**self.columns, "teacher": self.teacher_column}
+        """``columns``, with that of the teacher where there are several, and that of what a teacher alone reads."""
+        more = {"teacher": self.teacher_column, "teacher_prefix": self.teacher_prefix_column}
+        return {**self.columns, **{field: column for field, column in more.items() if column is not None}}
+
+    @property
+    def sources(self) -> list[Source]:
+        """Those of the training and validation rows that are given as mappings."""
+        listed = [*_listed(self.train), *_listed(self.validation)]
+        return [source for source in listed if isinstance(source, Source)]
 
     @property
     def pack_tokens(self) -> int | None:
@@ -462,8 +531,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _no_weight_held_out(self) -> Data:
-        held_out = self.validation if isinstance(self.validation, list) else [self.validation]
-        for source in held_out:
+        for source in _listed(self.validation):
             if isinstance(source, Source) and source.weight != 1:
                 raise ValueError(
                     f"validation: the weight of {source.source} is {source.weight:g}, but held-out rows count once each"
@@ -626,6 +694,24 @@ class Recipe(Section):
     output: Output = Field(description="Where the results go.")
     sweep: Sweep | None = Field(default=None, description="What dts-hf sweep varies; train does not look at it.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _type_of_itself(cls, value: Any) -> Any:
+        """A teacher of kind self has the student's type; the running mean of all weights has float32."""
+        teacher, student = (value.get(key) if isinstance(value, Mapping) else None for key in ("teacher", "student"))
+        if not isinstance(teacher, Mapping) or teacher.get("kind") != "self" or teacher.get("dtype") is not None:
+            return value
+        student = student if isinstance(student, Mapping) else {}
+        ema = teacher.get("weights") == "ema" and student.get("lora") is None
+        dtype = "float32" if ema else student.get("dtype") or Student.model_fields["dtype"].default
+        return {**value, "teacher": {**teacher, "dtype": dtype}}
+
+    @model_validator(mode="after")
+    def _taught_by_itself(self) -> Recipe:
+        if problem := self_problem(self) or prefix_problem(self):
+            raise ValueError(problem)
+        return self
+
     @model_validator(mode="after")
     def _rows_to_evaluate(self) -> Recipe:
         if self.evaluation.every_steps is not None and self.data.validation is None:
@@ -676,7 +762,7 @@ class Recipe(Section):
             if found:
                 raise ValueError(f"{', '.join(found)}: belongs to generated answers, and a task has labels instead")
             for key, value in (("train", self.data.train), ("validation", self.data.validation)):
-                if any(isinstance(one, Source) for one in (value if isinstance(value, list) else [value])):
+                if any(isinstance(one, Source) for one in _listed(value)):
                     raise ValueError(f"data.{key}: got a mapping, but the sources of a task are names alone")
         return self
 
@@ -774,6 +860,53 @@ def several_problem(recipe: Recipe) -> str:
         return "task: classifiers have one teacher; give teacher in the place of teachers"
     if len({section.vocab_alignment for section in teachers.values()}) > 1:
         return "teachers: their vocab_alignment differs, expected the same for all: the student has one vocabulary"
+    return ""
+
+
+def self_problem(recipe: Recipe) -> str:
+    """What is wrong with a teacher of kind self beside the rest of ``recipe``; empty where nothing is."""
+    teacher, student = recipe.teacher, recipe.student
+    if teacher is None or teacher.kind != "self":
+        return ""
+    if recipe.task is not None:
+        return "teacher.kind: self, but a task has classifiers, whose teacher is another model: use kind: live"
+    if recipe.data.responses == "teacher":
+        return "data.responses: teacher, but with teacher.kind: self there is no other model that could answer"
+    if student.init is not None and student.init.source is None:
+        return (
+            f"student.init: from {student.init.from_}, but with teacher.kind: self there is no other model: name one"
+        )
+    if student.lora is not None and teacher.dtype != student.dtype:
+        return (
+            f"teacher.dtype: {teacher.dtype}, but with student.lora the teacher's weights are the student's own, "
+            f"{student.dtype}: leave it out"
+        )
+    if teacher.weights == "ema" and student.lora is None and teacher.dtype != "float32":
+        return (
+            f"teacher.dtype: {teacher.dtype} with weights 'ema', expected float32: a step of {teacher.ema_rate:g} of a "
+            "small change is lost in a shorter type"
+        )
+    return ""
+
+
+def prefix_problem(recipe: Recipe) -> str:
+    """What is wrong with a text for the teacher alone beside the rest of ``recipe``; empty where nothing is."""
+    column = recipe.data.teacher_prefix_column
+    if column is None:
+        given = "teacher_prefix" in {field for source in recipe.data.sources for field in source.columns or {}}
+        return "columns: got 'teacher_prefix' of a source, without data.teacher_prefix_column for all" if given else ""
+    said = f"data.teacher_prefix_column: {column}"
+    if "teacher_prefix" in recipe.data.columns:
+        return "data.columns: got 'teacher_prefix', but data.teacher_prefix_column is the key for that"
+    if recipe.task is not None:
+        return f"{said}, but a task has classifiers, which answer nothing"
+    if recipe.teacher is None:
+        return f"{said}, but there {'are several teachers' if recipe.teachers else 'is no teacher'}: it is for one"
+    if recipe.teacher.kind in ("cached", "remote"):
+        kind = recipe.teacher.kind
+        return f"{said}, but the states of teacher.kind: {kind} are of the student's rows: use kind live or self"
+    if recipe.data.responses == "teacher":
+        return f"{said}, but with data.responses: teacher the teacher writes the answers, without that text"
     return ""
 
 

@@ -210,7 +210,12 @@ def describe_model(value: str, revision: str | None = None) -> str:
 
 
 def describe_teacher(facts: Facts) -> str:
-    """The teacher, in words."""
+    """The teacher, in words, and what it alone reads."""
+    column = facts.section("data").get("teacher_prefix_column")
+    return _describe_teacher(facts) + (f", which also reads the text of column `{column}`" if column else "")
+
+
+def _describe_teacher(facts: Facts) -> str:
     if several := facts.section("teachers"):
         column = facts.section("data").get("teacher_column")
         how = f"each row has the one that its column `{column}` names" if column else "each row has all of them"
@@ -220,12 +225,23 @@ def describe_teacher(facts: Facts) -> str:
     teacher = facts.section("teacher")
     if facts.recipe and not teacher:
         return "none: it learnt from labels alone"
+    if teacher.get("kind") == "self":
+        return _describe_itself(teacher)
     served = (facts.manifest.get("models") or {}).get("teacher_states") or {}
     if served.get("kind") == "remote":  # what has answered, whatever the recipe calls it
         name = "".join(letter for letter in str(served["model"]) if letter.isprintable() and letter not in "`|<>[]()")
         commit = served.get("commit")
         return f"`{name[:200]}`{f' at revision `{commit}`' if commit else ''} in {served['dtype']}, on another machine"
     return _describe_section(teacher, bool(facts.recipe))
+
+
+def _describe_itself(teacher: Mapping[str, Any]) -> str:
+    if teacher.get("weights") != "ema":
+        return "itself, with its first weights"
+    steps = "step" if teacher.get("ema_every", 1) == 1 else f"{teacher['ema_every']} steps"
+    return (
+        f"itself, with a running mean of its weights (the new ones count {teacher.get('ema_rate')} at every {steps})"
+    )
 
 
 def _describe_section(teacher: Mapping[str, Any], has_recipe: bool) -> str:

@@ -414,6 +414,7 @@ def models_of(recipe: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     """First weights and teachers of a recipe, each with its revision."""
     several = recipe.get("teachers") or {}
     teachers = [recipe.get("teacher") or {}, *several.values()]
+    teachers = [teacher for teacher in teachers if teacher.get("kind") != "self"]  # it has no name
     named = [_first_weights(recipe), *((teacher.get("model"), teacher.get("revision")) for teacher in teachers)]
     found = [(name, revision) for name, revision in named if name]
     return list(dict.fromkeys(found)) if several else found

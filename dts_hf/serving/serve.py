@@ -141,6 +141,8 @@ def _teacher(source: str, changes: dict[str, Any]) -> tuple[Teacher, str]:
             )
         elsewhere = {"kind": "live", "url": None, "token_env": None, "cache": None, "missing": "error"}
         section = recipe.required_teacher.model_dump()
+        if section["kind"] == "self":
+            raise UserError(f"{source}: teacher.kind is 'self', so there is no teacher to serve besides the student")
         return Teacher(**{**section, **elsewhere, **changes}), recipe.data.prompt_template
     return Teacher(model=source, **changes), "auto"
 

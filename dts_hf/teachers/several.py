@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.data.routes import Routing, names_problem, weights_problem
+from dts_hf.data.teacher_context import split_batch
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError, nearest
 from dts_hf.loss import statistics as stats
@@ -132,13 +133,24 @@ def shares_of(
 
     Args:
         teacher: one, several, or none.
-        batch: what the student sees.
+        batch: what the student sees, and under ``TEACHER_BATCH`` what the teacher alone sees.
         labels: ``[B, T]`` unshifted.
         positions: ``[N]``, ``selection.response_positions(labels)``.
         numbers: of the rows' teachers, ``[rows]``, where each row has one of several.
+
+    Raises:
+        UserError: see ``SeveralTeachers.shares``.
+        ValueError: a teacher that reads more than the student gives another number of states than there are labels.
     """
     if isinstance(teacher, SeveralTeachers):
         return teacher.shares(batch, labels, positions, numbers)
+    if read := split_batch(batch):  # it reads more than the student, and predicts the same labels in the same order
+        states = teacher.states(*read)
+        if states is None or len(states) != len(positions):
+            raise ValueError(
+                f"{0 if states is None else len(states)} states of the teacher for {len(positions)} labels"
+            )
+        return [Share(states, teacher.head)]
     return [Share(teacher.states(batch, labels, *_known(teacher, positions)), teacher.head)]
 
 

@@ -64,6 +64,7 @@ def facts_of_training(
     *,
     taught: bool,
     several: Mapping[str, Any],
+    itself: Mapping[str, Any],
     rows: Mapping[str, Any],
     task: str | None,
     log: Sequence[Mapping[str, Any]],
@@ -79,7 +80,8 @@ def facts_of_training(
         args: of the trainer.
         taught: there is a teacher.
         several: the section of each of several teachers, without its model.
-        rows: how rows became tokens: a template and limits.
+        itself: the section of a teacher that is the student itself; empty: it is another one.
+        rows: how rows became tokens: a template and limits, and the column of what the teacher alone reads.
         task: of classifiers, by name.
         log: lines of the Trainer.
         held_out: scores of the student as it is; see ``held_out_scores``.
@@ -113,7 +115,7 @@ def facts_of_training(
             name: {**several[name], "model": "" if model is None else _name(model)} for name, model in named.items()
         }
     elif taught:
-        recipe["teacher"] = {"model": _name(teachers["teacher"]) if "teacher" in teachers else ""}
+        recipe["teacher"] = dict(itself) or {"model": _name(teachers["teacher"]) if "teacher" in teachers else ""}
     for key, teacher in teachers.items():
         models[key.replace("teachers.", ONE_TEACHER)] = {"parameters": _parameters(teacher)}
     if task is not None:
@@ -141,7 +143,7 @@ def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _described(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Template and limits by name; a tokenizer and other objects are left out."""
-    known = {"max_length", "max_prompt_length"} & rows.keys()
+    known = {"max_length", "max_prompt_length", "teacher_prefix_column"} & rows.keys()
     template = getattr(rows.get("template"), "name", None)
     return ({"prompt_template": template} if template else {}) | {key: rows[key] for key in known}
 

@@ -96,6 +96,10 @@ class RowReader:
         reader.takes_every_row = True
         return reader
 
+    def for_card(self) -> dict[str, Any]:
+        """How rows became tokens, as a model card tells it."""
+        return dict(getattr(self, "encode_options", {}))
+
     def tell_of_streams(self, names: Callable[[str], bool] = lambda name: True) -> None:
         """Say what became of the rows of streams, where any was lost since it was said last; bring ``reports`` up to date.
 
@@ -172,12 +176,18 @@ class LanguageRows(RowReader):
                     f"{name}: its rows are tokens without their text, so none of them names its teacher; expected an "
                     "EncodedDataset with teachers (data.routes.Routing.route)"
                 )
+            self._check_read_by_teacher(name, dataset.for_teacher is not None)
+            if dataset.for_teacher is not None and "teacher_prefix" not in (self.columns or {}):
+                raise UserError(
+                    f"{name}: its teacher reads more than the student; expected teacher_prefix_column as well"
+                )
             return dataset, dataset.report or report
         dataset = as_rows(dataset, name, keep_format=self.as_they_are)
         # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
         rows = tokenised.rows_of(dataset)
         first = next(rows, None)
         tokens = isinstance(first, Mapping) and "input_ids" in first
+        self._check_read_by_teacher(name, not tokens)
         if self.as_they_are and isinstance(first, Mapping) and tokens and first.get("labels") is None:
             form = dataclasses.replace(form, labelled=False)  # a collator of the user's may make them
         if isinstance(dataset, IterableDataset):
@@ -209,11 +219,25 @@ class LanguageRows(RowReader):
         self._check_positions(max(ready.lengths), "Shorten the rows")
         return ready, ready.report
 
+    def for_card(self) -> dict[str, Any]:
+        column = (self.columns or {}).get("teacher_prefix")
+        return {**self.encode_options, **({"teacher_prefix_column": column} if column else {})}
+
+    def _check_read_by_teacher(self, name: str, has_text: bool) -> None:
+        if not has_text and "teacher_prefix" in (self.columns or {}):
+            raise UserError(
+                f"{name}: its rows are tokens, and teacher_prefix_column names a text of rows of text; expected those, or "
+                "an EncodedDataset of them (data.encoding.encode_rows)"
+            )
+
     def for_answers(self, *, losses: bool) -> LanguageRows:
         reader = cast(LanguageRows, super().for_answers(losses=losses))
         if not losses:  # no model reads the reference: it may be of any length
             reader.encode_options = {**self.encode_options, "max_length": sys.maxsize, "long_rows": "cut"}
             reader.models, reader.routing = [], None
+            reader.columns = {
+                k: v for k, v in (self.columns or {}).items() if k != "teacher_prefix"
+            }  # nobody is taught
         return reader
 
     def _too_long(self, report: EncodingReport, name: str) -> str:
@@ -247,7 +271,7 @@ class LanguageRows(RowReader):
 
     def _check_encoded(self, dataset: EncodedDataset, form: tokenised.RowForm) -> EncodingReport:
         report = tokenised.check_encoded(dataset, form)
-        self._check_positions(max(dataset.lengths), "Lower data.max_length")
+        self._check_positions(max(*dataset.lengths, *dataset.teacher_lengths), "Lower data.max_length")
         return report
 
     def _check_positions(self, longest: int, advice: str) -> None:

@@ -123,6 +123,11 @@ class DistillationBase(ResumableTrainer):
         """Of several teachers each one's section as a recipe would have it; empty where there are not several."""
         return {}
 
+    @property
+    def itself(self) -> dict[str, Any]:
+        """Of a student that teaches itself the section as a recipe would have it; empty where it does not."""
+        return {}
+
     def facts_for_trackers(self) -> dict[str, Any]:
         return self.facts
 
@@ -323,7 +328,8 @@ class DistillationBase(ResumableTrainer):
         sets = [str(name) for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
         facts = facts_of_training(
             student, self.teacher_models, self.loss, self.args,
-            taught=self.sums.columns.teacher, several=self.several, rows=getattr(self.rows, "encode_options", {}),
+            taught=self.sums.columns.teacher, several=self.several, itself=self.itself,
+            rows=self.rows.for_card(),
             task=getattr(getattr(self.rows, "task", None), "subset", None),
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,

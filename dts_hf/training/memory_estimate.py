@@ -227,6 +227,8 @@ def _teacher_bytes(teacher: ModelShape | None, workload: Workload, plan: Plan) -
     if teacher is None:
         return 0.0
     itemsize = BYTES[workload.teacher_dtype]
+    if plan.teacher == "shared":
+        return workload.running_mean
     if plan.teacher == "cached":
         return itemsize * teacher.head
     if plan.teacher in QUANTIZED_BY:  # embedding and head stay as they are
@@ -280,7 +282,7 @@ def _teacher_working(teacher: ModelShape | None, workload: Workload, plan: Plan)
     """A block of the teacher at work; nothing is kept."""
     if teacher is None or plan.teacher == "cached":
         return 0.0
-    itemsize, tokens = BYTES[workload.teacher_dtype], workload.rows * workload.tokens
+    itemsize, tokens = BYTES[workload.teacher_dtype], workload.rows * (workload.teacher_tokens or workload.tokens)
     working: float = tokens * itemsize * (3 * teacher.intermediate + 3 * teacher.hidden)
     if plan.teacher == "int8":  # a weight in the type of the matmul, for its length
         working += itemsize * teacher.intermediate * teacher.hidden
@@ -357,7 +359,7 @@ def disk_needed(student: ModelShape, workload: Workload, plan: Plan, checkpoints
     types, trained = Types.of(workload, plan), trained_weights(student, workload)
     weights = types.weight * student.parameters
     saved = weights if workload.lora_parameters is None else types.trained * trained
-    one = saved + (_state_bytes(workload, types) + types.master) * trained
+    one = saved + workload.running_mean + (_state_bytes(workload, types) + types.master) * trained
     if types.master:  # DeepSpeed keeps the model in its own form as well
         one += weights
     if plan.strategy == "fsdp2":  # and accelerate, where checkpoints are whole (fsdp_state_dict_type)

@@ -163,6 +163,8 @@ def shapes_from_configs(recipe: Recipe) -> Shapes | None:
         of_student = None if source is None else planned_config(student.init, source)
     if of_student is None or (teacher is not None and of_teacher is None):
         return None
+    if recipe.teacher is not None and recipe.teacher.kind == "self":
+        return ModelShape.from_config(of_student), ModelShape.from_config(of_student)
     kept = of_teacher is not None and recipe.keeps_teacher  # else it gives the first weights and is let go
     return ModelShape.from_config(of_student), ModelShape.from_config(of_teacher) if kept else None
 

@@ -31,13 +31,14 @@ from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
 from dts_hf.teachers.several import SeveralTeachers
 from dts_hf.training.student import with_adapter
 from dts_hf.training.tracking import model_facts
 
 logger = logging.getLogger(__name__)
 #: A teacher as a trainer takes it; None: there is none.
-AnyTeacher: TypeAlias = nn.Module | Teacher | str | None
+AnyTeacher: TypeAlias = nn.Module | Teacher | SelfTeacher | str | None
 #: Of a teacher that is given by name, as in a recipe.
 TEACHER_DTYPE: str = TeacherSection.model_fields["dtype"].default
 
@@ -80,6 +81,10 @@ class Pair:
         Raises:
             UserError: it does not fit.
         """
+        if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
+            raise UserError(
+                "model_init: makes a new student, but its teacher is the first one itself; give model instead"
+            )
         check_whole(student)
         student = with_adapter(unwrapped(student), peft_config)
         for teacher, _ in self.live:
@@ -193,6 +198,8 @@ class Pair:
         )
         models: list[tuple[nn.Module, str, torch.dtype | None]] = [(self.student, "the student", autocast)]
         models += [(teacher.model, role, None) for teacher, role in self.live]
+        if isinstance(self.teacher, SharedTeacher):  # the student without its autocast
+            models.append((self.student, "the teacher", None))
         for place, (model, role, dtype) in enumerate(models):
             takes = check_packing(model, role, device, cu_seqlens, dtype)
             if cu_seqlens and not takes:  # then all of them go by position_ids
@@ -287,7 +294,7 @@ class _Given:
     """A teacher as it was given, and what it is called: nothing where there is but one."""
 
     names: list[str]
-    given: nn.Module | Teacher | None
+    given: nn.Module | Teacher | SelfTeacher | None
     tokenizer: PreTrainedTokenizerBase | None
 
     @contextmanager
@@ -307,6 +314,13 @@ class _Given:
         self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, alignment: str
     ) -> tuple[Teacher, VocabularyPlan]:
         """As the loss asks it, and the ids that it shares with the student."""
+        if isinstance(self.given, SelfTeacher):
+            if self.names != [""]:
+                raise UserError(
+                    "got SelfTeacher, expected models: a student that teaches itself is the one teacher (teacher)"
+                )
+            plan = align_vocabularies(student, student, tokenizer, tokenizer, alignment)
+            return self.given.of(student), plan
         if isinstance(self.given, (CachedTeacher, RemoteTeacher)):
             return self.given, self._elsewhere(self.given, student, tokenizer, alignment)
         if not isinstance(
@@ -359,7 +373,7 @@ def _loaded(
         tokenizer = tokenizers.get(name) if isinstance(tokenizers, Mapping) else tokenizers
         if isinstance(one, str):
             tokenizer = tokenizer or load_tokenizer(one, key=where)
-            loaded: nn.Module | Teacher | None = load_model(one, key=where, dtype=TEACHER_DTYPE)
+            loaded: nn.Module | Teacher | SelfTeacher | None = load_model(one, key=where, dtype=TEACHER_DTYPE)
         else:
             loaded = unwrapped(one) if isinstance(one, nn.Module) else one
         found[key] = _Given([name], loaded, tokenizer)
@@ -371,6 +385,11 @@ def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
         states = "cached" if isinstance(teacher, CachedTeacher) else "remote"
         identity = teacher.cache.identity if isinstance(teacher, CachedTeacher) else teacher.description.identity
         return {role: identity.model, f"{role}_dtype": identity.dtype, f"{role}_states": states}
+    if isinstance(teacher, (CopyTeacher, SharedTeacher)):
+        return {
+            role: "self",
+            **{f"{role}_{name}": value for name, value in teacher.spec.facts.items() if name != "kind"},
+        }
     if not isinstance(teacher, LiveTeacher):
         return {role: type(teacher).__name__}
     dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")

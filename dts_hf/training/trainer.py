@@ -7,11 +7,12 @@ name that cannot be confused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
@@ -20,7 +21,9 @@ from dts_hf.data.routes import TEACHER
 from dts_hf.data.samplers import real_tokens
 from dts_hf.data.streams import RowStream, Sample
 from dts_hf.data.targets import TrainOn
+from dts_hf.data.teacher_context import TEACHER_BATCH
 from dts_hf.data.tokenised import NUM_LABELS, TokenisedDataset
+from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.sharding import check_placement, shard_teacher
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
@@ -36,17 +39,29 @@ from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
 from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
+from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.generating_trainer import GeneratingTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
+from dts_hf.training.self_teaching import (
+    FollowCallback,
+    check_launch_of_self,
+    columns_with_prefix,
+    load_mean,
+    mean_of,
+    objective_of_teacher,
+    record_of,
+    saved_mean,
+)
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
-FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
+FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET, *TEACHER_BATCH.values())
 #: Columns of a batch that neither model is given.
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
 
@@ -57,7 +72,8 @@ class DistillationTrainer(GeneratingTrainer):
     Args:
         model: the student, or the name or folder of one; None with ``model_init``.
         teacher: a causal language model, its name or folder (then its weights are in bfloat16, as in a recipe), or anything
-            with the ``Teacher`` interface, such as a ``CachedTeacher``; None with ``kd_ratio`` 0 is plain fine-tuning.
+            with the ``Teacher`` interface, such as a ``CachedTeacher``; a ``SelfTeacher`` where the student teaches itself
+            (docs/self_distillation.md); None with ``kd_ratio`` 0 is plain fine-tuning.
         temperature: a policy, ``{"name": "dts", "rule": "gap"}``, a policy's name, or a number (constant).
         divergence: ``"forward_kl"``, ``{"name": "jsd", "beta": 0.5}``, ...
         kd_ratio: loss = (1 - kd_ratio) ce_loss + kd_ratio kd_loss.
@@ -90,6 +106,8 @@ class DistillationTrainer(GeneratingTrainer):
         default_teacher: of rows that name none; None: that is an error.
         temperature_per_teacher: each teacher has a state of the temperature's policy of its own, which sees its rows alone;
             False: one state sees all rows.
+        teacher_prefix_column: of rows of text, with a text that the teacher alone reads, before the last question: a
+            demonstration, or the verified solution. Held-out rows need it, too. See docs/self_distillation.md.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``distributed.sharding.shard_teacher``).
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
@@ -119,7 +137,7 @@ class DistillationTrainer(GeneratingTrainer):
     def __init__(
         self,
         model: nn.Module | str | None = None,
-        teacher: nn.Module | Teacher | str | None = None,
+        teacher: nn.Module | Teacher | SelfTeacher | str | None = None,
         temperature: TemperaturePolicy | Mapping[str, Any] | str | float = "dts",
         divergence: Divergence | Mapping[str, Any] | str = "forward_kl",
         kd_ratio: float = 0.5,
@@ -139,7 +157,7 @@ class DistillationTrainer(GeneratingTrainer):
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
-        router_aux_loss: str = "model",
+        teacher_prefix_column: str | None = None, router_aux_loss: str = "model",
         data_collator: Any = None,
         peft_config: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
@@ -157,6 +175,7 @@ class DistillationTrainer(GeneratingTrainer):
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
         collator = pair.collator(bool(packing), data_collator, args)
+        columns = columns_with_prefix(columns, teacher_prefix_column, pair.teacher, data_collator)
         # 2. Rows, loss and temperature; without a teacher there is nothing to soften.
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
@@ -178,7 +197,8 @@ class DistillationTrainer(GeneratingTrainer):
 
     @property
     def teacher_model(self) -> nn.Module | None:
-        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+        live = isinstance(self.teacher, LiveTeacher) and not isinstance(self.teacher, CopyTeacher)  # no other model
+        return cast(LiveTeacher, self.teacher).model if live else None
 
     @property
     def teacher_models(self) -> dict[str, nn.Module]:
@@ -194,14 +214,36 @@ class DistillationTrainer(GeneratingTrainer):
         weights = self.teacher.weights or {}
         return {name: {"weight": weights.get(name)} for name in self.teacher.names}
 
+    @property
+    def itself(self) -> dict[str, Any]:
+        return self.teacher.spec.facts if isinstance(self.teacher, (CopyTeacher, SharedTeacher)) else {}
+
     def describe_objective(self) -> dict[str, Any]:
-        return {**super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None}
+        router = self.router.coefficient if self.router else None
+        return {**super().describe_objective(), "router_aux_loss": router, **objective_of_teacher(self.teacher)}
 
     @property
     def teacher_record(self) -> dict[str, Any] | None:
         if isinstance(self.teacher, RemoteTeacher):
             return self.teacher.record()
+        if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
+            return record_of(self.teacher)
         return self.teacher.cache.record() if isinstance(self.teacher, CachedTeacher) else None
+
+    def step_callbacks(self) -> list[TrainerCallback]:
+        mean = mean_of(self.teacher)
+        follow = [] if mean is None else [FollowCallback(mean, lambda: cast(nn.Module, self.model))]
+        return [*super().step_callbacks(), *follow]
+
+    def extra_state(self) -> ExtraState:
+        extra = super().extra_state()
+        if not self.args.save_only_model and self.args.should_save:
+            extra.tensors |= saved_mean(self.teacher)
+        return extra
+
+    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+        super().load_extra_state(folder, progress)
+        load_mean(self.teacher, folder)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
@@ -220,6 +262,7 @@ class DistillationTrainer(GeneratingTrainer):
         return self.pair.student
 
     def _place_teachers(self, shard: bool, given: Sequence[Any]) -> None:
+        check_launch_of_self(self.teacher, strategy_of(self.accelerator), shard)
         for teacher, _ in self.pair.live:
             if shard and not any(teacher is one for one in given):  # an object of the user's stays as it is
                 shard_teacher(teacher.model, self.args.device)

@@ -17,7 +17,9 @@ from dts_hf.recipe.schema import Recipe, Student
 from dts_hf.training.model_shape import ModelShape
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-TeacherPlacement = Literal["none", "replicated", "sharded", "8bit", "4bit", "fp8", "int8", "cached"]
+TeacherPlacement = Literal[
+    "none", "replicated", "sharded", "8bit", "4bit", "fp8", "int8", "cached", "copied", "shared"
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Workload:
         other_teachers: bytes of the weights of further teachers, each of which also makes the loss another gradient of the
             head for its rows.
         teachers: how many names there are.
+        teacher_tokens: as ``tokens``, of the rows as their teacher reads them; 0: they are the student's.
+        running_mean: bytes of the running mean of the trained weights, which checkpoints hold; 0: there is none.
     """
 
     rows: int
@@ -64,6 +68,8 @@ class Workload:
     beside: float = 0.0
     other_teachers: float = 0.0
     teachers: int = 1
+    teacher_tokens: int = 0
+    running_mean: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Plan:
         strategy: what is divided by the number of devices.
         devices: all of them, of all nodes.
         teacher: where it lives. ``sharded`` spreads it over all devices, ``8bit``, ``4bit``, ``fp8`` and ``int8`` are
-            whole and quantised, ``cached`` keeps its head alone and reads its states from disk.
+            whole and quantised, ``cached`` keeps its head alone and reads its states from disk. Of a student that teaches
+            itself: ``copied`` is a second model, ``shared`` the student's own below its adapter.
         bucket: DeepSpeed's ``reduce_bucket_size``, in weights; None: H x H, as ``dts_hf.distributed.launch`` sets it.
         live: DeepSpeed's ``stage3_max_live_parameters``; None: a tenth of the student, as ``distributed.launch`` sets it.
     """
@@ -129,6 +136,8 @@ def workload_of(
     if budget is not None:  # whichever rows fill it: as many labels as those with the largest share of them bring
         tokens = min(budget, sum(lengths))
         labelled = _most_labels(lengths, responses, tokens)
+    lora = _lora_parameters(recipe.student, shape, student)
+    mean = recipe.teacher is not None and recipe.teacher.kind == "self" and recipe.teacher.weights == "ema"
     return Workload(
         rows=1 if packed else batch,
         tokens=tokens,
@@ -138,7 +147,9 @@ def workload_of(
         teacher_dtype="float32" if recipe.teacher is None else recipe.teacher.dtype,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         gradient_checkpointing=bool(args.activation_checkpointing),
-        lora_parameters=_lora_parameters(recipe.student, shape, student),
+        lora_parameters=lora,
+        teacher_tokens=_teacher_tokens(data, batch, packed, tokens),
+        running_mean=4.0 * (shape.parameters if lora is None else lora) if mean else 0.0,
         logits_budget_mb=recipe.loss.logits_budget_mb or default_budget_mb(fused, free_bytes(args.device)),
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         attention="packed" if packed else "sdpa",
@@ -147,6 +158,17 @@ def workload_of(
         device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
     )
+
+
+def _teacher_tokens(data: EncodedDataset, batch: int, packed: bool, tokens: int) -> int:
+    """Tokens of a row with padding, or of packed rows, as the teacher reads them; 0: as the student does."""
+    if data.for_teacher is None:
+        return 0
+    longest = sorted(data.teacher_lengths, reverse=True)[:batch]
+    if not packed:
+        return longest[0]
+    ratio = max(read / own for read, own in zip(data.teacher_lengths, data.lengths, strict=True))
+    return math.ceil(tokens * ratio)
 
 
 def _most_labels(lengths: Sequence[int], responses: Sequence[int], tokens: int) -> int:
@@ -173,6 +195,8 @@ def _lora_parameters(student: Student, shape: ModelShape, model: nn.Module | Non
 def launched_plan(recipe: Recipe, devices: int) -> Plan:
     """What ``dts-hf train`` on this machine would be: one process, or one for each device."""
     teacher: TeacherPlacement = "none"
+    if recipe.teacher is not None and recipe.teacher.kind == "self":
+        teacher = "copied" if recipe.student.lora is None else "shared"
     if recipe.teacher is not None and recipe.keeps_teacher:
         quantization = recipe.teacher.quantization
         teacher = recipe.teacher.placement if quantization == "none" else quantization
@@ -187,6 +211,8 @@ def plans(devices: int, launched: Plan) -> list[Plan]:
         return [launched]
     home: TeacherPlacement = "replicated" if launched.teacher == "sharded" else launched.teacher
     names: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "fsdp2")
+    if home == "shared":  # weights that a strategy spreads cannot be both models'
+        names = ("ddp", "zero2")
     fleet = [Plan(name, devices, home) for name in names]
     if home == "replicated":
         fleet += [Plan("zero3", devices, "sharded"), Plan("fsdp2", devices, "sharded")]

@@ -1,0 +1,35 @@
+"""A student that teaches itself on two processes: the same teacher on both, and the same as on one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.support.launching import WORKERS, launch
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def results(folder, strategy, world):
+    done = launch(WORKERS / "self_worker.py", world, [str(folder), strategy], strategy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{strategy} {world}-{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="no deepspeed"))],
+)
+def test_two_processes_have_one_teacher(tmp_path, strategy):
+    (alone,) = results(tmp_path, "single", 1)
+    first, second = results(tmp_path, strategy, 2)
+    for case, expected in alone.items():
+        if strategy != "ddp" and case.endswith("True"):
+            assert "adapter shares the student's model" in first[case]
+            continue
+        assert first[case]["mean"] == second[case]["mean"] and first[case]["losses"] == second[case]["losses"]
+        assert first[case]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert first[case]["mean"] == pytest.approx(expected["mean"], abs=1e-6)
+        assert bool(expected["mean"]) == case.startswith("ema")
