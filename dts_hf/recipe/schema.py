@@ -255,6 +255,11 @@ class Teacher(Section):
     )
 
     @property
+    def is_kept(self) -> bool:
+        """Whether its model stays in memory for training."""
+        return self.kind == "live" or self.missing == "live"
+
+    @property
     def source(self) -> str:
         """Where its states come from, where they are not computed here."""
         return f"from {self.url}" if self.kind == "remote" else f"out of {self.cache}"
@@ -677,6 +682,24 @@ class Recipe(Section):
         column = self.data.teacher_column
         return Routing(column, tuple(self.teachers), self.data.default_teacher) if column and self.teachers else None
 
+    @property
+    def distinct_teachers(self) -> list[str]:
+        """The first name of each of several teachers, those with equal sections being one; ``""`` without the section."""
+        return [name for name in self.teachers if self.names_of(name)[0] == name] if self.teachers else [""]
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of that one of several teachers: those of equal sections.
+
+        Raises:
+            UserError: there is no such teacher.
+        """
+        teachers = self.teachers or {}
+        if name not in teachers:
+            raise UserError(
+                f"--teacher: got '{name}', expected one of {', '.join(teachers)}.{nearest(name, teachers)}"
+            )
+        return [other for other, section in teachers.items() if section.alone == teachers[name].alone]
+
     def with_teacher(self, name: str) -> Recipe:
         """The same with one of several teachers alone, for every row; rows still say which one they name."""
         section = (self.teachers or {})[name].alone
@@ -695,16 +718,26 @@ class Recipe(Section):
         return self.teacher
 
     @property
+    def kept_teachers(self) -> dict[str, Teacher]:
+        """Those of ``all_teachers`` whose models stay in memory for training."""
+        return {key: section for key, section in self.all_teachers.items() if section.is_kept}
+
+    @property
+    def loaded_teachers(self) -> dict[str, Teacher]:
+        """Those whose models are loaded at all: one whose states are cached may have to give weights or answers."""
+        init = self.student.init
+        needed = (init is not None and init.source is None) or self.data.responses == "teacher"
+        return self.all_teachers if needed else self.kept_teachers
+
+    @property
     def keeps_teacher(self) -> bool:
-        """Whether the teacher's model, or each of several, stays in memory for training."""
-        return any(section.kind == "live" or section.missing == "live" for section in self.all_teachers.values())
+        """Whether the teacher's model, or one of several, stays in memory for training."""
+        return bool(self.kept_teachers)
 
     @property
     def loads_teacher(self) -> bool:
-        """Whether the teacher's model is loaded at all: one whose states are cached may have to give weights or answers."""
-        init = self.student.init
-        needed = (init is not None and init.source is None) or self.data.responses == "teacher"
-        return bool(self.all_teachers) and (self.keeps_teacher or needed)
+        """Whether the teacher's model, or one of several, is loaded at all."""
+        return bool(self.loaded_teachers)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:
@@ -749,9 +782,6 @@ def several_problem(recipe: Recipe) -> str:
         return "data.responses: teacher, but every teacher has every row: give teacher_column, so that one answers each row"
     if "teacher" in data.columns:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
-    for name, section in teachers.items():
-        if section.kind != "live":
-            return f"teachers.{name}.kind: {section.kind}, but each of several teachers is loaded: use kind: live"
     if recipe.student.init is not None and recipe.student.init.source is None:
         return f"student.init: from {recipe.student.init.from_}, but there are several teachers: give student.model"
     if recipe.task is not None:

@@ -159,7 +159,7 @@ class OfRowsOfSeveral:
     parts: Sequence[tuple[str, frozenset[int] | None, OfRows]]
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = {}
+        batch: dict[str, Tensor] = {}
         for name, places, of_rows in self.parts:
             own = [one for one in examples if places is None or one.get(TEACHER) in places]
             with naming_teacher(name):

@@ -179,7 +179,7 @@ class Pair:
         return PaddedCollator(next(pad for pad in pads if pad is not None), of_rows=of_rows)
 
     def _of_rows(self) -> OfRows | None:
-        """What a collator asks of the teachers whose states do not come from a model of this process; None: there is none."""
+        """What a collator asks of the teachers that are no models of this process; None: there is none."""
         asked = [one for one, _ in self.teachers if isinstance(one, (CachedTeacher, RemoteTeacher))]
         if not asked:
             return None

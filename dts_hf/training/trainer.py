@@ -220,9 +220,9 @@ class DistillationTrainer(GeneratingTrainer):
 
     @property
     def teacher_records(self) -> dict[str, dict[str, Any]]:
-        several = isinstance(self.teacher, SeveralTeachers)
-        by_key = {f"teachers.{name}": one for name, one in self.teacher.by_name.items()} if several else {
-            "teacher": self.teacher}  # fmt: skip
+        by_key: dict[str, Teacher] = {"teacher": self.teacher}
+        if isinstance(self.teacher, SeveralTeachers):
+            by_key = {f"teachers.{name}": one for name, one in self.teacher.by_name.items()}
         return {key: one.record() for key, one in by_key.items() if isinstance(one, (CachedTeacher, RemoteTeacher))}
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -250,7 +250,7 @@ class DistillationTrainer(GeneratingTrainer):
             self.compile_layers(teacher.model, role)
 
     def _check_cache(self) -> None:
-        """A cached teacher must know all its rows, and its states must be those that its head reads; a server must take them."""
+        """A cached teacher must know its rows, and its states must be those that its head reads; a server must take them."""
         held_out: Any = self.eval_dataset
         named = {f"eval_dataset['{key}']": rows for key, rows in held_out.items()} if isinstance(held_out, dict) else {
             "eval_dataset": held_out}  # fmt: skip
@@ -267,7 +267,7 @@ class DistillationTrainer(GeneratingTrainer):
                     check_served(policy, self.loss.divergence)
 
     def _check_rows(self, teacher: Teacher, dataset: Any, name: str, places: Collection[int] | None) -> None:
-        """Refuse rows that ``teacher`` does not answer: those of ``places`` in ``Routing.names``; None: it has all of them."""
+        """Refuse rows that ``teacher`` does not answer; of several those with these ``places``, None: it has every row."""
         own = dataset if places is None or dataset is None else OwnRows(dataset, places)
         if isinstance(teacher, CachedTeacher) and isinstance(dataset, (TokenisedDataset, EncodedDataset)):
             rows: Any = self.rows  # LanguageRows

@@ -39,8 +39,9 @@ def own(name: str) -> list[dict[str, Any]]:
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By the way of sharing out: of each teacher's own rows, or of all rows."""
     folder = tmp_path_factory.mktemp("caches")
+    rows = {"routed": own, "weighted": lambda name: ROUTED}
     return {
-        way: {name: cache_of(folder / f"{way}-{name}", model, encoded(own(name) if way == "routed" else ROUTED), shard_bytes=4000)
+        way: {name: cache_of(folder / f"{way}-{name}", model, encoded(rows[way](name)), shard_bytes=4000)
               for name, model in live_pair().items()} for way in WAYS
     }  # fmt: skip
 
