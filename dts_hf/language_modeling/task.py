@@ -130,7 +130,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def _meet(self, section: Teacher) -> StateCache | RemoteTeacher:
         if section.kind == "cached":
             return open_cache(section)
-        remote = RemoteTeacher(str(section.url), token_env=section.token_env)
+        remote = RemoteTeacher(str(section.url), token_env=section.token_env, cache=section.cache)
         check_server(remote, section)
         return remote
 

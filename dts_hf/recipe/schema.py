@@ -247,7 +247,10 @@ class Teacher(Section):
         description="Name of the environment variable with the server's token, such as TEACHER_TOKEN; never the token.",
     )
     cache: str | None = Field(
-        default=None, min_length=1, description="Folder of its cached states; only with kind: cached."
+        default=None,
+        min_length=1,
+        description="Folder of its cached states, with kind: cached. With kind: remote answers are kept there as training "
+        "goes, and no row is asked twice.",
     )
     missing: Literal["error", "live"] = Field(
         default="error",
@@ -262,20 +265,18 @@ class Teacher(Section):
     @property
     def source(self) -> str:
         """Where its states come from, where they are not computed here."""
-        return f"from {self.url}" if self.kind == "remote" else f"out of {self.cache}"
+        if self.kind == "remote":
+            return f"from {self.url}" + (f" and are kept in {self.cache}" if self.cache else "")
+        return f"out of {self.cache}"
 
     @model_validator(mode="after")
     def _cache_of_states(self) -> Teacher:
         if self.kind == "cached" and self.cache is None:
             raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
-        if self.kind != "cached" and (self.cache is not None or self.missing != "error"):
-            given = "cache" if self.cache is not None else "missing"
-            keep = (
-                ". dts-hf cache-teacher keeps what a server answers, for kind 'cached'"
-                if self.kind == "remote"
-                else ""
-            )
-            raise ValueError(f"{given}: belongs to kind 'cached', got kind '{self.kind}'{keep}")
+        if self.kind == "live" and self.cache is not None:
+            raise ValueError("cache: belongs to kind 'cached' or 'remote', got kind 'live'")
+        if self.kind != "cached" and self.missing != "error":
+            raise ValueError(f"missing: belongs to kind 'cached', got kind '{self.kind}'")
         if self.kind != "live" and self.placement == "sharded":
             raise ValueError(
                 f"placement is 'sharded', but the states of kind '{self.kind}' need no backbone: use 'replicated'"
