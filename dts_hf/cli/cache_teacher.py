@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json
 from dts_hf.console import gb, show
+
+if TYPE_CHECKING:
+    from dts_hf.teachers.cached.layout import Manifest
 
 EPILOG = (
     "Example: [bold]dts-hf cache-teacher recipe.yaml --output caches/mine[/bold], then "
@@ -36,12 +39,7 @@ def command(
         ),
     ] = None,
     teacher: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="One of several teachers (teachers.NAME); --output is then its folder. Default: each one that has a cache "
-            "in the recipe or, with --output, each one.",
-        ),
+        str | None, typer.Option(metavar="NAME", help="One of several teachers; --output is then its folder.")
     ] = None,
     dtype: Annotated[
         StatesDtype | None,
@@ -82,11 +80,15 @@ def command(
     for name, folder in folders_of(checked, output, teacher).items():
         which = name or None
         manifest = verify_cache(folder, checked, which) if verify else cache_teacher(checked, folder, options, which)
-        facts = {"folder": str(folder), "rows": manifest.rows, "labels": manifest.labels, "dtype": manifest.dtype}
-        facts |= {} if manifest.compact is None else {"compact": dict(manifest.compact)}
-        found[name] = {**facts, "bytes": manifest.size, "teacher_ce": manifest.nll, "plan": manifest.plan}
+        found[name] = _facts(folder, manifest)
         if is_main_process() and not as_json:
             done = "whole" if verify else "complete"
             show(f"{folder}: {done}, {manifest.labels:,} labels of {manifest.rows:,} rows, {gb(manifest.size)}")
     if is_main_process() and as_json:
         print_json({"teachers": found} if checked.teachers else found[""])
+
+
+def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    facts = {"folder": str(folder), "rows": manifest.rows, "labels": manifest.labels, "dtype": manifest.dtype}
+    facts |= {} if manifest.compact is None else {"compact": dict(manifest.compact)}
+    return {**facts, "bytes": manifest.size, "teacher_ce": manifest.nll, "plan": manifest.plan}
