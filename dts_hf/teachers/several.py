@@ -176,7 +176,11 @@ def _batch_of(batch: Mapping[str, Any], name: str | None) -> dict[str, Any]:
 
 @contextmanager
 def naming_teacher(name: str) -> Iterator[None]:
-    """Within it an error says which of several teachers it is about; without a name there is but one."""
+    """Within it an error says which of several teachers it is about; without a name there is but one.
+
+    Raises:
+        UserError: the one that came up within it, with ``teachers.NAME`` in the place of ``teacher``.
+    """
     try:
         yield
     except UserError as error:
