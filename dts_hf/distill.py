@@ -85,7 +85,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 4. Sequence-level KD: train on what the teacher itself would say.
     if models.taught and recipe.data.responses == "teacher":
         rows, data = answered(task, models, rows)
-    models = models if recipe.keeps_teacher else dataclasses.replace(models, teacher=None)  # its states are elsewhere
+    models = models.for_training(recipe)
 
     # From here on the training rows are needed as tokens alone; their text would stay in memory as long as training runs.
     made_from = {**task.manifest(rows, data), "models": record.values}
@@ -207,7 +207,7 @@ def load_models(
         for key, model in teachers.items():
             task.check_head(model, key)
         student = task.load_student(teacher, args.seed, made)
-        record.add_models(student, teachers, task.teacher_record())
+        record.add_models(student, teachers, task.teacher_records())
     # Not before: the student may be cut out of the teacher, which may be sharded over the processes from here on.
     for key, model in teachers.items():
         place_teacher(model, task.recipe.all_teachers[key].placement, args.device)
@@ -233,10 +233,10 @@ def teacher_notes(recipe: Recipe) -> Iterator[str]:
     if recipe.teacher is not None and recipe.teacher.kind == "self":
         yield f"teacher: {recipe.teacher.itself}; it is not scored apart from the student"
         return
-    if recipe.teacher is not None and not recipe.keeps_teacher:
-        yield f"teacher: its states come {recipe.teacher.source}; it is not in memory, and is not scored"
-        return
     for key, teacher in recipe.all_teachers.items():
+        if not teacher.is_kept:
+            yield f"{key}: its states come {teacher.source}; it is not in memory, and is not scored"
+            continue
         if (kind := teacher.quantization) == "none":
             continue
         yield (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,7 +22,6 @@ from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe
 from dts_hf.recipe.training_arguments import training_arguments
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.temperature import build_temperature
 from dts_hf.training.distillation_base import DistillationBase
 
@@ -86,6 +85,12 @@ class Models:
     def taught(self) -> bool:
         """Whether a teacher is loaded, or several are."""
         return self.teacher is not None or bool(self.several)
+
+    def for_training(self, recipe: Recipe) -> Models:
+        """The same without the teachers whose states are elsewhere: they have given their weights or their answers."""
+        kept = recipe.kept_teachers
+        several = {name: model for name, model in self.several.items() if f"teachers.{name}" in kept}
+        return replace(self, teacher=self.teacher if "teacher" in kept else None, several=several)
 
     @property
     def loaded(self) -> list[nn.Module]:
@@ -166,22 +171,13 @@ class Task(ABC, Generic[TrainerT]):
         """
         return {}
 
-    def teacher_cache(self) -> StateCache | None:
-        """The cache of the teacher's states, opened; None where the recipe has none.
+    def teacher_records(self) -> dict[str, dict[str, Any]]:
+        """What a resume compares of the teachers that are no models of this process, by the key of their section.
 
         Raises:
-            UserError: it is unfinished, damaged, or of another teacher.
+            UserError: a cache or a server is not what the recipe says.
         """
-        return None
-
-    def teacher_record(self) -> dict[str, Any] | None:
-        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare.
-
-        Raises:
-            UserError: see ``teacher_cache``.
-        """
-        cache = self.teacher_cache()
-        return None if cache is None else cache.record()
+        return {}
 
     def check_head(self, model: nn.Module, role: str) -> None:
         """Refuse a model whose outputs the loss cannot represent. The model is whole: this comes before it is placed.

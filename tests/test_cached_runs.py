@@ -183,7 +183,7 @@ def test_the_command(student):
     ("teacher", "said"),
     [
         ({"kind": "cached"}, "expected the folder of the cache as well"),
-        ({"cache": "states"}, "cache: belongs to kind 'cached', got kind 'live'"),
+        ({"cache": "states"}, "cache: belongs to kind 'cached' or 'remote', got kind 'live'"),
         ({"missing": "live"}, "missing: belongs to kind 'cached'"),
         ({"kind": "cached", "cache": "states", "placement": "sharded"}, "need no backbone"),
         ({"kind": "casched", "cache": "states"}, "casched"),

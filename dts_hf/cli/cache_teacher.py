@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dts_hf.cli.printing import AsJson, Overrides, RecipeFile, is_main_process, print_json
 from dts_hf.console import gb, show
+
+if TYPE_CHECKING:
+    from dts_hf.teachers.cached.layout import Manifest
 
 EPILOG = (
     "Example: [bold]dts-hf cache-teacher recipe.yaml --output caches/mine[/bold], then "
@@ -29,7 +32,14 @@ def command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the cache; default: the recipe's teacher.cache.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the cache; default: the recipe's teacher.cache. Of several teachers each has DIR/NAME.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several teachers; --output is then its folder.")
     ] = None,
     dtype: Annotated[
         StatesDtype | None,
@@ -62,21 +72,23 @@ def command(
     from dts_hf.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, list(overrides or []))
-    from dts_hf.language_modeling.caching import CacheOptions, cache_teacher, folder_of, verify_cache
+    from dts_hf.language_modeling.caching import CacheOptions, cache_teacher, folders_of, verify_cache
 
-    folder = folder_of(checked, output)
-    if verify:
-        manifest = verify_cache(folder, checked)
-    else:
-        stored = None if dtype is None else dtype.value
-        options = CacheOptions(stored, shard_mb << 20, batch_tokens, overwrite, compact, force)
-        manifest = cache_teacher(checked, folder, options)
-    if not is_main_process():
-        return
-    if as_json:
-        facts = {"folder": str(folder), "rows": manifest.rows, "labels": manifest.labels, "dtype": manifest.dtype}
-        facts |= {} if manifest.compact is None else {"compact": dict(manifest.compact)}
-        print_json({**facts, "bytes": manifest.size, "teacher_ce": manifest.nll, "plan": manifest.plan})
-    else:
-        done = "whole" if verify else "complete"
-        show(f"{folder}: {done}, {manifest.labels:,} labels of {manifest.rows:,} rows, {gb(manifest.size)}")
+    stored = None if dtype is None else dtype.value
+    options = CacheOptions(stored, shard_mb << 20, batch_tokens, overwrite, compact, force)
+    found: dict[str, Any] = {}
+    for name, folder in folders_of(checked, output, teacher).items():
+        which = name or None
+        manifest = verify_cache(folder, checked, which) if verify else cache_teacher(checked, folder, options, which)
+        found[name] = _facts(folder, manifest)
+        if is_main_process() and not as_json:
+            done = "whole" if verify else "complete"
+            show(f"{folder}: {done}, {manifest.labels:,} labels of {manifest.rows:,} rows, {gb(manifest.size)}")
+    if is_main_process() and as_json:
+        print_json({"teachers": found} if checked.teachers else found[""])
+
+
+def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    facts = {"folder": str(folder), "rows": manifest.rows, "labels": manifest.labels, "dtype": manifest.dtype}
+    facts |= {} if manifest.compact is None else {"compact": dict(manifest.compact)}
+    return {**facts, "bytes": manifest.size, "teacher_ce": manifest.nll, "plan": manifest.plan}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,6 +114,28 @@ class Routing:
         """How many rows each teacher has."""
         teachers = dataset.teachers or []
         return {name: teachers.count(number) for number, name in enumerate(self.names)}
+
+
+class OwnRows:
+    """The rows of a data set that have one of some teachers, read by number as those of the data set are.
+
+    Args:
+        dataset: routed.
+        numbers: of the teachers.
+    """
+
+    def __init__(self, dataset: Any, numbers: Collection[int]) -> None:
+        self._dataset = dataset
+        self._places = [place for place, number in enumerate(dataset.teachers) if number in numbers]
+        self.lengths = [dataset.lengths[place] for place in self._places]
+        ids = getattr(dataset, "row_ids", None)
+        self.row_ids = None if ids is None else [ids[place] for place in self._places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[self._places[index]]
 
 
 def names_problem(teachers: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from dts_hf.doctor.classification import ClassifierWalk
 from dts_hf.doctor.diagnosis import Diagnosis
 from dts_hf.doctor.language_modeling import LanguageModelWalk
 from dts_hf.doctor.run import describe_init
-from dts_hf.doctor.several import describe_rows, names_of_each, rows_of_each, walk_of
+from dts_hf.doctor.several import describe_rows, rows_of_each, walk_of
 from dts_hf.doctor.walk import Walk
 from dts_hf.errors import UserError
 from dts_hf.recipe.effective import effective
@@ -80,7 +80,7 @@ def _walked(recipe: Recipe) -> Walk:
     diagnosis = Diagnosis(recipe.output.dir)
     with tempfile.TemporaryDirectory(prefix="dts_hf-dry-run-") as folder, quiet():
         if recipe.teachers:  # the tokenizer of the first, the weights of all
-            walk: Walk = walk_of(diagnosis, recipe, names_of_each(recipe)[0], Path(folder), None)
+            walk: Walk = walk_of(diagnosis, recipe, recipe.names_of(recipe.distinct_teachers[0]), Path(folder), None)
         else:
             kind = LanguageModelWalk if recipe.task is None else ClassifierWalk
             walk = kind(diagnosis, recipe, Path(folder), None)

@@ -25,6 +25,7 @@ from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.runs.memory import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
+from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.model_shape import ModelShape, shapes_from_configs
 from dts_hf.training.trainer import DistillationTrainer
@@ -98,11 +99,12 @@ class LanguageModelWalk(Walk):
             return
         with self.diagnosis.check("states") as check:
             data, rows = need(self.data, "tokenised rows"), need(self.rows, "rows")
-            if section.cache is not None:
-                describe_cache(check, need(self.task.teacher_cache(), "a cache"))
+            states = self.task.elsewhere.get("teacher")
+            if isinstance(states, StateCache):
+                describe_cache(check, states)
                 return
-            if section.kind == "remote":
-                describe_server(check, need(self.task.remote_teacher, "a server"), data)
+            if states is not None:
+                describe_server(check, states, data)
                 return
             need(self.loads or None, "enough memory for the models")
             share = (len(rows.train) + len(rows.validation)) / max(len(self.looked_at), 1)

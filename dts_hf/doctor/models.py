@@ -25,7 +25,7 @@ from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
 from dts_hf.teachers.base import Teacher
 from dts_hf.training.distillation_base import DistillationBase
-from dts_hf.training.trainer import NOT_FOR_MODELS, DistillationTrainer
+from dts_hf.training.trainer import DistillationTrainer, seen_by_models
 
 #: A teacher whose cross-entropy is above this share of ln V has learned next to nothing.
 UNTRAINED = 0.95
@@ -127,8 +127,7 @@ def take_sample(
         trainer, collator, data, ordered, min(8, trainer.args.per_device_train_batch_size)
     ):
         with loss_in_head(student, lambda states, head: states):  # states in the place of logits
-            seen = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
-            states = student(**seen, use_cache=False).logits
+            states = student(**seen_by_models(batch), use_cache=False).logits
         chosen, targets = select_response(states, labels)
         numbers = sequence_numbers(labels) + first
         read = split_batch(batch) or (batch, labels)

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dts_hf.console import quiet
 from dts_hf.data.rows import Row
@@ -41,7 +40,7 @@ def examine_several(diagnosis: Diagnosis, recipe: Recipe, devices: int | None) -
             check.warn(
                 "teacher-without-rows", f"no training row has the teacher '{name}'", "Leave it out, or add rows"
             )
-    for names in names_of_each(recipe):
+    for names in map(recipe.names_of, recipe.distinct_teachers):
         own = Diagnosis(diagnosis.recipe, on_check=partial(_begin, diagnosis.on_check, names[0]))
         with tempfile.TemporaryDirectory(prefix="dts_hf-doctor-") as folder, quiet():
             walk = walk_of(own, recipe, names, Path(folder), devices)
@@ -86,17 +85,6 @@ def _begin(on_check: Callable[[str], None], teacher: str, name: str) -> None:
     on_check(f"{name}/{teacher}" if name not in OF_ALL else name)
 
 
-def names_of_each(recipe: Recipe) -> list[list[str]]:
-    """The names of each teacher of ``recipe``: several where equal sections make them one model."""
-    found: list[tuple[Any, list[str]]] = []
-    for name, section in (recipe.teachers or {}).items():
-        names = next((names for known, names in found if known == section.alone), None)
-        if names is None:
-            found.append((section.alone, names := []))
-        names.append(name)
-    return [names for _, names in found]
-
-
 def rows_of_each(recipe: Recipe) -> dict[str, int]:
     """How many training rows each teacher has.
 
@@ -122,9 +110,9 @@ def describe_rows(counts: Mapping[str, int]) -> str:
 def _other_weights(recipe: Recipe, names: list[str], devices: int) -> float:
     """Bytes of the weights of the teachers without these ``names``, on one of so many devices."""
     total = 0.0
-    for other in names_of_each(recipe):
-        if other != names:
-            alone = recipe.with_teacher(other[0])
+    for other in recipe.distinct_teachers:
+        if other not in names:
+            alone = recipe.with_teacher(other)
             shapes = shapes_from_configs(alone)
             if shapes is not None and shapes[1] is not None:
                 total += teacher_weights(shapes[1], alone, devices)

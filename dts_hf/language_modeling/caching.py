@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dts_hf.console import duration, gb, say, working
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.routes import Routing
 from dts_hf.distributed.launch import check_launch, limit_waiting
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.distributed.sharding import place_teacher
@@ -32,6 +35,7 @@ from dts_hf.models.quantization import check_quantization
 from dts_hf.models.vocabulary import check_tokenizers, plan_for
 from dts_hf.recipe.schema import Recipe, Teacher
 from dts_hf.task import Data
+from dts_hf.task import Rows as TextRows
 from dts_hf.teachers.cached.folder import held, own_bytes, remove_cache
 from dts_hf.teachers.cached.layout import MANIFEST, Manifest, Plan, bytes_per_label
 from dts_hf.teachers.cached.reader import verified
@@ -41,6 +45,7 @@ from dts_hf.teachers.compact import CompactFormat, ErrorAt, measured_rows, pilot
 from dts_hf.teachers.identity import TeacherIdentity, identity_of, rows_facts
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.several import naming_teacher
 from dts_hf.temperature import build_temperature
 
 #: What of ``data`` decides how a row is cut and what is learned of it.
@@ -69,29 +74,45 @@ class CacheOptions:
     forced: bool = False
 
 
-def folder_of(recipe: Recipe, output: Path | None) -> Path:
-    """Where the recipe's cache is or will be.
+def folders_of(recipe: Recipe, output: Path | None, teacher: str | None = None) -> dict[str, Path]:
+    """Where the recipe's cache is or will be; of several teachers each one's, by the first of its names (else ``""``).
 
     Args:
         recipe: its ``teacher.cache``, where ``output`` does not say it.
-        output: of the command line.
+        output: of the command line; of several teachers ``output/NAME``.
+        teacher: one of several, whose cache alone is meant.
 
     Raises:
-        UserError: neither says it.
+        UserError: nothing says it, or there is no such teacher.
     """
-    named = None if recipe.teacher is None else recipe.teacher.cache
-    if output is None and named is None:
-        raise UserError("--output: is missing, expected the folder of the cache (or teacher.cache in the recipe)")
-    return (Path(str(named)) if output is None else output).expanduser()
+    names = [recipe.names_of(teacher)[0]] if teacher is not None else recipe.distinct_teachers
+    sections = {key.partition(".")[2]: section for key, section in recipe.all_teachers.items()}
+    named = {name: sections[name].cache for name in names if name in sections}
+    if output is not None:
+        return {name: (output / name if len(names) > 1 else output).expanduser() for name in names}
+    found = {name: Path(cache).expanduser() for name, cache in named.items() if cache is not None}
+    if not found:
+        key = f"teachers.{teacher or 'NAME'}.cache" if recipe.teachers else "teacher.cache"
+        each = ", in which each teacher has one of its own" if len(names) > 1 else ""
+        raise UserError(f"--output: is missing, expected the folder of the cache{each} (or {key} in the recipe)")
+    if len({path.resolve() for path in found.values()}) < len(found):
+        raise UserError(
+            f"teachers: {' and '.join(found)} are of different sections and have the same cache; give each a folder of its "
+            "own, or make their sections equal"
+        )
+    return found
 
 
-def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = None) -> Manifest:
+def cache_teacher(
+    recipe: Recipe, folder: Path, options: CacheOptions | None = None, teacher: str | None = None
+) -> Manifest:
     """Write the states of the recipe's teacher over its training and validation rows; all processes call it.
 
     Args:
         recipe: of a language model with a teacher.
         folder: of the cache; what an earlier try has left there is gone on with.
         options: None: the usual ones.
+        teacher: which of several; where each row names one, its rows alone are cached.
 
     Raises:
         UserError: wrong input, before the teacher runs; the folder holds another cache; or a compact one would keep too
@@ -99,8 +120,14 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
         RunError: the teacher gives states that are non-finite.
     """
     options, began = options or CacheOptions(), time.monotonic()
+    with naming_teacher("" if teacher is None else teacher):
+        return _cached(recipe, teacher, folder, options, began)
+
+
+def _cached(recipe: Recipe, teacher: str | None, folder: Path, options: CacheOptions, began: float) -> Manifest:
     # 1. What can be refused without loading anything
-    recipe = _with_live_teacher(recipe)
+    alone, own_rows = _alone(recipe, teacher)
+    recipe = _with_live_teacher(alone)
     task = LanguageModeling(recipe)
     args = task.training_arguments(folder)
     check_launch(args)
@@ -111,18 +138,57 @@ def cache_teacher(recipe: Recipe, folder: Path, options: CacheOptions | None = N
     stack = ExitStack()
     on_first_process(lambda: stack.enter_context(held(folder)), rank, world)  # before minutes of loading
     with stack:
-        return _written(task, folder, options, args, began)
+        return _written(task, own_rows, folder, options, args, began)
+
+
+def _alone(recipe: Recipe, teacher: str | None) -> tuple[Recipe, Callable[[TextRows], TextRows]]:
+    """The recipe with one teacher, and what leaves of its rows those that this one has.
+
+    Raises:
+        UserError: there are several and none of them is named, or there is none of that name.
+    """
+    if not recipe.teachers:
+        if teacher is not None:
+            raise UserError(f"--teacher: got '{teacher}', but the recipe has no section teachers; leave it out")
+        return recipe, lambda rows: rows
+    if teacher is None:
+        raise UserError(f"--teacher: is missing, expected one of {', '.join(recipe.teachers)}")
+    return recipe.with_teacher(teacher), partial(_rows_of, recipe.routing, recipe.names_of(teacher))
+
+
+def _rows_of(routing: Routing | None, names: Sequence[str], rows: TextRows) -> TextRows:
+    """Those of the rows that name a teacher by one of ``names``; without a column all of them.
+
+    Raises:
+        UserError: a row names no teacher, or none of the rows names this one.
+    """
+    if routing is None:
+        return rows
+    parts = {"data.train": (rows.train, rows.train_parts), "data.validation": (rows.validation, rows.validation_parts)}
+    own = []
+    for name, (of_part, sources) in parts.items():
+        numbers = routing.numbers(of_part, name, [(part.source, part.used) for part in sources])
+        own.append([row for row in of_part if routing.names[numbers[row.id]] in names])
+    train, validation = own
+    if not (train or validation):
+        raise UserError(f"no row has the teacher {' or '.join(names)} in its column '{routing.column}'; leave it out")
+    return replace(rows, train=train or validation, validation=validation if train else [])
 
 
 def _written(
-    task: LanguageModeling, folder: Path, options: CacheOptions, args: TrainingArguments, began: float
+    task: LanguageModeling,
+    own_rows: Callable[[TextRows], TextRows],
+    folder: Path,
+    options: CacheOptions,
+    args: TrainingArguments,
+    began: float,
 ) -> Manifest:
     """The rows, the teacher and its states; nothing that lies in the folder is touched before all is checked."""
     recipe, rank, world = task.recipe, args.process_index, args.world_size
     section = recipe.required_teacher
     # 2. Rows as they are trained on
     with working("reading and encoding the rows"):
-        loaded = task.load_rows()
+        loaded = own_rows(task.load_rows())
         student_tokenizer, teacher_tokenizer = load_tokenizers(recipe)
     shared = check_tokenizers(student_tokenizer, teacher_tokenizer, section.vocab_alignment)
     with working("loading the teacher"):
@@ -176,7 +242,7 @@ def _teacher_of(
         UserError: it cannot be loaded, or nobody answers at the address.
     """
     section, template = task.recipe.required_teacher, task.template(tokenizer)
-    if (remote := task.remote_teacher) is not None:
+    if isinstance(remote := task.elsewhere.get("teacher"), RemoteTeacher):
         remote.check_tokenizer(tokenizer)
         return remote.to(device), replace(remote.description.identity, **rows_facts(tokenizer, template))
     model = load_teacher(section)
@@ -292,17 +358,24 @@ def _say_plan(folder: Path, plan: Plan, overwrite: bool) -> None:
     )
 
 
-def verify_cache(folder: Path, recipe: Recipe) -> Manifest:
+def verify_cache(folder: Path, recipe: Recipe, teacher: str | None = None) -> Manifest:
     """Read all of a cache and compare it with what was written; and make the self-test on rows of the recipe.
 
     Args:
         folder: the cache.
         recipe: whose rows it is of.
+        teacher: which of several it is of.
 
     Raises:
         UserError: names the first file that is not as it was written; the states are not those that the head reads; or a row
             of the recipe is not in the cache.
     """
+    with naming_teacher("" if teacher is None else teacher):
+        return _verified(folder, recipe, teacher)
+
+
+def _verified(folder: Path, recipe: Recipe, which: str | None) -> Manifest:
+    recipe, own_rows = _alone(recipe, which)
     cache = verified(folder)
     if recipe.data.responses == "teacher":
         say("the rows of this recipe are the teacher's own answers, so no label is tested without it")
@@ -310,7 +383,7 @@ def verify_cache(folder: Path, recipe: Recipe) -> Manifest:
     task, teacher = LanguageModeling(_with_live_teacher(recipe)), CachedTeacher(cache)
     tokenizer, _ = load_tokenizers(recipe)
     teacher.check_tokenizer(tokenizer)
-    data = task.encode(task.load_rows(), tokenizer)
+    data = task.encode(own_rows(task.load_rows()), tokenizer)
     for name, of in zip(("data.train", "data.validation"), _sets(data), strict=False):
         teacher.check_rows(of, name, tokenizer, task.template(tokenizer))
     return cache.manifest

@@ -34,6 +34,7 @@ from dts_hf.models.head import check_head
 from dts_hf.models.loading import load_several, load_student, load_teacher
 from dts_hf.models.saving import Carried
 from dts_hf.models.student_init import StudentInit
+from dts_hf.recipe.schema import Teacher
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
 from dts_hf.teachers.answers import answer_rows
@@ -43,6 +44,7 @@ from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import SelfTeacher
+from dts_hf.teachers.several import naming_teacher
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -105,38 +107,48 @@ class LanguageModeling(Task[DistillationTrainer]):
         if teacher is None or not self.recipe.loads_teacher:
             return None
         model = load_teacher(teacher)
-        if (states := self.teacher_cache() or self.remote_teacher) is not None:
+        if (states := self.elsewhere.get("teacher")) is not None:
             check_same_model(states, model, teacher)
         return model
 
-    def teacher_cache(self) -> StateCache | None:
-        return self._teacher_cache
-
     @functools.cached_property
-    def _teacher_cache(self) -> StateCache | None:
-        teacher = self.recipe.teacher
-        return None if teacher is None or teacher.cache is None else open_cache(teacher)
-
-    @functools.cached_property
-    def remote_teacher(self) -> RemoteTeacher | None:
-        """The teacher behind the recipe's address, met and tested; None where it is of another kind.
+    def elsewhere(self) -> dict[str, StateCache | RemoteTeacher]:
+        """Caches that are opened and servers that are met of the teachers that have one, by the key of their section.
 
         Raises:
-            UserError: see ``RemoteTeacher``; or it is another teacher than the recipe's.
+            UserError: a cache is unfinished, damaged or of another teacher than the recipe's; see ``RemoteTeacher``; or a
+                server has another teacher.
         """
-        teacher = self.recipe.teacher
-        if teacher is None or teacher.kind != "remote":
-            return None
-        remote = RemoteTeacher(str(teacher.url), token_env=teacher.token_env)
-        check_server(remote, teacher)
+        found: dict[str, StateCache | RemoteTeacher] = {}
+        sections = self.recipe.all_teachers
+        for key, section in sections.items():
+            if section.kind == "live":
+                continue
+            same = next((other for other in found if sections[other] == section), None)
+            with naming_teacher(key.partition(".")[2]):
+                found[key] = found[same] if same is not None else self._meet(section)
+        return found
+
+    def _meet(self, section: Teacher) -> StateCache | RemoteTeacher:
+        if section.kind == "cached":
+            return open_cache(section)
+        remote = RemoteTeacher(str(section.url), token_env=section.token_env, cache=section.cache)
+        check_server(remote, section)
         return remote
 
-    def teacher_record(self) -> dict[str, Any] | None:
-        remote = self.remote_teacher
-        return super().teacher_record() if remote is None else remote.record()
+    def teacher_records(self) -> dict[str, dict[str, Any]]:
+        return {key: states.record() for key, states in self.elsewhere.items()}
 
     def load_several(self) -> dict[str, PreTrainedModel]:
-        return load_several(self.recipe) if self.recipe.teachers else {}
+        if not self.recipe.teachers:
+            return {}
+        models = load_several(self.recipe)
+        for name, model in models.items():
+            key = f"teachers.{name}"
+            if key in self.elsewhere:
+                with naming_teacher(name):
+                    check_same_model(self.elsewhere[key], model, self.recipe.all_teachers[key])
+        return models
 
     def check_head(self, model: nn.Module, role: str) -> None:
         check_head(model, role=role)
@@ -216,11 +228,18 @@ class LanguageModeling(Task[DistillationTrainer]):
     def _of_teachers(self, models: Models) -> dict[str, Any]:
         """What the trainer asks: the teacher, or each of several and how the rows are shared out."""
         if not self.recipe.teachers:
-            return {"teacher": self.teacher_of(models)}
+            return {"teacher": self._asked("teacher", models.teacher)}
         data = self.recipe.data
         weights = {name: section.weight for name, section in self.recipe.teachers.items()}
+        asked: dict[str, Any] = {}
+        for name, section in self.recipe.teachers.items():
+            # Equal sections are one teacher
+            same = next((other for other in asked if self.recipe.teachers[other].alone == section.alone), None)
+            asked[name] = (
+                asked[same] if same is not None else self._asked(f"teachers.{name}", models.several.get(name))
+            )
         return {
-            "teachers": models.several,
+            "teachers": asked,
             "teacher_tokenizer": models.several_tokenizers,
             "teacher_weights": weights if data.teacher_column is None else None,
             "teacher_column": data.teacher_column,
@@ -228,20 +247,18 @@ class LanguageModeling(Task[DistillationTrainer]):
             "temperature_per_teacher": self.recipe.loss.temperature_per_teacher,
         }
 
-    def teacher_of(self, models: Models) -> PreTrainedModel | CachedTeacher | RemoteTeacher | SelfTeacher | None:
-        """What the trainer asks: the model, what has been cached of it, the server that has it, or the student itself.
-
-        Raises:
-            UserError: the cache is of another teacher.
-        """
-        section, cache = self.recipe.teacher, self.teacher_cache()
+    def _asked(
+        self, key: str, model: PreTrainedModel | None
+    ) -> PreTrainedModel | CachedTeacher | RemoteTeacher | SelfTeacher | None:
+        """What the trainer asks: the model, what has been cached of it, the server that has it, or the student itself."""
+        section, states = self.recipe.all_teachers.get(key), self.elsewhere.get(key)
         if section is not None and section.kind == "self":
             dtype = None if self.recipe.student.lora is not None else getattr(torch, section.dtype)
             return SelfTeacher(section.weights, section.ema_rate, section.ema_every, dtype)
-        if cache is None:
-            return self.remote_teacher or models.teacher
-        live = models.teacher if self.recipe.keeps_teacher else None
-        return CachedTeacher(cache, None if live is None else LiveTeacher(live))
+        if not isinstance(states, StateCache):
+            return states or model
+        live = model if key in self.recipe.kept_teachers else None
+        return CachedTeacher(states, None if live is None else LiveTeacher(live))
 
     def carried(self, tokenizer: PreTrainedTokenizerBase) -> Carried:
         template = self.template(tokenizer)

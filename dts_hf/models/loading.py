@@ -109,12 +109,12 @@ def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrained
 
 
 def tokenizers_of_several(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizer of each of several teachers, by name.
+    """The tokenizer of each of several teachers whose model is loaded, by name.
 
     Raises:
         UserError: see ``load_tokenizer``.
     """
-    return {key.partition(".")[2]: _teacher_tokenizer(key, section) for key, section in recipe.all_teachers.items()}
+    return {key.partition(".")[2]: _teacher_tokenizer(key, section) for key, section in recipe.loaded_teachers.items()}
 
 
 def _teacher_tokenizer(key: str, teacher: Teacher) -> PreTrainedTokenizerBase:
@@ -257,14 +257,14 @@ def load_teacher(teacher: Teacher, key: str = "teacher") -> PreTrainedModel:
 
 
 def load_several(recipe: Recipe) -> dict[str, PreTrainedModel]:
-    """Several teachers by name, as ``load_teacher`` leaves them; equal sections are one model under several names.
+    """Those of several teachers whose models are loaded, by name; equal sections are one model under several names.
 
     Raises:
         UserError: one cannot be loaded.
     """
     loaded: list[tuple[Teacher, PreTrainedModel]] = []
     models = {}
-    for key, section in recipe.all_teachers.items():
+    for key, section in recipe.loaded_teachers.items():
         model = next((model for known, model in loaded if known == section), None)
         if model is None:
             loaded.append((section, model := load_teacher(section, key)))

@@ -263,7 +263,10 @@ class Teacher(Section):
         description="Name of the environment variable with the server's token, such as TEACHER_TOKEN; never the token.",
     )
     cache: str | None = Field(
-        default=None, min_length=1, description="Folder of its cached states; only with kind: cached."
+        default=None,
+        min_length=1,
+        description="Folder of its cached states, with kind: cached. With kind: remote answers are kept there as training "
+        "goes, and no row is asked twice.",
     )
     missing: Literal["error", "live"] = Field(
         default="error",
@@ -271,11 +274,18 @@ class Teacher(Section):
     )
 
     @property
+    def is_kept(self) -> bool:
+        """Whether its model stays in memory for training."""
+        return self.kind == "live" or self.missing == "live"
+
+    @property
     def source(self) -> str:
         """Where its states come from, where they are not computed here."""
         if self.kind == "self":
             return f"from {self.itself}"
-        return f"from {self.url}" if self.kind == "remote" else f"out of {self.cache}"
+        if self.kind == "remote":
+            return f"from {self.url}" + (f" and are kept in {self.cache}" if self.cache else "")
+        return f"out of {self.cache}"
 
     @property
     def itself(self) -> str:
@@ -315,14 +325,10 @@ class Teacher(Section):
     def _cache_of_states(self) -> Teacher:
         if self.kind == "cached" and self.cache is None:
             raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
-        if self.kind != "cached" and (self.cache is not None or self.missing != "error"):
-            given = "cache" if self.cache is not None else "missing"
-            keep = (
-                ". dts-hf cache-teacher keeps what a server answers, for kind 'cached'"
-                if self.kind == "remote"
-                else ""
-            )
-            raise ValueError(f"{given}: belongs to kind 'cached', got kind '{self.kind}'{keep}")
+        if self.kind == "live" and self.cache is not None:
+            raise ValueError("cache: belongs to kind 'cached' or 'remote', got kind 'live'")
+        if self.kind != "cached" and self.missing != "error":
+            raise ValueError(f"missing: belongs to kind 'cached', got kind '{self.kind}'")
         if self.kind != "live" and self.placement == "sharded":
             raise ValueError(
                 f"placement is 'sharded', but the states of kind '{self.kind}' need no backbone: use 'replicated'"
@@ -779,6 +785,24 @@ class Recipe(Section):
         column = self.data.teacher_column
         return Routing(column, tuple(self.teachers), self.data.default_teacher) if column and self.teachers else None
 
+    @property
+    def distinct_teachers(self) -> list[str]:
+        """The first name of each of several teachers, those with equal sections being one; ``""`` without the section."""
+        return [name for name in self.teachers if self.names_of(name)[0] == name] if self.teachers else [""]
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of that one of several teachers: those of equal sections.
+
+        Raises:
+            UserError: there is no such teacher.
+        """
+        teachers = self.teachers or {}
+        if name not in teachers:
+            raise UserError(
+                f"--teacher: got '{name}', expected one of {', '.join(teachers)}.{nearest(name, teachers)}"
+            )
+        return [other for other, section in teachers.items() if section.alone == teachers[name].alone]
+
     def with_teacher(self, name: str) -> Recipe:
         """The same with one of several teachers alone, for every row; rows still say which one they name."""
         section = (self.teachers or {})[name].alone
@@ -797,16 +821,26 @@ class Recipe(Section):
         return self.teacher
 
     @property
+    def kept_teachers(self) -> dict[str, Teacher]:
+        """Those of ``all_teachers`` whose models stay in memory for training."""
+        return {key: section for key, section in self.all_teachers.items() if section.is_kept}
+
+    @property
+    def loaded_teachers(self) -> dict[str, Teacher]:
+        """Those whose models are loaded at all: one whose states are cached may have to give weights or answers."""
+        init = self.student.init
+        needed = (init is not None and init.source is None) or self.data.responses == "teacher"
+        return self.all_teachers if needed else self.kept_teachers
+
+    @property
     def keeps_teacher(self) -> bool:
-        """Whether the teacher's model, or each of several, stays in memory for training."""
-        return any(section.kind == "live" or section.missing == "live" for section in self.all_teachers.values())
+        """Whether the teacher's model, or one of several, stays in memory for training."""
+        return bool(self.kept_teachers)
 
     @property
     def loads_teacher(self) -> bool:
-        """Whether the teacher's model is loaded at all: one whose states are cached may have to give weights or answers."""
-        init = self.student.init
-        needed = (init is not None and init.source is None) or self.data.responses == "teacher"
-        return bool(self.all_teachers) and (self.keeps_teacher or needed)
+        """Whether the teacher's model, or one of several, is loaded at all."""
+        return bool(self.loaded_teachers)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe", *, deep: bool = True) -> Recipe:
@@ -851,9 +885,8 @@ def several_problem(recipe: Recipe) -> str:
         return "data.responses: teacher, but every teacher has every row: give teacher_column, so that one answers each row"
     if "teacher" in data.columns:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
-    for name, section in teachers.items():
-        if section.kind != "live":
-            return f"teachers.{name}.kind: {section.kind}, but each of several teachers is loaded: use kind: live"
+    if itself := next((name for name, section in teachers.items() if section.kind == "self"), None):
+        return f"teachers.{itself}.kind: self, but a student teaches itself alone: give teacher in the place of teachers"
     if recipe.student.init is not None and recipe.student.init.source is None:
         return f"student.init: from {recipe.student.init.from_}, but there are several teachers: give student.model"
     if recipe.task is not None:

@@ -29,7 +29,7 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("temperature", "match_mean_of"),
     ("temperature", "gap_source", "replay"),
 )
-_OF_TEACHER = ("model", "tokenizer")  # of each of several
+_OF_TEACHER = ("model", "tokenizer", "cache")  # of each of several
 #: A number in quotes, as far as a recipe takes one.
 NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 MERGE_TAG = "tag:yaml.org,2002:merge"

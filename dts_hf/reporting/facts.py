@@ -254,6 +254,10 @@ def _describe_section(teacher: Mapping[str, Any], has_recipe: bool) -> str:
     return words
 
 
+#: Where the states of one of several teachers come from, by its ``kind``.
+STATES_FROM = {"cached": "out of a cache", "remote": "on another machine"}
+
+
 def describe_several(facts: Facts) -> list[tuple[str, str]]:
     """Each of several teachers, in words: what it is, its share of the rows, and what the last line of the log says."""
     trained = [line for line in facts.log if KD.log in line]
@@ -262,6 +266,8 @@ def describe_several(facts: Facts) -> list[tuple[str, str]]:
     found = []
     for name, section in facts.section("teachers").items():
         parts = [_describe_section(section, True)]
+        if section.get("kind") in STATES_FROM:
+            parts.append(STATES_FROM[section["kind"]])
         if name in counts:
             parts.append(f"{counts[name]:,} training rows")
         if section.get("weight") is not None:

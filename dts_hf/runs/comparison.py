@@ -54,7 +54,7 @@ class ModelRecord:
         self._add(describe)
 
     def add_models(
-        self, student: Any, teachers: Mapping[str, PreTrainedModel], elsewhere: Mapping[str, Any] | None = None
+        self, student: Any, teachers: Mapping[str, PreTrainedModel], elsewhere: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Record the models, before a teacher is sharded.
 
@@ -62,7 +62,7 @@ class ModelRecord:
             student: as it is trained.
             teachers: those that were loaded, by the key of their section: ``teacher``, or ``teachers.NAME`` of each of
                 several.
-            elsewhere: what the cache of the teacher's states or its server says of itself, where it has one.
+            elsewhere: what the caches of teachers' states and their servers say of themselves, by the same keys.
 
         Raises:
             UserError: one has changed.
@@ -75,7 +75,7 @@ class ModelRecord:
             for key, section in self.recipe.all_teachers.items():
                 if key in teachers:
                     found[key] = describe_model(teachers[key], section.model, section.revision, settings)
-            return found if elsewhere is None else {**found, "teacher_states": dict(elsewhere)}
+            return found | {f"{key}_states": dict(of_states) for key, of_states in elsewhere.items()}
 
         self._add(describe)
 

@@ -46,7 +46,7 @@ def is_before(name: str) -> bool:
 
 def scored_before(recipe: Recipe) -> list[str]:
     """The models that ``recipe`` wants scored before training, by their names in ``metrics.json``."""
-    teachers = [f"{ONE_TEACHER}{name}" for name in recipe.teachers or ()] or ["teacher"] * recipe.keeps_teacher
+    teachers = [key.replace("teachers.", ONE_TEACHER) for key in recipe.kept_teachers]
     names = {"teacher": teachers, "student_before": ["student_before"]}
     return [name for model in BEFORE if model in recipe.evaluation.models for name in names[model]]
 

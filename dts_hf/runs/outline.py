@@ -18,11 +18,12 @@ def outline(recipe: Recipe, args: TrainingArguments) -> str:
 def _parts(recipe: Recipe, args: TrainingArguments) -> Iterator[str]:
     evaluation, data = recipe.evaluation, recipe.data
     yield "read and encode the rows"
-    teachers = len(recipe.all_teachers)
+    teachers = len(recipe.loaded_teachers)
     named = "teacher" if teachers == 1 else f"{teachers} teachers"
     yield f"load {named} and student" if recipe.loads_teacher else "load the student"
-    if recipe.teacher is not None and recipe.teacher.kind != "live":
-        yield f"the teacher's states come {recipe.teacher.source}"
+    for key, teacher in recipe.all_teachers.items():
+        if teacher.kind != "live":
+            yield f"{'the teacher' if recipe.teacher is not None else key}'s states come {teacher.source}"
     init = recipe.student.init
     if init is not None and init.measures:
         yield f"choose what the student keeps on {init.calibration_rows} training rows ({init.choose})"

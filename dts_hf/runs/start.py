@@ -42,7 +42,8 @@ from dts_hf.temperature import build_temperature
 MAY_CHANGE = (
     "output.*", "data.train", "data.train.source", "data.validation", "data.validation.source",
     "data.cache_dir", "student.lora.save", "teacher.placement", "loss.logits_budget_mb",
-    "teacher.url", "teacher.token_env", "teacher.cache",  # what is behind them is compared itself (teacher_record)
+    # What is behind these is compared itself (Task.teacher_records)
+    *(f"{teacher}.{key}" for teacher in ("teacher", "teachers.*") for key in ("url", "token_env", "cache")),
     *(f"training.{key}" for key in (
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
         "eval_accumulation_steps", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",
@@ -158,8 +159,8 @@ def begin(recipe: Recipe, args: TrainingArguments, resume: bool) -> Start:
     check_launch(args)
     limit_waiting(args)
     cache.limit_waiting(args.ddp_timeout if args.world_size > 1 else None)
-    for teacher in recipe.all_teachers.values():
-        if recipe.loads_teacher:
+    for key, teacher in recipe.all_teachers.items():
+        if key in recipe.loaded_teachers:
             check_quantization(teacher.quantization, args.device)
         if teacher.placement == "sharded":
             check_can_shard(teacher.quantization != "none")

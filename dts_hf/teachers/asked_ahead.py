@@ -12,7 +12,7 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.teachers.batch_rows import Row
 from dts_hf.teachers.cached.teacher import BITS, LOGPROBS, STATES
+from dts_hf.teachers.kept_answers import KeptAnswers
 from dts_hf.teachers.remote_states import RemoteStates
 from dts_hf.teachers.wire import Answer
 
@@ -29,6 +30,8 @@ from dts_hf.teachers.wire import Answer
 TICKET = "teacher_ticket"
 #: Answers that nobody has fetched, as of batches that a resume skips.
 _MOST_KEPT = 64
+#: Whom rows are asked of.
+Asking: TypeAlias = RemoteStates | KeptAnswers
 
 
 class AskedAhead:
@@ -38,7 +41,7 @@ class AskedAhead:
         asking: whom.
     """
 
-    def __init__(self, asking: RemoteStates) -> None:
+    def __init__(self, asking: Asking) -> None:
         self._asking = asking
         self._numbers = itertools.count()
         self._asked: dict[int, Future[Answer]] = {}
@@ -81,7 +84,7 @@ def _row(example: Mapping[str, Any]) -> Row:
     return torch.tensor(list(example["input_ids"])), marked
 
 
-def _answer(found: Future[Answer], asking: RemoteStates, rows: Sequence[Row]) -> None:
+def _answer(found: Future[Answer], asking: Asking, rows: Sequence[Row]) -> None:
     try:
         found.set_result(asking.ask(rows))
     except BaseException as error:

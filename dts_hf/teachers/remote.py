@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dts_hf.teachers.cached.teacher import LOGPROBS, STATES
 from dts_hf.teachers.connection import Connection, token_of
 from dts_hf.teachers.description import Description, decode_head
 from dts_hf.teachers.identity import differences
+from dts_hf.teachers.kept_answers import KeptAnswers
 from dts_hf.teachers.remote_states import RemoteStates
 from dts_hf.teachers.self_test import compare_labels, judge
 from dts_hf.teachers.wire import HEAD_PATH, Answer
@@ -43,18 +45,19 @@ class RemoteTeacher:
         token_env: name of the environment variable with its token; None: it wants none.
         patience: how long a request is tried again before the run ends, seconds.
         first_patience: the same for the first requests, before the training; None: 30.
+        cache: folder in which answers are kept as training goes, and looked for before a row is asked; None: nowhere.
         tokenizer: that encodes the rows; None: it is not compared with the server's.
 
     Raises:
         UserError: nobody answers, or not as ``dts-hf serve-teacher`` does, it fails the self-test, or has another
-            tokenizer.
+            tokenizer; or the folder has answers of another teacher.
     """
 
     takes_cu_seqlens = True
 
     def __init__(
         self, url: str, *, token_env: str | None = None, patience: float = 600.0, first_patience: float | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None, cache: str | Path | None = None,
     ) -> None:  # fmt: skip
         connection = Connection(
             url, token_of(token_env), patience=FIRST_PATIENCE if first_patience is None else first_patience
@@ -62,12 +65,14 @@ class RemoteTeacher:
         self.url = connection.url
         self._random = random.Random(0)  # which labels are tested; not the global one, which belongs to the training
         try:
-            self.asking = RemoteStates(connection)
+            self.asking: RemoteStates | KeptAnswers = RemoteStates(connection)
             if tokenizer is not None:
                 self.check_tokenizer(tokenizer)
             content: bytes = connection.get(HEAD_PATH, self.description.head_bytes, bytes)
             self._head = decode_head(content, self.description.identity, self.url)
             self._self_test()
+            if cache is not None:
+                self.asking = KeptAnswers(self.asking, cache)
         except RunError as error:  # nothing is trained yet
             raise UserError(f"teacher.url: {error}") from None
         connection.patience = patience
@@ -174,4 +179,6 @@ class RemoteTeacher:
         try:
             judge(compare_labels(stored, states, self._head, ids), self.description.identity.dtype, self.url)
         except UserError as error:
-            raise RunError(str(error)) from None
+            kept = f". Remove {self.asking.folder} as well: it may hold more of them" if isinstance(
+                self.asking, KeptAnswers) else ""  # fmt: skip
+            raise RunError(f"{error}{kept}") from None

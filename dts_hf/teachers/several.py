@@ -5,7 +5,8 @@ Shapes: ``B`` batch, ``T`` time, ``N`` labelled rows, ``H`` hidden; ``N_k`` thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dts_hf.data.routes import Routing, names_problem, weights_problem
+from dts_hf.data.routes import TEACHER, Routing, names_problem, weights_problem
 from dts_hf.data.teacher_context import split_batch
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError, nearest
@@ -25,6 +26,9 @@ from dts_hf.models.head import Head, gather_head
 from dts_hf.models.packed_attention import cu_seqlens_mask
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
+
+#: What a collator asks for what else a batch has of its rows.
+OfRows = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,19 @@ class SeveralTeachers:
             found.setdefault(id(teacher), (teacher, []))[1].append(name)
         return list(found.values())
 
+    def places(self, names: Sequence[str]) -> frozenset[int] | None:
+        """By which numbers rows name the teacher that has these names; None: it has every row."""
+        return None if self.weights is not None else frozenset(self.names.index(name) for name in names)
+
+    def of_rows(self, asked: Sequence[Teacher]) -> OfRowsOfSeveral:
+        """What a collator asks for the states of its rows.
+
+        Args:
+            asked: those of the teachers that have an ``of_rows`` of their own, as ``CachedTeacher`` has.
+        """
+        found = [(one, names) for one, names in self.distinct if any(one is other for other in asked)]
+        return OfRowsOfSeveral([(names[0], self.places(names), one.of_rows) for one, names in found])  # type: ignore[attr-defined]
+
     def to(self, device: torch.device) -> SeveralTeachers:
         """Move all of them to the student's device."""
         for teacher, _ in self.distinct:
@@ -95,7 +112,7 @@ class SeveralTeachers:
         A teacher that is sharded runs once, whatever rows there are: its weights are gathered by all processes together.
 
         Args:
-            batch: what the student sees.
+            batch: what the student sees, and what ``of_rows`` has put there.
             labels: ``[B, T]`` unshifted.
             positions: ``[N]``, ``selection.response_positions(labels)``.
             numbers: the place in ``names`` of each row's teacher, one for each row of the batch, packed or not; None with
@@ -106,7 +123,10 @@ class SeveralTeachers:
             ValueError: a teacher gives another number of states than it has rows.
         """
         if self.weights is not None:
-            whole = {id(one): one.states(batch, labels, *_known(one, positions)) for one, _ in self.distinct}
+            whole = {
+                id(one): one.states(_batch_of(batch, names[0]), labels, *_known(one, positions))
+                for one, names in self.distinct
+            }
             return [
                 Share(whole[id(one)], one.head, None, self.weights[name], name) for name, one in self.by_name.items()
             ]
@@ -116,7 +136,7 @@ class SeveralTeachers:
         for teacher, names in self.distinct:
             places = torch.tensor([self.names.index(name) for name in names], device=of_token.device)
             own = torch.isin(of_row, places).nonzero().squeeze(-1)  # [N of this teacher]
-            states = _states_of(teacher, batch, labels, torch.isin(of_token, places), len(own))
+            states = _states_of(teacher, names[0], batch, labels, torch.isin(of_token, places), len(own))
             if states is not None and len(states) != len(own):
                 raise ValueError(f"teacher {names[0]!r}: {len(states)} states for {len(own)} labelled rows")
             for name in names:
@@ -124,6 +144,56 @@ class SeveralTeachers:
                 part = states if states is None or len(names) == 1 else states[inner]
                 shares[name] = Share(part, teacher.head, own[inner], 1.0, name)
         return [shares[name] for name in self.names]
+
+
+@dataclass
+class OfRowsOfSeveral:
+    """Adds to a batch what several teachers have of its rows, each of its own; workers of a data loader run it.
+
+    Args:
+        parts: of each teacher its first name, the numbers of its rows (None: it has every row), and its ``of_rows``.
+
+    Returns (of a call):
+        what they give, each key with ``/NAME`` behind it.
+    """
+
+    parts: Sequence[tuple[str, frozenset[int] | None, OfRows]]
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        for name, places, of_rows in self.parts:
+            own = [one for one in examples if places is None or one.get(TEACHER) in places]
+            with naming_teacher(name):
+                batch |= {f"{key}{stats.OF_TEACHER}{name}": value for key, value in of_rows(own).items()}
+        return batch
+
+
+def _batch_of(batch: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """What the models see of a batch, and what ``OfRowsOfSeveral`` has put there for one teacher; None: for none."""
+    found = {key: value for key, value in batch.items() if stats.OF_TEACHER not in key}
+    of_one = ((key.partition(stats.OF_TEACHER), value) for key, value in batch.items() if stats.OF_TEACHER in key)
+    return found | {key: value for (key, _, whose), value in of_one if whose == name}
+
+
+@contextmanager
+def naming_teacher(name: str) -> Iterator[None]:
+    """Within it an error says which of several teachers it is about; without a name there is but one.
+
+    Raises:
+        UserError: the one that came up within it, with ``teachers.NAME`` in the place of ``teacher``.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise UserError(_of_teacher(str(error), f"teachers.{name}"), everywhere=error.everywhere) from error
+
+
+def _of_teacher(message: str, key: str) -> str:
+    """``message`` about ``teacher`` as one about ``key``; the keys of its section are renamed wherever they stand."""
+    said = re.sub(r"(?<![\w./'-])teacher(?=\.[a-z_]+\b(?!\.))", key, re.sub(r"^teacher(?=:)", key, message))
+    return said if said.startswith(key) else f"{key}: {said}"
 
 
 def shares_of(
@@ -184,12 +254,17 @@ def _known(teacher: Teacher, positions: Tensor) -> tuple[Any, ...]:
 
 
 def _states_of(
-    teacher: Teacher, batch: dict[str, Any], labels: Tensor, mine: Tensor, count: int
+    teacher: Teacher, name: str, batch: dict[str, Any], labels: Tensor, mine: Tensor, count: int
 ) -> Tensor | CompactRows | None:
     """The states ``[N_k, H_t]`` of the ``count`` labels that stand where ``mine`` ``[B, T]`` does."""
     own_labels = labels.masked_fill(~mine, IGNORE_INDEX)
-    if not isinstance(teacher, LiveTeacher):  # a cache knows its rows by what the batch says of all of them
-        return teacher.states(batch, own_labels)
+    if not isinstance(teacher, LiveTeacher):
+        given = _batch_of(batch, name)
+        if not hasattr(teacher, "of_rows") or not count:  # one of the user's may know rows by their place in the batch
+            return teacher.states(given, own_labels)
+        part, part_labels = own_rows(_batch_of(batch, None), own_labels, mine)
+        return teacher.states({**given, **part}, part_labels)
+    batch = _batch_of(batch, None)
     if not count and not is_sharded(teacher.model):
         weight = teacher.head.weight
         return weight.new_zeros((0, weight.shape[1]), device=labels.device)

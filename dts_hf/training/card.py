@@ -112,7 +112,7 @@ def facts_of_training(
     if several:
         named = {name: teachers.get(f"teachers.{name}") for name in several}
         recipe["teachers"] = {
-            name: {**several[name], "model": "" if model is None else _name(model)} for name, model in named.items()
+            name: {"model": "" if model is None else _name(model), **several[name]} for name, model in named.items()
         }
     elif taught:
         recipe["teacher"] = dict(itself) or {"model": _name(teachers["teacher"]) if "teacher" in teachers else ""}

@@ -310,9 +310,9 @@ class DistillationBase(ResumableTrainer):
         return {} if self.teacher_model is None else {"teacher": self.teacher_model}
 
     @property
-    def teacher_record(self) -> dict[str, Any] | None:
-        """What a resume compares of a teacher that is no model of this process; None: there is nothing to compare."""
-        return None
+    def teacher_records(self) -> dict[str, dict[str, Any]]:
+        """What a resume compares of teachers that are no models of this process, by the key that a recipe has for them."""
+        return {}
 
     @property
     def answers_with(self) -> str:
@@ -345,10 +345,8 @@ class DistillationBase(ResumableTrainer):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def describe_models(self) -> dict[str, Any]:
-        found = super().describe_models()
-        if (record := self.teacher_record) is not None:
-            return {**found, "teacher": record}
-        return found | {key: describe_for_training(one, trained=False) for key, one in self.teacher_models.items()}
+        live = {key: describe_for_training(one, trained=False) for key, one in self.teacher_models.items()}
+        return super().describe_models() | live | self.teacher_records
 
     def describe_objective(self) -> dict[str, Any]:
         return self._objective

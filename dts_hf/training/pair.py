@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -28,11 +26,12 @@ from dts_hf.recipe.schema import MOST_TOKENS
 from dts_hf.recipe.schema import Teacher as TeacherSection
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
-from dts_hf.teachers.several import SeveralTeachers
+from dts_hf.teachers.several import OfRows, SeveralTeachers, naming_teacher
 from dts_hf.training.student import with_adapter
 from dts_hf.training.tracking import model_facts
 
@@ -120,7 +119,13 @@ class Pair:
 
     def models(self) -> list[tuple[nn.Module, str]]:
         """The models that read the rows, with what errors call them."""
-        return [(self.student, "the student"), *((teacher.model, role) for teacher, role in self.live)]
+        return [(self.student, "the student"), *self._teaching]
+
+    @property
+    def _teaching(self) -> list[tuple[nn.Module, str]]:
+        """The models of teachers that are run in this process, those for the rows that a cache has not among them."""
+        own = [(one.live if isinstance(one, CachedTeacher) else one, role) for one, role in self.teachers]
+        return [(one.model, role) for one, role in own if isinstance(one, LiveTeacher)]
 
     @property
     def taught(self) -> bool:
@@ -149,16 +154,15 @@ class Pair:
             UserError: both are asked for, one process would make the packs of all, states out of a cache cannot come with
                 these batches, or see ``check_packing``.
         """
-        of_rows = self.teacher.of_rows if isinstance(self.teacher, (CachedTeacher, RemoteTeacher)) else None
         config: Any = args.accelerator_config
-        if isinstance(self.teacher, RemoteTeacher) and args.world_size > 1 and config.dispatch_batches:
-            of_rows = None  # it is asked for each batch as it is, when it has come
-        if isinstance(self.teacher, CachedTeacher) and of_user is not None:
+        dispatched = args.world_size > 1 and config.dispatch_batches
+        cached = any(isinstance(one, CachedTeacher) for one, _ in self.teachers)
+        if cached and of_user is not None:
             raise UserError(
                 "data_collator: got one beside a cached teacher, whose states our own collators put into the batch; leave "
                 "it out, or use the live teacher"
             )
-        if of_rows is not None and args.world_size > 1 and config.dispatch_batches:
+        if cached and dispatched:
             raise UserError(
                 "args.accelerator_config: got dispatch_batches: True, expected None or False beside a cached teacher: the "
                 "states [N, H] of a batch cannot be cut like its rows"
@@ -168,14 +172,23 @@ class Pair:
         if of_user is not None:
             return of_user
         if packing:
-            if args.world_size > 1 and config.dispatch_batches:
+            if dispatched:
                 raise UserError(
                     "args.accelerator_config: got dispatch_batches: True, expected None or False beside packing: the first "
                     "process would lay the batches of all others on its own, which are of other lengths"
                 )
-            return PackedCollator(self.check_packing(args), of_rows=of_rows)
+            return PackedCollator(self.check_packing(args), of_rows=self._of_rows())
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
+        # A server is asked for each batch as it is, when it has come, where the first process makes those of all
+        of_rows = None if dispatched else self._of_rows()
         return PaddedCollator(next(pad for pad in pads if pad is not None), of_rows=of_rows)
+
+    def _of_rows(self) -> OfRows | None:
+        """What a collator asks of the teachers that are no models of this process; None: there is none."""
+        asked = [one for one, _ in self.teachers if isinstance(one, (CachedTeacher, RemoteTeacher))]
+        if not asked:
+            return None
+        return self.teacher.of_rows(asked) if isinstance(self.teacher, SeveralTeachers) else asked[0].of_rows
 
     def check_packing(self, args: TrainingArguments, own_mask: bool = True) -> bool:
         """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
@@ -197,7 +210,7 @@ class Pair:
             isinstance(one, LiveTeacher) or getattr(one, "takes_cu_seqlens", False) for one, _ in self.teachers
         )
         models: list[tuple[nn.Module, str, torch.dtype | None]] = [(self.student, "the student", autocast)]
-        models += [(teacher.model, role, None) for teacher, role in self.live]
+        models += [(model, role, None) for model, role in self._teaching]
         if isinstance(self.teacher, SharedTeacher):  # the student without its autocast
             models.append((self.student, "the teacher", None))
         for place, (model, role, dtype) in enumerate(models):
@@ -274,7 +287,7 @@ def set_up_models(
     ready: dict[str, Teacher] = {}
     plans = []
     for one in teachers:
-        with one.named():
+        with naming_teacher(one.names[0]):
             answers, plan = one.compared(student, tokenizer, vocab_alignment)
         ready |= dict.fromkeys(one.names, answers)
         plans.append(plan)
@@ -296,19 +309,6 @@ class _Given:
     names: list[str]
     given: nn.Module | Teacher | SelfTeacher | None
     tokenizer: PreTrainedTokenizerBase | None
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Within it an error says which of several teachers it is about."""
-        try:
-            yield
-        except UserError as error:
-            if self.names == [""]:
-                raise
-            said = re.sub(r"^teacher(?=[.:])", "", str(error))
-            where = f"teachers.{self.names[0]}"
-            message = f"{where}{said}" if said != str(error) else f"{where}: {said}"
-            raise UserError(message, everywhere=error.everywhere) from error
 
     def compared(
         self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, alignment: str
@@ -343,12 +343,6 @@ class _Given:
         alignment: str,
     ) -> VocabularyPlan:
         """The ids that are shared with a teacher whose model is not in this process."""
-        if self.names != [""]:
-            kind = "cached" if isinstance(given, CachedTeacher) else "remote"
-            raise UserError(
-                f"got a {kind} teacher, expected models: whose states come with the batch, or from a server, is the one "
-                "teacher of all rows (teacher)"
-            )
         given.check_tokenizer(
             tokenizer
         )  # of a cache it is the one that was compared with the teacher's when it was made
@@ -365,7 +359,9 @@ def _loaded(
     asked = dict(teacher) if isinstance(teacher, Mapping) else {"": teacher}
     found: dict[object, _Given] = {}
     for name, one in asked.items():
-        key = one if isinstance(one, str) else id(one)
+        key: object = one if isinstance(one, str) else id(one)
+        if isinstance(one, CachedTeacher) and one.live is None:
+            key = one.cache.folder  # a cache is read once
         if key in found:
             found[key].names.append(name)
             continue
@@ -381,9 +377,8 @@ def _loaded(
 
 
 def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
-    if isinstance(teacher, (CachedTeacher, RemoteTeacher)):
+    if (identity := identity_of_states(teacher)) is not None:
         states = "cached" if isinstance(teacher, CachedTeacher) else "remote"
-        identity = teacher.cache.identity if isinstance(teacher, CachedTeacher) else teacher.description.identity
         return {role: identity.model, f"{role}_dtype": identity.dtype, f"{role}_states": states}
     if isinstance(teacher, (CopyTeacher, SharedTeacher)):
         return {
@@ -394,6 +389,13 @@ def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
         return {role: type(teacher).__name__}
     dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")
     return {**model_facts(role, teacher.model), f"{role}_dtype": dtype}
+
+
+def identity_of_states(teacher: Teacher) -> TeacherIdentity | None:
+    """What a teacher is whose states are cached, or come from a server; None: it is of another kind."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.identity
+    return teacher.description.identity if isinstance(teacher, RemoteTeacher) else None
 
 
 def check_whole(student: nn.Module) -> None:

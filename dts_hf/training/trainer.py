@@ -6,7 +6,7 @@ name that cannot be confused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.routes import TEACHER
+from dts_hf.data.routes import TEACHER, OwnRows
 from dts_hf.data.samplers import real_tokens
 from dts_hf.data.streams import RowStream, Sample
 from dts_hf.data.targets import TrainOn
@@ -31,7 +31,7 @@ from dts_hf.loss.compact_served import check_served
 from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
-from dts_hf.loss.statistics import AUX, ROWS
+from dts_hf.loss.statistics import AUX, OF_TEACHER, ROWS
 from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.asked_ahead import TICKET
@@ -40,14 +40,21 @@ from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeac
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
-from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
+from dts_hf.teachers.several import (
+    SeveralTeachers,
+    gathered,
+    loss_of_shares,
+    naming_teacher,
+    routing_of,
+    shares_of,
+)
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.generating_trainer import GeneratingTrainer
-from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
+from dts_hf.training.pair import AnyTeacher, Pair, identity_of_states, pack_tokens, set_up_models
 from dts_hf.training.self_teaching import (
     FollowCallback,
     check_launch_of_self,
@@ -64,6 +71,16 @@ from dts_hf.training.student import first_student, made_by
 FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET, *TEACHER_BATCH.values())
 #: Columns of a batch that neither model is given.
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
+
+
+def is_for_teachers(key: str) -> bool:
+    """Whether a column of a batch is for a teacher alone, or for one of several (``KEY/NAME``)."""
+    return key.partition(OF_TEACHER)[0] in FOR_TEACHERS
+
+
+def seen_by_models(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a batch that a model is called with."""
+    return {key: value for key, value in inputs.items() if key not in NOT_FOR_MODELS and not is_for_teachers(key)}
 
 
 class DistillationTrainer(GeneratingTrainer):
@@ -212,7 +229,11 @@ class DistillationTrainer(GeneratingTrainer):
         if not isinstance(self.teacher, SeveralTeachers):
             return {}
         weights = self.teacher.weights or {}
-        return {name: {"weight": weights.get(name)} for name in self.teacher.names}
+        elsewhere = {name: identity_of_states(one) for name, one in self.teacher.by_name.items()}
+        return {
+            name: {"weight": weights.get(name), **({} if identity is None else {"model": identity.model})}
+            for name, identity in elsewhere.items()
+        }
 
     @property
     def itself(self) -> dict[str, Any]:
@@ -223,12 +244,13 @@ class DistillationTrainer(GeneratingTrainer):
         return {**super().describe_objective(), "router_aux_loss": router, **objective_of_teacher(self.teacher)}
 
     @property
-    def teacher_record(self) -> dict[str, Any] | None:
-        if isinstance(self.teacher, RemoteTeacher):
-            return self.teacher.record()
+    def teacher_records(self) -> dict[str, dict[str, Any]]:
         if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
-            return record_of(self.teacher)
-        return self.teacher.cache.record() if isinstance(self.teacher, CachedTeacher) else None
+            return {"teacher": record_of(self.teacher)}
+        by_key: dict[str, Teacher] = {"teacher": self.teacher}
+        if isinstance(self.teacher, SeveralTeachers):
+            by_key = {f"teachers.{name}": one for name, one in self.teacher.by_name.items()}
+        return {key: one.record() for key, one in by_key.items() if isinstance(one, (CachedTeacher, RemoteTeacher))}
 
     def step_callbacks(self) -> list[TrainerCallback]:
         mean = mean_of(self.teacher)
@@ -271,21 +293,31 @@ class DistillationTrainer(GeneratingTrainer):
             self.compile_layers(teacher.model, role)
 
     def _check_cache(self) -> None:
-        """A cached teacher must know all rows, and its states must be those that its head reads; a server must take them."""
+        """A cached teacher must know its rows, and its states must be those that its head reads; a server must take them."""
         held_out: Any = self.eval_dataset
         named = {f"eval_dataset['{key}']": rows for key, rows in held_out.items()} if isinstance(held_out, dict) else {
             "eval_dataset": held_out}  # fmt: skip
-        for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
-            if isinstance(self.teacher, CachedTeacher) and isinstance(dataset, (TokenisedDataset, EncodedDataset)):
-                rows: Any = self.rows  # LanguageRows
-                template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
-                self.teacher.check_rows(dataset, name, self.pair.tokenizer, template)
-            if isinstance(self.teacher, RemoteTeacher):
-                self.teacher.check_rows(dataset, name)
-        if isinstance(self.teacher, CachedTeacher):
-            self.teacher.check_loss(self.temperature, self.loss.divergence, self.vocab_size)
-        elif any(getattr(one, "compact", False) for one, _ in self.pair.teachers):
-            check_served(self.temperature, self.loss.divergence)
+        several = self.teacher if isinstance(self.teacher, SeveralTeachers) else None
+        for teacher, names in [(self.teacher, [""])] if several is None else several.distinct:
+            places = None if several is None else several.places(names)
+            with naming_teacher(names[0]):
+                for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
+                    self._check_rows(teacher, dataset, name, places)
+                policy = self.temperature.of_teacher(names[0] or None)
+                if isinstance(teacher, CachedTeacher):
+                    teacher.check_loss(policy, self.loss.divergence, self.vocab_size)
+                elif getattr(teacher, "compact", False):
+                    check_served(policy, self.loss.divergence)
+
+    def _check_rows(self, teacher: Teacher, dataset: Any, name: str, places: Collection[int] | None) -> None:
+        """Refuse rows that ``teacher`` does not answer; of several those with these ``places``, None: it has every row."""
+        own = dataset if places is None or dataset is None else OwnRows(dataset, places)
+        if isinstance(teacher, CachedTeacher) and isinstance(dataset, (TokenisedDataset, EncodedDataset)):
+            rows: Any = self.rows  # LanguageRows
+            template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
+            teacher.check_rows(own, name, self.pair.tokenizer, template)
+        if isinstance(teacher, RemoteTeacher):
+            teacher.check_rows(own, name)
 
     def _try_collator(self, pair: Pair) -> None:
         """Refuse a collator of the user's that makes no batch to learn from, of any of the data sets."""
@@ -327,7 +359,7 @@ class DistillationTrainer(GeneratingTrainer):
         """
         # 1. What the models see of the batch, and what the loss is divided by.
         labels = inputs["labels"]
-        batch = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODELS}
+        batch = seen_by_models(inputs)
         if "cu_seqlens" in inputs:
             batch["attention_mask"] = inputs["cu_seqlens"]
         normalizer = self.normalizer(labels, num_items_in_batch)
@@ -336,7 +368,7 @@ class DistillationTrainer(GeneratingTrainer):
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
-        given = {key: inputs[key] for key in FOR_TEACHERS if key in inputs}
+        given = {key: value for key, value in inputs.items() if is_for_teachers(key)}
         shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
         sums: dict[str, Tensor] = {}
 

@@ -602,6 +602,11 @@ BIG = 2**31 - 1
 # What passes the check of the recipe, up to its ends.
 CHOICES: dict[str, list[Any]] = {
     "student.init.layers": [1, 2, [1], [0, 1]],
+    "student.init.choose": ["block_influence", "middle_block", "search"],
+    "student.init.mlp": [1, 8, BIG],
+    "student.init.hidden": [1, 8, BIG],
+    "student.init.parameters": [1, "20k", "60M"],
+    "student.init.calibration_rows": [1, BIG],
     "student.dtype": ["bfloat16", "float16"],
     "student.lora": [{}, {"r": 1, "save": "merged"}, {"r": 3, "alpha": BIG, "dropout": 0.99}, {"target_modules": "q_proj"}],
     "teacher.dtype": ["bfloat16", "float16"],

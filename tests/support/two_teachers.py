@@ -51,3 +51,15 @@ def record_runs(out: Path, teachers: Mapping[str, Callable[[], Any]], names: Seq
     (out / f"{args.process_index}.json").write_text(json.dumps(record))
     if args.world_size > 1:
         leave()
+
+
+# ------------------------------------------------------------------------------------- several teachers of one student
+
+NAMES = ("math", "code")
+#: Rows that name their teacher; in the order of training a batch of four has one of both, or of one alone.
+ROUTED = [{**row, "domain": "code" if k % 3 == 0 or k > 11 else "math"} for k, row in enumerate(ROWS)]
+
+
+def live_pair() -> dict[str, Any]:
+    """Two teachers of other widths and depths."""
+    return {"math": tiny_llama(seed=1, layers=3), "code": tiny_llama(seed=2, hidden=48)}

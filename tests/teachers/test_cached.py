@@ -170,11 +170,12 @@ def test_rows_that_somebody_else_has_tokenised(tmp_path, cache):
     assert len(losses(trainer)) == 1
 
 
-def test_missing_rows_are_answered_by_the_live_teacher(tmp_path):
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_missing_rows_are_answered_by_the_live_teacher(tmp_path, packing):
     folder = cache_of(tmp_path / "states", teacher(), encoded(ROWS[:9]))
     model = teacher()
-    live = run(tmp_path / "a", teacher(), temperature=2.0)
-    filled = run(tmp_path / "b", CachedTeacher(folder, LiveTeacher(model)), temperature=2.0)
+    live = run(tmp_path / "a", teacher(), temperature=2.0, packing=packing)
+    filled = run(tmp_path / "b", CachedTeacher(folder, LiveTeacher(model)), temperature=2.0, packing=packing)
     torch.testing.assert_close(torch.tensor(losses(filled)), torch.tensor(losses(live)), rtol=1e-6, atol=1e-6)
 
 

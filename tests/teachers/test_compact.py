@@ -188,7 +188,7 @@ def test_a_distribution_over_other_tokens_is_refused(tmp_path):
     assert largest_difference(*gradients) < 1e-5
 
 
-def test_bytes_are_the_same_for_two_processes_and_after_a_kill(tmp_path):
+def test_bytes_are_the_same_after_a_kill(tmp_path):
     options = {"compact": form(), "shard_bytes": 20000, "forced": True}
     whole = cache_of(tmp_path / "a", teacher(), **options)
     again = cache_of(tmp_path / "b", teacher(), **options)

@@ -59,7 +59,10 @@ def logs(run):
     [
         ({"kind": "remote"}, "expected the address of the server as well: url"),
         ({"url": "http://x:1"}, "url: belongs to kind 'remote', got kind 'live'"),
-        ({"kind": "remote", "url": "http://x:1", "cache": "c"}, "cache: belongs to kind 'cached', got kind 'remote'"),
+        (
+            {"kind": "remote", "url": "http://x:1", "missing": "live"},
+            "missing: belongs to kind 'cached', got kind 'remote'",
+        ),
         ({"kind": "remote", "url": "http://x:1", "placement": "sharded"}, "kind 'remote' need no backbone"),
         ({"kind": "remote", "url": "http://x:1", "token_env": TOKEN}, "expected the name of an environment variable"),
         ({"kind": "remote", "url": f"http://user:{TOKEN}@x:1"}, "a URL with a user name, password or token in it"),

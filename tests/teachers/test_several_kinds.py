@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from dts_hf.errors import UserError
-from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.training.trainer import DistillationTrainer
-from tests.support.cached import cache_of
 from tests.support.compact import CompactedTeacher
 from tests.support.tiny import TINY_VOCAB, tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, largest_difference, losses, step_gradients, temperatures, trainer_for
@@ -68,9 +66,3 @@ def test_compact_rows_of_one_refuse_what_needs_every_logit(tmp_path):
             divergence="logit_mse", args=training_arguments(tmp_path), train_dataset=ROUTED,
             processing_class=tiny_tokenizer(),
         )  # fmt: skip
-
-
-def test_a_cached_one_is_refused_by_its_name(tmp_path):
-    cached = CachedTeacher(cache_of(tmp_path / "cache", tiny_llama(seed=1, layers=3)))
-    with pytest.raises(UserError, match=r"^teachers\.other: got a cached teacher, expected models"):
-        trainer_of(tmp_path, {"live": teacher(), "other": cached})

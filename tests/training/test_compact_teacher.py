@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
 from dts_hf.divergences import DIVERGENCES
 from dts_hf.errors import UserError
+from dts_hf.temperature import temperature_policies
 from tests.support import reference
 from tests.support.compact import CompactedTeacher, rebuilt
 from tests.support.recorded import policy_of
@@ -159,3 +161,12 @@ def test_what_needs_single_logits_of_the_tail_is_refused_by_name(tmp_path, tempe
     with pytest.raises(UserError) as refused:
         trainer_for(tmp_path, student, CompactedTeacher(teacher, K), temperature=temperature, divergence=divergence)
     assert all(word in str(refused.value) for word in [*words, "Cache the teacher's states"])
+
+
+def test_the_page_names_what_is_held_constant_in_the_gradient():
+    """Of policies and divergences that a compact cache serves; what is held is measured in test_law_gradient.py."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if "the gradient is the derivative" in line]
+    kinds = {**temperature_policies(), **DIVERGENCES}
+    held = {name for name, kind in kinds.items() if kind.held is not None} - {"taid", "adakd"}  # refused
+    assert held and all(f"`{name}`" in line for name in held), held

@@ -9,8 +9,8 @@ from dts_hf.teachers.remote import RemoteTeacher
 from tests.support.two_teachers import live_teacher, record_runs
 
 
-def main(folder: str, url: str, steps: str, only: str = "") -> None:
-    teachers = {"live": live_teacher, "remote": lambda: RemoteTeacher(url)}
+def main(folder: str, url: str, steps: str, only: str = "", cache: str | None = None) -> None:
+    teachers = {"live": live_teacher, "remote": lambda: RemoteTeacher(url, cache=cache)}
     names = [only] if only else [*teachers]
     record_runs(Path(folder), teachers, names, max_steps=int(steps), learning_rate=1e-3)
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from dts_hf.errors import UserError
 from dts_hf.files import check_name, lock_folder
 from dts_hf.teachers.cached.layout import MANIFEST, METADATA, shards_in
-from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, is_shard_name
+from dts_hf.teachers.cached.manifest_form import ANSWERS, HEAD, INDEX, is_answers_name, is_shard_name
+from dts_hf.teachers.kept_answers import read_answers
 
 #: What ``pull-cache`` brings as well; left as it is, as hidden files are.
 CARD = "README.md"
@@ -47,7 +48,7 @@ def check_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.name == CARD or (path.name.startswith(".") and not _is_temporary(path.name)):
             continue
-        if not (_is_own_name(path.name) or _is_temporary(path.name)):
+        if not (_is_own_name(path.name) or _is_kept(path.name) or _is_temporary(path.name)):
             raise UserError(f"--output: {path} is not of a cache. {ELSEWHERE}")
         if path.is_symlink() or not path.is_file():
             raise UserError(f"--output: {path} is no plain file, expected one of a cache. {ELSEWHERE}")
@@ -56,6 +57,8 @@ def check_folder(folder: Path) -> None:
 
 def _check_ours(folder: Path) -> None:
     """Files with a cache's names are a cache's if a shard or the manifest says so."""
+    if any(_is_kept(path.name) for path in folder.iterdir()):
+        read_answers(folder / ANSWERS)
     named = [path for path in sorted(folder.iterdir()) if _is_own_name(path.name)]
     shards = {path: shard_metadata(path) for path in shards_in(folder)}
     for path, found in shards.items():
@@ -90,10 +93,15 @@ def _is_own_name(name: str) -> bool:
     return name in (MANIFEST, INDEX, HEAD) or is_shard_name(name)
 
 
+def _is_kept(name: str) -> bool:
+    """Whether it is of the answers that a run has kept there, which a cache is made of."""
+    return name == ANSWERS or is_answers_name(name)
+
+
 def _is_temporary(name: str) -> bool:
     """Whether ``files.write_bytes_atomic`` makes it of a file of a cache."""
     found = re.fullmatch(r"\.(.+)\.[0-9]+-[0-9a-f]+\.tmp", name)
-    return found is not None and _is_own_name(found.group(1))
+    return found is not None and (_is_own_name(found.group(1)) or found.group(1) == ANSWERS)
 
 
 def remove_temporary(folder: Path) -> None:

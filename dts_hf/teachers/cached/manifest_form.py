@@ -80,6 +80,20 @@ def is_shard_name(name: str) -> bool:
     return re.fullmatch(r"states-([0-9]{5}|[1-9][0-9]{5,})\.safetensors", name) is not None
 
 
+#: Whose answers are kept in the folder of a cache that is filled while a run trains.
+ANSWERS = "answers.json"
+
+
+def answers_name(number: str) -> str:
+    """The file of the answers that one process has kept; ``number`` is of 16 hexadecimal digits."""
+    return f"answers-{number}.rows"
+
+
+def is_answers_name(name: str) -> bool:
+    """Whether ``answers_name`` gives it of some number."""
+    return re.fullmatch(r"answers-[0-9a-f]{16}\.rows", name) is not None
+
+
 def check_form(values: Mapping[str, Any], where: str) -> None:
     """Refuse what is no manifest of a cache, or names a file that is not a cache's own.
 

@@ -167,6 +167,10 @@ class CachedTeacher:
         targets = select_response(labels.unsqueeze(-1), labels)[1]
         return form.answer(self.live.states(batch, labels), self.live.head, targets)[0]
 
+    def record(self) -> dict[str, Any]:
+        """What a resume compares: see ``StateCache.record``."""
+        return self.cache.record()
+
     # ------------------------------------------------------------------------------------------- before the first step
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

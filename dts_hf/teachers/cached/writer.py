@@ -45,6 +45,7 @@ from dts_hf.teachers.cached.manifest_form import HEAD, INDEX, shard_name
 from dts_hf.teachers.compact import PARTS, CompactFormat, ErrorAt, described
 from dts_hf.teachers.description import encode_head
 from dts_hf.teachers.identity import TeacherIdentity
+from dts_hf.teachers.kept_answers import remove_answers
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_test import label_logprobs
@@ -306,6 +307,7 @@ def _finish(
     for path in {*shards_in(folder)} - {folder / str(shard["file"]) for shard in shards}:
         path.unlink()  # of a broken one that no metadata could be read of
     write_text_atomic(folder / MANIFEST, manifest.text())
+    remove_answers(folder)
     return manifest
 
 
