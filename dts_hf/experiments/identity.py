@@ -74,7 +74,8 @@ def contents(recipe: Recipe) -> dict[str, Any]:
 
     A name of the Hub stays what it is.
     """
-    data, found = recipe.data, {}
+    data = recipe.data
+    found: dict[str, Any] = {}
     for key, sources, split in (
         ("data.train", data.train, data.train_split),
         ("data.validation", data.validation, data.validation_split),
