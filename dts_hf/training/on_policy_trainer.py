@@ -159,7 +159,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         return samples, count
 
     def _forget_questions(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """A teacher elsewhere has been asked about the rows of the data as their batches were made: nobody waits for that."""
+        """A teacher elsewhere was asked about the rows of the data as their batches were made: nobody waits for that."""
         teacher: Any = getattr(self, "teacher", None)
         for batch in samples if isinstance(teacher, RemoteTeacher) else ():
             if TICKET in batch:
