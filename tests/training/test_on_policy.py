@@ -329,6 +329,19 @@ def test_each_row_keeps_its_teacher(tmp_path):
     assert first["labels/a"] and first["labels/b"] and not second["labels/a"], "of the data alone"
 
 
+def test_the_student_says_only_what_the_teacher_knows(tmp_path):
+    """Its head has rows behind the vocabulary, which it prefers by far; the teacher has none."""
+    student = tiny_llama(vocab=340, tie=False)
+    with torch.no_grad():
+        student.lm_head.weight[320:] *= 20
+    trainer = recording(arguments(tmp_path), student, vocab_alignment="truncate_to_tokenizer")
+    trainer.train()
+    said = [label for _, labels in trainer.texts[0].values() for label in labels if label != IGNORE_INDEX]
+    assert said and max(said) < 320
+    wide = generate(student, [[5, 6]] * 8, trainer.rollout.generation, eos_token_ids=[], pad_token_id=2)
+    assert any(token >= 320 for one in wide for token in one.tokens), "without the limit it would say others"
+
+
 def test_of_several_turns_the_last_is_answered(tmp_path):
     messages = [
         {"role": "user", "content": "Name a fruit"}, {"role": "assistant", "content": "a plum"},
