@@ -8,6 +8,7 @@ and its number, and below fp32, where the rows beside it matter in near-ties, a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -74,6 +75,13 @@ class AnswerSettings:
     def block_rows(self) -> int:
         """Rows that are answered together."""
         return max(1, BLOCK_BATCHES * self.generation.batch_size // self.answers)
+
+    def identity(self) -> dict[str, Any]:
+        """All of it, for answers that were made with it: without ``top_p`` where all tokens count, as older ones are."""
+        values = dataclasses.asdict(self)
+        if self.generation.top_p == 1:
+            del values["generation"]["top_p"]
+        return values
 
 
 class Answer(NamedTuple):
@@ -216,7 +224,7 @@ def _kept(
 ) -> list[Answer]:
     """The answers without a fault; those with one are counted."""
     answers = []
-    for number, (tokens, finished) in enumerate(made, 1):
+    for number, (tokens, finished, _) in enumerate(made, 1):
         text = decode_answer(answerer.tokenizer, tokens)
         if not finished:  # the limit may fall into the middle of a character
             text = text.removesuffix("\ufffd").rstrip()
