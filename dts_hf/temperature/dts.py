@@ -38,7 +38,8 @@ class DTS(TemperaturePolicy):
         range: ``manual``, or ``auto`` for the temperatures at which the teacher offers so many tokens.
         support_max: tokens on offer at t_init = t_max, for ``range: auto``; 50 when left out, above ``support_min``.
         support_min: tokens on offer at t_min, for ``range: auto``; 10 when left out, at least 1.
-        gap_source: ``measured``, or ``{replay: RUN, order: ORDER}`` for the gaps of a finished run; ``batch`` only.
+        gap_source: ``measured``; ``held_out``, or ``{held_out: {every: 50, rows: 64}}``, on held-out rows every so many
+            steps; ``{replay: RUN, order: ORDER}`` for the gaps of a finished run. The last two with ``batch`` only.
         seed: for an ``order`` that permutes.
     """
 

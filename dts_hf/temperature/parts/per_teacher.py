@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
+from dts_hf.temperature.base import Probe, Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
 
 
 class PerTeacher(TemperaturePolicy):
@@ -103,6 +103,16 @@ class PerTeacher(TemperaturePolicy):
         for teacher, policy in self._by_name.items():
             if teacher in stats.by_teacher:
                 policy.end_step(stats.by_teacher[teacher])
+
+    @property
+    def probe(self) -> Probe | None:
+        return self._first.probe
+
+    def take_held_out(self, stats: StepStats) -> None:
+        """Tell each teacher's policy of its own rows; one that has none among them keeps its gap."""
+        for teacher, policy in self._by_name.items():
+            if teacher in stats.by_teacher:
+                policy.take_held_out(stats.by_teacher[teacher])
 
     def describe(self) -> dict[str, Any]:
         return {**self._first.describe(), "per_teacher": True}
