@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -177,18 +179,32 @@ def test_a_step_without_a_finite_gap_keeps_the_temperature_and_is_counted(tmp_pa
     assert math.isnan(policy.log_values()["held_out_gap"])
 
 
+def facts(first, count):
+    """Rows whose answers nothing but their own row tells."""
+    draw = random.Random(first)
+    words = ["".join(draw.choices("abcdefgh", k=3)) for _ in range(2 * count)]
+    return [
+        {"id": f"f{first + i}", "instruction": words[2 * i], "input": "", "output": words[2 * i + 1]}
+        for i in range(count)
+    ]
+
+
 def test_after_the_first_epoch_it_keeps_a_signal_that_the_training_rows_have_lost(tmp_path):
-    """Few rows, many epochs: the student knows the training rows better than its teacher, and not the held-out ones."""
-    options = {"per_device_train_batch_size": 8, "max_steps": 60, "learning_rate": 3e-2, "logging_steps": 60}
-    found = {}
-    for name, spec in {"measured": {"name": "dts", "momentum": 0.5}, "held_out": dts(every=10, rows=11)}.items():
-        other = {**{"kd_ratio": 0.1, "eval_dataset": HELD_OUT}, "temperature": spec}
-        other["options"] = {**options, "logging_steps": 1}
-        found[name] = train(trainer_for(tmp_path, **other))
-    last = {name: trainer.temperature for name, trainer in found.items()}
-    assert logged(found["measured"], "gap")[-1] < 0 < logged(found["held_out"], "held_out_gap")[-1]
-    assert last["measured"].temperature == pytest.approx(last["measured"].cosine, abs=1e-2)
-    assert last["held_out"].temperature > last["held_out"].cosine + 0.1
+    """The student comes to know the training rows better than its teacher does, and the held-out ones never."""
+    rows, held_out = facts(0, 8), facts(100, 8)
+    options = {"per_device_train_batch_size": 8, "max_steps": 40, "learning_rate": 1e-2}
+    teacher = tiny_llama(seed=1)
+    train(trainer_for(tmp_path, teacher, rows=[*rows, *held_out], kd_ratio=0.0, options={**options, "max_steps": 30}))
+
+    def run(spec):
+        more = {"rows": rows, "eval_dataset": held_out, "temperature": spec, "kd_ratio": 0.1, "options": options}
+        return train(trainer_for(tmp_path, None, copy.deepcopy(teacher), **more))
+
+    measured, held = run({"name": "dts", "momentum": 0.5}), run(dts(every=5, rows=8))
+    assert logged(measured, "gap")[0] > 0 > logged(measured, "gap")[-1]
+    assert logged(held, "held_out_gap")[-1] > 0.1
+    assert measured.temperature.temperature == pytest.approx(measured.temperature.cosine, abs=1e-2)
+    assert held.temperature.temperature > held.temperature.cosine + 0.1
 
 
 # ----------------------------------------------------------------------------------------------- with everything else
@@ -205,7 +221,7 @@ def test_two_processes_have_one_temperature_and_that_of_one_process(tmp_path):
     assert first["states"] == second["states"]
     for name in ("gaps", "temperatures"):
         assert first[name] == pytest.approx(one[name], abs=1e-9)
-    assert len(set(first["gaps"])) == 3
+    assert len({round(gap, 9) for gap in first["gaps"]}) == 3
 
 
 def test_each_of_several_teachers_has_the_gap_of_its_own_rows(tmp_path):
@@ -255,7 +271,9 @@ def test_without_rows_to_choose_from_it_is_refused_by_name(tmp_path, held_out, w
 
 
 def test_rows_without_labels_are_refused(tmp_path):
-    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in plain(HELD_OUT)[:2]]
-    trainer = trainer_for(tmp_path, rows=plain(), eval_dataset=rows, temperature=dts())
+    rows = plain(HELD_OUT)[:4]
+    for silent in (rows[0], rows[2]):
+        silent["labels"] = [-100] * len(silent["labels"])
+    trainer = trainer_for(tmp_path, rows=plain(), eval_dataset=rows, temperature=dts(rows=2))
     with pytest.raises(UserError, match="none of the 2 held-out rows that it looks at has a label"):
         trainer.train()
