@@ -118,6 +118,7 @@ class DistillationLoss(nn.Module):
         normalizer: float | Tensor,
         sequences: Tensor | None = None,
         teacher: str | None = None,
+        pseudo_labels: bool = False,
     ) -> LossOutput:
         """Return the loss of N rows over the normaliser, and the sums over these rows that are logged.
 
@@ -135,12 +136,15 @@ class DistillationLoss(nn.Module):
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
                 with ``needs_sequence_gap``.
             teacher: whose rows they are, where each of several teachers has a temperature of its own.
+            pseudo_labels: put the teacher's first choice in the place of each target. It moves the cross-entropies and gaps
+                that are logged and told the policy, and not the loss: kd_ratio must be 1.
 
         Returns:
             the loss ``[]``, whose backward pass can be run once, and detached sums.
 
         Raises:
-            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
+            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``; or pseudo-labels would be a
+                part of the loss.
             UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
         policy = self.temperature.of_teacher(teacher)
@@ -156,10 +160,16 @@ class DistillationLoss(nn.Module):
             with_grad and leaf is not None and leaf.requires_grad for leaf in leaves
         )
 
+        if pseudo_labels and (kd_ratio != 1.0 or self.divergence.reads_targets):
+            raise ValueError(
+                f"pseudo-labels with kd_ratio {kd_ratio:g} and the divergence '{self.divergence.name}' would be part of the "
+                "loss; expected kd_ratio 1 and a divergence that does not read the targets"
+            )
         compact = isinstance(teacher_states, CompactRows)
         if compact:
             check_served(policy, self.divergence)
         settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device, compact)
+        settings = replace(settings, pseudo_labels=pseudo_labels)
 
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(

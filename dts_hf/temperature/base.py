@@ -146,6 +146,14 @@ class TemperaturePolicy(nn.Module):
     #: How much of a chunk ``forward`` looks at. What is not asked for costs nothing on a GPU; "logits" costs most. A policy
     #: whose options decide makes it a property, and must never look at more than it says.
     reads: Reads = "logits"
+    #: Whether what it is told of a step, and reads of a row, has one meaning whoever wrote the text. The gap has not: on
+    #: text of the student's own its mean is -KL(student || teacher). A policy without it is not told of such steps where
+    #: their labels are the text itself (``holding``).
+    any_text: bool = False
+    #: The labels of this step say nothing to the policy. The loop sets it before ``begin_step``, and leaves out ``end_step``.
+    #: What follows progress goes on; what was measured stays; rows that would have a temperature of their own, by their
+    #: labels, all run at ``temperature``.
+    holding: bool = False
     #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as the page shows
     #: it. None: nothing, the gradient is the derivative of the reported loss. A policy that holds something under some
     #: options alone sets it to None under the others.

@@ -98,18 +98,28 @@ class DTS(TemperaturePolicy):
         return self.limits.in_force[:2]
 
     @property
+    def any_text(self) -> bool:  # type: ignore[override]
+        """Where the gaps are not those of the rows that are trained on."""
+        return bool(self.gaps.foreign)
+
+    @property
     def reads(self) -> Reads:  # type: ignore[override]
         """The gap of each row with a granularity of rows; the logits while ``range: auto`` is unsolved."""
         if self.limits.observes:
             return "logits"
         if self.decoupling.decoupled:
             return "summary"
-        return "rows" if self.per_row else "nothing"
+        return "rows" if self._by_row else "nothing"
 
     @property
     def needs_sequence_gap(self) -> bool:
         """Whether ``rows.sequence_gap`` is read."""
-        return self.granularity == "sequence"
+        return self.granularity == "sequence" and not self.holding
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether each row has a temperature of its own in this step."""
+        return self.per_row and not self.holding
 
     def begin_step(self, progress: float) -> None:
         """Eq. 4 to 8, with the gap of the step before; the first step has none and runs at t_init."""
@@ -142,7 +152,7 @@ class DTS(TemperaturePolicy):
         """
         self.gaps.check_read(self.name)
         t = torch.full((), self.value, dtype=student_logits.dtype, device=student_logits.device)
-        if self.per_row:
+        if self._by_row:
             t = self._targets(row_gaps(self.granularity, rows)).to(t.dtype).unsqueeze(-1)
         student, teacher, observed = self.decoupling.split(t, student_logits, teacher_logits)
         observed += self.limits.observe(teacher_logits)

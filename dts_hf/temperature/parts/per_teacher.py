@@ -42,6 +42,19 @@ class PerTeacher(TemperaturePolicy):
         return self if teacher is None else self._by_name[teacher]
 
     @property
+    def any_text(self) -> bool:  # type: ignore[override]
+        return self._first.any_text
+
+    @property
+    def holding(self) -> bool:  # type: ignore[override]
+        return self._first.holding
+
+    @holding.setter
+    def holding(self, value: bool) -> None:
+        for policy in self.policies:
+            policy.holding = value
+
+    @property
     def temperature(self) -> float:
         """The mean over teachers."""
         return sum(policy.temperature for policy in self._by_name.values()) / len(self.teachers)
