@@ -150,7 +150,7 @@ class TemperaturePolicy(nn.Module):
     #: text of the student's own its mean is -KL(student || teacher). A policy without it is not told of such steps where
     #: their labels are the text itself (``holding``).
     any_text: bool = False
-    #: The labels of this step say nothing to the policy. The loop sets it before ``begin_step``, and leaves out ``end_step``.
+    #: The labels of this step say nothing to the policy. The loop sets it before ``begin_step`` and leaves out ``end_step``.
     #: What follows progress goes on; what was measured stays; rows that would have a temperature of their own, by their
     #: labels, all run at ``temperature``.
     holding: bool = False
