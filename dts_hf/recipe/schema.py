@@ -30,7 +30,7 @@ from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.errors import UserError, nearest
-from dts_hf.on_policy.settings import Schedule, schedule_problem
+from dts_hf.on_policy.settings import GapOn, Schedule, schedule_problem
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -356,6 +356,11 @@ class OnPolicy(Section):
         default=32, description="Prompts that one device answers at once; in float32 it does not change the answers."
     )
     seed: CountFromZero | None = Field(default=None, description="Of coin and text; null: training.seed.")
+    gap_on: GapOn = Field(
+        default="data",
+        description="The gap that a temperature follows: of rows of the data alone, or also of the student's own text, with "
+        "the teacher's first choices as labels. See docs/gap.md.",
+    )
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> OnPolicy:

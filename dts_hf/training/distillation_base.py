@@ -69,6 +69,7 @@ class DistillationBase(ResumableTrainer):
         eval_loss: of held-out rows, at T = 1.
         sums: of the step and of the evaluation that run, and since the last log line.
         generated_step: whether the rows of the step that runs are text of the student's own.
+        pseudo_labels: whether the teacher's first choices are the labels of the step that runs.
         facts: policy, divergence, ``kd_ratio``, teacher and student as flat words. Callbacks find them in
             ``args.distillation``, trackers among their parameters.
 
@@ -77,6 +78,7 @@ class DistillationBase(ResumableTrainer):
     """
 
     generated_step = False
+    pseudo_labels = False
 
     def __init__(
         self,
@@ -293,6 +295,7 @@ class DistillationBase(ResumableTrainer):
             agree_to_stop=self.interruption.agree,
             observe_loss=self.non_finite.observe,
             generated_step=lambda: self.generated_step,
+            own_labels=lambda: not self.pseudo_labels,
         )
         held_out_gap = HeldOutGapCallback(lambda: self.temperature.probe, self._measure_held_out)
         return [self._temperature_callback, held_out_gap]
@@ -370,6 +373,8 @@ class DistillationBase(ResumableTrainer):
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,
         )  # fmt: skip
+        if (on_policy := self.describe_objective().get("on_policy")) is not None:
+            facts.recipe["data"]["on_policy"] = on_policy
         given = card_metadata(metadata)
         given["tags"] = [*(getattr(student, "model_tags", None) or []), *given.get("tags", [])]
         online = repository is not None

@@ -20,6 +20,7 @@ from dts_hf.generation.engine import cache_argument, stop_token_ids
 from dts_hf.loss.statistics import GENERATED_TEXTS, TEXTS
 from dts_hf.models.checks import positions_of
 from dts_hf.on_policy.coin import coin
+from dts_hf.on_policy.gap import check_gap
 from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch
 from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
 from dts_hf.teachers.asked_ahead import TICKET
@@ -69,9 +70,14 @@ class OnPolicyTrainer(GeneratingTrainer):
         self._sums_of_texts: dict[str, float] = {}
         super().__init__(model, args, *positional, **kwargs)
         if self.on_policy is not None:
+            check_gap(self.temperature, self.loss.divergence, self.on_policy)
             seed = args.seed if self.on_policy.seed is None else self.on_policy.seed
             self.rollout = Rollout(self.on_policy, seed)
             self._check_on_policy()
+
+    @property
+    def pseudo_labels(self) -> bool:  # type: ignore[override]
+        return self.generated_step and self.on_policy is not None and self.on_policy.gap_on == "teacher_argmax"
 
     def describe_objective(self) -> dict[str, Any]:
         described = super().describe_objective()
