@@ -38,7 +38,7 @@ def check_gap(policy: TemperaturePolicy, divergence: Divergence, settings: OnPol
         return
     if policy.describe().get("range") == "auto":
         raise UserError(
-            "on_policy.gap_on: got 'data' with fraction 1 and temperature.range 'auto', which is solved on rows of the data; "
+            "on_policy.gap_on: got 'data' with fraction 1 and temperature.range 'auto', which is solved on the data's rows; "
             "expected gap_on 'teacher_argmax', a fraction below 1, or range 'manual'"
         )
     logger.warning(
