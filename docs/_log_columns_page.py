@@ -23,6 +23,10 @@ TAIL = """
   of the others.
 - **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets
   that too, and what its section in [temperature.md](temperature.md) says.
+- **A gap of held-out rows** (`gap_source: held_out`) is `held_out_gap`, as it is in force; `probe_seconds` is what measuring
+  it has taken since the last line. See [the gap](gap.md).
+- **Text of the student's own** ([on-policy](gap.md#the-students-own-text)) has the columns `generated_...`; a line with both
+  kinds of rows also has the data's part of `kd_loss` and `kl`, as `data_kd_loss` and `data_kl`.
 - Training lines also have what the Trainer logs (`loss`, `grad_norm`, `learning_rate`, `epoch`) and `tokens_per_second`.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dts_hf.models.head import Head
 from dts_hf.temperature import RowStats, StepStats, build_temperature, temperature_policies
 from dts_hf.temperature.base import TemperaturePolicy
 from dts_hf.temperature.parts.per_teacher import PerTeacher
+from tests.support.launching import ROOT
 from tests.support.recorded import options_of
 
 DRAWS, CONTEXTS, V = 200_000, 40, 24
@@ -129,3 +131,15 @@ def test_gaps_that_are_not_of_the_training_rows_go_on():
     for source in ("held_out", {"replay": "x"}):
         assert build_temperature("dts", gap_source=source).any_text
     assert not build_temperature("dts").any_text and not TemperaturePolicy.any_text
+
+
+def test_the_table_of_the_page_says_of_every_policy_what_it_does():
+    page = (ROOT / "docs" / "gap.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("| policy | reads | there |\n|---|---|---|\n")
+    rows = [line.split("|")[1:4] for line in table.split("\n\n")[0].splitlines()]
+    found = {}
+    for names, _, there in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            if name in temperature_policies() and not (name == "dts" and "held out" in names):
+                found[name] = there.strip().startswith("goes on")
+    assert found == {name: build_temperature(name, **options_of(name)).any_text for name in temperature_policies()}
