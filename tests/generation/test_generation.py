@@ -236,12 +236,12 @@ def test_first_tokens_of_a_model_are_drawn_from_its_softmax() -> None:
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.2, 0.5, 0.9, 0.999, 1.0])
 def test_a_nucleus_is_the_smallest_set_of_likeliest_tokens_with_its_share(top_p: float) -> None:
-    scores = torch.randn(40, 30, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 2
+    scores = torch.randn(40, 31, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 2
     scores[0] = 0.0  # all alike: those of the lowest ids
     scores[1, 3:] = float("-inf")  # as the rule against repetition leaves them
     kept = nucleus(scores, top_p) > float("-inf")
     for row, chosen in zip(scores, kept, strict=True):
-        order, inside, share = sorted(range(30), key=lambda token: (-float(row[token]), token)), set(), 0.0
+        order, inside, share = sorted(range(31), key=lambda token: (-float(row[token]), token)), set(), 0.0
         shares = torch.softmax(row, -1).tolist()
         for token in order:
             if inside and share >= top_p - 1e-12:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from dts_hf.on_policy.coin import coin
 from tests.support.launching import launch
 
@@ -12,7 +14,7 @@ def test_it_is_even_and_its_throws_do_not_hang_together():
     assert abs(sum(throws) / len(throws) - 0.5) < 4 * (1 / 12 / len(throws)) ** 0.5
     below = [throw < 0.3 for throw in throws]
     assert abs(sum(below) / len(below) - 0.3) < 4 * (0.21 / len(below)) ** 0.5
-    both = sum(one and next_one for one, next_one in zip(below, below[1:])) / (len(below) - 1)
+    both = sum(one and next_one for one, next_one in itertools.pairwise(below)) / (len(below) - 1)
     assert abs(both - 0.09) < 4 * (0.09 * 0.91 / len(below)) ** 0.5
 
 
