@@ -46,12 +46,12 @@ class PerTeacher(TemperaturePolicy):
         return self._first.any_text
 
     @property
-    def holding(self) -> bool:  # type: ignore[override]
+    def holding(self) -> bool:
         return self._first.holding
 
     @holding.setter
     def holding(self, value: bool) -> None:
-        for policy in self.policies:
+        for policy in self._by_name.values():
             policy.holding = value
 
     @property
