@@ -665,7 +665,7 @@ class Recipe(Section):
         if not self.all_teachers and self.loss.kd_ratio > 0:
             without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
-        if problem := on_policy_problem(self):
+        if problem := on_policy_problem(self) or held_out_problem(self):
             raise ValueError(problem)
         if not self.all_teachers and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
@@ -818,6 +818,18 @@ def on_policy_problem(recipe: Recipe) -> str:
                 f"data.on_policy: the cache of {key} knows the rows of the data, and the student's answers are others; "
                 f"expected {key}.missing: live, which has the teacher answer them, or {key}.kind: live"
             )
+    return ""
+
+
+def held_out_problem(recipe: Recipe) -> str:
+    """Why the gap cannot be measured on held-out rows where ``recipe`` asks for that; empty where it can, or need not."""
+    source = recipe.temperature.options.get("gap_source")
+    asked = source == "held_out" or (isinstance(source, Mapping) and source.get("held_out") is not None)
+    if asked and recipe.task is None and recipe.data.validation is None:
+        return (
+            "temperature.gap_source: got held_out, but there are no held-out rows; expected data.validation, a file of them or "
+            "a share of the training rows such as 0.05"
+        )
     return ""
 
 

@@ -109,6 +109,7 @@ class DistillationBase(ResumableTrainer):
         super().__init__(model, args, *positional, **kwargs)
         self.loss.to(self.args.device)
         self._probe_seconds = 0.0  # since the last line of the log
+        self._probe_loader: tuple[Any, Probe, Any] | None = None  # made of these held-out rows, for this probe
         if self.temperature.probe is not None:  # what would be refused at the first step is refused now
             rows_of_probe(self.eval_dataset, self.temperature.probe)
 
@@ -265,7 +266,7 @@ class DistillationBase(ResumableTrainer):
             UserError: see ``rows_of_probe``; or none of these rows has a label.
         """
         began = time.monotonic()
-        loader = self._held_out_loader(rows_of_probe(self.eval_dataset, probe), None)
+        loader = self._loader_of_probe(probe)
         model = cast(nn.Module, self.model)
         training, self.sums.eval_meter = model.training, SumMeter()
         model.eval()
@@ -283,6 +284,18 @@ class DistillationBase(ResumableTrainer):
             )
         self.temperature.take_held_out(totals.step_stats())
         self._probe_seconds += time.monotonic() - began
+
+    def _loader_of_probe(self, probe: Probe) -> Any:
+        made = self._probe_loader
+        if made is None or made[0] is not self.eval_dataset or made[1] != probe:
+            rows: Any = self.eval_dataset
+            if (
+                rows is not None and not isinstance(rows, dict) and not hasattr(rows, "lengths")
+            ):  # set from outside since
+                rows = self.rows.prepare(rows, "eval_dataset")
+            made = self.eval_dataset, probe, self._held_out_loader(rows_of_probe(rows, probe), None)
+            self._probe_loader = made
+        return made[2]
 
     # -------------------------------------------------------------------------------------------- the step and its log
 

@@ -459,6 +459,9 @@ def test_keys_of_gap_source_are_checked_by_name(minimal: Path) -> None:
         "temperature.gap_source.ordr: unknown key, expected one of replay, order, block, held_out. Did you mean 'order'?"
         in text
     )
+    for given in ("held_out", "{held_out: {every: 5}}"):
+        text = message(minimal, "temperature.name=dts", f"temperature.gap_source={given}", "data.validation=null")
+        assert "temperature.gap_source: got held_out, but there are no held-out rows; expected data.validation" in text
     text = message(minimal, "temperature.name=dts", "temperature.gap_source=shuffled")
     assert (
         "temperature.gap_source: got 'shuffled', expected measured, held_out, or {replay: RUN, order: permuted}"

@@ -12,6 +12,8 @@ import torch
 
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.errors import UserError
+from dts_hf.reporting.facts import Facts
+from dts_hf.reporting.plots import draw_temperature
 from dts_hf.temperature import TemperaturePolicy, Temperatures, build_temperature
 from tests.support.classifiers import SST2, classifier, rows_of
 from tests.support.launching import WORKERS
@@ -276,6 +278,21 @@ def test_classifiers_have_it_too(tmp_path):
 def test_without_rows_to_choose_from_it_is_refused_by_name(tmp_path, held_out, words):
     with pytest.raises(UserError, match=f"^temperature.gap_source: got held_out.*{words}.*eval_dataset"):
         trainer_for(tmp_path, eval_dataset=held_out, temperature=dts())
+
+
+def test_held_out_rows_that_are_set_later_are_read_and_measured(tmp_path):
+    trainer = trainer_for(tmp_path, eval_dataset=HELD_OUT, temperature=dts(rows=4))
+    trainer._measure_held_out(trainer.temperature.probe)
+    before, trainer.eval_dataset = trainer.temperature.gaps.gap, ROWS[:4]
+    trainer._measure_held_out(trainer.temperature.probe)
+    expected = dense_gap(tiny_llama(seed=0), tiny_llama(seed=1, layers=3), plain(ROWS[:4]))
+    assert trainer.temperature.gaps.gap == pytest.approx(expected, abs=1e-5) and abs(before - expected) > 1e-3
+
+
+def test_the_figure_of_the_temperature_shows_it(tmp_path):
+    trainer = train(trainer_for(tmp_path, eval_dataset=HELD_OUT, temperature=dts(), options=OPTIONS))
+    log = [{**line, "kind": "train"} for line in trainer.state.log_history if "kl" in line]
+    assert "Held-out gap" in draw_temperature(Facts("run", {}, {}, log, {}, {}, {})).caption
 
 
 def test_rows_without_labels_are_refused(tmp_path):

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from dts_hf.errors import UserError
+from dts_hf.loss.statistics import GENERATED_LABELS
+from dts_hf.reporting.curves import curve
+from dts_hf.reporting.facts import Facts
+from dts_hf.reporting.plots import draw_losses, draw_temperature
 from dts_hf.temperature import StepStats, build_temperature
-from dts_hf.temperature.parts.recorded_run import read_trace
+from dts_hf.temperature.parts.recorded_run import OWN_TEXT, read_trace
 from tests.support.launching import WORKERS
 from tests.support.recorded import record
 from tests.support.tiny import tiny_llama
@@ -234,3 +238,19 @@ def test_the_card_names_it(tmp_path):
     assert "with the teacher's first choices as labels" in trainer.card(None)
     assert "held in steps on the student's own text" in make(tmp_path).card(None)
     assert "own text" not in trainer_for(tmp_path, temperature=DTS).card(None)
+
+
+def test_the_figures_of_a_mixed_run_have_no_holes_where_the_text_was_its_own(tmp_path):
+    trainer = train(make(tmp_path))
+    log = [{**line, "kind": "train"} for line in lines(trainer)]
+    own = own_steps(trainer)
+    assert OWN_TEXT in {statistic.log for statistic in GENERATED_LABELS}
+    gap = curve(log, "gap")
+    assert gap.steps == [line["step"] for line, one in zip(log, own) if not one] and gap.finite == gap.values
+    assert len(curve(log, "temperature").finite) == len(log)
+    facts = Facts("run", {"loss": {"kd_ratio": 0.5}}, {}, log, {}, {}, {})
+    for draw in (draw_temperature, draw_losses):
+        assert draw(facts).figure is not None
+    alone = [{**line, "kind": "train"} for line in lines(train(make(tmp_path, fraction=1.0)))]
+    for draw in (draw_temperature, draw_losses):
+        assert draw(Facts("run", {"loss": {"kd_ratio": 0.5}}, {}, alone, {}, {}, {})).figure is not None
