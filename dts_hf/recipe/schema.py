@@ -827,8 +827,8 @@ def held_out_problem(recipe: Recipe) -> str:
     asked = source == "held_out" or (isinstance(source, Mapping) and source.get("held_out") is not None)
     if asked and recipe.task is None and recipe.data.validation is None:
         return (
-            "temperature.gap_source: got held_out, but there are no held-out rows; expected data.validation, a file of them or "
-            "a share of the training rows such as 0.05"
+            "temperature.gap_source: got held_out, but there are no held-out rows; expected data.validation, a file of them "
+            "or a share of the training rows such as 0.05"
         )
     return ""
 
