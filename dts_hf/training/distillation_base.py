@@ -289,9 +289,7 @@ class DistillationBase(ResumableTrainer):
         made = self._probe_loader
         if made is None or made[0] is not self.eval_dataset or made[1] != probe:
             rows: Any = self.eval_dataset
-            if (
-                rows is not None and not isinstance(rows, dict) and not hasattr(rows, "lengths")
-            ):  # set from outside since
+            if not (rows is None or isinstance(rows, dict) or hasattr(rows, "lengths")):  # set from outside since
                 rows = self.rows.prepare(rows, "eval_dataset")
             made = self.eval_dataset, probe, self._held_out_loader(rows_of_probe(rows, probe), None)
             self._probe_loader = made
