@@ -162,16 +162,11 @@ class DistillationLoss(nn.Module):
             with_grad and leaf is not None and leaf.requires_grad for leaf in leaves
         )
 
-        if pseudo_labels and (kd_ratio != 1.0 or self.divergence.reads_targets):
-            raise ValueError(
-                f"pseudo-labels with kd_ratio {kd_ratio:g} and the divergence '{self.divergence.name}' would be part of the "
-                "loss; expected kd_ratio 1 and a divergence that does not read the targets"
-            )
         compact = isinstance(teacher_states, CompactRows)
         if compact:
             check_served(policy, self.divergence)
         settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device, compact)
-        settings = replace(settings, pseudo_labels=pseudo_labels)
+        settings = replace(settings, pseudo_labels=pseudo_labels and self._changes_labels_alone(kd_ratio))
 
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(
@@ -201,6 +196,15 @@ class DistillationLoss(nn.Module):
             logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
             if student_states.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _changes_labels_alone(self, kd_ratio: float) -> bool:
+        """True: another token in the place of a target cannot reach the loss; else a ValueError says by what it would."""
+        if kd_ratio != 1.0 or self.divergence.reads_targets:
+            raise ValueError(
+                f"pseudo-labels with kd_ratio {kd_ratio:g} and the divergence '{self.divergence.name}' would be part of the "
+                "loss; expected kd_ratio 1 and a divergence that does not read the targets"
+            )
+        return True
 
     def _settings(
         self,
