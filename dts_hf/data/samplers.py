@@ -85,6 +85,26 @@ class PadToMultiple(Dataset[dict[str, Any]]):
         return self.without_label(self.dataset[0])
 
 
+class SomeRows(Dataset[dict[str, Any]]):
+    """At most ``most`` rows of a data set, spread evenly over it, whatever its order: nothing is drawn.
+
+    Args:
+        dataset: rows, and their ``lengths``.
+        most: how many at most.
+    """
+
+    def __init__(self, dataset: Any, most: int) -> None:
+        count = min(most, len(dataset))
+        self.dataset, self.places = dataset, [place * len(dataset) // count for place in range(count)]
+        self.lengths = [dataset.lengths[place] for place in self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.dataset[self.places[index]])
+
+
 class FilledStream(IterableDataset[dict[str, Any]]):
     """The rows of a stream, then dummy rows up to a multiple of a step's rows: ``PadToMultiple`` for rows without a number.
 

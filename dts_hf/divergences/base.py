@@ -120,6 +120,9 @@ class Divergence:
     #: What ``value_and_grad`` holds constant in its gradient, which force that drops, and why; None: nothing.
     held: ClassVar[str | None] = None
 
+    #: Whether ``Distributions.targets`` are read: another token in their place is then another loss.
+    reads_targets: ClassVar[bool] = False
+
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         """The divergence ``[C]`` (nats, where it is one) and its gradient ``[C, V]`` with respect to u.
 

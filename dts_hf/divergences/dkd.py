@@ -38,6 +38,7 @@ class DKD(Divergence):
     formula = "alpha KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) + beta KL(p^ || q^), p^ and q^ without the target y"
     gradient = "alpha (q_y - p_y) at y; q^ (alpha (p_y - q_y) + beta) - beta p^ elsewhere"
     use = "A sure teacher whose ranking of the other tokens should count; on text whose tokens are trusted as targets."
+    reads_targets = True
 
     def __init__(
         self, alpha: Annotated[float, Between(low=0.0)] = 1.0, beta: Annotated[float, Between(low=0.0)] = 0.5

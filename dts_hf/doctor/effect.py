@@ -238,7 +238,7 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
         )
         return
     # The gap of a row is no matter of the schedule, and that of another run none of this one
-    measured = loss.temperature.describe().get("gap_source") == "measured"
+    measured = loss.temperature.describe().get("gap_source") == "measured" or loss.temperature.probe is not None
     if name == "dts" and measured and getattr(loss.temperature, "granularity", "") == "batch":
         plain = [now["temperature"] for now in _follow(loss, sample, steps, gap=0.0)[0]]
         check.values["temperature_without_gap"] = plain
@@ -268,6 +268,7 @@ def _follow(
         while done < round(place * (steps - 1)):
             policy.begin_step(done / steps)
             policy.end_step(stats)
+            policy.take_held_out(stats)
             done += 1
         policy.begin_step(done / steps)
         followed.append(sample.means(loss))

@@ -155,9 +155,10 @@ class ChunkWalk:
     def _process(self, span: slice, whole_gap: Tensor | None) -> None:
         """Steps 2 to 4 for one chunk. ``whole_gap`` ``[]``: the chunk is part of one sequence, of that gap."""
         student, teacher, hidden = self._logits(span)  # [C, V], [C, V], [C, H_s]
-        gaps = self._gaps(span, student, teacher, whole_gap)  # [C], where the policy needs them
+        targets = self._targets(span, teacher)  # [C]
+        gaps = self._gaps(span, student, teacher, targets, whole_gap)  # [C], where the policy needs them
         grad = self.grad_buffer[: len(student)]
-        self.rows.run(student, teacher, self.targets[span], gaps, grad)
+        self.rows.run(student, teacher, targets, gaps, grad)
         if self.rows.with_grad:
             self._accumulate(grad, hidden, span)
 
@@ -188,17 +189,32 @@ class ChunkWalk:
         teacher = _raw_logits(teacher_hidden, teacher_weight, self.teacher_head.bias, self.buffers[1])
         return student, teacher, hidden
 
-    def _gaps(self, span: slice, student: Tensor, teacher: TeacherLogits, whole_gap: Tensor | None) -> Tensor | None:
+    def _targets(self, span: slice, teacher: TeacherLogits) -> Tensor:
+        """The labels ``[C]``: those of the text, or the teacher's first choices, one more pass over its ``[C, V]``.
+
+        Neither the scale of a head nor its soft-cap changes which logit is the largest.
+        """
+        if not self.settings.pseudo_labels:
+            return self.targets[span]
+        return teacher.first_choice if isinstance(teacher, CompactRows) else teacher.argmax(-1)
+
+    def _gaps(
+        self, span: slice, student: Tensor, teacher: TeacherLogits, targets: Tensor, whole_gap: Tensor | None
+    ) -> Tensor | None:
         """The gap ``[C]`` of each row's sequence, from raw logits ``[C, V]``; None for policies that do not need it."""
         if self.sequences is None:
             return None
         if whole_gap is not None:
             return whole_gap.repeat(len(student))
-        return sequence_means(self.rows.gaps(student, teacher, self.targets[span]), self.sequences[span])
+        return sequence_means(self.rows.gaps(student, teacher, targets), self.sequences[span])
 
     def _gap_of(self, parts: list[slice]) -> Tensor:
         """The gap ``[]`` of one sequence that is cut into ``parts``."""
-        return torch.cat([self.rows.gaps(*self._logits(part)[:2], self.targets[part]) for part in parts]).mean()
+        gaps = []
+        for part in parts:
+            student, teacher, _ = self._logits(part)
+            gaps.append(self.rows.gaps(student, teacher, self._targets(part, teacher)))
+        return torch.cat(gaps).mean()
 
     # ---------------------------------------------------------------------------------------------------- 4: gradients
 

@@ -105,6 +105,11 @@ class CompactRows:
         """V - K: how many tokens share the tail of a row."""
         return self.vocab_size - self.ids.shape[-1]
 
+    @property
+    def first_choice(self) -> Tensor:
+        """The teacher's likeliest token of each row, ``[C]`` int64: it is always kept."""
+        return self.ids.gather(-1, self.logits.argmax(-1, keepdim=True)).squeeze(-1).long()
+
     # ------------------------------------------------------------------------------------------------ at a temperature
 
     def at(self, temperature: Tensor | float, *, moving: bool = False) -> Distribution:

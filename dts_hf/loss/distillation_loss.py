@@ -119,6 +119,7 @@ class DistillationLoss(nn.Module):
         sequences: Tensor | None = None,
         teacher: str | None = None,
         kd_ratio: float | None = None,
+        pseudo_labels: bool = False,
     ) -> LossOutput:
         """Return the loss of N rows over the normaliser, and the sums over these rows that are logged.
 
@@ -137,12 +138,15 @@ class DistillationLoss(nn.Module):
                 with ``needs_sequence_gap``.
             teacher: whose rows they are, where each of several teachers has a temperature of its own.
             kd_ratio: of this call, in the place of the loss's and the policy's own; None: theirs.
+            pseudo_labels: put the teacher's first choice in the place of each target. It moves the cross-entropies and gaps
+                that are logged and told the policy, and not the loss: kd_ratio must be 1.
 
         Returns:
             the loss ``[]``, whose backward pass can be run once, and detached sums.
 
         Raises:
-            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``.
+            ValueError: rows or vocabularies do not match, or the policy needs ``sequences``; or pseudo-labels would be a
+                part of the loss.
             UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
         policy = self.temperature.of_teacher(teacher)
@@ -162,6 +166,7 @@ class DistillationLoss(nn.Module):
         if compact:
             check_served(policy, self.divergence)
         settings = self._settings(policy, kd_ratio, student_head, teacher_head, student_states.device, compact)
+        settings = replace(settings, pseudo_labels=pseudo_labels and self._changes_labels_alone(kd_ratio))
 
         def attempt() -> LossOutput:  # a frame of its own: what a failed walk holds goes with it
             walk = ChunkWalk(
@@ -191,6 +196,15 @@ class DistillationLoss(nn.Module):
             logger.warning("out of memory in the loss: going on with logits_budget_mb %g", self.logits_budget_mb)
             if student_states.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _changes_labels_alone(self, kd_ratio: float) -> bool:
+        """True: another token in the place of a target cannot reach the loss; else a ValueError says by what it would."""
+        if kd_ratio != 1.0 or self.divergence.reads_targets:
+            raise ValueError(
+                f"pseudo-labels with kd_ratio {kd_ratio:g} and the divergence '{self.divergence.name}' would be part of the "
+                "loss; expected kd_ratio 1 and a divergence that does not read the targets"
+            )
+        return True
 
     def _settings(
         self,

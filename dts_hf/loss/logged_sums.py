@@ -133,6 +133,11 @@ class LogColumns:
             hidden = (statistic.needs_teacher and not self.teacher) or (held_out and not statistic.held_out)
             if name and not hidden and all(part in totals for part in statistic.sums):
                 means[name] = statistic.number(of_data if statistic in stats.OF_LABELS else totals)
+        if self.teacher and 0.0 < generated < totals[stats.ROWS]:
+            for statistic in stats.OF_BOTH:
+                own = totals[f"{stats.OF_GENERATED}{statistic.sum}"]
+                of_data[statistic.sum] = totals[statistic.sum] - own
+                means[f"{stats.OF_DATA}{statistic.log}"] = statistic.number(of_data)
         if self.teacher and not self.regression:
             rows = totals[stats.ROWS] or math.nan
             of_policy = {name: value for name, value in totals.items() if name.startswith(stats.OF_POLICY)}

@@ -38,6 +38,8 @@ class LossSettings:
         scaled: multiply D by T_s T_t, or by the policy's own factor.
         logits_budget_mb: MiB that the logits of one chunk may take; sets C.
         fused: whether the kernels do it.
+        pseudo_labels: whether the teacher's first choice stands for each target: its cross-entropies and gaps are logged,
+            and told the policy. r must be 1.
         fp32_logits: whether a low-precision matmul writes its logits in fp32 (kernels alone; the plain road does not).
     """
 
@@ -47,6 +49,7 @@ class LossSettings:
     scaled: bool
     logits_budget_mb: float
     fused: bool = False
+    pseudo_labels: bool = False
     fp32_logits: bool = False
 
 

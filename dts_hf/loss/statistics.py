@@ -142,7 +142,10 @@ def _of_texts(log: str, unit: str, meaning: str, over: str = GENERATED_TEXTS) ->
 #: What is measured on labels that the data has: text of the student's own counts in columns of its own.
 OF_LABELS = (CE, TEACHER_CE, GAP)
 #: The same on text of the student's own.
-GENERATED_LABELS = tuple(_of_generated(statistic) for statistic in (CE, KD, TEACHER_CE, KL))
+GENERATED_CE = _of_generated(CE)
+GENERATED_LABELS = (GENERATED_CE, *(_of_generated(statistic) for statistic in (KD, TEACHER_CE, GAP, KL)))
+#: The columns of these are of both kinds; a line that has both also has the data's part, by this prefix.
+OF_BOTH, OF_DATA = (KD, KL), "data_"
 GENERATED_SHARE = replace(
     _of_texts("share", "share of rows", "rows that the student has answered itself", TEXTS), sums=(GENERATED_TEXTS,)
 )

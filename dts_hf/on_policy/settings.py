@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from dts_hf.errors import UserError, nearest
 
+GapOn: TypeAlias = Literal["data", "teacher_argmax"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 
 
@@ -26,6 +27,8 @@ class OnPolicySettings:
         max_new_tokens: longest answer in tokens, its end included.
         batch_size: prompts that one process answers at the same time; in fp32 it changes speed and memory alone.
         seed: of the coin and of the text; None: that of the training.
+        gap_on: what the gap (student CE - teacher CE) is measured on: ``data``, rows of the data alone; or also on the
+            student's own text, with the teacher's first choices as labels (``teacher_argmax``). See docs/gap.md.
 
     Raises:
         UserError: a value out of range, or a schedule without an end (or the other way round).
@@ -39,18 +42,19 @@ class OnPolicySettings:
     max_new_tokens: int = 128
     batch_size: int = 32
     seed: int | None = None
+    gap_on: GapOn = "data"
 
     def __post_init__(self) -> None:
         for name in ("fraction", "end_fraction"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value <= 1):
                 raise UserError(f"on_policy.{name}: got {value!r}, expected a share of the steps, from 0 to 1")
-        if self.schedule not in get_args(Schedule):
-            known = get_args(Schedule)
-            raise UserError(
-                f"on_policy.schedule: got {self.schedule!r}, expected one of {', '.join(known)}."
-                f"{nearest(str(self.schedule), known)}"
-            )
+        for name, known in (("schedule", get_args(Schedule)), ("gap_on", get_args(GapOn))):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(
+                    f"on_policy.{name}: got {value!r}, expected one of {', '.join(known)}.{nearest(str(value), known)}"
+                )
         if problem := schedule_problem(self.schedule, self.end_fraction):
             raise UserError(f"on_policy.{problem}")
         if not (_is_number(self.temperature) and self.temperature > 0 and math.isfinite(self.temperature)):

@@ -30,7 +30,7 @@ from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.errors import UserError, nearest
-from dts_hf.on_policy.settings import Schedule, schedule_problem
+from dts_hf.on_policy.settings import GapOn, Schedule, schedule_problem
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -414,6 +414,11 @@ class OnPolicy(Section):
         default=32, description="Prompts that one device answers at once; in float32 it does not change the answers."
     )
     seed: CountFromZero | None = Field(default=None, description="Of coin and text; null: training.seed.")
+    gap_on: GapOn = Field(
+        default="data",
+        description="The gap that a temperature follows: of rows of the data alone, or also of the student's own text, with "
+        "the teacher's first choices as labels. See docs/gap.md.",
+    )
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> OnPolicy:
@@ -768,7 +773,7 @@ class Recipe(Section):
         if not self.all_teachers and self.loss.kd_ratio > 0:
             without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
-        if problem := on_policy_problem(self):
+        if problem := on_policy_problem(self) or held_out_problem(self):
             raise ValueError(problem)
         if not self.all_teachers and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
@@ -995,6 +1000,18 @@ def on_policy_problem(recipe: Recipe) -> str:
                 f"data.on_policy: the cache of {key} knows the rows of the data, and the student's answers are others; "
                 f"expected {key}.missing: live, which has the teacher answer them, or {key}.kind: live"
             )
+    return ""
+
+
+def held_out_problem(recipe: Recipe) -> str:
+    """Why the gap cannot be measured on held-out rows where ``recipe`` asks for that; empty where it can, or need not."""
+    source = recipe.temperature.options.get("gap_source")
+    asked = source == "held_out" or (isinstance(source, Mapping) and source.get("held_out") is not None)
+    if asked and recipe.task is None and recipe.data.validation is None:
+        return (
+            "temperature.gap_source: got held_out, but there are no held-out rows; expected data.validation, a file of them "
+            "or a share of the training rows such as 0.05"
+        )
     return ""
 
 

@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dts_hf.loss.statistics import GENERATED_CE
 from dts_hf.reporting.facts import number
 
 MOST_POINTS = 1200  # of a curve that is drawn: more than a figure has columns of pixels
+
+
+#: In a record that is about text of the student's own.
+OWN_TEXT = GENERATED_CE.log
 
 
 class Curve(NamedTuple):
@@ -39,6 +44,10 @@ def curve(records: Sequence[Mapping[str, Any]], key: str, kind: str = "train") -
     for record in records:
         if record.get("kind") == kind and "step" in record:
             step, value = float(record["step"]), number(record.get(key))
+            if (
+                key not in record and OWN_TEXT in record
+            ):  # no hole in what is of the data's labels: the step has none of them
+                continue
             # Another record of the same step may hold other columns: it does not make a hole in this one
             if key in record or step not in found:
                 found[step] = math.nan if value is None else value

@@ -290,6 +290,7 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         ("divergence", f"`{format_call(*divergence(facts))}`"),
         ("temperature policy", f"`{format_call(temperature(facts)[0], policy.options)}`"),
         ("rule", policy.rule),
+        ("gap", _describe_gap(facts)),
         ("T² factor", scaling),
     ]
     task, tokenizer = facts.task, facts.section("teacher").get("tokenizer")
@@ -311,6 +312,18 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         ("versions", _describe_versions(facts)),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _describe_gap(facts: Facts) -> str:
+    """What the gap was measured on, where some of the text was the student's own and the policy has a gap."""
+    own_text, options = facts.section("data").get("on_policy"), policy_facts(facts).options
+    if not own_text or "gap_source" not in options:
+        return ""
+    if options["gap_source"] != "measured":
+        return "not of the rows that were trained on (`gap_source`)"
+    if own_text.get("gap_on") == "teacher_argmax":
+        return "measured on the data's rows, and on the student's own text with the teacher's first choices as labels"
+    return "measured on the data's rows alone, and held in steps on the student's own text"
 
 
 def _describe_rows(facts: Facts) -> list[tuple[str, str]]:

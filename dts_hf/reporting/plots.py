@@ -86,7 +86,8 @@ def draw(facts: Facts, theme: Theme = LIGHT) -> list[Drawing]:
 def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
     """The temperature over steps beside the plain cosine, what separates the two, and the gap that drives it."""
     title = "Temperature"
-    used, cosine, gap = (curve(facts.log, key) for key in (TEMPERATURE.log, "temperature_cosine", GAP.log))
+    keys = (TEMPERATURE.log, "temperature_cosine", GAP.log, "held_out_gap")
+    used, cosine, gap, held_out = (curve(facts.log, key) for key in keys)
     if used.empty:
         return Drawing("temperature", title, "", None, "The log holds no temperature, so there is nothing to draw.")
     added = difference(used, cosine)
@@ -96,6 +97,7 @@ def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
         for label, data, colour in (
             ("T - cosine", added, theme.purple),
             ("gap\n(nats per label)", gap, theme.green),
+            ("held-out gap\n(nats per label)", held_out, theme.orange),
         )
         if not data.empty and not (data is added and follows)
     ]
@@ -117,6 +119,8 @@ def draw_temperature(facts: Facts, theme: Theme = LIGHT) -> Drawing:
             caption += (
                 " T - cosine: how far what happened in training moved the temperature from that schedule." + note
             )
+        elif data is held_out:
+            caption += f" Held-out gap: the same on held-out rows, as it drove the temperature.{note}"
         else:
             caption += (
                 " Gap: the student's cross-entropy minus the teacher's on the training answers; above 0 the student is "

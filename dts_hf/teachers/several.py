@@ -365,6 +365,7 @@ def loss_of_shares(
     normalizer: float | Tensor,
     sequences: Tensor | None,
     kd_ratio: float | None = None,
+    pseudo_labels: bool = False,
 ) -> LossOutput:
     """The loss of N rows, each by its teacher or by all: the weighted sum of the shares' losses, over one normaliser.
 
@@ -380,10 +381,14 @@ def loss_of_shares(
         normalizer: labels of the whole optimizer step over the number of processes, the same for all shares.
         sequences: ``[N]``, see ``DistillationLoss.forward``.
         kd_ratio: see there.
+        pseudo_labels: see there.
     """
     if len(shares) == 1 and shares[0].rows is None and shares[0].teacher is None:
         (one,) = shares
-        output = loss(states, head, one.states, one.head, targets, normalizer, sequences, kd_ratio=kd_ratio)
+        output = loss(
+            states, head, one.states, one.head, targets, normalizer, sequences, kd_ratio=kd_ratio,
+            pseudo_labels=pseudo_labels,
+        )  # fmt: skip
         return cast(LossOutput, output)
     sums: dict[str, Tensor] = {}
     total: Tensor | None = None
@@ -397,7 +402,7 @@ def loss_of_shares(
             own_sequences = None if sequences is None else sequences.index_select(0, share.rows)
         output = loss(
             own_states, head if share in busy else frozen, share.states, share.head, own_targets,
-            normalizer / share.weight, own_sequences, share.teacher, kd_ratio,
+            normalizer / share.weight, own_sequences, share.teacher, kd_ratio, pseudo_labels,
         )  # fmt: skip
         total = output.loss if total is None else total + output.loss
         _add(sums, output.sums, share)

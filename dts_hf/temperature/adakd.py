@@ -37,6 +37,7 @@ class AdaKD(TemperaturePolicy):
 
     name = "adakd"
     reads = "summary"
+    any_text = True
     paper = "arXiv 2510.11615"
     formula = "T_i = t_base exp(-c tanh(log(s_i / median s))), s = Hellinger(p, q) at T = 1, per token"
     use = (

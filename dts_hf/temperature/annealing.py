@@ -33,6 +33,7 @@ class Annealing(TemperaturePolicy):
 
     name = "annealing"
     reads = "nothing"
+    any_text = True
     paper = "arXiv 2104.07163"
     formula = "T_s = 1, T_t = 1 / Phi, Phi = 1 - (T - 1) / t_max for T = t_max ... 1; then kd_ratio = 0"
     use = (

@@ -87,6 +87,18 @@ class StepStats:
         return self.student_ce - self.teacher_ce
 
 
+class Probe(NamedTuple):
+    """What a policy wants measured on held-out rows, the same ones each time (``take_held_out``).
+
+    Attributes:
+        every: before the first optimizer step and after every so many.
+        rows: how many of the held-out rows, spread evenly over them; all where there are fewer.
+    """
+
+    every: int
+    rows: int
+
+
 class Mechanism:
     """A part with options and state of its own, for any policy that lists it in ``self.mechanisms``.
 
@@ -95,6 +107,8 @@ class Mechanism:
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ()
+    #: As ``TemperaturePolicy.probe``, which looks for it.
+    probe: Probe | None = None
 
     def check_classes(self, classes: int) -> None:
         """As ``TemperaturePolicy.check_classes``, which calls it."""
@@ -104,6 +118,13 @@ class Mechanism:
 
     def end_step(self, stats: StepStats) -> None:
         """As ``TemperaturePolicy.end_step``, which calls it."""
+
+    def take_held_out(self, stats: StepStats) -> None:
+        """As ``TemperaturePolicy.take_held_out``, which calls it."""
+
+    def log_values(self) -> dict[str, float]:
+        """As ``TemperaturePolicy.log_values``, which calls it."""
+        return {}
 
     def counters(self) -> dict[str, int]:
         """As ``TemperaturePolicy.counters``, which calls it."""
@@ -125,6 +146,14 @@ class TemperaturePolicy(nn.Module):
     #: How much of a chunk ``forward`` looks at. What is not asked for costs nothing on a GPU; "logits" costs most. A policy
     #: whose options decide makes it a property, and must never look at more than it says.
     reads: Reads = "logits"
+    #: Whether what it is told of a step, and reads of a row, has one meaning whoever wrote the text. The gap has not: on
+    #: text of the student's own its mean is -KL(student || teacher). A policy without it is not told of such steps where
+    #: their labels are the text itself (``holding``).
+    any_text: bool = False
+    #: The labels of this step say nothing to the policy. The loop sets it before ``begin_step`` and leaves out ``end_step``.
+    #: What follows progress goes on; what was measured stays; rows that would have a temperature of their own, by their
+    #: labels, all run at ``temperature``.
+    holding: bool = False
     #: What ``forward`` makes of the student's logits and holds constant, which force that drops, and why, as the page shows
     #: it. None: nothing, the gradient is the derivative of the reported loss. A policy that holds something under some
     #: options alone sets it to None under the others.
@@ -156,7 +185,10 @@ class TemperaturePolicy(nn.Module):
 
     def log_values(self) -> dict[str, float]:
         """What the log should show beside the temperature, as it is in force now; the log has means over steps."""
-        return {} if self.kd_ratio is None else {"kd_ratio": self.kd_ratio}
+        values = {} if self.kd_ratio is None else {"kd_ratio": self.kd_ratio}
+        return values | {
+            name: value for mechanism in self.mechanisms for name, value in mechanism.log_values().items()
+        }
 
     def counters(self) -> dict[str, int]:
         """What the log should count, from the start of the run on; only what is above zero is shown."""
@@ -225,6 +257,16 @@ class TemperaturePolicy(nn.Module):
         """
         for mechanism in self.mechanisms:
             mechanism.end_step(stats)
+
+    @property
+    def probe(self) -> Probe | None:
+        """What has to be measured on held-out rows, and how often; None: nothing."""
+        return next((mechanism.probe for mechanism in self.mechanisms if mechanism.probe is not None), None)
+
+    def take_held_out(self, stats: StepStats) -> None:
+        """Take the means over the held-out rows of ``probe``, at T = 1, of the student as it is between two steps."""
+        for mechanism in self.mechanisms:
+            mechanism.take_held_out(stats)
 
     def describe(self) -> dict[str, Any]:
         """The options that build this policy again, those of its mechanisms too; without those that are None."""

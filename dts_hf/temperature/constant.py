@@ -23,6 +23,7 @@ class Constant(TemperaturePolicy):
 
     name = "constant"
     reads = "nothing"
+    any_text = True
     paper = "arXiv 1503.02531"
     formula = "T_s = value, T_t = teacher_value (or value)"
     use = (

@@ -43,6 +43,7 @@ class Cosine(TemperaturePolicy):
 
     name = "cosine"
     reads = "nothing"
+    any_text = True
     paper = "arXiv 2511.13767"
     formula = "T = max(t_init (1 + cos(pi progress)) / 2, t_min)"
     use = (

@@ -38,6 +38,7 @@ class CTKD(TemperaturePolicy):
 
     name = "ctkd"
     reads = "nothing"
+    any_text = True
     paper = "arXiv 2211.16231"
     formula = "T = t_start + t_end sigmoid(theta), theta += lambda(p) Adam(d kd / d theta) (ascent)"
     use = (

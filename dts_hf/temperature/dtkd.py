@@ -40,6 +40,7 @@ class DTKD(TemperaturePolicy):
 
     name = "dtkd"
     reads = "summary"
+    any_text = True
     paper = "arXiv 2404.12711"
     formula = "T_t = 2 tau k_t / (k_t + k_s), T_s = 2 tau k_s / (k_t + k_s), k = max z - mean z, per token"
     use = (

@@ -38,7 +38,8 @@ class DTS(TemperaturePolicy):
         range: ``manual``, or ``auto`` for the temperatures at which the teacher offers so many tokens.
         support_max: tokens on offer at t_init = t_max, for ``range: auto``; 50 when left out, above ``support_min``.
         support_min: tokens on offer at t_min, for ``range: auto``; 10 when left out, at least 1.
-        gap_source: ``measured``, or ``{replay: RUN, order: ORDER}`` for the gaps of a finished run; ``batch`` only.
+        gap_source: ``measured``; ``held_out``, or ``{held_out: {every: 50, rows: 64}}``, on held-out rows every so many
+            steps; ``{replay: RUN, order: ORDER}`` for the gaps of a finished run. The last two with ``batch`` only.
         seed: for an ``order`` that permutes.
     """
 
@@ -97,18 +98,28 @@ class DTS(TemperaturePolicy):
         return self.limits.in_force[:2]
 
     @property
+    def any_text(self) -> bool:  # type: ignore[override]
+        """Where the gaps are not those of the rows that are trained on."""
+        return bool(self.gaps.foreign)
+
+    @property
     def reads(self) -> Reads:  # type: ignore[override]
         """The gap of each row with a granularity of rows; the logits while ``range: auto`` is unsolved."""
         if self.limits.observes:
             return "logits"
         if self.decoupling.decoupled:
             return "summary"
-        return "rows" if self.per_row else "nothing"
+        return "rows" if self._by_row else "nothing"
 
     @property
     def needs_sequence_gap(self) -> bool:
         """Whether ``rows.sequence_gap`` is read."""
-        return self.granularity == "sequence"
+        return self.granularity == "sequence" and not self.holding
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether each row has a temperature of its own in this step."""
+        return self.per_row and not self.holding
 
     def begin_step(self, progress: float) -> None:
         """Eq. 4 to 8, with the gap of the step before; the first step has none and runs at t_init."""
@@ -141,7 +152,7 @@ class DTS(TemperaturePolicy):
         """
         self.gaps.check_read(self.name)
         t = torch.full((), self.value, dtype=student_logits.dtype, device=student_logits.device)
-        if self.per_row:
+        if self._by_row:
             t = self._targets(row_gaps(self.granularity, rows)).to(t.dtype).unsqueeze(-1)
         student, teacher, observed = self.decoupling.split(t, student_logits, teacher_logits)
         observed += self.limits.observe(teacher_logits)

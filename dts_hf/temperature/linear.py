@@ -16,6 +16,7 @@ class Linear(TemperaturePolicy):
 
     name = "linear"
     reads = "nothing"
+    any_text = True
     formula = "T = t_init + (t_end - t_init) progress"
     use = "A schedule with no parts to tune: falling as an annealing, rising as a curriculum."
     cost = "none"

@@ -29,6 +29,7 @@ class LogitStd(TemperaturePolicy):
 
     name = "logit_std"
     reads = "summary"
+    any_text = True
     paper = "arXiv 2403.01427"
     formula = "T_s = value std(z_s), T_t = value std(z_t), factor value^2, per token"
     use = (

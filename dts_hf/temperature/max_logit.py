@@ -27,6 +27,7 @@ class MaxLogit(TemperaturePolicy):
 
     name = "max_logit"
     reads = "summary"
+    any_text = True
     paper = "arXiv 2503.09030"
     formula = "T_i = max_k (z_t - mean z_t) / std(z_t); T_t = T_i std(z_t), T_s = T_i std(z_s), factor T_i^2"
     use = (

@@ -24,6 +24,7 @@ class NormKD(TemperaturePolicy):
 
     name = "norm_kd"
     reads = "summary"
+    any_text = True
     paper = "arXiv 2308.00520"
     formula = "T_s = t_norm std(z_s), T_t = t_norm std(z_t), factor T_t^2, per token"
     use = (

@@ -31,6 +31,7 @@ class POCL(TemperaturePolicy):
 
     name = "pocl"
     reads = "nothing"
+    any_text = True
     paper = "arXiv 2506.05695"
     formula = "T = t_start + (t_end - t_start) k / (stages - 1) in stage k = 0 ... stages - 1"
     use = (

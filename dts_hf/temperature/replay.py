@@ -30,6 +30,7 @@ class Replay(TemperaturePolicy):
 
     name = "replay"
     reads = "nothing"
+    any_text = True
     formula = "T_s, T_t = those of step k of the run"
     use = (
         "As the yoked control of a policy that reacts to training (`dts`, `dtkd`, `adakd`, `ctkd`): the same temperatures "

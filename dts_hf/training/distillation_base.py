@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, default_hp_search_backend
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
+from dts_hf.data.streams import errors_of_workers
 from dts_hf.distributed.processes import on_first_process
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError, nearest
@@ -30,10 +32,12 @@ from dts_hf.models.description import describe_for_training
 from dts_hf.reporting.licences import inherited
 from dts_hf.reporting.model_card import Setting, models_of, render_card
 from dts_hf.temperature import TemperaturePolicy, build_policy
+from dts_hf.temperature.base import Probe
 from dts_hf.temperature.constant import Constant
 from dts_hf.temperature.parts.per_teacher import PerTeacher
 from dts_hf.training.card import facts_of_training, held_out_scores
 from dts_hf.training.exact_resume import ExtraState, Progress, number_or_nan
+from dts_hf.training.held_out_gap import HeldOutGapCallback, rows_of_probe
 from dts_hf.training.hub_upload import UPLOAD, card_metadata
 from dts_hf.training.resumable_trainer import ResumableTrainer
 from dts_hf.training.temperature_callback import TemperatureCallback
@@ -65,6 +69,7 @@ class DistillationBase(ResumableTrainer):
         eval_loss: of held-out rows, at T = 1.
         sums: of the step and of the evaluation that run, and since the last log line.
         generated_step: whether the rows of the step that runs are text of the student's own.
+        pseudo_labels: whether the teacher's first choices are the labels of the step that runs.
         facts: policy, divergence, ``kd_ratio``, teacher and student as flat words. Callbacks find them in
             ``args.distillation``, trackers among their parameters.
 
@@ -73,6 +78,7 @@ class DistillationBase(ResumableTrainer):
     """
 
     generated_step = False
+    pseudo_labels = False
 
     def __init__(
         self,
@@ -102,6 +108,10 @@ class DistillationBase(ResumableTrainer):
         vars(args)["distillation"] = self.facts
         super().__init__(model, args, *positional, **kwargs)
         self.loss.to(self.args.device)
+        self._probe_seconds = 0.0  # since the last line of the log
+        self._probe_loader: tuple[Any, Probe, Any] | None = None  # made of these held-out rows, for this probe
+        if self.temperature.probe is not None:  # what would be refused at the first step is refused now
+            rows_of_probe(self.eval_dataset, self.temperature.probe)
 
     def _make_loss(self, spec: Mapping[str, Any]) -> None:
         options = {name: value for name, value in spec.items() if name != "temperature"}
@@ -252,6 +262,44 @@ class DistillationBase(ResumableTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
+    def _measure_held_out(self, probe: Probe) -> None:
+        """Tell the policy the means over the rows of ``probe``, at T = 1, as an evaluation would find them now.
+
+        Neither weights nor random numbers of the training move. All ranks call it, and get the same means.
+
+        Raises:
+            UserError: see ``rows_of_probe``; or none of these rows has a label.
+        """
+        began = time.monotonic()
+        loader = self._loader_of_probe(probe)
+        model = cast(nn.Module, self.model)
+        training, self.sums.eval_meter = model.training, SumMeter()
+        model.eval()
+        with torch.random.fork_rng(devices=[]), errors_of_workers():
+            for batch in loader:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    self.compute_loss(model, self._prepare_inputs(batch))
+        model.train(training)
+        totals = self.sums.eval_meter.reduce(self.accelerator)
+        if not totals.get(ROWS):
+            raise UserError(
+                f"temperature.gap_source: got held_out, but none of the {len(loader.dataset.order):,} held-out rows that it "
+                "looks at has a label; expected labels other than -100",
+                everywhere=True,
+            )
+        self.temperature.take_held_out(totals.step_stats())
+        self._probe_seconds += time.monotonic() - began
+
+    def _loader_of_probe(self, probe: Probe) -> Any:
+        made = self._probe_loader
+        if made is None or made[0] is not self.eval_dataset or made[1] != probe:
+            rows: Any = self.eval_dataset
+            if not (rows is None or isinstance(rows, dict) or hasattr(rows, "lengths")):  # set from outside since
+                rows = self.rows.prepare(rows, "eval_dataset")
+            made = self.eval_dataset, probe, self._held_out_loader(rows_of_probe(rows, probe), None)
+            self._probe_loader = made
+        return made[2]
+
     # -------------------------------------------------------------------------------------------- the step and its log
 
     def step_callbacks(self) -> list[TrainerCallback]:
@@ -263,8 +311,10 @@ class DistillationBase(ResumableTrainer):
             agree_to_stop=self.interruption.agree,
             observe_loss=self.non_finite.observe,
             generated_step=lambda: self.generated_step,
+            own_labels=lambda: not self.pseudo_labels,
         )
-        return [self._temperature_callback]
+        held_out_gap = HeldOutGapCallback(lambda: self.temperature.probe, self._measure_held_out)
+        return [self._temperature_callback, held_out_gap]
 
     def _prepare_run(self, step: int, steps: int) -> None:
         if step == 0:  # a second train(), or a retry with a smaller batch, is a new run
@@ -299,6 +349,8 @@ class DistillationBase(ResumableTrainer):
             values = self.sums.mean_log.pop()
             if values:
                 values["tokens_per_second"] = tokens / max(self.clock.new_lap(), 1e-9)
+                if self.temperature.probe is not None:
+                    values["probe_seconds"], self._probe_seconds = round(self._probe_seconds, 4), 0.0
                 self.sums.tokens_seen += tokens
                 logs.update({**values, **{k: n for k, n in self.temperature.counters().items() if n}})
         super().log(logs, start_time)
@@ -338,6 +390,8 @@ class DistillationBase(ResumableTrainer):
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,
         )  # fmt: skip
+        if (on_policy := self.describe_objective().get("on_policy")) is not None:
+            facts.recipe["data"]["on_policy"] = on_policy
         given = card_metadata(metadata)
         given["tags"] = [*(getattr(student, "model_tags", None) or []), *given.get("tags", [])]
         online = repository is not None

@@ -21,6 +21,7 @@ from dts_hf.loss.statistics import GENERATED_TEXTS, TEXTS
 from dts_hf.models.checks import positions_of
 from dts_hf.models.head import head_of
 from dts_hf.on_policy.coin import coin
+from dts_hf.on_policy.gap import check_gap
 from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch
 from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
 from dts_hf.teachers.asked_ahead import TICKET
@@ -73,11 +74,16 @@ class OnPolicyTrainer(GeneratingTrainer):
             kwargs["facts"] = {**(kwargs.get("facts") or {}), **chosen}
         super().__init__(model, args, *positional, **kwargs)
         if self.on_policy is not None:
+            check_gap(self.temperature, self.loss.divergence, self.on_policy)
             seed = args.seed if self.on_policy.seed is None else self.on_policy.seed
             shared = getattr(self, "vocab_size", None)
             wider = shared is not None and head_of(cast(nn.Module, self.model)).vocab_size > shared
             self.rollout = Rollout(self.on_policy, seed, shared if wider else None)
             self._check_on_policy()
+
+    @property
+    def pseudo_labels(self) -> bool:  # type: ignore[override]
+        return self.generated_step and self.on_policy is not None and self.on_policy.gap_on == "teacher_argmax"
 
     def describe_objective(self) -> dict[str, Any]:
         described = super().describe_objective()

@@ -34,7 +34,9 @@ class TemperatureCallback(TrainerCallback):
         prepare_run: takes the step at which training starts and the steps of the whole run, before the first of them.
         agree_to_stop: takes whether any rank was asked to stop, at the end of each step.
         observe_loss: takes whether the loss of a step with labels is finite, at its end.
-        generated_step: whether the rows of the step are text of the student's own; the policy is then not told of it.
+        generated_step: whether the rows of the step are text of the student's own.
+        own_labels: whether that text is its labels, too: the gap is then another quantity than on data, and a policy that
+            is not for ``any_text`` holds.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class TemperatureCallback(TrainerCallback):
         agree_to_stop: Callable[[bool], None],
         observe_loss: Callable[[bool], None],
         generated_step: Callable[[], bool] = lambda: False,
+        own_labels: Callable[[], bool] = lambda: True,
     ) -> None:
         self.policy, self.sums = policy, sums
         self.totals_of_step, self.prepare_run = totals_of_step, prepare_run
         self.agree_to_stop, self.observe_loss = agree_to_stop, observe_loss
-        self.generated_step = generated_step
+        self.generated_step, self.own_labels = generated_step, own_labels
         self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -60,6 +63,7 @@ class TemperatureCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.sums.step_meter = SumMeter()  # a step that an exception broke off has left its sums
+        self.policy.holding = self.generated_step() and self.own_labels() and not self.policy.any_text
         self.policy.begin_step(state.global_step / max(state.max_steps, 1))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -76,10 +80,9 @@ class TemperatureCallback(TrainerCallback):
         self.labelled_steps += 1
         # 2. What was in force in the step that ends here goes into the log, before the policy moves on.
         totals.add_policy_values({"temperature_cosine": self.policy.cosine, **self.policy.log_values()})
-        generated = self.generated_step()
-        self.sums.mean_log.add(totals.of_generated_text() if generated else totals)
-        # 3. The policy sees the means of the whole step; of the student's own text the gap is another quantity.
-        if not generated:
+        self.sums.mean_log.add(totals.of_generated_text() if self.generated_step() else totals)
+        # 3. The policy sees the means of the whole step.
+        if not self.policy.holding:
             self.policy.end_step(totals.step_stats())
         self.observe_loss(math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]))
 

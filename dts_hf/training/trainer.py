@@ -372,6 +372,7 @@ class DistillationTrainer(OnPolicyTrainer):
         loss_fn, meter = self.loss_and_meter(model.training)
         # What the student has said itself is no label: the divergence alone (docs/on_policy.md)
         kd_ratio = 1.0 if self.generated_step and model.training else None
+        pseudo_labels = self.pseudo_labels and model.training
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
@@ -383,7 +384,9 @@ class DistillationTrainer(OnPolicyTrainer):
         def loss_of_states(states: Tensor, head: Head) -> Tensor:
             rows, targets = select_response(states, labels, positions)
             own_head = head.cut(self.vocab_size)
-            output = loss_of_shares(loss_fn, whole_shares, rows, own_head, targets, normalizer, sequences, kd_ratio)
+            output = loss_of_shares(
+                loss_fn, whole_shares, rows, own_head, targets, normalizer, sequences, kd_ratio, pseudo_labels
+            )
             sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 

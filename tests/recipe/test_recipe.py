@@ -456,10 +456,17 @@ def test_the_paths_of_recorded_runs_are_relative_to_the_file(tmp_path: Path, mon
 def test_keys_of_gap_source_are_checked_by_name(minimal: Path) -> None:
     text = message(minimal, "temperature.name=dts", "temperature.gap_source={replay: a, ordr: permuted}")
     assert (
-        "temperature.gap_source.ordr: unknown key, expected one of replay, order, block. Did you mean 'order'?" in text
+        "temperature.gap_source.ordr: unknown key, expected one of replay, order, block, held_out. Did you mean 'order'?"
+        in text
     )
+    for given in ("held_out", "{held_out: {every: 5}}"):
+        text = message(minimal, "temperature.name=dts", f"temperature.gap_source={given}", "data.validation=null")
+        assert "temperature.gap_source: got held_out, but there are no held-out rows; expected data.validation" in text
     text = message(minimal, "temperature.name=dts", "temperature.gap_source=shuffled")
-    assert "temperature.gap_source: got 'shuffled', expected measured, or {replay: RUN, order: permuted}" in text
+    assert (
+        "temperature.gap_source: got 'shuffled', expected measured, held_out, or {replay: RUN, order: permuted}"
+        in text
+    )
     mapping = recipe_json_schema()["$defs"]["NamedOptions"]["anyOf"][1]
     assert mapping["additionalProperties"] is True  # the options of a policy are its own matter
 

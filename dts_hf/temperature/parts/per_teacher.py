@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dts_hf.errors import UserError
-from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
+from dts_hf.temperature.base import Probe, Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
 
 
 class PerTeacher(TemperaturePolicy):
@@ -40,6 +40,19 @@ class PerTeacher(TemperaturePolicy):
 
     def of_teacher(self, teacher: str | None) -> TemperaturePolicy:
         return self if teacher is None else self._by_name[teacher]
+
+    @property
+    def any_text(self) -> bool:  # type: ignore[override]
+        return self._first.any_text
+
+    @property
+    def holding(self) -> bool:
+        return self._first.holding
+
+    @holding.setter
+    def holding(self, value: bool) -> None:
+        for policy in self._by_name.values():
+            policy.holding = value
 
     @property
     def temperature(self) -> float:
@@ -103,6 +116,16 @@ class PerTeacher(TemperaturePolicy):
         for teacher, policy in self._by_name.items():
             if teacher in stats.by_teacher:
                 policy.end_step(stats.by_teacher[teacher])
+
+    @property
+    def probe(self) -> Probe | None:
+        return self._first.probe
+
+    def take_held_out(self, stats: StepStats) -> None:
+        """Tell each teacher's policy of its own rows; one that has none among them keeps its gap."""
+        for teacher, policy in self._by_name.items():
+            if teacher in stats.by_teacher:
+                policy.take_held_out(stats.by_teacher[teacher])
 
     def describe(self) -> dict[str, Any]:
         return {**self._first.describe(), "per_teacher": True}

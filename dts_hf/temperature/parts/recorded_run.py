@@ -15,6 +15,8 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.temperature.base import Mechanism
 
 logger = logging.getLogger(__name__)
+#: In a line of the log that is about text of the student's own.
+OWN_TEXT = "generated_ce_loss"
 
 
 class RecordedRun(Mechanism):
@@ -94,7 +96,8 @@ def read_trace(option: str, run: str, column: str) -> list[float | None]:
         column: ``gap``, ``temperature`` or ``teacher_temperature``.
 
     Raises:
-        UserError: there is no such run, it has not finished, or its log does not have the column.
+        UserError: there is no such run, it has not finished, or its log does not have the column; or it is the gap of a run
+            some of whose steps have none, for they were on text of the student's own.
     """
     folder, key = Path(run), f"temperature.{option}"
     if not folder.is_dir():
@@ -155,7 +158,14 @@ def _log_lines(key: str, path: Path, column: str) -> Iterator[tuple[int, float |
         try:
             line = json.loads(text)
             if line["kind"] == "train":
+                if column == "gap" and OWN_TEXT in line:
+                    raise UserError(
+                        f"{key}: {path}: line {number} is about text of the student's own, which has no gap of the data; "
+                        "expected a run without data.on_policy"
+                    )
                 yield int(line["step"]), _finite(line.get(column))
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, OverflowError):
             raise UserError(f"{key}: {path}: line {number} is no line of a log") from None
 
