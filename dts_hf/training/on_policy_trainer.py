@@ -17,7 +17,7 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.distributed.processes import gathered
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import cache_argument, stop_token_ids
-from dts_hf.loss.statistics import GENERATED_TEXTS, TEXTS
+from dts_hf.loss.statistics import GENERATED_TEXTS, OF_TEACHER, TEXTS
 from dts_hf.models.checks import positions_of
 from dts_hf.models.head import head_of
 from dts_hf.on_policy.coin import coin
@@ -28,6 +28,7 @@ from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.several import SeveralTeachers
 from dts_hf.training.generating_trainer import GeneratingTrainer
 
 #: A shorter one is no prompt: plain text is learned from its second token on.
@@ -189,9 +190,12 @@ class OnPolicyTrainer(GeneratingTrainer):
     def _forget_questions(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """A teacher elsewhere was asked about the rows of the data as their batches were made: nobody waits for that."""
         teacher: Any = getattr(self, "teacher", None)
-        for batch in samples if isinstance(teacher, RemoteTeacher) else ():
-            if TICKET in batch:
-                teacher.of_rows.forget(int(batch[TICKET]))
+        several = teacher.by_name if isinstance(teacher, SeveralTeachers) else {}
+        asked = {TICKET: teacher, **{f"{TICKET}{OF_TEACHER}{name}": one for name, one in several.items()}}
+        for batch in samples:
+            for key, one in asked.items():
+                if key in batch and isinstance(one, RemoteTeacher):
+                    one.of_rows.forget(int(batch[key]))
 
     def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
         assert self.rollout is not None
