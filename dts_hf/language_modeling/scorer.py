@@ -93,7 +93,10 @@ class GenerationScorer:
         with weights_as(model, self.recipe.evaluation.dtype):
             results = {
                 set_name: self._answer(
-                    model, rows, set_name, f"{title} answers ({set_name})",
+                    model,
+                    rows,
+                    set_name,
+                    f"{title} answers ({set_name})",
                     self.teacher_tokenizer if is_teacher else self.tokenizer,
                 )
                 for set_name, rows in sets.items()

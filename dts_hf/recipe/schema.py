@@ -772,7 +772,8 @@ def several_problem(recipe: Recipe) -> str:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
     for name, section in teachers.items():
         if section.alignment is not None:
-            return f"teachers.{name}.alignment: {section.alignment}, but only a teacher that is alone may have another tokenizer"
+            found = f"teachers.{name}.alignment: {section.alignment}"
+            return f"{found}, but only a teacher that is alone may have another tokenizer"
         if section.kind != "live":
             return f"teachers.{name}.kind: {section.kind}, but each of several teachers is loaded: use kind: live"
     if recipe.student.init is not None and recipe.student.init.source is None:
