@@ -179,23 +179,18 @@ def aligned_sample(
         assert same is not None
         numbers = sequence_numbers(labels) + first
         own, theirs = chosen[same.student], taught[same.teacher]
-        masses = [
-            row_masses(trainer.eval_loss, of_one, one, labels_of_one, kept).mass
-            for of_one, one, labels_of_one, kept in (
-                (own, head, targets[same.student], ids),
-                (theirs, teacher_head, same.targets[same.teacher], teacher_ids),
-            )
-        ]
+        mass = row_masses(trainer.eval_loss, own, head, targets[same.student], ids).mass
+        other = row_masses(trainer.eval_loss, theirs, teacher_head, same.targets[same.teacher], teacher_ids).mass
         places = torch.searchsorted(ids, targets[same.student])
-        parts.append((own.float(), theirs, places, numbers[same.student], *masses))
+        parts.append((own.float(), theirs, places, numbers[same.student], mass, other))
     found = [torch.cat(part) for part in zip(*parts, strict=True)]
     if not len(found[0]):
         raise Skipped("nothing of the sample of rows is the same for student and teacher")
     head = head.take(ids)
     bias = None if head.bias is None else head.bias.detach().float()
     head = replace(head, weight=head.weight.detach().float(), bias=bias)
-    mass = float(found[4].mean()), float(found[5].mean())
-    return Sample(found[0], head, found[1], teacher_head.take(teacher_ids), found[2], found[3], mass)
+    masses = float(found[4].mean()), float(found[5].mean())
+    return Sample(found[0], head, found[1], teacher_head.take(teacher_ids), found[2], found[3], masses)
 
 
 def batches(
