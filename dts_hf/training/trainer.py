@@ -44,7 +44,7 @@ from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.generating_trainer import GeneratingTrainer
-from dts_hf.training.pair import AnyTeacher, Pair, check_alignment, pack_tokens, set_up_models
+from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
@@ -140,8 +140,7 @@ class DistillationTrainer(GeneratingTrainer):
         max_length: int = 512, max_prompt_length: int = 256, long_rows: str = "drop",
         columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
-        vocab_alignment: str = "strict",
-        alignment: str | None = None,
+        vocab_alignment: str = "strict", alignment: str | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
@@ -157,7 +156,6 @@ class DistillationTrainer(GeneratingTrainer):
         check_placement(teacher_placement)
         routing = routing_of(teacher, teachers, teacher_column, default_teacher, teacher_weights)
         check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
-        check_alignment(alignment, several=bool(teachers), vocab_alignment=vocab_alignment)
         model = first_student(model, model_init, args, **kwargs)
         pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
                              peft_config, teacher_weights, alignment)  # fmt: skip
