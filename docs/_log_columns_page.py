@@ -19,6 +19,8 @@ TAIL = """
   the recipe's `kd_ratio`), `eval_rows` and `eval_labels`.
 - **Without a teacher** the log has the rows marked "student" alone.
 - **Of several teachers** each has `labels/NAME` and the means over its own rows: [several teachers](several_teachers.md).
+- **A teacher with another tokenizer** ([page](other_tokenizers.md)) adds the last five columns. `kl`, `top1_agreement`,
+  temperatures, the teacher's entropies and those at T are then means over the labels that are the same for both.
 - **A regression** (STS-B) has squared errors in the place of cross-entropies, under the names of the last column, and none
   of the others.
 - **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets
@@ -45,7 +47,7 @@ def _line(statistic: Statistic) -> str:
         statistic.unit,
         statistic.meaning,
         "teacher" if statistic.needs_teacher else "student",
-        "yes" if statistic.held_out and statistic.of_loss else "",
+        "yes" if statistic.held_out else "",
         f"`{statistic.regression}`" if statistic.regression else "",
     )
     return f"| {' | '.join(cells)} |"

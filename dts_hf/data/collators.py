@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dts_hf.alignment import batch as alignment
 from dts_hf.data.encoding import Example
 from dts_hf.data.routes import TEACHER
 from dts_hf.data.teacher_context import TEACHER_BATCH, TEACHER_IDS, TEACHER_LABELS, check_same_labels
@@ -65,14 +66,17 @@ class PaddedCollator(Collator):
     Args:
         pad_token_id: fills ``input_ids``; hidden by the mask and by the labels, so any valid id will do.
         pad_to_multiple_of: round the width up to a multiple of this.
+        teacher_pad_id: as ``pad_token_id``, of a teacher with another tokenizer.
 
     Returns (of a call):
         ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; ``teacher_number`` [B] too, where
-        rows have one of several; and what ``of_rows`` gives.
+        rows have one of several; the teacher's side where it has another tokenizer (``alignment.batch``); and what
+        ``of_rows`` gives.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    teacher_pad_id: int = 0
 
     def tokens(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         step = self.pad_to_multiple_of or 1
@@ -85,7 +89,12 @@ class PaddedCollator(Collator):
             input_ids[k, :length] = torch.tensor(example["input_ids"])
             labels[k, :length] = torch.tensor(example["labels"])
             attention_mask[k, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            **alignment.padded(examples, self.teacher_pad_id),
+        }
 
 
 @dataclass
@@ -103,7 +112,8 @@ class PackedCollator(Collator):
 
     Returns (of a call):
         ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
-        each row is -100: after the shift it would be predicted from the row before. And what ``of_rows`` gives.
+        each row is -100: after the shift it would be predicted from the row before. The teacher's side where it has
+        another tokenizer (``alignment.batch``), and what ``of_rows`` gives.
     """
 
     cu_seqlens: bool = False
@@ -116,6 +126,7 @@ class PackedCollator(Collator):
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
+            **alignment.packed(examples, self.cu_seqlens),
         }
         if self.cu_seqlens:
             batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])

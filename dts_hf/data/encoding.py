@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from torch.utils.data import Dataset
 
+from dts_hf.alignment.batch import AlignedRow
 from dts_hf.data.chat_templates import Template, is_dated
 from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
@@ -37,13 +38,15 @@ class _Tokens(TypedDict):
 class Example(_Tokens, total=False):
     """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set.
 
-    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``), the others where the teacher
-    reads more than the student (``teacher_context``).
+    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``), ``teacher_input_ids`` and
+    ``teacher_labels`` where the teacher reads more than the student (``teacher_context``), ``aligned`` where it has another
+    tokenizer.
     """
 
     teacher_number: int
     teacher_input_ids: list[int]
     teacher_labels: list[int]
+    aligned: AlignedRow
 
 
 class EncodedDataset(Dataset[Example]):
@@ -61,11 +64,13 @@ class EncodedDataset(Dataset[Example]):
         report: what became of the rows when they were encoded; None for tokens that come from elsewhere.
         teachers: the number of each row's teacher (``routes.Routing``); None: the rows name none.
         for_teacher: tokens, and bounds as in ``spans``, of each row as its teacher reads it; None: as the student does.
+        aligned: each row as a teacher with another tokenizer reads it (``alignment.rows.RowAligner``); None: there is none.
     """
 
     report: EncodingReport | None = None
     teachers: list[int] | None = None
     for_teacher: tuple[Sequence[Any], Sequence[Any]] | None = None
+    aligned: list[AlignedRow] | None = None
 
     def __init__(
         self,
@@ -92,6 +97,8 @@ class EncodedDataset(Dataset[Example]):
         if self.for_teacher is not None:
             row["teacher_input_ids"] = read = self.for_teacher[0][index].tolist()
             row["teacher_labels"] = _labels(read, _pairs(self.for_teacher[1][index]))
+        if self.aligned is not None:
+            row["aligned"] = self.aligned[index]
         return row
 
     def spans(self, index: int) -> list[tuple[int, int]]:
@@ -123,6 +130,9 @@ class EncodedDataset(Dataset[Example]):
             xxh3.update(np.asarray(self.teachers, np.int32).tobytes())
         for read, bounds in zip(*self.for_teacher, strict=True) if self.for_teacher is not None else ():
             xxh3.update(np.asarray(read, np.int32).tobytes() + repr(_pairs(bounds)).encode())
+        for row in self.aligned or ():
+            for part in (row.ids, row.labels, row.student, row.teacher):
+                xxh3.update(part.tobytes())
         return f"xxh3:{xxh3.hexdigest()}"
 
     def subset(self, n: int) -> EncodedDataset:
@@ -132,6 +142,7 @@ class EncodedDataset(Dataset[Example]):
         dataset.teachers = None if self.teachers is None else self.teachers[:n]
         if self.for_teacher is not None:
             dataset.for_teacher = self.for_teacher[0][:n], self.for_teacher[1][:n]
+        dataset.aligned = None if self.aligned is None else self.aligned[:n]
         return dataset
 
     @property

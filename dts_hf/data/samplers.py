@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from dts_hf.alignment.batch import ALIGNED
 from dts_hf.data.teacher_context import TEACHER_IDS, TEACHER_LABELS
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def dummy_row(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
     """The first token of ``row``, with ``labels`` that no loss counts."""
     names = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
     by_token = {name: row[name][:1] for name in names if name in row}
+    aligned = {ALIGNED: row[ALIGNED].unlabelled} if ALIGNED in row else {}
     if TEACHER_IDS in row:
         by_token |= {TEACHER_IDS: row[TEACHER_IDS][:1], TEACHER_LABELS: labels}
-    return {**row, **by_token, "labels": labels, "row_id": DUMMY_ROW}
+    return {**row, **by_token, **aligned, "labels": labels, "row_id": DUMMY_ROW}
 
 
 def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:

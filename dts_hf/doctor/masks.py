@@ -100,7 +100,8 @@ def picture(
     pictured = []
     for place, (index, row) in enumerate(zip(chosen, _split(batch), strict=True)):
         stops = [stop for _, stop in data.spans(index)]
-        pictured.append(PicturedRow(data.row_ids[index], _segments(*row, stops, tokenizer, ends)))
+        same = () if data.aligned is None else data.aligned[index].student.tolist()
+        pictured.append(PicturedRow(data.row_ids[index], _segments(*row, stops, tokenizer, ends, same)))
         if data.for_teacher is not None and (read := split_batch(batch)):
             stops = [int(stop) for stop in data.for_teacher[1][index][1::2]]
             of_teacher = _split({**read[0], "labels": read[1]})[place]
@@ -117,14 +118,22 @@ def _segments(
     stops: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int],
+    same: Sequence[int] = (),
 ) -> list[Segment]:
-    """One row ``[T]`` as the loss sees it; ``stops`` are the places behind what is learned."""
+    """One row ``[T]`` as the loss sees it.
+
+    ``stops`` are the places behind what is learned, ``same`` the numbers of the labels that are the same for a teacher with
+    another tokenizer.
+    """
     kinds_of = [
         "padding" if not is_real else "masked" if label == IGNORE_INDEX else "learned"
         for label, is_real in zip(labels.tolist(), real.tolist(), strict=True)
     ]
+    learned = (labels != IGNORE_INDEX).nonzero().flatten().tolist()
+    for number in same:
+        kinds_of[learned[number]] = "aligned"
     for stop in stops:
-        if kinds_of[stop - 1] == "learned" and int(ids[stop - 1]) in ends:
+        if kinds_of[stop - 1] in ("learned", "aligned") and int(ids[stop - 1]) in ends:
             kinds_of[stop - 1] = "end"
     segments = []
     for kind, places in groupby(range(len(kinds_of)), key=kinds_of.__getitem__):

@@ -108,6 +108,10 @@ class DistillationLoss(nn.Module):
         """C: how many rows of student and teacher logits fit into the budget; at least one."""
         return rows_in_budget(self.logits_budget_mb or PLAIN_BUDGET_MB, vocab_size, itemsize)
 
+    def ratio_of(self, policy: TemperaturePolicy) -> float:
+        """The weight of the soft part in force: the policy's where it schedules one, else the loss's own."""
+        return self.kd_ratio if policy.kd_ratio is None else policy.kd_ratio
+
     def forward(
         self,
         student_states: Tensor,
@@ -150,8 +154,7 @@ class DistillationLoss(nn.Module):
             UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
         policy = self.temperature.of_teacher(teacher)
-        if kd_ratio is None:
-            kd_ratio = self.kd_ratio if policy.kd_ratio is None else policy.kd_ratio
+        kd_ratio = self.ratio_of(policy) if kd_ratio is None else kd_ratio
         if teacher_states is None or teacher_head is None:
             check_has_teacher(False, kd_ratio)
             teacher_states, teacher_head = None, student_head

@@ -21,6 +21,9 @@ Reduction = Literal["sum", "min", "max"]
 START: dict[Reduction, float] = {"sum": 0.0, "min": math.inf, "max": -math.inf}
 #: The sum that the others are divided by: labelled rows.
 ROWS = "rows"
+#: Where the teacher has another tokenizer: labels that are the same for it, which alone have a soft loss, and bytes of the
+#: answers that both sides cover. Then some statistics are means over these and not over all labels (``Statistic.per``).
+ALIGNED, BYTES = "aligned", "answer_bytes"
 #: Sums for the policy and not for the log: d kd / d T (policies with ``learns``), and ``Temperatures.observed`` ``[K]``.
 TEMPERATURE_GRAD, OBSERVED = "temperature_grad", "observed"
 #: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``), while they are summed up.
@@ -49,7 +52,7 @@ class Statistic:
         held_out: whether held-out lines have it; what describes the temperature says nothing at T = 1.
         regression: its name where the task is a regression and its sum holds squared errors; empty: not logged there.
         of_loss: whether the loss fills its sums, in every call; else somebody else may.
-        over: the sum that its own sums are divided by.
+        over: the sum that its own sums are divided by where there is one of that name; otherwise ``ROWS``.
     """
 
     log: str
@@ -75,7 +78,7 @@ class Statistic:
 
     def number(self, totals: Mapping[str, float]) -> float:
         """The number that is logged, from reduced sums; NaN where there was no row."""
-        rows = totals[self.over] or math.nan
+        rows = totals.get(self.over, totals[ROWS]) or math.nan
         summed = self.reduction == "sum"
         return self.of(*(totals[name] / rows if summed else totals[name] for name in self.sums))
 
@@ -101,26 +104,51 @@ GAP = Statistic(
     "gap", "nats per label", "`ce_loss` - `teacher_ce`; positive while the student is the worse one",
     sums=(*CE.sums, *TEACHER_CE.sums), of=operator.sub,
 )  # fmt: skip
-KL = Statistic("kl", "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with")
+KL = Statistic(
+    "kl", "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with", over=ALIGNED
+)
 STUDENT_ENTROPY = Statistic("student_entropy", "nats", "entropy of the student at T = 1", needs_teacher=False)
-TEACHER_ENTROPY = Statistic("teacher_entropy", "nats", "entropy of the teacher at T = 1")
-STUDENT_ENTROPY_AT_T = Statistic("student_entropy_at_t", "nats", "entropy of the student at T_s", held_out=False)
+TEACHER_ENTROPY = Statistic("teacher_entropy", "nats", "entropy of the teacher at T = 1", over=ALIGNED)
+STUDENT_ENTROPY_AT_T = Statistic(
+    "student_entropy_at_t", "nats", "entropy of the student at T_s", held_out=False, over=ALIGNED
+)
 TEACHER_ENTROPY_AT_T = Statistic(
     "teacher_entropy_at_t", "nats", "entropy at T_t of the teacher, or of the mixed target where the policy has one",
-    held_out=False,
+    held_out=False, over=ALIGNED,
 )  # fmt: skip
 EFFECTIVE_SUPPORT = Statistic(
     "effective_support", "tokens", "exp of `teacher_entropy_at_t`: how many tokens the teacher really offers",
-    sums=TEACHER_ENTROPY_AT_T.sums, of=math.exp, held_out=False,
+    sums=TEACHER_ENTROPY_AT_T.sums, of=math.exp, held_out=False, over=ALIGNED,
 )  # fmt: skip
-TOP1_AGREEMENT = Statistic("top1_agreement", "share of labels", "the student's first choice is the teacher's")
-TEMPERATURE = Statistic("temperature", "T", "mean of T_s over rows", held_out=False)
-TEACHER_TEMPERATURE = Statistic("teacher_temperature", "T", "mean of T_t over rows", held_out=False)
+TOP1_AGREEMENT = Statistic(
+    "top1_agreement", "share of labels", "the student's first choice is the teacher's", over=ALIGNED
+)
+TEMPERATURE = Statistic("temperature", "T", "mean of T_s over rows", held_out=False, over=ALIGNED)
+TEACHER_TEMPERATURE = Statistic("teacher_temperature", "T", "mean of T_t over rows", held_out=False, over=ALIGNED)
 TEMPERATURE_MIN = Statistic("temperature_min", "T", "the smallest T_s of a row", reduction="min", held_out=False)
 TEMPERATURE_MAX = Statistic("temperature_max", "T", "the largest T_s of a row", reduction="max", held_out=False)
 AUX = Statistic(
     "aux_loss", "per label", "auxiliary loss of a mixture of experts' routers, without its coefficient",
-    sums=("aux",), needs_teacher=False, of_loss=False,
+    sums=("aux",), needs_teacher=False, held_out=False, of_loss=False,
+)  # fmt: skip
+ALIGNED_SHARE = Statistic(
+    "aligned_share", "share of labels", "those that are the same for a teacher with another tokenizer, and have a `kd_loss`",
+    sums=(ALIGNED,), of_loss=False,
+)  # fmt: skip
+COMMON_MASS = Statistic(
+    "common_mass", "share", "of the student's probability on tokens that both vocabularies have, at aligned labels",
+    of_loss=False, over=ALIGNED,
+)  # fmt: skip
+TEACHER_COMMON_MASS = Statistic(
+    "teacher_common_mass", "share", "the same of the teacher's probability", of_loss=False, over=ALIGNED
+)
+CE_PER_BYTE = Statistic(
+    "ce_per_byte", "nats per byte", "the student's cross-entropy of answers, where the teacher has another tokenizer",
+    sums=("covered_ce",), of_loss=False, over=BYTES,
+)  # fmt: skip
+TEACHER_CE_PER_BYTE = Statistic(
+    "teacher_ce_per_byte", "nats per byte", "the teacher's of the same bytes", sums=("covered_teacher_ce",),
+    of_loss=False, over=BYTES,
 )  # fmt: skip
 
 
@@ -159,6 +187,7 @@ STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
     *GENERATED_LABELS, GENERATED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED, GENERATED_REPETITION,
+    ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE,
 )  # fmt: skip
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)

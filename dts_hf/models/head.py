@@ -49,6 +49,11 @@ class Head:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
+    def take(self, ids: Tensor) -> Head:
+        """The same head for some ids ``[K]`` alone, as a copy; gradients flow back to their rows."""
+        bias = None if self.bias is None else self.bias.index_select(0, ids)
+        return replace(self, weight=self.weight.index_select(0, ids), bias=bias)
+
     def activate(self, raw: Tensor) -> Tensor:
         """Scale and soft-cap raw logits ``[C, V]`` (returns ``raw`` itself where there is nothing to do)."""
         logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from dts_hf.alignment import batch as alignment_keys
 from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
@@ -35,6 +36,7 @@ from dts_hf.loss.statistics import AUX, OF_TEACHER, ROWS
 from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.on_policy.settings import OnPolicySettings
+from dts_hf.teachers.aligned import CommonIds, aligned_share
 from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
@@ -70,8 +72,10 @@ from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
 FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET, *TEACHER_BATCH.values())
-#: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
+#: Columns of a batch that neither model is given; those of ``alignment`` are a batch of the teacher's own.
+NOT_FOR_MODELS = frozenset(
+    {"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS, *alignment_keys.KEYS}
+)
 
 
 def is_for_teachers(key: str) -> bool:
@@ -112,6 +116,8 @@ class DistillationTrainer(OnPolicyTrainer):
         packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
+        alignment: ``overlap`` lets the teacher have another tokenizer (``teacher_tokenizer``): it reads rows in its own
+            template, and is compared on the bytes and tokens that both share. See docs/other_tokenizers.md.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
             configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
@@ -173,7 +179,7 @@ class DistillationTrainer(OnPolicyTrainer):
         max_length: int = 512, max_prompt_length: int = 256, long_rows: str = "drop",
         columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
-        vocab_alignment: str = "strict",
+        vocab_alignment: str = "strict", alignment: str | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
@@ -192,7 +198,7 @@ class DistillationTrainer(OnPolicyTrainer):
         check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
         model = first_student(model, model_init, args, **kwargs)
         pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
-                             peft_config, teacher_weights)  # fmt: skip
+                             peft_config, teacher_weights, alignment)  # fmt: skip
         self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
@@ -202,12 +208,13 @@ class DistillationTrainer(OnPolicyTrainer):
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
         rows = LanguageRows(pair, prompt_template, limits, collator, columns, routing)
+        self.alignment, self.common = alignment, None if rows.aligner is None else CommonIds(rows.aligner.common)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
             pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
-            classes=self.vocab_size, loss_options=loss_options,
+            classes=self.vocab_size if self.common is None else len(self.common.common), loss_options=loss_options,
             columns=LogColumns(pair.taught, teachers=tuple(teachers or ())), temperature_per_teacher=temperature_per_teacher,
             rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), on_policy=on_policy, **kwargs,
         )  # fmt: skip
@@ -245,8 +252,11 @@ class DistillationTrainer(OnPolicyTrainer):
         return self.teacher.spec.facts if isinstance(self.teacher, (CopyTeacher, SharedTeacher)) else {}
 
     def describe_objective(self) -> dict[str, Any]:
+        aligned = {} if self.alignment is None else {"alignment": self.alignment}
         router = self.router.coefficient if self.router else None
-        return {**super().describe_objective(), "router_aux_loss": router, **objective_of_teacher(self.teacher)}
+        return {
+            **super().describe_objective(), "router_aux_loss": router, **objective_of_teacher(self.teacher), **aligned
+        }  # fmt: skip
 
     @property
     def teacher_records(self) -> dict[str, dict[str, Any]]:
@@ -377,7 +387,10 @@ class DistillationTrainer(OnPolicyTrainer):
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
         given = {key: value for key, value in inputs.items() if is_for_teachers(key)}
-        shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
+        if self.common is None:
+            shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
+        else:
+            shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common)]
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
