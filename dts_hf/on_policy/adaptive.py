@@ -45,8 +45,8 @@ class AdaptiveFraction:
 
     def __init__(self, start: float = 0.0, *, eps: float = 0.1, step: float = 0.1) -> None:
         self.start, self.eps, self.step = start, eps, step
-        self.fraction, self.compared_with = start, None
-        self.compared_with: float | None
+        self.fraction = start
+        self.compared_with: float | None = None
 
     def reset(self) -> None:
         """As before the first step."""

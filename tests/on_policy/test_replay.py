@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dts_hf.errors import UserError
-from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.head import Head
 from dts_hf.on_policy.replay import ONLY, ReplayBuffer, ReplayRow, most_bytes, share_of_capacity
@@ -16,7 +15,7 @@ from dts_hf.teachers.several import Share
 def row(number, labels=3, prompt=2, **more):
     ids = torch.arange(prompt + labels, dtype=torch.int32) + 10 * number
     targets = torch.cat([torch.full((prompt,), IGNORE_INDEX, dtype=torch.int32), ids[prompt:]])
-    return ReplayRow(ids, targets, prompt, row_id=number, finished=bool(number % 2), **more)
+    return ReplayRow(ids, targets, row_id=number, **more)
 
 
 def head(width=4):
@@ -25,7 +24,7 @@ def head(width=4):
 
 def filled(capacity, rows, **options):
     buffer = ReplayBuffer(capacity, **options)
-    return buffer, buffer.add(rows)
+    return buffer, [buffer.add(one) for one in rows]
 
 
 def test_the_oldest_goes_first():
@@ -37,11 +36,11 @@ def test_the_oldest_goes_first():
 
 def test_a_row_without_a_label_is_not_kept():
     buffer, numbers = filled(4, [row(0), row(1, labels=0), row(2)])
-    assert numbers == [0, -1, 1] and len(buffer) == 2
+    assert numbers == [0, None, 1] and len(buffer) == 2
     only_first = row(3)
     only_first.labels[:] = IGNORE_INDEX
     only_first.labels[0] = 5  # nothing predicts the first token
-    assert buffer.add([only_first]) == [-1]
+    assert buffer.add(only_first) is None
 
 
 def test_an_empty_buffer_has_nothing_to_draw():
@@ -79,7 +78,6 @@ def test_states_come_back_in_the_order_of_the_batch():
     states = torch.randn(5, 4, dtype=torch.bfloat16)
     buffer.keep_states(numbers, [Share(states, head())], [2, 0, 3])
     kept = [numbers[0], numbers[2]]
-    assert buffer.has_states(kept)
     assert torch.equal(buffer[numbers[2]].states[ONLY], states[2:])
     (share,) = buffer.shares(kept[::-1], [Share(None, head())], torch.device("cpu"))
     assert share.rows is None and torch.equal(share.states, torch.cat([states[2:], states[:2]]))
@@ -129,20 +127,15 @@ def test_states_of_other_rows_are_refused():
 def test_states_need_not_be_kept():
     buffer, numbers = filled(5, [row(0), row(1)], keeps_states=False)
     buffer.keep_states(numbers, [Share(torch.randn(6, 4), head())], [3, 3])
-    assert not buffer.has_states(numbers)
-
-
-def compact(count):
-    logits = torch.randn(count, 30)
-    return CompactRows.of(logits, torch.zeros(count, dtype=torch.int64), 5)
+    assert not any(buffer[number].states for number in numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_checkpoint_holds_it_bit_for_bit(tmp_path, dtype):
     buffer, numbers = filled(4, [row(number, labels=number % 3, prompt=1 + number) for number in range(6)])
-    live = [number for number in numbers if number >= 0]
+    live = [number for number in numbers if number in (0, 1, 2, 3)]
     counts = [number % 3 for number in range(6)]
-    shares = [Share(torch.randn(6, 4).to(dtype), head(), None, 0.5, "a"), Share(compact(6), None, None, 0.5, "b")]
+    shares = [Share(torch.randn(6, width).to(dtype), head(width), None, 0.5, f"t{width}") for width in (4, 6)]
     buffer.keep_states(numbers, shares, counts)
     buffer.save(tmp_path, rank=1)
     other = ReplayBuffer(4)
@@ -151,20 +144,19 @@ def test_a_checkpoint_holds_it_bit_for_bit(tmp_path, dtype):
     for number in live:
         one, two = buffer[number], other[number]
         assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.labels, two.labels)
-        for name in ("prompt_length", "row_id", "finished", "teacher"):
-            assert getattr(one, name) == getattr(two, name)
-        assert two.states["a"].dtype == dtype and torch.equal(one.states["a"], two.states["a"])
-        for part in ("ids", "logits", "tail"):
-            assert torch.equal(getattr(one.states["b"], part), getattr(two.states["b"], part))
+        assert (one.row_id, one.teacher) == (two.row_id, two.teacher)
+        assert one.states.keys() == two.states.keys() == {"t4", "t6"}
+        for name, states in one.states.items():
+            assert two.states[name].dtype == dtype and torch.equal(states, two.states[name])
     assert other.draw(4, seed=3, step=9) == buffer.draw(4, seed=3, step=9)
-    assert other.add([row(7)]) == buffer.add([row(7)])
+    assert other.add(row(7)) == buffer.add(row(7)) == 4
 
 
 def test_an_empty_buffer_goes_through_a_checkpoint(tmp_path):
     ReplayBuffer(4).save(tmp_path, rank=0)
     other, _ = filled(4, [row(0)])
     other.load(tmp_path, rank=0)
-    assert len(other) == 0 and other.add([row(0)]) == [0]
+    assert len(other) == 0 and other.add(row(0)) == 0
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path):
@@ -192,7 +184,7 @@ def test_its_memory_is_below_what_is_stated():
     bound = most_bytes(4, tokens=5, labels=3, bytes_of_label=4 * 4)
     assert buffer.nbytes == bound == 4 * (8 * 5 + 3 * 16)
     buffer.clear()
-    assert buffer.nbytes == 0 and buffer.add([row(0)]) == [0]
+    assert buffer.nbytes == 0 and buffer.add(row(0)) == 0
 
 
 def test_processes_share_the_capacity():
