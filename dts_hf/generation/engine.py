@@ -39,7 +39,7 @@ from dts_hf.generation.cache import can_join, growing_cache, join_rows, keep_row
 from dts_hf.generation.fixed_batch import FixedBatch, decode
 from dts_hf.generation.progress import progress_bar
 from dts_hf.generation.prompts import checked_prompts
-from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, noise_keys
+from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, noise_keys, nucleus
 from dts_hf.models.compilation import without_compiled_layers
 from dts_hf.models.head import without_adapters
 
@@ -61,6 +61,8 @@ class GenerationSettings:
             when greedy.
         seed: of the sampling noise. Unused when greedy.
         no_repeat_ngram_size: no n-gram of prompt and answer may occur twice; 0 switches the rule off.
+        top_p: draw from the likeliest tokens that together have this probability (``sampling.nucleus``); 1: from all.
+            Unused when greedy.
 
     Raises:
         UserError: a value out of range.
@@ -72,6 +74,7 @@ class GenerationSettings:
     temperature: float = 1.0
     seed: int = 10
     no_repeat_ngram_size: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("no_repeat_ngram_size", 0)):
@@ -81,13 +84,22 @@ class GenerationSettings:
             raise UserError(
                 f"temperature: got {self.temperature}, expected a number above 0 (for greedy text: do_sample=False)"
             )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: got {self.top_p}, expected a number above 0, at most 1")
 
 
 class Generated(NamedTuple):
-    """One answer: its tokens without the end-of-sequence token, and whether that token was reached."""
+    """One answer.
+
+    Attributes:
+        tokens: without the token that ended it.
+        finished: such a token was reached.
+        end: which of several it was; None: none, or whoever answered does not say.
+    """
 
     tokens: list[int]
     finished: bool
+    end: int | None = None
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: Any, turn_ends: Sequence[int] = ()) -> list[int]:
@@ -187,7 +199,7 @@ def generate(
             show(job.rows_done, job.tokens_made)
         while job.together and on_any_process(False, _device(job.model)):
             _call_along(job)
-    return [Generated(tokens, finished) for tokens, finished in zip(job.tokens, job.finished, strict=True)]
+    return [job.answer(row) for row in range(len(inputs))]
 
 
 @dataclass
@@ -206,14 +218,14 @@ class _Job:
     tokens_made: int = 0
     together: bool = field(init=False)
     tokens: list[list[int]] = field(init=False)
-    finished: list[bool] = field(init=False)
+    ends: list[int | None] = field(init=False)
     done: list[bool] = field(init=False)
     forward_options: dict[str, Any] = field(init=False)
     cache_argument: str = field(init=False)
 
     def __post_init__(self) -> None:
         count = len(self.prompts)
-        self.tokens, self.finished, self.done = [[] for _ in range(count)], [False] * count, [False] * count
+        self.tokens, self.ends, self.done = [[] for _ in range(count)], [None] * count, [False] * count
         keeps = "logits_to_keep" in inspect.signature(without_adapters(self.model).forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
         self.cache_argument = cache_argument(self.model)
@@ -222,17 +234,23 @@ class _Job:
     def add(self, row: int, token: int) -> None:
         """Take the next token of the answer to ``row``."""
         tokens = self.tokens[row]
-        self.finished[row] = token in self.eos
-        if not self.finished[row]:
+        ended = token in self.eos
+        if ended:
+            self.ends[row] = token
+        else:
             tokens.append(token)
             self.tokens_made += 1
             if self.on_token is not None:
                 self.on_token(row, token)
-        if self.finished[row] or len(tokens) >= self.settings.max_new_tokens:
+        if ended or len(tokens) >= self.settings.max_new_tokens:
             self.done[row] = True
             self.rows_done += 1
             if self.on_finished is not None:
-                self.on_finished(row, Generated(tokens, self.finished[row]))
+                self.on_finished(row, self.answer(row))
+
+    def answer(self, row: int) -> Generated:
+        """To ``row``, as far as it goes."""
+        return Generated(self.tokens[row], self.ends[row] is not None, self.ends[row])
 
 
 @dataclass
@@ -309,6 +327,7 @@ def _checked_fixed_batch(job: _Job, batch: _Batch, size: int, keys: Tensor | Non
             additive=model.config._attn_implementation == "eager",
             ngram=settings.no_repeat_ngram_size,
             temperature=settings.temperature if settings.do_sample else None,
+            top_p=settings.top_p,
         )
         fixed.record()
         fixed.load(batch.cache, batch.history, keys, made)
@@ -397,7 +416,7 @@ def _choose_next(job: _Job, batch: _Batch, logits: Tensor) -> None:
     if settings.do_sample:
         draws = [(job.keys[row], len(job.tokens[row])) for row in batch.rows]
         noise = gumbel_noise(settings.seed, draws, logits.shape[-1], logits.device)
-        logits = noise.add_(logits.float() / settings.temperature)
+        logits = noise.add_(nucleus(logits.float() / settings.temperature, settings.top_p))
     chosen = logits.float().argmax(-1)  # `argmax` of bf16 is slow on a CPU
     batch.history = torch.cat([batch.history, chosen[:, None]], dim=1)
     for row, token in zip(batch.rows, chosen.tolist(), strict=True):

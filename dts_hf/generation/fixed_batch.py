@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from dts_hf.generation.sampling import NOTHING, gumbel_of_keys, repeated_ngrams
+from dts_hf.generation.sampling import NOTHING, gumbel_of_keys, nucleus, repeated_ngrams
 
 TOKENS_PER_LOOK = 16
 _WARM_UP = 3  # steps before the recording: libraries choose their kernels and take their workspaces
@@ -68,6 +68,7 @@ class FixedBatch:
         additive: the attention adds its mask to the scores; else it is given which columns may be seen.
         ngram: no n-gram of this length twice; 0: no such rule.
         temperature: of sampling; None: the largest logit.
+        top_p: of sampling, see ``sampling.nucleus``.
 
     Attributes:
         logits: [B, V] of the last step.
@@ -83,8 +84,10 @@ class FixedBatch:
         additive: bool,
         ngram: int = 0,
         temperature: float | None = None,
+        top_p: float = 1.0,
     ) -> None:
         self.forward, self.additive, self.ngram, self.temperature = forward, additive, ngram, temperature
+        self.top_p = top_p
         self.rows, self.columns = rows, max(columns, _LEAST_COLUMNS)
         layers: list[Any] = like.layers
         self.dtype, device = layers[0].keys.dtype, layers[0].keys.device
@@ -170,7 +173,7 @@ class FixedBatch:
             scores = scores.masked_fill(banned, float("-inf"))
         if self.temperature is not None:
             keys = self.noise_keys.index_select(0, self.draw)[0]
-            scores = gumbel_of_keys(keys, scores.shape[-1]).add_(scores / self.temperature)
+            scores = gumbel_of_keys(keys, scores.shape[-1]).add_(nucleus(scores / self.temperature, self.top_p))
         chosen = scores.argmax(-1, keepdim=True)
         for counter in (self.column, self.positions, self.draw):
             counter.add_(1)

@@ -62,6 +62,25 @@ def repeated_ngrams(history: Tensor, end: Tensor, n: int, vocabulary: int) -> Te
     return banned.scatter_(1, last.masked_fill(~again, vocabulary), True)[:, :vocabulary]
 
 
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """``scores`` with minus infinity on all but the likeliest tokens that together have the probability ``top_p``.
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the smallest such set, so at least one token. Each row by
+    itself, with a stable sort: of equal scores the lower id comes first, whatever the batch.
+
+    Args:
+        scores: [B, V], divided by the temperature already.
+        top_p: above 0; 1 and more keep all.
+    """
+    if top_p >= 1:
+        return scores
+    ordered, places = scores.sort(dim=-1, descending=True, stable=True)
+    shares = ordered.softmax(-1)
+    outside = shares.cumsum(-1) - shares >= top_p  # by what comes before a token: the one that crosses the line is in
+    outside[:, 0] = False
+    return scores.masked_fill(outside.scatter(1, places, outside), float("-inf"))
+
+
 def gumbel_noise(seed: int, draws: Sequence[tuple[str, int]], vocabulary: int, device: torch.device | str) -> Tensor:
     """Return standard Gumbel noise [B, V], fp32, each row a function of (seed, its key, its step) alone.
 

@@ -74,7 +74,7 @@ def vllm_generate(
         SamplingParams(
             max_tokens=settings.max_new_tokens,
             temperature=settings.temperature if settings.do_sample else 0.0,
-            top_p=1.0,
+            top_p=settings.top_p if settings.do_sample else 1.0,
             top_k=0,
             seed=_row_seed(settings.seed, key),
             stop_token_ids=list(eos_token_ids),
@@ -87,7 +87,7 @@ def vllm_generate(
         tokens = list(output.outputs[0].token_ids)
         # Its own end tokens count too; the one that ended the answer is the last of its ids
         finished = output.outputs[0].finish_reason == "stop"
-        answers.append(Generated(tokens[:-1] if finished else tokens, finished))
+        answers.append(Generated(tokens[:-1], True, *tokens[-1:]) if finished else Generated(tokens, False))
         if on_finished is not None:
             on_finished(position, answers[-1])
     return answers

@@ -206,6 +206,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             packing=recipe.data.model_dump()["packing"],
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
+            on_policy=None if recipe.data.on_policy is None else recipe.data.on_policy.model_dump(),
             vocab_alignment=next((one.vocab_alignment for one in recipe.all_teachers.values()), "strict"),
             **(self.trainer_options(models, data) | self._of_teachers(models)),
         )

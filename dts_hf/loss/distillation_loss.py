@@ -118,6 +118,7 @@ class DistillationLoss(nn.Module):
         normalizer: float | Tensor,
         sequences: Tensor | None = None,
         teacher: str | None = None,
+        kd_ratio: float | None = None,
     ) -> LossOutput:
         """Return the loss of N rows over the normaliser, and the sums over these rows that are logged.
 
@@ -135,6 +136,7 @@ class DistillationLoss(nn.Module):
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
                 with ``needs_sequence_gap``.
             teacher: whose rows they are, where each of several teachers has a temperature of its own.
+            kd_ratio: of this call, in the place of the loss's and the policy's own; None: theirs.
 
         Returns:
             the loss ``[]``, whose backward pass can be run once, and detached sums.
@@ -144,8 +146,8 @@ class DistillationLoss(nn.Module):
             UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
         policy = self.temperature.of_teacher(teacher)
-        ratio = policy.kd_ratio
-        kd_ratio = self.kd_ratio if ratio is None else ratio
+        if kd_ratio is None:
+            kd_ratio = self.kd_ratio if policy.kd_ratio is None else policy.kd_ratio
         if teacher_states is None or teacher_head is None:
             check_has_teacher(False, kd_ratio)
             teacher_states, teacher_head = None, student_head

@@ -81,6 +81,23 @@ class Totals(dict[str, float]):
             observed=tuple(value / rows for value in self.vectors.get(stats.OBSERVED + suffix, ())),
         )
 
+    def of_generated_text(self) -> Totals:
+        """Those of a step whose labels are the student's own text, apart from labels of the data.
+
+        What is measured on labels has names of its own; the others keep theirs too, and are of both kinds. Those of each of
+        several teachers are of the data alone.
+        """
+        found = Totals()
+        hidden = {name for statistic in stats.OF_LABELS for name in statistic.sums}
+        found.update(
+            {name: value for name, value in self.items() if stats.OF_TEACHER not in name and name not in hidden}
+        )
+        apart = {stats.ROWS, *(name for statistic in stats.GENERATED_LABELS for name in statistic.sums)}
+        for name, value in self.items():
+            if name == stats.ROWS or f"{stats.OF_GENERATED}{name}" in apart:
+                found[f"{stats.OF_GENERATED}{name}"] = value
+        return found
+
     def add_policy_values(self, values: Mapping[str, float | None]) -> None:
         """Put what the policy wants logged beside the sums, weighted with the rows like them; None is left out."""
         rows = self[stats.ROWS]
@@ -109,11 +126,13 @@ class LogColumns:
             held_out: the line is about held-out rows, at T = 1 (the names are then without their ``eval_``).
         """
         means: dict[str, float] = {}
+        generated = totals.get(f"{stats.OF_GENERATED}{stats.ROWS}", 0.0)
+        of_data = {**totals, stats.ROWS: totals[stats.ROWS] - generated}
         for statistic in stats.STATISTICS:
             name = statistic.regression if self.regression else statistic.log
             hidden = (statistic.needs_teacher and not self.teacher) or (held_out and not statistic.held_out)
             if name and not hidden and all(part in totals for part in statistic.sums):
-                means[name] = statistic.number(totals)
+                means[name] = statistic.number(of_data if statistic in stats.OF_LABELS else totals)
         if self.teacher and not self.regression:
             rows = totals[stats.ROWS] or math.nan
             of_policy = {name: value for name, value in totals.items() if name.startswith(stats.OF_POLICY)}

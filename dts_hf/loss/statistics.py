@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 #: ``sum``: added over rows, micro-batches, ranks and steps, and divided by ``ROWS`` at the end; the others: the extreme.
@@ -25,6 +25,10 @@ ROWS = "rows"
 TEMPERATURE_GRAD, OBSERVED = "temperature_grad", "observed"
 #: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``), while they are summed up.
 OF_POLICY = "policy_"
+#: Before the names of sums over labels that are text of the student's own (``on_policy``); ``ROWS`` counts both kinds.
+OF_GENERATED = "generated_"
+#: Of such text, by row and not by label: rows that could be answered, rows that were, and sums over the latter.
+TEXTS, GENERATED_TEXTS = "texts", "generated_texts"
 #: Between the name of a number and that of the teacher whose rows it is about, where there are several: ``kd_loss/math``.
 OF_TEACHER = "/"
 
@@ -45,6 +49,7 @@ class Statistic:
         held_out: whether held-out lines have it; what describes the temperature says nothing at T = 1.
         regression: its name where the task is a regression and its sum holds squared errors; empty: not logged there.
         of_loss: whether the loss fills its sums, in every call; else somebody else may.
+        over: the sum that its own sums are divided by.
     """
 
     log: str
@@ -57,6 +62,7 @@ class Statistic:
     held_out: bool = True
     regression: str = ""
     of_loss: bool = True
+    over: str = ROWS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sums", self.sums or (self.log,))  # frozen
@@ -69,7 +75,7 @@ class Statistic:
 
     def number(self, totals: Mapping[str, float]) -> float:
         """The number that is logged, from reduced sums; NaN where there was no row."""
-        rows = totals[ROWS] or math.nan
+        rows = totals[self.over] or math.nan
         summed = self.reduction == "sum"
         return self.of(*(totals[name] / rows if summed else totals[name] for name in self.sums))
 
@@ -117,10 +123,39 @@ AUX = Statistic(
     sums=("aux",), needs_teacher=False, of_loss=False,
 )  # fmt: skip
 
+
+def _of_generated(statistic: Statistic) -> Statistic:
+    """The same of the labels that are text of the student's own."""
+    return replace(
+        statistic, log=f"{OF_GENERATED}{statistic.log}", meaning=f"`{statistic.log}` on text of the student's own",
+        sums=tuple(f"{OF_GENERATED}{name}" for name in statistic.sums), over=f"{OF_GENERATED}{ROWS}", held_out=False,
+        regression="", of_loss=False,
+    )  # fmt: skip
+
+
+def _of_texts(log: str, unit: str, meaning: str, over: str = GENERATED_TEXTS) -> Statistic:
+    return Statistic(
+        f"{OF_GENERATED}{log}", unit, meaning, needs_teacher=False, held_out=False, of_loss=False, over=over
+    )
+
+
+#: What is measured on labels that the data has: text of the student's own counts in columns of its own.
+OF_LABELS = (CE, TEACHER_CE, GAP)
+#: The same on text of the student's own.
+GENERATED_LABELS = tuple(_of_generated(statistic) for statistic in (CE, KD, TEACHER_CE, KL))
+GENERATED_SHARE = replace(
+    _of_texts("share", "share of rows", "rows that the student has answered itself", TEXTS), sums=(GENERATED_TEXTS,)
+)
+GENERATED_LENGTH = _of_texts("length", "tokens", "mean length of its answers, their end included")
+GENERATED_TRUNCATED = _of_texts("truncated", "share of answers", "ran into `max_new_tokens`, and have no end")
+GENERATED_ENDED = _of_texts("ended", "share of answers", "came to an end of turn")
+GENERATED_REPETITION = _of_texts("repetition", "share of 4-grams", "mean share that an answer has said before")
+
 #: In the order of a log line.
 STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
+    *GENERATED_LABELS, GENERATED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED, GENERATED_REPETITION,
 )  # fmt: skip
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)

@@ -1,1 +1,1 @@
-"""The student's own text as training rows."""
+"""The student's own text in training (GKD, arXiv 2306.13649): when it answers, how, and the rows that its answers make."""

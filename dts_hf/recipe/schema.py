@@ -30,6 +30,7 @@ from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.errors import UserError, nearest
+from dts_hf.on_policy.settings import Schedule, schedule_problem
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -332,6 +333,37 @@ class Packing(Section):
     )
 
 
+class OnPolicy(Section):
+    """Steps in which the student answers the prompts itself, and learns what the teacher says of its text (GKD)."""
+
+    fraction: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the optimizer steps whose rows the student answers."
+    )
+    schedule: Schedule = Field(
+        default="constant", description="How the share moves over the run: not at all, or to end_fraction."
+    )
+    end_fraction: float | None = Field(
+        default=None, ge=0, le=1, description="The share at the end of the run; with schedule linear or cosine."
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Of sampling; not that of the loss."
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw from the likeliest tokens that have this probability together."
+    )
+    max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens; no other limit cuts it.")
+    batch_size: Count = Field(
+        default=32, description="Prompts that one device answers at once; in float32 it does not change the answers."
+    )
+    seed: CountFromZero | None = Field(default=None, description="Of coin and text; null: training.seed.")
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> OnPolicy:
+        if problem := schedule_problem(self.schedule, self.end_fraction):
+            raise ValueError(problem)
+        return self
+
+
 def _known_fields(value: dict[str, str | None]) -> dict[str, str | None]:
     if problem := unknown_fields(value):
         raise ValueError(problem)
@@ -434,6 +466,11 @@ class Data(Section):
         ge=0,
         le=1,
         description="Teacher answers of which a larger share of 4-grams was said before are left out; 1: none.",
+    )
+    on_policy: OnPolicy | None = Field(
+        default=None,
+        description="Mixed data: in a share of the steps the student answers the prompts itself; null: the data alone. See "
+        "docs/on_policy.md.",
     )
     max_train_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     max_validation_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
@@ -623,6 +660,8 @@ class Recipe(Section):
         if not self.all_teachers and self.loss.kd_ratio > 0:
             without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
+        if problem := on_policy_problem(self):
+            raise ValueError(problem)
         if not self.all_teachers and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
         init = self.student.init
@@ -653,6 +692,7 @@ class Recipe(Section):
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
                 "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
+                "data.on_policy": self.data.on_policy is not None,
                 "data.validation as a share": isinstance(self.data.validation, float),
                 "data.columns": bool(self.data.columns),
             }
@@ -758,6 +798,21 @@ def several_problem(recipe: Recipe) -> str:
         return "task: classifiers have one teacher; give teacher in the place of teachers"
     if len({section.vocab_alignment for section in teachers.values()}) > 1:
         return "teachers: their vocab_alignment differs, expected the same for all: the student has one vocabulary"
+    return ""
+
+
+def on_policy_problem(recipe: Recipe) -> str:
+    """What of ``recipe`` does not go with ``data.on_policy``; empty where nothing is wrong."""
+    if recipe.data.on_policy is None:
+        return ""
+    if not recipe.all_teachers:
+        return "data.on_policy: there is no teacher, and the student's own text has no labels; give teacher"
+    for key, section in recipe.all_teachers.items():
+        if section.kind == "cached" and section.missing == "error":
+            return (
+                f"data.on_policy: the cache of {key} knows the rows of the data, and the student's answers are others; "
+                f"expected {key}.missing: live, which has the teacher answer them, or {key}.kind: live"
+            )
     return ""
 
 

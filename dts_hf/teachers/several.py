@@ -277,6 +277,7 @@ def loss_of_shares(
     targets: Tensor,
     normalizer: float | Tensor,
     sequences: Tensor | None,
+    kd_ratio: float | None = None,
 ) -> LossOutput:
     """The loss of N rows, each by its teacher or by all: the weighted sum of the shares' losses, over one normaliser.
 
@@ -291,9 +292,12 @@ def loss_of_shares(
         targets: ``[N]``.
         normalizer: labels of the whole optimizer step over the number of processes, the same for all shares.
         sequences: ``[N]``, see ``DistillationLoss.forward``.
+        kd_ratio: see there.
     """
     if len(shares) == 1 and shares[0].rows is None and shares[0].teacher is None:
-        return cast(LossOutput, loss(states, head, shares[0].states, shares[0].head, targets, normalizer, sequences))
+        (one,) = shares
+        output = loss(states, head, one.states, one.head, targets, normalizer, sequences, kd_ratio=kd_ratio)
+        return cast(LossOutput, output)
     sums: dict[str, Tensor] = {}
     total: Tensor | None = None
     # One without a row would make a gradient of zeros as large as the head. One of all must stay in the graph.
@@ -306,7 +310,7 @@ def loss_of_shares(
             own_sequences = None if sequences is None else sequences.index_select(0, share.rows)
         output = loss(
             own_states, head if share in busy else frozen, share.states, share.head, own_targets,
-            normalizer / share.weight, own_sequences, share.teacher,
+            normalizer / share.weight, own_sequences, share.teacher, kd_ratio,
         )  # fmt: skip
         total = output.loss if total is None else total + output.loss
         _add(sums, output.sums, share)

@@ -64,12 +64,15 @@ class DistillationBase(ResumableTrainer):
         loss: of training.
         eval_loss: of held-out rows, at T = 1.
         sums: of the step and of the evaluation that run, and since the last log line.
+        generated_step: whether the rows of the step that runs are text of the student's own.
         facts: policy, divergence, ``kd_ratio``, teacher and student as flat words. Callbacks find them in
             ``args.distillation``, trackers among their parameters.
 
     Raises:
         UserError: anything that does not fit together.
     """
+
+    generated_step = False
 
     def __init__(
         self,
@@ -254,6 +257,7 @@ class DistillationBase(ResumableTrainer):
             prepare_run=self._prepare_run,
             agree_to_stop=self.interruption.agree,
             observe_loss=self.non_finite.observe,
+            generated_step=lambda: self.generated_step,
         )
         return [self._temperature_callback]
 

@@ -34,6 +34,7 @@ class TemperatureCallback(TrainerCallback):
         prepare_run: takes the step at which training starts and the steps of the whole run, before the first of them.
         agree_to_stop: takes whether any rank was asked to stop, at the end of each step.
         observe_loss: takes whether the loss of a step with labels is finite, at its end.
+        generated_step: whether the rows of the step are text of the student's own; the policy is then not told of it.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class TemperatureCallback(TrainerCallback):
         prepare_run: Callable[[int, int], None],
         agree_to_stop: Callable[[bool], None],
         observe_loss: Callable[[bool], None],
+        generated_step: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy, self.sums = policy, sums
         self.totals_of_step, self.prepare_run = totals_of_step, prepare_run
         self.agree_to_stop, self.observe_loss = agree_to_stop, observe_loss
+        self.generated_step = generated_step
         self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -73,9 +76,11 @@ class TemperatureCallback(TrainerCallback):
         self.labelled_steps += 1
         # 2. What was in force in the step that ends here goes into the log, before the policy moves on.
         totals.add_policy_values({"temperature_cosine": self.policy.cosine, **self.policy.log_values()})
-        self.sums.mean_log.add(totals)
-        # 3. The policy sees the means of the whole step.
-        self.policy.end_step(totals.step_stats())
+        generated = self.generated_step()
+        self.sums.mean_log.add(totals.of_generated_text() if generated else totals)
+        # 3. The policy sees the means of the whole step; of the student's own text the gap is another quantity.
+        if not generated:
+            self.policy.end_step(totals.step_stats())
         self.observe_loss(math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]))
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:

@@ -31,6 +31,7 @@ from dts_hf.loss.selection import response_positions, select_response, sequence_
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
+from dts_hf.on_policy.settings import OnPolicySettings
 from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
@@ -41,7 +42,7 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
-from dts_hf.training.generating_trainer import GeneratingTrainer
+from dts_hf.training.on_policy_trainer import OnPolicyTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
@@ -51,7 +52,7 @@ FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
 NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
 
 
-class DistillationTrainer(GeneratingTrainer):
+class DistillationTrainer(OnPolicyTrainer):
     """Distil ``teacher`` into ``model``.
 
     Args:
@@ -92,6 +93,9 @@ class DistillationTrainer(GeneratingTrainer):
             False: one state sees all rows.
         teacher_placement: ``replicated``, the whole teacher on every process, or ``sharded``, spread over all of them
             (see ``distributed.sharding.shard_teacher``).
+        on_policy: ``OnPolicySettings`` or a mapping of its options, such as ``{"fraction": 0.5}``: in that share of the
+            steps the student answers the prompts itself, and learns what the teacher says of its text. See
+            docs/on_policy.md.
         data_collator: makes the batches of tokenised rows instead of our own padding. Rows come to it as they are, with
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
@@ -140,6 +144,7 @@ class DistillationTrainer(GeneratingTrainer):
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
         router_aux_loss: str = "model",
+        on_policy: OnPolicySettings | Mapping[str, Any] | None = None,
         data_collator: Any = None,
         peft_config: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
@@ -168,7 +173,7 @@ class DistillationTrainer(GeneratingTrainer):
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
             classes=self.vocab_size, loss_options=loss_options,
             columns=LogColumns(pair.taught, teachers=tuple(teachers or ())), temperature_per_teacher=temperature_per_teacher,
-            rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
+            rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), on_policy=on_policy, **kwargs,
         )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]
         # 3. What needs the Trainer: a collator of the user's as the data loaders call it, and the device.
@@ -290,6 +295,8 @@ class DistillationTrainer(GeneratingTrainer):
         normalizer = self.normalizer(labels, num_items_in_batch)
         positions = response_positions(labels, self.labels_on_host(inputs))
         loss_fn, meter = self.loss_and_meter(model.training)
+        # What the student has said itself is no label: the divergence alone (docs/on_policy.md)
+        kd_ratio = 1.0 if self.generated_step and model.training else None
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
@@ -301,7 +308,7 @@ class DistillationTrainer(GeneratingTrainer):
         def loss_of_states(states: Tensor, head: Head) -> Tensor:
             rows, targets = select_response(states, labels, positions)
             own_head = head.cut(self.vocab_size)
-            output = loss_of_shares(loss_fn, whole_shares, rows, own_head, targets, normalizer, sequences)
+            output = loss_of_shares(loss_fn, whole_shares, rows, own_head, targets, normalizer, sequences, kd_ratio)
             sums.update(output.sums, loss=output.loss.detach())
             return output.loss
 
@@ -317,7 +324,8 @@ class DistillationTrainer(GeneratingTrainer):
             loss = loss + (self.router.coefficient * aux_loss * sums[ROWS] / normalizer).to(loss.dtype)
             sums[AUX.sum] = aux_loss.detach() * sums[ROWS]
         # 6. The sums are reduced once a step, by TemperatureCallback.
-        meter.add({**sums, "tokens": count_tokens(inputs)})
+        of_texts = self.take_sums_of_texts() if model.training else {}
+        meter.add({**sums, **of_texts, "tokens": count_tokens(inputs)})
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _router_options(self, training: bool) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""``OnPolicyTrainer``: a distillation in some of whose steps the student answers the prompts itself (GKD, 2306.13649)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from dts_hf.data.collators import Collator
+from dts_hf.data.encoding import EncodedDataset
+from dts_hf.data.tokenised import CountingCollator
+from dts_hf.distributed.processes import gathered
+from dts_hf.errors import UserError
+from dts_hf.generation.engine import cache_argument, stop_token_ids
+from dts_hf.loss.statistics import GENERATED_TEXTS, TEXTS
+from dts_hf.models.checks import positions_of
+from dts_hf.on_policy.coin import coin
+from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch
+from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
+from dts_hf.teachers.cached.teacher import CachedTeacher
+from dts_hf.teachers.none import NoTeacher
+from dts_hf.training.generating_trainer import GeneratingTrainer
+
+#: A shorter one is no prompt: plain text is learned from its second token on.
+LEAST_PROMPT = 2
+
+
+class OnPolicyTrainer(GeneratingTrainer):
+    """A ``GeneratingTrainer`` with mixed data.
+
+    What decides is asked in the order of ``get_batch_samples``: ``generates`` (a coin of seed and step), ``rollout`` (rows
+    to rows), and ``rebuilt`` (rows to batches). A subclass changes one of them.
+
+    Args:
+        model: the student.
+        args: of the trainer.
+        positional: what else ``EvenBatchesTrainer`` takes by its place.
+        on_policy: ``OnPolicySettings``, or a mapping of its options; None: training is on the data alone.
+        kwargs: everything else that ``GeneratingTrainer`` takes.
+
+    Attributes:
+        on_policy: the settings.
+        rollout: what answers the rows of a step.
+        generated_step: whether the rows of the step that runs are answered by the student.
+        generation_seconds: that this process has spent on answers since ``train`` began.
+
+    Raises:
+        UserError: an option that there is not, or something that mixed data does not go with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *positional: Any,
+        on_policy: OnPolicySettings | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.on_policy = on_policy_settings(on_policy)
+        self.rollout: Rollout | None = None
+        self.generation_seconds = 0.0
+        self._sums_of_texts: dict[str, float] = {}
+        super().__init__(model, args, *positional, **kwargs)
+        if self.on_policy is not None:
+            seed = args.seed if self.on_policy.seed is None else self.on_policy.seed
+            self.rollout = Rollout(self.on_policy, seed)
+            self._check_on_policy()
+
+    def describe_objective(self) -> dict[str, Any]:
+        described = super().describe_objective()
+        return described if self.on_policy is None else {**described, "on_policy": dataclasses.asdict(self.on_policy)}
+
+    # ------------------------------------------------------------------------------------------- before the first step
+
+    def _check_on_policy(self) -> None:
+        """Refuse what has no answers to learn from, or nobody to judge them."""
+        teacher: Any = getattr(self, "teacher", None)
+        if isinstance(teacher, NoTeacher):
+            raise UserError(
+                "on_policy: there is no teacher, and the student's own text has no labels; expected a teacher"
+            )
+        if isinstance(teacher, CachedTeacher) and teacher.live is None:
+            raise UserError(
+                "on_policy: the cached teacher knows the rows of the data alone, and the student's answers are others; "
+                "expected teacher.missing: live (CachedTeacher(cache, live)), which has the teacher answer them, or "
+                "teacher.kind: live"
+            )
+        if not isinstance(self.data_collator, Collator):
+            raise UserError(
+                f"data_collator: got {type(self.data_collator).__name__} beside on_policy, whose rows only our collators "
+                "put together again; leave it out"
+            )
+        cache_argument(self.model)  # type: ignore[arg-type]
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "__len__"):
+            self._check_prompts(dataset)
+
+    def _check_prompts(self, dataset: Any) -> None:
+        """The rows' prompts: of tokens from elsewhere some of them, for reading a row may cost as much as training on it."""
+        step = 1 if isinstance(dataset, EncodedDataset) else max(1, len(dataset) // 256)
+        names = getattr(dataset, "row_ids", None)
+        for number in range(0, len(dataset), step):
+            if problem := self._prompt_problem(dataset[number]):
+                name = number if names is None else f"'{names[number]}'"
+                raise UserError(f"train_dataset: row {name} {problem}")
+
+    def _prompt_problem(self, row: Row) -> str:
+        """Why a row cannot be answered; empty where it can, or has nothing to answer."""
+        assert self.on_policy is not None
+        length = prompt_length(row)
+        if length is None:
+            return ""
+        if length < LEAST_PROMPT:
+            return (
+                "has no prompt that the student could answer (on_policy): its labels begin with its first tokens, as those "
+                "of plain text do; expected rows with a prompt and an answer"
+            )
+        longest = length + self.on_policy.max_new_tokens
+        pair: Any = getattr(self, "pair", None)
+        for model, role in [] if pair is None else pair.models():
+            limit = positions_of(model)
+            if limit is not None and longest > limit:
+                return (
+                    f"has a prompt of {length:,} tokens, which with on_policy.max_new_tokens = "
+                    f"{self.on_policy.max_new_tokens} is more than the {limit:,} positions of {role} "
+                    f"({type(model).__name__}); lower one of them"
+                )
+        return ""
+
+    # ---------------------------------------------------------------------------------------------------------- a step
+
+    def generates(self, step: int, steps: int) -> bool:
+        """Whether the student answers the rows of optimizer step ``step`` (from 0) of ``steps``: the same on every rank."""
+        if self.on_policy is None or self.rollout is None:
+            return False
+        return coin(self.rollout.seed, step) < self.on_policy.fraction_at(step / max(steps, 1))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of an optimizer step; in a step of the student's own text with its answers, in one call for all."""
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        self.generated_step, self._sums_of_texts = False, {}
+        if self.on_policy is None or not samples:
+            return samples, count
+        batches = [rows_of_batch(batch) for batch in samples]
+        texts = sum(prompt_length(row) is not None for rows in batches for row in rows)
+        self._sums_of_texts = {TEXTS: float(texts), GENERATED_TEXTS: 0.0}
+        self.generated_step = self.generates(self.state.global_step, self.state.max_steps)
+        if self.generated_step:
+            samples = self.rebuilt(self._answered(batches))
+            count = self._get_num_items_in_batch(samples, self.args.device)
+        return samples, count
+
+    def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        assert self.rollout is not None
+        problems = (self._prompt_problem(row) for rows in batches for row in rows)
+        found = next((problem for problem in problems if problem), "")
+        # A process that raised alone would leave the others in their next collective
+        if problem := next(filter(None, gathered(found, self.args.world_size)), ""):
+            raise UserError(f"train_dataset: a row {problem}", everywhere=True)
+        tokenizer: Any = self.processing_class
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        started = time.perf_counter()
+        ends = stop_token_ids(model, tokenizer, self.end_token_ids())
+        pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0  # never attended to: any id does
+        made, sums = self.rollout.rows(model, batches, self.state.global_step, ends=ends, pad=pad)
+        self.generation_seconds += time.perf_counter() - started
+        self._sums_of_texts |= sums
+        return made
+
+    def rebuilt(self, batches: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+        """Batches of other rows, made by the collator of the data and as the data loader gives them.
+
+        Without what a collator adds for a teacher that was asked about the rows of the data.
+
+        Args:
+            batches: the rows of each.
+        """
+        collator: Any = self.data_collator
+        collate = CountingCollator(dataclasses.replace(collator, of_rows=None))
+        return [send_to_device(collate(rows), self.args.device) for rows in batches]
+
+    def take_sums_of_texts(self) -> dict[str, Tensor]:
+        """The sums of the step's texts ``[]``, once: the first micro-batch of the step adds them to its own."""
+        sums, self._sums_of_texts = self._sums_of_texts, {}
+        precise = torch.float32 if self.args.device.type == "mps" else torch.float64
+        return {name: torch.tensor(value, dtype=precise, device=self.args.device) for name, value in sums.items()}
