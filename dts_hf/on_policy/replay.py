@@ -123,11 +123,11 @@ class ReplayBuffer:
         order = sorted(self._rows, key=lambda number: _place(seed, step, rank, number))
         return [order[place % len(order)] for place in range(count)]
 
-    def keep_states(self, numbers: Sequence[int | None], shares: Sequence[Share], counts: Sequence[int]) -> None:
+    def keep_states(self, numbers: Sequence[int], shares: Sequence[Share], counts: Sequence[int]) -> None:
         """Keep what the teachers have said of a batch of rows that were generated in this step.
 
         Args:
-            numbers: of the rows of the batch, in its order (``add``).
+            numbers: of the rows of the batch, in its order (``add``); those of rows that are not kept are no matter.
             shares: what each teacher says of the N labels of the batch, in reading order (``teachers.several.Share``).
             counts: labels of each row, adding up to N.
 
@@ -151,7 +151,7 @@ class ReplayBuffer:
                     # A copy of its own: a view would hold the states of the whole batch as long as one row is kept
                     parts[place][share.teacher or ONLY] = states[first:end].clone()
         for number, kept in zip(numbers, parts, strict=True):
-            if number is not None and number in self._rows:  # else newer rows of this very step have driven it out
+            if number in self._rows:  # else newer rows of this very step have driven it out
                 self._rows[number] = replace(self._rows[number], states=kept)
 
     def shares(self, numbers: Sequence[int], blank: Sequence[Share], device: torch.device) -> list[Share]:

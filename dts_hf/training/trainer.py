@@ -37,22 +37,22 @@ from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
-from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of, shares_of
+from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, routing_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
-from dts_hf.training.on_policy_trainer import OnPolicyTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
+from dts_hf.training.replay_trainer import REPLAY, ReplayTrainer
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
 FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
 #: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
+NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, REPLAY, *FOR_TEACHERS})
 
 
-class DistillationTrainer(OnPolicyTrainer):
+class DistillationTrainer(ReplayTrainer):
     """Distil ``teacher`` into ``model``.
 
     Args:
@@ -301,7 +301,7 @@ class DistillationTrainer(OnPolicyTrainer):
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
         given = {key: inputs[key] for key in FOR_TEACHERS if key in inputs}
-        shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
+        shares = self.shares(inputs, {**batch, **given}, labels, positions)
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
