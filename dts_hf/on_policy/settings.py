@@ -84,7 +84,7 @@ class OnPolicySettings:
     vllm_memory: float = 0.3
 
     def __post_init__(self) -> None:
-        if isinstance(self.adaptive, Mapping):
+        if self.adaptive is not None and not isinstance(self.adaptive, AdaptiveSettings):
             object.__setattr__(self, "adaptive", _made_of(AdaptiveSettings, self.adaptive, "on_policy.adaptive"))
         for name in ("fraction", "end_fraction"):
             value = getattr(self, name)

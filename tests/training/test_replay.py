@@ -28,10 +28,16 @@ def replaying(folder, on_policy=None, options=None, **more):
     chosen = adaptive() if on_policy is None else on_policy
     defaults = {"temperature": {"name": "dts"}, "model": tiny_llama(seed=0), "processing_class": tiny_tokenizer()}
     rows = more.pop("rows", ROWS)
+    defaults["eval_dataset"] = rows[:3]
     return DistillationTrainer(
-        args=arguments(folder, **given), train_dataset=rows, eval_dataset=rows[:3], on_policy=chosen,
+        args=arguments(folder, **given), train_dataset=rows, on_policy=chosen,
         **{**defaults, **({} if "teachers" in more else {"teacher": tiny_llama(seed=1, layers=3)}), **more},
     )  # fmt: skip
+
+
+#: Text that has nothing of ``ROWS``: the more these are learned, the worse it gets.
+OTHER = [{"instruction": "Q", "input": "", "output": text} for text in ("zzqx! zzqx!", "#&%;#&%;", "WVWVWV")]
+RISING = {"eval_dataset": OTHER, "kd_ratio": 0.1}
 
 
 class Recorder(TrainerCallback):
@@ -151,28 +157,29 @@ def test_states_of_a_row_are_those_that_the_teacher_gives(tmp_path):
 
 def test_phi_follows_the_held_out_loss(tmp_path):
     """The trainer's own log against the rule, written out once more here."""
-    options = {"max_steps": 24, "eval_steps": 1, "learning_rate": 0.05, "eval_on_start": True,
+    steps = 12
+    options = {"max_steps": steps, "eval_steps": 1, "learning_rate": 0.02,
                "per_device_train_batch_size": 2}  # fmt: skip
-    trainer = replaying(tmp_path, {"adaptive": {"eps": 0.02, "step": 0.2, "capacity": 4}, **SHORT}, options)
+    chosen = {"adaptive": {"eps": 0.05, "step": 0.3, "capacity": 4}, **SHORT}
+    trainer = replaying(tmp_path, chosen, options, **RISING)
     recorder = Recorder(trainer)
     trainer.train()
     evals = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
-    assert len(evals) == 25
+    assert len(evals) == steps
     phi, compared_with, phis = 0.0, evals[0], []
-    for loss in evals[1:]:
+    for loss in evals:
         phis.append(phi)  # that of the step before this evaluation
-        if loss >= compared_with + 0.02:
-            phi, compared_with = min(round(phi + 0.2, 12), 1.0), loss
+        if loss >= compared_with + 0.05:
+            phi, compared_with = min(round(phi + 0.3, 12), 1.0), loss
     assert line(trainer, "on_policy_fraction") == phis
-    assert phi > 0.3, "the run was to be one whose held-out loss rises"
-    branches = []
-    generated = 0
+    assert phis[-1] > 0.0, "the run was to be one whose held-out loss rises"
+    branches, generated = [], 0
     for step, share in enumerate(phis):
         u = coin(SEED, step)
         full = generated >= 2  # steps of two rows
-        branches.append("data" if u >= share else "replay" if full and u >= share * (1 - step / 24) else "generate")
+        branches.append("data" if u >= share else "replay" if full and u >= share * (1 - step / steps) else "generate")
         generated += branches[-1] == "generate"
-    assert recorder.branches == branches and {"data", "generate"} <= set(branches)
+    assert recorder.branches == branches and {"data", "generate", "replay"} <= set(branches)
 
 
 def weights(trainer):
@@ -189,7 +196,7 @@ def weights(trainer):
     ids=["fraction 0", "a share that stays 0", "and no buffer"],
 )
 def test_without_a_step_of_the_student_it_is_the_plain_run(tmp_path, on_policy):
-    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 4}
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 2}
     runs = []
     for number, given in enumerate((None, on_policy)):
         trainer = trainer_for(tmp_path / str(number), options=options, on_policy=given, eval_dataset=ROWS[:3])
@@ -199,7 +206,11 @@ def test_without_a_step_of_the_student_it_is_the_plain_run(tmp_path, on_policy):
 
 
 def test_without_replay_every_step_of_the_share_generates(tmp_path):
-    trainer = replaying(tmp_path, {"fraction": 0.6, "adaptive": {"replay": "none"}, **SHORT}, {"max_steps": 10})
+    trainer = replaying(
+        tmp_path,
+        {"fraction": 0.6, "adaptive": {"replay": "none"}, **SHORT},
+        {"max_steps": 10, "per_device_train_batch_size": 1},
+    )
     recorder = Recorder(trainer)
     trainer.train()
     assert recorder.branches == ["generate" if coin(SEED, step) < 0.6 else "data" for step in range(10)]
@@ -232,17 +243,17 @@ def test_rows_that_only_fill_a_batch_stay_out_of_it(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- resume
 
-RESUMED = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "eval_steps": 1, "learning_rate": 0.03,
-           "per_device_train_batch_size": 4}  # fmt: skip
+RESUMED = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "eval_steps": 2, "learning_rate": 0.02,
+           "per_device_train_batch_size": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("kept", ["states", "rows"])
 def test_a_run_that_is_resumed_ends_as_one_without_a_break(tmp_path, kept):
-    chosen = {"fraction": 0.5, "adaptive": {"eps": 0.01, "step": 0.1, "capacity": 6, "replay": kept}, **SHORT}
-    straight = replaying(tmp_path / "run", chosen, RESUMED)
+    chosen = {"fraction": 0.5, "adaptive": {"eps": 0.05, "step": 0.1, "capacity": 4, "replay": kept}, **SHORT}
+    straight = replaying(tmp_path / "run", chosen, RESUMED, **RISING)
     recorder = Recorder(straight)
     straight.train()
-    resumed = replaying(tmp_path / "run", chosen, RESUMED, model=tiny_llama(seed=9))
+    resumed = replaying(tmp_path / "run", chosen, RESUMED, model=tiny_llama(seed=9), **RISING)
     again = Recorder(resumed)
     resumed.train(str(tmp_path / "run" / "checkpoint-5"))
     assert again.branches == recorder.branches[5:] and set(again.branches) == {"data", "generate", "replay"}
@@ -266,19 +277,20 @@ def assert_same_buffers(one, other):
 
 def test_a_second_run_begins_anew(tmp_path):
     """``train`` again, without a checkpoint: neither the share nor the rows of the first are left."""
-    trainer = replaying(tmp_path, adaptive(capacity=20), {"max_steps": 3, "learning_rate": 0.0})
+    options = {"max_steps": 2, "learning_rate": 0.0, "per_device_train_batch_size": 3}
+    trainer = replaying(tmp_path, adaptive(capacity=20), options)
     trainer.train()
     first = (line(trainer, "loss"), trainer.adaptive.state())
     trainer.adaptive.fraction = 0.1
     trainer.train()
     assert (line(trainer, "loss"), trainer.adaptive.state()) == first
-    assert trainer.replay.draw(50, seed=0, step=0).count(0) > 0  # numbers begin at 0 again
+    assert sorted(trainer.replay.draw(6, seed=0, step=0)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_other_settings_are_no_resume(tmp_path):
-    replaying(tmp_path, adaptive(), {**RESUMED, "max_steps": 5}).train()
+    replaying(tmp_path, adaptive(), {**RESUMED, "max_steps": 5}, temperature=2.0).train()
     with pytest.raises(UserError, match=r"on_policy\.adaptive\.capacity: was 8, now 9"):
-        replaying(tmp_path, adaptive(capacity=9), {**RESUMED, "max_steps": 5}).train(True)
+        replaying(tmp_path, adaptive(capacity=9), {**RESUMED, "max_steps": 5}, temperature=2.0).train(True)
     with pytest.raises(UserError, match=r"share of replayed steps \(on_policy\.adaptive\)"):
         replaying(tmp_path, adaptive(), {**RESUMED, "max_steps": 9}, temperature=2.0).train(True)
 
