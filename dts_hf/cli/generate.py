@@ -30,6 +30,7 @@ Split = Annotated[str, typer.Option(help="With --out: of a Hub data set, or a fo
 Answers = Annotated[int, typer.Option(min=1, help="With --out: so many answers a row.")]
 BestOf = Annotated[Literal["mean", "sum"] | None, typer.Option(help=BEST_HELP)]
 Scorer = Annotated[str | None, typer.Option(metavar="MODEL|RUN", help=SCORER_HELP)]
+TopP = Annotated[float, typer.Option(max=1, help="Of sampling: the likeliest tokens of this probability; 1: all.")]
 Cut = Annotated[Literal["drop", "keep"], typer.Option(help="With --out: answers that ran into --max-new-tokens.")]
 MaxRepetition = Annotated[
     float, typer.Option(min=0, max=1, help="With --out: largest share of 4-grams said before; 1: any.")
@@ -48,6 +49,7 @@ def command(
     out: Out = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0: the most likely token each time.")] = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows.")] = None,
@@ -73,6 +75,7 @@ def command(
         output=output,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
         seed=seed,
         batch_size=batch_size,
         template=template,

@@ -8,6 +8,7 @@ and its number, and below fp32, where the rows beside it matter in near-ties, a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -74,6 +75,13 @@ class AnswerSettings:
     def block_rows(self) -> int:
         """Rows that are answered together."""
         return max(1, BLOCK_BATCHES * self.generation.batch_size // self.answers)
+
+    def identity(self) -> dict[str, Any]:
+        """All of it, for answers that were made with it: without ``top_p`` where all tokens count, as older ones are."""
+        values = dataclasses.asdict(self)
+        if self.generation.top_p == 1:
+            del values["generation"]["top_p"]
+        return values
 
 
 class Answer(NamedTuple):

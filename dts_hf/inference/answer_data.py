@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -220,7 +219,7 @@ def _lines(row: Row, obj: Any, answers: Sequence[Answer], several: bool) -> Iter
 
 def _identity(options: AnswerDataOptions, read: _Read) -> dict[str, Any]:
     """What the rows depend on, without the models; JSON's values."""
-    settings = dataclasses.asdict(options.settings)
+    settings = options.settings.identity()
     return {
         "format": FORMAT,
         "data": {"source": public_name(options.data), "rows": read.rows, "sha256": read.digest},

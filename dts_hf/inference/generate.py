@@ -29,6 +29,7 @@ class GenerateOptions:
         output: where the answers go, one JSON object a line; None: they are returned alone.
         max_new_tokens: longest answer, in tokens.
         temperature: of sampling; 0: the most likely token each time.
+        top_p: of sampling: the likeliest tokens that together have this probability; 1: all.
         seed: of sampling.
         batch_size: prompts answered at once.
         template: name of the prompt template; None: that of the run, or of the folder.
@@ -42,6 +43,7 @@ class GenerateOptions:
     output: Path | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 10
     batch_size: int = 16
     template: str | None = None
@@ -57,6 +59,7 @@ class GenerateOptions:
             batch_size=self.batch_size,
             do_sample=self.temperature > 0,
             temperature=self.temperature or 1.0,
+            top_p=self.top_p,
             seed=self.seed,
         )
 
@@ -72,6 +75,10 @@ def check_options(options: GenerateOptions, out: Path | None, of_rows: Mapping[s
     Raises:
         UserError: they do not.
     """
+    if options.top_p != 1 and not options.temperature:
+        raise UserError(
+            "--top-p: is of sampling, and without it has no effect; expected a --temperature above 0 with it"
+        )
     given = [f"--{name}" for name, value in of_rows.items() if value]
     if out is None and given:
         raise UserError(f"{given[0]}: is for rows to train on; expected --data and --out FILE.jsonl with it")

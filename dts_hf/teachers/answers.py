@@ -149,7 +149,7 @@ def _identity(
         "teacher": describe_model(teacher, asked.model, asked.revision, READ_TO_ANSWER),
         "tokenizer": describe_tokenizer(tokenizer),
         "turn_ends": end_of_turn_ids(tokenizer, template),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.identity(),
         "prompts": prompts.hexdigest(),
     }
     return dict(json.loads(json.dumps(identity)))

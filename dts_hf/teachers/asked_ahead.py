@@ -74,6 +74,10 @@ class AskedAhead:
         found = self._asked.pop(number, None)
         return None if found is None else found.result()
 
+    def forget(self, number: int) -> None:
+        """Let the answer to a question go that nobody will fetch, come or not."""
+        self._asked.pop(number, None)
+
 
 def _row(example: Mapping[str, Any]) -> Row:
     marked = torch.tensor(list(example["labels"])) != IGNORE_INDEX

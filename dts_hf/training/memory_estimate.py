@@ -48,7 +48,7 @@ class Memory:
         buffers: communication buckets and gathered weights.
         beside: rows and tokenizers, where they are in the same memory.
         peak: the largest sum of parts that stand at the same time.
-        moment: when that is: ``teacher``, ``loss``, ``backward`` or ``step``.
+        moment: when that is: ``answers`` (of the student, before the step), ``teacher``, ``loss``, ``backward`` or ``step``.
     """
 
     student: float
@@ -102,7 +102,11 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, workload: W
     stepping = types.master * trained / plan.devices  # DeepSpeed: the fp32 gradients of its own share
     if workload.device == "cuda" and workload.optimizer == "adamw_torch":
         stepping += types.trained * trained  # torch's foreach: the root of the second moment, of all weights at once
+    # Keys and values of all layers; and a block at work on all prompts at once
+    cached = 2 * student.layers * student.kv_width + 3 * student.intermediate + 2 * student.hidden
+    answering = types.compute * workload.answered * cached
     moments = {
+        "answers": held + (carried if plan.strategy == "zero3" else 0.0) + answering,
         "teacher": held + carried + _teacher_working(teacher, workload, plan),
         "loss": held + carried + kept + loss,
         "backward": held + max(carried + kept + working + left, gradients + second),

@@ -14,7 +14,6 @@ from transformers import TrainingArguments
 
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.data.tokenised import CountingCollator
 from dts_hf.distributed.processes import gathered
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import cache_argument, stop_token_ids
@@ -23,8 +22,10 @@ from dts_hf.models.checks import positions_of
 from dts_hf.on_policy.coin import coin
 from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch
 from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
+from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.none import NoTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.generating_trainer import GeneratingTrainer
 
 #: A shorter one is no prompt: plain text is learned from its second token on.
@@ -152,9 +153,17 @@ class OnPolicyTrainer(GeneratingTrainer):
         self._sums_of_texts = {TEXTS: float(texts), GENERATED_TEXTS: 0.0}
         self.generated_step = self.generates(self.state.global_step, self.state.max_steps)
         if self.generated_step:
+            self._forget_questions(samples)
             samples = self.rebuilt(self._answered(batches))
             count = self._get_num_items_in_batch(samples, self.args.device)
         return samples, count
+
+    def _forget_questions(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """A teacher elsewhere was asked about the rows of the data as their batches were made: nobody waits for that."""
+        teacher: Any = getattr(self, "teacher", None)
+        for batch in samples if isinstance(teacher, RemoteTeacher) else ():
+            if TICKET in batch:
+                teacher.of_rows.forget(int(batch[TICKET]))
 
     def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
         assert self.rollout is not None
@@ -176,14 +185,13 @@ class OnPolicyTrainer(GeneratingTrainer):
     def rebuilt(self, batches: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         """Batches of other rows, made by the collator of the data and as the data loader gives them.
 
-        Without what a collator adds for a teacher that was asked about the rows of the data.
+        As many as before, with the same rows: every process runs the same number of forwards. A batch may have more tokens
+        than that of the data, and than ``pack_tokens``: at most ``max_new_tokens`` for each of its prompts.
 
         Args:
             batches: the rows of each.
         """
-        collator: Any = self.data_collator
-        collate = CountingCollator(dataclasses.replace(collator, of_rows=None))
-        return [send_to_device(collate(rows), self.args.device) for rows in batches]
+        return [send_to_device(self.collate(list(rows)), self.args.device) for rows in batches]
 
     def take_sums_of_texts(self) -> dict[str, Tensor]:
         """The sums of the step's texts ``[]``, once: the first micro-batch of the step adds them to its own."""

@@ -44,6 +44,7 @@ class Workload:
         other_teachers: bytes of the weights of further teachers, each of which also makes the loss another gradient of the
             head for its rows.
         teachers: how many names there are.
+        answered: tokens of prompts and answers that a student which answers itself keeps in its cache at a time.
     """
 
     rows: int
@@ -64,6 +65,7 @@ class Workload:
     beside: float = 0.0
     other_teachers: float = 0.0
     teachers: int = 1
+    answered: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,21 @@ def workload_of(
         responses = [longest] * len(data)
         prompts = [data.spans(row)[-1][0] for row in range(len(data))]
         lengths = [min(prompt + longest, recipe.data.max_length) for prompt in prompts]
+    packed_lengths, own, answered = lengths, recipe.data.on_policy, 0
+    if own is not None and (own.fraction > 0 or own.end_fraction):  # no limit but its own cuts the student's text
+        responses = [max(of_data, own.max_new_tokens) for of_data in responses]
+        asked = [data.spans(row)[-1][0] + own.max_new_tokens for row in range(len(data))]
+        lengths = [max(pair) for pair in zip(lengths, asked, strict=True)]
+        answered = max(asked) * min(own.batch_size, batch * args.gradient_accumulation_steps)
     order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
     packed, budget = bool(recipe.data.packing), recipe.data.pack_tokens
     tokens = sum(lengths[index] for index in order) if packed else lengths[order[0]]
     labelled = sum(responses[index] for index in order)
     if budget is not None:  # whichever rows fill it: as many labels as those with the largest share of them bring
-        tokens = min(budget, sum(lengths))
-        labelled = _most_labels(lengths, responses, tokens)
+        filled = min(budget, sum(packed_lengths))
+        labelled = _most_labels(packed_lengths, responses, filled)
+        # Packs are made of the rows of the data: with answers of the student's in them they may be longer
+        tokens = filled if lengths is packed_lengths else _most_labels(packed_lengths, lengths, filled)
     return Workload(
         rows=1 if packed else batch,
         tokens=tokens,
@@ -146,11 +156,12 @@ def workload_of(
         logits_dtype=recipe.loss.logits_dtype,
         device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
+        answered=answered,
     )
 
 
 def _most_labels(lengths: Sequence[int], responses: Sequence[int], tokens: int) -> int:
-    """Labels of ``tokens`` tokens at most, the last row cut to fit."""
+    """The most ``responses`` of rows of ``tokens`` tokens at most, the last row cut to fit."""
     labels = 0.0
     for length, response in sorted(zip(lengths, responses, strict=True), key=lambda row: -row[1] / row[0]):
         labels += response * min(1.0, tokens / length)

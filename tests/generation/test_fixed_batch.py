@@ -63,6 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one_batch": {"batch_size": 64},
     "ngrams": {"no_repeat_ngram_size": 2},
     "sampled": {"do_sample": True},
+    "nucleus": {"do_sample": True, "top_p": 0.8, "temperature": 2.0},
     "sampled_ngrams": {"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3, "seed": 3},
     "two_tokens": {"max_new_tokens": 2},
     "one_token": {"max_new_tokens": 1},

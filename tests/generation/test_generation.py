@@ -19,7 +19,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
-from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise
+from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, nucleus
 from tests.support.prompts import EOS, make_prompts
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 
@@ -52,7 +52,7 @@ def one_by_one(
         )
         tokens = output[0, len(prompt) :].tolist()
         finished = tokens[-1] in EOS
-        found.append(Generated(tokens[:-1] if finished else tokens, finished))
+        found.append(Generated(tokens[:-1], True, tokens[-1]) if finished else Generated(tokens, False))
     return found
 
 
@@ -234,6 +234,39 @@ def test_first_tokens_of_a_model_are_drawn_from_its_softmax() -> None:
     assert ((counts / draws - probabilities).abs() <= 5 * deviation + 2 / draws).all()
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.2, 0.5, 0.9, 0.999, 1.0])
+def test_a_nucleus_is_the_smallest_set_of_likeliest_tokens_with_its_share(top_p: float) -> None:
+    scores = torch.randn(40, 31, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 2
+    scores[0] = 0.0  # all alike: those of the lowest ids
+    scores[1, 3:] = float("-inf")  # as the rule against repetition leaves them
+    kept = nucleus(scores, top_p) > float("-inf")
+    for row, chosen in zip(scores, kept, strict=True):
+        order, inside, share = sorted(range(31), key=lambda token: (-float(row[token]), token)), set(), 0.0
+        shares = torch.softmax(row, -1).tolist()
+        for token in order:
+            if inside and share >= top_p - 1e-12:
+                break
+            inside.add(token)
+            share += shares[token]
+        found = set(chosen.nonzero()[:, 0].tolist())
+        assert found == {token for token in inside if row[token] > float("-inf")}
+    assert torch.equal(nucleus(scores, top_p)[5:6], nucleus(scores[5:6], top_p)), "whatever the batch"
+
+
+def test_sampled_tokens_are_in_the_nucleus_and_drawn_from_it() -> None:
+    model, prompt, draws = tiny_gpt2(tie=False), [5, 6, 7], 2_000
+    with torch.no_grad():
+        scores = model(torch.tensor([prompt])).logits[:, -1].double() / 1.5
+    probabilities = torch.softmax(nucleus(scores, 0.6), -1)[0]
+    settings = GenerationSettings(max_new_tokens=1, batch_size=500, do_sample=True, temperature=1.5, top_p=0.6)
+    for fixed in (False, True):
+        drawn = generate(model, [prompt] * draws, settings, eos_token_ids=[], pad_token_id=2, fixed_shapes=fixed)
+        counts = torch.bincount(torch.tensor([answer.tokens[0] for answer in drawn]), minlength=TINY_VOCAB)
+        assert not counts[probabilities == 0].any() and 1 < int((probabilities > 0).sum()) < TINY_VOCAB
+        deviation = (probabilities * (1 - probabilities) / draws).sqrt()
+        assert ((counts / draws - probabilities).abs() <= 5 * deviation + 2 / draws).all()
+
+
 def test_noise_is_gumbel_and_independent_of_its_neighbours() -> None:
     noise = gumbel_noise(1, [("a", 0), ("a", 1), ("b", 0), ("a", 0)], 200_000, "cpu")
     assert torch.isfinite(noise).all() and torch.equal(noise[0], noise[3])
@@ -351,6 +384,8 @@ def test_prompts_beyond_the_positions_of_the_model_are_refused_before_any_work()
         ("no_repeat_ngram_size", -1),
         ("temperature", 0.0),
         ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
     ],
 )
 def test_settings_out_of_range(option: str, value: float) -> None:

@@ -543,6 +543,9 @@ def test_rows_that_change_while_they_are_answered_are_told(place: Path, monkeypa
         (("--out", "a.jsonl", "--answers", "2"), "with temperature 0"),
         (("--out", "a.jsonl", "--best-of", "mean", "--temperature", "1"), "one answer a row"),
         (("--out", "a.jsonl", "--scorer", "model"), "--best-of mean"),
+        (("--top-p", "0.9"), "--top-p: is of sampling"),
+        (("--top-p", "1.1"), "--top-p"),
+        (("--top-p", "0", "--temperature", "1"), "top_p: got 0.0"),
         (("--out", "a.jsonl", "--output", "b.jsonl"), "expected one of them"),
         (("--out", "a.csv"), "JSON lines"),
         (("--out", "rows.jsonl"), "is a file of --data"),
@@ -565,6 +568,13 @@ def test_wrong_options_are_told_before_anything_is_loaded(place: Path, arguments
 def test_wrong_rows_are_told_before_the_model_is_loaded(place: Path, rows: list[Any], words: str) -> None:
     write("rows.jsonl", rows)
     assert words in refused("--out", "a.jsonl", model="no-such-model")
+
+
+def test_answers_of_all_tokens_are_those_of_before_top_p_was_known() -> None:
+    """What was answered then is found again, and not answered anew."""
+    known = settings().identity()
+    assert "top_p" not in known["generation"] and known["generation"]["temperature"] == 2.5
+    assert settings(generation={"top_p": 0.9}).identity()["generation"]["top_p"] == 0.9
 
 
 def test_settings_say_what_they_expect() -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.utils import is_torchao_available
 
 from dts_hf.distributed.launch import zero_options
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import Head, loss_in_head
@@ -307,6 +308,33 @@ def test_the_kernels_keep_the_logits_of_a_chunk_and_nothing_beside_them() -> Non
     assert loss(lora_parameters=1000) == 2 * 2 * entries + states + 2 * head  # nobody asks for dW
     assert loss() < loss(fused=False, logits_budget_mb=1024) / 3
     assert loss(fused=False) == loss(fused=False, logits_budget_mb=256)
+
+
+def test_text_of_the_students_own_is_as_long_as_it_may_get(tmp_path: Path) -> None:
+    """Its own limit alone cuts it, also where batches are filled to a number of tokens; and its cache is counted."""
+
+    def work(**data: Any) -> Workload:
+        values = {"student": {"model": "m"}, "teacher": {"model": "t"}, "output": {"dir": "run"},
+                  "data": {"train": "rows.jsonl", "max_length": 12, "max_prompt_length": 6, **data}}  # fmt: skip
+        args = SimpleNamespace(
+            device=torch.device("cpu"), per_device_train_batch_size=2, gradient_accumulation_steps=4, optim="adamw_torch",
+            activation_checkpointing=False, bf16=False, fp16=False,
+        )  # fmt: skip
+        rows = EncodedDataset(["a", "b", "c"], [[3] * 5, [3] * 7, [3] * 9], [2, 3, 4])
+        return workload_of(Recipe.from_dict(values, deep=False), args, WIDE, rows)  # type: ignore[arg-type]
+
+    own = {"max_new_tokens": 20, "batch_size": 3}
+    mixed, packed = work(on_policy=own), work(on_policy=own, packing=True)
+    assert (mixed.rows, mixed.tokens, mixed.labelled, mixed.answered) == (2, 24, 40, 3 * 24)
+    assert (packed.tokens, packed.labelled) == (24 + 23, 40)
+    budget = work(on_policy=own, packing={"tokens": 14})
+    assert (budget.tokens, budget.labelled) == (22 + 23 + 6, 40 + 5), "the rows of 5 and 7 tokens, and 2 ninths of the third"
+    assert work(on_policy={**own, "fraction": 0}) == work()
+    rising = {**own, "fraction": 0, "schedule": "linear", "end_fraction": 0.5}
+    assert work(on_policy=rising) == mixed
+    answers = replace(mixed, answered=10**9)
+    assert estimate_memory(WIDE, WIDE, answers, Plan()).moment == "answers"
+    assert estimate_memory(WIDE, WIDE, mixed, Plan()).peak > estimate_memory(WIDE, WIDE, work(), Plan()).peak
 
 
 def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
