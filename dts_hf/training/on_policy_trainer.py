@@ -49,7 +49,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         on_policy: the settings.
         rollout: what answers the rows of a step.
         generated_step: whether the rows of the step that runs are answered by the student.
-        generation_seconds: that this process has spent on answers since ``train`` began.
+        generation_seconds: that this process has spent on answers since the last log line.
 
     Raises:
         UserError: an option that there is not, or something that mixed data does not go with.
@@ -67,6 +67,9 @@ class OnPolicyTrainer(GeneratingTrainer):
         self.rollout: Rollout | None = None
         self.generation_seconds = 0.0
         self._sums_of_texts: dict[str, float] = {}
+        if self.on_policy is not None:
+            chosen = {f"on_policy_{name}": value for name, value in dataclasses.asdict(self.on_policy).items()}
+            kwargs["facts"] = {**(kwargs.get("facts") or {}), **chosen}
         super().__init__(model, args, *positional, **kwargs)
         if self.on_policy is not None:
             seed = args.seed if self.on_policy.seed is None else self.on_policy.seed
@@ -76,6 +79,13 @@ class OnPolicyTrainer(GeneratingTrainer):
     def describe_objective(self) -> dict[str, Any]:
         described = super().describe_objective()
         return described if self.on_policy is None else {**described, "on_policy": dataclasses.asdict(self.on_policy)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the seconds that this process has spent on answers since the last line."""
+        if "loss" in logs and self.on_policy is not None:
+            logs["generation_seconds"] = self.generation_seconds
+            self.generation_seconds = 0.0
+        super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------------- before the first step
 

@@ -47,7 +47,7 @@ def assert_equal_weights(one, other):
 
 def logged(trainer):
     """Its log without what depends on the clock."""
-    hidden = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    hidden = ("tokens_per_second", "generation_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second")
     return [{key: value for key, value in log.items() if key not in hidden} for log in trainer.state.log_history]
 
 
