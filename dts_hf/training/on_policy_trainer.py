@@ -87,6 +87,11 @@ class OnPolicyTrainer(GeneratingTrainer):
             self.generation_seconds = 0.0
         super().log(logs, start_time)
 
+    @property
+    def row_facts(self) -> Mapping[str, Any]:
+        own = {} if self.on_policy is None else {"on_policy": dataclasses.asdict(self.on_policy)}
+        return {**super().row_facts, **own}
+
     # ------------------------------------------------------------------------------------------- before the first step
 
     def _check_on_policy(self) -> None:

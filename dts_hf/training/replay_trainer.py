@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dts_hf.loss.selection import sequence_numbers
 from dts_hf.loss.statistics import REPLAYED_TEXTS
 from dts_hf.on_policy.adaptive import AdaptiveFraction, Branch
 from dts_hf.on_policy.coin import coin
-from dts_hf.on_policy.replay import ReplayBuffer, ReplayRow, share_of_capacity
+from dts_hf.on_policy.replay import ReplayBuffer, ReplayRow, most_bytes, share_of_capacity
 from dts_hf.on_policy.rollout import Row, prompt_length
 from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed
 from dts_hf.on_policy.whole_weights import check_mergeable
@@ -27,6 +28,7 @@ from dts_hf.teachers.several import SeveralTeachers, Share, blank_shares, shares
 from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.on_policy_trainer import OnPolicyTrainer
 
+logger = logging.getLogger(__name__)
 #: In a batch of generated or replayed rows: their numbers in the buffer, one for each row; -1: it is not in it.
 REPLAY = "replay_numbers"
 
@@ -67,16 +69,35 @@ class ReplayTrainer(OnPolicyTrainer):
                 )
                 capacity = share_of_capacity(chosen.capacity, self.args.world_size)
                 self.replay = ReplayBuffer(capacity, keeps_states=keeps)
+                logger.info("%s", self._memory_note(chosen.capacity, keeps))
         if self.on_policy.backend == "vllm":
             check_installed()
             check_mergeable(model)
-            lengths: Sequence[int] = getattr(self.train_dataset, "lengths", ())
-            longest = max(lengths) + self.on_policy.max_new_tokens if lengths else None
-            self.rollout.answer = VllmRollouts(self.on_policy.vllm_memory, longest)
+            self.rollout.answer = VllmRollouts(self.on_policy.vllm_memory, self._longest())
+
+    def _longest(self) -> int | None:
+        """Tokens of the longest prompt and answer, at most; None: nobody knows how long the rows are."""
+        assert self.on_policy is not None
+        lengths: Sequence[int] = getattr(self.train_dataset, "lengths", ())
+        return max(lengths) + self.on_policy.max_new_tokens if lengths else None
+
+    def _memory_note(self, capacity: int, keeps: bool) -> str:
+        """How much memory the buffer may take, in words."""
+        assert self.on_policy is not None
+        widths = [one.head.weight.shape[1] * one.head.weight.element_size() for one in self._teachers() if keeps]
+        routed = isinstance(self.teacher, SeveralTeachers) and self.teacher.weights is None
+        of_label = (max(widths) if routed else sum(widths)) if widths else 0
+        longest = self._longest()
+        if longest is None:
+            return (
+                f"on_policy.adaptive: the replay buffer takes {of_label:,} bytes for each label, and 8 for each token"
+            )
+        most = most_bytes(capacity, longest, self.on_policy.max_new_tokens, of_label) / 2**20
+        return f"on_policy.adaptive: the replay buffer takes at most {most:,.0f} MiB, of all processes together"
 
     def _teachers(self) -> list[Any]:
         several = isinstance(self.teacher, SeveralTeachers)
-        return [one for one, _ in self.teacher.distinct] if several else [self.teacher]
+        return [*self.teacher.by_name.values()] if several else [self.teacher]
 
     def _check_evaluates(self) -> None:
         """Refuse an adaptive share without the one held-out loss that it follows."""

@@ -1,10 +1,13 @@
 """DistiLLM's adaptive fraction: phi against a table made by hand, and what a coin leads to."""
 
+import dataclasses
 import math
 
 import pytest
 
 from dts_hf.on_policy.adaptive import AdaptiveFraction
+from dts_hf.on_policy.settings import AdaptiveSettings, OnPolicySettings, on_policy_settings
+from dts_hf.recipe.schema import Adaptive, OnPolicy
 
 
 def test_phi_follows_a_hand_table():
@@ -94,3 +97,19 @@ def test_its_state_goes_through_a_checkpoint():
     assert other.observe(2.1) and rule.observe(2.1)
     other.reset()
     assert other.state() == {"fraction": 0.2, "compared_with": None}
+
+
+def test_recipe_and_python_have_the_same_options_and_defaults():
+    ours = {field.name: field.default for field in dataclasses.fields(AdaptiveSettings)}
+    assert ours == {name: field.default for name, field in Adaptive.model_fields.items()}
+    made = OnPolicySettings(**OnPolicy.model_validate({"adaptive": {"capacity": 5}}).model_dump())
+    assert made == on_policy_settings({"adaptive": {"capacity": 5}})
+    assert made.adaptive == AdaptiveSettings(capacity=5)
+
+
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [({}, 0.5), ({"adaptive": {}}, 0.0), ({"adaptive": {}, "fraction": 0.3}, 0.3), ({"fraction": 0.0}, 0.0)],
+)
+def test_the_share_of_the_first_step(given, first):
+    assert on_policy_settings(given).first_fraction == first
