@@ -18,8 +18,12 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 _OF_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 
-def check_mergeable(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module, *, sharded: bool) -> None:
     """Refuse adapters whose weights cannot be merged into copies of the student's, or not while these are sharded.
+
+    Args:
+        model: with adapters or without.
+        sharded: its weights are, or will be, shares of several processes.
 
     Raises:
         UserError: adapters of another kind than LoRA, LoRA with more than two matrices, or sharded.
@@ -34,7 +38,7 @@ def check_mergeable(model: nn.Module) -> None:
                 f"on_policy.backend: vllm takes merged weights, and an adapter of the kind {what} is not merged here; "
                 "expected plain LoRA, or backend: own"
             )
-    if configs and is_sharded(model):
+    if configs and sharded:
         raise UserError(
             "on_policy.backend: vllm takes merged weights, and an adapter on sharded weights (ZeRO-3, FSDP2) is not merged "
             "here; expected DDP or ZeRO-2, or backend: own"
@@ -54,7 +58,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Raises:
         UserError: see ``check_mergeable``.
     """
-    check_mergeable(model)
+    check_mergeable(model, sharded=is_sharded(model))
     base = without_adapters(model)
     for name, parameter in base.named_parameters():
         if any(part in name for part in _OF_LORA) or ".original_module." in name:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from dts_hf.data.routes import TEACHER
+from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_any_process
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import sequence_numbers
@@ -72,7 +74,7 @@ class ReplayTrainer(OnPolicyTrainer):
                 logger.info("%s", self._memory_note(chosen.capacity, keeps))
         if self.on_policy.backend == "vllm":
             check_installed()
-            check_mergeable(model)
+            check_mergeable(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
             self.rollout.answer = VllmRollouts(self.on_policy.vllm_memory, self._longest())
 
     def _longest(self) -> int | None:
@@ -110,6 +112,12 @@ class ReplayTrainer(OnPolicyTrainer):
             found = f"eval_dataset is {len(self.eval_dataset)} sets by name, expected one"
         if found is not None:
             raise UserError(f"on_policy.adaptive: the share of its steps follows the held-out loss, but {found}")
+
+    def describe_objective(self) -> dict[str, Any]:
+        described = super().describe_objective()
+        if self.on_policy is not None:
+            described["on_policy"].pop("vllm_memory")  # another share of another device's memory is no other objective
+        return described
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
@@ -161,12 +169,19 @@ class ReplayTrainer(OnPolicyTrainer):
         ]
 
     def rebuilt(self, batches: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
-        made = super().rebuilt(batches)
+        collator: Any = self.data_collator
+        with _asking_nobody(collator) if self._answers_itself else nullcontext():
+            made = super().rebuilt(batches)
         if self.replay is not None:
             for batch, rows in zip(made, batches, strict=True):
                 # No tensor: on a device it would have to be waited for
                 batch[REPLAY] = tuple(-1 if (number := row.get(REPLAY)) is None else number for row in rows)
         return made
+
+    @property
+    def _answers_itself(self) -> bool:
+        """Whether the step's rows come with what the teacher has said of them."""
+        return self._branch == "replay" and self.replay is not None and self.replay.keeps_states
 
     def shares(
         self, inputs: Mapping[str, Any], batch: dict[str, Any], labels: Tensor, positions: Tensor
@@ -180,7 +195,7 @@ class ReplayTrainer(OnPolicyTrainer):
             positions: ``[N]``, ``selection.response_positions(labels)``.
         """
         numbers = inputs.get(REPLAY)
-        if numbers is not None and self._branch == "replay" and self.replay is not None and self.replay.keeps_states:
+        if numbers is not None and self.replay is not None and self._answers_itself:
             kept = [number for number in numbers if number >= 0]
             return self.replay.shares(kept, blank_shares(self.teacher), labels.device)
         found = shares_of(self.teacher, batch, labels, positions, inputs.get(TEACHER))
@@ -246,6 +261,16 @@ class ReplayTrainer(OnPolicyTrainer):
                 f"{folder}: written by {was} processes, each of which keeps the rows that it has generated "
                 f"(on_policy.adaptive); this is {now}. Start it as it was"
             )
+
+
+@contextmanager
+def _asking_nobody(collator: Any) -> Iterator[None]:
+    """Within it our collator asks no teacher elsewhere for the rows of its batches."""
+    given, collator.of_rows = collator.of_rows, None
+    try:
+        yield
+    finally:
+        collator.of_rows = given
 
 
 def _kept(row: Row) -> ReplayRow:

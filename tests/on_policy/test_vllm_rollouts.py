@@ -13,9 +13,10 @@ import torch
 
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import GenerationSettings, generate
-from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed
-from dts_hf.on_policy.whole_weights import whole_weights
+from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed, push_weights
+from dts_hf.on_policy.whole_weights import check_mergeable, whole_weights
 from tests.support.tiny import tiny_gpt2, tiny_llama
+from tests.support.trainers import trainer_for
 
 peft = pytest.importorskip("peft")
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -176,6 +177,29 @@ def test_adapters_of_other_kinds_are_refused(config, match):
     model = peft.get_peft_model(tiny_llama(seed=0), config())
     with pytest.raises(UserError, match=match):
         next(whole_weights(model))
+
+
+def test_adapters_on_sharded_weights_are_refused():
+    model = peft.get_peft_model(tiny_llama(seed=0), peft.LoraConfig(r=2, target_modules="all-linear"))
+    check_mergeable(model, sharded=False)
+    check_mergeable(tiny_llama(seed=0), sharded=True)
+    with pytest.raises(UserError, match="an adapter on sharded weights"):
+        check_mergeable(model, sharded=True)
+
+
+def test_a_training_whose_student_answers_in_vllm(vllm, tmp_path):
+    """Through the trainer: each generated step has the weights of now, and an answer's rows are those of the engine."""
+    options = {"max_steps": 3, "learning_rate": 0.05, "per_device_train_batch_size": 4}
+    chosen = {"fraction": 1.0, "max_new_tokens": 5, "backend": "vllm", "vllm_memory": 0.2}
+    trainer = trainer_for(tmp_path, options=options, on_policy=chosen, temperature=1.0)
+    trainer.train()
+    (engine,) = vllm
+    assert engine.caches == 3 and engine.options["gpu_memory_utilization"] == 0.2
+    assert engine.options["max_model_len"] == max(trainer.train_dataset.lengths) + 5
+    assert trainer.state.log_history[0]["generated_share"] == 1.0
+    push_weights(engine, trainer.model)
+    pairs = zip(engine.module.inner.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_without_the_package(monkeypatch):

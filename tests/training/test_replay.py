@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from dts_hf.errors import UserError
 from dts_hf.on_policy.coin import coin
+from dts_hf.teachers.asked_ahead import TICKET
+from dts_hf.teachers.cached.teacher import STATES, CachedTeacher
+from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.trainer import DistillationTrainer
+from tests.support.cached import cache_of
+from tests.support.served import running, served_tiny
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, arguments, trainer_for
 
@@ -41,10 +49,11 @@ RISING = {"eval_dataset": OTHER, "kd_ratio": 0.1}
 
 
 class Recorder(TrainerCallback):
-    """The branch, the gradient, and the numbers of the rows of each step; and how often the teacher was asked."""
+    """The branch, the gradient, and the numbers of the rows of each step; and how often the teacher was asked for states."""
 
     def __init__(self, trainer):
         self.trainer, self.branches, self.gradients, self.numbers, self.asked = trainer, [], [], [], []
+        self.replayed = []  # batches
         self.trainer.add_callback(self)
         for one in trainer._teachers():
             one.states = self.counted(one.states)
@@ -62,6 +71,7 @@ class Recorder(TrainerCallback):
         def computed(model, inputs, *args, **kwargs):
             if model.training:
                 self.numbers[-1] += list(inputs.get("replay_numbers", ()))
+                self.replayed += [dict(inputs)] if self.trainer._branch == "replay" else []
             return compute(model, inputs, *args, **kwargs)
 
         return computed
@@ -139,6 +149,28 @@ def test_replayed_rows_give_the_loss_and_the_gradient_of_when_they_were_generate
     assert replays
     assert line(trainer, "replayed_share") == [float(branch == "replay") for branch in recorder.branches]
     assert line(trainer, "generated_share") == [float(branch == "generate") for branch in recorder.branches]
+
+
+@pytest.mark.parametrize("kind", ["remote", "cached"])
+def test_teachers_elsewhere_are_not_asked_again(tmp_path, kind):
+    """Neither in the step, nor ahead of it by the collator; the loss is that of the live teacher."""
+    options = {"learning_rate": 0.0, "max_steps": 6}
+    live = replaying(tmp_path / "live", options=options)
+    live.train()
+    teacher = tiny_llama(seed=1, layers=3)
+    with contextlib.ExitStack() as stack:
+        if kind == "remote":
+            url = stack.enter_context(running(served_tiny()))
+            one = RemoteTeacher(url)
+        else:
+            one = CachedTeacher(cache_of(tmp_path / "cache", teacher), LiveTeacher(teacher))
+        trainer = replaying(tmp_path / kind, options=options, teacher=one, eval_dataset=ROWS[:3])
+        recorder = Recorder(trainer)
+        trainer.train()
+    assert recorder.branches == expected_branches(6) and "replay" in recorder.branches
+    assert line(trainer, "loss") == pytest.approx(line(live, "loss"), rel=1e-5)
+    assert [count == 0 for count in recorder.asked] == [branch == "replay" for branch in recorder.branches]
+    assert all(not any(key in batch for key in (TICKET, STATES)) for batch in recorder.replayed)
 
 
 def test_states_of_a_row_are_those_that_the_teacher_gives(tmp_path):
