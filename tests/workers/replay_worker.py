@@ -18,9 +18,9 @@ from tests.support.launching import leave, training_arguments
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS
 
-STRATEGIES = ("ddp", "zero3", "fsdp2")
+STRATEGIES = ("ddp", "zero3")
 #: The capacity is that of four steps of all processes; phi grows with every evaluation but the first.
-SETTINGS = {"fraction": 0.6, "adaptive": {"eps": 0.0, "step": 0.2, "capacity": 8}, "max_new_tokens": 6, "seed": 7}
+SETTINGS = {"fraction": 0.6, "adaptive": {"eps": 0.0, "step": 0.2, "capacity": 8}, "max_new_tokens": 4, "seed": 7}
 #: Text that has nothing of ``ROWS``: the more these are learned, the worse it gets.
 OTHER = [{"instruction": "Q", "input": "", "output": text} for text in ("zzqx! zzqx!", "#&%;#&%;", "WVWVWV")]
 STEPS, SAVED = 12, 6
@@ -42,7 +42,7 @@ def trainer_of(strategy: str, out: Path, world: int, seed: int = 0) -> Watched:
     args = training_arguments(
         strategy, output_dir=str(out), report_to="none", save_strategy="steps", save_steps=SAVED, disable_tqdm=True,
         logging_steps=1, per_device_train_batch_size=2 // world, max_steps=STEPS, learning_rate=0.02, seed=7,
-        eval_strategy="steps", eval_steps=2,
+        eval_strategy="steps", eval_steps=3,
     )  # fmt: skip
     trainer = Watched(
         tiny_llama(seed=seed, tie=False), tiny_llama(seed=1, layers=3), args=args, train_dataset=ROWS, eval_dataset=OTHER,
