@@ -23,9 +23,9 @@ TAIL = """
   of the others.
 - **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets
   that too, and what its section in [temperature.md](temperature.md) says.
-- **Text of the student's own** ([on-policy](on_policy.md)) has columns of its own, `generated_...`. `ce_loss`, `teacher_ce` and
-  `gap` are then of the labels of the data alone, and a line over generated steps alone has none of them; the others are of both
-  kinds of steps. Such a run also logs `generation_seconds`, those that the first process has spent on answers.
+- **Text of the student's own** ([on-policy](on_policy.md)) has columns of its own, `generated_...`. `ce_loss`, `teacher_ce`
+  and `gap` are then of the labels of the data alone, and a line over generated steps alone has none of them; the others are
+  of both kinds of steps. Such a run also logs `generation_seconds`, those that the first process has spent on answers.
 - Training lines also have what the Trainer logs (`loss`, `grad_norm`, `learning_rate`, `epoch`) and `tokens_per_second`.
 """
 

@@ -144,6 +144,7 @@ def generate(
     on_finished: Callable[[int, Generated], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     fixed_shapes: bool | None = None,
+    vocab_size: int | None = None,
 ) -> list[Generated]:
     """Answer every prompt; the answers come in the order of the prompts.
 
@@ -168,6 +169,7 @@ def generate(
         on_token: called with the position in ``prompts`` and each token of its answer.
         fixed_shapes: decode whole batches in shapes that never change, which a GPU records as a CUDA graph; a model that
             this does not suit goes on in the other way, with a warning. None: on a GPU alone. See ``fixed_batch``.
+        vocab_size: only ids below it are chosen: a head may have rows behind the vocabulary. None: all that it has.
 
     Raises:
         UserError: prompt and answer together exceed the model's positions, or the number of keys is not that of the
@@ -177,7 +179,9 @@ def generate(
         raise UserError(f"row_keys: got {len(row_keys)} keys for {len(prompts)} prompts, expected one for each")
     keys = [str(key) for key in (range(len(prompts)) if row_keys is None else row_keys)]
     inputs = checked_prompts(model, prompts, settings.max_new_tokens, row_keys)
-    job = _Job(model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished, on_token)
+    job = _Job(
+        model, inputs, keys, settings, frozenset(eos_token_ids), pad_token_id, on_finished, on_token, vocab_size
+    )
     # Longest first (taken from the end): later prompts always fit into the columns in use, and memory that does not
     # suffice shows at once
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
@@ -214,6 +218,7 @@ class _Job:
     pad: int
     on_finished: Callable[[int, Generated], None] | None
     on_token: Callable[[int, int], None] | None = None
+    vocab_size: int | None = None
     rows_done: int = 0
     tokens_made: int = 0
     together: bool = field(init=False)
@@ -399,7 +404,7 @@ def _forward(job: _Job, ids: Tensor, mask: Tensor | None, positions: Tensor, cac
         **job.forward_options,
     )
     logits: Tensor = output.logits
-    return logits[:, -1]
+    return logits[:, -1, : job.vocab_size]
 
 
 def _call_along(job: _Job) -> None:

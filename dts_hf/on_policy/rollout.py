@@ -87,10 +87,12 @@ class Rollout:
         seed: of the noise; the text of a row is a function of (seed, row, step) alone. In bf16, where near-ties are
             frequent, it also depends on the rows beside it.
         answer: what generates.
+        vocab_size: ids that student and teacher share, where the student's head has more; it says no others. None: all.
     """
 
     settings: OnPolicySettings
     seed: int
+    vocab_size: int | None = None
     answer: Generate = field(default=generate)
 
     @property
@@ -126,6 +128,7 @@ class Rollout:
             eos_token_ids=ends,
             pad_token_id=pad,
             row_keys=[f"{row['row_id']}\x1f{step}" for row in asked],
+            **({} if self.vocab_size is None else {"vocab_size": self.vocab_size}),
         )
         found = iter(answers)
         made = [

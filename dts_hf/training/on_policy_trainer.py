@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -19,6 +19,7 @@ from dts_hf.errors import UserError
 from dts_hf.generation.engine import cache_argument, stop_token_ids
 from dts_hf.loss.statistics import GENERATED_TEXTS, TEXTS
 from dts_hf.models.checks import positions_of
+from dts_hf.models.head import head_of
 from dts_hf.on_policy.coin import coin
 from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch
 from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
@@ -73,7 +74,9 @@ class OnPolicyTrainer(GeneratingTrainer):
         super().__init__(model, args, *positional, **kwargs)
         if self.on_policy is not None:
             seed = args.seed if self.on_policy.seed is None else self.on_policy.seed
-            self.rollout = Rollout(self.on_policy, seed)
+            shared = getattr(self, "vocab_size", None)
+            wider = shared is not None and head_of(cast(nn.Module, self.model)).vocab_size > shared
+            self.rollout = Rollout(self.on_policy, seed, shared if wider else None)
             self._check_on_policy()
 
     def describe_objective(self) -> dict[str, Any]:
@@ -119,17 +122,30 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     def _check_prompts(self, dataset: Any) -> None:
         """The rows' prompts: of tokens from elsewhere some of them, for reading a row may cost as much as training on it."""
-        step = 1 if isinstance(dataset, EncodedDataset) else max(1, len(dataset) // 256)
-        names = getattr(dataset, "row_ids", None)
-        for number in range(0, len(dataset), step):
-            if problem := self._prompt_problem(dataset[number]):
+        limits, names = self._limits(), getattr(dataset, "row_ids", None)
+        encoded = isinstance(dataset, EncodedDataset)
+        for number in range(0, len(dataset), 1 if encoded else max(1, len(dataset) // 256)):
+            length = dataset.spans(number)[-1][0] if encoded else prompt_length(dataset[number])
+            if problem := self._prompt_problem(length, limits):
                 name = number if names is None else f"'{names[number]}'"
                 raise UserError(f"train_dataset: row {name} {problem}")
 
-    def _prompt_problem(self, row: Row) -> str:
-        """Why a row cannot be answered; empty where it can, or has nothing to answer."""
+    def _limits(self) -> list[tuple[int, str]]:
+        """How many tokens each model has positions for in one row, and what errors call it."""
+        pair: Any = getattr(self, "pair", None)
+        limits = (
+            []
+            if pair is None
+            else [(positions_of(one), f"{role} ({type(one).__name__})") for one, role in pair.models()]
+        )
+        teacher: Any = getattr(self, "teacher", None)
+        if isinstance(teacher, RemoteTeacher):
+            limits.append((teacher.description.limits.length, f"the teacher at {teacher.url}"))
+        return [(limit, role) for limit, role in limits if limit is not None]
+
+    def _prompt_problem(self, length: int | None, limits: Sequence[tuple[int, str]]) -> str:
+        """Why a prompt of so many tokens cannot be answered; empty where it can, or there is nothing to answer (None)."""
         assert self.on_policy is not None
-        length = prompt_length(row)
         if length is None:
             return ""
         if length < LEAST_PROMPT:
@@ -137,15 +153,11 @@ class OnPolicyTrainer(GeneratingTrainer):
                 "has no prompt that the student could answer (on_policy): its labels begin with its first tokens, as those "
                 "of plain text do; expected rows with a prompt and an answer"
             )
-        longest = length + self.on_policy.max_new_tokens
-        pair: Any = getattr(self, "pair", None)
-        for model, role in [] if pair is None else pair.models():
-            limit = positions_of(model)
-            if limit is not None and longest > limit:
+        for limit, role in limits:
+            if length + self.on_policy.max_new_tokens > limit:
                 return (
                     f"has a prompt of {length:,} tokens, which with on_policy.max_new_tokens = "
-                    f"{self.on_policy.max_new_tokens} is more than the {limit:,} positions of {role} "
-                    f"({type(model).__name__}); lower one of them"
+                    f"{self.on_policy.max_new_tokens} is more than the {limit:,} positions of {role}; lower one of them"
                 )
         return ""
 
@@ -182,7 +194,8 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
         assert self.rollout is not None
-        problems = (self._prompt_problem(row) for rows in batches for row in rows)
+        limits = self._limits()
+        problems = (self._prompt_problem(prompt_length(row), limits) for rows in batches for row in rows)
         found = next((problem for problem in problems if problem), "")
         # A process that raised alone would leave the others in their next collective
         if problem := next(filter(None, gathered(found, self.args.world_size)), ""):

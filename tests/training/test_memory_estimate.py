@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.utils import is_torchao_available
 
-from dts_hf.distributed.launch import zero_options
 from dts_hf.data.encoding import EncodedDataset
+from dts_hf.distributed.launch import zero_options
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.head import Head, loss_in_head
@@ -328,7 +328,9 @@ def test_text_of_the_students_own_is_as_long_as_it_may_get(tmp_path: Path) -> No
     assert (mixed.rows, mixed.tokens, mixed.labelled, mixed.answered) == (2, 24, 40, 3 * 24)
     assert (packed.tokens, packed.labelled) == (24 + 23, 40)
     budget = work(on_policy=own, packing={"tokens": 14})
-    assert (budget.tokens, budget.labelled) == (22 + 23 + 6, 40 + 5), "the rows of 5 and 7 tokens, and 2 ninths of the third"
+    assert (budget.tokens, budget.labelled) == (22 + 23 + 6, 40 + 5), (
+        "the rows of 5 and 7 tokens, and 2 ninths of the third"
+    )
     assert work(on_policy={**own, "fraction": 0}) == work()
     rising = {**own, "fraction": 0, "schedule": "linear", "end_fraction": 0.5}
     assert work(on_policy=rising) == mixed
