@@ -73,6 +73,11 @@ class ReplayTrainer(OnPolicyTrainer):
                 self.replay = ReplayBuffer(capacity, keeps_states=keeps)
                 logger.info("%s", self._memory_note(chosen.capacity, keeps))
         if self.on_policy.backend == "vllm":
+            if self.rollout.vocab_size is not None:
+                raise UserError(
+                    "on_policy.backend: vllm draws from all rows of the student's head, and the teacher knows only the first "
+                    f"{self.rollout.vocab_size:,} of them; expected backend: own, which says no others"
+                )
             check_installed()
             check_mergeable(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
             self.rollout.answer = VllmRollouts(self.on_policy.vllm_memory, self._longest())

@@ -202,6 +202,13 @@ def test_a_training_whose_student_answers_in_vllm(vllm, tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def test_a_head_that_is_wider_than_the_shared_vocabulary_is_refused(vllm, tmp_path):
+    with pytest.raises(UserError, match=r"rows of the student.s head.* first 320 of them"):
+        trainer_for(
+            tmp_path, tiny_llama(vocab=336), on_policy={"backend": "vllm"}, vocab_alignment="truncate_to_tokenizer"
+        )
+
+
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

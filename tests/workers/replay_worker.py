@@ -41,8 +41,8 @@ class Watched(DistillationTrainer):
 def trainer_of(strategy: str, out: Path, world: int, seed: int = 0) -> Watched:
     args = training_arguments(
         strategy, output_dir=str(out), report_to="none", save_strategy="steps", save_steps=SAVED, disable_tqdm=True,
-        logging_steps=1, per_device_train_batch_size=2 // world, max_steps=STEPS, learning_rate=0.02, seed=7,
-        eval_strategy="steps", eval_steps=3,
+        logging_steps=1, per_device_train_batch_size=2 // world, max_steps=STEPS, learning_rate=0.05, seed=7,
+        eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     trainer = Watched(
         tiny_llama(seed=seed, tie=False), tiny_llama(seed=1, layers=3), args=args, train_dataset=ROWS, eval_dataset=OTHER,
