@@ -75,8 +75,8 @@ class ReplayTrainer(OnPolicyTrainer):
         if self.on_policy.backend == "vllm":
             if self.rollout.vocab_size is not None:
                 raise UserError(
-                    "on_policy.backend: vllm draws from all rows of the student's head, and the teacher knows only the first "
-                    f"{self.rollout.vocab_size:,} of them; expected backend: own, which says no others"
+                    "on_policy.backend: vllm draws from all rows of the student's head, and the teacher knows the first "
+                    f"{self.rollout.vocab_size:,} of them alone; expected backend: own, which says no others"
                 )
             check_installed()
             check_mergeable(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))

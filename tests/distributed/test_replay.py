@@ -12,7 +12,7 @@ from dts_hf.errors import UserError
 from tests.support.launching import WORKERS, launch
 from tests.workers import replay_worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 of_strategy = pytest.mark.parametrize("strategy", replay_worker.STRATEGIES)
 
 
