@@ -65,10 +65,7 @@ class ReplayTrainer(OnPolicyTrainer):
             self._check_evaluates()
             self.adaptive = AdaptiveFraction(self.on_policy.first_fraction, eps=chosen.eps, step=chosen.step)
             if chosen.replay != "none":
-                # What is kept of a compact cache's logits is no states; such a teacher is asked again
-                keeps = chosen.replay == "states" and not any(
-                    getattr(one, "compact", False) for one in self._teachers()
-                )
+                keeps = chosen.replay == "states" and all(map(_would_say_it_again, self._teachers()))
                 capacity = share_of_capacity(chosen.capacity, self.args.world_size)
                 self.replay = ReplayBuffer(capacity, keeps_states=keeps)
                 logger.info("%s", self._memory_note(chosen.capacity, keeps))
@@ -266,6 +263,12 @@ class ReplayTrainer(OnPolicyTrainer):
                 f"{folder}: written by {was} processes, each of which keeps the rows that it has generated "
                 f"(on_policy.adaptive); this is {now}. Start it as it was"
             )
+
+
+def _would_say_it_again(teacher: Any) -> bool:
+    """Whether states of a teacher can be kept: they are states (those of a compact cache are not), and it is frozen."""
+    moves = getattr(teacher, "mean", None) is not None  # a running mean of the student's weights
+    return not getattr(teacher, "compact", False) and not moves
 
 
 @contextmanager

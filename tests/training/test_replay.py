@@ -187,6 +187,21 @@ def test_states_of_a_row_are_those_that_the_teacher_gives(tmp_path):
         assert torch.allclose(kept.float(), again.float(), atol=0.05, rtol=0.02)  # alone, and in a batch, in bfloat16
 
 
+class Moving(LiveTeacher):
+    """A teacher that is a running mean of the student."""
+
+    mean = "of the student's weights"
+
+
+def test_a_teacher_that_moves_is_asked_again(tmp_path):
+    """What it said of a row is not what it would say now."""
+    trainer = replaying(tmp_path, options={"max_steps": 6}, teacher=Moving(tiny_llama(seed=1, layers=3)))
+    recorder = Recorder(trainer)
+    trainer.train()
+    assert "replay" in recorder.branches and all(recorder.asked)
+    assert not any(trainer.replay[number].states for number in trainer.replay.draw(8, seed=0, step=0))
+
+
 def test_phi_follows_the_held_out_loss(tmp_path):
     """The trainer's own log against the rule, written out once more here."""
     steps = 12
