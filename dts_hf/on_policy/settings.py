@@ -113,6 +113,13 @@ class OnPolicySettings:
             return self.fraction
         return 0.5 if self.adaptive is None else 0.0
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it as flat words, for trackers."""
+        flat = dataclasses.asdict(self)
+        flat |= {f"adaptive_{name}": value for name, value in (flat.pop("adaptive") or {}).items()}
+        return {f"on_policy_{name}": value for name, value in flat.items()}
+
     def fraction_at(self, progress: float) -> float:
         """The probability that a step is answered by the student.
 

@@ -69,8 +69,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         self.generation_seconds = 0.0
         self._sums_of_texts: dict[str, float] = {}
         if self.on_policy is not None:
-            chosen = {f"on_policy_{name}": value for name, value in dataclasses.asdict(self.on_policy).items()}
-            kwargs["facts"] = {**(kwargs.get("facts") or {}), **chosen}
+            kwargs["facts"] = {**(kwargs.get("facts") or {}), **self.on_policy.facts}
         super().__init__(model, args, *positional, **kwargs)
         if self.on_policy is not None:
             seed = args.seed if self.on_policy.seed is None else self.on_policy.seed

@@ -105,6 +105,7 @@ def test_recipe_and_python_have_the_same_options_and_defaults():
     made = OnPolicySettings(**OnPolicy.model_validate({"adaptive": {"capacity": 5}}).model_dump())
     assert made == on_policy_settings({"adaptive": {"capacity": 5}})
     assert made.adaptive == AdaptiveSettings(capacity=5)
+    assert made.facts["on_policy_adaptive_capacity"] == 5 and "on_policy_adaptive" not in made.facts
 
 
 @pytest.mark.parametrize(
