@@ -224,7 +224,7 @@ def _kept(
 ) -> list[Answer]:
     """The answers without a fault; those with one are counted."""
     answers = []
-    for number, (tokens, finished) in enumerate(made, 1):
+    for number, (tokens, finished, _) in enumerate(made, 1):
         text = decode_answer(answerer.tokenizer, tokens)
         if not finished:  # the limit may fall into the middle of a character
             text = text.removesuffix("\ufffd").rstrip()

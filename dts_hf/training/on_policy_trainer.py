@@ -114,7 +114,7 @@ class OnPolicyTrainer(GeneratingTrainer):
                 f"data_collator: got {type(self.data_collator).__name__} beside on_policy, whose rows only our collators "
                 "put together again; leave it out"
             )
-        cache_argument(self.model)  # type: ignore[arg-type]
+        cache_argument(cast(nn.Module, self.model))
         dataset: Any = self.train_dataset
         if hasattr(dataset, "__len__"):
             self._check_prompts(dataset)
