@@ -115,6 +115,12 @@ class ReplayBuffer:
 
         No row comes twice before all have come once.
 
+        Args:
+            count: how many.
+            seed: of the run's text.
+            step: number of the optimizer step, from 0.
+            rank: of this process.
+
         Raises:
             ValueError: there is nothing to draw from.
         """
