@@ -181,7 +181,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         if self.generated_step:
             self._forget_questions(samples)
             samples = self.rebuilt(self._answered(batches))
-            count = self._get_num_items_in_batch(samples, self.args.device)
+            count = self.count_of_step(samples)
         return samples, count
 
     def _forget_questions(self, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -33,7 +33,7 @@ LIGHT = (
     "dts_hf", "__main__", "console", "errors", "files", "registry", "recipe", "runs.directory", "runs.failures",
     "runs.names", "runs.file_lists", "runs.links", "runs.lock", "runs.stopping", "data.row_files", "data.columns",
     "data.file_limits", "data.routes", "data.table_files", "data.text_files", "evaluation.benchmark_sets",
-    "evaluation.protocol", "cli",
+    "evaluation.protocol", "on_policy.settings", "cli",
 )  # fmt: skip
 HEAVY = {
     "torch",
