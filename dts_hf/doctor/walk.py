@@ -98,13 +98,15 @@ class Walk(ABC):
 
     def trial(self, **training: Any) -> Task[Any]:
         """The task as one process does it, in ``folder``; ``training`` takes the place of keys of the recipe."""
-        recipe = self.recipe
+        recipe, own = self.recipe, self.recipe.data.on_policy
+        # Its steps are too few for held-out rows, whose loss an adaptive share follows
+        own = None if own is None else own.model_copy(update={"adaptive": None})
         kept = {name: value for name, value in recipe.training.items() if name not in OF_MANY_PROCESSES}
         changes = {
             "teacher": recipe.teacher and recipe.teacher.model_copy(update={"placement": "replicated"}),
             "training": kept | training,
             "output": recipe.output.model_copy(update={"dir": str(self.folder / "run")}),
-            "data": recipe.data.model_copy(update={"cache_dir": str(self.folder / "cache")}),
+            "data": recipe.data.model_copy(update={"cache_dir": str(self.folder / "cache"), "on_policy": own}),
         }
         return task_of(recipe.model_copy(update=changes))
 

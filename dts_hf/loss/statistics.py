@@ -32,6 +32,8 @@ OF_POLICY = "policy_"
 OF_GENERATED = "generated_"
 #: Of such text, by row and not by label: rows that could be answered, rows that were, and sums over the latter.
 TEXTS, GENERATED_TEXTS = "texts", "generated_texts"
+#: Rows that the student has answered in an earlier step (``on_policy.replay``).
+REPLAYED_TEXTS = "replayed_texts"
 #: Between the name of a number and that of the teacher whose rows it is about, where there are several: ``kd_loss/math``.
 OF_TEACHER = "/"
 
@@ -177,6 +179,12 @@ OF_BOTH, OF_DATA = (KD, KL), "data_"
 GENERATED_SHARE = replace(
     _of_texts("share", "share of rows", "rows that the student has answered itself", TEXTS), sums=(GENERATED_TEXTS,)
 )
+REPLAYED_SHARE = replace(
+    GENERATED_SHARE,
+    log="replayed_share",
+    meaning="rows that it has answered in an earlier step",
+    sums=(REPLAYED_TEXTS,),
+)
 GENERATED_LENGTH = _of_texts("length", "tokens", "mean length of its answers, their end included")
 GENERATED_TRUNCATED = _of_texts("truncated", "share of answers", "ran into `max_new_tokens`, and have no end")
 GENERATED_ENDED = _of_texts("ended", "share of answers", "came to an end of turn")
@@ -186,8 +194,8 @@ GENERATED_REPETITION = _of_texts("repetition", "share of 4-grams", "mean share t
 STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
-    *GENERATED_LABELS, GENERATED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED, GENERATED_REPETITION,
-    ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE,
+    *GENERATED_LABELS, GENERATED_SHARE, REPLAYED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED,
+    GENERATED_REPETITION, ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE,
 )  # fmt: skip
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)

@@ -6,12 +6,47 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from dts_hf.errors import UserError, nearest
 
 GapOn: TypeAlias = Literal["data", "teacher_argmax"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
+Replay: TypeAlias = Literal["states", "rows", "none"]
+Backend: TypeAlias = Literal["own", "vllm"]
+_Settings = TypeVar("_Settings")
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings:
+    """DistiLLM's adaptive fraction and replay buffer (arXiv 2402.03898); see ``adaptive`` and ``replay``.
+
+    Args:
+        eps: the share grows when the held-out loss is so many nats above that of its last growth.
+        step: by how much it grows, to 1 at most.
+        capacity: rows that all processes together keep for replay.
+        replay: ``states``: rows are kept with what the teacher said of them; ``rows``: without, and the teacher is asked
+            again; ``none``: nothing is kept, and every step of the share generates.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    eps: float = 0.1
+    step: float = 0.1
+    capacity: int = 1000
+    replay: Replay = "states"
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.eps) and self.eps >= 0 and math.isfinite(self.eps)):
+            raise UserError(f"on_policy.adaptive.eps: got {self.eps!r}, expected nats, 0 or above")
+        if not (_is_number(self.step) and 0 < self.step <= 1):
+            raise UserError(f"on_policy.adaptive.step: got {self.step!r}, expected a number above 0, at most 1")
+        if not isinstance(self.capacity, int) or isinstance(self.capacity, bool) or self.capacity < 1:
+            raise UserError(
+                f"on_policy.adaptive.capacity: got {self.capacity!r}, expected a whole number of at least 1"
+            )
+        _check_word("adaptive.replay", self.replay, get_args(Replay))
 
 
 @dataclass(frozen=True)
@@ -19,7 +54,8 @@ class OnPolicySettings:
     """Mixed data: in a share of the optimizer steps the student answers the prompts itself.
 
     Args:
-        fraction: of the optimizer steps whose rows the student answers (lambda of GKD), at the beginning of the run.
+        fraction: of the optimizer steps whose rows the student answers (lambda of GKD), at the beginning of the run; None:
+            0.5, with ``adaptive`` 0.
         schedule: ``constant``, or ``linear`` or ``cosine`` from ``fraction`` to ``end_fraction`` over the run.
         end_fraction: at the end of the run; only with ``linear`` and ``cosine``.
         temperature: of sampling; nothing to do with the temperature of the loss.
@@ -29,12 +65,16 @@ class OnPolicySettings:
         seed: of the coin and of the text; None: that of the training.
         gap_on: what the gap (student CE - teacher CE) is measured on: ``data``, rows of the data alone; or also on the
             student's own text, with the teacher's first choices as labels (``teacher_argmax``). See docs/gap.md.
+        adaptive: the fraction follows the held-out loss, and texts are replayed, in the place of a schedule.
+        backend: what generates: ``own``, our engine; ``vllm``, beside the student in this process (see ``vllm_rollouts``:
+            its noise is its own).
+        vllm_memory: share of the device's memory that vLLM takes.
 
     Raises:
         UserError: a value out of range, or a schedule without an end (or the other way round).
     """
 
-    fraction: float = 0.5
+    fraction: float | None = None
     schedule: Schedule = "constant"
     end_fraction: float | None = None
     temperature: float = 1.0
@@ -43,29 +83,46 @@ class OnPolicySettings:
     batch_size: int = 32
     seed: int | None = None
     gap_on: GapOn = "data"
+    adaptive: AdaptiveSettings | None = None
+    backend: Backend = "own"
+    vllm_memory: float = 0.3
 
     def __post_init__(self) -> None:
+        if self.adaptive is not None and not isinstance(self.adaptive, AdaptiveSettings):
+            object.__setattr__(self, "adaptive", _made_of(AdaptiveSettings, self.adaptive, "on_policy.adaptive"))
         for name in ("fraction", "end_fraction"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value <= 1):
                 raise UserError(f"on_policy.{name}: got {value!r}, expected a share of the steps, from 0 to 1")
-        for name, known in (("schedule", get_args(Schedule)), ("gap_on", get_args(GapOn))):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(
-                    f"on_policy.{name}: got {value!r}, expected one of {', '.join(known)}.{nearest(str(value), known)}"
-                )
-        if problem := schedule_problem(self.schedule, self.end_fraction):
+        for name, known in (("schedule", Schedule), ("gap_on", GapOn), ("backend", Backend)):
+            _check_word(name, getattr(self, name), get_args(known))
+        if problem := schedule_problem(self.schedule, self.end_fraction, self.adaptive is not None):
             raise UserError(f"on_policy.{problem}")
         if not (_is_number(self.temperature) and self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"on_policy.temperature: got {self.temperature!r}, expected a number above 0")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UserError(f"on_policy.top_p: got {self.top_p!r}, expected a number above 0, at most 1")
+        if not (_is_number(self.vllm_memory) and 0 < self.vllm_memory < 1):
+            raise UserError(f"on_policy.vllm_memory: got {self.vllm_memory!r}, expected a share between 0 and 1")
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
             if not whole and not (name == "seed" and value is None):
                 raise UserError(f"on_policy.{name}: got {value!r}, expected a whole number of at least {least}")
+
+    @property
+    def first_fraction(self) -> float:
+        """``fraction``, where it is not given what stands for it."""
+        if self.fraction is not None:
+            return self.fraction
+        return 0.5 if self.adaptive is None else 0.0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it as flat words, for trackers."""
+        flat = dataclasses.asdict(self)
+        flat |= {f"adaptive_{name}": value for name, value in (flat.pop("adaptive") or {}).items()}
+        return {f"on_policy_{name}": value for name, value in flat.items()}
 
     def fraction_at(self, progress: float) -> float:
         """The probability that a step is answered by the student.
@@ -74,15 +131,17 @@ class OnPolicySettings:
             progress: of the run, 0 to 1.
         """
         if self.end_fraction is None:
-            return self.fraction
+            return self.first_fraction
         done = min(max(progress, 0.0), 1.0)
         if self.schedule == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
-        return self.fraction + (self.end_fraction - self.fraction) * done
+        return self.first_fraction + (self.end_fraction - self.first_fraction) * done
 
 
-def schedule_problem(schedule: str, end_fraction: float | None) -> str:
-    """What is wrong with a schedule and its end taken together; empty where nothing is."""
+def schedule_problem(schedule: str, end_fraction: float | None, adaptive: bool) -> str:
+    """What is wrong with a schedule, its end and an adaptive fraction taken together; empty where nothing is."""
+    if adaptive and schedule != "constant":
+        return f"schedule: got '{schedule}' beside adaptive, which moves the fraction itself; leave one of them out"
     if schedule == "constant" and end_fraction is not None:
         return f"end_fraction: got {end_fraction:g} with schedule 'constant', expected schedule 'linear' or 'cosine'"
     if schedule != "constant" and end_fraction is None:
@@ -98,15 +157,31 @@ def on_policy_settings(given: OnPolicySettings | Mapping[str, Any] | None) -> On
     """
     if given is None or isinstance(given, OnPolicySettings):
         return given
-    names = [field.name for field in dataclasses.fields(OnPolicySettings)]
+    return _made_of(OnPolicySettings, given, "on_policy")
+
+
+def _made_of(kind: type[_Settings], given: object, key: str) -> _Settings:
+    """Settings of a mapping of options.
+
+    Raises:
+        UserError: see ``on_policy_settings``.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if not isinstance(given, Mapping):
-        raise UserError(f"on_policy: got {given!r}, expected a mapping with {', '.join(names)}")
+        raise UserError(f"{key}: got {given!r}, expected a mapping with {', '.join(names)}")
     for name in given:
         if name not in names:
             raise UserError(
-                f"on_policy: {name!r} is no option of it, expected {', '.join(names)}.{nearest(str(name), names)}"
+                f"{key}: {name!r} is no option of it, expected {', '.join(names)}.{nearest(str(name), names)}"
             )
-    return OnPolicySettings(**given)
+    return kind(**given)
+
+
+def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(
+            f"on_policy.{name}: got {value!r}, expected one of {', '.join(known)}.{nearest(str(value), known)}"
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -30,7 +30,7 @@ from dts_hf.console import unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.errors import UserError, nearest
-from dts_hf.on_policy.settings import GapOn, Schedule, schedule_problem
+from dts_hf.on_policy.settings import Backend, GapOn, Replay, Schedule, schedule_problem
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -412,11 +412,31 @@ class Packing(Section):
     )
 
 
+class Adaptive(Section):
+    """A share of the student's steps that follows the held-out loss, and steps that replay its text (DistiLLM)."""
+
+    eps: float = Field(
+        default=0.1,
+        ge=0,
+        description="The share grows when the held-out loss is so many nats above that of its last growth.",
+    )
+    step: float = Field(default=0.1, gt=0, le=1, description="By how much it grows, to 1 at most.")
+    capacity: Count = Field(default=1000, description="Rows that all processes together keep for replay.")
+    replay: Replay = Field(
+        default="states",
+        description="Keep rows with the teacher's states of their labels; rows alone, of which the teacher is asked again; "
+        "or none, and every step of the share generates.",
+    )
+
+
 class OnPolicy(Section):
     """Steps in which the student answers the prompts itself, and learns what the teacher says of its text (GKD)."""
 
-    fraction: float = Field(
-        default=0.5, ge=0, le=1, description="Share of the optimizer steps whose rows the student answers."
+    fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the optimizer steps whose rows the student answers; null: 0.5, with adaptive 0 at first.",
     )
     schedule: Schedule = Field(
         default="constant", description="How the share moves over the run: not at all, or to end_fraction."
@@ -440,10 +460,22 @@ class OnPolicy(Section):
         description="The gap that a temperature follows: of rows of the data alone, or also of the student's own text, with "
         "the teacher's first choices as labels. See docs/gap.md.",
     )
+    adaptive: Adaptive | None = Field(
+        default=None,
+        description="The share follows the held-out loss, and text is replayed (DistiLLM); in the place of a schedule.",
+    )
+    backend: Backend = Field(
+        default="own",
+        description="What generates: our engine; or vLLM beside the student, whose noise is its own, so that a resumed run "
+        "does not repeat it (not run by our tests).",
+    )
+    vllm_memory: float = Field(
+        default=0.3, gt=0, lt=1, description="Share of the device's memory that vLLM takes; with backend vllm."
+    )
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> OnPolicy:
-        if problem := schedule_problem(self.schedule, self.end_fraction):
+        if problem := schedule_problem(self.schedule, self.end_fraction, self.adaptive is not None):
             raise ValueError(problem)
         return self
 
@@ -1003,6 +1035,8 @@ def prefix_problem(recipe: Recipe) -> str:
         return "data.columns: got 'teacher_prefix', but data.teacher_prefix_column is the key for that"
     if recipe.task is not None:
         return f"{said}, but a task has classifiers, which answer nothing"
+    if recipe.data.on_policy is not None:
+        return f"{said} and data.on_policy: rows of the student's own text do not carry it; leave one of them out"
     if recipe.teacher is None:
         return f"{said}, but there {'are several teachers' if recipe.teachers else 'is no teacher'}: it is for one"
     if recipe.teacher.kind in ("cached", "remote"):
@@ -1017,6 +1051,12 @@ def on_policy_problem(recipe: Recipe) -> str:
     """What of ``recipe`` does not go with ``data.on_policy``; empty where nothing is wrong."""
     if recipe.data.on_policy is None:
         return ""
+    if recipe.data.on_policy.adaptive is not None:
+        found = "data.validation is null" if recipe.data.validation is None else ""
+        if recipe.training.get("eval_strategy") in ("no", False):
+            found = "training.eval_strategy is 'no'"
+        if found:
+            return f"data.on_policy.adaptive: the share follows the held-out loss, but {found}"
     if not recipe.all_teachers:
         return "data.on_policy: there is no teacher, and the student's own text has no labels; give teacher"
     for key, section in recipe.all_teachers.items():

@@ -227,6 +227,18 @@ def shares_of(
     return [Share(teacher.states(batch, labels, *_known(teacher, positions)), teacher.head)]
 
 
+def blank_shares(teacher: Teacher) -> list[Share]:
+    """The shares of ``shares_of`` without states and rows: each teacher's head, weight and name."""
+    if not isinstance(teacher, SeveralTeachers):
+        return [Share(None, teacher.head)]
+    weights = teacher.weights
+    rows = torch.zeros(0, dtype=torch.int64) if weights is None else None
+    return [
+        Share(None, one.head, rows, 1.0 if weights is None else weights[name], name)
+        for name, one in teacher.by_name.items()
+    ]
+
+
 def teacher_of_token(labels: Tensor, position_ids: Tensor | None, numbers: Tensor | None) -> Tensor:
     """The number of the teacher of each token, ``[B, T]`` int64.
 

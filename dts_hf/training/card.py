@@ -142,10 +142,11 @@ def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _described(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Template and limits by name; a tokenizer and other objects are left out."""
+    """Template and limits by name, and mixed data; a tokenizer and other objects are left out."""
     known = {"max_length", "max_prompt_length", "teacher_prefix_column"} & rows.keys()
     template = getattr(rows.get("template"), "name", None)
-    return ({"prompt_template": template} if template else {}) | {key: rows[key] for key in known}
+    own = {"on_policy": rows["on_policy"]} if rows.get("on_policy") else {}
+    return ({"prompt_template": template} if template else {}) | {key: rows[key] for key in known} | own
 
 
 def _name(model: nn.Module) -> str:

@@ -375,6 +375,11 @@ class DistillationBase(ResumableTrainer):
         template = getattr(self.rows, "encode_options", {}).get("template")
         return "" if template is None else str(template.name)
 
+    @property
+    def row_facts(self) -> Mapping[str, Any]:
+        """What the card says of how rows became tokens."""
+        return self.rows.for_card()
+
     def card(self, repository: str | None, note: str = "", **metadata: Any) -> str:
         """``model_card``'s text where it was given, else what a recipe's card says, as far as the trainer knows it."""
         if self.model_card is not None:
@@ -384,8 +389,7 @@ class DistillationBase(ResumableTrainer):
         sets = [str(name) for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
         facts = facts_of_training(
             student, self.teacher_models, self.loss, self.args,
-            taught=self.sums.columns.teacher, several=self.several, itself=self.itself,
-            rows=self.rows.for_card(),
+            taught=self.sums.columns.teacher, several=self.several, itself=self.itself, rows=self.row_facts,
             task=getattr(getattr(self.rows, "task", None), "subset", None),
             log=self.state.log_history, held_out=held_out_scores(self.state.log_history, self.step_of_weights, sets),
             done=done,

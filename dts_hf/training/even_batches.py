@@ -315,6 +315,10 @@ class EvenBatchesTrainer(Trainer):
         local = sum((self.count_items(batch["labels"]) for batch in batch_samples), torch.zeros((), dtype=torch.int64))
         return cast(Tensor, self.accelerator.gather(local.to(device).reshape(1)).sum().clamp(min=1))
 
+    def count_of_step(self, batches: list[dict[str, Any]]) -> Tensor:
+        """What the loss of an optimizer step is divided by, ``[]``, where its batches are not those of the data loader."""
+        return self._get_num_items_in_batch(batches, self.args.device)
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The Trainer's count without dummy rows; ``non_padding`` by length, for a padding token may be a real one, too."""
         if self.args.include_num_input_tokens_seen == "no":

@@ -71,8 +71,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         self.generation_seconds = 0.0
         self._sums_of_texts: dict[str, float] = {}
         if self.on_policy is not None:
-            chosen = {f"on_policy_{name}": value for name, value in dataclasses.asdict(self.on_policy).items()}
-            kwargs["facts"] = {**(kwargs.get("facts") or {}), **chosen}
+            kwargs["facts"] = {**(kwargs.get("facts") or {}), **self.on_policy.facts}
         super().__init__(model, args, *positional, **kwargs)
         if self.on_policy is not None:
             check_gap(self.temperature, self.loss.divergence, self.on_policy)
@@ -97,6 +96,11 @@ class OnPolicyTrainer(GeneratingTrainer):
             self.generation_seconds = 0.0
         super().log(logs, start_time)
 
+    @property
+    def row_facts(self) -> Mapping[str, Any]:
+        own = {} if self.on_policy is None else {"on_policy": dataclasses.asdict(self.on_policy)}
+        return {**super().row_facts, **own}
+
     # ------------------------------------------------------------------------------------------- before the first step
 
     def _check_on_policy(self) -> None:
@@ -111,6 +115,14 @@ class OnPolicyTrainer(GeneratingTrainer):
                 "on_policy: the cached teacher knows the rows of the data alone, and the student's answers are others; "
                 "expected teacher.missing: live (CachedTeacher(cache, live)), which has the teacher answer them, or "
                 "teacher.kind: live"
+            )
+        rows: Any = self.rows
+        if getattr(rows, "aligner", None) is not None:
+            raise UserError("on_policy: the teacher has another tokenizer (alignment), and reads no text of the student's")
+        if "teacher_prefix" in (getattr(rows, "columns", None) or {}):
+            raise UserError(
+                "on_policy: the teacher reads more than the student (teacher_prefix_column), and the rows of the student's "
+                "own text do not carry it; leave one of them out"
             )
         if not isinstance(self.data_collator, Collator):
             raise UserError(
@@ -184,7 +196,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         if self.generated_step:
             self._forget_questions(samples)
             samples = self.rebuilt(self._answered(batches))
-            count = self._get_num_items_in_batch(samples, self.args.device)
+            count = self.count_of_step(samples)
         return samples, count
 
     def _forget_questions(self, samples: Sequence[Mapping[str, Any]]) -> None:

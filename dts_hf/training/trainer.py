@@ -43,21 +43,14 @@ from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeac
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
-from dts_hf.teachers.several import (
-    SeveralTeachers,
-    gathered,
-    loss_of_shares,
-    naming_teacher,
-    routing_of,
-    shares_of,
-)
+from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, naming_teacher, routing_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.exact_resume import ExtraState, Progress
-from dts_hf.training.on_policy_trainer import OnPolicyTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, identity_of_states, pack_tokens, set_up_models
+from dts_hf.training.replay_trainer import REPLAY, ReplayTrainer
 from dts_hf.training.self_teaching import (
     FollowCallback,
     check_launch_of_self,
@@ -74,7 +67,7 @@ from dts_hf.training.student import first_student, made_by
 FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET, *TEACHER_BATCH.values())
 #: Columns of a batch that neither model is given; those of ``alignment`` are a batch of the teacher's own.
 NOT_FOR_MODELS = frozenset(
-    {"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS, *alignment_keys.KEYS}
+    {"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, REPLAY, *FOR_TEACHERS, *alignment_keys.KEYS}
 )
 
 
@@ -88,7 +81,7 @@ def seen_by_models(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key not in NOT_FOR_MODELS and not is_for_teachers(key)}
 
 
-class DistillationTrainer(OnPolicyTrainer):
+class DistillationTrainer(ReplayTrainer):
     """Distil ``teacher`` into ``model``.
 
     Args:
@@ -388,7 +381,7 @@ class DistillationTrainer(OnPolicyTrainer):
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
         given = {key: value for key, value in inputs.items() if is_for_teachers(key)}
         if self.common is None:
-            shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
+            shares = self.shares(inputs, {**batch, **given}, labels, positions)
         else:
             shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common)]
         sums: dict[str, Tensor] = {}

@@ -132,7 +132,9 @@ def workload_of(
         prompts = [data.spans(row)[-1][0] for row in range(len(data))]
         lengths = [min(prompt + longest, recipe.data.max_length) for prompt in prompts]
     packed_lengths, own, answered = lengths, recipe.data.on_policy, 0
-    if own is not None and (own.fraction > 0 or own.end_fraction):  # no limit but its own cuts the student's text
+    if own is not None and (
+        own.fraction != 0 or own.end_fraction or own.adaptive
+    ):  # no limit but its own cuts the student's text
         responses = [max(of_data, own.max_new_tokens) for of_data in responses]
         asked = [data.spans(row)[-1][0] + own.max_new_tokens for row in range(len(data))]
         lengths = [max(pair) for pair in zip(lengths, asked, strict=True)]
