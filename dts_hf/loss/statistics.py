@@ -116,11 +116,22 @@ AUX = Statistic(
     "aux_loss", "per label", "auxiliary loss of a mixture of experts' routers, without its coefficient",
     sums=("aux",), needs_teacher=False, of_loss=False,
 )  # fmt: skip
+KD_TEACHER_SPACE = Statistic(
+    "kd_teacher_space", "nats per label",
+    "with `teacher.alignment: dual_space`, the part of `kd_loss` in the teacher's space; the rest is in the student's",
+    of_loss=False,
+)  # fmt: skip
+PROJECTOR_CE = Statistic(
+    "projector_ce", "nats per label",
+    "with `teacher.alignment: dual_space`, the cross-entropy of the teacher behind the map into the student's space",
+    of_loss=False,
+)  # fmt: skip
 
 #: In the order of a log line.
 STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
+    KD_TEACHER_SPACE, PROJECTOR_CE,
 )  # fmt: skip
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)
