@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
@@ -64,11 +65,13 @@ class ExtraState:
         shared: equal on all processes; goes into ``progress.json``.
         process: this process's; goes into its ``rank_R.json``.
         files: JSON files of its own, by name, equal on all processes.
+        tensors: likewise safetensors files, each with its tensors by name.
     """
 
     shared: dict[str, Any] = field(default_factory=dict)
     process: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,6 +104,8 @@ def write_progress(folder: Path, extra: ExtraState, *, rank: int, shared_too: bo
     if shared_too:
         for name, content in {**extra.files, PROGRESS: extra.shared}.items():
             write_json_atomic(folder / name, content)
+        for name, tensors in extra.tensors.items():
+            save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 def read_progress(folder: Path, rank: int, world: int) -> Progress:
