@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dts_hf.alignment import batch as alignment
 from dts_hf.data.encoding import Example
 from dts_hf.data.routes import TEACHER
 from dts_hf.loss.selection import IGNORE_INDEX
@@ -45,14 +46,17 @@ class PaddedCollator(Collator):
     Args:
         pad_token_id: fills ``input_ids``; hidden by the mask and by the labels, so any valid id will do.
         pad_to_multiple_of: round the width up to a multiple of this.
+        teacher_pad_id: as ``pad_token_id``, of a teacher with another tokenizer.
 
     Returns (of a call):
         ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``row_id`` [B], all int64; ``teacher_number`` [B] too, where
-        rows have one of several; and what ``of_rows`` gives.
+        rows have one of several; the teacher's side where it has another tokenizer (``alignment.batch``); and what
+        ``of_rows`` gives.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    teacher_pad_id: int = 0
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         step = self.pad_to_multiple_of or 1
@@ -70,6 +74,7 @@ class PaddedCollator(Collator):
             "attention_mask": attention_mask,
             "labels": labels,
             **self.more(examples),
+            **alignment.padded(examples, self.teacher_pad_id),
         }
 
 
@@ -88,7 +93,8 @@ class PackedCollator(Collator):
 
     Returns (of a call):
         ``input_ids``, ``position_ids``, ``labels`` [1, sum of T] and ``row_id`` [rows], all int64. The first label of
-        each row is -100: after the shift it would be predicted from the row before. And what ``of_rows`` gives.
+        each row is -100: after the shift it would be predicted from the row before. The teacher's side where it has
+        another tokenizer (``alignment.batch``), and what ``of_rows`` gives.
     """
 
     cu_seqlens: bool = False
@@ -102,6 +108,7 @@ class PackedCollator(Collator):
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
             **self.more(examples),
+            **alignment.packed(examples, self.cu_seqlens),
         }
         if self.cu_seqlens:
             batch["cu_seqlens"] = cu_seqlens_mask([len(example["input_ids"]) for example in examples])

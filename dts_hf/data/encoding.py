@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from torch.utils.data import Dataset
 
+from dts_hf.alignment.batch import AlignedRow
 from dts_hf.data.chat_templates import Template, is_dated
 from dts_hf.data.row_encoder import EncodedRow, RowEncoder
 from dts_hf.data.rows import Row
@@ -36,10 +37,12 @@ class _Tokens(TypedDict):
 class Example(_Tokens, total=False):
     """One tokenised row: ``labels`` are ``input_ids`` with -100 on the prompt; ``row_id`` indexes the data set.
 
-    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``).
+    ``teacher_number`` is there where rows have one of several teachers (``routes.Routing``); ``aligned`` where the teacher
+    has another tokenizer.
     """
 
     teacher_number: int
+    aligned: AlignedRow
 
 
 class EncodedDataset(Dataset[Example]):
@@ -56,10 +59,12 @@ class EncodedDataset(Dataset[Example]):
         lengths: tokens of each row.
         report: what became of the rows when they were encoded; None for tokens that come from elsewhere.
         teachers: the number of each row's teacher (``routes.Routing``); None: the rows name none.
+        aligned: each row as a teacher with another tokenizer reads it (``alignment.rows.RowAligner``); None: there is none.
     """
 
     report: EncodingReport | None = None
     teachers: list[int] | None = None
+    aligned: list[AlignedRow] | None = None
 
     def __init__(
         self,
@@ -86,6 +91,8 @@ class EncodedDataset(Dataset[Example]):
         row: Example = {"input_ids": ids, "labels": labels, "row_id": index}
         if self.teachers is not None:
             row["teacher_number"] = self.teachers[index]
+        if self.aligned is not None:
+            row["aligned"] = self.aligned[index]
         return row
 
     def spans(self, index: int) -> list[tuple[int, int]]:
@@ -115,6 +122,9 @@ class EncodedDataset(Dataset[Example]):
             xxh3.update(repr(self.spans(index)).encode())
         if self.teachers is not None:
             xxh3.update(np.asarray(self.teachers, np.int32).tobytes())
+        for row in self.aligned or ():
+            for part in (row.ids, row.labels, row.student, row.teacher):
+                xxh3.update(part.tobytes())
         return f"xxh3:{xxh3.hexdigest()}"
 
     def subset(self, n: int) -> EncodedDataset:
@@ -122,6 +132,7 @@ class EncodedDataset(Dataset[Example]):
         spans = {index: bounds for index, bounds in self._spans.items() if index < n}
         dataset = EncodedDataset(self.row_ids[:n], self.ids[:n], self.prompt_lengths[:n], spans)
         dataset.teachers = None if self.teachers is None else self.teachers[:n]
+        dataset.aligned = None if self.aligned is None else self.aligned[:n]
         return dataset
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from dts_hf.alignment.batch import ALIGNED
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -29,7 +31,8 @@ def dummy_row(row: Mapping[str, Any], labels: Any) -> dict[str, Any]:
     """The first token of ``row``, with ``labels`` that no loss counts."""
     names = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
     by_token = {name: row[name][:1] for name in names if name in row}
-    return {**row, **by_token, "labels": labels, "row_id": DUMMY_ROW}
+    aligned = {ALIGNED: row[ALIGNED].unlabelled} if ALIGNED in row else {}
+    return {**row, **by_token, **aligned, "labels": labels, "row_id": DUMMY_ROW}
 
 
 def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:

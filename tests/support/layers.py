@@ -22,7 +22,7 @@ LAYERS = (
     ("processes", ("distributed",)),
     ("mathematics", ("temperature", "divergences", "models.head", "loss")),
     ("recipe", ("evaluation.protocol", "data.columns", "data.routes", "recipe")),
-    ("rows and models", ("data", "models")),
+    ("rows and models", ("data", "models", "alignment")),
     ("text", ("generation", "teachers")),
     ("runs", ("runs",)),
     ("publication", ("reporting", "hub")),

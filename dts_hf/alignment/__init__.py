@@ -1,0 +1,1 @@
+"""Teachers with another tokenizer: bytes of tokens, which positions of two tokenisations are the same, common ids."""
