@@ -108,10 +108,9 @@ class DistillationLoss(nn.Module):
         """C: how many rows of student and teacher logits fit into the budget; at least one."""
         return rows_in_budget(self.logits_budget_mb or PLAIN_BUDGET_MB, vocab_size, itemsize)
 
-    def ratio_in_force(self, teacher: str | None = None) -> float:
-        """The weight of the soft loss now: the policy's, where it schedules that, else ``kd_ratio``."""
-        of_policy = self.temperature.of_teacher(teacher).kd_ratio
-        return self.kd_ratio if of_policy is None else of_policy
+    def ratio_of(self, policy: TemperaturePolicy) -> float:
+        """The weight of the soft part in force: the policy's where it schedules one, else the loss's own."""
+        return self.kd_ratio if policy.kd_ratio is None else policy.kd_ratio
 
     def forward(
         self,
@@ -141,7 +140,7 @@ class DistillationLoss(nn.Module):
             sequences: ``[N]`` int64, never falling: rows of equal number belong to one sequence. Needed by policies
                 with ``needs_sequence_gap``.
             teacher: whose rows they are, where each of several teachers has a temperature of its own.
-            kd_ratio: of this call, for a loss that is made of several; None: the one in force.
+            kd_ratio: takes the place of the loss's own and of the policy's.
 
         Returns:
             the loss ``[]``, whose backward pass can be run once, and detached sums.
@@ -151,7 +150,7 @@ class DistillationLoss(nn.Module):
             UserError: there is no teacher to distil, or compact rows are not enough (``compact_served``).
         """
         policy = self.temperature.of_teacher(teacher)
-        kd_ratio = self.ratio_in_force(teacher) if kd_ratio is None else kd_ratio
+        kd_ratio = self.ratio_of(policy) if kd_ratio is None else kd_ratio
         if teacher_states is None or teacher_head is None:
             check_has_teacher(False, kd_ratio)
             teacher_states, teacher_head = None, student_head

@@ -123,10 +123,9 @@ def dual_space_loss(
     normalizer: float | Tensor,
     sequences: Tensor | None = None,
 ) -> LossOutput:
-    """(1 - r) CE + r (T_s T_t D(p_st, q) + CE_W + T_s T_t D(p, q_ts)) of A aligned rows, over ``normalizer``.
+    """Soft loss of A aligned rows: T_s T_t D(p_st, q) + CE_W + T_s T_t D(p, q_ts), over ``normalizer``.
 
-    The three parts of the soft loss (DSKD, Eq. 6 to 10; DSKDv2 the same, over aligned tokens alone), ``sg`` a stopped
-    gradient:
+    Its three parts (DSKD; DSKDv2 over aligned tokens alone), ``sg`` a stopped gradient:
 
     - the student's space: q = softmax(h_s E_s^T / T_s), the student's own, against p_st = softmax(sg(h_t W E_s^T) / T_t);
     - CE_W: cross-entropy of softmax(h_t W sg(E_s)^T), at T = 1, to the student's labels. It alone trains W;
@@ -140,7 +139,7 @@ def dual_space_loss(
     has: each walks in chunks.
 
     Args:
-        loss: divergence, temperature and r, of training or of held-out rows.
+        loss: divergence and temperature, of training or of held-out rows.
         projectors: W and W'.
         student_states: ``[A, H_s]``.
         student_head: weight ``[V_s, H_s]``, whole.
@@ -155,13 +154,12 @@ def dual_space_loss(
         the loss ``[]``, and the sums of the student's space, where ``kd`` is that of both, with two more:
         ``kd_teacher_space`` and ``projector_ce``.
     """
-    ratio = loss.ratio_in_force()
-    frozen = student_head.detached()
-    teacher_states = teacher_states.detach()
+    frozen, teacher_states = student_head.detached(), teacher_states.detach()
     projected = _mapped(teacher_states, projectors.to_student)  # [A, H_s]
     back = _mapped(student_states, projectors.to_teacher)  # [A, H_t]
 
-    here = loss(student_states, student_head, projected.detach(), frozen, targets, normalizer, sequences)
+    here = loss(student_states, student_head, projected.detach(), frozen, targets, normalizer, sequences, kd_ratio=1.0)
+    of_map = loss(projected, frozen, None, None, targets, normalizer, sequences, kd_ratio=0.0)
     there = loss(
         back,
         teacher_head.detached(),
@@ -172,15 +170,13 @@ def dual_space_loss(
         sequences,
         kd_ratio=1.0,
     )
-    of_map = loss(projected, frozen, None, None, targets, normalizer, sequences, kd_ratio=0.0)
-    total = here.loss + ratio * (there.loss + of_map.loss)
     sums = dict(here.sums)
     sums[stats.PROJECTOR_CE.sum] = of_map.sums[stats.CE.sum]
     sums[stats.KD_TEACHER_SPACE.sum] = there.sums[stats.KD.sum]
     for name in (stats.KD.sum, stats.TEMPERATURE_GRAD):
         if name in sums:
             sums[name] = sums[name] + there.sums[name]
-    return LossOutput(total, sums)
+    return LossOutput(here.loss + of_map.loss + there.loss, sums)
 
 
 def _mapped(states: Tensor, weight: Tensor) -> Tensor:
