@@ -75,7 +75,8 @@ def maps_between(
     The logits h_t E_t^T of the teacher are then those of h_t W through the student's rows (DSKDv2, "ideal
     initialization", which takes the pseudo-inverse of E_s by an SVD of ``[C, H]``). Here it is the normal equations in
     float64: W = X^T (G_s + r I)^-1, W' = X (G_t + r I)^-1 with G = E^T E ``[H, H]``, X = E_s^T E_t ``[H_s, H_t]`` and r
-    ``RIDGE`` times the mean eigenvalue of G, refined once, which squares the error of r. Rows are read in blocks, so nothing of ``[C, H]`` is made in float64.
+    ``RIDGE`` times the mean eigenvalue of G, refined once, which squares the error of r. Rows are read in blocks, so
+    nothing of ``[C, H]`` is made in float64.
 
     Args:
         student_rows: E_s ``[C, H_s]``, the rows of the common tokens in the student's head.
