@@ -72,13 +72,14 @@ class Totals(dict[str, float]):
     def _step_stats(self, suffix: str = "") -> StepStats:
         """Those of the rows whose sums have names with this ending."""
         rows = self[stats.ROWS + suffix]
+        seen = self.get(stats.ALIGNED, rows)  # the policy looks at no other row
         return StepStats(
             student_ce=self[stats.CE.sum + suffix] / rows,
             teacher_ce=self[stats.TEACHER_CE.sum + suffix] / rows,
             kd=self[stats.KD.sum + suffix] / rows,
             num_items=rows,
             temperature_grad=self.get(stats.TEMPERATURE_GRAD + suffix, 0.0) / rows,
-            observed=tuple(value / rows for value in self.vectors.get(stats.OBSERVED + suffix, ())),
+            observed=tuple(value / max(seen, 1.0) for value in self.vectors.get(stats.OBSERVED + suffix, ())),
         )
 
     def add_policy_values(self, values: Mapping[str, float | None]) -> None:

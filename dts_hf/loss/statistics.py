@@ -21,6 +21,9 @@ Reduction = Literal["sum", "min", "max"]
 START: dict[Reduction, float] = {"sum": 0.0, "min": math.inf, "max": -math.inf}
 #: The sum that the others are divided by: labelled rows.
 ROWS = "rows"
+#: Where the teacher has another tokenizer: labels that are the same for it, which alone have a soft loss, and bytes of the
+#: answers that both sides cover. Then some statistics are means over these and not over all labels (``Statistic.per``).
+ALIGNED, BYTES = "aligned", "answer_bytes"
 #: Sums for the policy and not for the log: d kd / d T (policies with ``learns``), and ``Temperatures.observed`` ``[K]``.
 TEMPERATURE_GRAD, OBSERVED = "temperature_grad", "observed"
 #: Before the names of what a policy wants logged (``TemperaturePolicy.log_values``), while they are summed up.
@@ -45,6 +48,7 @@ class Statistic:
         held_out: whether held-out lines have it; what describes the temperature says nothing at T = 1.
         regression: its name where the task is a regression and its sum holds squared errors; empty: not logged there.
         of_loss: whether the loss fills its sums, in every call; else somebody else may.
+        per: the sum that its sums are divided by where there is one of that name; otherwise ``ROWS``.
     """
 
     log: str
@@ -57,6 +61,7 @@ class Statistic:
     held_out: bool = True
     regression: str = ""
     of_loss: bool = True
+    per: str = ROWS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sums", self.sums or (self.log,))  # frozen
@@ -69,7 +74,7 @@ class Statistic:
 
     def number(self, totals: Mapping[str, float]) -> float:
         """The number that is logged, from reduced sums; NaN where there was no row."""
-        rows = totals[ROWS] or math.nan
+        rows = totals.get(self.per, totals[ROWS]) or math.nan
         summed = self.reduction == "sum"
         return self.of(*(totals[name] / rows if summed else totals[name] for name in self.sums))
 
@@ -95,26 +100,51 @@ GAP = Statistic(
     "gap", "nats per label", "`ce_loss` - `teacher_ce`; positive while the student is the worse one",
     sums=(*CE.sums, *TEACHER_CE.sums), of=operator.sub,
 )  # fmt: skip
-KL = Statistic("kl", "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with")
+KL = Statistic(
+    "kl", "nats per label", "forward KL from the teacher at T = 1, whatever divergence is trained with", per=ALIGNED
+)
 STUDENT_ENTROPY = Statistic("student_entropy", "nats", "entropy of the student at T = 1", needs_teacher=False)
-TEACHER_ENTROPY = Statistic("teacher_entropy", "nats", "entropy of the teacher at T = 1")
-STUDENT_ENTROPY_AT_T = Statistic("student_entropy_at_t", "nats", "entropy of the student at T_s", held_out=False)
+TEACHER_ENTROPY = Statistic("teacher_entropy", "nats", "entropy of the teacher at T = 1", per=ALIGNED)
+STUDENT_ENTROPY_AT_T = Statistic(
+    "student_entropy_at_t", "nats", "entropy of the student at T_s", held_out=False, per=ALIGNED
+)
 TEACHER_ENTROPY_AT_T = Statistic(
     "teacher_entropy_at_t", "nats", "entropy at T_t of the teacher, or of the mixed target where the policy has one",
-    held_out=False,
+    held_out=False, per=ALIGNED,
 )  # fmt: skip
 EFFECTIVE_SUPPORT = Statistic(
     "effective_support", "tokens", "exp of `teacher_entropy_at_t`: how many tokens the teacher really offers",
-    sums=TEACHER_ENTROPY_AT_T.sums, of=math.exp, held_out=False,
+    sums=TEACHER_ENTROPY_AT_T.sums, of=math.exp, held_out=False, per=ALIGNED,
 )  # fmt: skip
-TOP1_AGREEMENT = Statistic("top1_agreement", "share of labels", "the student's first choice is the teacher's")
-TEMPERATURE = Statistic("temperature", "T", "mean of T_s over rows", held_out=False)
-TEACHER_TEMPERATURE = Statistic("teacher_temperature", "T", "mean of T_t over rows", held_out=False)
+TOP1_AGREEMENT = Statistic(
+    "top1_agreement", "share of labels", "the student's first choice is the teacher's", per=ALIGNED
+)
+TEMPERATURE = Statistic("temperature", "T", "mean of T_s over rows", held_out=False, per=ALIGNED)
+TEACHER_TEMPERATURE = Statistic("teacher_temperature", "T", "mean of T_t over rows", held_out=False, per=ALIGNED)
 TEMPERATURE_MIN = Statistic("temperature_min", "T", "the smallest T_s of a row", reduction="min", held_out=False)
 TEMPERATURE_MAX = Statistic("temperature_max", "T", "the largest T_s of a row", reduction="max", held_out=False)
 AUX = Statistic(
     "aux_loss", "per label", "auxiliary loss of a mixture of experts' routers, without its coefficient",
     sums=("aux",), needs_teacher=False, of_loss=False,
+)  # fmt: skip
+ALIGNED_SHARE = Statistic(
+    "aligned_share", "share of labels", "those that are the same for a teacher with another tokenizer, and have a `kd_loss`",
+    sums=(ALIGNED,), of_loss=False,
+)  # fmt: skip
+COMMON_MASS = Statistic(
+    "common_mass", "share", "of the student's probability on tokens that both vocabularies have, at aligned labels",
+    of_loss=False, per=ALIGNED,
+)  # fmt: skip
+TEACHER_COMMON_MASS = Statistic(
+    "teacher_common_mass", "share", "the same of the teacher's probability", of_loss=False, per=ALIGNED
+)
+CE_PER_BYTE = Statistic(
+    "ce_per_byte", "nats per byte", "the student's cross-entropy of answers, where the teacher has another tokenizer",
+    sums=("covered_ce",), of_loss=False, per=BYTES,
+)  # fmt: skip
+TEACHER_CE_PER_BYTE = Statistic(
+    "teacher_ce_per_byte", "nats per byte", "the teacher's of the same bytes", sums=("covered_teacher_ce",),
+    of_loss=False, per=BYTES,
 )  # fmt: skip
 KD_TEACHER_SPACE = Statistic(
     "kd_teacher_space", "nats per label",
@@ -124,14 +154,14 @@ KD_TEACHER_SPACE = Statistic(
 PROJECTOR_CE = Statistic(
     "projector_ce", "nats per label",
     "with `teacher.alignment: dual_space`, the cross-entropy of the teacher behind the map into the student's space",
-    of_loss=False,
+    of_loss=False, per=ALIGNED,
 )  # fmt: skip
 
 #: In the order of a log line.
 STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
-    KD_TEACHER_SPACE, PROJECTOR_CE,
+    ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE, KD_TEACHER_SPACE, PROJECTOR_CE,
 )  # fmt: skip
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)

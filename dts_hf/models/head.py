@@ -49,6 +49,11 @@ class Head:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
+    def take(self, ids: Tensor) -> Head:
+        """The same head for some ids ``[K]`` alone, as a copy; gradients flow back to their rows."""
+        bias = None if self.bias is None else self.bias.index_select(0, ids)
+        return replace(self, weight=self.weight.index_select(0, ids), bias=bias)
+
     def detached(self) -> Head:
         """The same head, into which no gradient flows."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())

@@ -19,6 +19,7 @@ from dts_hf.errors import UserError, nearest
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.compact_rows import CompactRows
 from dts_hf.loss.distillation_loss import DistillationLoss, LossOutput
+from dts_hf.loss.overlap import Aligned, overlap_loss
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.head import Head, gather_head
 from dts_hf.models.packed_attention import cu_seqlens_mask
@@ -36,6 +37,7 @@ class Share:
         rows: which of the N labelled rows they are, ``[N_k]`` int64; None: all.
         weight: of its loss; the weights of all shares that a row is in add up to 1.
         teacher: its name where there are several.
+        aligned: where it has another tokenizer: its own labels, and which of them are the student's.
     """
 
     states: Tensor | CompactRows | None
@@ -43,6 +45,7 @@ class Share:
     rows: Tensor | None = None
     weight: float = 1.0
     teacher: str | None = None
+    aligned: Aligned | None = None
 
 
 class SeveralTeachers:
@@ -264,7 +267,7 @@ def gathered(shares: Sequence[Share], vocab_size: int) -> Iterator[list[Share]]:
             key = id(None if share.head is None else share.head.weight)
             if key not in heads:
                 head = stack.enter_context(gather_head(share.head))
-                heads[key] = None if head is None else head.cut(vocab_size)
+                heads[key] = head if head is None or share.aligned is not None else head.cut(vocab_size)
             found.append(replace(share, head=heads[key]))
         yield found
 
@@ -292,6 +295,9 @@ def loss_of_shares(
         normalizer: labels of the whole optimizer step over the number of processes, the same for all shares.
         sequences: ``[N]``, see ``DistillationLoss.forward``.
     """
+    if (aligned := shares[0].aligned) is not None:  # the only teacher
+        their_states, their_head = cast(Tensor, shares[0].states), cast(Head, shares[0].head)
+        return overlap_loss(loss, states, head, their_states, their_head, aligned, targets, normalizer, sequences)
     if len(shares) == 1 and shares[0].rows is None and shares[0].teacher is None:
         return cast(LossOutput, loss(states, head, shares[0].states, shares[0].head, targets, normalizer, sequences))
     sums: dict[str, Tensor] = {}

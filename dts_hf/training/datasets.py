@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+from dts_hf.alignment.rows import AlignmentReport, RowAligner
 from dts_hf.data import tokenised
 from dts_hf.data.chat_templates import resolve_template
 from dts_hf.data.collators import Collator
@@ -139,6 +140,10 @@ class LanguageRows(RowReader):
         collator: of the batches; one of the user's gets every column of tokenised rows.
         columns: of text, as ``data.columns``: our names and theirs.
         routing: how rows name one of several teachers; None: they do not.
+
+    Attributes:
+        aligner: finds what is the same for a teacher with another tokenizer; None: it has the student's.
+        alignment_reports: what that found, by the name of the data set.
     """
 
     def __init__(
@@ -156,6 +161,11 @@ class LanguageRows(RowReader):
         self.vocab_size, self.models = pair.vocabulary.size, pair.models()
         self.as_they_are, self.columns = not isinstance(collator, Collator), columns
         self.routing = routing
+        self.alignment_reports: dict[str, AlignmentReport] = {}
+        self.aligner: RowAligner | None = None
+        if pair.teacher_tokenizer is not None:
+            own = {key: limits[key] for key in ("train_on", "max_length", "max_prompt_length")}
+            self.aligner = RowAligner(pair.tokenizer, pair.teacher_tokenizer, template, **own)
 
     def read(self, dataset: Any, name: str) -> tuple[Any, EncodingReport | None]:
         """Text is encoded, tokens are checked: at once or, of a stream, as they come.
@@ -172,6 +182,8 @@ class LanguageRows(RowReader):
                     f"{name}: its rows are tokens without their text, so none of them names its teacher; expected an "
                     "EncodedDataset with teachers (data.routes.Routing.route)"
                 )
+            if self.aligner is not None and dataset.aligned is None:
+                raise UserError(_no_text(name))
             return dataset, dataset.report or report
         dataset = as_rows(dataset, name, keep_format=self.as_they_are)
         # 2. The first row tells text from tokens; it is read once, for reading it again may cost as much as the first time.
@@ -180,6 +192,8 @@ class LanguageRows(RowReader):
         tokens = isinstance(first, Mapping) and "input_ids" in first
         if self.as_they_are and isinstance(first, Mapping) and tokens and first.get("labels") is None:
             form = dataclasses.replace(form, labelled=False)  # a collator of the user's may make them
+        if self.aligner is not None and (tokens or isinstance(dataset, IterableDataset)):
+            raise UserError(_no_text(name))
         if isinstance(dataset, IterableDataset):
             if self.routing is not None:
                 raise UserError(
@@ -198,6 +212,9 @@ class LanguageRows(RowReader):
                 raise UserError(self._too_long(report, name))
             if self.routing is not None:
                 self.routing.route(encoded, raw, name)
+            if self.aligner is not None:
+                self.alignment_reports[name] = self.aligner.align(encoded, raw)
+                say_aligned(self.alignment_reports[name], name)
             self._check_encoded(encoded, form)
             return encoded, report
         # 3. Tokens.
@@ -213,7 +230,7 @@ class LanguageRows(RowReader):
         reader = cast(LanguageRows, super().for_answers(losses=losses))
         if not losses:  # no model reads the reference: it may be of any length
             reader.encode_options = {**self.encode_options, "max_length": sys.maxsize, "long_rows": "cut"}
-            reader.models, reader.routing = [], None
+            reader.models, reader.routing, reader.aligner = [], None, None
         return reader
 
     def _too_long(self, report: EncodingReport, name: str) -> str:
@@ -247,12 +264,36 @@ class LanguageRows(RowReader):
 
     def _check_encoded(self, dataset: EncodedDataset, form: tokenised.RowForm) -> EncodingReport:
         report = tokenised.check_encoded(dataset, form)
-        self._check_positions(max(dataset.lengths), "Lower data.max_length")
+        if dataset.aligned is None:
+            self._check_positions(max(dataset.lengths), "Lower data.max_length")
+        else:  # each reads tokens of its own
+            student, teachers = self.models[:1], self.models[1:]
+            self._check_positions(max(dataset.lengths), "Lower data.max_length", student)
+            longest = max(len(row.ids) for row in dataset.aligned)
+            self._check_positions(longest, "Lower data.max_length: the teacher reads rows in its own tokens", teachers)
         return report
 
-    def _check_positions(self, longest: int, advice: str) -> None:
-        for model, role in self.models:
+    def _check_positions(self, longest: int, advice: str, models: Sequence[tuple[Any, str]] | None = None) -> None:
+        for model, role in self.models if models is None else models:
             check_positions(model, role, longest, advice)  # type: ignore[arg-type]
+
+
+def _no_text(name: str) -> str:
+    return (
+        f"{name}: a teacher with another tokenizer reads the text of rows, in its own template; expected a list or a data "
+        "set of rows with their text, and no tokens and no stream"
+    )
+
+
+def say_aligned(report: AlignmentReport, name: str) -> None:
+    """Say how much is the same; a warning where rows are learned from labels alone.
+
+    Args:
+        report: of the rows.
+        name: what errors call them.
+    """
+    if process()[0] == 0:
+        logger.log(logging.WARNING if report.unaligned else logging.INFO, "%s: %s", name, report.summary())
 
 
 def try_collator(

@@ -17,7 +17,7 @@ from dts_hf.data.collators import PackedCollator, PaddedCollator
 from dts_hf.distributed.launch import prepare_deepspeed
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import is_sharded
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 from dts_hf.models.checks import check_apart, check_finite
 from dts_hf.models.head import check_head, head_of
 from dts_hf.models.loading import load_model, load_tokenizer, unwrapped
@@ -50,13 +50,15 @@ class Pair:
         student: without any wrapper.
         teacher: as the loss asks it.
         tokenizer: the student's.
-        vocabulary: the ids that both share.
+        vocabulary: the ids that both share; those of the student where the teacher has another tokenizer.
+        teacher_tokenizer: where it is another one (``alignment``); else None.
     """
 
     student: nn.Module
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     vocabulary: VocabularyPlan
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def teachers(self) -> list[tuple[Teacher, str]]:
@@ -144,6 +146,8 @@ class Pair:
             UserError: both are asked for, one process would make the packs of all, states out of a cache cannot come with
                 these batches, or see ``check_packing``.
         """
+        if self.teacher_tokenizer is not None:
+            check_batches_align(of_user, args)
         of_rows = self.teacher.of_rows if isinstance(self.teacher, (CachedTeacher, RemoteTeacher)) else None
         config: Any = args.accelerator_config
         if isinstance(self.teacher, RemoteTeacher) and args.world_size > 1 and config.dispatch_batches:
@@ -169,8 +173,13 @@ class Pair:
                     "process would lay the batches of all others on its own, which are of other lengths"
                 )
             return PackedCollator(self.check_packing(args), of_rows=of_rows)
-        pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # hidden: any of them will do
-        return PaddedCollator(next(pad for pad in pads if pad is not None), of_rows=of_rows)
+        pads = [
+            next(
+                pad for pad in (one.pad_token_id, one.eos_token_id, 0) if pad is not None
+            )  # hidden: any of them will do
+            for one in (self.tokenizer, self.teacher_tokenizer or self.tokenizer)
+        ]
+        return PaddedCollator(pads[0], teacher_pad_id=pads[1], of_rows=of_rows)
 
     def check_packing(self, args: TrainingArguments, own_mask: bool = True) -> bool:
         """Whether the batches may carry the rows' boundaries as a mask; else both models go by ``position_ids``.
@@ -227,6 +236,7 @@ def set_up_models(
     args: TrainingArguments,
     peft_config: Any = None,
     weights: Mapping[str, float] | None = None,
+    alignment: str | None = None,
 ) -> Pair:
     """Load what is a name, undo what an earlier trainer has done to a model, and check that the two can be compared.
 
@@ -240,6 +250,7 @@ def set_up_models(
         args: of the trainer.
         peft_config: of the adapter that the student gets; None: it is trained as it is.
         weights: of several teachers that all have every row.
+        alignment: how a teacher with another tokenizer is compared; None: it has the student's.
 
     Raises:
         UserError: a model or the tokenizer is missing or in pieces, they share weights, one does something to its logits
@@ -268,12 +279,14 @@ def set_up_models(
     plans = []
     for one in teachers:
         with one.named():
-            answers, plan = one.compared(student, tokenizer, vocab_alignment)
+            answers, plan = (
+                one.compared(student, tokenizer, vocab_alignment) if alignment is None else one.aligned(student)
+            )
         ready |= dict.fromkeys(one.names, answers)
         plans.append(plan)
     plan = min(plans, key=lambda plan: plan.size)
     if not isinstance(teacher, Mapping):
-        pair = Pair(student, ready[""], tokenizer, plan)
+        pair = Pair(student, ready[""], tokenizer, plan, None if alignment is None else teachers[0].tokenizer)
     else:
         several = SeveralTeachers({name: ready[name] for name in teacher}, weights)
         notes = dict.fromkeys(plan.note for plan in plans if plan.note)
@@ -321,6 +334,33 @@ class _Given:
         plan = align_vocabularies(student, self.given, tokenizer, self.tokenizer or tokenizer, alignment)
         return LiveTeacher(self.given), plan
 
+    def aligned(self, student: nn.Module) -> tuple[Teacher, VocabularyPlan]:
+        """As the loss asks it where it has another tokenizer, and the ids of the student.
+
+        Raises:
+            UserError: it is no model of this process, or its tokenizer is not known.
+        """
+        if not isinstance(self.given, nn.Module):
+            kind = "None" if self.given is None else type(self.given).__name__
+            raise UserError(
+                f"alignment: the teacher is {kind}, expected a causal language model, its name or its folder: states out of "
+                "a cache or from a server are of the student's tokens"
+            )
+        if self.tokenizer is None:
+            raise UserError(
+                "teacher_tokenizer: got None beside alignment, expected the tokenizer of the teacher, which is another one "
+                "than the student's"
+            )
+        if not is_sharded(self.given):
+            check_finite(self.given, "teacher: the teacher")
+            check_head(self.given, role="teacher")
+        if head_of(self.given).vocab_size < len(self.tokenizer):
+            raise UserError(
+                f"teacher_tokenizer: it has {len(self.tokenizer):,} entries, and the teacher's head has "
+                f"{head_of(self.given).vocab_size:,}; expected the tokenizer that the teacher was trained with"
+            )
+        return LiveTeacher(self.given), VocabularyPlan(head_of(student).vocab_size)
+
     def _elsewhere(
         self,
         given: CachedTeacher | RemoteTeacher,
@@ -341,6 +381,57 @@ class _Given:
         shared = given.cache.manifest.shared_tokens if isinstance(given, CachedTeacher) else len(tokenizer)
         widths = head_of(student).vocab_size, given.head.vocab_size
         return plan_for(widths, tokenizer, len(tokenizer), shared, alignment)
+
+
+#: How a teacher with another tokenizer may be compared.
+ALIGNMENTS = ("overlap",)
+
+
+def check_alignment(alignment: str | None, *, several: bool, vocab_alignment: str) -> None:
+    """Refuse what does not go together with a teacher of another tokenizer.
+
+    Args:
+        alignment: None: the tokenizers are the same.
+        several: there are several teachers.
+        vocab_alignment: of the trainer.
+
+    Raises:
+        UserError: there is no such alignment, or it does not fit the others.
+    """
+    if alignment is None:
+        return
+    if alignment not in ALIGNMENTS:
+        raise UserError(
+            f"alignment: got {alignment!r}, expected None or one of {', '.join(ALIGNMENTS)}.{nearest(alignment, ALIGNMENTS)}"
+        )
+    if several:
+        raise UserError(
+            f"alignment: got {alignment!r} beside teachers; one teacher alone may have another tokenizer (teacher)"
+        )
+    if vocab_alignment != "strict":
+        raise UserError(
+            f"vocab_alignment: got {vocab_alignment!r} beside alignment {alignment!r}, which finds the common tokens "
+            "itself; leave it out"
+        )
+
+
+def check_batches_align(of_user: Any, args: TrainingArguments) -> None:
+    """Refuse batches that could not carry the teacher's side of rows.
+
+    Raises:
+        UserError: a collator of the user's makes them, or one process makes those of all.
+    """
+    if of_user is not None:
+        raise UserError(
+            "data_collator: got one beside alignment, whose teacher reads tokens that our own collators put into the batch; "
+            "leave it out"
+        )
+    config: Any = args.accelerator_config
+    if args.world_size > 1 and config.dispatch_batches:
+        raise UserError(
+            "args.accelerator_config: got dispatch_batches: True, expected None or False beside alignment: the pairs of a "
+            "batch cannot be cut like its rows"
+        )
 
 
 def _loaded(

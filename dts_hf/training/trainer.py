@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from dts_hf.alignment import batch as alignment_keys
 from dts_hf.data.chat_templates import end_of_turn_ids
 from dts_hf.data.collators import Collator
 from dts_hf.data.encoding import EncodedDataset
@@ -31,6 +32,7 @@ from dts_hf.loss.selection import response_positions, select_response, sequence_
 from dts_hf.loss.statistics import AUX, ROWS
 from dts_hf.models.head import Head, loss_in_head
 from dts_hf.models.router import collects_router_logits
+from dts_hf.teachers.aligned import CommonIds, aligned_share
 from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
@@ -42,13 +44,15 @@ from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.generating_trainer import GeneratingTrainer
-from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
+from dts_hf.training.pair import AnyTeacher, Pair, check_alignment, pack_tokens, set_up_models
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
 FOR_TEACHERS = (STATES, MISSING, LOGPROBS, TICKET)
-#: Columns of a batch that neither model is given.
-NOT_FOR_MODELS = frozenset({"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS})
+#: Columns of a batch that neither model is given; those of ``alignment`` are a batch of the teacher's own.
+NOT_FOR_MODELS = frozenset(
+    {"labels", "row_id", "cu_seqlens", NUM_LABELS, TEACHER, *FOR_TEACHERS, *alignment_keys.KEYS}
+)
 
 
 class DistillationTrainer(GeneratingTrainer):
@@ -78,6 +82,8 @@ class DistillationTrainer(GeneratingTrainer):
         packing: lay the rows of a batch end to end, without padding. ``{"tokens": 8192}`` also fills each training batch to
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
+        alignment: ``overlap`` lets the teacher have another tokenizer (``teacher_tokenizer``): it reads rows in its own
+            template, and is compared on the bytes and tokens that both share. See docs/other_tokenizers.md.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
             configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
@@ -135,6 +141,7 @@ class DistillationTrainer(GeneratingTrainer):
         columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict",
+        alignment: str | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
@@ -150,9 +157,10 @@ class DistillationTrainer(GeneratingTrainer):
         check_placement(teacher_placement)
         routing = routing_of(teacher, teachers, teacher_column, default_teacher, teacher_weights)
         check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
+        check_alignment(alignment, several=bool(teachers), vocab_alignment=vocab_alignment)
         model = first_student(model, model_init, args, **kwargs)
         pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
-                             peft_config, teacher_weights)  # fmt: skip
+                             peft_config, teacher_weights, alignment)  # fmt: skip
         self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
@@ -161,12 +169,13 @@ class DistillationTrainer(GeneratingTrainer):
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "long_rows": long_rows,
                   "train_on": train_on}  # fmt: skip
         rows = LanguageRows(pair, prompt_template, limits, collator, columns, routing)
+        self.alignment, self.common = alignment, None if rows.aligner is None else CommonIds(rows.aligner.common)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
         super().__init__(
             pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
-            classes=self.vocab_size, loss_options=loss_options,
+            classes=self.vocab_size if self.common is None else len(self.common.common), loss_options=loss_options,
             columns=LogColumns(pair.taught, teachers=tuple(teachers or ())), temperature_per_teacher=temperature_per_teacher,
             rows=rows, pack_tokens=pack_tokens(packing), facts=pair.facts(), **kwargs,
         )  # fmt: skip
@@ -195,7 +204,10 @@ class DistillationTrainer(GeneratingTrainer):
         return {name: {"weight": weights.get(name)} for name in self.teacher.names}
 
     def describe_objective(self) -> dict[str, Any]:
-        return {**super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None}
+        aligned = {} if self.alignment is None else {"alignment": self.alignment}
+        return {
+            **super().describe_objective(), "router_aux_loss": self.router.coefficient if self.router else None, **aligned
+        }  # fmt: skip
 
     @property
     def teacher_record(self) -> dict[str, Any] | None:
@@ -294,7 +306,10 @@ class DistillationTrainer(GeneratingTrainer):
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
         given = {key: inputs[key] for key in FOR_TEACHERS if key in inputs}
-        shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
+        if self.common is None:
+            shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
+        else:
+            shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common)]
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
