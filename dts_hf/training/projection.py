@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.errors import UserError
 from dts_hf.loss.dual_space import Projectors
+from dts_hf.models.head import Head, gather_head
 
 #: Their file in a checkpoint.
 PROJECTORS_FILE = "projectors.safetensors"
@@ -25,11 +27,26 @@ class Projection(TrainerCallback):
     and no part in ``max_grad_norm``, which is about the student.
 
     Args:
-        projectors: on the student's device.
+        student: its head, whole.
+        teacher: its head, whole or in shares.
+        common: the ids that mean the same, of the student and of the teacher, ``[C]`` each.
+        device: of the maps.
     """
 
-    def __init__(self, projectors: Projectors) -> None:
-        self.projectors = projectors
+    def __init__(self, student: Head, teacher: Head, common: tuple[Tensor, Tensor], device: torch.device) -> None:
+        dtype = torch.promote_types(torch.float32, student.weight.dtype)
+        self.common = common
+        self.projectors = Projectors(student.weight.shape[1], teacher.weight.shape[1], device, dtype)
+        self.start(student, teacher)
+
+    def start(self, student: Head, teacher: Head) -> None:
+        """Begin from these heads; the first process's maps are those of all."""
+        with gather_head(teacher) as whole:
+            assert whole is not None
+            self.projectors.start_from_heads(student, whole, *self.common)
+        if torch.distributed.is_initialized():
+            for weight in self.weights:
+                torch.distributed.broadcast(weight.data, 0)
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -58,11 +75,11 @@ class Projection(TrainerCallback):
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self.projectors.zero_grad()  # the Trainer clears those of its model
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """For ``PROJECTORS_FILE``."""
         return {name: weight.detach().cpu().contiguous() for name, weight in self.projectors.named_parameters()}
 
-    def load(self, path: Any) -> None:
+    def load(self, path: Path) -> None:
         """Take the weights of ``PROJECTORS_FILE`` at ``path``.
 
         Raises:
@@ -73,23 +90,23 @@ class Projection(TrainerCallback):
         self.projectors.load_state_dict(load_file(str(path)))
 
 
-def check_projectable(accelerator: Any, optimizers: tuple[Any, Any]) -> None:
+def check_projectable(accelerator: Any, optimizer: Any) -> None:
     """Refuse what would not train the maps.
 
     Args:
         accelerator: of the trainer.
-        optimizers: that the user has given, with a schedule.
+        optimizer: that the user has given; None: the trainer makes it.
 
     Raises:
         UserError: weights are sharded over processes, or the optimizer is the user's.
     """
     strategy = strategy_of(accelerator)
-    if strategy not in ("single", "ddp"):
+    if strategy not in ("single", "ddp") or accelerator.distributed_type.value == "DEEPSPEED":
         raise UserError(
             f"{_KEY} does not go with {strategy}, whose optimizer knows the student's weights alone; expected one process "
             "or DDP, or teacher.alignment: overlap"
         )
-    if optimizers[0] is not None:
+    if optimizer is not None:
         raise UserError(
             f"optimizers: got one beside {_KEY}, whose maps it does not know; expected args.optim to name the optimizer"
         )

@@ -7,6 +7,7 @@ name that cannot be confused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, ROWS
-from dts_hf.models.head import Head, loss_in_head
+from dts_hf.models.head import Head, head_of, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.teachers.aligned import CommonIds, aligned_share
 from dts_hf.teachers.asked_ahead import TICKET
@@ -43,8 +44,10 @@ from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
+from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.generating_trainer import GeneratingTrainer
 from dts_hf.training.pair import AnyTeacher, Pair, check_alignment, pack_tokens, set_up_models
+from dts_hf.training.projection import PROJECTORS_FILE, Projection, check_projectable
 from dts_hf.training.student import first_student, made_by
 
 #: What our own collators put into a batch for a teacher alone.
@@ -83,7 +86,8 @@ class DistillationTrainer(GeneratingTrainer):
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         alignment: ``overlap`` lets the teacher have another tokenizer (``teacher_tokenizer``): it reads rows in its own
-            template, and is compared on the bytes and tokens that both share. See docs/other_tokenizers.md.
+            template, and is compared on the bytes and tokens that both share; ``dual_space`` compares whole distributions
+            there, through learned maps between the two models' states. See docs/other_tokenizers.md.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
             configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
@@ -172,6 +176,7 @@ class DistillationTrainer(GeneratingTrainer):
         self.alignment, self.common = alignment, None if rows.aligner is None else CommonIds(rows.aligner.common)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
+        self.projection: Projection | None = None
         super().__init__(
             pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
@@ -184,6 +189,12 @@ class DistillationTrainer(GeneratingTrainer):
         self._try_collator(pair)
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
+        if alignment == "dual_space":
+            check_projectable(self.accelerator, self.optimizer)
+            assert self.common is not None
+            own, theirs = head_of(pair.student), cast(LiveTeacher, self.teacher).head
+            self.projection = Projection(own, theirs, self.common.on(self.args.device), self.args.device)
+            self.add_callback(self.projection)
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -229,6 +240,8 @@ class DistillationTrainer(GeneratingTrainer):
         self.compile_layers(self.pair.student, "the student")
         config: Any = self.pair.student.config
         config.use_cache = self.args.use_cache  # as the Trainer's __init__ does
+        if self.projection is not None:
+            self.projection.start(head_of(self.pair.student), cast(LiveTeacher, self.teacher).head)
         return self.pair.student
 
     def _place_teachers(self, shard: bool, given: Sequence[Any]) -> None:
@@ -270,6 +283,32 @@ class DistillationTrainer(GeneratingTrainer):
             if end_to_end:
                 pair.check_packing(self.args, own_mask=False)
 
+    # ------------------------------------------------------------------------------------------ the maps of dual space
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, which has the maps of dual space as well."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projection is not None:
+            self.projection.join(optimizer)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.projection is not None and self.accelerator.sync_gradients:
+            self.projection.reduce()
+        return loss
+
+    def extra_state(self) -> ExtraState:
+        found = super().extra_state()
+        if self.projection is not None:
+            found.tensors[PROJECTORS_FILE] = self.projection.state()
+        return found
+
+    def load_extra_state(self, folder: Path, progress: Progress) -> None:
+        super().load_extra_state(folder, progress)
+        if self.projection is not None:
+            self.projection.load(folder / PROJECTORS_FILE)
+
     def end_token_ids(self) -> list[int]:
         rows: Any = self.rows  # LanguageRows
         return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, rows.encode_options["template"])]
@@ -309,7 +348,8 @@ class DistillationTrainer(GeneratingTrainer):
         if self.common is None:
             shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
         else:
-            shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common)]
+            projectors = self.projection and self.projection.projectors
+            shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common, projectors)]
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
