@@ -11,10 +11,11 @@ from dts_hf.errors import UserError
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.models.head import head_of
 from dts_hf.training.projection import PROJECTORS_FILE
+from dts_hf.training.trainer import DistillationTrainer
 from tests.support import reference
 from tests.support.alignment import instruction_rows, relabelled, tokenizer_of
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.support.trainers import largest_difference, losses, step_gradients, trainer_for
+from tests.support.trainers import arguments, largest_difference, losses, step_gradients, trainer_for
 
 ROWS = instruction_rows(9)
 STEP = 1e-6
@@ -116,10 +117,7 @@ def test_the_map_to_the_teacher_gets_the_derivative_of_the_reported_loss(tmp_pat
 
 def test_temperature_changes_loss_and_gradient_and_not_the_gap(tmp_path):
     found = [step(dual_trainer(tmp_path, temperature=t), [9]) for t in (0.5, 1.0, 4.0)]
-    overlap = trainer_for(
-        tmp_path, rows=ROWS, alignment="overlap", teacher_tokenizer=tokenizer_of("byte_level", 900),
-        model=tiny_llama(seed=0).double(), teacher=tiny_gpt2(vocab=900, hidden=48, seed=1).double(),
-    )  # fmt: skip
+    overlap = dual_trainer(tmp_path, alignment="overlap")
     step_gradients(overlap, batches_of(overlap, [9]))
     gap = overlap.sums.step_meter.reduce(overlap.accelerator).step_stats().gap
     for k, (totals, gradients) in enumerate(found):
@@ -174,7 +172,7 @@ def test_the_start_is_nearer_than_a_random_one(tmp_path):
     for weight in maps(drawn).values():
         nn.init.normal_(weight, std=weight.shape[0] ** -0.5)
     (first, _), (other, _) = step(started, [9]), step(drawn, [9])
-    for name in ("kd", "kd_teacher_space", "projector_ce"):
+    for name in ("kd", "kd_teacher_space"):
         assert first[name] < 0.5 * other[name]
 
 
@@ -182,7 +180,8 @@ def test_the_start_is_nearer_than_a_random_one(tmp_path):
 
 
 def test_the_maps_are_trained_without_decay_and_are_no_part_of_the_student(tmp_path):
-    trainer = dual_trainer(tmp_path, options={"max_steps": 4, "weight_decay": 0.5, "learning_rate": 0.01})
+    options = {"max_steps": 4, "weight_decay": 0.5, "learning_rate": 0.01}
+    trainer = dual_trainer(tmp_path, options=options, eval_dataset=ROWS[:4])
     before = {name: weight.detach().clone() for name, weight in maps(trainer).items()}
     trainer.train()
     group = trainer.optimizer.param_groups[-1]
@@ -199,8 +198,8 @@ def test_the_maps_are_trained_without_decay_and_are_no_part_of_the_student(tmp_p
 def test_the_maps_move_as_by_their_own_gradients(tmp_path):
     """SGD: after two steps of two micro-batches each map has moved by the learning rate times both gradients."""
     options = {
-        "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1,
-        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "train_sampling_strategy": "sequential",
+        "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd",
+        "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "train_sampling_strategy": "sequential",
     }  # fmt: skip
     trainer, seen = dual_trainer(tmp_path, options=options), []
     start = {name: weight.detach().clone() for name, weight in maps(trainer).items()}
@@ -255,7 +254,12 @@ def test_an_optimizer_of_the_users_is_refused(tmp_path):
 
 
 def test_a_student_of_model_init_begins_with_maps_of_its_own(tmp_path):
-    trainer = dual_trainer(tmp_path, model=None, model_init=lambda: tiny_llama(seed=3).double())
+    tokenizer = tokenizer_of("byte_level", 900)
+    trainer = DistillationTrainer(
+        None, tiny_gpt2(vocab=len(tokenizer), hidden=48, seed=1).double(), 2.0, args=arguments(tmp_path), train_dataset=ROWS,
+        model_init=lambda: tiny_llama(seed=3).double(), alignment="dual_space", teacher_tokenizer=tokenizer,
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
     first = {name: weight.detach().clone() for name, weight in maps(trainer).items()}
     trainer.train()
     assert all(not torch.equal(weight, first[name]) for name, weight in maps(trainer).items())
