@@ -53,29 +53,21 @@ def read_answer(table: TokenBytes, ids: Sequence[int], text: str, turn_ends: Col
     """
     data, said = text.encode("utf-8", "surrogatepass"), list(ids)
     has_end = bool(said) and said[-1] in turn_ends
-    if has_end:
-        spelling = table.contents[said.pop()]
-        if data.endswith(spelling) and not _accounts_for(table, said, data):  # the template has written it
-            data = data[: len(data) - len(spelling)]
-        if not _accounts_for(table, said, data):
-            return None
+    spelling = table.contents[said.pop()] if has_end else b""
     extents = table.extents(said, data)
     if extents is None:
         return None
     starts, ends = extents
     if has_end:
+        rest = data[max(int(ends[-1]), 0) if len(ends) else 0 :]
+        if rest.endswith(spelling):  # the template has written it
+            rest, data = rest[: len(rest) - len(spelling)], data[: len(data) - len(spelling)]
+        if rest and not (table.loses_spaces and rest.decode("utf-8", "replace").isspace()):
+            return None
         starts, ends = np.append(starts, len(data)), np.append(ends, len(data) + 1)
-    before = np.concatenate([np.minimum(starts[:1], 0), ends[:-1]])
+    before = np.empty_like(ends)
+    before[:1], before[1:] = np.minimum(starts[:1], 0), ends[:-1]
     return ReadAnswer(data, np.array(ids, np.int64), starts, ends, before, has_end)
-
-
-def _accounts_for(table: TokenBytes, ids: Sequence[int], text: bytes) -> bool:
-    """Whether the tokens are the whole text, spaces aside that a tokenizer adds or loses."""
-    extents = table.extents(ids, text)
-    if extents is None:
-        return False
-    rest = text[max(int(extents.ends[-1]), 0) if len(ids) else 0 :]
-    return not rest or (table.loses_spaces and rest.decode("utf-8", "replace").isspace())
 
 
 class Alignment(NamedTuple):
@@ -106,14 +98,22 @@ def align(student: ReadAnswer, teacher: ReadAnswer, common: CommonVocabulary) ->
     whole = same == len(student.text) == len(teacher.text)
     # The end of a turn is one more byte, which texts that differ do not share
     limit = same + 1 if whole else same
-    ours, theirs = (side.before * (1 << 32) + side.ends for side in (student, teacher))
-    _, i, j = np.intersect1d(ours, theirs, return_indices=True)
-    kept = (student.starts[i] == teacher.starts[j]) & (student.ends[i] <= limit)
-    kept &= common.student_place[student.ids[i]] == common.teacher_place[teacher.ids[j]]
-    kept &= common.student_place[student.ids[i]] >= 0
-    shared = np.intersect1d(student.ends, teacher.ends)
-    covered = int(shared[shared <= limit].max(initial=0))
-    return Alignment(i[kept], j[kept], covered, min(covered, same))
+    # A place is in both where the bytes before it and behind it are; numbers rise, so halving finds them
+    i, j = _shared(student.before * (1 << 32) + student.ends, teacher.before * (1 << 32) + teacher.ends)
+    ours, theirs = common.student_place[student.ids[i]], common.teacher_place[teacher.ids[j]]
+    kept = (ours == theirs) & (ours >= 0) & (student.starts[i] == teacher.starts[j]) & (student.ends[i] <= limit)
+    covered = student.ends[_shared(student.ends, teacher.ends)[0]]
+    last = int(covered[covered <= limit].max(initial=0))
+    return Alignment(i[kept], j[kept], last, min(last, same))
+
+
+def _shared(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where two rising sequences have the same numbers: their places in both."""
+    if not len(theirs):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    places = np.minimum(theirs.searchsorted(ours), len(theirs) - 1)
+    found = (theirs[places] == ours).nonzero()[0]
+    return found, places[found]
 
 
 def _same_bytes(one: bytes, other: bytes) -> int:

@@ -100,7 +100,8 @@ def end_pairs(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int,
 
 def _by_bytes(table: TokenBytes, taken: Iterable[int]) -> dict[bytes, int]:
     """The one id of each sequence of bytes, among those that are not ``taken``."""
-    gone, found, doubled = set(taken), {}, set()
+    gone, doubled = set(taken), set[bytes]()
+    found: dict[bytes, int] = {}
     for rare in (False, True):  # the ids that are commonly written come first
         level: dict[bytes, int] = {}
         for index in np.flatnonzero(table.plain & (table.rare == rare)).tolist():

@@ -147,7 +147,7 @@ class RowAligner:
             UserError: the teacher's template cannot hold a row.
         """
         by_id = {row.id: row for row in rows}
-        report, aligned = AlignmentReport(), []
+        report, aligned = AlignmentReport(), list[AlignedRow]()
         places = iter(range(len(dataset)))
         while block := list(islice(places, _BLOCK)):
             aligned += self._block(dataset, block, [by_id[dataset.row_ids[place]] for place in block], report)
@@ -197,8 +197,10 @@ class RowAligner:
             same = align(one, other, self.common)
             opening = _opening(one, other, skip, t_skip) if skip or t_skip else -1
             within = ((one.before >= opening) & (one.ends <= same.covered))[skip:]
-            labelled = t_skip + np.flatnonzero(((other.before >= opening) & (other.ends <= same.covered))[t_skip:])
-            kept = (same.student >= skip) & np.isin(same.teacher, labelled)
+            asked_for = (other.before >= opening) & (other.ends <= same.covered)
+            asked_for[:t_skip] = False
+            labelled = np.flatnonzero(asked_for)
+            kept = (same.student >= skip) & asked_for[same.teacher]
             ours.append(same.student[kept] - skip + first)
             theirs.append(np.searchsorted(labelled, same.teacher[kept]) + first_of_teacher)
             covered.append(within)
@@ -211,8 +213,10 @@ class RowAligner:
         if not len(labels):
             return "the templates write the answer otherwise"
         ids = np.asarray(teacher[0][: int(labels[-1]) + 1], np.int32)
-        pairs = (np.concatenate(part).astype(np.int32) for part in (ours, theirs))
-        return AlignedRow(ids, labels.astype(np.int32), np.concatenate(covered), *pairs, length)
+        student_pairs, teacher_pairs = (np.concatenate(part).astype(np.int32) for part in (ours, theirs))
+        return AlignedRow(
+            ids, labels.astype(np.int32), np.concatenate(covered), student_pairs, teacher_pairs, length
+        )  # fmt: skip
 
 
 def _opening(student: ReadAnswer, teacher: ReadAnswer, skip: int, teacher_skip: int) -> int:

@@ -65,9 +65,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring tokens of a row that are treated alike."""
+    """Neighbouring tokens of a row that are treated alike; ``aligned`` are learned, and the same for the teacher."""
 
-    kind: Literal["masked", "learned", "end", "padding"]
+    kind: Literal["masked", "learned", "aligned", "end", "padding"]
     tokens: int
     text: str
 

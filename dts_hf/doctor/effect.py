@@ -33,7 +33,11 @@ PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Sample:
-    """A real batch on its way into the loss: states ``[N, H]``, heads, targets ``[N]``, sequence numbers ``[N]``."""
+    """A real batch on its way into the loss: states ``[N, H]``, heads, targets ``[N]``, sequence numbers ``[N]``.
+
+    Where the teacher has another tokenizer its rows are the labels that are the same for both, over the common ids, and
+    ``common_mass`` is how much of the probability of student and teacher is on these ids.
+    """
 
     student_states: Tensor
     student_head: Head
@@ -41,6 +45,7 @@ class Sample:
     teacher_head: Head | None
     targets: Tensor
     sequences: Tensor
+    common_mass: tuple[float, float] | None = None
 
     def first(self, rows: int) -> Sample:
         """The first ``rows`` rows, so that a test on a large vocabulary stays cheap."""

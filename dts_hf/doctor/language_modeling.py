@@ -8,7 +8,7 @@ import math
 import time
 from typing import Any, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dts_hf.console import duration
 from dts_hf.data.chat_templates import end_of_turn_ids
@@ -49,8 +49,16 @@ class LanguageModelWalk(Walk):
         self.kept = [row for row in self.looked_at if row.id in ids]
         self.beside = max(0, resident_bytes() - self.before)  # rows, tokenizers: a vocabulary of 262,144 takes 0.3 GB
         with self.diagnosis.check("template") as check:
-            tokenizers, rows = need(self.tokenizers, "a tokenizer"), tokens.spaced(self.kept, SAMPLE_ROWS)
+            tokenizers, rows = self.compared_tokenizers(), tokens.spaced(self.kept, SAMPLE_ROWS)
             tokens.check_template(check, self.task.template(tokenizers["student"]), tokenizers, rows)
+        if self.alignment is not None:
+            with self.diagnosis.check("alignment") as check:
+                tokens.check_alignment(check, need(self.task.aligned.get("data.train"), "tokenised rows"))
+
+    def compared_tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Those that must agree: a teacher with one of its own reads rows in its own template, up to its own end of turn."""
+        tokenizers = need(self.tokenizers, "a tokenizer")
+        return tokenizers if self.alignment is None else dict.fromkeys(tokenizers, tokenizers["student"])
 
     def look_at_models(self) -> None:
         with contextlib.suppress(Exception):  # loading the model says it better
@@ -61,12 +69,15 @@ class LanguageModelWalk(Walk):
         both = {"student": self.student, "teacher": self.teacher}
         models: dict[str, Any] = {who: model for who, model in both.items() if model is not None}
         with self.diagnosis.check("special-tokens") as check:
-            tokenizers = need(self.tokenizers, "a tokenizer")
+            tokenizers = self.compared_tokenizers()
             ends = end_of_turn_ids(tokenizers["student"], self.task.template(tokenizers["student"]))
-            tokens.check_special_tokens(check, tokenizers, models, self.data, ends)
+            agree = models if self.alignment is None else {who: models[who] for who in models if who == "student"}
+            tokens.check_special_tokens(check, tokenizers, agree, self.data, ends)
         with self.diagnosis.check("vocabulary") as check:
             # An id that means two things tells nothing of the other head
-            comparable = self.recipe.teacher and self.diagnosis["tokenizers"].status != "error"
+            comparable = (
+                self.recipe.teacher and self.alignment is None and self.diagnosis["tokenizers"].status != "error"
+            )
             alignment = self.recipe.required_teacher.vocab_alignment if comparable else None
             check_vocabulary(check, need(models or None, "a model"), need(self.tokenizers, "a tokenizer"), alignment)
         with self.diagnosis.check("positions") as check:
@@ -102,6 +113,8 @@ class LanguageModelWalk(Walk):
             if section.kind == "remote":
                 describe_server(check, need(self.task.remote_teacher, "a server"), data)
                 return
+            if self.alignment is not None:
+                raise Skipped("the states of a teacher with another tokenizer are not cached")
             need(self.loads or None, "enough memory for the models")
             share = (len(rows.train) + len(rows.validation)) / max(len(self.looked_at), 1)
             check_states(check, LiveTeacher(need(self.teacher, "the teacher")), data, share)
@@ -168,7 +181,16 @@ class LanguageModelWalk(Walk):
     def compare(self, check: Check) -> None:
         trainer, cut = cast(DistillationTrainer, need(self.trainer, "a trainer")), self.recipe.student.init is not None
         self.sample = self.sample_of()
-        check_teacher(check, trainer.eval_loss, self.sample, trainer.vocab_size, cut)
+        classes = trainer.vocab_size if trainer.common is None else len(trainer.common.common)
+        check_teacher(check, trainer.eval_loss, self.sample, classes, cut)
+        if self.sample.common_mass is not None:
+            student, teacher = self.sample.common_mass
+            check.values |= {"common_mass": student, "teacher_common_mass": teacher}
+            check.summary += (
+                f"; over common tokens, which have {teacher:.1%} of the teacher's probability and {student:.1%} of the "
+                "student's"
+            )
+            return
         if not self.task.template(self.tokenizer).is_chat and "teacher_ce" in check.values:
             self.try_chat_template(check, trainer)
 

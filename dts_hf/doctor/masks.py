@@ -101,8 +101,12 @@ def picture(
             "padding" if not is_real else "masked" if label == IGNORE_INDEX else "learned"
             for label, is_real in zip(labels.tolist(), real.tolist(), strict=True)
         ]
+        if data.aligned is not None:
+            learned = (labels != IGNORE_INDEX).nonzero().flatten()
+            for place in learned[torch.from_numpy(data.aligned[index].student.astype("int64"))].tolist():
+                kinds_of[place] = "aligned"
         for _, stop in data.spans(index):
-            if kinds_of[stop - 1] == "learned" and int(ids[stop - 1]) in ends:
+            if kinds_of[stop - 1] in ("learned", "aligned") and int(ids[stop - 1]) in ends:
                 kinds_of[stop - 1] = "end"
         segments = []
         for kind, places in groupby(range(len(kinds_of)), key=kinds_of.__getitem__):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,19 @@ from transformers import PreTrainedTokenizerBase
 
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
-from dts_hf.doctor.diagnosis import Check
+from dts_hf.doctor.diagnosis import Check, Skipped
 from dts_hf.doctor.effect import Sample
 from dts_hf.loss.compact_rows import joined
 from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.loss.overlap import row_masses
 from dts_hf.loss.selection import select_response, sequence_numbers
 from dts_hf.models.head import head_of, loss_in_head
 from dts_hf.models.quantization import compare_heads
 from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
+from dts_hf.teachers.aligned import CommonIds, aligned_share
 from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.trainer import NOT_FOR_MODELS, DistillationTrainer
 
@@ -117,6 +120,8 @@ def take_sample(
     """
     student: Any = trainer.model
     teacher = teacher or trainer.teacher
+    if trainer.common is not None:
+        return aligned_sample(trainer, trainer.common, data, rows, cast(LiveTeacher, teacher))
     pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
     of_rows = getattr(trainer.data_collator, "of_rows", None) if teacher is trainer.teacher else None
     collator = PaddedCollator(int(pad), of_rows=of_rows)
@@ -140,6 +145,52 @@ def take_sample(
     if teacher_head is not None:
         taught = (joined(teachers), teacher_head.cut(trainer.vocab_size))
     return Sample(torch.cat(students), head, *taught, torch.cat(all_targets), torch.cat(sequences))
+
+
+@torch.no_grad()
+def aligned_sample(
+    trainer: DistillationTrainer, common: CommonIds, data: EncodedDataset, rows: Sequence[int], teacher: LiveTeacher
+) -> Sample:
+    """The same with a teacher of another tokenizer: the labels that are the same, over the ids that both have.
+
+    Args:
+        trainer: built, not yet trained.
+        common: these ids.
+        data: tokenised rows, aligned.
+        rows: places in ``data``.
+        teacher: reads them in its own tokens.
+
+    Raises:
+        Skipped: nothing of these rows is the same.
+    """
+    student: Any = trainer.model
+    pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
+    size = min(8, trainer.args.per_device_train_batch_size)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    head, teacher_head = head_of(student), teacher.head
+    ids, teacher_ids = common.on(trainer.args.device)
+    for first, batch, labels in batches(trainer, PaddedCollator(int(pad)), data, list(rows), size):
+        share = aligned_share(teacher, batch, common)
+        with loss_in_head(student, lambda states, head: states):
+            seen = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+            states = student(**seen, use_cache=False).logits
+        chosen, targets = select_response(states, labels)
+        same, taught = share.aligned, cast(Tensor, share.states)
+        assert same is not None
+        numbers = sequence_numbers(labels) + first
+        own, theirs = chosen[same.student], taught[same.teacher]
+        mass = row_masses(trainer.eval_loss, own, head, targets[same.student], ids).mass
+        other = row_masses(trainer.eval_loss, theirs, teacher_head, same.targets[same.teacher], teacher_ids).mass
+        places = torch.searchsorted(ids, targets[same.student])
+        parts.append((own.float(), theirs, places, numbers[same.student], mass, other))
+    found = [torch.cat(part) for part in zip(*parts, strict=True)]
+    if not len(found[0]):
+        raise Skipped("nothing of the sample of rows is the same for student and teacher")
+    head = head.take(ids)
+    bias = None if head.bias is None else head.bias.detach().float()
+    head = replace(head, weight=head.weight.detach().float(), bias=bias)
+    masses = float(found[4].mean()), float(found[5].mean())
+    return Sample(found[0], head, found[1], teacher_head.take(teacher_ids), found[2], found[3], masses)
 
 
 def batches(

@@ -20,7 +20,7 @@ MARKS = {
 #: Style of each kind of token, and the characters of a segment that are shown: from its beginning, and up to its end.
 KINDS = {
     "masked": ("dim", 16, 110), "learned": ("green", 110, 40),
-    "end": ("bold black on green", 40, 0), "padding": ("dim italic", 0, 0),
+    "aligned": ("bold underline green", 110, 40), "end": ("bold black on green", 40, 0), "padding": ("dim italic", 0, 0),
 }  # fmt: skip
 #: What stands around learned tokens where there are no colours.
 OPEN, CLOSE = "«", "»"
@@ -36,9 +36,11 @@ def screen(diagnosis: Diagnosis, *, colours: bool = True) -> Group:
     """Everything that a person reads; without colours what is learned stands between marks."""
     parts: list[Any] = [_checks(diagnosis)]
     if diagnosis.picture:
-        learned = any(segment.kind == "learned" for row in diagnosis.picture for segment in row.segments)
+        learned = any(segment.kind in ("learned", "aligned") for row in diagnosis.picture for segment in row.segments)
         count, how = len(diagnosis.picture), "green" if colours else f"between {OPEN} and {CLOSE}"
         title = f"what is learned ({how}) of {count} rows; prompt and padding are not"
+        if colours and any(segment.kind == "aligned" for row in diagnosis.picture for segment in row.segments):
+            title += "; underlined: the same for the teacher"
         parts.append(_rule(title if learned else f"{count} rows and their labels ({how})"))
         parts += [_pictured(row, colours) for row in diagnosis.picture]
     if diagnosis.memory:
@@ -85,7 +87,7 @@ def _pictured(row: PicturedRow, colours: bool) -> Padding:
     text = Text.assemble((harmless(f"{row.id}: "), "bold"))
     marked = False
     for segment in row.segments:
-        if (segment.kind in ("learned", "end")) != marked and not colours:
+        if (segment.kind in ("learned", "aligned", "end")) != marked and not colours:
             text.append(CLOSE if marked else OPEN)
             marked = not marked
         style, first, last = KINDS[segment.kind]

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from dts_hf.alignment.common import common_vocabulary
+from dts_hf.alignment.rows import AlignmentReport
 from dts_hf.data.chat_templates import Template, leading_special_ids, render_messages
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.mixture import is_mixed, summary
@@ -23,6 +25,8 @@ from dts_hf.task import Rows
 T = TypeVar("T")
 #: Share of rows above which a warning is given.
 MANY_ROWS = 0.05
+#: Share of labels that are the same for a teacher with another tokenizer, below which a warning is given.
+FEW_ALIGNED = 0.3
 #: What too many rows suffer under a limit: code, text and advice by the name of their count in ``EncodingReport``.
 LIMITS = {
     "cut": (
@@ -109,9 +113,25 @@ def check_limits(check: Check, data: EncodedDataset, rows: int) -> None:
 # ----------------------------------------------------------------------------------------------------- the tokenizers
 
 
-def check_tokenizers(check: Check, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """The same id must be the same token for both."""
+def check_tokenizers(
+    check: Check, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, alignment: str | None = None
+) -> None:
+    """The same id must be the same token for both, unless ``teacher.alignment`` compares what both share.
+
+    Args:
+        check: takes what is found.
+        student: the student's tokenizer.
+        teacher: the teacher's.
+        alignment: of the recipe.
+    """
     check.values = {"student": len(student), "teacher": len(teacher)}
+    if alignment is not None:
+        common = check.values["common"] = len(common_vocabulary(student, teacher))
+        check.summary = (
+            f"{len(student):,} entries for the student and {len(teacher):,} for the teacher; {common:,} tokens are in both "
+            f"({common / min(len(student), len(teacher)):.0%} of the smaller one)"
+        )
+        return
     if student is teacher:
         check.summary = f"one for teacher and student, {len(student):,} entries"
         return
@@ -127,7 +147,30 @@ def check_tokenizers(check: Check, student: PreTrainedTokenizerBase, teacher: Pr
             "tokenizers-differ",
             f"{len(student):,} entries for the student and {len(teacher):,} for the teacher; id {shared:,} is {tokens[0]} "
             f"for the student and {tokens[1]} for the teacher",
-            "Choose a student of the teacher's family, or prune one from it (student.init)",
+            "Choose a student of the teacher's family, prune one from it (student.init), or compare what both share "
+            "(teacher.alignment: overlap)",
+        )
+
+
+def check_alignment(check: Check, report: AlignmentReport) -> None:
+    """How much of the answers is the same for a teacher with another tokenizer."""
+    check.summary, check.values = report.summary(), {**dataclasses.asdict(report), "share": report.share}
+    if not report.pairs:
+        check.error(
+            "nothing-aligned",
+            "no label is the same for the teacher: it would teach nothing",
+            "Look at what both templates write (data.prompt_template), or train on labels alone (loss.kd_ratio: 0)",
+        )
+        return
+    alone = sum(report.unaligned.values())
+    if alone > MANY_ROWS * report.rows:
+        text = f"{alone / report.rows:.1%} of the rows are learned from labels alone"
+        check.warn("many-rows-unaligned", text, "Another teacher, or rows without what one tokenizer changes")
+    if report.share < FEW_ALIGNED:
+        check.warn(
+            "few-labels-aligned",
+            f"the teacher says something to {report.share:.0%} of the labels alone, less than {FEW_ALIGNED:.0%}",
+            "A teacher whose tokenizer cuts texts more alike",
         )
 
 

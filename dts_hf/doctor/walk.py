@@ -139,7 +139,7 @@ class Walk(ABC):
         with self.diagnosis.check("tokenizers") as check:
             student, teacher = load_tokenizers(self.recipe)
             self.tokenizers = {"student": student, "teacher": teacher}
-            check_tokenizers(check, student, teacher)
+            check_tokenizers(check, student, teacher, self.alignment)
         with self.diagnosis.check("data") as check:
             rows = need(self.rows, "rows").train
             own = rows if self.is_own is None else [row for row in rows if self.is_own(row)]
@@ -220,6 +220,11 @@ class Walk(ABC):
     def world(self) -> int:
         """How many devices the run is for: those that were named, or those of this machine."""
         return self.devices or int(self.diagnosis.device.get("count", 1))
+
+    @property
+    def alignment(self) -> str | None:
+        """How a teacher with another tokenizer is compared; None: it has the student's, or there is none."""
+        return None if self.recipe.teacher is None else self.recipe.teacher.alignment
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -35,10 +35,11 @@ class GenerationScorer:
         recipe: what is scored, and how.
         run: takes predictions, log lines and ``metrics.json``.
         trainer: gives the teacher-forced loss and the state of training.
-        tokenizer: of student and teacher.
+        tokenizer: of the student, and of a teacher that has no other one.
         rows: the held-out rows; ``evaluation.rows`` says how many of ``validation`` are answered. Of texts there is the
             loss alone.
         kept: entries that an earlier attempt of the run made, by model; these models are not scored again.
+        teacher_tokenizer: of a teacher with another tokenizer (``teacher.alignment``); it answers in its own template.
     """
 
     def __init__(
@@ -49,7 +50,10 @@ class GenerationScorer:
         tokenizer: PreTrainedTokenizerBase,
         rows: Rows,
         kept: Entries,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        own = recipe.teacher is not None and recipe.teacher.alignment is not None
+        self.teacher_tokenizer = teacher_tokenizer if own and teacher_tokenizer is not None else tokenizer
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.protocol = protocol_of(recipe)
         # A text asks nothing: it has a loss, and no answer
@@ -88,7 +92,13 @@ class GenerationScorer:
         title = name.replace("_", " ")
         with weights_as(model, self.recipe.evaluation.dtype):
             results = {
-                set_name: self._answer(model, rows, set_name, f"{title} answers ({set_name})")
+                set_name: self._answer(
+                    model,
+                    rows,
+                    set_name,
+                    f"{title} answers ({set_name})",
+                    self.teacher_tokenizer if is_teacher else self.tokenizer,
+                )
                 for set_name, rows in sets.items()
             }
             lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
@@ -137,7 +147,7 @@ class GenerationScorer:
         """Scores of the student as it is now, on the validation rows."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
         with self.trainer.exclude_from_timing(), weights_as(model, self.recipe.evaluation.dtype):
-            return self._answer(model, self.rows, VALIDATION, None).scores
+            return self._answer(model, self.rows, VALIDATION, None, self.tokenizer).scores
 
     def record(self, step: int, epoch: float, scores: dict[str, Any]) -> None:
         """Write the scores as a line of ``log.jsonl``."""
@@ -155,10 +165,17 @@ class GenerationScorer:
         facts = {**training, "vocabulary_note": self.trainer.vocab_note}
         self.run.write_metrics({"format": 1, "protocol": protocol, "models": self.entries, "training": facts})
 
-    def _answer(self, model: nn.Module, rows: Sequence[Row], set_name: str, progress: str | None) -> InstructResult:
+    def _answer(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        set_name: str,
+        progress: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> InstructResult:
         return evaluate_instruct(
             model,
-            self.tokenizer,
+            tokenizer,
             rows,
             self.protocol,
             batch_size=self.recipe.evaluation.batch_size,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from dts_hf.alignment.rows import AlignmentReport, RowAligner
 from dts_hf.data.chat_templates import Template, encode_prompts, end_of_turn_ids, resolve_template
 from dts_hf.data.encoded_files import encode_cached
 from dts_hf.data.encoding import EncodedDataset, EncodingReport
@@ -30,7 +31,7 @@ from dts_hf.generation.engine import cache_argument
 from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
-from dts_hf.models.loading import load_several, load_student, load_teacher
+from dts_hf.models.loading import load_several, load_student, load_teacher, load_tokenizers
 from dts_hf.models.saving import Carried
 from dts_hf.models.student_init import StudentInit
 from dts_hf.runs.directory import RunDirectory
@@ -86,7 +87,32 @@ class LanguageModeling(Task[DistillationTrainer]):
         encoded, _ = encode_cached(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
         if (routing := self.recipe.routing) is not None:
             routing.route(encoded, rows, name, [(part.source, part.used) for part in parts])
+        if (aligner := self._aligner_of(tokenizer)) is not None:
+            self.aligned[name] = aligner.align(encoded, rows)
         return encoded
+
+    def _aligner_of(self, tokenizer: PreTrainedTokenizerBase) -> RowAligner | None:
+        """What aligns rows of the student's ``tokenizer`` with a teacher that has another one; None: it has the same."""
+        recipe = self.recipe
+        if recipe.teacher is None or recipe.teacher.alignment is None:
+            return None
+        limits = recipe.data.model_dump(include={"max_length", "max_prompt_length"})
+        teacher = self.teacher_tokenizer
+        return RowAligner(tokenizer, teacher, recipe.data.prompt_template, train_on=self.train_on, **limits)
+
+    @functools.cached_property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's own.
+
+        Raises:
+            UserError: see ``load_tokenizer``.
+        """
+        return load_tokenizers(self.recipe)[1]
+
+    @functools.cached_property
+    def aligned(self) -> dict[str, AlignmentReport]:
+        """Of rows as tokens, by the name of the data set: what is the same for a teacher with another tokenizer."""
+        return {}
 
     @property
     def train_on(self) -> TrainOn | None:
@@ -206,6 +232,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             packing=recipe.data.model_dump()["packing"],
             prompt_template=recipe.data.prompt_template,
             train_on=self.train_on,
+            alignment=None if recipe.teacher is None else recipe.teacher.alignment,
             vocab_alignment=next((one.vocab_alignment for one in recipe.all_teachers.values()), "strict"),
             **(self.trainer_options(models, data) | self._of_teachers(models)),
         )
@@ -248,7 +275,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def manifest(self, rows: Rows, data: Data) -> dict[str, Any]:
         asked = self.recipe.data
         train = manifest(asked.train, rows.train, split=asked.train_split, parts=rows.train_parts)
-        splits = {"train": {**train, **self._described(data.train)}}
+        splits = {"train": {**train, **self._described(data.train, "data.train")}}
         if asked.validation is not None and data.validation is not None:
             if isinstance(asked.validation, float):
                 validation = {**train, "share": asked.validation, "rows": len(rows.validation)}
@@ -261,7 +288,7 @@ class LanguageModeling(Task[DistillationTrainer]):
             encoded = data.validation
             splits["validation"] = {
                 **validation,
-                **self._described(encoded),
+                **self._described(encoded, "data.validation"),
             }
         # The names of the sets are in the order of the recipe
         sets = zip(self.recipe.evaluation.sets, rows.sets.items(), strict=True)
@@ -273,11 +300,13 @@ class LanguageModeling(Task[DistillationTrainer]):
             "teacher_answers": rows.answers,
         }
 
-    def _described(self, dataset: EncodedDataset) -> dict[str, Any]:
+    def _described(self, dataset: EncodedDataset, name: str) -> dict[str, Any]:
         """What ``data_manifest.json`` says of rows as tokens."""
         routing = self.recipe.routing
-        teachers = {} if routing is None else {"teachers": routing.counts(dataset)}
-        return {**dataclasses.asdict(_report(dataset)), "token_digest": dataset.digest, **teachers}
+        more: dict[str, Any] = {} if routing is None else {"teachers": routing.counts(dataset)}
+        if name in self.aligned:
+            more["alignment"] = dataclasses.asdict(self.aligned[name])
+        return {**dataclasses.asdict(_report(dataset)), "token_digest": dataset.digest, **more}
 
     def notes(self, rows: Rows, data: Data) -> Iterator[str]:
         if rows.unanswered:
@@ -289,6 +318,8 @@ class LanguageModeling(Task[DistillationTrainer]):
         yield f"train: {_report(data.train).summary()}"
         if data.validation is not None:
             yield f"validation: {_report(data.validation).summary()}"
+        for name, report in self.aligned.items():
+            yield f"{name.removeprefix('data.')}: {report.summary()}"
         if (routing := self.recipe.routing) is not None:
             of_rows = (f"{name} {count:,}" for name, count in routing.counts(data.train).items())
             yield f"teachers of the training rows: {', '.join(of_rows)}"
@@ -299,7 +330,7 @@ class LanguageModeling(Task[DistillationTrainer]):
     def make_scorer(
         self, run: RunDirectory, trainer: DistillationTrainer, models: Models, rows: Rows, data: Data, kept: Entries
     ) -> GenerationScorer:
-        return GenerationScorer(self.recipe, run, trainer, models.tokenizer, rows, kept)
+        return GenerationScorer(self.recipe, run, trainer, models.tokenizer, rows, kept, models.teacher_tokenizer)
 
 
 def _report(dataset: EncodedDataset) -> EncodingReport:

@@ -73,7 +73,8 @@ def check_tokenizers(
         raise UserError(
             f"teacher and student have different tokenizers: {tokens[0]:,} and {tokens[1]:,} entries, id {shared} is "
             f"{ours!r} for the student and {theirs!r} for the teacher. dts_hf compares distributions id by id: choose a "
-            "student of the teacher's family, or prune one from it (student.init: {from: teacher, layers: N})"
+            "student of the teacher's family, prune one from it (student.init: {from: teacher, layers: N}), or compare what "
+            "both share (teacher.alignment: overlap)"
         )
     return shared
 

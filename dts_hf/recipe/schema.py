@@ -233,6 +233,11 @@ class Teacher(Section):
     vocab_alignment: Literal["strict", "truncate_to_tokenizer", "intersect"] = Field(
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
+    alignment: Literal["overlap"] | None = Field(
+        default=None,
+        description="For a teacher with another tokenizer, which reads rows in its own template. overlap: compared on the "
+        "bytes and tokens that both share. null: teacher and student have one tokenizer.",
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     kind: Literal["live", "cached", "remote"] = Field(
         default="live",
@@ -274,6 +279,22 @@ class Teacher(Section):
         if self.kind != "live" and self.placement == "sharded":
             raise ValueError(
                 f"placement is 'sharded', but the states of kind '{self.kind}' need no backbone: use 'replicated'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_of_models(self) -> Teacher:
+        if self.alignment is None:
+            return self
+        if self.kind != "live":
+            raise ValueError(
+                f"alignment is '{self.alignment}' and kind '{self.kind}', but states from elsewhere are of the student's "
+                "tokens: use kind 'live'"
+            )
+        if self.vocab_alignment != "strict":
+            raise ValueError(
+                f"alignment is '{self.alignment}', which finds the common tokens itself, and vocab_alignment "
+                f"'{self.vocab_alignment}': leave the latter out"
             )
         return self
 
@@ -618,7 +639,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _task_fits(self) -> Recipe:
-        if problem := several_problem(self):
+        if problem := several_problem(self) or alignment_problem(self):
             raise ValueError(problem)
         if not self.all_teachers and self.loss.kd_ratio > 0:
             without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
@@ -750,6 +771,9 @@ def several_problem(recipe: Recipe) -> str:
     if "teacher" in data.columns:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
     for name, section in teachers.items():
+        if section.alignment is not None:
+            found = f"teachers.{name}.alignment: {section.alignment}"
+            return f"{found}, but only a teacher that is alone may have another tokenizer"
         if section.kind != "live":
             return f"teachers.{name}.kind: {section.kind}, but each of several teachers is loaded: use kind: live"
     if recipe.student.init is not None and recipe.student.init.source is None:
@@ -758,6 +782,21 @@ def several_problem(recipe: Recipe) -> str:
         return "task: classifiers have one teacher; give teacher in the place of teachers"
     if len({section.vocab_alignment for section in teachers.values()}) > 1:
         return "teachers: their vocab_alignment differs, expected the same for all: the student has one vocabulary"
+    return ""
+
+
+def alignment_problem(recipe: Recipe) -> str:
+    """What does not go together with a teacher that has another tokenizer; empty where nothing is."""
+    if recipe.teacher is None or recipe.teacher.alignment is None:
+        return ""
+    found = f"teacher.alignment: {recipe.teacher.alignment}"
+    init = recipe.student.init
+    if recipe.data.responses == "teacher":
+        return f"{found} and data.responses: teacher, whose prompts are the student's tokens: use data.responses: data"
+    if recipe.task is not None:
+        return f"{found}, but a task has labels and no tokens to align: leave it out"
+    if init is not None and init.source is None:
+        return f"{found}, but a student of init: from {init.from_} has the teacher's tokenizer: leave it out"
     return ""
 
 

@@ -1,0 +1,111 @@
+"""A recipe whose teacher has another tokenizer, from the file to the finished run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dts_hf.distill import distill
+from dts_hf.doctor.report import screen
+from dts_hf.doctor.run import diagnose
+from dts_hf.errors import UserError
+from dts_hf.runs.directory import RunDirectory
+from tests.support.alignment import tokenizer_of
+from tests.support.recipes import recipe
+from tests.support.tiny import tiny_llama
+
+TEACHER = {"model": "other", "dtype": "float32", "alignment": "overlap"}
+
+
+@pytest.fixture
+def two_families(workplace):
+    """The student's folder is ``teacher``, which has the tokenizer of the tiny models; that of its teacher is ``other``."""
+    tokenizer = tokenizer_of("byte_level", 900)
+    tiny_llama(vocab=len(tokenizer), seed=3, layers=3).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    return workplace
+
+
+def other(**sections):
+    return recipe(**{"student": {"model": "teacher"}, "teacher": TEACHER, **sections})
+
+
+def examined(found):
+    Path("recipe.yaml").write_text(found.to_yaml())
+    return diagnose("recipe.yaml")
+
+
+def test_a_recipe_trains_and_scores_both(two_families, capsys):
+    run = distill(other(evaluation={"every_steps": None}))
+    assert isinstance(run, RunDirectory)
+    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "aligned_share" in line]
+    assert train and all(0 < line["aligned_share"] < 1 and 0 < line["common_mass"] <= 1 for line in train)
+    metrics = json.loads((run.path / "metrics.json").read_text())["models"]
+    assert {"teacher", "student_before", "student"} <= {*metrics} and metrics["student"]["teacher_forced"][
+        "n_tokens"
+    ] > 0
+    said = capsys.readouterr().err
+    assert "train: " in said and "labels are the same for the teacher" in said
+    manifest = json.loads((run.path / "data_manifest.json").read_text())
+    assert manifest["splits"]["train"]["alignment"]["pairs"] > 0
+
+
+def test_the_doctor_shows_what_is_the_same(two_families):
+    found = examined(other())
+    codes = {problem.code for problem in found.problems if problem.level == "error"}
+    assert codes == {"teacher-untrained"}  # random weights, and nothing about tokenizers, templates or ends
+    checks = {check.name: check for check in found.checks}
+    assert 0 < checks["alignment"].values["share"] < 1 and "the same for the teacher" in checks["alignment"].summary
+    assert "tokens are in both" in checks["tokenizers"].summary and checks["tokenizers"].values["common"] > 100
+    compared = checks["cross-entropy"].values
+    assert 0 < compared["teacher_common_mass"] < 1 and 0 < compared["common_mass"] <= 1 and compared["labels"] > 0
+    kinds = {segment.kind for row in found.picture for segment in row.segments}
+    assert {"masked", "learned", "aligned", "end"} <= kinds
+    assert "error" not in (checks["effect"].status, checks["steps"].status)
+    shown = Console(width=120, record=True, force_terminal=True, file=io.StringIO())
+    shown.print(screen(found))
+    assert "underlined: the same for the teacher" in shown.export_text()
+
+
+def test_the_doctor_refuses_a_teacher_of_which_nothing_is_the_same(two_families):
+    rows = [{"id": f"r{k}", "instruction": "Say", "input": "", "output": "ŧ" * (1 + k % 3)} for k in range(12)]
+    tokenizer = tokenizer_of("word_piece", 900)
+    tiny_llama(vocab=len(tokenizer), seed=3).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = examined(other())
+    assert next(problem.code for problem in found.problems if problem.level == "error") == "nothing-aligned"
+
+
+def test_without_alignment_the_tokenizers_must_be_one(two_families):
+    with pytest.raises(UserError, match=r"different tokenizers.*teacher.alignment: overlap"):
+        distill(other(teacher={"model": "other", "dtype": "float32"}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"teacher": {**TEACHER, "alignment": "overlop"}}, 'teacher.alignment: got "overlop"'),
+        (
+            {"teacher": {**TEACHER, "kind": "cached", "cache": "x"}},
+            "states from elsewhere are of the student's tokens",
+        ),
+        ({"teacher": {**TEACHER, "vocab_alignment": "intersect"}}, "leave the latter out"),
+        ({"data": {"responses": "teacher"}}, "teacher.alignment: overlap and data.responses: teacher"),
+        ({"student": {"init": {"from": "teacher", "layers": 2}}}, "has the teacher's tokenizer"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything(two_families, sections, message):
+    with pytest.raises(UserError, match=message):
+        other(**sections)
+
+
+def test_one_of_several_has_the_students_tokenizer(two_families):
+    several = {name: {"model": "other", "weight": 0.5, "alignment": "overlap"} for name in ("a", "b")}
+    with pytest.raises(UserError, match=r"teachers.a.alignment: overlap, but only a teacher that is alone"):
+        other(teacher=None, teachers=several)
