@@ -233,10 +233,11 @@ class Teacher(Section):
     vocab_alignment: Literal["strict", "truncate_to_tokenizer", "intersect"] = Field(
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
-    alignment: Literal["overlap"] | None = Field(
+    alignment: Literal["overlap", "dual_space"] | None = Field(
         default=None,
         description="For a teacher with another tokenizer, which reads rows in its own template. overlap: compared on the "
-        "bytes and tokens that both share. null: teacher and student have one tokenizer.",
+        "bytes and tokens that both share. dual_space: on the bytes that both share, over whole vocabularies, through learned "
+        "maps between their states. null: teacher and student have one tokenizer.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     kind: Literal["live", "cached", "remote"] = Field(
