@@ -236,8 +236,8 @@ class Teacher(Section):
     alignment: Literal["overlap", "dual_space"] | None = Field(
         default=None,
         description="For a teacher with another tokenizer, which reads rows in its own template. overlap: compared on the "
-        "bytes and tokens that both share. dual_space: on the bytes that both share, over whole vocabularies, through learned "
-        "maps between their states. null: teacher and student have one tokenizer.",
+        "bytes and tokens that both share. dual_space: on the bytes that both share, over whole vocabularies, through "
+        "learned maps between their states. null: teacher and student have one tokenizer.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     kind: Literal["live", "cached", "remote"] = Field(

@@ -125,6 +125,9 @@ class DistillationTrainer(GeneratingTrainer):
         UserError: anything that does not fit together, before the first step.
     """
 
+    #: The maps of dual space, where the alignment is that.
+    projection: Projection | None = None
+
     @in_order
     def __init__(
         self,
@@ -176,7 +179,6 @@ class DistillationTrainer(GeneratingTrainer):
         self.alignment, self.common = alignment, None if rows.aligner is None else CommonIds(rows.aligner.common)
         loss_options = {"temperature_scaling": temperature_scaling, "logits_budget_mb": logits_budget_mb,
                         "kernels": kernels, "logits_dtype": logits_dtype}  # fmt: skip
-        self.projection: Projection | None = None
         super().__init__(
             pair.student, args, collator, train_dataset, eval_dataset, pair.tokenizer,
             temperature=temperature if pair.taught else 1.0, divergence=divergence, kd_ratio=kd_ratio,
@@ -189,12 +191,7 @@ class DistillationTrainer(GeneratingTrainer):
         self._try_collator(pair)
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
-        if alignment == "dual_space":
-            check_projectable(self.accelerator, self.optimizer)
-            assert self.common is not None
-            own, theirs = head_of(pair.student), cast(LiveTeacher, self.teacher).head
-            self.projection = Projection(own, theirs, self.common.on(self.args.device), self.args.device)
-            self.add_callback(self.projection)
+        self._start_projection()
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -240,8 +237,7 @@ class DistillationTrainer(GeneratingTrainer):
         self.compile_layers(self.pair.student, "the student")
         config: Any = self.pair.student.config
         config.use_cache = self.args.use_cache  # as the Trainer's __init__ does
-        if self.projection is not None:
-            self.projection.start(head_of(self.pair.student), cast(LiveTeacher, self.teacher).head)
+        self._start_projection()
         return self.pair.student
 
     def _place_teachers(self, shard: bool, given: Sequence[Any]) -> None:
@@ -284,6 +280,19 @@ class DistillationTrainer(GeneratingTrainer):
                 pair.check_packing(self.args, own_mask=False)
 
     # ------------------------------------------------------------------------------------------ the maps of dual space
+
+    def _start_projection(self) -> None:
+        """Begin with maps between these two models, where there are any."""
+        if self.alignment != "dual_space":
+            return
+        assert self.common is not None
+        own, theirs = head_of(self.pair.student), cast(LiveTeacher, self.teacher).head
+        if self.projection is not None:
+            self.projection.start(own, theirs)
+            return
+        check_projectable(self.accelerator, self.optimizer)
+        self.projection = Projection(own, theirs, self.common.on(self.args.device), self.args.device)
+        self.add_callback(self.projection)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's, which has the maps of dual space as well."""
