@@ -4,8 +4,9 @@
     python benchmarks/alignment.py --rows FILE --student NAME --teacher NAME
     python benchmarks/alignment.py --quick                      does it run?
 
-One process, seconds of its CPU. Tokens are the student's labels. ``tables`` is made once for a tokenizer, ``pairs`` is the alignment of answers that are tokens already,
-``rows`` is the whole stage: both templates, the teacher's tokens, and the pairs. Of three rounds the shortest counts.
+One process, seconds of its CPU. Tokens are the student's labels. ``tables`` is made once for a tokenizer, ``pairs`` is the
+alignment of answers that are tokens already, ``rows`` is the whole stage: both templates, the teacher's tokens and the pairs.
+Of three rounds the shortest counts.
 """
 
 from __future__ import annotations

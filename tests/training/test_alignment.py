@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import arguments, largest_difference, step_gradients, trainer_for
 
 ROWS = instruction_rows(9)
-SAME = dict(alignment="overlap", teacher_tokenizer=tiny_tokenizer(), processing_class=tiny_tokenizer())
+SAME = {"alignment": "overlap", "teacher_tokenizer": tiny_tokenizer(), "processing_class": tiny_tokenizer()}
 
 
 def double(**options):
@@ -73,7 +74,8 @@ def test_a_whole_run_with_one_tokenizer_is_ordinary_distillation(tmp_path):
     lines = []
     for options in ({}, SAME):
         trainer = trainer_for(
-            tmp_path, rows=ROWS, options={"max_steps": 4, "learning_rate": 0.01}, eval_dataset=ROWS[:5], **double(), **options
+            tmp_path, rows=ROWS, options={"max_steps": 4, "learning_rate": 0.01}, eval_dataset=ROWS[:5], **double(),
+            **options,
         )  # fmt: skip
         trainer.train()
         held_out = trainer.evaluate()
@@ -165,7 +167,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(tmp_path, tie, kd_ratio, t
     assert 0 < sums["aligned"] < sums["rows"]
 
 
-def test_heads_with_bias_scale_and_soft_cap_keep_them(tmp_path):
+def test_a_head_with_a_soft_cap_keeps_it(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(3)
@@ -192,7 +194,7 @@ def test_temperature_changes_loss_and_gradient(tmp_path):
         trainer = aligned_trainer(tmp_path, temperature=temperature)
         totals, gradients = step(trainer, batches_of(trainer, [9]))
         found.append((totals["kd"], totals["ce"], torch.cat([g.flatten() for g in gradients.values()])))
-    for (kd, ce, gradient), (other, other_ce, other_gradient) in zip(found, found[1:], strict=False):
+    for (kd, ce, gradient), (other, other_ce, other_gradient) in pairwise(found):
         assert ce == other_ce and abs(kd - other) > 1e-3 * kd
         assert float((gradient - other_gradient).norm() / gradient.norm()) > 1e-3
 
