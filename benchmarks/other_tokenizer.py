@@ -1,7 +1,7 @@
 """A teacher with another tokenizer: is it worth its time? SFT, overlap and dual_space for the same wall time.
 
     python benchmarks/other_tokenizer.py                                  # 10 minutes of training an arm, three seeds
-    python benchmarks/other_tokenizer.py --minutes 0.5 --seeds 1          # does it run?
+    python benchmarks/other_tokenizer.py --minutes 0.5 --seeds 1 --rows 8   # does it run?
 
 Teacher: SmolLM2-135M-Instruct, as in the quickstart. No second family lies at hand without a network, so the student is one
 of the quickstart's shape **under a re-trained tokenizer**: a byte-level BPE trained here on the quickstart's training rows
@@ -97,8 +97,8 @@ def write_student(folder: Path, vocabulary: int) -> dict[str, int]:
     return {"student_tokens": len(tokenizer), "teacher_tokens": len(of_teacher)}
 
 
-def train(arm: str, student: Path, run: Path, seed: int, steps: int, scored: bool) -> Any:
-    """The finished run of one arm."""
+def train(arm: str, student: Path, run: Path, seed: int, steps: int, rows: int) -> Any:
+    """The finished run of one arm; ``rows`` held-out prompts are answered at its end, 0: none."""
     from dts_hf.distill import distill
     from dts_hf.recipe.loading import load_recipe
 
@@ -106,7 +106,7 @@ def train(arm: str, student: Path, run: Path, seed: int, steps: int, scored: boo
         "student.init=null", f"student.model={student}", "data.responses=data", f"training.max_steps={steps}",
         f"training.warmup_steps={min(10, steps // 2)}", f"training.seed={seed}", "training.eval_strategy=no",
         "evaluation.every_steps=null", "output.report=false", f"output.dir={run}", *ARMS[arm],
-        f"evaluation.models={'[student]' if scored else '[]'}",
+        f"evaluation.models={'[student]' if rows else '[]'}", f"evaluation.rows={max(rows, 1)}",
     ]  # fmt: skip
     return distill(load_recipe(RECIPE, overrides))
 
@@ -139,20 +139,20 @@ def bits_per_byte(folder: Path) -> float:
     return nats / size / math.log(2)
 
 
-def measured(arms: Sequence[str], minutes: float, seeds: int, vocabulary: int, probe: int) -> dict[str, Any]:
+def measured(arms: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """All runs, and what they are about."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sizes = write_student(folder / "student", vocabulary)
+        sizes = write_student(folder / "student", args.vocabulary)
         untrained = bits_per_byte(folder / "student")
         for arm in arms:
             trained = train(arm, folder / "student", folder / "probe", 42, probe, scored=False).read_metrics()[
                 "training"
             ]
             steps = max(2, int(60 * minutes / (trained["seconds"] / trained["steps"])))
-            for seed in range(42, 42 + seeds):
-                run = train(arm, folder / "student", folder / f"{arm}-{seed}", seed, steps, scored=True)
+            for seed in range(42, 42 + args.seeds):
+                run = train(arm, folder / "student", folder / f"{arm}-{seed}", seed, steps, args.rows)
                 metrics = run.read_metrics()
                 score = metrics["models"]["student"]["sets"]["validation"]["rougeL"]["mean"]
                 rows.append({
@@ -191,11 +191,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--vocabulary", type=int, default=4096, help="entries of the student's tokenizer at most")
+    parser.add_argument("--rows", type=int, default=64, help="held-out prompts that are answered for ROUGE-L")
     parser.add_argument("--probe", type=int, default=6, help="steps by which the seconds of a step are measured")
     parser.add_argument("--json", type=Path, help="keep the numbers here")
     args = parser.parse_args()
-    setting = {"minutes": args.minutes, "seeds": args.seeds, "vocabulary": args.vocabulary}
-    whole = report(measured(args.arms, args.minutes, args.seeds, args.vocabulary, args.probe), setting)
+    setting = {"minutes": args.minutes, "seeds": args.seeds, "vocabulary": args.vocabulary, "rows": args.rows}
+    whole = report(measured(args.arms, args), setting)
     if args.json is not None:
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(render.markdown(whole))
