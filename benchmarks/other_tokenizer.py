@@ -147,10 +147,8 @@ def measured(arms: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         sizes = write_student(folder / "student", args.vocabulary)
         untrained = bits_per_byte(folder / "student")
         for arm in arms:
-            trained = train(arm, folder / "student", folder / "probe", 42, probe, scored=False).read_metrics()[
-                "training"
-            ]
-            steps = max(2, int(60 * minutes / (trained["seconds"] / trained["steps"])))
+            tried = train(arm, folder / "student", folder / "probe", 42, args.probe, 0).read_metrics()["training"]
+            steps = max(2, int(60 * args.minutes * tried["steps"] / tried["seconds"]))
             for seed in range(42, 42 + args.seeds):
                 run = train(arm, folder / "student", folder / f"{arm}-{seed}", seed, steps, args.rows)
                 metrics = run.read_metrics()
