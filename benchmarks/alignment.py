@@ -5,7 +5,7 @@
     python benchmarks/alignment.py --quick                      does it run?
 
 One process, seconds of its CPU. Tokens are the student's labels. ``tables`` is made once for a tokenizer, ``pairs`` is the
-alignment of answers that are tokens already, ``rows`` is the whole stage: both templates, the teacher's tokens and the pairs.
+alignment of answers that are tokens already, ``rows`` is the whole stage: both templates, the teacher's tokens, the pairs.
 Of three rounds the shortest counts.
 """
 

@@ -101,7 +101,11 @@ class LanguageModelWalk(Walk):
             self.loads, self.trains = check_memory(check, self.diagnosis, self.recipe, self.shapes, work, self.devices)
 
     def look_at_states(self) -> None:
-        """What a cache of the teacher's states would take, or what the recipe's is."""
+        """What a cache of the teacher's states would take, or what the recipe's is.
+
+        Raises:
+            Skipped: the teacher has another tokenizer.
+        """
         section = self.recipe.teacher
         if section is None:
             return

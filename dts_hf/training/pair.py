@@ -256,6 +256,7 @@ def set_up_models(
         UserError: a model or the tokenizer is missing or in pieces, they share weights, one does something to its logits
             that ``Head`` cannot represent, or the tokenizers differ.
     """
+    check_alignment(alignment, several=isinstance(teacher, Mapping), vocab_alignment=vocab_alignment)
     # 1. Names become models.
     if student is None:
         raise UserError("model: got None, expected the student, its name or its folder")

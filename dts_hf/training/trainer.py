@@ -46,7 +46,7 @@ from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.generating_trainer import GeneratingTrainer
-from dts_hf.training.pair import AnyTeacher, Pair, check_alignment, pack_tokens, set_up_models
+from dts_hf.training.pair import AnyTeacher, Pair, pack_tokens, set_up_models
 from dts_hf.training.projection import PROJECTORS_FILE, Projection, check_projectable
 from dts_hf.training.student import first_student, made_by
 
@@ -147,15 +147,13 @@ class DistillationTrainer(GeneratingTrainer):
         max_length: int = 512, max_prompt_length: int = 256, long_rows: str = "drop",
         columns: Mapping[str, str | None] | None = None,
         packing: bool | Mapping[str, int] = False,
-        vocab_alignment: str = "strict",
-        alignment: str | None = None,
+        vocab_alignment: str = "strict", alignment: str | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         teacher_placement: str = "replicated",
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
         router_aux_loss: str = "model",
-        data_collator: Any = None,
-        peft_config: Any = None,
+        data_collator: Any = None, peft_config: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -164,7 +162,6 @@ class DistillationTrainer(GeneratingTrainer):
         check_placement(teacher_placement)
         routing = routing_of(teacher, teachers, teacher_column, default_teacher, teacher_weights)
         check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
-        check_alignment(alignment, several=bool(teachers), vocab_alignment=vocab_alignment)
         model = first_student(model, model_init, args, **kwargs)
         pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
                              peft_config, teacher_weights, alignment)  # fmt: skip

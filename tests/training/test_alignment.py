@@ -263,6 +263,18 @@ def test_a_batch_in_which_nothing_is_the_same_teaches_its_labels(tmp_path):
     trainer.train()
 
 
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+    whole = aligned_trainer(tmp_path, options=options)
+    whole.train()
+    again = aligned_trainer(tmp_path, options=options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    weights = [trainer.model.state_dict() for trainer in (whole, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    lines = [[line["loss"] for line in one.state.log_history if "kl" in line] for one in (whole, again)]
+    assert lines[0][-2:] == lines[1][-2:]
+
+
 # ------------------------------------------------------------------------------------------------- what does not fit
 
 
