@@ -354,7 +354,7 @@ class DistillationTrainer(GeneratingTrainer):
         if self.common is None:
             shares = shares_of(self.teacher, {**batch, **given}, labels, positions, inputs.get(TEACHER))
         else:
-            projectors = self.projection and self.projection.projectors
+            projectors = None if self.projection is None else self.projection.projectors
             shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common, projectors)]
         sums: dict[str, Tensor] = {}
 
