@@ -42,7 +42,7 @@ def _line(statistic: Statistic) -> str:
         statistic.unit,
         statistic.meaning,
         "teacher" if statistic.needs_teacher else "student",
-        "yes" if statistic.held_out and statistic.of_loss else "",
+        "yes" if statistic.held_out else "",
         f"`{statistic.regression}`" if statistic.regression else "",
     )
     return f"| {' | '.join(cells)} |"

@@ -125,7 +125,7 @@ TEMPERATURE_MIN = Statistic("temperature_min", "T", "the smallest T_s of a row",
 TEMPERATURE_MAX = Statistic("temperature_max", "T", "the largest T_s of a row", reduction="max", held_out=False)
 AUX = Statistic(
     "aux_loss", "per label", "auxiliary loss of a mixture of experts' routers, without its coefficient",
-    sums=("aux",), needs_teacher=False, of_loss=False,
+    sums=("aux",), needs_teacher=False, held_out=False, of_loss=False,
 )  # fmt: skip
 ALIGNED_SHARE = Statistic(
     "aligned_share", "share of labels", "those that are the same for a teacher with another tokenizer, and have a `kd_loss`",

@@ -19,7 +19,7 @@ TRAINED = {
     "byte level, small": lambda: tokenizer_of("byte_level", 300),
     "byte level, large": lambda: tokenizer_of("byte_level", 900),
     "unigram": lambda: tokenizer_of("unigram", 700),
-    "WordPiece": lambda: tokenizer_of("word_piece", 700),
+    "WordPiece": lambda: tokenizer_of("word_piece", 3000),
 }
 
 

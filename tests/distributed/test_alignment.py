@@ -12,13 +12,14 @@ import pytest
 from tests.support.launching import WORKERS, launch
 from tests.workers import alignment_worker
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WRAPPERS = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2": "FSDPLlamaForCausalLM"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alignment")
-    done = launch(WORKERS / "alignment_worker.py", 2, [str(out), *WRAPPERS], timeout=280)
+    done = launch(WORKERS / "alignment_worker.py", 2, [str(out), *WRAPPERS], timeout=560)
     assert done.returncode == 0, done.stderr[-3000:]
     alignment_worker.main(["single"], out)
     return out

@@ -54,6 +54,7 @@ def instruction_rows(count: int = 9) -> list[dict[str, str]]:
 def _trained(kind: str, size: int) -> str:
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
     corpus = [*CORPUS, *(text for row in ROWS for text in row), *NASTY]
+    corpus += random_texts(400, seed=9) if size > 2000 else []  # so that few characters are unknown
     if kind == "byte_level":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

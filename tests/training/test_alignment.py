@@ -275,6 +275,14 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     assert lines[0][-2:] == lines[1][-2:]
 
 
+def test_generated_answers_are_the_students(tmp_path):
+    trainer = aligned_trainer(
+        tmp_path, model=tiny_llama(seed=0), teacher=tiny_gpt2(vocab=708), predict_with_generate=True
+    )
+    metrics = trainer.predict(ROWS[:3], max_new_tokens=4).metrics
+    assert 0 < metrics["test_aligned_share"] < 1 and len(trainer.generate(ROWS[:2], max_new_tokens=4)) == 2
+
+
 # ------------------------------------------------------------------------------------------------- what does not fit
 
 
