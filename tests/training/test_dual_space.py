@@ -280,3 +280,16 @@ def test_lower_precision_trains(tmp_path, bf16):
     trainer.train()
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in maps(trainer).values())
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_maps_train_beside_an_adapter(tmp_path):
+    from peft import LoraConfig
+
+    trainer = dual_trainer(
+        tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        options={"max_steps": 2, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1},
+    )  # fmt: skip
+    before = {name: weight.detach().clone() for name, weight in maps(trainer).items()}
+    trainer.train()
+    assert all(not torch.equal(weight, before[name]) for name, weight in maps(trainer).items())
+    assert (tmp_path / "checkpoint-2" / PROJECTORS_FILE).is_file()
