@@ -19,8 +19,9 @@ TAIL = """
   the recipe's `kd_ratio`), `eval_rows` and `eval_labels`.
 - **Without a teacher** the log has the rows marked "student" alone.
 - **Of several teachers** each has `labels/NAME` and the means over its own rows: [several teachers](several_teachers.md).
-- **A teacher with another tokenizer** ([page](other_tokenizers.md)) adds the last five columns. `kl`, `top1_agreement`,
-  temperatures, the teacher's entropies and those at T are then means over the labels that are the same for both.
+- **A teacher with another tokenizer** ([page](other_tokenizers.md)) adds the columns from `aligned_share` on, the last two
+  with `dual_space` alone. `kl`, `top1_agreement`, temperatures, the teacher's entropies and those at T are then means over
+  the labels that are the same for both.
 - **A regression** (STS-B) has squared errors in the place of cross-entropies, under the names of the last column, and none
   of the others.
 - **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dts_hf.distill import distill
 from dts_hf.doctor.report import screen
@@ -53,6 +55,22 @@ def test_a_recipe_trains_and_scores_both(two_families, capsys):
     assert "train: " in said and "labels are the same for the teacher" in said
     manifest = json.loads((run.path / "data_manifest.json").read_text())
     assert manifest["splits"]["train"]["alignment"]["pairs"] > 0
+
+
+def test_dual_space_from_a_recipe(two_families):
+    """The maps train beside the student, and its folder has none of them; the doctor takes its steps with them."""
+    asked = other(teacher={**TEACHER, "alignment": "dual_space"}, evaluation={"every_steps": None})
+    run = distill(asked)
+    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "aligned_share" in line]
+    assert train and all(line["projector_ce"] > 0 and line["kd_teacher_space"] > 0 for line in train)
+    weights = load_file(run.final_path / "model.safetensors")
+    assert {*weights} <= {*AutoModelForCausalLM.from_pretrained(run.final_path).state_dict()}
+    assert not list(run.final_path.glob("projectors*"))
+    found = examined(asked)
+    assert {problem.code for problem in found.problems if problem.level == "error"} == {"teacher-untrained"}
+    checks = {check.name: check for check in found.checks}
+    assert "error" not in (checks["effect"].status, checks["steps"].status)
 
 
 def test_the_doctor_shows_what_is_the_same(two_families):

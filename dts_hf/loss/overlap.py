@@ -1,22 +1,24 @@
-"""Distillation from a teacher with another tokenizer, on what both share (``teacher.alignment: overlap``).
+"""Distillation from a teacher with another tokenizer, on what both share (``teacher.alignment``).
 
     loss = ((1 - r) sum over all N labels of CE + r sum over the M aligned ones of T_s T_t D(p_T, q_T)) / labels of the step
 
 CE is over the student's whole vocabulary. p and q are softmaxes over the K common ids alone: a soft loss over all of the
-student's ids would push those down that the teacher cannot say. Of other ids CE decides.
+student's ids would push those down that the teacher cannot say. Of other ids CE decides. That is ``overlap``; with
+``dual_space`` the soft part is that of ``dual_space.dual_space_loss``, over whole vocabularies.
 
 Shapes: ``N`` labels of the student, ``N_t`` of the teacher, ``M`` pairs of them, ``K`` common ids, ``H`` hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.distillation_loss import DistillationLoss, LossOutput
+from dts_hf.loss.dual_space import Projectors, dual_space_loss
 from dts_hf.models.head import Head
 
 #: Sums of the soft part that are over the M pairs.
@@ -24,6 +26,8 @@ _OF_PAIRS = (
     stats.KD, stats.KL, stats.TEACHER_ENTROPY, stats.STUDENT_ENTROPY_AT_T, stats.TEACHER_ENTROPY_AT_T, stats.TOP1_AGREEMENT,
     stats.TEMPERATURE, stats.TEACHER_TEMPERATURE, stats.TEMPERATURE_MIN, stats.TEMPERATURE_MAX,
 )  # fmt: skip
+#: Sums that a policy asks for, or dual space has.
+_OF_SOME = (stats.TEMPERATURE_GRAD, stats.OBSERVED, stats.KD_TEACHER_SPACE.sum, stats.PROJECTOR_CE.sum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class Aligned:
         covered: which of the N labels stand for the bytes that the N_t stand for, ``[N]`` bool.
         length: these bytes, ``[]``.
         student_ids, teacher_ids: the common ids, ``[K]`` int64, in the same order.
+        projectors: the maps of dual space, which then takes the place of the overlap.
     """
 
     targets: Tensor
@@ -45,6 +50,7 @@ class Aligned:
     length: Tensor
     student_ids: Tensor
     teacher_ids: Tensor
+    projectors: Projectors | None = None
 
 
 def overlap_loss(
@@ -79,18 +85,8 @@ def overlap_loss(
     Returns:
         the loss, and sums of which some are over the M pairs (``Statistic.per``).
     """
-    # 1. The soft part, on what is the same. Common ids rise, so a label's place among them is found by halving.
-    places = torch.searchsorted(aligned.student_ids, targets.index_select(0, aligned.student))
-    soft = loss(
-        states.index_select(0, aligned.student),
-        head.take(aligned.student_ids),
-        teacher_states.index_select(0, aligned.teacher),
-        teacher_head.take(aligned.teacher_ids),
-        places,
-        normalizer,
-        None if sequences is None else sequences.index_select(0, aligned.student),
-        kd_ratio=1.0,
-    )
+    # 1. The soft part, on what is the same.
+    soft = _soft_loss(loss, states, head, teacher_states, teacher_head, aligned, targets, normalizer, sequences)
     # 2. The hard part, on all labels; no temperature has a say in it.
     hard_loss = DistillationLoss(
         loss.divergence, temperature=1.0, kd_ratio=0.0, logits_budget_mb=loss.logits_budget_mb, kernels=loss.kernels,
@@ -104,7 +100,7 @@ def overlap_loss(
     theirs = row_masses(loss, teacher_states, teacher_head, aligned.targets, aligned.teacher_ids)
     covered_ce, teacher_ce = torch.where(aligned.covered, ours.ce, 0.0).sum(), theirs.ce.sum()
     sums = {statistic.sum: soft.sums[statistic.sum] for statistic in _OF_PAIRS}
-    sums |= {name: soft.sums[name] for name in (stats.TEMPERATURE_GRAD, stats.OBSERVED) if name in soft.sums}
+    sums |= {name: soft.sums[name] for name in _OF_SOME if name in soft.sums}
     sums |= {name: hard.sums[name] for name in (stats.ROWS, stats.CE.sum, stats.STUDENT_ENTROPY.sum)}
     sums |= {
         stats.ALIGNED: soft.sums[stats.ROWS],
@@ -117,6 +113,35 @@ def overlap_loss(
     }
     ratio = loss.ratio_of(loss.temperature)
     return LossOutput((1.0 - ratio) * hard.loss + ratio * soft.loss, sums)
+
+
+def _soft_loss(
+    loss: DistillationLoss,
+    states: Tensor,
+    head: Head,
+    teacher_states: Tensor,
+    teacher_head: Head,
+    aligned: Aligned,
+    targets: Tensor,
+    normalizer: float | Tensor,
+    sequences: Tensor | None,
+) -> LossOutput:
+    """The soft loss of the M pairs, over common ids or in both spaces; arguments as those of ``overlap_loss``."""
+    own_states, own_targets = (all_rows.index_select(0, aligned.student) for all_rows in (states, targets))
+    their_states = teacher_states.index_select(0, aligned.teacher)
+    own_sequences = None if sequences is None else sequences.index_select(0, aligned.student)
+    if aligned.projectors is not None:
+        return dual_space_loss(
+            loss, aligned.projectors, own_states, head, own_targets, their_states, teacher_head,
+            aligned.targets.index_select(0, aligned.teacher), normalizer, own_sequences,
+        )  # fmt: skip
+    # Common ids rise, so a label's place among them is found by halving.
+    places = torch.searchsorted(aligned.student_ids, own_targets)
+    own_head, their_head = head.take(aligned.student_ids), teacher_head.take(aligned.teacher_ids)
+    found: LossOutput = loss(
+        own_states, own_head, their_states, their_head, places, normalizer, own_sequences, kd_ratio=1.0
+    )
+    return found
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,7 @@ def row_masses(loss: DistillationLoss, states: Tensor, head: Head, targets: Tens
         targets: ``[N]``.
         common: ids ``[K]``.
     """
-    head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    head = head.detached()
     precise = torch.float64 if states.dtype == torch.float64 else torch.float32
     ce, mass = torch.zeros(len(states), dtype=precise, device=states.device), torch.ones_like(targets, dtype=precise)
     with torch.autocast(states.device.type, enabled=False):

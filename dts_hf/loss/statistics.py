@@ -152,6 +152,16 @@ TEACHER_CE_PER_BYTE = Statistic(
     "teacher_ce_per_byte", "nats per byte", "the teacher's of the same bytes", sums=("covered_teacher_ce",),
     of_loss=False, over=BYTES,
 )  # fmt: skip
+KD_TEACHER_SPACE = Statistic(
+    "kd_teacher_space", "nats per label",
+    "with `teacher.alignment: dual_space`, the part of `kd_loss` in the teacher's space; the rest is in the student's",
+    of_loss=False,
+)  # fmt: skip
+PROJECTOR_CE = Statistic(
+    "projector_ce", "nats per label",
+    "with `teacher.alignment: dual_space`, the cross-entropy of the teacher behind the map into the student's space",
+    of_loss=False, over=ALIGNED,
+)  # fmt: skip
 
 
 def _of_generated(statistic: Statistic) -> Statistic:
@@ -196,6 +206,7 @@ STATISTICS = (
     EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
     *GENERATED_LABELS, GENERATED_SHARE, REPLAYED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED,
     GENERATED_REPETITION, ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE,
+    KD_TEACHER_SPACE, PROJECTOR_CE,
 )  # fmt: skip
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)

@@ -54,6 +54,10 @@ class Head:
         bias = None if self.bias is None else self.bias.index_select(0, ids)
         return replace(self, weight=self.weight.index_select(0, ids), bias=bias)
 
+    def detached(self) -> Head:
+        """The same head, into which no gradient flows."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def activate(self, raw: Tensor) -> Tensor:
         """Scale and soft-cap raw logits ``[C, V]`` (returns ``raw`` itself where there is nothing to do)."""
         logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale

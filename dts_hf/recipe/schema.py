@@ -238,10 +238,11 @@ class Teacher(Section):
     vocab_alignment: Literal["strict", "truncate_to_tokenizer", "intersect"] = Field(
         default="strict", description="What to do when teacher and student have logits of different widths."
     )
-    alignment: Literal["overlap"] | None = Field(
+    alignment: Literal["overlap", "dual_space"] | None = Field(
         default=None,
         description="For a teacher with another tokenizer, which reads rows in its own template. overlap: compared on the "
-        "bytes and tokens that both share. null: teacher and student have one tokenizer.",
+        "bytes and tokens that both share. dual_space: on the bytes that both share, over whole vocabularies, through "
+        "learned maps between their states. null: teacher and student have one tokenizer.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     kind: Literal["live", "cached", "remote", "self"] = Field(
@@ -984,7 +985,9 @@ def several_problem(recipe: Recipe) -> str:
     if "teacher" in data.columns:
         return "data.columns: got 'teacher', but data.teacher_column is the key for that"
     if itself := next((name for name, section in teachers.items() if section.kind == "self"), None):
-        return f"teachers.{itself}.kind: self, but a student teaches itself alone: give teacher in the place of teachers"
+        return (
+            f"teachers.{itself}.kind: self, but a student teaches itself alone: give teacher in the place of teachers"
+        )
     for name, section in teachers.items():
         if section.alignment is not None:
             found = f"teachers.{name}.alignment: {section.alignment}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from dts_hf.alignment import batch as keys
 from dts_hf.alignment.common import CommonVocabulary
 from dts_hf.errors import UserError
+from dts_hf.loss.dual_space import Projectors
 from dts_hf.loss.overlap import Aligned
 from dts_hf.loss.selection import select_response
 from dts_hf.teachers.live import LiveTeacher
@@ -36,13 +37,16 @@ class CommonIds:
         return self._on[device]
 
 
-def aligned_share(teacher: LiveTeacher, inputs: Mapping[str, Tensor], common: CommonIds) -> Share:
+def aligned_share(
+    teacher: LiveTeacher, inputs: Mapping[str, Tensor], common: CommonIds, projectors: Projectors | None = None
+) -> Share:
     """What the teacher says of its own labels of a batch, and which of them are the student's.
 
     Args:
         teacher: reads its own tokens, in its own template.
         inputs: the batch, with both sides.
         common: ids that mean the same.
+        projectors: the maps of dual space; None: the overlap is compared.
 
     Raises:
         UserError: the batch has no side of the teacher.
@@ -58,6 +62,6 @@ def aligned_share(teacher: LiveTeacher, inputs: Mapping[str, Tensor], common: Co
     ours, theirs = common.on(labels.device)
     aligned = Aligned(
         targets, inputs[keys.PAIRS_STUDENT], inputs[keys.PAIRS_TEACHER], inputs[keys.COVERED],
-        inputs[keys.ANSWER_BYTES].sum(), ours, theirs,
+        inputs[keys.ANSWER_BYTES].sum(), ours, theirs, projectors,
     )  # fmt: skip
     return Share(states, teacher.head, aligned=aligned)

@@ -412,7 +412,7 @@ def loss_of_shares(
     total: Tensor | None = None
     # One without a row would make a gradient of zeros as large as the head. One of all must stay in the graph.
     busy = [share for share in shares if share.rows is None or len(share.rows)] or [shares[0]]
-    frozen = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    frozen = head.detached()
     for share in shares:
         own_states, own_targets, own_sequences = states, targets, sequences
         if share.rows is not None:

@@ -65,7 +65,7 @@ class ExtraState:
         shared: equal on all processes; goes into ``progress.json``.
         process: this process's; goes into its ``rank_R.json``.
         files: JSON files of its own, by name, equal on all processes.
-        tensors: safetensors files of its own, the same.
+        tensors: likewise safetensors files, each with its tensors by name.
     """
 
     shared: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def write_progress(folder: Path, extra: ExtraState, *, rank: int, shared_too: bo
         for name, content in {**extra.files, PROGRESS: extra.shared}.items():
             write_json_atomic(folder / name, content)
         for name, tensors in extra.tensors.items():
-            save_file(tensors, folder / name)
+            save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 def read_progress(folder: Path, rank: int, world: int) -> Progress:

@@ -118,7 +118,9 @@ class OnPolicyTrainer(GeneratingTrainer):
             )
         rows: Any = self.rows
         if getattr(rows, "aligner", None) is not None:
-            raise UserError("on_policy: the teacher has another tokenizer (alignment), and reads no text of the student's")
+            raise UserError(
+                "on_policy: the teacher has another tokenizer (alignment), and reads no text of the student's"
+            )
         if "teacher_prefix" in (getattr(rows, "columns", None) or {}):
             raise UserError(
                 "on_policy: the teacher reads more than the student (teacher_prefix_column), and the rows of the student's "

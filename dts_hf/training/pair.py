@@ -391,7 +391,7 @@ class _Given:
 
 
 #: How a teacher with another tokenizer may be compared.
-ALIGNMENTS = ("overlap",)
+ALIGNMENTS = ("overlap", "dual_space")
 
 
 def check_alignment(alignment: str | None, *, several: bool, vocab_alignment: str) -> None:

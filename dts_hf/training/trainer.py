@@ -33,7 +33,7 @@ from dts_hf.loss.distillation_loss import check_has_teacher
 from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.loss.selection import response_positions, select_response, sequence_numbers
 from dts_hf.loss.statistics import AUX, OF_TEACHER, ROWS
-from dts_hf.models.head import Head, loss_in_head
+from dts_hf.models.head import Head, head_of, loss_in_head
 from dts_hf.models.router import collects_router_logits
 from dts_hf.on_policy.settings import OnPolicySettings
 from dts_hf.teachers.aligned import CommonIds, aligned_share
@@ -43,13 +43,14 @@ from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeac
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
-from dts_hf.teachers.several import SeveralTeachers, gathered, loss_of_shares, naming_teacher, routing_of
+from dts_hf.teachers.several import SeveralTeachers, Share, gathered, loss_of_shares, naming_teacher, routing_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
 from dts_hf.training.datasets import LanguageRows, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.pair import AnyTeacher, Pair, identity_of_states, pack_tokens, set_up_models
+from dts_hf.training.projection import PROJECTORS_FILE, Projection, check_projectable
 from dts_hf.training.replay_trainer import REPLAY, ReplayTrainer
 from dts_hf.training.self_teaching import (
     FollowCallback,
@@ -110,7 +111,8 @@ class DistillationTrainer(ReplayTrainer):
             so many tokens by best fit, whatever ``args.per_device_train_batch_size``, so that steps cost the same.
         vocab_alignment: ``strict``, ``truncate_to_tokenizer`` or ``intersect``.
         alignment: ``overlap`` lets the teacher have another tokenizer (``teacher_tokenizer``): it reads rows in its own
-            template, and is compared on the bytes and tokens that both share. See docs/other_tokenizers.md.
+            template, and is compared on the bytes and tokens that both share; ``dual_space`` compares whole distributions
+            there, through learned maps between the two models' states. See docs/other_tokenizers.md.
         teacher_tokenizer: compared with the student's; by default the teacher's own when ``teacher`` is a name.
         router_aux_loss: ``model`` adds the auxiliary loss of a mixture of experts where the model itself would (its
             configuration's ``output_router_logits`` and ``router_aux_loss_coef``), logged as ``aux_loss``; ``none`` leaves
@@ -153,6 +155,9 @@ class DistillationTrainer(ReplayTrainer):
         UserError: anything that does not fit together, before the first step.
     """
 
+    #: The maps of dual space, where the alignment is that.
+    projection: Projection | None = None
+
     @in_order
     def __init__(
         self,
@@ -170,8 +175,7 @@ class DistillationTrainer(ReplayTrainer):
         logits_budget_mb: float | None = None, kernels: str = "auto", logits_dtype: str = "auto",
         prompt_template: str = "auto", train_on: TrainOn | None = None,
         max_length: int = 512, max_prompt_length: int = 256, long_rows: str = "drop",
-        columns: Mapping[str, str | None] | None = None,
-        packing: bool | Mapping[str, int] = False,
+        columns: Mapping[str, str | None] | None = None, packing: bool | Mapping[str, int] = False,
         vocab_alignment: str = "strict", alignment: str | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         teacher_placement: str = "replicated",
@@ -179,9 +183,7 @@ class DistillationTrainer(ReplayTrainer):
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
         teacher_prefix_column: str | None = None, router_aux_loss: str = "model",
         on_policy: OnPolicySettings | Mapping[str, Any] | None = None,
-        data_collator: Any = None,
-        peft_config: Any = None,
-        model_init: Callable[..., nn.Module] | None = None,
+        data_collator: Any = None, peft_config: Any = None, model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         # 1. Two models that can be compared, and batches that both read.
@@ -216,6 +218,7 @@ class DistillationTrainer(ReplayTrainer):
         self._try_collator(pair)
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
+        self._start_projection()
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -269,11 +272,15 @@ class DistillationTrainer(ReplayTrainer):
         extra = super().extra_state()
         if not self.args.save_only_model and self.args.should_save:
             extra.tensors |= saved_mean(self.teacher)
+        if self.projection is not None:
+            extra.tensors[PROJECTORS_FILE] = self.projection.state()
         return extra
 
     def load_extra_state(self, folder: Path, progress: Progress) -> None:
         super().load_extra_state(folder, progress)
         load_mean(self.teacher, folder)
+        if self.projection is not None:
+            self.projection.load(folder / PROJECTORS_FILE)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of ``model_init``, with its adapter, that fits the teacher as the first one did.
@@ -289,6 +296,7 @@ class DistillationTrainer(ReplayTrainer):
         self.compile_layers(self.pair.student, "the student")
         config: Any = self.pair.student.config
         config.use_cache = self.args.use_cache  # as the Trainer's __init__ does
+        self._start_projection()
         return self.pair.student
 
     def _place_teachers(self, shard: bool, given: Sequence[Any]) -> None:
@@ -341,6 +349,34 @@ class DistillationTrainer(ReplayTrainer):
             if end_to_end:
                 pair.check_packing(self.args, own_mask=False)
 
+    # ------------------------------------------------------------------------------------------ the maps of dual space
+
+    def _start_projection(self) -> None:
+        """Begin with maps between these two models, where there are any."""
+        if self.alignment != "dual_space":
+            return
+        assert self.common is not None
+        own, theirs = head_of(self.pair.student), cast(LiveTeacher, self.teacher).head
+        if self.projection is not None:
+            self.projection.start(own, theirs)
+            return
+        check_projectable(self.accelerator, self.optimizer)
+        self.projection = Projection(own, theirs, self.common.on(self.args.device), self.args.device)
+        self.add_callback(self.projection)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, which has the maps of dual space as well."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projection is not None:
+            self.projection.join(optimizer)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.projection is not None and self.accelerator.sync_gradients:
+            self.projection.reduce()
+        return loss
+
     def end_token_ids(self) -> list[int]:
         rows: Any = self.rows  # LanguageRows
         return [*super().end_token_ids(), *end_of_turn_ids(self.pair.tokenizer, rows.encode_options["template"])]
@@ -379,11 +415,7 @@ class DistillationTrainer(ReplayTrainer):
         by_sequence = loss_fn.temperature.needs_sequence_gap
         sequences = sequence_numbers(labels, batch.get("position_ids"), positions) if by_sequence else None
         # 2. The teacher: [N, H_t], the states of the rows that carry a label; of several each one's of its rows.
-        given = {key: value for key, value in inputs.items() if is_for_teachers(key)}
-        if self.common is None:
-            shares = self.shares(inputs, {**batch, **given}, labels, positions)
-        else:
-            shares = [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common)]
+        shares = self.shares(inputs, batch, labels, positions)
         sums: dict[str, Tensor] = {}
 
         # 4. The loss, in the place of the student's output layer: states [B, T, H] -> [N, H] -> [].
@@ -411,6 +443,23 @@ class DistillationTrainer(ReplayTrainer):
         of_texts = self.take_sums_of_texts() if model.training else {}
         meter.add({**sums, **of_texts, "tokens": count_tokens(inputs)})
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def shares(
+        self, inputs: Mapping[str, Any], batch: dict[str, Any], labels: Tensor, positions: Tensor
+    ) -> list[Share]:
+        """What the teacher, or each of several, says of a batch; see ``ReplayTrainer.shares``.
+
+        Args:
+            inputs: the batch as the collator made it.
+            batch: what the student sees of it.
+            labels: ``[B, T]`` unshifted.
+            positions: ``[N]``, ``selection.response_positions(labels)``.
+        """
+        if self.common is None:
+            given = {key: value for key, value in inputs.items() if is_for_teachers(key)}
+            return super().shares(inputs, {**batch, **given}, labels, positions)
+        projectors = None if self.projection is None else self.projection.projectors
+        return [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common, projectors)]
 
     def _router_options(self, training: bool) -> dict[str, Any]:
         """Where the student's configuration asks for the router's loss, collect what it needs, or save the work."""

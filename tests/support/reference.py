@@ -157,6 +157,32 @@ def distillation_loss(
     return ((1 - kd_ratio) * ce + kd_ratio * factor * d).sum() / normalizer
 
 
+def dual_space_loss(
+    student: tuple[Tensor, Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor, Tensor],
+    to_student: Tensor,
+    to_teacher: Tensor,
+    name: str,
+    options: dict[str, float],
+    temperature: float,
+    squared: bool,
+    normalizer: float,
+    held: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """KD in the student's space + CE of the projected teacher + KD in the teacher's space; DSKD.
+
+    A model is (states, weight of its head, targets). ``held``: the projected teacher's logits that are the target in the
+    student's space, and the student's head behind the projector, both of which get no gradient; None: as they are here.
+    """
+    (h_s, w_s, y_s), (h_t, w_t, y_t) = student, teacher
+    target, head = ((h_t @ to_student @ w_s.T).detach(), w_s.detach()) if held is None else held
+    soft = (name, options, temperature, temperature)
+    here = distillation_loss(h_s @ w_s.T, target, y_s, *soft, 1.0, squared, normalizer)
+    there = distillation_loss(h_s @ to_teacher @ w_t.T, h_t @ w_t.T, y_t, *soft, 1.0, squared, normalizer)
+    projected = softmax(h_t @ to_student @ head.T)[torch.arange(len(y_s)), y_s]
+    return here + there - torch.log(projected).sum() / normalizer
+
+
 def logit_std(z_s: Tensor, z_t: Tensor, value: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     """z-scores over the vocabulary, divided by ``value`` (arXiv 2403.01427): T_s, T_t and the factor, with their graph."""
     return value * z_s.std(-1, keepdim=True), value * z_t.std(-1, keepdim=True), torch.tensor(value**2).to(z_s)
