@@ -96,6 +96,8 @@ class DistillationTrainer(GeneratingTrainer):
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
         peft_config: of an adapter that the student gets, such as ``peft.LoraConfig``; the output layer has none.
+        quantize: train for a quantised form, as ``{"scheme": "int4_weight_only", "group_size": 32}``: every forward sees the
+            weights of the student's layers rounded (see ``models.fake_quantization``). Needs torchao; not with adapters.
         model_init: makes the student, anew for every ``train``; takes nothing, or the trial of a
             ``hyperparameter_search``.
         kwargs: ``predict_with_generate``, ``generation`` and ``compute_metrics`` (see ``GeneratingTrainer``), everything
@@ -142,6 +144,7 @@ class DistillationTrainer(GeneratingTrainer):
         router_aux_loss: str = "model",
         data_collator: Any = None,
         peft_config: Any = None,
+        quantize: Mapping[str, Any] | None = None,
         model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -152,8 +155,8 @@ class DistillationTrainer(GeneratingTrainer):
         check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
         model = first_student(model, model_init, args, **kwargs)
         pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
-                             peft_config, teacher_weights)  # fmt: skip
-        self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
+                             peft_config, teacher_weights, quantize)  # fmt: skip
+        self.pair, self.peft_config, self.quantize, self.router_choice = pair, peft_config, quantize, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
         collator = pair.collator(bool(packing), data_collator, args)
@@ -210,7 +213,7 @@ class DistillationTrainer(GeneratingTrainer):
             UserError: it is no model, or does not fit.
         """
         assert self.model_init is not None
-        self.pair = self.pair.with_student(made_by(self.model_init, trial), self.peft_config)
+        self.pair = self.pair.with_student(made_by(self.model_init, trial), self.peft_config, self.quantize)
         self.router = self.pair.router(self.router_choice)
         if isinstance(self.rows, LanguageRows):
             self.rows.models = self.pair.models()
