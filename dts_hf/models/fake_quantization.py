@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import is_torchao_available
 
+from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import UserError
 from dts_hf.models.head import is_fake_quantized, output_module, without_adapters
 from dts_hf.models.quantization import LEAST_SHARE
@@ -57,7 +59,6 @@ def torchao_config(quantize: Quantize) -> Any:
     """
     if not is_torchao_available():
         raise UserError(f"quantize: '{quantize.scheme}' needs the package torchao: pip install 'dts-hf[quantization]'")
-    import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
 
     granularity = PerAxis(0) if quantize.group_size is None else PerGroup(quantize.group_size)
@@ -183,3 +184,25 @@ def without_fake_quantization(model: nn.Module) -> Iterator[None]:
     finally:
         for part, enabled in zip(parts, before, strict=True):
             part.enabled = enabled
+
+
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Within it the weights of ``model`` are what they are rounded to, so that no forward rounds them again.
+
+    The answers are the same: decoding calls a model for every token, and rounding costs more than multiplying then. Weights
+    that are sharded over processes stay as they are.
+    """
+    kept: list[tuple[Any, Tensor, Any]] = []
+    try:
+        for layer in {} if is_sharded(model) else fake_quantized_layers(model).values():
+            quantizer = getattr(layer, "weight_fake_quantizer", None)
+            if quantizer is not None and quantizer.enabled:
+                with torch.no_grad():
+                    rounded = quantizer(layer.weight)
+                kept.append((layer.weight, layer.weight.data, quantizer))
+                layer.weight.data, quantizer.enabled = rounded, False
+        yield
+    finally:
+        for weight, data, quantizer in kept:
+            weight.data, quantizer.enabled = data, True

@@ -13,10 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dts_hf.errors import UserError
+from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.models.fake_quantization import (
     TRAINED_FOR,
     fake_quantized_layers,
     prepare_for_quantization,
+    rounded_once,
     trained_for,
     without_fake_quantization,
 )
@@ -71,7 +73,7 @@ def test_adapters_do_not_go_with_it(tmp_path: Path) -> None:
     ("given", "expected"),
     [
         ("int4", r"quantize: got 'int4', expected a mapping, as in \{'scheme': 'int4_weight_only'\}"),
-        ({"scheme": "int4_weight"}, r"quantize.scheme: got "int4_weight".*Did you mean 'int4_weight_only'"),
+        ({"scheme": "int4_weight"}, r"quantize.scheme: got .int4_weight., expected .*Did you mean 'int4_weight_only'"),
         ({"scheme": "int4_weight_only", "group_size": 1}, r"quantize.group_size: got 1, expected"),
         ({"scheme": "int4_weight_only", "group": 32}, r"quantize.group: unknown key.*group_size"),
         ({"group_size": 32}, r"quantize.scheme: is missing"),
@@ -195,7 +197,7 @@ def test_packing_and_micro_batches_do_not_count(changed: dict[str, Any], tmp_pat
 @needs_torchao
 @pytest.mark.parametrize(
     "options",
-    [{"gradient_checkpointing": True}, {"bf16": True}, {"bf16": True, "gradient_checkpointing": True, "torch_compile": True}],
+    [{"activation_checkpointing": True}, {"bf16": True}, {"activation_checkpointing": True, "torch_compile": True, "torch_compile_backend": "aot_eager"}],
     ids=["checkpointing", "bf16", "compiled"],
 )
 def test_ways_to_train(options: dict[str, Any], tmp_path: Path) -> None:
@@ -218,6 +220,25 @@ def test_held_out_losses_are_those_of_the_rounded_student(tmp_path: Path) -> Non
     with without_fake_quantization(own.model):
         assert abs(own.evaluate()["eval_kl"]) < 1e-6
     assert own.evaluate()["eval_kl"] > 1e-4
+
+
+@needs_torchao
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_answers_are_those_of_the_rounded_student(scheme: str, tmp_path: Path) -> None:
+    """Weights are rounded once for all tokens there, and are afterwards what they were."""
+    model = trainer_for(tmp_path, quantize={**INT4, "scheme": scheme}).model
+    before, settings = weights(model), GenerationSettings(max_new_tokens=12)
+    once = generate(model, IDS.tolist(), settings, eos_token_ids=[], pad_token_id=2)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+    text = model.eval().generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=2
+    )
+    assert [answer.tokens for answer in once] == text[:, IDS.shape[1] :].tolist()
+    inside = logits(model)
+    with rounded_once(model):
+        assert torch.equal(logits(model), inside)
+        assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(logits(model), inside)
 
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -290,7 +311,7 @@ def test_a_model_that_somebody_else_prepared(tmp_path: Path) -> None:
     assert trained_for(trainer_for(tmp_path, student).model) is not None
     odd = tiny_llama()
     asymmetric = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=False)
-    quantize_(odd, QATConfig(weight_config=asymmetric, step="prepare"), filter_fn=lambda layer, name: "mlp." in name)
+    quantize_(odd, QATConfig(weight_config=asymmetric, step="prepare"), filter_fn=lambda layer, name: "up_proj" in name)
     trainer = trainer_for(tmp_path, odd)
     assert getattr(trainer.model.config, TRAINED_FOR)["scheme"] == "other"
     swapped = tiny_llama()
