@@ -4,8 +4,8 @@
     python benchmarks/quantized_student.py --ways distillation --steps 20
 
 The student is the quickstart's teacher with rounded weights, the teacher the same model in bf16. Forward KL at T = 1 against
-plain fine-tuning on the labels, both with the same rows, steps and learning rate. The KL to the teacher and the cross-entropy
-are means over the labels of held-out rows. Needs torchao (``pip install 'dts-hf[quantization]'``); not part of `make bench`.
+plain fine-tuning on the labels, both with the same rows, steps and learning rate. KL to the teacher and cross-entropy are
+means over the labels of held-out rows. Needs torchao (``pip install 'dts-hf[quantization]'``); not part of `make bench`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(way: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| way | KL before | KL after | change | cross-entropy: full, rounded, after | export apart from it | steps | seconds |",
+        "| way | KL before | KL after | change | cross-entropy: full, rounded, after | export, apart | steps | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

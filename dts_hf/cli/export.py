@@ -11,7 +11,9 @@ from dts_hf.cli.printing import AsJson, print_json
 from dts_hf.console import show
 from dts_hf.errors import UserError
 
-EPILOG = "Example: [bold]dts-hf export runs/int4 --quantized --out students/int4[/bold], then dts-hf push students/int4"
+EPILOG = (
+    "Example: [bold]dts-hf export runs/int4 --quantized --out students/int4[/bold], then dts-hf push students/int4"
+)
 
 
 def command(
@@ -32,14 +34,17 @@ def command(
         typer.Option(metavar="FILE", help="Rows to compare the losses on; default: the held-out rows of the run."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16, of what stays unquantised; default: as its files.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16, of what stays unquantised; default: as its files."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in that folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a student's quantised form, as from_pretrained loads it; its loss is compared with the trained one's first."""
     if not quantized:
-        raise UserError("--quantized: is missing; it is the only form that is exported (final/ is the student as it is)")
+        raise UserError(
+            "--quantized: is missing; it is the only form that is exported (final/ is the student as it is)"
+        )
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype: got {dtype!r}, expected float32, bfloat16 or float16")
     from dts_hf.language_modeling.export import ExportOptions, export_quantized

@@ -1,7 +1,7 @@
 """``dts-hf export``: a finished student in its quantised form, as ``from_pretrained`` loads it (``TorchAoConfig``).
 
-What training rounded in every forward (``models.fake_quantization``) is stored as the integers and scales that it was rounded
-to, in safetensors. The loss of both is compared before anything is written.
+What training rounded in every forward (``models.fake_quantization``) is stored as the integers and scales that it was
+rounded to, in safetensors. The loss of both is compared before anything is written.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Exported:
     def sentence(self) -> str:
         """In words."""
         return (
-            f"{describe(self.quantize)}, {gb(self.size)} of weights (before: {gb(self.size_before)}); {self.nats:.4f} nats per "
-            f"label on {self.rows} rows ({self.labels:,} labels), {self.difference:.1e} from the student as it was "
+            f"{describe(self.quantize)}, {gb(self.size)} of weights (before: {gb(self.size_before)}); {self.nats:.4f} nats "
+            f"per label on {self.rows} rows ({self.labels:,} labels), {self.difference:.1e} from the student as it was "
             f"{'trained' if self.trained_for else 'rounded'}; unquantised {self.full:.4f}"
         )
 
@@ -154,8 +154,8 @@ def export_quantized(source: Path, out: Path, options: ExportOptions | None = No
         nats = rows.nll(model)
     if not abs(nats - rounded) <= CLOSE:
         raise RunError(
-            f"{source}: the quantised student has {nats:.4f} nats per label and the one that was trained {rounded:.4f}, more "
-            f"than {CLOSE} apart, so nothing is written. Is --dtype too coarse ({dtype})?"
+            f"{source}: the quantised student has {nats:.4f} nats per label and the one that was trained {rounded:.4f}, "
+            f"more than {CLOSE} apart, so nothing is written. Is --dtype too coarse ({dtype})?"
         )
     sizes = {"size_before": _weights(folder), "size": 0}
     found = Exported(out, quantize, trained_for, nats, rounded, full, len(rows.row_ids), rows.labels, **sizes)
@@ -180,7 +180,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     if "quantization_config" not in read_json(out / "config.json"):
         raise UserError(f"--out: {out} is not empty and holds no quantised student; choose another folder")
     if not overwrite:
-        raise UserError(f"--out: {out} holds a quantised student. Choose another folder, or replace it with --overwrite")
+        raise UserError(
+            f"--out: {out} holds a quantised student. Choose another folder, or replace it with --overwrite"
+        )
 
 
 def _asked(source: Path, options: ExportOptions, trained: Any) -> tuple[Quantize, bool]:
@@ -208,9 +210,7 @@ def _dtype_of(folder: Path, key: str) -> str:
     return str(found or "float32").removeprefix("torch.")
 
 
-def _rows(
-    source: Path, subject: Subject, data: Path | None, tokenizer: PreTrainedTokenizerBase
-) -> EncodedDataset:
+def _rows(source: Path, subject: Subject, data: Path | None, tokenizer: PreTrainedTokenizerBase) -> EncodedDataset:
     """Rows as tokens, with labels on what is learned."""
     if data is None:
         if subject.recipe is None:
@@ -262,13 +262,15 @@ def _card(source: Path, folder: Path, out: Path, found: Exported) -> str:
         card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     else:
         card = card_of_a_folder(folder, name)
-    how = "by quantisation-aware training" if found.trained_for else "after training (it was not trained for this form)"
+    how = (
+        "by quantisation-aware training" if found.trained_for else "after training (it was not trained for this form)"
+    )
     scheme = json.dumps({"scheme": found.quantize.scheme, "group_size": found.quantize.group_size})
     return without_folders(card).rstrip() + (
         "\n\n## Quantised form\n\n"
         f"These weights are quantised {how} with torchao: `{scheme}`. Output layer and embeddings are not. The scores above "
         "are of the student before it was exported. On "
-        f"{found.rows} rows ({found.labels} labels) this model has {found.nats:.4f} nats per label, the student with weights "
-        f"rounded in every forward {found.rounded:.4f}, and with its weights as they are {found.full:.4f}.\n\n"
+        f"{found.rows} rows ({found.labels} labels) this model has {found.nats:.4f} nats per label, the student with "
+        f"weights rounded in every forward {found.rounded:.4f}, and with its weights as they are {found.full:.4f}.\n\n"
         "`pip install torchao`, then `AutoModelForCausalLM.from_pretrained` loads it.\n"
     )

@@ -88,7 +88,9 @@ def prepare_for_quantization(model: nn.Module, quantize: Quantize | Mapping[str,
         raise UserError(f"{key}: {ADAPTERS}")
     if fake_quantized_layers(model):
         raise UserError(f"{key}: the layers of {type(model).__name__} round their weights already; leave it out")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+    }
     group = quantize.group_size
     for name, layer in layers.items():
         if group is not None and layer.in_features % group:
@@ -105,8 +107,8 @@ def prepare_for_quantization(model: nn.Module, quantize: Quantize | Mapping[str,
 
 #: Why adapters do not go with it.
 ADAPTERS = (
-    "the model has adapters, whose update is added beside the rounded weights, so that what is trained is not what the merged "
-    "and quantised model computes; expected no adapters: train them first, merge them, and quantise the merged student"
+    "the model has adapters, whose update is added beside the rounded weights, so that what is trained is not what the "
+    "merged and quantised model computes; expected no adapters: train them first, merge them, and quantise the merged student"
 )
 
 

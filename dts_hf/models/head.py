@@ -101,7 +101,7 @@ def output_module(model: nn.Module) -> nn.Module:
         raise UserError(
             f"{name}: the output layer is a {type(module).__name__}, but the loss multiplies with its weight itself, so an "
             "unquantised one would be trained without a word. Leave it out where the model is prepared: "
-            "quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and 'lm_head' not in name)"
+            "quantize_(model, config, filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and 'lm_head' not in name)"
         )
     return cast(nn.Module, module)
 

@@ -193,8 +193,8 @@ class Quantize(Section):
     """A student that is trained for its quantised form (torchao's quantisation-aware training)."""
 
     scheme: Literal["int4_weight_only", "int8_weight_only", "int8_dynamic_activation_int4_weight"] = Field(
-        description="What is rounded, in torchao's words: the weights alone, to 4 or 8 bits, or the weights to 4 bits and the "
-        "inputs of each layer to 8, by token. Symmetric; output layer and embeddings stay as they are."
+        description="What is rounded, in torchao's words: the weights alone, to 4 or 8 bits, or the weights to 4 bits and "
+        "the inputs of each layer to 8, by token. Symmetric; output layer and embeddings stay as they are."
     )
     group_size: Annotated[int, Field(ge=2, le=LARGEST), BeforeValidator(whole)] | None = Field(
         default=32, description="Weights of a row that share a scale; null: one scale for each row."
@@ -225,8 +225,8 @@ class Student(Section):
             raise ValueError("lora.save is 'adapter', but a student made by 'init' has no base to load: use 'merged'")
         if self.quantize is not None and self.lora is not None:
             raise ValueError(
-                "got quantize and lora, but the adapters' update would be added beside the rounded weights, and the merged and "
-                "quantised student would be another one: train with lora first, then the merged student with quantize"
+                "got quantize and lora, but the adapters' update would be added beside the rounded weights, and the merged "
+                "and quantised student would be another one: train with lora first, then the merged student with quantize"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The student as a trainer trains it: made by ``model_init`` where it is not given, with an adapter, or rounding its weights."""
+"""The student as a trainer trains it: made by ``model_init`` where not given, with an adapter, or rounding its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import enable_full_determinism
 
 from dts_hf.errors import UserError
-from dts_hf.models.fake_quantization import ADAPTERS, fake_quantized_layers, note_quantization, prepare_for_quantization
+from dts_hf.models.fake_quantization import (
+    ADAPTERS,
+    fake_quantized_layers,
+    note_quantization,
+    prepare_for_quantization,
+)
 from dts_hf.models.head import output_module, without_adapters
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ IDS = torch.tensor([[5, 60, 290, 17, 9, 41, 8, 100], [7, 3, 12, 200, 31, 4, 99, 
 
 
 def batches_of(trainer: Any) -> list[Any]:
-    return [{key: value for key, value in batch.items()} for batch in trainer.get_train_dataloader()]
+    return [dict(batch.items()) for batch in trainer.get_train_dataloader()]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -94,7 +94,9 @@ def test_torchao_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quantize.group_size: got 48, but model.layers.0.*has 32 inputs"):
         trainer_for(tmp_path, quantize={**INT4, "group_size": 48})
-    with pytest.raises(UserError, match=r"quantize.scheme: it is made for nn.Linear, which holds 0% .*GPT2LMHeadModel"):
+    with pytest.raises(
+        UserError, match=r"quantize.scheme: it is made for nn.Linear, which holds 0% .*GPT2LMHeadModel"
+    ):
         trainer_for(tmp_path, tiny_gpt2(), teacher=tiny_gpt2(seed=1), quantize=INT4)
     student = tiny_llama()
     prepare_for_quantization(student, INT4)
@@ -184,7 +186,9 @@ def test_a_weight_of_a_rounded_layer_moves_the_loss_by_steps_and_the_head_smooth
 
 
 @needs_torchao
-@pytest.mark.parametrize("changed", [{"packing": True}, {"options": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}])
+@pytest.mark.parametrize(
+    "changed", [{"packing": True}, {"options": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}]
+)
 def test_packing_and_micro_batches_do_not_count(changed: dict[str, Any], tmp_path: Path) -> None:
     options = {"max_steps": 2, **changed.get("options", {})}
     one = trainer_for(tmp_path, temperature=2.0, quantize=INT4, options={"max_steps": 2})
@@ -195,17 +199,30 @@ def test_packing_and_micro_batches_do_not_count(changed: dict[str, Any], tmp_pat
 
 
 @needs_torchao
-@pytest.mark.parametrize(
-    "options",
-    [{"activation_checkpointing": True}, {"bf16": True}, {"activation_checkpointing": True, "torch_compile": True, "torch_compile_backend": "aot_eager"}],
-    ids=["checkpointing", "bf16", "compiled"],
-)
-def test_ways_to_train(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["activation_checkpointing", "bf16"])
+def test_ways_to_train(option: str, tmp_path: Path) -> None:
     plain = trainer_for(tmp_path, quantize=INT4, options={"max_steps": 2})
-    trainer = trainer_for(tmp_path, quantize=INT4, options={"max_steps": 2, **options})
+    trainer = trainer_for(tmp_path, quantize=INT4, options={"max_steps": 2, option: True})
     for one in (plain, trainer):
         one.train()
-    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5 if "bf16" not in options else 2e-2)
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5 if option != "bf16" else 2e-2)
+
+
+@needs_torchao
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("scheme", ["int4_weight_only", "int8_dynamic_activation_int4_weight"])
+def test_compiled_layers_round_the_same(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):  # TrainingArguments set them for good
+        monkeypatch.setenv(name, "no")
+    torch._dynamo.reset()
+    section, steps = {**INT4, "scheme": scheme}, {"max_steps": 2, "learning_rate": 1e-3}
+    plain = trainer_for(tmp_path, quantize=section, options=steps)
+    compiled = {**steps, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = trainer_for(tmp_path, quantize=section, options=compiled)
+    for one in (plain, trainer):
+        one.train()
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
+    torch._dynamo.reset()
 
 
 @needs_torchao
@@ -307,11 +324,15 @@ def test_a_model_that_somebody_else_prepared(tmp_path: Path) -> None:
 
     student = tiny_llama()
     known = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4)
-    quantize_(student, QATConfig(known, step="prepare"), filter_fn=lambda layer, name: "proj" in name and "self" in name)
+    quantize_(
+        student, QATConfig(known, step="prepare"), filter_fn=lambda layer, name: "proj" in name and "self" in name
+    )
     assert trained_for(trainer_for(tmp_path, student).model) is not None
     odd = tiny_llama()
     asymmetric = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=False)
-    quantize_(odd, QATConfig(weight_config=asymmetric, step="prepare"), filter_fn=lambda layer, name: "up_proj" in name)
+    quantize_(
+        odd, QATConfig(weight_config=asymmetric, step="prepare"), filter_fn=lambda layer, name: "up_proj" in name
+    )
     trainer = trainer_for(tmp_path, odd)
     assert getattr(trainer.model.config, TRAINED_FOR)["scheme"] == "other"
     swapped = tiny_llama()
