@@ -108,7 +108,7 @@ def prepare_for_quantization(model: nn.Module, quantize: Quantize | Mapping[str,
 #: Why adapters do not go with it.
 ADAPTERS = (
     "the model has adapters, whose update is added beside the rounded weights, so that what is trained is not what the "
-    "merged and quantised model computes; expected no adapters: train them first, merge them, and quantise the merged student"
+    "merged and quantised model computes; expected no adapters: train them, merge them, then quantise the merged student"
 )
 
 

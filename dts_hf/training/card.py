@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.fake_quantization import trained_for
 from dts_hf.reporting.facts import Facts
 from dts_hf.runs.directory import ONE_TEACHER
 from dts_hf.runs.environment import installed_packages
@@ -90,7 +91,11 @@ def facts_of_training(
     policy = loss.temperature.describe()
     per_teacher = policy.pop("per_teacher", False)
     recipe: dict[str, Any] = {
-        "student": {"model": _name(student), **({"lora": lora} if adapter else {})},
+        "student": {
+            "model": _name(student),
+            **({"lora": lora} if adapter else {}),
+            **({"quantize": quantize} if (quantize := trained_for(student)) else {}),
+        },
         "data": _described(rows),
         "temperature": {"name": loss.temperature.name, **policy},
         "loss": {
