@@ -44,6 +44,7 @@ class Workload:
         other_teachers: bytes of the weights of further teachers, each of which also makes the loss another gradient of the
             head for its rows.
         teachers: how many names there are.
+        rounded: the student's layers round their weights in every forward (``student.quantize``).
     """
 
     rows: int
@@ -64,6 +65,7 @@ class Workload:
     beside: float = 0.0
     other_teachers: float = 0.0
     teachers: int = 1
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def workload_of(
         logits_dtype=recipe.loss.logits_dtype,
         device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
+        rounded=recipe.student.quantize is not None,
     )
 
 

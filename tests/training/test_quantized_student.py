@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from dts_hf.models.fake_quantization import (
     trained_for,
     without_fake_quantization,
 )
+from dts_hf.training.memory_estimate import Types, _activations
+from dts_hf.training.model_shape import ModelShape
+from dts_hf.training.workload import Plan, Workload
 from tests.support import reference
 from tests.support.quantized import INT4, SCHEMES, FakeQuantizedLinear, needs_torchao
 from tests.support.tiny import tiny_gpt2, tiny_llama
@@ -339,3 +343,52 @@ def test_a_model_that_somebody_else_prepared(tmp_path: Path) -> None:
     quantize_(swapped, QATConfig(known, step="prepare"))
     with pytest.raises(UserError, match="the output layer is a FakeQuantizedLinear"):
         trainer_for(tmp_path, swapped)
+
+
+# ------------------------------------------------------------------------------------------------------- what it costs
+
+
+@needs_torchao
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_the_graph_keeps_of_rounding_is_what_the_estimate_counts(dtype: torch.dtype | None) -> None:
+    """Of one layer, large beside its input: bytes for each weight, the weight itself not counted."""
+    layer = nn.Sequential(nn.Linear(512, 512, bias=False))
+    plain = kept_bytes(layer, dtype) / layer[0].weight.numel()
+    model = tiny_llama()
+    model.extra = layer  # ``prepare_for_quantization`` asks for a model with a head
+    prepare_for_quantization(model, INT4)
+    rounded = kept_bytes(layer, dtype) / layer[0].weight.numel()
+    compute = 4 if dtype is None else dtype.itemsize
+    shape = ModelShape(
+        parameters=10**6 + 1000,
+        embedding=1000,
+        layers=1,
+        hidden=8,
+        intermediate=8,
+        heads=1,
+        kv_heads=1,
+        vocab=125,
+        tied=True,
+    )
+    work = Workload(1, 1, 1, autocast=None if dtype is None else "bfloat16", device="cpu")
+    estimates = [
+        sum(_activations(shape, one, Types.of(one, Plan()))) / 10**6 for one in (work, replace(work, rounded=True))
+    ]
+    assert estimates[1] == pytest.approx(rounded, rel=0.1) and estimates[1] == pytest.approx(4 + compute, rel=0.01)
+    assert estimates[0] == pytest.approx(plain, abs=0.05)
+
+
+def kept_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int:
+    """What autograd keeps of a forward pass besides the weights."""
+    own = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(kept: torch.Tensor) -> torch.Tensor:
+        if kept.untyped_storage().data_ptr() not in own:
+            seen[kept.untyped_storage().data_ptr()] = kept
+        return kept
+
+    context = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), context:
+        layer(torch.randn(1, 512, requires_grad=True))
+    return sum(kept.untyped_storage().nbytes() for kept in seen.values())
