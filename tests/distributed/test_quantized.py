@@ -42,7 +42,8 @@ def test_two_processes_train_as_one_and_save_ordinary_weights(folder: Path, stra
     assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-5)
     assert two["losses"][1] == pytest.approx(one["losses"][1], rel=5e-3)
     ours, theirs = (load_file(folder / f"{name}-saved" / "model.safetensors") for name in (strategy, "single"))
-    assert ours.keys() == theirs.keys() and json.loads(
+    assert {*theirs} <= {*ours} <= {*theirs, "lm_head.weight"}  # FSDP2 writes a tied head beside its embedding
+    assert json.loads(
         (folder / f"{strategy}-saved" / "config.json").read_text()
     )[TRAINED_FOR] == INT4  # fmt: skip
     start = tiny_llama(seed=0).state_dict()
