@@ -220,7 +220,8 @@ def _rows(source: Path, subject: Subject, data: Path | None, tokenizer: PreTrain
         return task.encode(Rows((found.validation or found.train)[:READ_ROWS]), tokenizer).train
     facts: Mapping[str, Any] = {} if subject.student is None else subject.student.facts
     template = resolve_template(AUTO, tokenizer) if subject.student is None else subject.student.template
-    limits = {name: facts.get(name) or usual for name, usual in (("max_length", 512), ("max_prompt_length", 256))}
+    usual = {"max_length": 512, "max_prompt_length": 256}
+    limits: dict[str, Any] = {name: facts.get(name) or number for name, number in usual.items()}
     rows = load_rows(str(data), limit=READ_ROWS)
     return encode_rows(rows, tokenizer, template, train_on=facts.get("train_on"), name="--data", **limits)[0]
 
@@ -238,7 +239,7 @@ def _rounded(
 
 def _quantized(folder: Path, quantize: Quantize, dtype: str, names: set[str], key: str) -> PreTrainedModel:
     """The student with quantised weights: those that training rounded, and no others."""
-    options = {"quantization_config": TorchAoConfig(torchao_config(quantize))}
+    options: dict[str, Any] = {"quantization_config": TorchAoConfig(torchao_config(quantize))}
     model, _ = load_weights(AutoModelForCausalLM, str(folder), key=key, dtype=dtype, **options)
     found = {name for name, weight in model.named_parameters() if stored(weight) is not weight}
     if found != names:

@@ -61,10 +61,11 @@ def torchao_config(quantize: Quantize) -> Any:
         raise UserError(f"quantize: '{quantize.scheme}' needs the package torchao: pip install 'dts-hf[quantization]'")
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
 
+    dtypes: Any = torch  # its stubs do not know int4
     granularity = PerAxis(0) if quantize.group_size is None else PerGroup(quantize.group_size)
     if quantize.scheme == "int8_dynamic_activation_int4_weight":
-        return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=granularity)
-    dtype = torch.int4 if quantize.scheme == "int4_weight_only" else torch.int8
+        return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtypes.int4, weight_granularity=granularity)
+    dtype = dtypes.int4 if quantize.scheme == "int4_weight_only" else torch.int8
     return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
 
 
@@ -100,9 +101,9 @@ def prepare_for_quantization(model: nn.Module, quantize: Quantize | Mapping[str,
             )
     _check_share(model, layers, f"{key}.scheme")
     from torchao.quantization import quantize_
-    from torchao.quantization.qat import QATConfig
+    from torchao.quantization.qat import QATConfig, QATStep
 
-    quantize_(model, QATConfig(config, step="prepare"), filter_fn=lambda layer, name: name in layers)
+    quantize_(model, QATConfig(config, step=QATStep.PREPARE), filter_fn=lambda layer, name: name in layers)
 
 
 #: Why adapters do not go with it.
@@ -143,13 +144,15 @@ def trained_for(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _of_layer(layer: Any) -> dict[str, Any]:
-    weight = getattr(getattr(layer, "weight_fake_quantizer", None), "config", None)
-    activation = getattr(getattr(layer, "activation_fake_quantizer", None), "config", None)
-    kinds = tuple(str(getattr(config, "dtype", None)).removeprefix("torch.") for config in (weight, activation))
+    weight: Any = getattr(getattr(layer, "weight_fake_quantizer", None), "config", None)
+    activation: Any = getattr(getattr(layer, "activation_fake_quantizer", None), "config", None)
+    of_weight, of_input = (
+        str(getattr(config, "dtype", None)).removeprefix("torch.") for config in (weight, activation)
+    )
     scheme = {
         ("int4", "None"): "int4_weight_only", ("int8", "None"): "int8_weight_only",
         ("int4", "int8"): "int8_dynamic_activation_int4_weight",
-    }.get(kinds, OTHER)  # fmt: skip
+    }.get((of_weight, of_input), OTHER)  # fmt: skip
     if scheme == OTHER or not getattr(weight, "is_symmetric", False):
         return {"scheme": OTHER, "group_size": None}
     size = getattr(weight.granularity, "group_size", None)
