@@ -22,6 +22,7 @@ from dts_hf.cli import (
     doctor,
     env,
     evaluate,
+    export,
     generate,
     init,
     prepare,
@@ -47,8 +48,8 @@ from dts_hf.runs.stopping import Stage, end_at_once, ends, stage
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
 COMMANDS = (
-    init, doctor, train, chat, generate, evaluate, score, report, sweep, compare, push, pull, cache_teacher, push_cache,
-    pull_cache, serve_teacher, prepare, list_, schema, env,
+    init, doctor, train, chat, generate, evaluate, score, report, sweep, compare, export, push, pull, cache_teacher,
+    push_cache, pull_cache, serve_teacher, prepare, list_, schema, env,
 )  # fmt: skip
 
 

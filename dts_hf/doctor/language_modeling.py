@@ -17,11 +17,12 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.doctor import masks, tokens
 from dts_hf.doctor.diagnosis import Check, Skipped, need
 from dts_hf.doctor.effect import Sample
-from dts_hf.doctor.models import check_teacher, check_vocabulary, take_sample
+from dts_hf.doctor.models import check_rounding, check_teacher, check_vocabulary, take_sample
 from dts_hf.doctor.resources import check_memory
 from dts_hf.doctor.states import check_states, describe_cache, describe_server
 from dts_hf.doctor.walk import Walk
 from dts_hf.language_modeling.task import LanguageModeling
+from dts_hf.models.fake_quantization import without_fake_quantization
 from dts_hf.runs.memory import resident_bytes
 from dts_hf.task import Rows
 from dts_hf.teachers.answers import answer_rows
@@ -147,6 +148,17 @@ class LanguageModelWalk(Walk):
             self.diagnosis.picture = masks.picture(data, collator, tokenizer, ends, self.kept)
         super().look_at_loss()
         self.look_at_states()
+
+    def look_at_rounding(self) -> None:
+        if self.recipe.student.quantize is None:
+            return
+        with self.diagnosis.check("quantized-student") as check:
+            rounded = need(self.sample, "a sample of rows")
+            with without_fake_quantization(need(self.student, "the student")):
+                plain = self.sample_of()
+            check_rounding(check, plain, rounded)
+            section = self.recipe.student.quantize
+            check.summary = f"{section.scheme}, group {section.group_size or 'of a row'}: {check.summary}"
 
     def answer(self, check: Check) -> None:
         """Sequence-level KD: the teacher answers some rows itself, which take the place of the data's."""

@@ -284,3 +284,22 @@ def check_faithful(check: Check, full: Sample, quantized: Sample) -> None:
     if not kl <= FAITHFUL:
         text = f"the teacher is {kl:.3f} nats per label from what its files are, more than {FAITHFUL:g}"
         check.warn("teacher-unfaithful", text, "teacher.quantization: int8 (the closest), or none")
+
+
+def check_rounding(check: Check, plain: Sample, rounded: Sample) -> None:
+    """What rounding the student's weights costs before training (``student.quantize``), on the same labels.
+
+    Args:
+        check: takes what is found.
+        plain: the student with its weights as they are.
+        rounded: the same rows, seen by its layers as training will see them.
+    """
+    found = compare_heads(plain.student_states, plain.student_head, rounded.student_states, rounded.student_head)
+    kl, high, agreement = found.values()
+    check.values = {"labels": len(plain.targets), **found}
+    check.summary = (
+        f"KL {kl:.2g} nats per label from the unquantised student before training (99th percentile {high:.2g}), same first "
+        f"choice {agreement:.1%}"
+    )
+    if not math.isfinite(kl):
+        check.error("rounding-not-finite", "the student with rounded weights gives numbers that are non-finite", "")

@@ -205,6 +205,7 @@ class Walk(ABC):
         ):
             with self.diagnosis.check("quantization") as check:
                 self.compare_with_full(check, self.recipe.teacher)
+        self.look_at_rounding()
         with self.diagnosis.check("effect") as check:
             if (
                 self.teaches_itself
@@ -218,6 +219,10 @@ class Walk(ABC):
             loss, steps = need(self.trainer, "a trainer").loss, need(self.steps, "rows")
             check_schedule(check, loss, self.small_sample(), steps, self.classes)
         self.sample = None  # it holds the student's head in fp32, a copy that the run will not have
+
+    def look_at_rounding(self) -> None:
+        """What it costs to round the student's weights; a classifier's never are."""
+        return
 
     def look_at_training(self) -> None:
         """Three steps, and the directory that they would be written to."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dts_hf.data.chat_templates import leading_special_ids, resolve_template
 from dts_hf.data.rows import Row
 from dts_hf.evaluation.protocol import Protocol
+from dts_hf.models.quantization import stored_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,11 +76,11 @@ def model_digest(model: PreTrainedModel) -> str:
     stops = getattr(model.generation_config, "eos_token_id", None)
     digest = hashlib.sha256(json.dumps([config, stops], sort_keys=True).encode())
     for name, weight in model.state_dict().items():
-        values = weight.detach().flatten()
-        # A thousand values of each weight: training moves all of them, and the whole of a large model would take minutes
-        sample = values[:: max(1, len(values) // 1024)].float().cpu().numpy()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample.tobytes())
+        for part in stored_parts(weight.detach()):
+            values = part.flatten()
+            # A thousand values of each: training moves all of them, and the whole of a large model would take minutes
+            digest.update(values[:: max(1, len(values) // 1024)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

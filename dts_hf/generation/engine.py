@@ -41,6 +41,7 @@ from dts_hf.generation.progress import progress_bar
 from dts_hf.generation.prompts import checked_prompts
 from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, noise_keys, nucleus
 from dts_hf.models.compilation import without_compiled_layers
+from dts_hf.models.fake_quantization import rounded_once
 from dts_hf.models.head import without_adapters
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def generate(
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
     # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
     no_gradient = torch.no_grad() if job.together else torch.inference_mode()
-    calm = (_evaluating(model), without_compiled_layers(model), no_gradient)
+    calm = (rounded_once(model), _evaluating(model), without_compiled_layers(model), no_gradient)
     with contextlib.ExitStack() as stack, progress_bar(progress, len(inputs)) as show:
         for context in calm:
             stack.enter_context(context)

@@ -195,11 +195,35 @@ def check_head(weights: Path) -> None:
         raise UserError(f"{weights.name}: cannot be read as safetensors: {error}") from None
     for key, value in told.items():
         # ``safetensors.torch.save_model`` notes under the name of a shared weight the one that it is stored as
-        if not (key == "format" and re.fullmatch(r"\w{1,8}", value)) and value not in names:
+        known = (key == "format" and re.fullmatch(r"\w{1,8}", value)) or value in names
+        if not known and not _is_of_torchao(key, value):
             raise UserError(
                 f"{weights.name}: its head holds {key!r} beside the format, so nothing is uploaded. Save the weights "
                 "again: safetensors.torch.save_file(weights, file, metadata={'format': 'pt'})"
             )
+
+
+def _is_of_torchao(key: str, value: str) -> bool:
+    """Whether a note in the head is how torchao says what a quantised weight is made of: names, types and numbers alone."""
+    try:
+        told = json.loads(value)
+    except ValueError:
+        return False
+    if not (key == "tensor_names" if isinstance(told, list) else isinstance(told, dict) and "_type" in told):
+        return False
+    return all(re.fullmatch(r"[\w.]{1,200}", text) for text in (key, *_texts(told))) and not [*secrets_in(value)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in JSON, keys too."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = value.values()
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Iterable):
+        for item in value:
+            yield from _texts(item)
 
 
 def inside(folder: Path, name: str) -> Path:

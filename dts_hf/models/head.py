@@ -84,11 +84,18 @@ def without_adapters(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def is_fake_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is one of torchao's layers that round their weight in every forward; asks torchao for nothing."""
+    # Those for MXFP4 and NVFP4 have no quantizer as a module; FSDP2 puts a prefix before the name of the class
+    return hasattr(module, "weight_fake_quantizer") or type(module).__name__.endswith("FakeQuantizedLinear")
+
+
 def output_module(model: nn.Module) -> nn.Module:
     """The module that turns final states into logits.
 
     Raises:
-        UserError: there is none, or an adapter sits on it (its delta would be skipped without a word).
+        UserError: there is none, an adapter sits on it (its delta would be skipped without a word), or it rounds its weight
+            (which the loss would not do).
     """
     find, name = getattr(model, "get_output_embeddings", None), type(model).__name__
     module = find() if callable(find) else None
@@ -98,6 +105,12 @@ def output_module(model: nn.Module) -> nn.Module:
         raise UserError(
             f"{name}: an adapter sits on the output layer, which the fused loss would skip. "
             "Leave lm_head out of student.lora.target_modules ('all-linear' does so by itself)"
+        )
+    if is_fake_quantized(module):
+        raise UserError(
+            f"{name}: the output layer is a {type(module).__name__}, but the loss multiplies with its weight itself, so an "
+            "unquantised one would be trained without a word. Leave it out where the model is prepared: "
+            "quantize_(model, config, filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and 'lm_head' not in name)"
         )
     return cast(nn.Module, module)
 

@@ -19,6 +19,7 @@ from dts_hf.errors import RunError, UserError, not_readable
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.checks import check_finite
 from dts_hf.models.compilation import restore_layers
+from dts_hf.models.fake_quantization import prepare_for_quantization
 from dts_hf.models.gguf_files import PACKAGE_PREFIX, find_gguf, load_gguf_tokenizer
 from dts_hf.models.head import check_head
 from dts_hf.models.quantization import check_quantized, quantized_options
@@ -297,6 +298,8 @@ def load_student(
     else:
         model = load_model(str(student.model), key="student.model", dtype=student.dtype, **_from_hub(student))
     check_head(model, role="student")
+    if student.quantize is not None:
+        prepare_for_quantization(model, student.quantize, "student.quantize")
     return model if student.lora is None else add_lora(model, student.lora)
 
 

@@ -103,6 +103,14 @@ def stored(weight: Tensor) -> Tensor:
     return scale if isinstance(scale, Tensor) else weight
 
 
+def stored_parts(weight: Tensor) -> list[Tensor]:
+    """All plain tensors that a weight is kept as: of torchao's integers, scales and zero points."""
+    if stored(weight) is weight:
+        return [weight]
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [getattr(weight, name) for name in names]
+
+
 def check_quantized(model: Any, kind: str, key: str) -> None:
     """Refuse a model that torchao has left as it was: it quantises ``nn.Linear`` alone, and says nothing.
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import full_state_dict, is_sharded, unsharded_init
-from dts_hf.files import check_no_link, flush, flush_tree, write_json_atomic
+from dts_hf.files import check_no_link, flush, flush_tree, write_json_atomic, write_text_atomic
 from dts_hf.models.head import without_adapters
 
 #: Template and protocol of a student, in its folder; ``evaluation/student_file.py`` says what it holds.
@@ -31,11 +31,13 @@ class Carried(NamedTuple):
         facts: the contents of ``dts_hf.json``; None: no such file.
         turn_ends: ids of the tokens that end an answer, besides the tokenizer's end of sequence.
         chat_template: for a tokenizer that has none of its own.
+        card: text of ``README.md``; None: no such file.
     """
 
     facts: Mapping[str, Any] | None = None
     turn_ends: Sequence[int] = ()
     chat_template: str | None = None
+    card: str | None = None
 
 
 def save_student(
@@ -87,6 +89,8 @@ def save_student(
         tokenizer.save_pretrained(unfinished)
         if carried.facts is not None:
             write_json_atomic(unfinished / STUDENT_FILE, carried.facts)
+        if carried.card is not None:
+            write_text_atomic(unfinished / "README.md", carried.card)
         shutil.rmtree(old, ignore_errors=True)
         # Before it has its name: a power cut must not leave the name and lose what it names
         flush_tree(unfinished)

@@ -193,6 +193,18 @@ class Lora(Section):
     )
 
 
+class Quantize(Section):
+    """A student that is trained for its quantised form (torchao's quantisation-aware training)."""
+
+    scheme: Literal["int4_weight_only", "int8_weight_only", "int8_dynamic_activation_int4_weight"] = Field(
+        description="What is rounded, in torchao's words: the weights alone, to 4 or 8 bits, or the weights to 4 bits and "
+        "the inputs of each layer to 8, by token. Symmetric; output layer and embeddings stay as they are."
+    )
+    group_size: Annotated[int, Field(ge=2, le=LARGEST), BeforeValidator(whole)] | None = Field(
+        default=32, description="Weights of a row that share a scale; null: one scale for each row."
+    )
+
+
 class Student(Section):
     """The model that learns."""
 
@@ -203,6 +215,9 @@ class Student(Section):
     )
     dtype: Dtype = Field(default="float32", description="Type of the student's weights.")
     lora: Lora | None = Field(default=None, description="Train low-rank adapters instead of all weights.")
+    quantize: Quantize | None = Field(
+        default=None, description="Train for a quantised form, which dts-hf export makes. See docs/quantized.md."
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
     @model_validator(mode="after")
@@ -212,6 +227,11 @@ class Student(Section):
             raise ValueError(f"give exactly one of 'model' and 'init', got {found} (null removes a key)")
         if self.init is not None and self.lora is not None and self.lora.save == "adapter":
             raise ValueError("lora.save is 'adapter', but a student made by 'init' has no base to load: use 'merged'")
+        if self.quantize is not None and self.lora is not None:
+            raise ValueError(
+                "got quantize and lora, but the adapters' update would be added beside the rounded weights, and the merged "
+                "and quantised student would be another one: train with lora first, then the merged student with quantize"
+            )
         return self
 
 
@@ -845,6 +865,8 @@ class Recipe(Section):
                 "cannot be trained: use quantization 'none', or give student.model"
             )
         if self.task is not None:
+            if self.student.quantize is not None:
+                raise ValueError("student.quantize: is for language models, and a task has a classifier: leave it out")
             if init is not None and (
                 init.from_ != "teacher" or init.layers is None or init.measures or init.parameters
             ):

@@ -328,6 +328,9 @@ def describe_student(facts: Facts) -> str:
         end = "merged into the weights" if lora.get("save") == "merged" else "saved as an adapter"
         kind = f"LoRA of rank {lora['r']}" if lora.get("r") else "an adapter"
         words += f", trained with {kind} ({end})"
+    if quantize := student.get("quantize"):
+        group = quantize.get("group_size") or "the weights of a row"
+        words += f", trained for {quantize.get('scheme')} ({group} to a scale)"
     return words
 
 

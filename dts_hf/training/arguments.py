@@ -219,6 +219,7 @@ def check_for_classifiers(kwargs: Mapping[str, Any]) -> None:
     instead = {
         "model_init": "the student as model; for a search over hyperparameters make one trainer for each setting",
         "peft_config": "the student with its adapter: model = peft.get_peft_model(model, peft_config)",
+        "quantize": "None: it is for language models",
         "compute_metrics": "None: evaluate gives the metrics of the task, and trainer.predicted the logits",
     }
     for name, expected in instead.items():

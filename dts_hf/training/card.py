@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dts_hf.loss.distillation_loss import DistillationLoss
+from dts_hf.models.fake_quantization import trained_for
 from dts_hf.reporting.facts import Facts
 from dts_hf.runs.directory import ONE_TEACHER
 from dts_hf.runs.environment import installed_packages
@@ -87,12 +88,10 @@ def facts_of_training(
         held_out: scores of the student as it is; see ``held_out_scores``.
         done: ``steps``, ``seconds``, ``tokens`` so far.
     """
-    adapter = getattr(student, "peft_config", {}).get("default")
-    lora = {"r": getattr(adapter, "r", None), "save": "adapter"}  # other kinds have no rank
     policy = loss.temperature.describe()
     per_teacher = policy.pop("per_teacher", False)
     recipe: dict[str, Any] = {
-        "student": {"model": _name(student), **({"lora": lora} if adapter else {})},
+        "student": _student_section(student),
         "data": _described(rows),
         "temperature": {"name": loss.temperature.name, **policy},
         "loss": {
@@ -132,6 +131,16 @@ def facts_of_training(
     if task is not None:
         metrics |= {"protocol": {"pair": None}, "task": {"metrics": list(TASK_METRICS)}}
     return Facts(name, recipe, metrics, list(log), {}, {"packages": installed_packages()}, {})
+
+
+def _student_section(student: nn.Module) -> dict[str, Any]:
+    """The student as a recipe's section has it."""
+    section: dict[str, Any] = {"model": _name(student)}
+    if adapter := getattr(student, "peft_config", {}).get("default"):
+        section["lora"] = {"r": getattr(adapter, "r", None), "save": "adapter"}  # other kinds have no rank
+    if quantize := trained_for(student):
+        section["quantize"] = quantize
+    return section
 
 
 def _scores(held_out: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -254,6 +254,10 @@ def _activations(student: ModelShape, workload: Workload, types: Types) -> tuple
     ends = tokens * 3 * student.hidden * types.stream  # final norm, and the states that the loss is given
     # Autocast keeps the cast copy of every weight until the end of the forward pass; then the graph does.
     copies = types.compute * student.backbone if types.casts else 0
+    if (
+        workload.rounded
+    ):  # the graph keeps a block's rounded weights, and what they were before they were clamped, in fp32
+        block, copies = block + (4 + types.compute) * student.block_weights, 0
     if workload.gradient_checkpointing:
         return student.layers * tokens * student.hidden * types.stream + ends + copies, block + working
     return student.layers * block + ends + copies, working

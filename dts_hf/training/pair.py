@@ -32,7 +32,7 @@ from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
 from dts_hf.teachers.several import OfRows, SeveralTeachers, naming_teacher
-from dts_hf.training.student import with_adapter
+from dts_hf.training.student import ready_student
 from dts_hf.training.tracking import model_facts
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,15 @@ class Pair:
         """The teachers that are models of this process, each once, with what errors call them."""
         return [(one, role) for one, role in self.teachers if isinstance(one, LiveTeacher)]
 
-    def with_student(self, student: nn.Module, peft_config: Any = None) -> Pair:
+    def with_student(
+        self, student: nn.Module, peft_config: Any = None, quantize: Mapping[str, Any] | None = None
+    ) -> Pair:
         """The same with another student, which must fit the teacher as the first one did.
 
         Args:
             student: a new one.
             peft_config: of the adapter that it gets.
+            quantize: see ``ready_student``.
 
         Raises:
             UserError: it does not fit.
@@ -87,7 +90,7 @@ class Pair:
                 "model_init: makes a new student, but its teacher is the first one itself; give model instead"
             )
         check_whole(student)
-        student = with_adapter(unwrapped(student), peft_config)
+        student = ready_student(unwrapped(student), peft_config, quantize)
         for teacher, _ in self.live:
             check_apart(student, teacher.model)
         check_finite(student, "model_init: the student")
@@ -255,6 +258,7 @@ def set_up_models(
     peft_config: Any = None,
     weights: Mapping[str, float] | None = None,
     alignment: str | None = None,
+    quantize: Mapping[str, Any] | None = None,
 ) -> Pair:
     """Load what is a name, undo what an earlier trainer has done to a model, and check that the two can be compared.
 
@@ -269,6 +273,7 @@ def set_up_models(
         peft_config: of the adapter that the student gets; None: it is trained as it is.
         weights: of several teachers that all have every row.
         alignment: how a teacher with another tokenizer is compared; None: it has the student's.
+        quantize: see ``ready_student``.
 
     Raises:
         UserError: a model or the tokenizer is missing or in pieces, they share weights, one does something to its logits
@@ -286,7 +291,7 @@ def set_up_models(
         raise UserError("processing_class: got None, expected the student's tokenizer")
     check_whole(student)
     # 2. Without what an earlier trainer has put around them; the teacher may be the student of one.
-    student = with_adapter(unwrapped(student), peft_config)
+    student = ready_student(unwrapped(student), peft_config, quantize)
     for one in teachers:
         if isinstance(one.given, (nn.Module, LiveTeacher)):
             check_apart(student, one.given.model if isinstance(one.given, LiveTeacher) else one.given)

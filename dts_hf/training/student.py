@@ -1,9 +1,9 @@
-"""The student as a trainer trains it: made by ``model_init`` where it is not given, with the adapter of ``peft_config``."""
+"""The student as a trainer trains it: made by ``model_init`` where not given, with an adapter, or rounding its weights."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,7 +11,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import enable_full_determinism
 
 from dts_hf.errors import UserError
-from dts_hf.models.head import output_module
+from dts_hf.models.fake_quantization import (
+    ADAPTERS,
+    fake_quantized_layers,
+    note_quantization,
+    prepare_for_quantization,
+)
+from dts_hf.models.head import output_module, without_adapters
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -60,6 +66,25 @@ def made_by(model_init: Callable[..., Any], trial: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"model_init: returned {type(model).__name__}, expected the student, a model")
     return model
+
+
+def ready_student(
+    student: nn.Module, peft_config: PeftConfig | None, quantize: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """``student`` with the adapter of ``peft_config`` on it, or with layers that round their weights as ``quantize`` says.
+
+    Raises:
+        UserError: see ``with_adapter`` and ``prepare_for_quantization``; or both are asked for, or there already.
+    """
+    if quantize is not None:
+        if peft_config is not None:
+            raise UserError(f"quantize: got it beside peft_config: {ADAPTERS}")
+        prepare_for_quantization(student, quantize)
+    student = with_adapter(student, peft_config)
+    if without_adapters(student) is not student and fake_quantized_layers(student):
+        raise UserError(f"model: its layers round their weights, and {ADAPTERS}")
+    note_quantization(student)
+    return student
 
 
 def with_adapter(student: nn.Module, peft_config: PeftConfig | None) -> nn.Module:

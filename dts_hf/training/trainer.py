@@ -136,6 +136,8 @@ class DistillationTrainer(ReplayTrainer):
             the columns that ``args.remove_unused_columns`` leaves; labels may be its work
             (``DataCollatorForLanguageModeling`` with ``mlm=False``).
         peft_config: of an adapter that the student gets, such as ``peft.LoraConfig``; the output layer has none.
+        quantize: train for a quantised form, as ``{"scheme": "int4_weight_only", "group_size": 32}``: every forward sees the
+            weights of the student's layers rounded (see ``models.fake_quantization``). Needs torchao; not with adapters.
         model_init: makes the student, anew for every ``train``; takes nothing, or the trial of a
             ``hyperparameter_search``.
         kwargs: ``predict_with_generate``, ``generation`` and ``compute_metrics`` (see ``GeneratingTrainer``), everything
@@ -182,7 +184,7 @@ class DistillationTrainer(ReplayTrainer):
         teachers: Mapping[str, AnyTeacher] | None = None, teacher_weights: Mapping[str, float] | None = None,
         teacher_column: str | None = None, default_teacher: str | None = None, temperature_per_teacher: bool = False,
         teacher_prefix_column: str | None = None, router_aux_loss: str = "model",
-        on_policy: OnPolicySettings | Mapping[str, Any] | None = None,
+        on_policy: OnPolicySettings | Mapping[str, Any] | None = None, quantize: Mapping[str, Any] | None = None,
         data_collator: Any = None, peft_config: Any = None, model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -193,8 +195,8 @@ class DistillationTrainer(ReplayTrainer):
         check_has_teacher(teacher is not None or bool(teachers), kd_ratio)
         model = first_student(model, model_init, args, **kwargs)
         pair = set_up_models(model, teachers or teacher, processing_class, teacher_tokenizer, vocab_alignment, args,
-                             peft_config, teacher_weights, alignment)  # fmt: skip
-        self.pair, self.peft_config, self.router_choice = pair, peft_config, router_aux_loss
+                             peft_config, teacher_weights, alignment, quantize)  # fmt: skip
+        self.pair, self.peft_config, self.quantize, self.router_choice = pair, peft_config, quantize, router_aux_loss
         self.teacher, self.vocab_size, self.vocab_note = pair.teacher, pair.vocabulary.size, pair.vocabulary.note
         self.router = pair.router(router_aux_loss)
         collator = pair.collator(bool(packing), data_collator, args)
@@ -289,7 +291,7 @@ class DistillationTrainer(ReplayTrainer):
             UserError: it is no model, or does not fit.
         """
         assert self.model_init is not None
-        self.pair = self.pair.with_student(made_by(self.model_init, trial), self.peft_config)
+        self.pair = self.pair.with_student(made_by(self.model_init, trial), self.peft_config, self.quantize)
         self.router = self.pair.router(self.router_choice)
         if isinstance(self.rows, LanguageRows):
             self.rows.models = self.pair.models()

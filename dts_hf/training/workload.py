@@ -49,6 +49,7 @@ class Workload:
         teacher_tokens: as ``tokens``, of the rows as their teacher reads them; 0: they are the student's.
         running_mean: bytes of the running mean of the trained weights, which checkpoints hold; 0: there is none.
         answered: tokens of prompts and answers that a student which answers itself keeps in its cache at a time.
+        rounded: the student's layers round their weights in every forward (``student.quantize``).
     """
 
     rows: int
@@ -72,6 +73,7 @@ class Workload:
     teacher_tokens: int = 0
     running_mean: float = 0.0
     answered: int = 0
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def workload_of(
         device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
         answered=answered,
+        rounded=recipe.student.quantize is not None,
     )
 
 
