@@ -172,19 +172,28 @@ def note_quantization(model: nn.Module) -> None:
         delattr(config, TRAINED_FOR)
 
 
-@contextmanager
-def without_fake_quantization(model: nn.Module) -> Iterator[None]:
-    """Within it the layers of ``model`` round nothing: it is the model whose weights it has."""
-    parts = [
+def stop_rounding(model: nn.Module) -> None:
+    """Have the layers of ``model`` round nothing from now on: it is the model whose weights it has."""
+    for part in _rounding_parts(model):
+        part.enabled = False
+
+
+def _rounding_parts(model: nn.Module) -> list[Any]:
+    return [
         part
         for layer in fake_quantized_layers(model).values()
         for name in ("weight_fake_quantizer", "activation_fake_quantizer")
         if (part := getattr(layer, name, None)) is not None
     ]
+
+
+@contextmanager
+def without_fake_quantization(model: nn.Module) -> Iterator[None]:
+    """Within it the layers of ``model`` round nothing: it is the model whose weights it has."""
+    parts = _rounding_parts(model)
     before = [part.enabled for part in parts]
     try:
-        for part in parts:
-            part.enabled = False
+        stop_rounding(model)
         yield
     finally:
         for part, enabled in zip(parts, before, strict=True):

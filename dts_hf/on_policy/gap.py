@@ -34,7 +34,7 @@ def check_gap(policy: TemperaturePolicy, divergence: Divergence, settings: OnPol
     if policy.any_text:
         return
     logger.info("temperature: steps on the student's own text are not told to '%s', which holds there", policy.name)
-    if settings.fraction < 1 or settings.end_fraction not in (None, 1):
+    if settings.first_fraction < 1 or settings.end_fraction not in (None, 1):
         return
     if policy.describe().get("range") == "auto":
         raise UserError(

@@ -20,6 +20,7 @@ from dts_hf.distributed.sharding import gathered_tensor
 from dts_hf.errors import UserError
 from dts_hf.loss.selection import select_response
 from dts_hf.models.adapters import adapter_off
+from dts_hf.models.fake_quantization import stop_rounding
 from dts_hf.models.head import Head, backbone_of, head_of
 from dts_hf.recipe.schema import EMA_RATE
 from dts_hf.teachers.live import LiveTeacher
@@ -134,6 +135,8 @@ class RunningMean:
 class CopyTeacher(LiveTeacher):
     """A frozen copy of the student: its first weights, or their running mean.
 
+    The copy of a student that rounds its weights (``student.quantize``) rounds none: it is the model that the student was.
+
     Args:
         spec: which.
         student: whole.
@@ -141,6 +144,7 @@ class CopyTeacher(LiveTeacher):
 
     def __init__(self, spec: SelfTeacher, student: nn.Module) -> None:
         model = deepcopy(student)
+        stop_rounding(model)
         dtype = spec.dtype
         if dtype is None and spec.weights == "ema" and head_of(student).weight.itemsize < 4:
             dtype = torch.float32
