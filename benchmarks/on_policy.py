@@ -1,0 +1,200 @@
+"""Does the student's own text teach more than the data's, for the same time? Off-policy, mixed and on-policy quickstarts.
+
+    python benchmarks/on_policy.py                          # as long as 160 steps off-policy take, three seeds
+    python benchmarks/on_policy.py --minutes 0.5 --seeds 1  # does it run?
+
+The quickstart's teacher, student and rows (the teacher's own answers); temperature, loss and learning rate as in its recipe.
+An arm differs in ``data.on_policy.fraction`` alone: 0, 0.5 and 1, sampled at temperature 1.
+
+Equal wall time: the seconds of a step are measured first, for each arm, and its run has as many steps as fit; schedules run
+over these. Evaluation does not count, and the seconds that training really took stand in the table.
+
+Measured after training: KL(teacher || student) on the held-out rows; both KLs on the student's own answers to their prompts,
+sampled at temperature 1; ROUGE-L and the share of answers that repeat a 4-gram (greedy); the share of the time that went into
+generation; and how long sampled answers were beside those of the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import render
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+ARMS = {"off-policy": 0.0, "mixed 0.5": 0.5, "on-policy": 1.0}
+DIGITS = {
+    "kl": 3, "own_forward_kl": 3, "own_reverse_kl": 3, "rougeL": 1, "repeats": 0, "generation": 0, "length": 2, "steps": 0,
+    "seconds": 0,
+}  # fmt: skip
+COLUMNS = [
+    render.Column("arm", "arm", None), render.Column("kl", "KL, held-out text", None),
+    render.Column("own_forward_kl", "KL(t, s), own text", None), render.Column("own_reverse_kl", "KL(s, t), own text", None),
+    render.Column("rougeL", "ROUGE-L", None), render.Column("repeats", "repeating, %", None),
+    render.Column("generation", "generation, % of time", None), render.Column("length", "length / data's", None),
+    render.Column("steps", "steps", None), render.Column("seconds", "seconds of training", None),
+    render.Column("seeds", "seeds", 0),
+]  # fmt: skip
+
+
+def train(fraction: float, run: Path, seed: int, steps: int, rows: int) -> Any:
+    """The finished run of one arm; ``rows`` held-out prompts are answered at its end, 0: none."""
+    from dts_hf.distill import distill
+    from dts_hf.recipe.loading import load_recipe
+
+    overrides = [
+        f"training.max_steps={steps}", f"training.warmup_steps={min(10, steps // 2)}", f"training.seed={seed}",
+        "training.eval_strategy=no", "evaluation.every_steps=null", "output.report=false", f"output.dir={run}",
+        f"evaluation.models={'[student]' if rows else '[]'}", f"evaluation.rows={max(rows, 1)}",
+    ]  # fmt: skip
+    if fraction:
+        overrides.append(f"data.on_policy={{fraction: {fraction}, max_new_tokens: 64}}")
+    return distill(load_recipe(RECIPE, overrides))
+
+
+class OwnText:
+    """What teacher and student say of the student's own answers.
+
+    Args:
+        rows: how many held-out prompts are answered.
+    """
+
+    def __init__(self, rows: int) -> None:
+        from dts_hf.distill import task_of
+        from dts_hf.models.loading import load_tokenizers
+        from dts_hf.recipe.loading import load_recipe
+
+        recipe = load_recipe(RECIPE, ["data.responses=data"])
+        task, (self.tokenizer, _) = task_of(recipe), load_tokenizers(recipe)
+        data = task.encode(task.load_rows(), self.tokenizer)
+        teacher = task.load_teacher()
+        assert teacher is not None and data.validation is not None
+        self.teacher, held_out = teacher.float(), data.validation
+        self.prompts = [
+            held_out[index]["input_ids"][: held_out.spans(index)[-1][0]] for index in range(min(rows, len(held_out)))
+        ]
+
+    def kls(self, folder: Path) -> tuple[float, float]:
+        """KL(teacher || student) and KL(student || teacher), nats per token of what the student in ``folder`` says."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
+        from dts_hf.generation.engine import GenerationSettings, generate, stop_token_ids
+
+        student = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ends = end_of_turn_ids(self.tokenizer, resolve_template("chat", self.tokenizer))
+        settings = GenerationSettings(max_new_tokens=64, batch_size=32, do_sample=True, seed=1)
+        answers = generate(
+            student, self.prompts, settings, eos_token_ids=stop_token_ids(student, self.tokenizer, ends),
+            pad_token_id=self.tokenizer.pad_token_id or 0, row_keys=[str(k) for k in range(len(self.prompts))],
+        )  # fmt: skip
+        forward = reverse = count = 0.0
+        with torch.no_grad():
+            for prompt, answer in zip(self.prompts, answers, strict=True):
+                said = [*answer.tokens, *([] if answer.end is None else [answer.end])]
+                if not said:
+                    continue
+                ids = torch.tensor([[*prompt, *said]])
+                p, q = (
+                    torch.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float(), -1)
+                    for model in (self.teacher, student)
+                )
+                forward += (p.exp() * (p - q)).sum().item()
+                reverse += (q.exp() * (q - p)).sum().item()
+                count += len(said)
+        return forward / count, reverse / count
+
+
+def measured(arms: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a run."""
+    own, rows = OwnText(args.rows), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, seconds = Path(temporary), 60 * args.minutes
+        for arm in arms:
+            tried = train(ARMS[arm], folder / "probe", 42, args.probe, 0).read_metrics()["training"]
+            if not seconds:
+                seconds = 160 * tried["seconds"] / tried["steps"]
+            steps = max(2, int(seconds * tried["steps"] / tried["seconds"]))
+            for seed in range(42, 42 + args.seeds):
+                run = train(ARMS[arm], folder / f"{arm}-{seed}", seed, steps, args.rows)
+                rows.append({"arm": arm, "seed": seed, "steps": steps, **scores(run, own)})
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def scores(run: Any, own: OwnText) -> dict[str, float]:
+    """Of one finished run."""
+    metrics = run.read_metrics()
+    student, training = metrics["models"]["student"], metrics["training"]
+    of_set = student["sets"]["validation"]
+    log = [line for line in run.read_log() if line.get("kind") == "train"]
+    generated = [line for line in log if line.get("generated_length")]
+    lengths = [line["generated_length"] for line in generated]
+    forward, reverse = own.kls(run.final_path)
+    return {
+        "kl": student["teacher_forced"]["kl"], "own_forward_kl": forward, "own_reverse_kl": reverse,
+        "rougeL": 100 * of_set["rougeL"]["mean"], "repeats": 100 * of_set["repeats_4gram"]["mean"],
+        "generation": 100 * sum(line.get("generation_seconds", 0.0) for line in log) / training["seconds"],
+        "length": statistics.mean(lengths) / labels_of_data(run) if lengths else float("nan"),
+        "seconds": training["seconds"],
+    }  # fmt: skip
+
+
+def labels_of_data(run: Any) -> float:
+    """Labels of a row of the training data, the mean."""
+    from dts_hf.distill import task_of
+    from dts_hf.models.loading import load_tokenizers
+
+    recipe = run.read_recipe()
+    task, (tokenizer, _) = task_of(recipe), load_tokenizers(recipe)
+    rows = task.load_rows()
+    if recipe.data.responses == "teacher":
+        teacher = task.load_teacher()
+        assert teacher is not None
+        rows = task.answer(teacher, tokenizer, rows)
+    data = task.encode(rows, tokenizer).train
+    return statistics.mean(sum(stop - start for start, stop in data.spans(index)) for index in range(len(data)))
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def report(found: Sequence[dict[str, Any]], setting: dict[str, Any]) -> dict[str, Any]:
+    """One row an arm: mean and standard deviation over the seeds."""
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        runs = [row for row in found if row["arm"] == arm]
+        cells = {name: _spread([run[name] for run in runs], places) for name, places in DIGITS.items()}
+        rows.append({"arm": arm, "seeds": len(runs), "runs": runs, **cells})
+    return render.make_report("on_policy", setting, [render.make_table("", COLUMNS, rows)], [])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="of training, for each arm and seed; 0: 160 steps off-policy"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--rows", type=int, default=64, help="held-out prompts that are answered")
+    parser.add_argument("--probe", type=int, default=12, help="steps by which the seconds of a step are measured")
+    parser.add_argument("--json", type=Path, help="keep the numbers here")
+    args = parser.parse_args()
+    setting = {"minutes": args.minutes, "seeds": args.seeds, "rows": args.rows}
+    whole = report(measured(args.arms, args), setting)
+    if args.json is not None:
+        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    print(render.markdown(whole))
+
+
+if __name__ == "__main__":
+    main()
