@@ -10,8 +10,8 @@ Equal wall time: the seconds of a step are measured first, for each arm, and its
 over these. Evaluation does not count, and the seconds that training really took stand in the table.
 
 Measured after training: KL(teacher || student) on the held-out rows; both KLs on the student's own answers to their prompts,
-sampled at temperature 1; ROUGE-L and the share of answers that repeat a 4-gram (greedy); the share of the time that went into
-generation; and how long sampled answers were beside those of the data.
+sampled at temperature 1; ROUGE-L and the share of answers that repeat a 4-gram (greedy); the share of the time that went
+into generation; and how long sampled answers were beside those of the data.
 """
 
 from __future__ import annotations
