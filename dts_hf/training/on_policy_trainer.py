@@ -110,12 +110,13 @@ class OnPolicyTrainer(GeneratingTrainer):
             raise UserError(
                 "on_policy: there is no teacher, and the student's own text has no labels; expected a teacher"
             )
-        if isinstance(teacher, CachedTeacher) and teacher.live is None:
-            raise UserError(
-                "on_policy: the cached teacher knows the rows of the data alone, and the student's answers are others; "
-                "expected teacher.missing: live (CachedTeacher(cache, live)), which has the teacher answer them, or "
-                "teacher.kind: live"
-            )
+        for key, one in self._teachers_by_key().items():
+            if isinstance(one, CachedTeacher) and one.live is None:
+                raise UserError(
+                    f"on_policy: the cached {key} knows the rows of the data alone, and the student's answers are others; "
+                    f"expected {key}.missing: live (CachedTeacher(cache, live)), which has the teacher answer them, or "
+                    f"{key}.kind: live"
+                )
         rows: Any = self.rows
         if getattr(rows, "aligner", None) is not None:
             raise UserError(
@@ -136,6 +137,13 @@ class OnPolicyTrainer(GeneratingTrainer):
         if hasattr(dataset, "__len__"):
             self._check_prompts(dataset)
 
+    def _teachers_by_key(self) -> dict[str, Any]:
+        """The teacher, or each of several, by what errors call it."""
+        teacher: Any = getattr(self, "teacher", None)
+        if isinstance(teacher, SeveralTeachers):
+            return {f"teachers.{name}": one for name, one in teacher.by_name.items()}
+        return {"teacher": teacher}
+
     def _check_prompts(self, dataset: Any) -> None:
         """The rows' prompts: of tokens from elsewhere some of them, for reading a row may cost as much as training on it."""
         limits, names = self._limits(), getattr(dataset, "row_ids", None)
@@ -154,9 +162,9 @@ class OnPolicyTrainer(GeneratingTrainer):
             if pair is None
             else [(positions_of(one), f"{role} ({type(one).__name__})") for one, role in pair.models()]
         )
-        teacher: Any = getattr(self, "teacher", None)
-        if isinstance(teacher, RemoteTeacher):
-            limits.append((teacher.description.limits.length, f"the teacher at {teacher.url}"))
+        for one in self._teachers_by_key().values():
+            if isinstance(one, RemoteTeacher):
+                limits.append((one.description.limits.length, f"the teacher at {one.url}"))
         return [(limit, role) for limit, role in limits if limit is not None]
 
     def _prompt_problem(self, length: int | None, limits: Sequence[tuple[int, str]]) -> str:

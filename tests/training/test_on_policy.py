@@ -12,6 +12,7 @@ from dts_hf.generation.engine import Generated, generate
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.temperature.dts import DTS
 from tests.support import reference
 from tests.support.cached import cache_of
@@ -308,8 +309,6 @@ def test_a_cached_teacher_answers_live_and_one_elsewhere_is_asked(tmp_path):
 
     expected = losses(tiny_llama(**TEACHER))[1]
     assert losses(cached(tmp_path, live=True))[1] == pytest.approx(expected, rel=1e-5)
-    from dts_hf.teachers.remote import RemoteTeacher
-
     with running(served_tiny()) as url:
         trainer, found = losses(RemoteTeacher(url))
         assert found == pytest.approx(expected, rel=1e-5)
@@ -402,6 +401,24 @@ def test_what_mixed_data_does_not_go_with_is_refused_before_the_first_step(tmp_p
     options = {"teacher": tiny_llama(**TEACHER), "temperature": 2.0, "on_policy": MIXED, **more}
     with pytest.raises(UserError, match=named):
         trainer_for(tmp_path, **options) if options["teacher"] is not None else _without_teacher(tmp_path, options)
+
+
+@pytest.mark.parametrize("how", [{"teacher_column": "who"}, {"teacher_weights": {"a": 0.5, "b": 0.5}}], ids=str)
+def test_one_of_several_that_knows_the_data_alone_is_refused_by_its_name(tmp_path, how):
+    rows = [{**row, "who": "ab"[number % 2]} for number, row in enumerate(ROWS)]
+    teachers = {"a": tiny_llama(seed=2), "b": cached(tmp_path, live=False)}
+    with pytest.raises(UserError, match=r"^on_policy: the cached teachers\.b knows.*expected teachers\.b\.missing: live"):
+        recording(arguments(tmp_path), rows=rows, teachers=teachers, on_policy=MIXED, **how)
+
+
+def test_prompts_are_measured_against_a_server_that_is_one_of_several(tmp_path):
+    with running(served_tiny(tiny_llama(**TEACHER, max_positions=64))) as url:
+        teachers = {"a": tiny_llama(seed=2), "far": RemoteTeacher(url)}
+        with pytest.raises(UserError, match=rf"max_new_tokens = 60.*64 positions of the teacher at {url}"):
+            recording(
+                arguments(tmp_path), teachers=teachers, teacher_weights={"a": 0.5, "far": 0.5},
+                on_policy={"max_new_tokens": 60}, max_length=64,
+            )  # fmt: skip
 
 
 def _without_teacher(folder, options):
