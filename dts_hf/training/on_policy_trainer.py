@@ -96,6 +96,11 @@ class OnPolicyTrainer(GeneratingTrainer):
             self.generation_seconds = 0.0
         super().log(logs, start_time)
 
+    def scheduled_over_run(self) -> list[str]:
+        own = self.on_policy is not None and self.on_policy.schedule != "constant"
+        scheduled = super().scheduled_over_run()
+        return [*scheduled, "the share of steps on the student's own text (on_policy.schedule)"] if own else scheduled
+
     @property
     def row_facts(self) -> Mapping[str, Any]:
         own = {} if self.on_policy is None else {"on_policy": dataclasses.asdict(self.on_policy)}

@@ -421,6 +421,16 @@ def test_prompts_are_measured_against_a_server_that_is_one_of_several(tmp_path):
             )  # fmt: skip
 
 
+def test_a_scheduled_share_is_of_a_run_of_one_length(tmp_path):
+    """With nothing else that is scheduled: a longer run would have the shares of neither."""
+    asked = {"fraction": 0.0, "schedule": "linear", "end_fraction": 1.0, "max_new_tokens": 4}
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}
+    recording(arguments(tmp_path, **options, max_steps=2), on_policy=asked).train()
+    longer = recording(arguments(tmp_path, **options, max_steps=4), on_policy=asked)
+    with pytest.raises(UserError, match=r"run of 2 steps; this is one of 4.*own text \(on_policy\.schedule\)"):
+        longer.train(str(tmp_path / "checkpoint-1"))
+
+
 def _without_teacher(folder, options):
     from dts_hf.training.trainer import DistillationTrainer
 
