@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -251,7 +252,20 @@ class OnPolicyTrainer(GeneratingTrainer):
         Args:
             batches: the rows of each.
         """
-        return [send_to_device(self.collate(list(rows)), self.args.device) for rows in batches]
+        with self._keeping_no_answer():
+            return [send_to_device(self.collate(list(rows)), self.args.device) for rows in batches]
+
+    @contextmanager
+    def _keeping_no_answer(self) -> Iterator[None]:
+        """Within it servers are asked without the folder of kept answers: the student never says the same again."""
+        remote = [one for one in self._teachers_by_key().values() if isinstance(one, RemoteTeacher)]
+        for one in remote:
+            one.of_rows.keeps = False
+        try:
+            yield
+        finally:
+            for one in remote:
+                one.of_rows.keeps = True
 
     def take_sums_of_texts(self) -> dict[str, Tensor]:
         """The sums of the step's texts ``[]``, once: the first micro-batch of the step adds them to its own."""

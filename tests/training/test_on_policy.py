@@ -10,6 +10,7 @@ import torch
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import Generated, generate
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.teachers.cached.layout import row_key
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
@@ -313,6 +314,23 @@ def test_a_cached_teacher_answers_live_and_one_elsewhere_is_asked(tmp_path):
         trainer, found = losses(RemoteTeacher(url))
         assert found == pytest.approx(expected, rel=1e-5)
         assert len(trainer.teacher.of_rows._asked) <= 1, "at most the batch that accelerate has drawn ahead"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_answers_to_the_students_own_text_are_not_kept(tmp_path, several):
+    """Nobody asks for them again, and of a long run they are as many labels as training has."""
+    args = arguments(tmp_path, max_steps=4, per_device_train_batch_size=4)
+    with running(served_tiny()) as url:
+        far = RemoteTeacher(url, cache=tmp_path / "kept")
+        other = {"teachers": {"a": tiny_llama(seed=2), "far": far}, "teacher_weights": {"a": 0.5, "far": 0.5}}
+        trainer = recording(args, on_policy=MIXED, **(other if several else {"teacher": far}))
+        trainer.train()
+        assert {*trainer.kinds} == {True, False}
+        answered = [row for batches in trainer.answered for rows in batches for row in rows]
+        far.asking._look_again()
+        kept = {*far.asking._places}
+    keys = [{row_key(row["input_ids"], row["labels"]) for row in rows} for rows in (answered, encoded())]
+    assert kept and kept <= keys[1] and not kept & keys[0]
 
 
 def test_each_row_keeps_its_teacher(tmp_path):
