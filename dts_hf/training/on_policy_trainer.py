@@ -82,6 +82,11 @@ class OnPolicyTrainer(GeneratingTrainer):
             self.rollout = Rollout(self.on_policy, seed, shared if wider else None)
             self._check_on_policy()
 
+    def check_loss_of_trial(self) -> None:
+        super().check_loss_of_trial()
+        if self.on_policy is not None:
+            check_gap(self.temperature, self.loss.divergence, self.on_policy)
+
     @property
     def pseudo_labels(self) -> bool:  # type: ignore[override]
         return self.generated_step and self.on_policy is not None and self.on_policy.gap_on == "teacher_argmax"
@@ -192,6 +197,11 @@ class OnPolicyTrainer(GeneratingTrainer):
         return ""
 
     # ---------------------------------------------------------------------------------------------------------- a step
+
+    def _prepare_run(self, step: int, steps: int) -> None:
+        super()._prepare_run(step, steps)
+        if self.on_policy is not None and self.rollout is not None and self.on_policy.seed is None:
+            self.rollout.seed = self.args.seed  # that of a search's trial
 
     def generates(self, step: int, steps: int) -> bool:
         """Whether the student answers the rows of optimizer step ``step`` (from 0) of ``steps``: the same on every rank."""
