@@ -43,6 +43,7 @@ from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_nois
 from dts_hf.models.compilation import without_compiled_layers
 from dts_hf.models.fake_quantization import rounded_once
 from dts_hf.models.head import without_adapters
+from dts_hf.models.router import collects_router_logits
 
 logger = logging.getLogger(__name__)
 #: How far the logits of ``FixedBatch`` may be from those of a growing cache, relative to the largest: rounding (in fp32 that
@@ -234,6 +235,8 @@ class _Job:
         self.tokens, self.ends, self.done = [[] for _ in range(count)], [None] * count, [False] * count
         keeps = "logits_to_keep" in inspect.signature(without_adapters(self.model).forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+        if collects_router_logits(self.model):  # the router's loss knows no cache: its mask would have to be of new tokens
+            self.forward_options["output_router_logits"] = False
         self.cache_argument = cache_argument(self.model)
         self.together = is_sharded(self.model)
 

@@ -39,10 +39,13 @@ class AskedAhead:
 
     Args:
         asking: whom.
+
+    Attributes:
+        keeps: whether answers are looked for and kept where ``asking`` keeps them, or asked of its server alone.
     """
 
     def __init__(self, asking: Asking) -> None:
-        self._asking = asking
+        self._asking, self.keeps = asking, True
         self._numbers = itertools.count()
         self._asked: dict[int, Future[Answer]] = {}
 
@@ -56,14 +59,15 @@ class AskedAhead:
             examples: ``input_ids`` and unshifted ``labels`` of each row.
         """
         rows = [row for row in map(_row, examples) if row[1].any()]
+        asking = self._asking if self.keeps or isinstance(self._asking, RemoteStates) else self._asking.server
         if get_worker_info() is not None:
-            states, logprobs = self._asking.ask(rows)
+            states, logprobs = asking.ask(rows)
             return {STATES: states.view(BITS[states.dtype.itemsize]), LOGPROBS: logprobs.view(torch.int32)}
         number = next(self._numbers)
         found: Future[Answer] = Future()
         self._asked[number] = found
         # Not a pool: its threads are waited for when Python ends, and a server that is gone may take minutes
-        threading.Thread(target=_answer, args=(found, self._asking, rows), name="teacher", daemon=True).start()
+        threading.Thread(target=_answer, args=(found, asking, rows), name="teacher", daemon=True).start()
         while len(self._asked) > _MOST_KEPT:
             del self._asked[min(self._asked)]
         return {TICKET: torch.tensor([number])}

@@ -110,8 +110,20 @@ class DistillationBase(ResumableTrainer):
         self.loss.to(self.args.device)
         self._probe_seconds = 0.0  # since the last line of the log
         self._probe_loader: tuple[Any, Probe, Any] | None = None  # made of these held-out rows, for this probe
-        if self.temperature.probe is not None:  # what would be refused at the first step is refused now
+        self._check_probe()
+
+    def _check_probe(self) -> None:
+        """Refuse now what would be refused at the first step."""
+        if self.temperature.probe is not None:
             rows_of_probe(self.eval_dataset, self.temperature.probe)
+
+    def check_loss_of_trial(self) -> None:
+        """Refuse a loss or a policy of a search's trial as ``__init__`` refuses one that is given there.
+
+        Raises:
+            UserError: see there.
+        """
+        self._check_probe()
 
     def _make_loss(self, spec: Mapping[str, Any]) -> None:
         options = {name: value for name, value in spec.items() if name != "temperature"}
@@ -203,6 +215,7 @@ class DistillationBase(ResumableTrainer):
                 given.load_state(copy.deepcopy(self._first_state))
             self._make_loss({**self._loss_spec, **ours})
             self.loss.to(self.args.device)
+            self.check_loss_of_trial()
             self._temperature_callback.policy = self.temperature
             vars(self.args)["distillation"] = self.facts
             return {name: value for name, value in values.items() if name not in ours}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -81,6 +82,11 @@ class OnPolicyTrainer(GeneratingTrainer):
             self.rollout = Rollout(self.on_policy, seed, shared if wider else None)
             self._check_on_policy()
 
+    def check_loss_of_trial(self) -> None:
+        super().check_loss_of_trial()
+        if self.on_policy is not None:
+            check_gap(self.temperature, self.loss.divergence, self.on_policy)
+
     @property
     def pseudo_labels(self) -> bool:  # type: ignore[override]
         return self.generated_step and self.on_policy is not None and self.on_policy.gap_on == "teacher_argmax"
@@ -96,6 +102,11 @@ class OnPolicyTrainer(GeneratingTrainer):
             self.generation_seconds = 0.0
         super().log(logs, start_time)
 
+    def scheduled_over_run(self) -> list[str]:
+        own = self.on_policy is not None and self.on_policy.schedule != "constant"
+        scheduled = super().scheduled_over_run()
+        return [*scheduled, "the share of steps on the student's own text (on_policy.schedule)"] if own else scheduled
+
     @property
     def row_facts(self) -> Mapping[str, Any]:
         own = {} if self.on_policy is None else {"on_policy": dataclasses.asdict(self.on_policy)}
@@ -110,12 +121,13 @@ class OnPolicyTrainer(GeneratingTrainer):
             raise UserError(
                 "on_policy: there is no teacher, and the student's own text has no labels; expected a teacher"
             )
-        if isinstance(teacher, CachedTeacher) and teacher.live is None:
-            raise UserError(
-                "on_policy: the cached teacher knows the rows of the data alone, and the student's answers are others; "
-                "expected teacher.missing: live (CachedTeacher(cache, live)), which has the teacher answer them, or "
-                "teacher.kind: live"
-            )
+        for key, one in self._teachers_by_key().items():
+            if isinstance(one, CachedTeacher) and one.live is None:
+                raise UserError(
+                    f"on_policy: the cached {key} knows the rows of the data alone, and the student's answers are others; "
+                    f"expected {key}.missing: live (CachedTeacher(cache, live)), which has the teacher answer them, or "
+                    f"{key}.kind: live"
+                )
         rows: Any = self.rows
         if getattr(rows, "aligner", None) is not None:
             raise UserError(
@@ -136,6 +148,13 @@ class OnPolicyTrainer(GeneratingTrainer):
         if hasattr(dataset, "__len__"):
             self._check_prompts(dataset)
 
+    def _teachers_by_key(self) -> dict[str, Any]:
+        """The teacher, or each of several, by what errors call it."""
+        teacher: Any = getattr(self, "teacher", None)
+        if isinstance(teacher, SeveralTeachers):
+            return {f"teachers.{name}": one for name, one in teacher.by_name.items()}
+        return {"teacher": teacher}
+
     def _check_prompts(self, dataset: Any) -> None:
         """The rows' prompts: of tokens from elsewhere some of them, for reading a row may cost as much as training on it."""
         limits, names = self._limits(), getattr(dataset, "row_ids", None)
@@ -154,9 +173,9 @@ class OnPolicyTrainer(GeneratingTrainer):
             if pair is None
             else [(positions_of(one), f"{role} ({type(one).__name__})") for one, role in pair.models()]
         )
-        teacher: Any = getattr(self, "teacher", None)
-        if isinstance(teacher, RemoteTeacher):
-            limits.append((teacher.description.limits.length, f"the teacher at {teacher.url}"))
+        for one in self._teachers_by_key().values():
+            if isinstance(one, RemoteTeacher):
+                limits.append((one.description.limits.length, f"the teacher at {one.url}"))
         return [(limit, role) for limit, role in limits if limit is not None]
 
     def _prompt_problem(self, length: int | None, limits: Sequence[tuple[int, str]]) -> str:
@@ -178,6 +197,11 @@ class OnPolicyTrainer(GeneratingTrainer):
         return ""
 
     # ---------------------------------------------------------------------------------------------------------- a step
+
+    def _prepare_run(self, step: int, steps: int) -> None:
+        super()._prepare_run(step, steps)
+        if self.on_policy is not None and self.rollout is not None and self.on_policy.seed is None:
+            self.rollout.seed = self.args.seed  # that of a search's trial
 
     def generates(self, step: int, steps: int) -> bool:
         """Whether the student answers the rows of optimizer step ``step`` (from 0) of ``steps``: the same on every rank."""
@@ -238,7 +262,20 @@ class OnPolicyTrainer(GeneratingTrainer):
         Args:
             batches: the rows of each.
         """
-        return [send_to_device(self.collate(list(rows)), self.args.device) for rows in batches]
+        with self._keeping_no_answer():
+            return [send_to_device(self.collate(list(rows)), self.args.device) for rows in batches]
+
+    @contextmanager
+    def _keeping_no_answer(self) -> Iterator[None]:
+        """Within it servers are asked without the folder of kept answers: the student never says the same again."""
+        remote = [one for one in self._teachers_by_key().values() if isinstance(one, RemoteTeacher)]
+        for one in remote:
+            one.of_rows.keeps = False
+        try:
+            yield
+        finally:
+            for one in remote:
+                one.of_rows.keeps = True
 
     def take_sums_of_texts(self) -> dict[str, Tensor]:
         """The sums of the step's texts ``[]``, once: the first micro-batch of the step adds them to its own."""

@@ -268,7 +268,7 @@ class DistillationTrainer(ReplayTrainer):
     def step_callbacks(self) -> list[TrainerCallback]:
         mean = mean_of(self.teacher)
         follow = [] if mean is None else [FollowCallback(mean, lambda: cast(nn.Module, self.model))]
-        return [*super().step_callbacks(), *follow]
+        return [*follow, *super().step_callbacks()]  # first: a gap of held-out rows is measured at the end of a step, too
 
     def extra_state(self) -> ExtraState:
         extra = super().extra_state()
@@ -321,11 +321,22 @@ class DistillationTrainer(ReplayTrainer):
             with naming_teacher(names[0]):
                 for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
                     self._check_rows(teacher, dataset, name, places)
+        self._check_compact()
+
+    def _check_compact(self) -> None:
+        """What a compact cache has kept must be enough for the loss."""
+        several = self.teacher if isinstance(self.teacher, SeveralTeachers) else None
+        for teacher, names in [(self.teacher, [""])] if several is None else several.distinct:
+            with naming_teacher(names[0]):
                 policy = self.temperature.of_teacher(names[0] or None)
                 if isinstance(teacher, CachedTeacher):
                     teacher.check_loss(policy, self.loss.divergence, self.vocab_size)
                 elif getattr(teacher, "compact", False):
                     check_served(policy, self.loss.divergence)
+
+    def check_loss_of_trial(self) -> None:
+        super().check_loss_of_trial()
+        self._check_compact()
 
     def _check_rows(self, teacher: Teacher, dataset: Any, name: str, places: Collection[int] | None) -> None:
         """Refuse rows that ``teacher`` does not answer; of several those with these ``places``, None: it has every row."""

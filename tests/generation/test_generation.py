@@ -20,6 +20,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
 from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, nucleus
+from tests.support.families import FAMILIES
 from tests.support.prompts import EOS, make_prompts
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
 
@@ -367,6 +368,15 @@ def test_each_row_is_handed_out_once_as_soon_as_it_has_ended() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- misuse
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "OLMoE", "Qwen3-MoE"])
+def test_a_mixture_that_collects_for_its_routers_loss_answers_as_one_that_does_not(name: str) -> None:
+    """As ``router_aux_loss`` wants it: the model would compute that loss, with a mask that is longer than the new tokens."""
+    prompts = [[3 + token % 50 for token in prompt] for prompt in make_prompts(3)]
+    plain, collecting = (FAMILIES[name].build(0, output_router_logits=on) for on in (False, True))
+    assert answers(collecting, prompts, 2) == answers(plain, prompts, 2)
+    assert collecting.config.output_router_logits
 
 
 def test_prompts_beyond_the_positions_of_the_model_are_refused_before_any_work() -> None:

@@ -14,6 +14,7 @@ from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.errors import UserError
 from dts_hf.reporting.facts import Facts
 from dts_hf.reporting.plots import draw_temperature
+from dts_hf.teachers.self_teacher import SelfTeacher
 from dts_hf.temperature import TemperaturePolicy, Temperatures, build_temperature
 from tests.support.classifiers import SST2, classifier, rows_of
 from tests.support.launching import WORKERS
@@ -287,6 +288,15 @@ def test_held_out_rows_that_are_set_later_are_read_and_measured(tmp_path):
     trainer._measure_held_out(trainer.temperature.probe)
     expected = dense_gap(tiny_llama(seed=0), tiny_llama(seed=1, layers=3), plain(ROWS[:4]))
     assert trainer.temperature.gaps.gap == pytest.approx(expected, abs=1e-5) and abs(before - expected) > 1e-3
+
+
+def test_a_running_mean_has_followed_before_it_is_asked(tmp_path):
+    """The teacher of a step's end is the one that an evaluation there has."""
+    options = {"max_steps": 4, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 1}
+    teacher, measured = SelfTeacher("ema", ema_rate=0.5), dts(every=1, rows=len(HELD_OUT))
+    trainer = train(trainer_for(tmp_path, teacher=teacher, eval_dataset=HELD_OUT, temperature=measured, options=options))
+    evaluated = [log["eval_gap"] for log in trainer.state.log_history if "eval_gap" in log]
+    assert logged(trainer, "held_out_gap")[1:] == pytest.approx(evaluated[:-1], abs=1e-6)
 
 
 def test_the_figure_of_the_temperature_shows_it(tmp_path):

@@ -288,3 +288,46 @@ def test_optuna_itself(tmp_path: Path) -> None:
         lambda trial: {"kd_ratio": trial.suggest_float("kd_ratio", 0.1, 0.9)}, lambda metrics: metrics["eval_kl"], 2
     )
     assert 0.1 <= best.hyperparameters["kd_ratio"] <= 0.9  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "named"),
+    [
+        ({"divergence": "dkd"}, {"on_policy": {"gap_on": "teacher_argmax"}}, "gap_on: got 'teacher_argmax', but .*dkd"),
+        (
+            {"temperature": {"name": "dts", "range": "auto"}},
+            {"on_policy": {"fraction": 1.0}},
+            "gap_on: got 'data' with fraction 1 and temperature.range 'auto'",
+        ),
+        (
+            {"temperature": {"name": "dts", "gap_source": "held_out"}},
+            {"eval_dataset": {"one": ROWS[:3], "other": ROWS[3:5]}},
+            "gap_source: got held_out, but .*several sets",
+        ),
+    ],
+    ids=["dkd", "range", "held-out"],
+)
+def test_values_of_a_trial_that_do_not_go_with_the_trainer(
+    tmp_path: Path, grid: list[Trial], values: dict[str, Any], more: dict[str, Any], named: str
+) -> None:
+    """refused: a loss or a temperature of hp_space that the trainer would have refused when it was made"""
+    grid.append(Trial(0, **values))
+    trainer = searching(tmp_path, temperature="dts", **more)
+    with pytest.raises(UserError, match=named):
+        search(trainer, n_trials=1)
+
+
+def test_the_students_own_text_is_drawn_by_the_seed_of_the_trial(tmp_path: Path, grid: list[Trial]) -> None:
+    """works: a seed in hp_space is also that of on_policy, whose own seed is not given"""
+    grid += [Trial(0, seed=1), Trial(1, seed=2)]
+    trainer = searching(tmp_path, temperature=2.0, on_policy={"fraction": 1.0, "max_new_tokens": 4})
+    seen: list[tuple[int, int]] = []
+
+    class Seeds(TrainerCallback):
+        def on_step_begin(self, args: Any, *_: Any, **kwargs: Any) -> None:
+            assert trainer.rollout is not None
+            seen.append((args.seed, trainer.rollout.generation.seed))
+
+    trainer.add_callback(Seeds())
+    search(trainer, n_trials=2, compute_objective=lambda metrics: metrics["eval_kl"])
+    assert {*seen} == {(1, 1), (2, 2)}

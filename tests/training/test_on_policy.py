@@ -10,8 +10,10 @@ import torch
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import Generated, generate
 from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.teachers.cached.layout import row_key
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.temperature.dts import DTS
 from tests.support import reference
 from tests.support.cached import cache_of
@@ -308,12 +310,27 @@ def test_a_cached_teacher_answers_live_and_one_elsewhere_is_asked(tmp_path):
 
     expected = losses(tiny_llama(**TEACHER))[1]
     assert losses(cached(tmp_path, live=True))[1] == pytest.approx(expected, rel=1e-5)
-    from dts_hf.teachers.remote import RemoteTeacher
-
     with running(served_tiny()) as url:
         trainer, found = losses(RemoteTeacher(url))
         assert found == pytest.approx(expected, rel=1e-5)
         assert len(trainer.teacher.of_rows._asked) <= 1, "at most the batch that accelerate has drawn ahead"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_answers_to_the_students_own_text_are_not_kept(tmp_path, several):
+    """Nobody asks for them again, and of a long run they are as many labels as training has."""
+    args = arguments(tmp_path, max_steps=4, per_device_train_batch_size=4)
+    with running(served_tiny()) as url:
+        far = RemoteTeacher(url, cache=tmp_path / "kept")
+        other = {"teachers": {"a": tiny_llama(seed=2), "far": far}, "teacher_weights": {"a": 0.5, "far": 0.5}}
+        trainer = recording(args, on_policy=MIXED, **(other if several else {"teacher": far}))
+        trainer.train()
+        assert {*trainer.kinds} == {True, False}
+        answered = [row for batches in trainer.answered for rows in batches for row in rows]
+        far.asking._look_again()
+        kept = {*far.asking._places}
+    keys = [{row_key(row["input_ids"], row["labels"]) for row in rows} for rows in (answered, encoded())]
+    assert kept and kept <= keys[1] and not kept & keys[0]
 
 
 def test_each_row_keeps_its_teacher(tmp_path):
@@ -402,6 +419,34 @@ def test_what_mixed_data_does_not_go_with_is_refused_before_the_first_step(tmp_p
     options = {"teacher": tiny_llama(**TEACHER), "temperature": 2.0, "on_policy": MIXED, **more}
     with pytest.raises(UserError, match=named):
         trainer_for(tmp_path, **options) if options["teacher"] is not None else _without_teacher(tmp_path, options)
+
+
+@pytest.mark.parametrize("how", [{"teacher_column": "who"}, {"teacher_weights": {"a": 0.5, "b": 0.5}}], ids=str)
+def test_one_of_several_that_knows_the_data_alone_is_refused_by_its_name(tmp_path, how):
+    rows = [{**row, "who": "ab"[number % 2]} for number, row in enumerate(ROWS)]
+    teachers = {"a": tiny_llama(seed=2), "b": cached(tmp_path, live=False)}
+    with pytest.raises(UserError, match=r"^on_policy: the cached teachers\.b knows.*expected teachers\.b\.missing: live"):
+        recording(arguments(tmp_path), rows=rows, teachers=teachers, on_policy=MIXED, **how)
+
+
+def test_prompts_are_measured_against_a_server_that_is_one_of_several(tmp_path):
+    with running(served_tiny(tiny_llama(**TEACHER, max_positions=64))) as url:
+        teachers = {"a": tiny_llama(seed=2), "far": RemoteTeacher(url)}
+        with pytest.raises(UserError, match=rf"max_new_tokens = 60.*64 positions of the teacher at {url}"):
+            recording(
+                arguments(tmp_path), teachers=teachers, teacher_weights={"a": 0.5, "far": 0.5},
+                on_policy={"max_new_tokens": 60}, max_length=64,
+            )  # fmt: skip
+
+
+def test_a_scheduled_share_is_of_a_run_of_one_length(tmp_path):
+    """With nothing else that is scheduled: a longer run would have the shares of neither."""
+    asked = {"fraction": 0.0, "schedule": "linear", "end_fraction": 1.0, "max_new_tokens": 4}
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}
+    recording(arguments(tmp_path, **options, max_steps=2), on_policy=asked).train()
+    longer = recording(arguments(tmp_path, **options, max_steps=4), on_policy=asked)
+    with pytest.raises(UserError, match=r"run of 2 steps; this is one of 4.*own text \(on_policy\.schedule\)"):
+        longer.train(str(tmp_path / "checkpoint-1"))
 
 
 def _without_teacher(folder, options):
