@@ -131,6 +131,18 @@ def test_an_output_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path) 
     assert files(folder) == before
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_what_is_no_export_is_never_replaced(folder: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "mine"
+    (out / ".git").mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    expected = "holds '.git', which is of no export" if method == "torchao" else "holds no quantised student"
+    with pytest.raises(UserError, match=expected):
+        export_quantized(folder, out, ExportOptions(scheme="int4_weight_only", overwrite=True))
+    with pytest.raises(UserError, match="is inside of"):
+        export_quantized(folder, folder / "small", ExportOptions(scheme="int4_weight_only"))
+
+
 def test_a_folder_says_what_it_is_for_or_the_command_does(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it was trained for no quantised form: give --scheme"):
         export_quantized(folder, tmp_path / "out")
@@ -242,6 +254,18 @@ def test_a_folder_without_its_run_needs_rows(workplace: Path) -> None:
     assert "it was not trained for this form" in Path("small/README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained("small")
     assert loaded.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+@needs_torchao
+@pytest.mark.parametrize(
+    ("student", "key"),
+    [({"model": "small"}, "student.model"), ({"init": {"from": "./small", "layers": 1}}, "init.from")],
+)
+def test_an_export_is_no_student(student: dict[str, Any], key: str, workplace: Path) -> None:
+    options = ExportOptions(scheme="int4_weight_only", data=Path("valid.jsonl"))
+    export_quantized(Path("student"), Path("small"), options)
+    with pytest.raises(UserError, match=f"{key}: the weights of LlamaForCausalLM are quantised"):
+        distill(recipe(student=student, training={"max_steps": 1}, evaluation={"rows": 1}))
 
 
 @needs_torchao

@@ -53,17 +53,22 @@ def command(
     )
     chosen = work.shard(study.runs, shard)
     left = [run for run in chosen if study.state(run) != "done"]
-    for run in chosen if retry_failed else ():
+    for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
     if print_commands:
         print(work.shell_commands(study, left), end="", flush=True)
     elif slurm is not None and left:
+        (study.folder / work.LOGS).mkdir(
+            parents=True, exist_ok=True
+        )  # SLURM makes none, and starts no task without it
         write_text_atomic(slurm, work.slurm_script(study, left))
         show(f"{slurm}: {len(left)} tasks; sbatch {slurm}")
     elif dry_run:
         _show(study, chosen)
     else:
-        numbers = [device.strip() for device in devices.split(",")] if devices else []
+        numbers = [device.strip() for device in devices.split(",")] if devices is not None else []
+        if "" in numbers or len({*numbers}) < len(numbers):
+            raise UserError(f"devices: got {devices!r}, expected GPUs that differ, for example 0,1")
         sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
         sweep.on_change = lambda: say(_progress(study, chosen, sweep))
         sweep.run()

@@ -7,8 +7,9 @@ kind with its mean, where its variation comes from, its difference from the base
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +44,19 @@ class Kind:
         name: what tells them from the others.
         runs: that have scores, by seed.
         failed: those that have none, with why.
+        absent: those that have others than a table is of: another protocol, or not this measure of this set.
     """
 
     name: str
     runs: Mapping[int, Run]
     failed: Sequence[Run]
+    absent: Sequence[Run] = ()
+
+    def those(self, keep: Callable[[Run], bool]) -> Kind:
+        """The same with the runs that ``keep`` says yes to; the others are absent."""
+        kept = {seed: run for seed, run in self.runs.items() if keep(run)}
+        absent = [run for seed, run in self.runs.items() if seed not in kept]
+        return Kind(self.name, kept, self.failed, [*self.absent, *absent])
 
 
 @dataclass(frozen=True)
@@ -125,8 +134,11 @@ def compare(paths: Iterable[Path], baseline: str | None = None, margin: float | 
         margin: the largest difference of ROUGE-L that would not matter, in points of 100; None: 0.5.
 
     Raises:
-        UserError: a folder is no run, twice the same seed of one kind, one kind alone, or there is no such baseline.
+        UserError: a folder is no run or its files are damaged, twice the same seed of one kind, one kind alone, there is no
+            such baseline, or the margin is not above 0.
     """
+    if margin is not None and not (margin > 0 and math.isfinite(margin)):
+        raise UserError(f"margin: got {margin}, expected a number of points above 0")
     kinds = _kinds([read_run(path) for path in dict.fromkeys(paths)])
     if len(kinds) < 2:
         raise UserError("compare: all runs have the same recipe but for seeds; expected at least two kinds of runs")
@@ -135,14 +147,15 @@ def compare(paths: Iterable[Path], baseline: str | None = None, margin: float | 
     margins = MARGINS if margin is None else {**MARGINS, "rougeL": margin}
     tables = []
     for protocol in dict.fromkeys(run.protocol for kind in ordered for run in kind.runs.values()):
-        chosen = [_of_protocol(kind, protocol) for kind in ordered]
+        chosen = [kind.those(lambda run, name=protocol: run.protocol == name) for kind in ordered]
         if sum(bool(kind.runs) for kind in chosen) < 2 or not chosen[0].runs:
             continue
         tables += [table for table in _tables(chosen, protocol, margins) if table is not None]
     if not tables:
         raise UserError(
             "compare: no measure is there of the baseline and of another kind under the same protocol, so nothing can be "
-            "compared; score the runs alike (dts-hf evaluate)"
+            "compared; score the runs alike (dts-hf evaluate). Read are ROUGE-L and held-out KL, CE and top-1 agreement, "
+            "none of which a classifier (task:) has"
         )
     return tables
 
@@ -175,9 +188,10 @@ def _kinds(runs: Sequence[Run]) -> list[Kind]:
 def _baseline(kinds: Sequence[Kind], wanted: str | None) -> Kind:
     if wanted is None:
         return kinds[0]
+    place = os.path.realpath(wanted.replace("\0", ""))
     for kind in kinds:
-        paths = [run.path for run in (*kind.runs.values(), *kind.failed)]
-        if kind.name == wanted or Path(wanted).resolve() in [path.resolve() for path in paths]:
+        paths = [os.path.realpath(run.path) for run in (*kind.runs.values(), *kind.failed)]
+        if kind.name == wanted or place in paths:
             return kind
     found = [kind for kind in kinds if wanted in kind.name]
     if len(found) != 1:
@@ -189,30 +203,19 @@ def _baseline(kinds: Sequence[Kind], wanted: str | None) -> Kind:
     return found[0]
 
 
-def _of_protocol(kind: Kind, protocol: str) -> Kind:
-    return Kind(kind.name, {seed: run for seed, run in kind.runs.items() if run.protocol == protocol}, kind.failed)
-
-
 def _tables(kinds: Sequence[Kind], protocol: str, margins: Mapping[str, float]) -> Iterable[Table | None]:
-    base = next(iter(kinds[0].runs.values()))
-    for set_name, measures in base.answers.items():
-        for measure in measures:
-            yield _table_of_rows(kinds, set_name, measure, protocol, margins[measure])
-    for measure in base.dense:
+    runs = kinds[0].runs.values()
+    of_rows = [(name, measure) for run in runs for name, measures in run.answers.items() for measure in measures]
+    for set_name, measure in dict.fromkeys(of_rows):
+        yield _table_of_rows(kinds, set_name, measure, protocol, margins[measure])
+    for measure in dict.fromkeys(measure for run in runs for measure in run.dense):
         yield _table_of_numbers(kinds, measure, protocol, margins.get(measure))
 
 
 def _table_of_rows(kinds: Sequence[Kind], set_name: str, measure: str, protocol: str, margin: float) -> Table | None:
     """A measure that every row has."""
     label, higher = OF_ANSWERS[measure]
-    scored = [
-        Kind(
-            kind.name,
-            {s: run for s, run in kind.runs.items() if measure in run.answers.get(set_name, {})},
-            kind.failed,
-        )
-        for kind in kinds
-    ]
+    scored = [kind.those(lambda run: measure in run.answers.get(set_name, {})) for kind in kinds]
     if not scored[0].runs or sum(bool(kind.runs) for kind in scored) < 2:
         return None
     keys = [set(run.answers[set_name][measure]) for kind in scored for run in kind.runs.values()]
@@ -246,10 +249,7 @@ def _scores(kind: Kind, set_name: str, measure: str, rows: Sequence[str], genera
 def _table_of_numbers(kinds: Sequence[Kind], measure: str, protocol: str, margin: float | None) -> Table | None:
     """A measure of which a run has one number; its rows are what they are."""
     label, higher = DENSE[measure]
-    scored = [
-        Kind(kind.name, {s: run for s, run in kind.runs.items() if measure in run.dense}, kind.failed)
-        for kind in kinds
-    ]
+    scored = [kind.those(lambda run: measure in run.dense) for kind in kinds]
     if not scored[0].runs or sum(bool(kind.runs) for kind in scored) < 2:
         return None
     means = {
@@ -392,6 +392,12 @@ def _notes(kinds: Sequence[Kind], family: Family | None, means: Mapping[str, Num
         f"({'; '.join(f'{run.path.name}: {run.failed}' for run in kind.failed)}); they are in no mean"
         for kind in kinds
         if kind.failed
+    ]
+    notes += [
+        f"{kind.name}: {len(kind.absent)} of {len(kind.absent) + len(kind.runs)} runs with scores are not in this table "
+        f"({', '.join(run.path.name for run in kind.absent)}): scored under another protocol, or not for this measure"
+        for kind in kinds
+        if kind.absent
     ]
     if len({tuple(sorted(kind.runs)) for kind in kinds if kind.runs}) > 1:
         notes.append("the kinds have other seeds, so runs are not paired by seed and intervals are wider")

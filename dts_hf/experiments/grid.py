@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from dts_hf.errors import UserError
 from dts_hf.recipe.yaml_files import parse_yaml
 
 MOST_RUNS = 10_000
+#: What a sweep gives each run itself, and what to say in their place.
+OWN = {"training.seed": "seeds", "output.dir": "--output", "sweep": "set, zip and seeds"}
 
 
 def combinations(
@@ -24,10 +27,14 @@ def combinations(
         seeds: of training.
 
     Raises:
-        UserError: nothing is varied, a key is varied twice, or values that go together are not as many.
+        UserError: a key has no values, is varied twice or is the sweep's own, or values that go together are not as many.
     """
     if both := [key for key in together if key in product]:
         raise UserError(f"sweep: {both[0]} is in set and in zip, expected it in one of them")
+    if own := [key for key in (*product, *together) if key in OWN]:
+        raise UserError(
+            f"sweep: {own[0]} cannot be in set or zip, every run has its own; expected {OWN[own[0]]} for it"
+        )
     counts = {key: len(values) for key, values in together.items()}
     if len(set(counts.values())) > 1:
         raise UserError(f"sweep.zip: expected as many values of each key, got {counts}")
@@ -66,5 +73,11 @@ def varied(texts: Sequence[str], option: str) -> dict[str, list[Any]]:
 
 
 def overrides_of(values: Mapping[str, Any], seed: int) -> list[str]:
-    """The values as overrides of a recipe; JSON is YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()] + [f"training.seed={seed}"]
+    """The values as overrides of a recipe: JSON is YAML, but for escapes of characters beyond U+FFFF, inf and NaN."""
+    return [f"{key}={_yaml(value)}" for key, value in values.items()] + [f"training.seed={seed}"]
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return json.dumps(value, ensure_ascii=False)

@@ -40,6 +40,7 @@ OF_EVALUATION = (
 SEEDS = ("training.seed", "training.data_seed")
 ID_DIGITS = 10
 _TELLS_ALL = ("manifest.json", "log.jsonl")  # of a cache of states; of a run that a temperature replays
+_RUNS_OF_POLICY = (".run", ".match_mean_of", ".replay")
 #: What of a folder is a model: its weights, and all that says how they and the text are read.
 _OF_MODEL = (".safetensors", ".json", ".gguf", ".jinja", ".model", ".txt")
 
@@ -64,9 +65,13 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluation_decides(values: Mapping[str, Any]) -> bool:
-    """Whether the student depends on when held-out rows are looked at: the best checkpoint, or an adaptive share."""
+    """Whether the student depends on when held-out rows are looked at.
+
+    The best checkpoint, an adaptive share, and a learning rate that falls when their loss does not.
+    """
     adaptive = any(key.startswith("data.on_policy.adaptive") and value is not None for key, value in values.items())
-    return bool(values.get("training.load_best_model_at_end")) or adaptive
+    plateau = values.get("training.lr_scheduler_type") == "reduce_lr_on_plateau"
+    return bool(values.get("training.load_best_model_at_end")) or adaptive or plateau
 
 
 def contents(recipe: Recipe) -> dict[str, Any]:
@@ -87,9 +92,9 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     places = {"student.model": recipe.student.model, "student.init.from": init.from_ if init is not None else None}
     for key, section in recipe.all_teachers.items():
         places |= {f"{key}.model": section.model, f"{key}.cache": section.cache, f"{key}.tokenizer": section.tokenizer}
-    places |= {
-        key: value for key, value in flat({"temperature": recipe.temperature.model_dump()}) if isinstance(value, str)
-    }
+    # A policy's name is no path, whatever folder of that name lies here
+    of_policy = flat({"temperature": recipe.temperature.model_dump()})
+    places |= {key: value for key, value in of_policy if isinstance(value, str) and key.endswith(_RUNS_OF_POLICY)}
     found |= {key: _of_place(place) for key, place in places.items() if place and os.path.exists(place)}
     return found
 

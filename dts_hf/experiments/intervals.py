@@ -157,7 +157,10 @@ def components(scores: ArrayLike) -> Components:
     seeds, generations, examples = y.shape
     generation = float(y.var(axis=1, ddof=1).mean()) if generations > 1 else 0.0
     means = y.mean(1)  # [S, E]
-    if seeds == 1:
+    if examples == 1:  # nothing tells the spread of seeds from that of generations
+        between = float(means.var(ddof=1)) if seeds > 1 else 0.0
+        noise, train = 0.0, between - generation / generations
+    elif seeds == 1:
         noise, train = generation / generations, 0.0
     else:
         squares = _mean_squares(means)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dts_hf.errors import UserError
 from dts_hf.experiments.identity import settings_of
+from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
 #: Of a whole set, and of each run one number: the student against the teacher on held-out rows, in nats per label.
@@ -51,27 +52,60 @@ def read_run(path: Path) -> Run:
     """
     run = RunDirectory.open(path)
     recipe = run.read_recipe()
-    seed, settings = int(recipe.training.get("seed") or 42), settings_of(recipe)
-    metrics = run.read_metrics()
-    student = (metrics.get("models") or {}).get("student")
+    seed, settings = seed_of(recipe), settings_of(recipe)
+    metrics, where = run.read_metrics(), run.metrics_path
+    student = _part(_part(metrics, "models", where), "student", where)
     if not student:
         return Run(path, settings, seed, failed="it has not ended" if not metrics else "its student was not scored")
-    dense = {key: float(value) for key, value in (student.get("teacher_forced") or {}).items() if key in DENSE}
+    scores = _part(student, "teacher_forced", where)
+    dense = {key: _number(scores[key], key, where) for key in DENSE if key in scores}
     answers = _answers(run)
     broken = [key for key, value in dense.items() if not math.isfinite(value)]
     failed = f"its {broken[0]} is {dense[broken[0]]}" if broken else ""
-    training = metrics.get("training") or {}
-    protocol = str((metrics.get("protocol") or {}).get("fingerprint", ""))
-    return Run(path, settings, seed, failed, protocol, answers, dense, float(training.get("seconds", math.nan)))
+    seconds = _number(_part(metrics, "training", where).get("seconds"), "training.seconds", where)
+    protocol = str(_part(metrics, "protocol", where).get("fingerprint", ""))
+    return Run(path, settings, seed, failed, protocol, answers, dense, seconds)
+
+
+def seed_of(recipe: Recipe) -> int:
+    """The seed of training, 0 included; 42 where the recipe has none, as ``TrainingArguments`` has it."""
+    seed = recipe.training.get("seed")
+    return 42 if seed is None else int(seed)
+
+
+def _part(values: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:
+    """A mapping of ``metrics.json``, empty where there is none."""
+    found = values.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise UserError(f"{where}: {name}: got {found!r}, expected a mapping: the file is damaged")
+    return found or {}
+
+
+def _number(value: Any, name: str, where: Path) -> float:
+    """A score; null, as which a file of JSON has what is not finite, is NaN."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{where}: {name}: got {value!r}, expected a number: the file is damaged")
+    return float(value)
 
 
 def _answers(run: RunDirectory) -> dict[str, dict[str, dict[tuple[str, int], float]]]:
     found: dict[str, dict[str, dict[tuple[str, int], float]]] = {}
-    for row in run.read_predictions("student") if run.has_predictions("student") else ():
+    where = run.predictions_of("student")
+    for line, row in enumerate(run.read_predictions("student") if run.has_predictions("student") else (), start=1):
+        seed = row.get("seed") or 0
+        if "id" not in row or "set" not in row or not isinstance(seed, int):
+            raise UserError(
+                f"{where}: answer {line}: expected set, id and a whole number as seed: the file is damaged"
+            )
         for measure in OF_ANSWERS:
-            if isinstance(row.get(measure), (int, float)):
-                place = found.setdefault(str(row["set"]), {}).setdefault(measure, {})
-                place[str(row["id"]), int(row.get("seed") or 0)] = 100 * float(row[measure])
+            if row.get(measure) is None:
+                continue
+            place = found.setdefault(str(row["set"]), {}).setdefault(measure, {})
+            if (key := (str(row["id"]), seed)) in place:
+                raise UserError(f"{where}: answer {line}: row {key[0]!r} is there twice with the seed {seed}")
+            place[key] = 100 * _number(row[measure], f"answer {line}: {measure}", where)
     return found
 
 
@@ -91,8 +125,13 @@ def names_of_kinds(kinds: list[Mapping[str, Any]]) -> list[str]:
     # The name of a policy says more than the options that come with it: it stands first
     telling.sort(key=lambda key: (not key.endswith(".name"), key))
     if not telling:
-        return ["all"] * len(kinds)
-    return [", ".join(f"{_short(key)}={kind[key]}" for key in telling if kind.get(key) is not None) for kind in kinds]
+        return ["all"] if len(kinds) == 1 else [f"all ({number})" for number in range(1, len(kinds) + 1)]
+    names = [", ".join(f"{_short(key)}={kind[key]}" for key in telling if kind.get(key) is not None) for kind in kinds]
+    # What is set by one kind alone, or to '1' and 1, leaves others without a name, or with the same one
+    names = [name or f"without {', '.join(_short(key) for key in telling)}" for name in names]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: k + 1].count(name)})" for k, name in enumerate(names)
+    ]
 
 
 def _short(key: str) -> str:

@@ -22,7 +22,8 @@ from typing import IO, Any, Literal, TypeAlias
 from dts_hf.errors import ExitCode, Interrupted, UserError
 from dts_hf.experiments.grid import combinations, overrides_of
 from dts_hf.experiments.identity import run_id
-from dts_hf.files import read_sealed, write_sealed
+from dts_hf.experiments.runs import seed_of
+from dts_hf.files import check_name, read_sealed, write_sealed
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import BUSY, is_locked
@@ -133,15 +134,20 @@ def plan(
         seeds: of training; empty: those of the recipe's section, or its own seed.
 
     Raises:
-        UserError: a recipe is wrong (the first wrong one is shown), or two runs would be the same.
+        UserError: a recipe is wrong (the first wrong one is shown), two runs would be the same, or ``folder`` can be none.
     """
+    check_name(folder, "--output")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output: {folder} is a file, expected a folder")
+    if any(ord(letter) < 32 for letter in str(folder)):
+        raise UserError(f"--output: got {str(folder)!r}, expected a name without control characters")
     base = load_recipe(recipe, overrides)
     section = base.sweep
     if section is not None:
         product, together = {**section.set, **product}, {**section.zip, **together}
         seeds = seeds or section.seeds
     runs: dict[str, Planned] = {}
-    for values, seed in combinations(product, together, seeds or [int(base.training.get("seed") or 42)]):
+    for values, seed in combinations(product, together, seeds or [seed_of(base)]):
         own = [*overrides, *overrides_of(values, seed)]
         label = ", ".join([*(f"{key}={_short(value)}" for key, value in values.items()), f"seed {seed}"])
         identity = run_id(load_recipe(recipe, [*own, "sweep=null"]))
@@ -294,7 +300,7 @@ def slurm_script(study: Study, runs: Sequence[Planned]) -> str:
     lines = [f"  {shlex.quote(shlex.join(['dts-hf', *study.command(run)[3:]]))}" for run in runs]
     return "\n".join([
         "#!/bin/bash", f"#SBATCH --array=0-{len(runs) - 1}", "#SBATCH --gpus=1", "#SBATCH --signal=TERM@120",
-        "#SBATCH --requeue", f"#SBATCH --output={shlex.quote(str(study.folder / LOGS))}/%A_%a.log",
+        "#SBATCH --requeue", f"#SBATCH --output={shlex.quote(str(study.folder / LOGS).replace('%', '%%'))}/%A_%a.log",
         "# Add what your site asks for: --partition, --account, --time.", "commands=(", *lines, ")",
         'exec bash -c "exec ${commands[$SLURM_ARRAY_TASK_ID]}"', "",
     ])  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dts_hf.models.fake_quantization import (
 )
 from dts_hf.models.loading import load_model, load_tokenizer, load_weights, loading
 from dts_hf.models.quantization import stored
-from dts_hf.models.saving import Carried, save_student
+from dts_hf.models.saving import STUDENT_FILE, Carried, save_student
 from dts_hf.recipe.schema import Quantize
 from dts_hf.reporting.facts import without_folders
 from dts_hf.reporting.model_card import card_of_a_folder, render_model_card
@@ -44,6 +45,11 @@ from dts_hf.task import Rows
 
 #: Nats per label by which the quantised student may differ from the rounded one; more, and it is not what was trained.
 CLOSE = 0.01
+#: Files of an export, which another one may replace.
+WRITTEN = (
+    "README.md", "config.json", STUDENT_FILE, "generation_config.json", "chat_template.jinja", "model*.safetensors",
+    "model.safetensors.index.json", "*token*.json", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
 #: So many rows are read at most, and on so many of them the losses are compared.
 READ_ROWS, COMPARED_ROWS = 256, 16
 
@@ -142,6 +148,8 @@ def export_quantized(source: Path, out: Path, options: ExportOptions | None = No
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         raise UserError(f"{source}: its weights are quantised already, expected those of a training")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out: {out} is inside of {folder}, whose files are the student's; choose another folder")
     quantize, trained_for = _asked(source, options, config.get(TRAINED_FOR))
     torchao_config(quantize)  # refuses a missing torchao
     transformers_logging.disable_progress_bar()
@@ -177,8 +185,14 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: {out} is a link, expected a folder of its own")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if "quantization_config" not in read_json(out / "config.json"):
+    quantized = read_json(out / "config.json").get("quantization_config")
+    if not isinstance(quantized, Mapping) or quantized.get("quant_method") != "torchao":
         raise UserError(f"--out: {out} is not empty and holds no quantised student; choose another folder")
+    others = [path.name for path in out.iterdir() if not any(fnmatch(path.name, name) for name in WRITTEN)]
+    if others:  # the folder is replaced as a whole
+        raise UserError(
+            f"--out: {out} holds {min(others)!r}, which is of no export; choose another folder, or move it"
+        )
     if not overwrite:
         raise UserError(
             f"--out: {out} holds a quantised student. Choose another folder, or replace it with --overwrite"

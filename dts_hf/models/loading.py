@@ -293,14 +293,30 @@ def load_student(
         if init.source is not None:
             source = load_model(init.source, key="student.init.from", dtype=student.dtype, **_from_hub(student))
         assert source is not None  # the recipe was refused otherwise
+        _check_unquantized(source, "student.init.from")
         cut = (made or StudentInit(init, None)).student(source, seed)
         model: nn.Module = cut.to(getattr(torch, student.dtype))
     else:
         model = load_model(str(student.model), key="student.model", dtype=student.dtype, **_from_hub(student))
+        if student.lora is None:  # an adapter is trained beside quantised weights
+            _check_unquantized(model, "student.model")
     check_head(model, role="student")
     if student.quantize is not None:
         prepare_for_quantization(model, student.quantize, "student.quantize")
     return model if student.lora is None else add_lora(model, student.lora)
+
+
+def _check_unquantized(model: nn.Module, key: str) -> None:
+    """Refuse integers and scales, which can neither be trained nor cut.
+
+    Raises:
+        UserError: names ``key``.
+    """
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"{key}: the weights of {type(model).__name__} are quantised (quantization_config in its config.json), expected "
+            "those that it was quantised from"
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -52,7 +52,8 @@ class SelfTeacher:
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise UserError(f"SelfTeacher: weights: got {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
-        if not 0 < self.ema_rate <= 1:
+        rate: Any = self.ema_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise UserError(f"SelfTeacher: ema_rate: got {self.ema_rate!r}, expected a number above 0, up to 1")
         if isinstance(self.ema_every, bool) or not isinstance(self.ema_every, int) or self.ema_every < 1:
             raise UserError(f"SelfTeacher: ema_every: got {self.ema_every!r}, expected a whole number from 1")

@@ -320,6 +320,24 @@ def say_aligned(report: AlignmentReport, name: str) -> None:
         logger.log(logging.WARNING if report.unaligned else logging.INFO, "%s: %s", name, report.summary())
 
 
+def check_aligned(dataset: Any, kd_ratio: float) -> None:
+    """Refuse to train on rows of which a teacher with another tokenizer is told nothing.
+
+    Args:
+        dataset: of training.
+        kd_ratio: the share of the soft loss; with 0 no teacher is needed.
+
+    Raises:
+        UserError: no label is the same on both sides.
+    """
+    rows = getattr(dataset, "aligned", None)
+    if rows and kd_ratio and not any(len(row.student) for row in rows):
+        raise UserError(
+            "teacher.alignment: no label of the training rows is the same for the teacher, so it would teach nothing. Look "
+            "at what both templates write (data.prompt_template), or train on labels alone (loss.kd_ratio: 0)"
+        )
+
+
 def try_collator(
     data_collator: Any, collate: Callable[[list[Any]], Mapping[str, Any]], dataset: Any, batch_size: int
 ) -> bool:

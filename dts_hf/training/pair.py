@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
@@ -462,6 +463,14 @@ def _loaded(
             continue
         where = f"teachers.{name}" if name else "teacher"
         tokenizer = tokenizers.get(name) if isinstance(tokenizers, Mapping) else tokenizers
+        if not isinstance(tokenizer, (PreTrainedTokenizerBase, NoneType)):
+            raise UserError(
+                f"teacher_tokenizer: got {tokenizer!r}, expected a tokenizer, as AutoTokenizer.from_pretrained gives one"
+            )
+        if isinstance(one, type):
+            raise UserError(
+                f"{where}: got the class {one.__name__}, expected one that is made, as in {one.__name__}()"
+            )
         if isinstance(one, str):
             tokenizer = tokenizer or load_tokenizer(one, key=where)
             loaded: nn.Module | Teacher | SelfTeacher | None = load_model(one, key=where, dtype=TEACHER_DTYPE)

@@ -46,7 +46,7 @@ from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
 from dts_hf.teachers.several import SeveralTeachers, Share, gathered, loss_of_shares, naming_teacher, routing_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
-from dts_hf.training.datasets import LanguageRows, try_collator
+from dts_hf.training.datasets import LanguageRows, check_aligned, try_collator
 from dts_hf.training.even_batches import count_tokens
 from dts_hf.training.exact_resume import ExtraState, Progress
 from dts_hf.training.pair import AnyTeacher, Pair, identity_of_states, pack_tokens, set_up_models
@@ -221,6 +221,10 @@ class DistillationTrainer(ReplayTrainer):
         self._place_teachers(teacher_placement == "sharded", (teacher, *(teachers or {}).values()))
         self._check_cache()
         self._start_projection()
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        check_aligned(self.train_dataset, self.loss.kd_ratio)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def teacher_model(self) -> nn.Module | None:

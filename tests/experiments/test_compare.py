@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,91 @@ def test_command_writes_markdown_and_csv(study, tmp_path: Path) -> None:
     assert as_csv(compare(study)) == (folder / "comparison.csv").read_text()
     printed = CliRunner().invoke(app, ["compare", *map(str, study), "--json"])
     assert len(json.loads(printed.stdout)["lines"]) == len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def change_metrics(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((run / "metrics.json").read_text())
+    change(values)
+    (run / "metrics.json").write_text(json.dumps(values))
+
+
+def test_a_run_that_diverged_has_null_in_its_file_and_is_no_score(study: list[Path]) -> None:
+    change_metrics(study[4], lambda values: values["models"]["student"]["teacher_forced"].update(kl=None))
+    line = next(line for line in table_of(compare(study), "rougeL").lines if line.kind.endswith("=2.0"))
+    assert (line.seeds, line.failed) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("kl", lambda values: values["models"]["student"]["teacher_forced"].update(kl="x")),
+        ("models", lambda values: values.update(models=[1])),
+        ("student", lambda values: values["models"].update(student="x")),
+        ("protocol", lambda values: values.update(protocol="x")),
+        ("training.seconds", lambda values: values["training"].update(seconds=[1])),
+    ],
+)
+def test_damaged_scores_are_named(study: list[Path], name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    change_metrics(study[4], change)
+    with pytest.raises(UserError, match=f"metrics.json: {name}: got .*damaged"):
+        compare(study)
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("twice", lambda rows: rows.append(dict(rows[0], rougeL=0.0))),
+        ("expected set, id", lambda rows: rows[3].pop("id")),
+        ("expected set, id", lambda rows: rows[3].update(seed="x")),
+        ("rougeL: got", lambda rows: rows[3].update(rougeL=True)),
+    ],
+)
+def test_damaged_answers_are_named(study: list[Path], said: str, change: Callable[[list[Any]], Any]) -> None:
+    path = study[4] / "predictions" / "student.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(UserError, match=f"student.jsonl: answer .*{said}"):
+        compare(study)
+
+
+def test_seed_0_is_a_seed_of_its_own(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / f"t{value}-s{seed}", value, seed) for value in (1.0, 2.0) for seed in (0, 42)]
+    assert [read_run(run).seed for run in runs] == [0, 42, 0, 42]
+    assert [line.seeds for line in compare(runs)[0].lines] == [2, 2]
+
+
+def test_runs_that_are_in_no_row_of_a_table_are_noted(study: list[Path]) -> None:
+    change_metrics(study[4], lambda values: values["protocol"].update(fingerprint="another"))
+    (study[0] / "predictions" / "student.jsonl").unlink()
+    tables = compare(study)
+    rouge, kl = table_of(tables, "rougeL"), table_of(tables, "kl")
+    assert {line.kind: line.seeds for line in rouge.lines} == dict.fromkeys((line.kind for line in rouge.lines), 2) | {
+        "temperature.value=4.0": 3
+    }
+    assert any("1 of 3 runs with scores are not in this table (t1-s1)" in note for note in rouge.notes)
+    assert all(any("(t2-s2)" in note for note in table.notes) for table in (rouge, kl))
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, math.nan, math.inf])
+def test_a_margin_that_is_none_is_refused(study: list[Path], margin: float) -> None:
+    with pytest.raises(UserError, match="margin"):
+        compare(study, margin=margin)
+
+
+def test_one_row_has_a_spread_of_seeds_and_no_more(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / f"t{value}-s{seed}", value, seed) for value in (1.0, 2.0) for seed in (1, 2, 3)]
+    for run in runs:
+        path = run / "predictions" / "student.jsonl"
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    for line in table_of(compare(runs), "rougeL").lines:
+        assert line.spread is not None and line.spread.train == pytest.approx(line.run_sd) and not line.spread.example
+
+
+def test_no_two_kinds_have_one_name() -> None:
+    assert names_of_kinds([{"a": None}, {}]) == ["all (1)", "all (2)"]
+    assert names_of_kinds([{"a": 1}, {"a": None}]) == ["a=1", "without a"]
+    assert names_of_kinds([{"a": 1}, {"a": "1"}]) == ["a=1 (1)", "a=1 (2)"]

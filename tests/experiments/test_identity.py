@@ -146,3 +146,20 @@ def test_evaluations_count_where_they_decide() -> None:
     first = run_id(Recipe.from_dict(values))
     values["training"] |= {"eval_steps": 1, "save_steps": 1}
     assert run_id(Recipe.from_dict(values)) != first
+
+
+def test_a_folder_called_as_the_policy_changes_nothing(rows: Path) -> None:
+    before = run_id(changed("temperature", {"name": "constant", "value": 2.0}))
+    (rows / "constant").mkdir()
+    assert run_id(changed("temperature", {"name": "constant", "value": 2.0})) == before
+
+
+def test_when_held_out_rows_are_looked_at_counts_where_the_learning_rate_follows_them() -> None:
+    def looked(steps: int) -> str:
+        values = recipe().model_dump(mode="json", exclude_defaults=True)
+        values["training"] |= {
+            "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": steps,
+        }  # fmt: skip
+        return run_id(Recipe.from_dict(values))
+
+    assert looked(1) != looked(2)

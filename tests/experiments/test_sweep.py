@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shlex
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ from dts_hf.errors import UserError
 from dts_hf.experiments.grid import combinations, overrides_of, varied
 from dts_hf.experiments.sweep import Sweep, plan, shard, shell_commands, slurm_script
 from dts_hf.recipe.loading import load_recipe
+from dts_hf.recipe.yaml_files import parse_yaml
 from tests.support.planted_sweep import planted
 from tests.support.recipes import recipe, write_rows
 
@@ -52,6 +55,8 @@ def test_seeds_are_outermost_and_zipped_values_go_together() -> None:
         ({"a": [1]}, {"a": [2]}, [1], "in set and in zip"),
         ({}, {"a": [1, 2], "b": [1]}, [1], "as many values"),
         ({"a": []}, {}, [1], "a has no values"),
+        ({"training.seed": [5]}, {}, [1], "expected seeds for it"),
+        ({}, {"output.dir": ["a"]}, [1], "expected --output for it"),
         ({"a": range(200), "b": range(200)}, {}, [1], "at most 10,000"),
     ],
 )
@@ -64,6 +69,12 @@ def test_grids_that_cannot_be_are_refused(product, together, seeds, said) -> Non
 def test_values_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--set"):
         varied([text], "--set")
+
+
+@pytest.mark.parametrize("value", ["😀 a", 'it\'s $HOME "x"\n', math.inf, 1e-5, None, {"name": "𝔘", "a": [1]}])
+def test_values_come_back_as_they_were(value: Any) -> None:
+    _, _, text = overrides_of({"a": value}, 1)[0].partition("=")
+    assert parse_yaml(text, "here") == value
 
 
 @pytest.fixture
@@ -88,6 +99,18 @@ def test_plan_reads_the_recipes_section_too(here: Path) -> None:
     assert (made.loss.kd_ratio, made.temperature.options, made.training["seed"]) == (0.9, {"value": 2}, 2)
     again = plan("recipe.yaml", ["training.logging_steps=1"], here / "elsewhere", {"temperature": [1, 2]}, {}, [])
     assert [run.id for run in again.runs] == [run.id for run in study.runs]
+
+
+def test_the_recipes_own_seed_may_be_0(here: Path) -> None:
+    assert (
+        plan("recipe.yaml", ["training.seed=0"], here, {"temperature": [1]}, {}, []).runs[0].label.endswith("seed 0")
+    )
+
+
+def test_folders_that_can_be_none_are_refused(here: Path) -> None:
+    for folder, said in (("recipe.yaml", "is a file"), ("a\nrm -rf b", "control characters"), ("x" * 300, "bytes")):
+        with pytest.raises(UserError, match=f"--output: .*{said}"):
+            plan("recipe.yaml", [], Path(folder), {"temperature": [1]}, {}, [1])
 
 
 def test_wrong_runs_are_refused_before_any_begins(here: Path) -> None:
@@ -231,6 +254,9 @@ def test_command_shows_a_plan_and_starts_nothing(here: Path) -> None:
     assert printed.stdout.count("dts-hf train") == 2
     written = CliRunner().invoke(app, [*arguments, "--slurm", "array.sh"])
     assert written.exit_code == 0 and (here / "array.sh").is_file()
+    assert (here / "out/.sweep/logs").is_dir()  # SLURM makes none, and starts no task without it
+    for devices in ("0,", "", "1,1"):
+        assert CliRunner().invoke(app, [*arguments, "--devices", devices]).exit_code == 2
     wrong = CliRunner().invoke(app, [*arguments[:-4], "--seeds", "one"])
     assert wrong.exit_code == 2
 
@@ -250,3 +276,21 @@ def test_real_runs_and_their_comparison(workplace: Path) -> None:
     assert compared.exit_code == 0, compared.output
     text = (workplace / "table/comparison.md").read_text()
     assert "temperature.value=1" in text and "no verdict" in text  # one seed says nothing
+
+
+def test_looking_forgives_nothing(here: Path) -> None:
+    study = plan("recipe.yaml", [], here / "out", {"temperature": [1, 2]}, {}, [1])
+    study.add_failure(study.runs[0], "why")
+    arguments = [
+        "sweep",
+        "recipe.yaml",
+        "--set",
+        "temperature=1,2",
+        "--seeds",
+        "1",
+        "--output",
+        "out",
+        "--retry-failed",
+    ]
+    assert CliRunner().invoke(app, [*arguments, "--dry-run"]).exit_code == 0
+    assert study.failures(study.runs[0]) == 1

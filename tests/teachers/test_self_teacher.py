@@ -356,3 +356,14 @@ def test_what_does_not_go_with_it_is_refused_by_name(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="model_init"):
         trainer.train()
+
+
+@pytest.mark.parametrize("rate", ["0.1", True, None, float("nan")])
+def test_a_rate_that_is_no_share_is_refused(rate):
+    with pytest.raises(UserError, match="ema_rate: got"):
+        SelfTeacher("ema", ema_rate=rate)
+
+
+def test_a_class_is_no_teacher(tmp_path):
+    with pytest.raises(UserError, match=r"teacher: got the class SelfTeacher, expected .*SelfTeacher\(\)"):
+        taught_by_itself(tmp_path, teacher=SelfTeacher)

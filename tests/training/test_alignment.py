@@ -263,6 +263,25 @@ def test_a_batch_in_which_nothing_is_the_same_teaches_its_labels(tmp_path):
     trainer.train()
 
 
+def test_rows_of_which_nothing_is_the_same_are_refused_unless_labels_alone_count(tmp_path):
+    rows = [{"id": f"r{k}", "instruction": "Say", "output": "ŧ" * (k + 1)} for k in range(4)]
+    teacher = tokenizer_of("word_piece", 900)
+
+    def trainer(kd_ratio):
+        given = {"teacher": tiny_gpt2(vocab=len(teacher)).double(), "teacher_tokenizer": teacher}
+        return aligned_trainer(tmp_path, rows=rows, kd_ratio=kd_ratio, options={"max_steps": 1}, **given)
+
+    with pytest.raises(UserError, match="no label of the training rows is the same for the teacher"):
+        trainer(1.0).train()
+    trainer(0.0).train()
+
+
+@pytest.mark.parametrize("wrong", ["/a/folder", 3])
+def test_a_tokenizer_that_is_none_is_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=r"teacher_tokenizer: got .*expected a tokenizer"):
+        aligned_trainer(tmp_path, teacher_tokenizer=wrong)
+
+
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
     whole = aligned_trainer(tmp_path, options=options)
