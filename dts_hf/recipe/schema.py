@@ -1060,8 +1060,6 @@ def prefix_problem(recipe: Recipe) -> str:
         return "data.columns: got 'teacher_prefix', but data.teacher_prefix_column is the key for that"
     if recipe.task is not None:
         return f"{said}, but a task has classifiers, which answer nothing"
-    if recipe.data.on_policy is not None:
-        return f"{said} and data.on_policy: rows of the student's own text do not carry it; leave one of them out"
     if recipe.teacher is None:
         return f"{said}, but there {'are several teachers' if recipe.teachers else 'is no teacher'}: it is for one"
     if recipe.teacher.kind in ("cached", "remote"):
