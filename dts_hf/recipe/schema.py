@@ -352,8 +352,8 @@ class Teacher(Section):
     def _cache_of_states(self) -> Teacher:
         if self.kind == "cached" and self.cache is None:
             raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
-        if self.kind == "live" and self.cache is not None:
-            raise ValueError("cache: belongs to kind 'cached' or 'remote', got kind 'live'")
+        if self.kind in ("live", "self") and self.cache is not None:
+            raise ValueError(f"cache: belongs to kind 'cached' or 'remote', got kind '{self.kind}'")
         if self.kind != "cached" and self.missing != "error":
             raise ValueError(f"missing: belongs to kind 'cached', got kind '{self.kind}'")
         if self.kind != "live" and self.placement == "sharded":
