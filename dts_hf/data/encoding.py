@@ -96,7 +96,7 @@ class EncodedDataset(Dataset[Example]):
             row["teacher_number"] = self.teachers[index]
         if self.for_teacher is not None:
             row["teacher_input_ids"] = read = self.for_teacher[0][index].tolist()
-            row["teacher_labels"] = _labels(read, _pairs(self.for_teacher[1][index]))
+            row["teacher_labels"] = _labels(read, self.teacher_spans(index))
         if self.aligned is not None:
             row["aligned"] = self.aligned[index]
         return row
@@ -107,6 +107,10 @@ class EncodedDataset(Dataset[Example]):
         if bounds is None:
             return [(self.prompt_lengths[index], self.lengths[index])]
         return _pairs(bounds)
+
+    def teacher_spans(self, index: int) -> list[tuple[int, int]]:
+        """As ``spans``, of a row as its teacher reads it."""
+        return self.spans(index) if self.for_teacher is None else _pairs(self.for_teacher[1][index])
 
     @property
     def target_counts(self) -> list[int]:

@@ -148,7 +148,7 @@ class LanguageModeling(Task[DistillationTrainer]):
         found: dict[str, StateCache | RemoteTeacher] = {}
         sections = self.recipe.all_teachers
         for key, section in sections.items():
-            if section.kind == "live":
+            if section.kind in ("live", "self"):
                 continue
             same = next((other for other in found if sections[other] == section), None)
             with naming_teacher(key.partition(".")[2]):

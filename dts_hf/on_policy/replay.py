@@ -8,7 +8,8 @@ Each process keeps the rows that it has generated. Memory, of all processes toge
 
     capacity x (8 x tokens of a row + labels of a row x H x bytes of a number)
 
-which for 1,000 rows of 128 labels and H = 4,096 in bfloat16 is 1 GiB; without states it is a few MB.
+which for 1,000 rows of 128 labels and H = 4,096 in bfloat16 is 1 GiB; without states it is a few MB. Where the teacher reads
+more than the student, a row that comes without states has the tokens of both; with states nobody reads the teacher's again.
 
 Shapes: ``T`` tokens of a row, ``n`` its labels, ``N`` those of a batch, ``H`` hidden.
 """
@@ -47,6 +48,8 @@ class ReplayRow:
         teacher: the number of its teacher, where each row has one of several.
         states: what the teacher said of its n labels, ``[n, H_t]`` in its own type, by the teacher's name (``ONLY`` where
             there is one). Empty: it is asked again.
+        side: ``[2, T_t]`` int32, tokens and labels as its teacher reads it, where that is more than the student does and it
+            is asked again.
     """
 
     input_ids: Tensor
@@ -54,6 +57,7 @@ class ReplayRow:
     row_id: int
     teacher: int | None = None
     states: Mapping[str, Tensor] = field(default_factory=dict)
+    side: Tensor | None = None
 
     @property
     def label_count(self) -> int:
@@ -63,7 +67,8 @@ class ReplayRow:
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        return sum(tensor.nbytes for tensor in (self.input_ids, self.labels, *self.states.values()))
+        side = () if self.side is None else (self.side,)
+        return sum(tensor.nbytes for tensor in (self.input_ids, self.labels, *side, *self.states.values()))
 
 
 class ReplayBuffer:
@@ -191,6 +196,7 @@ class ReplayBuffer:
         rows = self._rows.values()
         none = torch.zeros(0, dtype=torch.int32)
         tensors = {name: torch.cat([none, *(getattr(row, name) for row in rows)]) for name in ("input_ids", "labels")}
+        tensors["sides"] = torch.cat([none.expand(2, 0), *(row.side for row in rows if row.side is not None)], 1)
         names = sorted({name for row in rows for name in row.states})
         for place, name in enumerate(names):
             tensors[f"states.{place}"] = torch.cat([row.states[name] for row in rows if name in row.states])
@@ -198,6 +204,7 @@ class ReplayBuffer:
             {
                 "number": number, "tokens": len(row.input_ids), "row_id": row.row_id, "teacher": row.teacher,
                 "states": {name: len(states) for name, states in row.states.items()},
+                "side": None if row.side is None else row.side.shape[1],
             }
             for number, row in self._rows.items()
         ]  # fmt: skip
@@ -242,7 +249,7 @@ def most_bytes(capacity: int, tokens: int, labels: int, bytes_of_label: int) -> 
 
     Args:
         capacity: rows.
-        tokens: of the longest row.
+        tokens: of the longest row, and of it as its teacher reads it where that is kept.
         labels: of the longest answer.
         bytes_of_label: of the teachers' states of one label, H times the bytes of a number; 0: they are not kept.
     """
@@ -261,13 +268,14 @@ def _rows_of(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[int
     """The rows that ``ReplayBuffer.save`` described, each with tensors of its own."""
     stored = {name: tensors[f"states.{place}"] for place, name in enumerate(told["teachers"])}
     rows: dict[int, ReplayRow] = {}
-    token, label = 0, dict.fromkeys(stored, 0)
+    token, read, label = 0, 0, dict.fromkeys(stored, 0)
     for one in told["rows"]:
         end, states = token + int(one["tokens"]), {}
         for name, count in one["states"].items():
             states[name] = stored[name][label[name] : label[name] + count].clone()
             label[name] += count
         ids, labels = (tensors[name][token:end].clone() for name in ("input_ids", "labels"))
-        rows[int(one["number"])] = ReplayRow(ids, labels, one["row_id"], one["teacher"], states)
-        token = end
+        side = None if one["side"] is None else tensors["sides"][:, read : read + one["side"]].clone()
+        rows[int(one["number"])] = ReplayRow(ids, labels, one["row_id"], one["teacher"], states, side)
+        token, read = end, read + (one["side"] or 0)
     return rows

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from dts_hf.data.routes import TEACHER
 from dts_hf.data.samplers import DUMMY_ROW
+from dts_hf.data.teacher_context import TEACHER_BATCH, TEACHER_IDS, TEACHER_LABELS, teacher_side
 from dts_hf.generation.engine import Generated, GenerationSettings, generate
 from dts_hf.generation.filters import repetition
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.on_policy.settings import OnPolicySettings
 
-#: A row as our collators take it: ``input_ids``, unshifted ``labels`` and ``row_id``, and the number of its teacher.
+#: A row as our collators take it: ``input_ids``, unshifted ``labels`` and ``row_id``; the number of its teacher, where it is
+#: one of several; the row as its teacher reads it, where that is more than the student does.
 Row = dict[str, Any]
 #: Has the signature of ``generation.engine.generate``: what answers. The model is what the trainer trains.
 Generate = Callable[..., list[Generated]]
@@ -33,21 +35,29 @@ def rows_of_batch(batch: Mapping[str, Tensor]) -> list[Row]:
     Args:
         batch: padded (``attention_mask`` ``[B, T]``), or packed (``[1, T]`` with ``position_ids``).
     """
-    numbers = batch["row_id"].tolist()
+    rows: list[Row] = [
+        {"input_ids": ids, "labels": labels, "row_id": number}
+        for number, (ids, labels) in zip(batch["row_id"].tolist(), _cut(batch), strict=True)
+    ]
+    if TEACHER in batch:
+        for row, teacher in zip(rows, batch[TEACHER].tolist(), strict=True):
+            row[TEACHER] = teacher
+    if TEACHER_BATCH["labels"] in batch:
+        read = {name: batch[key] for name, key in TEACHER_BATCH.items() if key in batch}
+        for row, (ids, labels) in zip(rows, _cut(read), strict=True):
+            row |= {TEACHER_IDS: ids, TEACHER_LABELS: labels}
+    return rows
+
+
+def _cut(batch: Mapping[str, Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of each row of a batch: the student's, or one of the same names as its teacher reads it."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     if "position_ids" in batch:
         starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
         bounds = [(0, start, end) for start, end in zip(starts, [*starts[1:], len(ids[0])], strict=True)]
     else:
         bounds = [(line, 0, int(length)) for line, length in enumerate(batch["attention_mask"].sum(-1).tolist())]
-    rows = [
-        {"input_ids": ids[line][start:end], "labels": labels[line][start:end], "row_id": number}
-        for number, (line, start, end) in zip(numbers, bounds, strict=True)
-    ]
-    if TEACHER in batch:
-        for row, teacher in zip(rows, batch[TEACHER].tolist(), strict=True):
-            row[TEACHER] = teacher
-    return rows
+    return [(ids[line][start:end], labels[line][start:end]) for line, start, end in bounds]
 
 
 def last_answer(labels: Sequence[int]) -> tuple[int, int]:
@@ -67,15 +77,25 @@ def prompt_length(row: Row) -> int | None:
     return None if row["row_id"] == DUMMY_ROW or end == 0 else start
 
 
+def teacher_prompt_length(row: Row) -> int | None:
+    """As ``prompt_length``, of the row as its teacher reads it; None also where that is as the student does."""
+    return last_answer(row[TEACHER_LABELS])[0] if TEACHER_IDS in row and prompt_length(row) is not None else None
+
+
 def answered_row(row: Row, generated: Generated) -> Row:
     """``row`` with another last answer: the prompt is not learned, every token of the answer is, and so is its end.
 
     A truncated answer has no end, and none is made up: the student would learn to stop there. An answer that is empty but
-    for its end has that one label.
+    for its end has that one label. A teacher that reads more than the student reads the same tokens behind a prompt of its
+    own: what comes before the last answer on its side.
     """
     prompt = row["input_ids"][: last_answer(row["labels"])[0]]
     answer = [*generated.tokens, *([] if generated.end is None else [generated.end])]
-    return {**row, "input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+    made = {**row, "input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+    if TEACHER_IDS in row:
+        side = teacher_side(row[TEACHER_IDS][: last_answer(row[TEACHER_LABELS])[0]], answer)
+        made |= {TEACHER_IDS: side.ids, TEACHER_LABELS: side.labels}
+    return made
 
 
 @dataclass

@@ -352,8 +352,8 @@ class Teacher(Section):
     def _cache_of_states(self) -> Teacher:
         if self.kind == "cached" and self.cache is None:
             raise ValueError("kind is 'cached', expected the folder of the cache as well: cache: DIR")
-        if self.kind == "live" and self.cache is not None:
-            raise ValueError("cache: belongs to kind 'cached' or 'remote', got kind 'live'")
+        if self.kind in ("live", "self") and self.cache is not None:
+            raise ValueError(f"cache: belongs to kind 'cached' or 'remote', got kind '{self.kind}'")
         if self.kind != "cached" and self.missing != "error":
             raise ValueError(f"missing: belongs to kind 'cached', got kind '{self.kind}'")
         if self.kind != "live" and self.placement == "sharded":
@@ -1060,8 +1060,6 @@ def prefix_problem(recipe: Recipe) -> str:
         return "data.columns: got 'teacher_prefix', but data.teacher_prefix_column is the key for that"
     if recipe.task is not None:
         return f"{said}, but a task has classifiers, which answer nothing"
-    if recipe.data.on_policy is not None:
-        return f"{said} and data.on_policy: rows of the student's own text do not carry it; leave one of them out"
     if recipe.teacher is None:
         return f"{said}, but there {'are several teachers' if recipe.teachers else 'is no teacher'}: it is for one"
     if recipe.teacher.kind in ("cached", "remote"):

@@ -23,12 +23,13 @@ from dts_hf.models.checks import positions_of
 from dts_hf.models.head import head_of
 from dts_hf.on_policy.coin import coin
 from dts_hf.on_policy.gap import check_gap
-from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch
+from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch, teacher_prompt_length
 from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
 from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.self_teacher import SharedTeacher
 from dts_hf.teachers.several import SeveralTeachers
 from dts_hf.training.generating_trainer import GeneratingTrainer
 
@@ -133,11 +134,6 @@ class OnPolicyTrainer(GeneratingTrainer):
             raise UserError(
                 "on_policy: the teacher has another tokenizer (alignment), and reads no text of the student's"
             )
-        if "teacher_prefix" in (getattr(rows, "columns", None) or {}):
-            raise UserError(
-                "on_policy: the teacher reads more than the student (teacher_prefix_column), and the rows of the student's "
-                "own text do not carry it; leave one of them out"
-            )
         if not isinstance(self.data_collator, Collator):
             raise UserError(
                 f"data_collator: got {type(self.data_collator).__name__} beside on_policy, whose rows only our collators "
@@ -160,27 +156,40 @@ class OnPolicyTrainer(GeneratingTrainer):
         limits, names = self._limits(), getattr(dataset, "row_ids", None)
         encoded = isinstance(dataset, EncodedDataset)
         for number in range(0, len(dataset), 1 if encoded else max(1, len(dataset) // 256)):
-            length = dataset.spans(number)[-1][0] if encoded else prompt_length(dataset[number])
-            if problem := self._prompt_problem(length, limits):
+            if encoded:
+                lengths = dataset.spans(number)[-1][0], dataset.teacher_spans(number)[-1][0]
+            else:
+                lengths = _prompt_lengths(dataset[number])
+            if problem := self._prompt_problem(lengths, limits):
                 name = number if names is None else f"'{names[number]}'"
                 raise UserError(f"train_dataset: row {name} {problem}")
 
-    def _limits(self) -> list[tuple[int, str]]:
-        """How many tokens each model has positions for in one row, and what errors call it."""
+    def _limits(self) -> list[tuple[int, str, bool]]:
+        """How many tokens each model has positions for in one row, what errors call it, and whether it teaches."""
         pair: Any = getattr(self, "pair", None)
-        limits = (
-            []
-            if pair is None
-            else [(positions_of(one), f"{role} ({type(one).__name__})") for one, role in pair.models()]
-        )
+        teacher: Any = getattr(self, "teacher", None)
+        models = [] if pair is None else pair.models()
+        limits = [
+            (positions_of(one), f"{role} ({type(one).__name__})", place > 0)
+            for place, (one, role) in enumerate(models)
+        ]
+        if isinstance(teacher, SharedTeacher):
+            limits.append((positions_of(teacher.model), "the student, which teaches itself", True))
         for one in self._teachers_by_key().values():
             if isinstance(one, RemoteTeacher):
-                limits.append((one.description.limits.length, f"the teacher at {one.url}"))
-        return [(limit, role) for limit, role in limits if limit is not None]
+                limits.append((one.description.limits.length, f"the teacher at {one.url}", True))
+        return [(limit, role, teaches) for limit, role, teaches in limits if limit is not None]
 
-    def _prompt_problem(self, length: int | None, limits: Sequence[tuple[int, str]]) -> str:
-        """Why a prompt of so many tokens cannot be answered; empty where it can, or there is nothing to answer (None)."""
+    def _prompt_problem(self, lengths: tuple[int | None, int | None], limits: Sequence[tuple[int, str, bool]]) -> str:
+        """Why a prompt cannot be answered; empty where it can, or there is nothing to answer.
+
+        Args:
+            lengths: tokens of the prompt (None: there is nothing to answer), and of what the teacher reads in its place
+                (None: the same).
+            limits: of ``_limits``.
+        """
         assert self.on_policy is not None
+        length, read = lengths
         if length is None:
             return ""
         if length < LEAST_PROMPT:
@@ -188,10 +197,11 @@ class OnPolicyTrainer(GeneratingTrainer):
                 "has no prompt that the student could answer (on_policy): its labels begin with its first tokens, as those "
                 "of plain text do; expected rows with a prompt and an answer"
             )
-        for limit, role in limits:
-            if length + self.on_policy.max_new_tokens > limit:
+        for limit, role, teaches in limits:
+            asked = read if teaches and read is not None else length
+            if asked + self.on_policy.max_new_tokens > limit:
                 return (
-                    f"has a prompt of {length:,} tokens, which with on_policy.max_new_tokens = "
+                    f"has a prompt of {asked:,} tokens, which with on_policy.max_new_tokens = "
                     f"{self.on_policy.max_new_tokens} is more than the {limit:,} positions of {role}; lower one of them"
                 )
         return ""
@@ -238,7 +248,7 @@ class OnPolicyTrainer(GeneratingTrainer):
     def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
         assert self.rollout is not None
         limits = self._limits()
-        problems = (self._prompt_problem(prompt_length(row), limits) for rows in batches for row in rows)
+        problems = (self._prompt_problem(_prompt_lengths(row), limits) for rows in batches for row in rows)
         found = next((problem for problem in problems if problem), "")
         # A process that raised alone would leave the others in their next collective
         if problem := next(filter(None, gathered(found, self.args.world_size)), ""):
@@ -282,3 +292,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         sums, self._sums_of_texts = self._sums_of_texts, {}
         precise = torch.float32 if self.args.device.type == "mps" else torch.float64
         return {name: torch.tensor(value, dtype=precise, device=self.args.device) for name, value in sums.items()}
+
+
+def _prompt_lengths(row: Row) -> tuple[int | None, int | None]:
+    return prompt_length(row), teacher_prompt_length(row)

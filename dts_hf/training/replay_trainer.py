@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from dts_hf.data.routes import TEACHER
+from dts_hf.data.teacher_context import TEACHER_IDS, TEACHER_LABELS
 from dts_hf.distributed.launch import strategy_of
 from dts_hf.distributed.processes import on_any_process
 from dts_hf.errors import UserError
@@ -85,6 +86,14 @@ class ReplayTrainer(OnPolicyTrainer):
         lengths: Sequence[int] = getattr(self.train_dataset, "lengths", ())
         return max(lengths) + self.on_policy.max_new_tokens if lengths else None
 
+    def _longest_read(self) -> int:
+        """As ``_longest``, of a row as its teacher reads it; 0: it reads what the student does."""
+        assert self.on_policy is not None
+        data: Any = self.train_dataset
+        if getattr(data, "for_teacher", None) is None:
+            return 0
+        return int(max(data.teacher_lengths)) + self.on_policy.max_new_tokens
+
     def _memory_note(self, capacity: int, keeps: bool) -> str:
         """How much memory the buffer may take, in words."""
         assert self.on_policy is not None
@@ -96,6 +105,8 @@ class ReplayTrainer(OnPolicyTrainer):
             return (
                 f"on_policy.adaptive: the replay buffer takes {of_label:,} bytes for each label, and 8 for each token"
             )
+        if not keeps:
+            longest += self._longest_read()
         most = most_bytes(capacity, longest, self.on_policy.max_new_tokens, of_label) / 2**20
         return f"on_policy.adaptive: the replay buffer takes at most {most:,.0f} MiB, of all processes together"
 
@@ -152,11 +163,14 @@ class ReplayTrainer(OnPolicyTrainer):
         for before, rows in zip(batches, made, strict=True):
             for place, row in enumerate(rows):
                 if prompt_length(before[place]) is not None:
-                    rows[place] = {**row, REPLAY: self.replay.add(_kept(row))}
+                    rows[place] = {**row, REPLAY: self.replay.add(_kept(row, self.replay.keeps_states))}
         return made
 
     def _drawn(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
-        """The rows of a step out of the buffer; what has nothing to answer stays where it is."""
+        """The rows of a step out of the buffer; what has nothing to answer stays where it is.
+
+        With states nobody asks the teacher: no row of a batch has a side of its own then.
+        """
         assert self.replay is not None and self.rollout is not None
         wanted = sum(prompt_length(row) is not None for rows in batches for row in rows)
         step, rank = self.state.global_step, self.args.process_index
@@ -164,11 +178,15 @@ class ReplayTrainer(OnPolicyTrainer):
         self._sums_of_texts[REPLAYED_TEXTS] = float(wanted)
         return [
             [
-                row if prompt_length(row) is None else _as_row(number := next(drawn), self.replay[number])
+                self._left(row) if prompt_length(row) is None else _as_row(number := next(drawn), self.replay[number])
                 for row in rows
             ]
             for rows in batches
         ]
+
+    def _left(self, row: Row) -> Row:
+        unread = (TEACHER_IDS, TEACHER_LABELS) if self._answers_itself else ()
+        return {name: value for name, value in row.items() if name not in unread}
 
     def rebuilt(self, batches: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         collator: Any = self.data_collator
@@ -281,11 +299,18 @@ def _asking_nobody(collator: Any) -> Iterator[None]:
         collator.of_rows = given
 
 
-def _kept(row: Row) -> ReplayRow:
+def _kept(row: Row, with_states: bool) -> ReplayRow:
     ids, labels = (torch.tensor(row[name], dtype=torch.int32) for name in ("input_ids", "labels"))
-    return ReplayRow(ids, labels, row["row_id"], row.get(TEACHER))
+    asks_again = TEACHER_IDS in row and not with_states
+    side = torch.tensor([row[TEACHER_IDS], row[TEACHER_LABELS]], dtype=torch.int32) if asks_again else None
+    return ReplayRow(ids, labels, row["row_id"], row.get(TEACHER), side=side)
 
 
 def _as_row(number: int, kept: ReplayRow) -> Row:
-    row = {"input_ids": kept.input_ids.tolist(), "labels": kept.labels.tolist(), "row_id": kept.row_id, REPLAY: number}
-    return row if kept.teacher is None else {**row, TEACHER: kept.teacher}
+    row: Row = {"input_ids": kept.input_ids.tolist(), "labels": kept.labels.tolist(), "row_id": kept.row_id}
+    row[REPLAY] = number
+    if kept.teacher is not None:
+        row[TEACHER] = kept.teacher
+    if kept.side is not None:
+        row[TEACHER_IDS], row[TEACHER_LABELS] = kept.side.tolist()
+    return row

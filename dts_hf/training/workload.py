@@ -127,7 +127,7 @@ def workload_of(
     fused = fused and importlib.util.find_spec("triton") is not None
     batch = min(args.per_device_train_batch_size, len(data))
     responses = data.target_counts
-    lengths = list(data.lengths)
+    lengths, read = list(data.lengths), None if data.for_teacher is None else list(data.teacher_lengths)
     if recipe.data.responses == "teacher":  # its answers may be longer than those of the data
         longest = recipe.data.teacher_max_new_tokens
         responses = [longest] * len(data)
@@ -141,15 +141,20 @@ def workload_of(
         asked = [data.spans(row)[-1][0] + own.max_new_tokens for row in range(len(data))]
         lengths = [max(pair) for pair in zip(lengths, asked, strict=True)]
         answered = max(asked) * min(own.batch_size, batch * args.gradient_accumulation_steps)
+        if read is not None:
+            read = [max(n, data.teacher_spans(row)[-1][0] + own.max_new_tokens) for row, n in enumerate(read)]
     order = sorted(range(len(data)), key=lambda index: -lengths[index])[:batch]
     packed, budget = bool(recipe.data.packing), recipe.data.pack_tokens
     tokens = sum(lengths[index] for index in order) if packed else lengths[order[0]]
     labelled = sum(responses[index] for index in order)
+    longest_read = sorted(read or [0], reverse=True)[:batch]
+    teacher_tokens = sum(longest_read) if packed else longest_read[0]
     if budget is not None:  # whichever rows fill it: as many labels as those with the largest share of them bring
         filled = min(budget, sum(packed_lengths))
         labelled = _most_labels(packed_lengths, responses, filled)
         # Packs are made of the rows of the data: with answers of the student's in them they may be longer
         tokens = filled if lengths is packed_lengths else _most_labels(packed_lengths, lengths, filled)
+        teacher_tokens = 0 if read is None else _most_labels(packed_lengths, read, filled)
     lora = _lora_parameters(recipe.student, shape, student)
     mean = recipe.teacher is not None and recipe.teacher.kind == "self" and recipe.teacher.weights == "ema"
     return Workload(
@@ -162,7 +167,7 @@ def workload_of(
         optimizer=str(getattr(args.optim, "value", args.optim)),
         gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=lora,
-        teacher_tokens=_teacher_tokens(data, batch, packed, tokens),
+        teacher_tokens=teacher_tokens,
         running_mean=4.0 * (shape.parameters if lora is None else lora) if mean else 0.0,
         logits_budget_mb=recipe.loss.logits_budget_mb or default_budget_mb(fused, free_bytes(args.device)),
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
@@ -174,17 +179,6 @@ def workload_of(
         answered=answered,
         rounded=recipe.student.quantize is not None,
     )
-
-
-def _teacher_tokens(data: EncodedDataset, batch: int, packed: bool, tokens: int) -> int:
-    """Tokens of a row with padding, or of packed rows, as the teacher reads them; 0: as the student does."""
-    if data.for_teacher is None:
-        return 0
-    longest = sorted(data.teacher_lengths, reverse=True)[:batch]
-    if not packed:
-        return longest[0]
-    ratio = max(read / own for read, own in zip(data.teacher_lengths, data.lengths, strict=True))
-    return math.ceil(tokens * ratio)
 
 
 def _most_labels(lengths: Sequence[int], responses: Sequence[int], tokens: int) -> int:

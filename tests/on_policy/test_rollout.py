@@ -9,7 +9,14 @@ from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.generation.engine import Generated
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.selection import IGNORE_INDEX as NO
-from dts_hf.on_policy.rollout import Rollout, answered_row, last_answer, prompt_length, rows_of_batch
+from dts_hf.on_policy.rollout import (
+    Rollout,
+    answered_row,
+    last_answer,
+    prompt_length,
+    rows_of_batch,
+    teacher_prompt_length,
+)
 from dts_hf.on_policy.settings import OnPolicySettings
 
 PAD = END = 2  # as in SmolLM2-Instruct and GPT-2: what fills a batch ends a turn, too
@@ -28,6 +35,36 @@ def test_the_rows_of_a_batch_are_those_it_was_made_of(collator):
     assert rows_of_batch(collator(ROWS)) == ROWS
     without = [{name: row[name] for name in ("input_ids", "labels", "row_id")} for row in ROWS]
     assert rows_of_batch(collator(without)) == without
+
+
+#: The same as a teacher reads them that is told more, but for the third.
+READ = [
+    {"teacher_input_ids": [5, 8, 8, END, 7, 8, END], "teacher_labels": [NO] * 4 + [7, 8, END]},
+    {"teacher_input_ids": [9], "teacher_labels": [NO]},
+    {"teacher_input_ids": [5, 6, END], "teacher_labels": [NO, NO, END]},
+    {"teacher_input_ids": [5, 6, 3, END, 8, 8, 8, 6, 4, 4, END, 9],
+     "teacher_labels": [NO, NO, 3, END, NO, NO, NO, NO, NO, 4, END, NO]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_a_teacher_that_reads_more_reads_the_same_answer_behind_its_own_prompt(collator):
+    rows = [{**row, **read} for row, read in zip(ROWS, READ, strict=True)]
+    assert rows_of_batch(collator(rows)) == rows
+    assert [teacher_prompt_length(row) for row in rows] == [4, None, 2, 9]
+    assert [teacher_prompt_length(row) for row in ROWS] == [None] * 4
+    for said in (Generated([3, 8], True, 11), Generated([], True, 11), Generated([9, 9], False), Generated([], False)):
+        answer = [*said.tokens, *([] if said.end is None else [said.end])]
+        made = [answered_row(row, said) if prompt_length(row) is not None else row for row in rows]
+        assert made[0]["teacher_input_ids"] == [5, 8, 8, END, *answer]
+        assert made[3]["teacher_input_ids"] == [5, 6, 3, END, 8, 8, 8, 6, 4, *answer]
+        for one, without in zip(made, ROWS, strict=True):
+            if prompt_length(without) is not None:
+                of_student = answered_row(without, said)
+                assert {name: one[name] for name in of_student} == of_student, "the student's side knows nothing of it"
+                before = len(one["teacher_input_ids"]) - len(answer)
+                assert one["teacher_labels"] == [NO] * before + answer
+        assert rows_of_batch(collator(made)) == made, "the collator finds the same labels on both sides"
 
 
 def test_the_prompt_is_what_comes_before_the_last_stretch_of_labels():

@@ -152,6 +152,31 @@ def test_a_run_tells_what_taught_it(place, capfd, lora):
     assert all(torch.equal(again[name], value) for name, value in ends["ema.safetensors"].items())
 
 
+@pytest.mark.parametrize(
+    "teacher", [{"weights": "base"}, {"weights": "ema", "ema_rate": 0.1}, {"kind": "live"}], ids=str
+)
+def test_text_of_its_own_is_judged_with_what_the_teacher_alone_reads(place, teacher):
+    """SDFT and OPSD from a recipe, to the run directory and on from a checkpoint."""
+    made = values(
+        student={"lora": LORA}, data={"teacher_prefix_column": "proof", "on_policy": {"fraction": 0.6, "max_new_tokens": 5}},
+        training={"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "eval_strategy": "epoch"},
+    )  # fmt: skip
+    made["loss"] = {"kd_ratio": 1.0}
+    made["teacher"] |= teacher
+    if teacher.get("kind") == "live":
+        made["teacher"] = {"kind": "live", "model": "student", "dtype": "float32"}
+    run = distill(Recipe.from_dict(made))
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    shares = [line["generated_share"] for line in log if "generated_share" in line]
+    assert {*shares} == {0.0, 1.0}, "steps of both kinds"
+    assert all(line["generated_kl"] > 1e-5 for line in log if line.get("generated_share") == 1.0)
+    made["output"] |= {"dir": "again"}
+    made["training"] |= {"resume_from_checkpoint": str(run.path / "checkpoint-3")}
+    again = distill(Recipe.from_dict(made))
+    ends = [load_file(one.path / "checkpoint-6" / "adapter_model.safetensors") for one in (run, again)]
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
 def test_an_earlier_checkpoint_teaches_as_a_live_teacher(place):
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     first = distill(taught_by_itself(training=training))

@@ -313,7 +313,7 @@ def test_the_kernels_keep_the_logits_of_a_chunk_and_nothing_beside_them() -> Non
 def test_text_of_the_students_own_is_as_long_as_it_may_get(tmp_path: Path) -> None:
     """Its own limit alone cuts it, also where batches are filled to a number of tokens; and its cache is counted."""
 
-    def work(**data: Any) -> Workload:
+    def work(read: dict[str, Any] | None = None, **data: Any) -> Workload:
         values = {"student": {"model": "m"}, "teacher": {"model": "t"}, "output": {"dir": "run"},
                   "data": {"train": "rows.jsonl", "max_length": 12, "max_prompt_length": 6, **data}}  # fmt: skip
         args = SimpleNamespace(
@@ -321,6 +321,7 @@ def test_text_of_the_students_own_is_as_long_as_it_may_get(tmp_path: Path) -> No
             activation_checkpointing=False, bf16=False, fp16=False,
         )  # fmt: skip
         rows = EncodedDataset(["a", "b", "c"], [[3] * 5, [3] * 7, [3] * 9], [2, 3, 4])
+        rows.for_teacher = (read or {}).get("for_teacher")
         return workload_of(Recipe.from_dict(values, deep=False), args, WIDE, rows)  # type: ignore[arg-type]
 
     own = {"max_new_tokens": 20, "batch_size": 3}
@@ -334,6 +335,18 @@ def test_text_of_the_students_own_is_as_long_as_it_may_get(tmp_path: Path) -> No
     assert work(on_policy={**own, "fraction": 0}) == work()
     rising = {**own, "fraction": 0, "schedule": "linear", "end_fraction": 0.5}
     assert work(on_policy=rising) == mixed
+    assert [each.teacher_tokens for each in (mixed, packed, budget)] == [0, 0, 0]
+    # The teacher reads 1, 2 and 12 tokens more: its longest row of the data has 21, and answers are longer than those of it
+    longer = {"for_teacher": ([[3] * 6, [3] * 9, [3] * 21], [[3, 6], [5, 9], [16, 21]])}
+    assert [work(longer).teacher_tokens, work(longer, packing=True).teacher_tokens] == [21, 30]
+    assert work(longer, packing={"tokens": 14}).teacher_tokens == 21 + 7, (
+        "the third, and 5 of the 7 tokens of the second: 9 x 5 / 7"
+    )
+    mixed_read = work(longer, on_policy=own)
+    assert replace(mixed_read, teacher_tokens=0) == mixed and mixed_read.teacher_tokens == 36
+    assert work(longer, on_policy=own, packing=True).teacher_tokens == 36 + 25
+    filled = work(longer, on_policy=own, packing={"tokens": 14})
+    assert filled.teacher_tokens == 23 + 36 and filled.tokens == budget.tokens
     answers = replace(mixed, answered=10**9)
     assert estimate_memory(WIDE, WIDE, answers, Plan()).moment == "answers"
     assert estimate_memory(WIDE, WIDE, mixed, Plan()).peak > estimate_memory(WIDE, WIDE, work(), Plan()).peak
@@ -365,6 +378,8 @@ def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 class DataOf:
     """Tokenised rows of these lengths."""
+
+    for_teacher = None
 
     def __init__(self, data: Any) -> None:
         self.lengths, self.prompt_lengths = data.lengths, data.prompt_lengths

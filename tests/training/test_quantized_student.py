@@ -23,11 +23,12 @@ from dts_hf.models.fake_quantization import (
     trained_for,
     without_fake_quantization,
 )
+from dts_hf.teachers.self_teacher import SelfTeacher
 from dts_hf.training.memory_estimate import Types, _activations
 from dts_hf.training.model_shape import ModelShape
 from dts_hf.training.workload import Plan, Workload
 from tests.support import reference
-from tests.support.quantized import INT4, SCHEMES, FakeQuantizedLinear, needs_torchao
+from tests.support.quantized import INT4, SCHEMES, FakeQuantizedLinear, needs_torchao, round_layers
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import ROWS, largest_difference, losses, step_gradients, trainer_for
 
@@ -345,6 +346,36 @@ def test_a_model_that_somebody_else_prepared(tmp_path: Path) -> None:
     quantize_(swapped, QATConfig(known, step="prepare"))
     with pytest.raises(UserError, match="the output layer is a FakeQuantizedLinear"):
         trainer_for(tmp_path, swapped)
+
+
+@pytest.mark.parametrize("weights_of", ["base", "ema"])
+@pytest.mark.parametrize("by", ["stand-in", pytest.param("torchao", marks=needs_torchao)])
+def test_its_own_teacher_rounds_nothing(by: str, weights_of: str, tmp_path: Path) -> None:
+    """So it teaches what rounding costs from the first step on, and only that."""
+    student, own = tiny_llama(seed=0), tiny_llama(seed=0)
+    if by == "stand-in":
+        round_layers(student)
+    trainer = trainer_for(
+        tmp_path, student, SelfTeacher(weights_of), temperature=1.0, kd_ratio=1.0,
+        quantize=INT4 if by == "torchao" else None, options={"max_steps": 2},
+    )  # fmt: skip
+    assert torch.equal(logits(trainer.teacher.model), logits(own))
+    assert not torch.equal(logits(trainer.model), logits(own)) and fake_quantized_layers(trainer.model)
+    batch = batches_of(trainer)[0]
+    loss = float(trainer.compute_loss(trainer.model, dict(batch)))
+    assert loss > 1e-6
+    with without_fake_quantization(trainer.model):
+        assert abs(float(trainer.compute_loss(trainer.model, dict(batch)))) < loss / 100
+    trainer.train()
+    assert losses(trainer)[0] > 1e-6
+    taught = trainer.teacher.model
+    plain = copy.deepcopy(own)
+    plain.load_state_dict(
+        taught.state_dict()
+    )  # of "ema": the mean of the weights that are trained, before they are rounded
+    assert torch.equal(logits(taught), logits(plain)) and torch.equal(logits(plain), logits(own)) == (
+        weights_of == "base"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- what it costs

@@ -14,6 +14,7 @@ from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.cached.teacher import STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
+from dts_hf.teachers.self_teacher import SelfTeacher
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.cached import cache_of
 from tests.support.served import running, served_tiny
@@ -106,6 +107,10 @@ def expected_branches(steps, phi=1.0, full_after=1):
     return found
 
 
+#: Rows of which the teacher reads more than the student, most of them.
+HINTED = [{**row, "hint": "" if k % 5 == 0 else f"It says {row['output']}"} for k, row in enumerate(ROWS)]
+
+
 def several(**how):
     return {"teachers": {"a": tiny_llama(seed=1, layers=3), "b": tiny_llama(seed=2, hidden=48)}, **how}
 
@@ -114,20 +119,30 @@ TEACHERS = {
     "one": lambda: {"teacher": tiny_llama(seed=1, layers=3)},
     "routed": lambda: several(teacher_column="who", rows=[{**row, "who": "aab"[k % 3]} for k, row in enumerate(ROWS)]),
     "weighted": lambda: several(teacher_weights={"a": 0.25, "b": 0.75}),
+    "told more": lambda: {"rows": HINTED, "teacher_prefix_column": "hint"},
+    "base": lambda: {"rows": HINTED, "teacher_prefix_column": "hint", "teacher": SelfTeacher()},
 }
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize(
-    ("teachers", "kept"), [("one", "states"), ("one", "rows"), ("routed", "states"), ("weighted", "states")]
+    ("teachers", "kept"),
+    [
+        ("one", "states"),
+        ("one", "rows"),
+        ("routed", "states"),
+        ("weighted", "states"),
+        ("told more", "states"),
+        ("told more", "rows"),
+        ("base", "states"),
+    ],
 )
 def test_replayed_rows_give_the_loss_and_the_gradient_of_when_they_were_generated(tmp_path, packing, kept, teachers):
     """The learning rate is 0, and the buffer holds one step: a replay is the last generated step in another order."""
     options = {"learning_rate": 0.0, "max_steps": 6, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2,
                "per_device_train_batch_size": 4}  # fmt: skip
-    trainer = replaying(
-        tmp_path, adaptive(replay=kept), options, packing=packing, temperature=2.0, **TEACHERS[teachers]()
-    )
+    more = TEACHERS[teachers]()
+    trainer = replaying(tmp_path, adaptive(replay=kept), options, packing=packing, temperature=2.0, **more)
     recorder = Recorder(trainer)
     trainer.train()
     assert recorder.branches == expected_branches(6)
@@ -146,6 +161,10 @@ def test_replayed_rows_give_the_loss_and_the_gradient_of_when_they_were_generate
         scale = recorder.gradients[of].norm()
         assert scale > 1e-4 and (recorder.gradients[step] - recorder.gradients[of]).norm() < 1e-6 * scale
         assert (recorder.asked[step] == 0) == (kept == "states")
+        assert all(
+            ("teacher_input_ids" in batch) == ("teacher_prefix_column" in more and kept == "rows")
+            for batch in recorder.replayed
+        )
     assert replays
     assert line(trainer, "replayed_share") == [float(branch == "replay") for branch in recorder.branches]
     assert line(trainer, "generated_share") == [float(branch == "generate") for branch in recorder.branches]
@@ -294,13 +313,20 @@ RESUMED = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "eval_ste
            "per_device_train_batch_size": 2}  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", ["states", "rows"])
-def test_a_run_that_is_resumed_ends_as_one_without_a_break(tmp_path, kept):
+@pytest.mark.parametrize(
+    ("kept", "told"), [("states", None), ("rows", None), ("states", "live"), ("rows", "live"), ("states", "ema")]
+)
+def test_a_run_that_is_resumed_ends_as_one_without_a_break(tmp_path, kept, told):
+    """Also where the teacher is told more, and where it moves with the student."""
+    more = {} if told is None else {"rows": HINTED, "teacher_prefix_column": "hint"}
+    more |= {**RISING, "eval_dataset": [{**row, "hint": "Q"} for row in OTHER] if told else OTHER}
+    if told == "ema":
+        more["teacher"] = SelfTeacher("ema", ema_rate=0.3)
     chosen = {"fraction": 0.5, "adaptive": {"eps": 0.05, "step": 0.1, "capacity": 4, "replay": kept}, **SHORT}
-    straight = replaying(tmp_path / "run", chosen, RESUMED, **RISING)
+    straight = replaying(tmp_path / "run", chosen, RESUMED, **more)
     recorder = Recorder(straight)
     straight.train()
-    resumed = replaying(tmp_path / "run", chosen, RESUMED, model=tiny_llama(seed=9), **RISING)
+    resumed = replaying(tmp_path / "run", chosen, RESUMED, model=tiny_llama(seed=9), **more)
     again = Recorder(resumed)
     resumed.train(str(tmp_path / "run" / "checkpoint-5"))
     assert again.branches == recorder.branches[5:] and set(again.branches) == {"data", "generate", "replay"}
@@ -320,6 +346,8 @@ def assert_same_buffers(one, other):
         assert torch.equal(first.input_ids, second.input_ids) and torch.equal(first.labels, second.labels)
         assert first.row_id == second.row_id and first.states.keys() == second.states.keys()
         assert all(torch.equal(states, second.states[name]) for name, states in first.states.items())
+        assert (first.side is None) == (second.side is None)
+        assert first.side is None or torch.equal(first.side, second.side)
 
 
 def test_a_second_run_begins_anew(tmp_path):
