@@ -56,7 +56,8 @@ def command(
     for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
     if print_commands:
-        print(work.shell_commands(study, left), end="", flush=True)
+        for line in work.shell_commands(study, left).splitlines():
+            show(line)
     elif slurm is not None and left:
         (study.folder / work.LOGS).mkdir(
             parents=True, exist_ok=True

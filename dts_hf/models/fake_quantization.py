@@ -164,8 +164,10 @@ def note_quantization(model: nn.Module) -> None:
 
     Whatever saves the model, a checkpoint too, saves that with it; ``dts-hf export`` reads it.
     """
-    config: Any = without_adapters(model).config
+    config: Any = getattr(without_adapters(model), "config", None)
     found = trained_for(model)
+    if config is None:  # no language model, which is refused later on
+        return
     if found is not None:
         setattr(config, TRAINED_FOR, found)
     elif hasattr(config, TRAINED_FOR):

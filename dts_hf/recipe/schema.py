@@ -235,18 +235,28 @@ class Student(Section):
         return self
 
 
+def _or_null(schema: dict[str, Any]) -> None:
+    """Let an editor take null for a key that a validator fills in."""
+    schema["anyOf"] = [{key: schema.pop(key) for key in ("type", "enum") if key in schema}, {"type": "null"}]
+
+
 class Teacher(Section):
     """The model that is imitated."""
 
     model: str = Field(
         description="Hub name, folder, a .gguf file, or package:NAME/FILE.gguf (a file of an installed package). Not with "
-        "kind: self."
+        "kind: self.",
+        json_schema_extra=_or_null,  # with kind: self, in the place of a model that a base names
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     tokenizer: str | None = Field(
         default=None, description="Hub name or folder of the tokenizer; null: the model's own."
     )
-    dtype: Dtype = Field(default="bfloat16", description="Type of the teacher's weights.")
+    dtype: Dtype = Field(
+        default="bfloat16",
+        description="Type of the teacher's weights; with kind: self null is the student's.",
+        json_schema_extra=_or_null,
+    )
     quantization: Quantization = Field(
         default="none",
         description="8bit and 4bit: through bitsandbytes. fp8 (GPUs from Ada and Hopper on) and int8: through torchao.",

@@ -291,7 +291,7 @@ class DistillationBase(ResumableTrainer):
         with torch.random.fork_rng(devices=[]), errors_of_workers():
             for batch in loader:
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    self.compute_loss(model, self._prepare_inputs(batch))
+                    self.compute_loss(model, self.on_device(batch))
         model.train(training)
         totals = self.sums.eval_meter.reduce(self.accelerator)
         if not totals.get(ROWS):

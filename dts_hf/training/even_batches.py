@@ -319,6 +319,10 @@ class EvenBatchesTrainer(Trainer):
         """What the loss of an optimizer step is divided by, ``[]``, where its batches are not those of the data loader."""
         return self._get_num_items_in_batch(batches, self.args.device)
 
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as a training step is given it: where the student is, and under DeepSpeed in its type."""
+        return self._prepare_inputs(batch)
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The Trainer's count without dummy rows; ``non_padding`` by length, for a padding token may be a real one, too."""
         if self.args.include_num_input_tokens_seen == "no":

@@ -93,12 +93,12 @@ def test_the_time_of_a_step_leaves_warming_up_out(workplace: Path, monkeypatch: 
     """Steps 1 and 2 are made slow by a second each."""
     count, right = 0, DistillationLoss.forward
 
-    def slow(self: DistillationLoss, states: torch.Tensor, *args: Any) -> Any:
+    def slow(self: DistillationLoss, states: torch.Tensor, *args: Any, **options: Any) -> Any:
         nonlocal count
         count += states.requires_grad and self.training
         if states.requires_grad and self.training and count <= 2:
             time.sleep(1.0)
-        return right(self, states, *args)
+        return right(self, states, *args, **options)
 
     path = recipe()
     real = doctor_walk.check_steps

@@ -22,7 +22,7 @@ from tests.support.trainers import arguments, encoded, losses, plain, trainer_fo
 
 #: Of a step, but of tensors that are on the host wherever the models are.
 ON_HOST = {
-    ("collators", "__call__", "tensor"),
+    ("collators", "tokens", "tensor"),
     ("collators", "more", "tensor"),
     ("packed_attention", "cu_seqlens_mask", "tensor"),
     ("tokenised", "__call__", "__int__"),  # CountingCollator
