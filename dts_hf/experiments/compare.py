@@ -147,7 +147,7 @@ def compare(paths: Iterable[Path], baseline: str | None = None, margin: float | 
     margins = MARGINS if margin is None else {**MARGINS, "rougeL": margin}
     tables = []
     for protocol in dict.fromkeys(run.protocol for kind in ordered for run in kind.runs.values()):
-        chosen = [kind.those(lambda run, name=protocol: run.protocol == name) for kind in ordered]
+        chosen = [_of_protocol(kind, protocol) for kind in ordered]
         if sum(bool(kind.runs) for kind in chosen) < 2 or not chosen[0].runs:
             continue
         tables += [table for table in _tables(chosen, protocol, margins) if table is not None]
@@ -201,6 +201,10 @@ def _baseline(kinds: Sequence[Kind], wanted: str | None) -> Kind:
             f"baseline: {wanted!r} {which}, expected one of {'; '.join(names)}, or a run directory.{nearest(wanted, names)}"
         )
     return found[0]
+
+
+def _of_protocol(kind: Kind, protocol: str) -> Kind:
+    return kind.those(lambda run: run.protocol == protocol)
 
 
 def _tables(kinds: Sequence[Kind], protocol: str, margins: Mapping[str, float]) -> Iterable[Table | None]:
