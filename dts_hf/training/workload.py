@@ -123,8 +123,7 @@ def workload_of(
         beside: bytes of ordinary memory that rows and tokenizers take.
     """
     cuda = args.device.type == "cuda"
-    fused = cuda and recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl"
-    fused = fused and importlib.util.find_spec("triton") is not None
+    fused = cuda and _has_kernels(recipe)
     batch = min(args.per_device_train_batch_size, len(data))
     responses = data.target_counts
     lengths, read = list(data.lengths), None if data.for_teacher is None else list(data.teacher_lengths)
@@ -134,9 +133,8 @@ def workload_of(
         prompts = [data.spans(row)[-1][0] for row in range(len(data))]
         lengths = [min(prompt + longest, recipe.data.max_length) for prompt in prompts]
     packed_lengths, own, answered = lengths, recipe.data.on_policy, 0
-    if own is not None and (
-        own.fraction != 0 or own.end_fraction or own.adaptive
-    ):  # no limit but its own cuts the student's text
+    # No limit but its own cuts the student's text
+    if own is not None and (own.fraction != 0 or own.end_fraction or own.adaptive):
         responses = [max(of_data, own.max_new_tokens) for of_data in responses]
         asked = [data.spans(row)[-1][0] + own.max_new_tokens for row in range(len(data))]
         lengths = [max(pair) for pair in zip(lengths, asked, strict=True)]
@@ -156,7 +154,6 @@ def workload_of(
         tokens = filled if lengths is packed_lengths else _most_labels(packed_lengths, lengths, filled)
         teacher_tokens = 0 if read is None else _most_labels(packed_lengths, read, filled)
     lora = _lora_parameters(recipe.student, shape, student)
-    mean = recipe.teacher is not None and recipe.teacher.kind == "self" and recipe.teacher.weights == "ema"
     return Workload(
         rows=1 if packed else batch,
         tokens=tokens,
@@ -168,7 +165,7 @@ def workload_of(
         gradient_checkpointing=bool(args.activation_checkpointing),
         lora_parameters=lora,
         teacher_tokens=teacher_tokens,
-        running_mean=4.0 * (shape.parameters if lora is None else lora) if mean else 0.0,
+        running_mean=4.0 * (shape.parameters if lora is None else lora) if _has_mean(recipe) else 0.0,
         logits_budget_mb=recipe.loss.logits_budget_mb or default_budget_mb(fused, free_bytes(args.device)),
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         attention="packed" if packed else "sdpa",
@@ -179,6 +176,16 @@ def workload_of(
         answered=answered,
         rounded=recipe.student.quantize is not None,
     )
+
+
+def _has_kernels(recipe: Recipe) -> bool:
+    wanted = recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl"
+    return wanted and importlib.util.find_spec("triton") is not None
+
+
+def _has_mean(recipe: Recipe) -> bool:
+    """Whether the teacher is a running mean of the student."""
+    return recipe.teacher is not None and recipe.teacher.kind == "self" and recipe.teacher.weights == "ema"
 
 
 def _most_labels(lengths: Sequence[int], responses: Sequence[int], tokens: int) -> int:
