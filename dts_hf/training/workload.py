@@ -130,13 +130,12 @@ def workload_of(
     if recipe.data.responses == "teacher":  # its answers may be longer than those of the data
         longest = recipe.data.teacher_max_new_tokens
         responses = [longest] * len(data)
-        prompts = [data.spans(row)[-1][0] for row in range(len(data))]
-        lengths = [min(prompt + longest, recipe.data.max_length) for prompt in prompts]
+        lengths = [min(prompt + longest, recipe.data.max_length) for prompt in _prompts(data)]
     packed_lengths, own, answered = lengths, recipe.data.on_policy, 0
     # No limit but its own cuts the student's text
     if own is not None and (own.fraction != 0 or own.end_fraction or own.adaptive):
         responses = [max(of_data, own.max_new_tokens) for of_data in responses]
-        asked = [data.spans(row)[-1][0] + own.max_new_tokens for row in range(len(data))]
+        asked = [prompt + own.max_new_tokens for prompt in _prompts(data)]
         lengths = [max(pair) for pair in zip(lengths, asked, strict=True)]
         answered = max(asked) * min(own.batch_size, batch * args.gradient_accumulation_steps)
         if read is not None:
@@ -169,13 +168,16 @@ def workload_of(
         logits_budget_mb=recipe.loss.logits_budget_mb or default_budget_mb(fused, free_bytes(args.device)),
         autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         attention="packed" if packed else "sdpa",
-        fused=fused,
-        logits_dtype=recipe.loss.logits_dtype,
-        device="cuda" if cuda else "cpu",
+        fused=fused, logits_dtype=recipe.loss.logits_dtype, device="cuda" if cuda else "cpu",
         beside=beside if args.device.type == "cpu" else 0.0,
         answered=answered,
         rounded=recipe.student.quantize is not None,
-    )
+    )  # fmt: skip
+
+
+def _prompts(data: EncodedDataset) -> list[int]:
+    """Tokens before the last answer of each row."""
+    return [data.spans(row)[-1][0] for row in range(len(data))]
 
 
 def _has_kernels(recipe: Recipe) -> bool:
