@@ -294,7 +294,9 @@ def test_a_running_mean_has_followed_before_it_is_asked(tmp_path):
     """The teacher of a step's end is the one that an evaluation there has."""
     options = {"max_steps": 4, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 1}
     teacher, measured = SelfTeacher("ema", ema_rate=0.5), dts(every=1, rows=len(HELD_OUT))
-    trainer = train(trainer_for(tmp_path, teacher=teacher, eval_dataset=HELD_OUT, temperature=measured, options=options))
+    trainer = train(
+        trainer_for(tmp_path, teacher=teacher, eval_dataset=HELD_OUT, temperature=measured, options=options)
+    )
     evaluated = [log["eval_gap"] for log in trainer.state.log_history if "eval_gap" in log]
     assert logged(trainer, "held_out_gap")[1:] == pytest.approx(evaluated[:-1], abs=1e-6)
 

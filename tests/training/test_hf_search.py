@@ -293,7 +293,11 @@ def test_optuna_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "more", "named"),
     [
-        ({"divergence": "dkd"}, {"on_policy": {"gap_on": "teacher_argmax"}}, "gap_on: got 'teacher_argmax', but .*dkd"),
+        (
+            {"divergence": "dkd"},
+            {"on_policy": {"gap_on": "teacher_argmax"}},
+            "gap_on: got 'teacher_argmax', but .*dkd",
+        ),
         (
             {"temperature": {"name": "dts", "range": "auto"}},
             {"on_policy": {"fraction": 1.0}},

@@ -425,7 +425,9 @@ def test_what_mixed_data_does_not_go_with_is_refused_before_the_first_step(tmp_p
 def test_one_of_several_that_knows_the_data_alone_is_refused_by_its_name(tmp_path, how):
     rows = [{**row, "who": "ab"[number % 2]} for number, row in enumerate(ROWS)]
     teachers = {"a": tiny_llama(seed=2), "b": cached(tmp_path, live=False)}
-    with pytest.raises(UserError, match=r"^on_policy: the cached teachers\.b knows.*expected teachers\.b\.missing: live"):
+    with pytest.raises(
+        UserError, match=r"^on_policy: the cached teachers\.b knows.*expected teachers\.b\.missing: live"
+    ):
         recording(arguments(tmp_path), rows=rows, teachers=teachers, on_policy=MIXED, **how)
 
 
