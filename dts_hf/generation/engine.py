@@ -235,9 +235,8 @@ class _Job:
         self.tokens, self.ends, self.done = [[] for _ in range(count)], [None] * count, [False] * count
         keeps = "logits_to_keep" in inspect.signature(without_adapters(self.model).forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
-        if collects_router_logits(
-            self.model
-        ):  # the router's loss knows no cache: its mask would have to be of new tokens
+        # The router's loss takes a mask of the new tokens alone, and knows no cache
+        if collects_router_logits(self.model):
             self.forward_options["output_router_logits"] = False
         self.cache_argument = cache_argument(self.model)
         self.together = is_sharded(self.model)

@@ -272,10 +272,7 @@ class DistillationTrainer(ReplayTrainer):
     def step_callbacks(self) -> list[TrainerCallback]:
         mean = mean_of(self.teacher)
         follow = [] if mean is None else [FollowCallback(mean, lambda: cast(nn.Module, self.model))]
-        return [
-            *follow,
-            *super().step_callbacks(),
-        ]  # first: a gap of held-out rows is measured at the end of a step, too
+        return [*follow, *super().step_callbacks()]  # first: a held-out gap is measured at the end of a step, too
 
     def extra_state(self) -> ExtraState:
         extra = super().extra_state()

@@ -437,7 +437,7 @@ def test_prompts_are_measured_against_a_server_that_is_one_of_several(tmp_path):
         with pytest.raises(UserError, match=rf"max_new_tokens = 60.*64 positions of the teacher at {url}"):
             recording(
                 arguments(tmp_path), teachers=teachers, teacher_weights={"a": 0.5, "far": 0.5},
-                on_policy={"max_new_tokens": 60}, max_length=64,
+                on_policy={"max_new_tokens": 60}, max_length=64, max_prompt_length=48,
             )  # fmt: skip
 
 
