@@ -5,6 +5,7 @@ Two recipes with the same id give the same student and the same scores; one is n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -103,18 +104,29 @@ def _of_source(source: str | Source, split: str) -> Any:
     name, own = (source, None) if isinstance(source, str) else (source.source, source.split)
     files = source_files(name, split=own or split)
     beside = {} if isinstance(source, str) else source.model_dump(exclude={"source"})
-    return [name if files is None else [digest(file) for file in files], beside]
+    return [name if files is None else [_content(file) for file in files], beside]
+
+
+def _content(path: Path) -> str:
+    """Digest of a file, read once however many runs of a sweep name it."""
+    status = path.stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(4096)
+def _digest_of(path: Path, size: int, changed: int) -> str:  # noqa: ARG001  # a file that changes is another one
+    return digest(path)
 
 
 def _of_place(place: str) -> str:
     path = Path(place)
     if path.is_file():
-        return digest(path)
+        return _content(path)
     if not path.is_dir():
         return place
     own = next((path / name for name in _TELLS_ALL if (path / name).is_file()), None)
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _OF_MODEL)
-    return digest(own) if own is not None else json_digest([digest(file) for file in files])
+    return _content(own) if own is not None else json_digest([_content(file) for file in files])
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
