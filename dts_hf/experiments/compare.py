@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.experiments.families import MOST_UNEQUAL, Family, critical_value, detectable, dunnett, equal_family
+from dts_hf.experiments.families import MOST_UNEQUAL, Family, critical_value, detectable, dunnett, loadings_of
 from dts_hf.experiments.intervals import (
     Components,
     Difference,
-    Interval,
     Numbers,
     components,
+    difference_of_means,
     paired_difference,
     unpaired_difference,
 )
@@ -71,9 +71,8 @@ class Line:
         spread: where the variation comes from; None where a run has one number.
         run_sd: of a run's score, between seeds; NaN of one.
         difference: from the baseline, over seeds and rows; None of the baseline, of one seed, and where rows are unknown.
-        interval: of the difference, simultaneous with those of the other kinds; None where there is none.
         p: of Dunnett's test on these rows, adjusted; None where there is none.
-        verdict: None of the baseline and of one seed.
+        verdict: with the interval of the difference; None of the baseline and of one seed.
         near_best: its mean is within the margin of the best mean.
         wins: seeds with which it is the best of all kinds.
         seconds: of training, the mean.
@@ -86,7 +85,6 @@ class Line:
     spread: Components | None
     run_sd: float
     difference: float | None
-    interval: Interval | None
     p: float | None
     verdict: Verdict | None
     near_best: bool
@@ -283,7 +281,7 @@ def _lines(
     for kind in kinds:
         values = means.get(kind.name, np.asarray([]))
         mean = float(values.mean()) if len(values) else math.nan
-        difference = interval = p = said = None
+        difference = p = said = None
         if kind is not base and len(values):
             difference = mean - float(means[base.name].mean())
             p = family.comparisons[kind.name].p if family else None
@@ -294,11 +292,10 @@ def _lines(
                     found, margin, run_sd=family.sd, critical=critical, higher_is_better=higher,
                     digits=digits_of(margin),
                 )  # fmt: skip
-                interval = said.interval
         lines.append(
             Line(
                 kind.name, len(values), len(kind.failed), mean, spreads.get(kind.name),
-                float(values.std(ddof=1)) if len(values) > 1 else math.nan, difference, interval, p, said,
+                float(values.std(ddof=1)) if len(values) > 1 else math.nan, difference, p, said,
                 bool(len(values)) and best - mean * (1 if higher else -1) <= margin, wins.get(kind.name, 0),
                 float(np.mean([run.seconds for run in kind.runs.values()])) if kind.runs else math.nan,
             )
@@ -354,26 +351,12 @@ def _difference(
         if tasks is not None:
             first, second, weights = of_tasks(first, tasks), of_tasks(second, tasks), np.bincount(tasks).tolist()
         return (paired_difference if paired else unpaired_difference)(first, second, weights)
-    first, second = means[base.name], means[kind.name]
-    if paired:
-        d = second - first
-        variance, df = float(d.var(ddof=1)) / len(d), float(len(d) - 1)
-    else:
-        parts = [(float(side.var(ddof=1)) / len(side), len(side) - 1) for side in (first, second)]
-        variance = sum(part for part, _ in parts)
-        spread = sum(part**2 / free for part, free in parts)
-        df = max(1.0, variance**2 / spread) if spread else math.inf
-    se, mean = math.sqrt(variance), float(second.mean() - first.mean())
-    return Difference(mean, se, df, se, df, (len(first), len(second)), 0)
+    return difference_of_means(means[base.name], means[kind.name], paired=paired)
 
 
 def _critical(base: Kind, others: Sequence[Kind], difference: Difference) -> float:
     """Dunnett's value at the degrees of freedom of this difference: an approximation where rows vary too."""
-    counts = {len(kind.runs) for kind in others}
-    if counts == {len(base.runs)}:
-        loadings = equal_family(len(others), len(base.runs))
-    else:
-        loadings = tuple(math.sqrt(len(kind.runs) / (len(base.runs) + len(kind.runs))) for kind in others)
+    loadings = loadings_of(len(base.runs), [len(kind.runs) for kind in others])
     return critical_value(loadings, round(difference.df, 1))
 
 

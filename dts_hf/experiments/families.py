@@ -80,7 +80,7 @@ def dunnett(baseline: Sequence[float], kinds: Mapping[str, Sequence[float]], alp
         raise UserError("dunnett: expected a baseline, another kind of runs, and two runs of one of them at least")
     variances = [float(group.var(ddof=1)) for group in groups if len(group) > 1]
     sd = math.sqrt(sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / df)
-    loadings = _loadings(len(groups[0]), [len(group) for group in groups[1:]])
+    loadings = loadings_of(len(groups[0]), [len(group) for group in groups[1:]])
     critical = critical_value(loadings, df, alpha)
     found = {}
     for name, group in zip(kinds, groups[1:], strict=True):
@@ -108,16 +108,26 @@ def critical_value(loadings: tuple[float, ...], df: float, alpha: float = ALPHA)
     """How many standard errors the largest of several differences from one baseline exceeds with chance ``alpha``.
 
     Args:
-        loadings: of each difference on the baseline, ``sqrt(n / (n_0 + n))``; see ``_loadings``.
+        loadings: of each difference on the baseline, ``sqrt(n / (n_0 + n))``; see ``loadings_of``.
         df: of the standard deviation.
         alpha: a probability.
     """
     return _critical(loadings, float(df), alpha)
 
 
+def loadings_of(baseline: int, kinds: Sequence[int]) -> tuple[float, ...]:
+    """How much of each kind's difference is the baseline's own chance, which all differences share.
+
+    Args:
+        baseline: runs of the baseline.
+        kinds: runs of each kind.
+    """
+    return tuple(math.sqrt(count / (baseline + count)) for count in kinds)
+
+
 def equal_family(kinds: int, seeds: int, baseline_seeds: int | None = None) -> tuple[float, ...]:
-    """``loadings`` of so many kinds with ``seeds`` runs each."""
-    return _loadings(baseline_seeds or seeds, [seeds] * kinds)
+    """``loadings_of`` so many kinds with ``seeds`` runs each."""
+    return loadings_of(baseline_seeds or seeds, [seeds] * kinds)
 
 
 def power(effect: float, kinds: int, seeds: int, baseline_seeds: int | None = None, alpha: float = ALPHA) -> float:
@@ -201,10 +211,6 @@ def _power_of_equivalence(margin: float, seeds: int, alpha: float) -> float:
     scale, weight = _scales(float(df))
     room = np.maximum(margin / error - critical * scale, 0.0)
     return float((weight * (2 * library.norm.cdf(room) - 1)).sum())
-
-
-def _loadings(baseline: int, kinds: Sequence[int]) -> tuple[float, ...]:
-    return tuple(math.sqrt(count / (baseline + count)) for count in kinds)
 
 
 @functools.lru_cache(1024)

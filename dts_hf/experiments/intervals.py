@@ -142,6 +142,23 @@ def unpaired_difference(baseline: ArrayLike, kind: ArrayLike, weights: Sequence[
     )  # fmt: skip
 
 
+def difference_of_means(baseline: ArrayLike, kind: ArrayLike, *, paired: bool) -> Difference:
+    """Between scores of which a run has one number: the rows are what they are.
+
+    Args:
+        baseline: ``[S_0]``, at least two.
+        kind: ``[S_1]``, at least two.
+        paired: they have the same seeds in the same places.
+    """
+    first, second = (np.asarray(side, dtype=np.float64) for side in (baseline, kind))
+    sides = [second - first] if paired else [first, second]
+    parts = [(float(side.var(ddof=1)) / len(side), len(side) - 1) for side in sides]
+    variance = sum(part for part, _ in parts)
+    se, df = math.sqrt(variance), _satterthwaite(variance, parts)
+    mean = float(second.mean() - first.mean())
+    return Difference(mean, se, df, se, df, (len(first), len(second)), 0)
+
+
 def components(scores: ArrayLike) -> Components:
     """Where the variation of one kind of runs comes from, by analysis of variance.
 

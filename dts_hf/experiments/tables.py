@@ -41,7 +41,7 @@ def cells(table: Table, line: Line) -> dict[str, str]:
                 _number(spread.generation, 1) if spread and table.generations > 1 else "",
                 _number(spread.example, 1) if spread else "",
                 _signed(line.difference, digits),
-                " to ".join(_signed(end, digits) for end in line.interval or ()),
+                " to ".join(_signed(end, digits) for end in (line.verdict.interval if line.verdict else ())),
                 "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.0005 else "< 0.001",
                 line.verdict.sentence if line.verdict else "" if line.kind == table.baseline else "no verdict",
                 "yes" if line.near_best else "", f"{line.wins}" if line.wins else "", _number(line.seconds, 0),
@@ -94,15 +94,15 @@ def as_csv(tables: Sequence[Table]) -> str:
     ])  # fmt: skip
     for table in tables:
         for line in table.lines:
-            spread, interval = line.spread, line.interval
+            spread, said = line.spread, line.verdict
             values = (
                 line.mean, line.run_sd, *((spread.train, spread.generation, spread.example) if spread else (None,) * 3),
-                line.difference, *(interval or (None, None)), line.p,
+                line.difference, *(said.interval if said else (None, None)), line.p,
             )  # fmt: skip
-            said = (line.verdict.word, line.verdict.sentence) if line.verdict else ("", "")
             writer.writerow([
                 table.set, table.measure, table.protocol, line.kind, table.baseline, line.seeds, line.failed,
-                *("" if value is None or math.isnan(value) else repr(float(value)) for value in values), *said,
+                *("" if value is None or math.isnan(value) else repr(float(value)) for value in values),
+                *((said.word, said.sentence) if said else ("", "")),
                 int(line.near_best), line.wins, "" if math.isnan(line.seconds) else line.seconds, table.rows,
                 table.generations, table.margin,
             ])  # fmt: skip
