@@ -237,13 +237,12 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     def _forget_questions(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """A teacher elsewhere was asked about the rows of the data as their batches were made: nobody waits for that."""
-        teacher: Any = getattr(self, "teacher", None)
-        several = teacher.by_name if isinstance(teacher, SeveralTeachers) else {}
-        asked = {TICKET: teacher, **{f"{TICKET}{OF_TEACHER}{name}": one for name, one in several.items()}}
-        for batch in samples:
-            for key, one in asked.items():
-                if key in batch and isinstance(one, RemoteTeacher):
-                    one.of_rows.forget(int(batch[key]))
+        for key, one in self._teachers_by_key().items():
+            name = key.partition(".")[2]
+            ticket = f"{TICKET}{OF_TEACHER}{name}" if name else TICKET
+            for batch in samples if isinstance(one, RemoteTeacher) else ():
+                if ticket in batch:
+                    one.of_rows.forget(int(batch[ticket]))
 
     def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
         assert self.rollout is not None
