@@ -83,7 +83,7 @@ def overlap_loss(
         sequences: ``[N]``, see ``DistillationLoss.forward``.
 
     Returns:
-        the loss, and sums of which some are over the M pairs (``Statistic.per``).
+        the loss, and sums of which some are over the M pairs (``Statistic.over``).
     """
     # 1. The soft part, on what is the same.
     soft = _soft_loss(loss, states, head, teacher_states, teacher_head, aligned, targets, normalizer, sequences)

@@ -22,7 +22,7 @@ START: dict[Reduction, float] = {"sum": 0.0, "min": math.inf, "max": -math.inf}
 #: The sum that the others are divided by: labelled rows.
 ROWS = "rows"
 #: Where the teacher has another tokenizer: labels that are the same for it, which alone have a soft loss, and bytes of the
-#: answers that both sides cover. Then some statistics are means over these and not over all labels (``Statistic.per``).
+#: answers that both sides cover. Then some statistics are means over these and not over all labels (``Statistic.over``).
 ALIGNED, BYTES = "aligned", "answer_bytes"
 #: Sums for the policy and not for the log: d kd / d T (policies with ``learns``), and ``Temperatures.observed`` ``[K]``.
 TEMPERATURE_GRAD, OBSERVED = "temperature_grad", "observed"
