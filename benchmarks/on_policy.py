@@ -17,6 +17,7 @@ into generation; and how long sampled answers were beside those of the data.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -141,40 +142,31 @@ def scores(run: Any, own: OwnText) -> dict[str, float]:
         "kl": student["teacher_forced"]["kl"], "own_forward_kl": forward, "own_reverse_kl": reverse,
         "rougeL": 100 * of_set["rougeL"]["mean"], "repeats": 100 * of_set["repeats_4gram"]["mean"],
         "generation": 100 * sum(line.get("generation_seconds", 0.0) for line in log) / training["seconds"],
-        "length": statistics.mean(lengths) / labels_of_data(run) if lengths else float("nan"),
+        "length": statistics.mean(lengths) / labels_of_data() if lengths else float("nan"),
         "seconds": training["seconds"],
     }  # fmt: skip
 
 
-def labels_of_data(run: Any) -> float:
-    """Labels of a row of the training data, the mean."""
+@functools.cache
+def labels_of_data() -> float:
+    """Labels of a row of the training data, the mean; the same in all runs."""
     from dts_hf.distill import task_of
     from dts_hf.models.loading import load_tokenizers
+    from dts_hf.recipe.loading import load_recipe
 
-    recipe = run.read_recipe()
+    recipe = load_recipe(RECIPE, [])
     task, (tokenizer, _) = task_of(recipe), load_tokenizers(recipe)
-    rows = task.load_rows()
-    if recipe.data.responses == "teacher":
-        teacher = task.load_teacher()
-        assert teacher is not None
-        rows = task.answer(teacher, tokenizer, rows)
-    data = task.encode(rows, tokenizer).train
+    teacher = task.load_teacher()
+    assert teacher is not None
+    data = task.encode(task.answer(teacher, tokenizer, task.load_rows()), tokenizer).train
     return statistics.mean(sum(stop - start for start, stop in data.spans(index)) for index in range(len(data)))
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def report(found: Sequence[dict[str, Any]], setting: dict[str, Any]) -> dict[str, Any]:
     """One row an arm: mean and standard deviation over the seeds."""
-    rows = []
-    for arm in dict.fromkeys(row["arm"] for row in found):
-        runs = [row for row in found if row["arm"] == arm]
-        cells = {name: _spread([run[name] for run in runs], places) for name, places in DIGITS.items()}
-        rows.append({"arm": arm, "seeds": len(runs), "runs": runs, **cells})
-    return render.make_report("on_policy", setting, [render.make_table("", COLUMNS, rows)], [])
+    return render.make_report(
+        "on_policy", setting, [render.make_table("", COLUMNS, render.over_seeds(found, DIGITS))], []
+    )
 
 
 def main() -> None:
@@ -190,10 +182,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the numbers here")
     args = parser.parse_args()
     setting = {"minutes": args.minutes, "seeds": args.seeds, "rows": args.rows}
-    whole = report(measured(args.arms, args), setting)
-    if args.json is not None:
-        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print(render.markdown(whole))
+    render.finish(report(measured(args.arms, args), setting), args.json)
 
 
 if __name__ == "__main__":

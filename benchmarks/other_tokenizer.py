@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,19 +160,9 @@ def measured(arms: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "untrained_bits_per_byte": untrained, **sizes}
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def report(found: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
     """One row an arm: mean and standard deviation over the seeds."""
-    digits = {"bits_per_byte": 3, "rougeL": 1, "steps": 0, "seconds": 0}
-    rows = []
-    for arm in dict.fromkeys(row["arm"] for row in found["rows"]):
-        runs = [row for row in found["rows"] if row["arm"] == arm]
-        cells = {name: _spread([run[name] for run in runs], places) for name, places in digits.items()}
-        rows.append({"arm": arm, "seeds": len(runs), "runs": runs, **cells})
+    rows = render.over_seeds(found["rows"], {"bits_per_byte": 3, "rougeL": 1, "steps": 0, "seconds": 0})
     notes = [
         f"The student's tokenizer, re-trained on the quickstart's training rows, has {found['student_tokens']:,} entries, "
         f"the teacher's {found['teacher_tokens']:,}. Before training the student needs "
@@ -194,10 +183,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the numbers here")
     args = parser.parse_args()
     setting = {"minutes": args.minutes, "seeds": args.seeds, "vocabulary": args.vocabulary, "rows": args.rows}
-    whole = report(measured(args.arms, args), setting)
-    if args.json is not None:
-        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print(render.markdown(whole))
+    render.finish(report(measured(args.arms, args), setting), args.json)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,29 @@ def make_report(
         "tables": tables,
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation over seeds; of one value itself."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def over_seeds(runs: Sequence[dict[str, Any]], digits: dict[str, int]) -> list[dict[str, Any]]:
+    """One row for each ``arm`` of ``runs``, which it holds: the ``spread`` of every key of ``digits`` over its seeds."""
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        cells = {name: spread([run[name] for run in own], places) for name, places in digits.items()}
+        rows.append({"arm": arm, "seeds": len(own), "runs": own, **cells})
+    return rows
+
+
+def finish(report: dict[str, Any], kept: Path | None) -> None:
+    """Print ``report``, and keep it as JSON where a place is given."""
+    if kept is not None:
+        kept.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(markdown(report))
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import render
 from transformers import PreTrainedModel
 
 from dts_hf.data.encoding import EncodedDataset
@@ -109,11 +109,6 @@ def table_before(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: list[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def table_after(rows: list[dict[str, Any]]) -> str:
     """Markdown; mean and standard deviation over the seeds."""
     lines = [
@@ -124,9 +119,9 @@ def table_after(rows: list[dict[str, Any]]) -> str:
         of_start = [row["models"] for row in rows if row["start"] == name]
         cells = []
         for which in ("student_before", "student"):
-            cells.append(_spread([models[which]["teacher_forced"][KL.sum] for models in of_start], 3))
+            cells.append(render.spread([models[which]["teacher_forced"][KL.sum] for models in of_start], 3))
             scores = [models[which]["sets"][VALIDATION]["rougeL"]["mean"] for models in of_start]
-            cells.append(_spread([100 * score for score in scores], 1))
+            cells.append(render.spread([100 * score for score in scores], 1))
         lines.append(f"| {name} | {' | '.join(cells)} | {len(of_start)} |")
     return "\n".join(lines)
 
