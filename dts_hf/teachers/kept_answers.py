@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dts_hf.errors import UserError
-from dts_hf.files import CHECKSUM, is_sealed, json_text, naming, sealed, write_text_atomic
+from dts_hf.files import CHECKSUM, is_sealed, naming, write_sealed
 from dts_hf.loss.selection import IGNORE_INDEX
 from dts_hf.teachers.batch_rows import Row
 from dts_hf.teachers.cached.layout import MANIFEST, check_regular, row_checksum, row_key
@@ -115,15 +115,15 @@ class KeptAnswers:
         if self._pid != os.getpid():  # forked: the file is the parent's
             self._forget()
         keys = [_key(row) for row in rows]
+        labels = {key: int(row[1].sum()) for key, row in zip(keys, rows, strict=True)}
         with self._lock:
-            found = {key: self._kept(key, int(row[1].sum())) for key, row in zip(keys, rows, strict=True)}
+            found = {key: self._kept(key, count) for key, count in labels.items()}
             if any(answer is None for answer in found.values()):
                 self._look_again()  # another process may have been answered since
-                for key, row in zip(keys, rows, strict=True):
-                    found[key] = found[key] or self._kept(key, int(row[1].sum()))
+                found = {key: answer or self._kept(key, labels[key]) for key, answer in found.items()}
         new = {key: row for key, row in zip(keys, rows, strict=True) if found[key] is None}
         if new:
-            answer, counts = self.server.ask([*new.values()]), [int(row[1].sum()) for row in new.values()]
+            answer, counts = self.server.ask([*new.values()]), [labels[key] for key in new]
             parts = zip(answer.states.split(counts), answer.label_logprob.split(counts), strict=True)
             with self._lock:
                 for key, (states, logprobs) in zip(new, parts, strict=True):
@@ -190,8 +190,9 @@ class KeptAnswers:
             with naming(path):
                 self._own = path.open("xb", buffering=0)
         parts = [logprobs.contiguous(), states.contiguous()]
-        header = _HEADER.pack(_MARK, len(logprobs), key, row_checksum(key, parts))
-        content = memoryview(header + b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts))
+        checksum = row_checksum(key, parts)
+        header = _HEADER.pack(_MARK, len(logprobs), key, checksum)
+        content = memoryview(b"".join([header, *(part.view(torch.uint8).numpy().tobytes() for part in parts)]))
         path, start = Path(self._own.name), self._own.tell()
         try:
             with naming(path):
@@ -202,7 +203,7 @@ class KeptAnswers:
             self._own.seek(start)
             raise
         self._read[path] = self._own.tell()
-        self._places[key] = (_Place(path, start + _HEADER.size, len(logprobs), row_checksum(key, parts)),)
+        self._places[key] = (_Place(path, start + _HEADER.size, len(logprobs), checksum),)
 
     # ------------------------------------------------------------------------------------------------------- whose it is
 
@@ -214,7 +215,7 @@ class KeptAnswers:
                 raise UserError(f"teacher.cache: {path} is missing, and it alone says whose the answers beside it are")
             with naming(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_text_atomic(path, json_text(sealed({"format": FORMAT, "identity": identity.as_json()})))
+                write_sealed(path, {"format": FORMAT, "identity": identity.as_json()})
             return
         self._refuse_other(read_answers(path), "the kept answers", path)
 
