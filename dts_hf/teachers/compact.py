@@ -296,13 +296,13 @@ def measured_rows(rows: int, labels: int) -> list[int]:
     return evenly_spaced(min(wanted, rows), rows)
 
 
-@torch.no_grad()
 def alone(example: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """A batch of one encoded row, without padding, and its labels ``[1, T]``."""
     ids, labels = (torch.tensor([example[key]], device=device) for key in ("input_ids", "labels"))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels
 
 
+@torch.no_grad()
 def pilot(
     teacher: Teacher, examples: Iterable[Mapping[str, Any]], form: CompactFormat, policy: TemperaturePolicy,
     divergence: Divergence, forced: bool = False,
