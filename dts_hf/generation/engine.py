@@ -24,7 +24,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_nois
 from dts_hf.models.compilation import without_compiled_layers
 from dts_hf.models.fake_quantization import rounded_once
 from dts_hf.models.head import without_adapters
+from dts_hf.models.modes import evaluating
 from dts_hf.models.router import collects_router_logits
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def generate(
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
     # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
     no_gradient = torch.no_grad() if job.together else torch.inference_mode()
-    calm = (rounded_once(model), _evaluating(model), without_compiled_layers(model), no_gradient)
+    calm = (rounded_once(model), evaluating(model), without_compiled_layers(model), no_gradient)
     with contextlib.ExitStack() as stack, progress_bar(progress, len(inputs)) as show:
         for context in calm:
             stack.enter_context(context)
@@ -462,19 +463,3 @@ def _join(old: _Batch, new: _Batch) -> _Batch:
 
 def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into eval mode and every module back into its own mode afterwards.
-
-    Eval mode also switches gradient checkpointing off, and ``use_cache`` is passed with each call: no flag or config
-    is touched.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -22,6 +22,7 @@ from dts_hf.loss.selection import select_response
 from dts_hf.models.adapters import adapter_off
 from dts_hf.models.fake_quantization import stop_rounding
 from dts_hf.models.head import Head, backbone_of, head_of
+from dts_hf.models.modes import evaluating
 from dts_hf.recipe.schema import EMA_RATE
 from dts_hf.teachers.live import LiveTeacher
 
@@ -214,7 +215,7 @@ class SharedTeacher:
     def teaching(self) -> Iterator[None]:
         """Within it the student is the teacher: without dropout, and without its adapter or with the mean of it."""
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self.model))
+            stack.enter_context(evaluating(self.model))
             stack.enter_context(adapter_off(self.model) if self.mean is None else self._mean_in_place())
             yield
 
@@ -239,7 +240,7 @@ class SharedTeacher:
         """An adapter that says something already, or whose start changed the base (PiSSA, OLoRA), is no first weight."""
         weight = head_of(self.model).weight
         ids = torch.tensor([[1, 2, 3, 4]], device=weight.device) % weight.shape[0]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             states = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         with self.teaching():
             without = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -272,15 +273,3 @@ def _check_adapter(student: nn.Module) -> None:
             f"teacher: kind self shares the student's weights below its adapter, but {outside[0]} is trained, too: the "
             "teacher would move with it. Freeze it, or train without an adapter"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it ``model`` has no dropout; then each of its modules is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
