@@ -31,7 +31,7 @@ from dts_hf.teachers.identity import TeacherIdentity
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.none import NoTeacher
 from dts_hf.teachers.remote import RemoteTeacher
-from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
+from dts_hf.teachers.self_teacher import SelfTeacher, SharedTeacher, TeacherOfItself
 from dts_hf.teachers.several import OfRows, SeveralTeachers, naming_teacher
 from dts_hf.training.student import ready_student
 from dts_hf.training.tracking import model_facts
@@ -86,7 +86,7 @@ class Pair:
         Raises:
             UserError: it does not fit.
         """
-        if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
+        if isinstance(self.teacher, TeacherOfItself):
             raise UserError(
                 "model_init: makes a new student, but its teacher is the first one itself; give model instead"
             )
@@ -484,7 +484,7 @@ def _facts_of(role: str, teacher: Teacher) -> dict[str, Any]:
     if (identity := identity_of_states(teacher)) is not None:
         states = "cached" if isinstance(teacher, CachedTeacher) else "remote"
         return {role: identity.model, f"{role}_dtype": identity.dtype, f"{role}_states": states}
-    if isinstance(teacher, (CopyTeacher, SharedTeacher)):
+    if isinstance(teacher, TeacherOfItself):
         return {
             role: "self",
             **{f"{role}_{name}": value for name, value in teacher.spec.facts.items() if name != "kind"},

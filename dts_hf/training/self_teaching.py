@@ -14,7 +14,7 @@ from dts_hf.errors import UserError
 from dts_hf.models.description import describe_for_training
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.live import LiveTeacher
-from dts_hf.teachers.self_teacher import CopyTeacher, RunningMean, SharedTeacher
+from dts_hf.teachers.self_teacher import CopyTeacher, RunningMean, SharedTeacher, TeacherOfItself
 
 #: Of a checkpoint: the running mean.
 EMA_WEIGHTS = "ema.safetensors"
@@ -72,12 +72,12 @@ def columns_with_prefix(
 
 def mean_of(teacher: Teacher) -> RunningMean | None:
     """The running mean that ``teacher`` is; None where it is something else."""
-    return teacher.mean if isinstance(teacher, (CopyTeacher, SharedTeacher)) else None
+    return teacher.mean if isinstance(teacher, TeacherOfItself) else None
 
 
 def objective_of_teacher(teacher: Teacher) -> dict[str, Any]:
     """Which weights of the student ``teacher`` has, in flat words: a run that goes on must have the same."""
-    facts = teacher.spec.facts if isinstance(teacher, (CopyTeacher, SharedTeacher)) else {}
+    facts = teacher.spec.facts if isinstance(teacher, TeacherOfItself) else {}
     return {
         "self_teacher": facts.get("weights"),
         "ema_rate": facts.get("ema_rate"),
@@ -85,7 +85,7 @@ def objective_of_teacher(teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def record_of(teacher: CopyTeacher | SharedTeacher) -> dict[str, Any]:
+def record_of(teacher: TeacherOfItself) -> dict[str, Any]:
     """What a resume compares of it: of a frozen copy its weights, too; a running mean comes out of the checkpoint."""
     copied = isinstance(teacher, CopyTeacher) and teacher.mean is None
     weights = describe_for_training(teacher.model, trained=False) if copied else {}
@@ -124,7 +124,7 @@ def check_launch_of_self(teacher: Teacher, strategy: str, sharded: bool) -> None
     Raises:
         UserError: names what does not go together.
     """
-    if not isinstance(teacher, (CopyTeacher, SharedTeacher)):
+    if not isinstance(teacher, TeacherOfItself):
         return
     if sharded:
         raise UserError("teacher_placement: got 'sharded', but a student that teaches itself is where the student is")

@@ -42,7 +42,7 @@ from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES, CachedTeacher
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
-from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, SharedTeacher
+from dts_hf.teachers.self_teacher import CopyTeacher, SelfTeacher, TeacherOfItself
 from dts_hf.teachers.several import SeveralTeachers, Share, gathered, loss_of_shares, naming_teacher, routing_of
 from dts_hf.temperature import TemperaturePolicy
 from dts_hf.training.arguments import checked_arguments, in_order
@@ -251,7 +251,7 @@ class DistillationTrainer(ReplayTrainer):
 
     @property
     def itself(self) -> dict[str, Any]:
-        return self.teacher.spec.facts if isinstance(self.teacher, (CopyTeacher, SharedTeacher)) else {}
+        return self.teacher.spec.facts if isinstance(self.teacher, TeacherOfItself) else {}
 
     def describe_objective(self) -> dict[str, Any]:
         aligned = {} if self.alignment is None else {"alignment": self.alignment}
@@ -262,7 +262,7 @@ class DistillationTrainer(ReplayTrainer):
 
     @property
     def teacher_records(self) -> dict[str, dict[str, Any]]:
-        if isinstance(self.teacher, (CopyTeacher, SharedTeacher)):
+        if isinstance(self.teacher, TeacherOfItself):
             return {"teacher": record_of(self.teacher)}
         by_key: dict[str, Teacher] = {"teacher": self.teacher}
         if isinstance(self.teacher, SeveralTeachers):
@@ -314,14 +314,18 @@ class DistillationTrainer(ReplayTrainer):
         for teacher, role in self.pair.live:
             self.compile_layers(teacher.model, role)
 
+    @property
+    def _distinct(self) -> list[tuple[Teacher, list[str]]]:
+        """The teacher without a name, or each of several once, with all its names."""
+        return self.teacher.distinct if isinstance(self.teacher, SeveralTeachers) else [(self.teacher, [""])]
+
     def _check_cache(self) -> None:
         """A cached teacher must know its rows, and its states must be those that its head reads; a server must take them."""
         held_out: Any = self.eval_dataset
         named = {f"eval_dataset['{key}']": rows for key, rows in held_out.items()} if isinstance(held_out, dict) else {
             "eval_dataset": held_out}  # fmt: skip
-        several = self.teacher if isinstance(self.teacher, SeveralTeachers) else None
-        for teacher, names in [(self.teacher, [""])] if several is None else several.distinct:
-            places = None if several is None else several.places(names)
+        for teacher, names in self._distinct:
+            places = self.teacher.places(names) if isinstance(self.teacher, SeveralTeachers) else None
             with naming_teacher(names[0]):
                 for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
                     self._check_rows(teacher, dataset, name, places)
@@ -329,8 +333,7 @@ class DistillationTrainer(ReplayTrainer):
 
     def _check_compact(self) -> None:
         """What a compact cache has kept must be enough for the loss."""
-        several = self.teacher if isinstance(self.teacher, SeveralTeachers) else None
-        for teacher, names in [(self.teacher, [""])] if several is None else several.distinct:
+        for teacher, names in self._distinct:
             with naming_teacher(names[0]):
                 policy = self.temperature.of_teacher(names[0] or None)
                 if isinstance(teacher, CachedTeacher):
