@@ -97,17 +97,18 @@ def picture(
             seen.add(kinds.get(name))
             chosen.append(index)
     batch = collator([data[i] for i in chosen])
+    # Also a batch for a teacher with another tokenizer has labels of its own, and is none of these
+    read = None if data.for_teacher is None else split_batch(batch)
+    of_teacher = [] if read is None else _split({**read[0], "labels": read[1]})
     pictured = []
     for place, (index, row) in enumerate(zip(chosen, _split(batch), strict=True)):
         stops = [stop for _, stop in data.spans(index)]
         same = () if data.aligned is None else data.aligned[index].student.tolist()
         pictured.append(PicturedRow(data.row_ids[index], _segments(*row, stops, tokenizer, ends, same)))
-        if data.for_teacher is not None and (read := split_batch(batch)):
-            stops = [int(stop) for stop in data.for_teacher[1][index][1::2]]
-            of_teacher = _split({**read[0], "labels": read[1]})[place]
-            pictured.append(
-                PicturedRow(f"{data.row_ids[index]}, for the teacher", _segments(*of_teacher, stops, tokenizer, ends))
-            )
+        if of_teacher:
+            stops = [stop for _, stop in data.teacher_spans(index)]
+            segments = _segments(*of_teacher[place], stops, tokenizer, ends)
+            pictured.append(PicturedRow(f"{data.row_ids[index]}, for the teacher", segments))
     return pictured
 
 

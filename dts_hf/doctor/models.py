@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -140,8 +139,7 @@ def take_sample(
     students, teachers, all_targets, sequences = zip(*parts, strict=True)
     head, teacher_head = head_of(student).cut(trainer.vocab_size), teacher.head
     # Without its graph, and so exact that gradients can be subtracted from each other
-    bias = None if head.bias is None else head.bias.detach().float()
-    head = replace(head, weight=head.weight.detach().float(), bias=bias)
+    head = head.detached().in_float32()
     taught: tuple[Any, Any] = (None, None)
     if teacher_head is not None:
         taught = (joined(teachers), teacher_head.cut(trainer.vocab_size))
@@ -188,8 +186,7 @@ def aligned_sample(
     if not len(found[0]):
         raise Skipped("nothing of the sample of rows is the same for student and teacher")
     head = head.take(ids)
-    bias = None if head.bias is None else head.bias.detach().float()
-    head = replace(head, weight=head.weight.detach().float(), bias=bias)
+    head = head.detached().in_float32()
     masses = float(found[4].mean()), float(found[5].mean())
     return Sample(found[0], head, found[1], teacher_head.take(teacher_ids), found[2], found[3], masses)
 

@@ -32,7 +32,7 @@ from dts_hf.generation.engine import cache_argument
 from dts_hf.language_modeling.scorer import GenerationScorer
 from dts_hf.models.checks import check_positions
 from dts_hf.models.head import check_head
-from dts_hf.models.loading import load_several, load_student, load_teacher, load_tokenizers
+from dts_hf.models.loading import load_several, load_student, load_teacher, load_teacher_tokenizer
 from dts_hf.models.saving import Carried
 from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Teacher
@@ -77,21 +77,27 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The sets stay text: their prompts are encoded when they are answered."""
-        train = self._encode(rows.train, tokenizer, "data.train", rows.train_parts)
+        aligner = self._aligner_of(tokenizer)
+        train = self._encode(rows.train, tokenizer, "data.train", rows.train_parts, aligner)
         validation = None
         if rows.validation:
-            validation = self._encode(rows.validation, tokenizer, "data.validation", rows.validation_parts)
+            validation = self._encode(rows.validation, tokenizer, "data.validation", rows.validation_parts, aligner)
         return Data(train, validation)
 
     def _encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str, parts: Sequence[Part]
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        parts: Sequence[Part],
+        aligner: RowAligner | None,
     ) -> EncodedDataset:
         limits = self.recipe.data.model_dump(include={"max_length", "max_prompt_length", "long_rows", "cache_dir"})
         template = self.template(tokenizer)
         encoded, _ = encode_cached(rows, tokenizer, template, train_on=self.train_on, name=name, **limits)
         if (routing := self.recipe.routing) is not None:
             routing.route(encoded, rows, name, [(part.source, part.used) for part in parts])
-        if (aligner := self._aligner_of(tokenizer)) is not None:
+        if aligner is not None:
             self.aligned[name] = aligner.align(encoded, rows)
         return encoded
 
@@ -101,17 +107,8 @@ class LanguageModeling(Task[DistillationTrainer]):
         if recipe.teacher is None or recipe.teacher.alignment is None:
             return None
         limits = recipe.data.model_dump(include={"max_length", "max_prompt_length"})
-        teacher = self.teacher_tokenizer
+        teacher = load_teacher_tokenizer("teacher", recipe.teacher)
         return RowAligner(tokenizer, teacher, recipe.data.prompt_template, train_on=self.train_on, **limits)
-
-    @functools.cached_property
-    def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's own.
-
-        Raises:
-            UserError: see ``load_tokenizer``.
-        """
-        return load_tokenizers(self.recipe)[1]
 
     @functools.cached_property
     def aligned(self) -> dict[str, AlignmentReport]:
@@ -260,12 +257,9 @@ class LanguageModeling(Task[DistillationTrainer]):
         data = self.recipe.data
         weights = {name: section.weight for name, section in self.recipe.teachers.items()}
         asked: dict[str, Any] = {}
-        for name, section in self.recipe.teachers.items():
-            # Equal sections are one teacher
-            same = next((other for other in asked if self.recipe.teachers[other].alone == section.alone), None)
-            asked[name] = (
-                asked[same] if same is not None else self._asked(f"teachers.{name}", models.several.get(name))
-            )
+        for name in self.recipe.teachers:
+            first = self.recipe.names_of(name)[0]  # equal sections are one teacher
+            asked[name] = asked[first] if first in asked else self._asked(f"teachers.{name}", models.several.get(name))
         return {
             "teachers": asked,
             "teacher_tokenizer": models.several_tokenizers,

@@ -58,6 +58,10 @@ class Head:
         """The same head, into which no gradient flows."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def in_float32(self) -> Head:
+        """The same head in float32."""
+        return replace(self, weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
+
     def activate(self, raw: Tensor) -> Tensor:
         """Scale and soft-cap raw logits ``[C, V]`` (returns ``raw`` itself where there is nothing to do)."""
         logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale

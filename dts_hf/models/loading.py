@@ -101,7 +101,7 @@ def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrained
     """
     teacher = student = None
     if recipe.teacher is not None and recipe.loads_teacher:
-        teacher = _teacher_tokenizer("teacher", recipe.teacher)
+        teacher = load_teacher_tokenizer("teacher", recipe.teacher)
     init = recipe.student.init
     own, key = (recipe.student.model, "student.model") if init is None else (init.source, "student.init.from")
     if own is not None:
@@ -115,10 +115,21 @@ def tokenizers_of_several(recipe: Recipe) -> dict[str, PreTrainedTokenizerBase]:
     Raises:
         UserError: see ``load_tokenizer``.
     """
-    return {key.partition(".")[2]: _teacher_tokenizer(key, section) for key, section in recipe.loaded_teachers.items()}
+    return {
+        key.partition(".")[2]: load_teacher_tokenizer(key, section) for key, section in recipe.loaded_teachers.items()
+    }
 
 
-def _teacher_tokenizer(key: str, teacher: Teacher) -> PreTrainedTokenizerBase:
+def load_teacher_tokenizer(key: str, teacher: Teacher) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher: its own, or the one that its section names.
+
+    Args:
+        key: of the section, for errors.
+        teacher: the section.
+
+    Raises:
+        UserError: see ``load_tokenizer``.
+    """
     named = "tokenizer" if teacher.tokenizer else "model"
     return load_tokenizer(teacher.tokenizer or teacher.model, key=f"{key}.{named}", **_from_hub(teacher))
 

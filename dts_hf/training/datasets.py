@@ -289,7 +289,8 @@ class LanguageRows(RowReader):
     def _check_encoded(self, dataset: EncodedDataset, form: tokenised.RowForm) -> EncodingReport:
         report = tokenised.check_encoded(dataset, form)
         if dataset.aligned is None:
-            self._check_positions(max(*dataset.lengths, *dataset.teacher_lengths), "Lower data.max_length")
+            read = dataset.lengths if dataset.for_teacher is None else [*dataset.lengths, *dataset.teacher_lengths]
+            self._check_positions(max(read), "Lower data.max_length")
         else:  # each reads tokens of its own
             student, teachers = self.models[:1], self.models[1:]
             self._check_positions(max(dataset.lengths), "Lower data.max_length", student)
