@@ -39,7 +39,6 @@ def common_vocabulary(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     ends: Iterable[tuple[int, int]] = (),
-    widths: tuple[int, int] | None = None,
 ) -> CommonVocabulary:
     """The pairs of ids that mean the same.
 
@@ -52,7 +51,6 @@ def common_vocabulary(
         student: the student's tokenizer.
         teacher: the teacher's.
         ends: (student's id, teacher's id) of tokens that end an answer.
-        widths: rows of the student's head and of the teacher's: ids behind them are left out; None: all ids count.
 
     Raises:
         UserError: the bytes of a tokenizer's tokens are not known.
@@ -79,9 +77,7 @@ def common_vocabulary(
     for content, one in _by_bytes(ours, pairs).items():
         if content in known:
             add(one, known[content])
-    limits = widths or (len(ours.contents), len(theirs.contents))
-    kept = sorted((one, other) for one, other in pairs.items() if one < limits[0] and other < limits[1])
-    found = np.array(kept, np.int64).reshape(-1, 2)
+    found = np.array(sorted(pairs.items()), np.int64).reshape(-1, 2)
     places = [_places(found[:, side], len(table.contents)) for side, table in enumerate((ours, theirs))]
     return CommonVocabulary(found[:, 0].copy(), found[:, 1].copy(), *places)
 
