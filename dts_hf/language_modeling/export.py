@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def export_quantized(source: Path, out: Path, options: ExportOptions | None = No
     found = Exported(out, quantize, trained_for, nats, rounded, full, len(rows.row_ids), rows.labels, **sizes)
     facts = None if subject.student is None else {**subject.student.facts, "dtype": dtype}
     save_student(model, tokenizer, out, carried=Carried(facts, card=_card(source, folder, out, found)))
-    return Exported(**{**vars(found), "size": _weights(out)})
+    return replace(found, size=_weights(out))
 
 
 def check_out(out: Path, overwrite: bool) -> None:
