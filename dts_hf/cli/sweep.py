@@ -56,7 +56,7 @@ def command(
     for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
     if print_commands:
-        for line in work.shell_commands(study, left).splitlines():
+        for line in work.shell_commands(study, left):
             show(line)
     elif slurm is not None and left:
         (study.folder / work.LOGS).mkdir(

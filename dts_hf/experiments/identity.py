@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dts_hf.files import digest, json_digest
 from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe, Source
 from dts_hf.recipe.training_arguments import training_arguments
+from dts_hf.runs.comparison import leaves
 
 #: Keys of a recipe that change neither the student nor what is measured of it: where things lie, what is shown and kept.
 WITHOUT_EFFECT = (
@@ -60,7 +61,7 @@ def run_id(recipe: Recipe) -> str:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """``recipe`` as ``{dotted key: value}``, without what has no effect and without seeds."""
-    values = dict(flat(recipe.model_dump(mode="json")))
+    values = leaves(recipe.model_dump(mode="json"))
     silent = (*WITHOUT_EFFECT, *SEEDS, *(() if _evaluation_decides(values) else OF_EVALUATION))
     return {key: value for key, value in values.items() if not is_under(key, silent)}
 
@@ -94,7 +95,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     for key, section in recipe.all_teachers.items():
         places |= {f"{key}.model": section.model, f"{key}.cache": section.cache, f"{key}.tokenizer": section.tokenizer}
     # A policy's name is no path, whatever folder of that name lies here
-    of_policy = flat({"temperature": recipe.temperature.model_dump()})
+    of_policy = leaves({"temperature": recipe.temperature.model_dump()}).items()
     places |= {key: value for key, value in of_policy if isinstance(value, str) and key.endswith(_RUNS_OF_POLICY)}
     found |= {key: _of_place(place) for key, place in places.items() if place and os.path.exists(place)}
     return found
@@ -127,16 +128,6 @@ def _of_place(place: str) -> str:
     own = next((path / name for name in _TELLS_ALL if (path / name).is_file()), None)
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _OF_MODEL)
     return _content(own) if own is not None else json_digest([_content(file) for file in files])
-
-
-def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value); lists stay whole."""
-    for key, value in values.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def is_under(key: str, sections: tuple[str, ...]) -> bool:

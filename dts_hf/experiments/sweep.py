@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -187,7 +187,9 @@ class Sweep:
         jobs: processes at the same time.
         devices: numbers of the GPUs; each process has one, by ``CUDA_VISIBLE_DEVICES``. Empty: they see what there is.
         retries: how often a run that fails is tried again.
-        on_change: is told whenever a run begins or ends.
+
+    Attributes:
+        on_change: is called whenever a run begins or ends.
     """
 
     def __init__(
@@ -198,9 +200,9 @@ class Sweep:
         jobs: int = 1,
         devices: Sequence[str] = (),
         retries: int = 1,
-        on_change: Any = lambda: None,
     ) -> None:
-        self.study, self.waiting, self.retries, self.on_change = study, list(runs), retries, on_change
+        self.study, self.waiting, self.retries = study, list(runs), retries
+        self.on_change: Callable[[], Any] = lambda: None
         self.jobs, self.free = max(jobs, len(devices)) if jobs == 1 else jobs, list(devices)
         self.devices = bool(devices)
         self.at_work: dict[Planned, tuple[subprocess.Popen[bytes], IO[bytes], str]] = {}
@@ -290,14 +292,14 @@ def last_words(log: Path) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def shell_commands(study: Study, runs: Iterable[Planned]) -> str:
-    """One line a run, for a cluster or for parallel."""
-    return "".join(f"{shlex.join(['dts-hf', *study.command(run)[3:]])}\n" for run in runs)
+def shell_commands(study: Study, runs: Iterable[Planned]) -> list[str]:
+    """A line for each run, for a cluster or for parallel."""
+    return [shlex.join(["dts-hf", *study.command(run)[3:]]) for run in runs]
 
 
 def slurm_script(study: Study, runs: Sequence[Planned]) -> str:
     """A job array of SLURM with a task for each run; what a site needs besides (partition, account, time) is left to it."""
-    lines = [f"  {shlex.quote(shlex.join(['dts-hf', *study.command(run)[3:]]))}" for run in runs]
+    lines = [f"  {shlex.quote(line)}" for line in shell_commands(study, runs)]
     return "\n".join([
         "#!/bin/bash", f"#SBATCH --array=0-{len(runs) - 1}", "#SBATCH --gpus=1", "#SBATCH --signal=TERM@120",
         "#SBATCH --requeue", f"#SBATCH --output={shlex.quote(str(study.folder / LOGS).replace('%', '%%'))}/%A_%a.log",

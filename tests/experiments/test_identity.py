@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from dts_hf.divergences import DIVERGENCES
-from dts_hf.experiments.identity import OF_EVALUATION, SEEDS, WITHOUT_EFFECT, flat, is_under, run_id, settings_of
+from dts_hf.experiments.identity import OF_EVALUATION, SEEDS, WITHOUT_EFFECT, is_under, run_id, settings_of
 from dts_hf.recipe.effective import RESULT_KEYS
 from dts_hf.recipe.schema import Recipe
+from dts_hf.runs.comparison import leaves
 from dts_hf.temperature import temperature_policies
 from tests.support.recipes import recipe, write_rows
 
@@ -115,7 +116,7 @@ def test_every_key_of_training_that_counts_changes_it(key: str) -> None:
 def test_every_key_is_counted_or_listed() -> None:
     """A key that is added to the recipe counts, unless it is in the one list of those without effect."""
     kept = settings_of(recipe())
-    for key, _ in flat(recipe().model_dump(mode="json")):
+    for key in leaves(recipe().model_dump(mode="json")):
         assert key in kept or is_under(key, (*WITHOUT_EFFECT, *OF_EVALUATION, *SEEDS)), key
     silent = {key.removeprefix("training.") for key in (*WITHOUT_EFFECT, *OF_EVALUATION)}
     counted = [key for key in RESULT_KEYS if key not in silent and f"training.{key}" not in SEEDS]

@@ -232,7 +232,7 @@ def test_shards_share_the_runs_out(tmp_path: Path) -> None:
 
 def test_commands_and_job_array_start_what_is_left(here: Path) -> None:
     study = plan("recipe.yaml", [], here / "out dir", {"temperature": [1, 2]}, {}, [1])
-    lines = shell_commands(study, study.runs).splitlines()
+    lines = shell_commands(study, study.runs)
     words = shlex.split(lines[1])
     assert words[:3] == ["dts-hf", "train", "recipe.yaml"] and str(here / "out dir") in words[-2]
     assert load_recipe(words[2], words[3:-3]).temperature.options == {"value": 2}
