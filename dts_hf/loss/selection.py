@@ -6,6 +6,8 @@ Shapes: ``B`` batch, ``T`` time, ``H`` hidden, ``N`` labelled rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,14 @@ def sequence_numbers(labels: Tensor, position_ids: Tensor | None = None, positio
 def count_targets(labels: Tensor) -> Tensor:
     """How many rows ``select_response`` would keep, as a 0-d tensor."""
     return (labels[:, 1:] != IGNORE_INDEX).sum()
+
+
+def last_answer(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last stretch of labels of a row begins and ends; (0, 0) of a row without a label."""
+    end = len(labels)
+    while end > 0 and labels[end - 1] == IGNORE_INDEX:  # what a template writes behind the last answer
+        end -= 1
+    start = end
+    while start > 0 and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return start, end

@@ -19,7 +19,7 @@ from dts_hf.data.teacher_context import TEACHER_BATCH, TEACHER_IDS, TEACHER_LABE
 from dts_hf.generation.engine import Generated, GenerationSettings, generate
 from dts_hf.generation.filters import repetition
 from dts_hf.loss import statistics as stats
-from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX, last_answer
 from dts_hf.on_policy.settings import OnPolicySettings
 
 #: A row as our collators take it: ``input_ids``, unshifted ``labels`` and ``row_id``; the number of its teacher, where it is
@@ -58,17 +58,6 @@ def _cut(batch: Mapping[str, Tensor]) -> list[tuple[list[int], list[int]]]:
     else:
         bounds = [(line, 0, int(length)) for line, length in enumerate(batch["attention_mask"].sum(-1).tolist())]
     return [(ids[line][start:end], labels[line][start:end]) for line, start, end in bounds]
-
-
-def last_answer(labels: Sequence[int]) -> tuple[int, int]:
-    """Where the last stretch of labels of a row begins and ends; (0, 0) of a row without a label."""
-    end = len(labels)
-    while end > 0 and labels[end - 1] == IGNORE_INDEX:  # what a template writes behind the last answer
-        end -= 1
-    start = end
-    while start > 0 and labels[start - 1] != IGNORE_INDEX:
-        start -= 1
-    return start, end
 
 
 def prompt_length(row: Row) -> int | None:

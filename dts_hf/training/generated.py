@@ -19,7 +19,7 @@ from dts_hf.distributed.processes import gathered
 from dts_hf.errors import UserError, nearest
 from dts_hf.generation.engine import Generated, GenerationSettings
 from dts_hf.generation.shares import answer_share
-from dts_hf.loss.selection import IGNORE_INDEX
+from dts_hf.loss.selection import IGNORE_INDEX, last_answer
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(GenerationSettings))
 
@@ -123,12 +123,7 @@ def questions_of(dataset: Any, name: str) -> list[Asked]:
             raise UserError(
                 f"{name}: row {place} has no labels, so nobody knows where its prompt ends; expected labels"
             )
-        end = len(ids)
-        while end > 0 and labels[end - 1] == IGNORE_INDEX:  # what a template writes behind the last answer
-            end -= 1
-        start = end
-        while start > 0 and labels[start - 1] != IGNORE_INDEX:
-            start -= 1
+        start, end = last_answer(labels)
         if start == 0:
             raise UserError(
                 f"{name}: row {place} has {'labels from its first token on' if end else 'no label'}, so there is no prompt "

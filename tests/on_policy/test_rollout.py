@@ -9,10 +9,10 @@ from dts_hf.data.samplers import DUMMY_ROW
 from dts_hf.generation.engine import Generated
 from dts_hf.loss import statistics as stats
 from dts_hf.loss.selection import IGNORE_INDEX as NO
+from dts_hf.loss.selection import last_answer
 from dts_hf.on_policy.rollout import (
     Rollout,
     answered_row,
-    last_answer,
     prompt_length,
     rows_of_batch,
     teacher_prompt_length,
