@@ -1,13 +1,13 @@
 """Does the student's own text teach more than the data's, for the same time? Off-policy, mixed and on-policy quickstarts.
 
-    python benchmarks/on_policy.py                          # as long as 160 steps off-policy take, three seeds
-    python benchmarks/on_policy.py --minutes 0.5 --seeds 1  # does it run?
+    python benchmarks/on_policy.py                                    # as long as 160 steps off-policy take, three seeds
+    python benchmarks/on_policy.py --minutes 0.2 --seeds 1 --probe 2  # does it run?
 
 The quickstart's teacher, student and rows (the teacher's own answers); temperature, loss and learning rate as in its recipe.
 An arm differs in ``data.on_policy.fraction`` alone: 0, 0.5 and 1, sampled at temperature 1.
 
-Equal wall time: the seconds of a step are measured first, for each arm, and its run has as many steps as fit; schedules run
-over these. Evaluation does not count, and the seconds that training really took stand in the table.
+The student is cut once, with the layers that the recipe's search finds, and all arms start from it. Equal wall time: see
+equal_time.py; evaluation does not count.
 
 Measured after training: KL(teacher || student) on the held-out rows; both KLs on the student's own answers to their prompts,
 sampled at temperature 1; ROUGE-L and the share of answers that repeat a 4-gram (greedy); the share of the time that went
@@ -18,33 +18,42 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import equal_time
 import render
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
 ARMS = {"off-policy": 0.0, "mixed 0.5": 0.5, "on-policy": 1.0}
 DIGITS = {
     "kl": 3, "own_forward_kl": 3, "own_reverse_kl": 3, "rougeL": 1, "repeats": 0, "generation": 0, "length": 2, "steps": 0,
-    "seconds": 0,
+    "seconds_a_step": 2,
 }  # fmt: skip
 COLUMNS = [
     render.Column("arm", "arm", None), render.Column("kl", "KL, held-out text", None),
     render.Column("own_forward_kl", "KL(t, s), own text", None), render.Column("own_reverse_kl", "KL(s, t), own text", None),
     render.Column("rougeL", "ROUGE-L", None), render.Column("repeats", "repeating, %", None),
     render.Column("generation", "generation, % of time", None), render.Column("length", "length / data's", None),
-    render.Column("steps", "steps", None), render.Column("seconds", "seconds of training", None),
+    render.Column("steps", "steps", None), render.Column("seconds_a_step", "s a step", None),
     render.Column("seeds", "seeds", 0),
 ]  # fmt: skip
 
 
-def train(fraction: float, run: Path, seed: int, steps: int, rows: int) -> Any:
-    """The finished run of one arm; ``rows`` held-out prompts are answered at its end, 0: none."""
+def train(fraction: float, run: Path, seed: int, steps: int, rows: int, layers: Sequence[int] | None) -> Any:
+    """The finished run of one arm.
+
+    Args:
+        fraction: share of the steps on the student's own text.
+        run: its directory.
+        seed: of training.
+        steps: how many.
+        rows: held-out prompts that are answered at its end; 0: none.
+        layers: that the student keeps; None: the recipe's search finds them.
+    """
     from dts_hf.distill import distill
     from dts_hf.recipe.loading import load_recipe
 
@@ -53,6 +62,8 @@ def train(fraction: float, run: Path, seed: int, steps: int, rows: int) -> Any:
         "training.eval_strategy=no", "evaluation.every_steps=null", "output.report=false", f"output.dir={run}",
         f"evaluation.models={'[student]' if rows else '[]'}", f"evaluation.rows={max(rows, 1)}",
     ]  # fmt: skip
+    if layers is not None:
+        overrides.append(f"student.init={{from: teacher, layers: {list(layers)}, choose: even}}")
     if fraction:
         overrides.append(f"data.on_policy={{fraction: {fraction}, max_new_tokens: 64}}")
     return distill(load_recipe(RECIPE, overrides))
@@ -112,21 +123,31 @@ class OwnText:
         return forward / count, reverse / count
 
 
-def measured(arms: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a run."""
-    own, rows = OwnText(args.rows), []
+    kept = equal_time.read_kept(args)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, seconds = Path(temporary), 60 * args.minutes
-        for arm in arms:
-            tried = train(ARMS[arm], folder / "probe", 42, args.probe, 0).read_metrics()["training"]
-            if not seconds:
-                seconds = 160 * tried["seconds"] / tried["steps"]
-            steps = max(2, int(seconds * tried["steps"] / tried["seconds"]))
-            for seed in range(42, 42 + args.seeds):
-                run = train(ARMS[arm], folder / f"{arm}-{seed}", seed, steps, args.rows)
-                rows.append({"arm": arm, "seed": seed, "steps": steps, **scores(run, own)})
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+        folder = Path(temporary)
+        if not any("layers" in line for line in kept):
+            found = train(0.0, folder / "search", 42, 2, 0, None).read_student_init()
+            equal_time.keep(args, kept, {"arm": "all", "layers": found["layers"]})
+        layers = next(line["layers"] for line in kept if "layers" in line)
+
+        def probe(arm: str) -> dict[str, Any]:
+            tried = train(ARMS[arm], folder / "probe", 42, args.probe, 0, layers)
+            return dict(tried.read_metrics()["training"])
+
+        seconds = equal_time.seconds_of_steps(args, probe, kept)
+        if args.probe_only:
+            return []
+        budget = 60 * args.minutes or 160 * seconds["off-policy"]
+        own = OwnText(args.rows)
+
+        def run(arm: str, seed: int, steps: int) -> dict[str, Any]:
+            done = train(ARMS[arm], folder / f"{arm}-{seed}", seed, steps, args.rows, layers)
+            return {**scores(done, own), "seconds_a_step": seconds[arm]}
+
+        return equal_time.all_runs(args, {arm: max(2, int(budget / seconds[arm])) for arm in args.arms}, run, kept)
 
 
 def scores(run: Any, own: OwnText) -> dict[str, float]:
@@ -143,7 +164,6 @@ def scores(run: Any, own: OwnText) -> dict[str, float]:
         "rougeL": 100 * of_set["rougeL"]["mean"], "repeats": 100 * of_set["repeats_4gram"]["mean"],
         "generation": 100 * sum(line.get("generation_seconds", 0.0) for line in log) / training["seconds"],
         "length": statistics.mean(lengths) / labels_of_data() if lengths else float("nan"),
-        "seconds": training["seconds"],
     }  # fmt: skip
 
 
@@ -172,17 +192,11 @@ def report(found: Sequence[dict[str, Any]], setting: dict[str, Any]) -> dict[str
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--minutes", type=float, default=0.0, help="of training, for each arm and seed; 0: 160 steps off-policy"
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--rows", type=int, default=64, help="held-out prompts that are answered")
-    parser.add_argument("--probe", type=int, default=12, help="steps by which the seconds of a step are measured")
-    parser.add_argument("--json", type=Path, help="keep the numbers here")
+    equal_time.add_arguments(parser, list(ARMS), minutes=0.0, probe=40)
     args = parser.parse_args()
-    setting = {"minutes": args.minutes, "seeds": args.seeds, "rows": args.rows}
-    render.finish(report(measured(args.arms, args), setting), args.json)
+    setting = {"minutes": args.minutes or "of 160 steps off-policy", "seeds": args.seeds, "rows": args.rows}
+    if runs := measured(args):
+        render.finish(report(runs, setting), args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A teacher with another tokenizer: is it worth its time? SFT, overlap and dual_space for the same wall time.
 
-    python benchmarks/other_tokenizer.py                                  # 10 minutes of training an arm, three seeds
-    python benchmarks/other_tokenizer.py --minutes 0.5 --seeds 1 --rows 8   # does it run?
+    python benchmarks/other_tokenizer.py                                    # 10 minutes of training an arm, three seeds
+    python benchmarks/other_tokenizer.py --minutes 0.5 --seeds 1 --rows 8 --probe 2  # does it run?
 
 Teacher: SmolLM2-135M-Instruct, as in the quickstart. No second family lies at hand without a network, so the student is one
 of the quickstart's shape **under a re-trained tokenizer**: a byte-level BPE trained here on the quickstart's training rows
@@ -9,8 +9,7 @@ of the quickstart's shape **under a re-trained tokenizer**: a byte-level BPE tra
 each token starts at the mean of the teacher's embeddings of its text. All arms start from the same weights, with the same
 rows (the answers of the data set) and the same recipe but for teacher and loss.
 
-Equal wall time: the seconds of a step are measured first, for each arm, and its run has as many steps as fit; schedules
-run over these. Evaluation does not count, and the seconds that training really took stand in the table.
+Equal wall time: see equal_time.py; evaluation does not count.
 
 Measured on held-out rows: bits per byte of the answers (what the student needs for all labels, the end of turn among
 them, over the bytes of the text), and ROUGE-L of generated answers. Means and standard deviations over the seeds.
@@ -19,13 +18,13 @@ them, over the bytes of the text), and ROUGE-L of generated answers. Means and s
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import equal_time
 import render
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
@@ -38,7 +37,7 @@ ARMS: dict[str, list[str]] = {
 COLUMNS = [
     render.Column("arm", "arm", None), render.Column("bits_per_byte", "bits per byte, held out", None),
     render.Column("rougeL", "ROUGE-L, held out", None), render.Column("steps", "steps", None),
-    render.Column("seconds", "seconds of training", None), render.Column("seeds", "seeds", 0),
+    render.Column("seconds_a_step", "s a step", None), render.Column("seeds", "seeds", 0),
 ]  # fmt: skip
 
 
@@ -138,31 +137,35 @@ def bits_per_byte(folder: Path) -> float:
     return nats / size / math.log(2)
 
 
-def measured(arms: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+def measured(args: argparse.Namespace) -> dict[str, Any]:
     """All runs, and what they are about."""
-    rows: list[dict[str, Any]] = []
+    kept = equal_time.read_kept(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sizes = write_student(folder / "student", args.vocabulary)
         untrained = bits_per_byte(folder / "student")
-        for arm in arms:
-            tried = train(arm, folder / "student", folder / "probe", 42, args.probe, 0).read_metrics()["training"]
-            steps = max(2, int(60 * args.minutes * tried["steps"] / tried["seconds"]))
-            for seed in range(42, 42 + args.seeds):
-                run = train(arm, folder / "student", folder / f"{arm}-{seed}", seed, steps, args.rows)
-                metrics = run.read_metrics()
-                score = metrics["models"]["student"]["sets"]["validation"]["rougeL"]["mean"]
-                rows.append({
-                    "arm": arm, "seed": seed, "steps": steps, "seconds": metrics["training"]["seconds"],
-                    "rougeL": 100 * score, "bits_per_byte": bits_per_byte(run.final_path),
-                })  # fmt: skip
-                print(json.dumps(rows[-1]), flush=True)
+
+        def probe(arm: str) -> dict[str, Any]:
+            tried = train(arm, folder / "student", folder / "probe", 42, args.probe, 0)
+            return dict(tried.read_metrics()["training"])
+
+        seconds = equal_time.seconds_of_steps(args, probe, kept)
+
+        def run(arm: str, seed: int, steps: int) -> dict[str, Any]:
+            done = train(arm, folder / "student", folder / f"{arm}-{seed}", seed, steps, args.rows)
+            score = done.read_metrics()["models"]["student"]["sets"]["validation"]["rougeL"]["mean"]
+            return {
+                "rougeL": 100 * score, "bits_per_byte": bits_per_byte(done.final_path), "seconds_a_step": seconds[arm]
+            }  # fmt: skip
+
+        steps = {arm: max(2, int(60 * args.minutes / seconds[arm])) for arm in args.arms}
+        rows = [] if args.probe_only else equal_time.all_runs(args, steps, run, kept)
     return {"rows": rows, "untrained_bits_per_byte": untrained, **sizes}
 
 
 def report(found: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
     """One row an arm: mean and standard deviation over the seeds."""
-    rows = render.over_seeds(found["rows"], {"bits_per_byte": 3, "rougeL": 1, "steps": 0, "seconds": 0})
+    rows = render.over_seeds(found["rows"], {"bits_per_byte": 3, "rougeL": 1, "steps": 0, "seconds_a_step": 2})
     notes = [
         f"The student's tokenizer, re-trained on the quickstart's training rows, has {found['student_tokens']:,} entries, "
         f"the teacher's {found['teacher_tokens']:,}. Before training the student needs "
@@ -174,16 +177,13 @@ def report(found: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each arm and seed")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    equal_time.add_arguments(parser, list(ARMS), minutes=10.0, probe=20)
     parser.add_argument("--vocabulary", type=int, default=4096, help="entries of the student's tokenizer at most")
-    parser.add_argument("--rows", type=int, default=64, help="held-out prompts that are answered for ROUGE-L")
-    parser.add_argument("--probe", type=int, default=6, help="steps by which the seconds of a step are measured")
-    parser.add_argument("--json", type=Path, help="keep the numbers here")
     args = parser.parse_args()
     setting = {"minutes": args.minutes, "seeds": args.seeds, "vocabulary": args.vocabulary, "rows": args.rows}
-    render.finish(report(measured(args.arms, args), setting), args.json)
+    found = measured(args)
+    if found["rows"]:
+        render.finish(report(found, setting), args.json)
 
 
 if __name__ == "__main__":
