@@ -49,6 +49,21 @@ def rows_of_batch(batch: Mapping[str, Tensor]) -> list[Row]:
     return rows
 
 
+def texts_of_batch(batch: Mapping[str, Tensor]) -> Tensor:
+    """How many rows of a batch have something to answer (``prompt_length``), ``[]``, int64, without waiting for the device.
+
+    Args:
+        batch: padded or packed, as for ``rows_of_batch``.
+    """
+    learned = batch["labels"] != IGNORE_INDEX
+    if "position_ids" in batch:
+        row = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        labels = row.new_zeros(len(batch["row_id"])).index_add_(0, row, learned[0].long())
+    else:
+        labels = learned.sum(-1)
+    return ((labels > 0) & (batch["row_id"] != DUMMY_ROW)).sum()
+
+
 def _cut(batch: Mapping[str, Tensor]) -> list[tuple[list[int], list[int]]]:
     """Tokens and labels of each row of a batch: the student's, or one of the same names as its teacher reads it."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()

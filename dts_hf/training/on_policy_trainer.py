@@ -23,7 +23,7 @@ from dts_hf.models.checks import positions_of
 from dts_hf.models.head import head_of
 from dts_hf.on_policy.coin import coin
 from dts_hf.on_policy.gap import check_gap
-from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch, teacher_prompt_length
+from dts_hf.on_policy.rollout import Rollout, Row, prompt_length, rows_of_batch, teacher_prompt_length, texts_of_batch
 from dts_hf.on_policy.settings import OnPolicySettings, on_policy_settings
 from dts_hf.teachers.asked_ahead import TICKET
 from dts_hf.teachers.cached.teacher import CachedTeacher
@@ -71,7 +71,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         self.on_policy = on_policy_settings(on_policy)
         self.rollout: Rollout | None = None
         self.generation_seconds = 0.0
-        self._sums_of_texts: dict[str, float] = {}
+        self._sums_of_texts: dict[str, float | Tensor] = {}
         if self.on_policy is not None:
             kwargs["facts"] = {**(kwargs.get("facts") or {}), **self.on_policy.facts}
         super().__init__(model, args, *positional, **kwargs)
@@ -225,13 +225,11 @@ class OnPolicyTrainer(GeneratingTrainer):
         self.generated_step, self._sums_of_texts = False, {}
         if self.on_policy is None or not samples:
             return samples, count
-        batches = [rows_of_batch(batch) for batch in samples]
-        texts = sum(prompt_length(row) is not None for rows in batches for row in rows)
-        self._sums_of_texts = {TEXTS: float(texts), GENERATED_TEXTS: 0.0}
+        self._sums_of_texts = {TEXTS: sum(texts_of_batch(batch) for batch in samples), GENERATED_TEXTS: 0.0}
         self.generated_step = self.generates(self.state.global_step, self.state.max_steps)
         if self.generated_step:
             self._forget_questions(samples)
-            samples = self.rebuilt(self._answered(batches))
+            samples = self.rebuilt(self._answered([rows_of_batch(batch) for batch in samples]))
             count = self.count_of_step(samples)
         return samples, count
 
@@ -290,7 +288,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         """The sums of the step's texts ``[]``, once: the first micro-batch of the step adds them to its own."""
         sums, self._sums_of_texts = self._sums_of_texts, {}
         precise = torch.float32 if self.args.device.type == "mps" else torch.float64
-        return {name: torch.tensor(value, dtype=precise, device=self.args.device) for name, value in sums.items()}
+        return {name: torch.as_tensor(value, dtype=precise, device=self.args.device) for name, value in sums.items()}
 
 
 def _prompt_lengths(row: Row) -> tuple[int | None, int | None]:

@@ -16,6 +16,7 @@ from dts_hf.on_policy.rollout import (
     prompt_length,
     rows_of_batch,
     teacher_prompt_length,
+    texts_of_batch,
 )
 from dts_hf.on_policy.settings import OnPolicySettings
 
@@ -35,6 +36,14 @@ def test_the_rows_of_a_batch_are_those_it_was_made_of(collator):
     assert rows_of_batch(collator(ROWS)) == ROWS
     without = [{name: row[name] for name in ("input_ids", "labels", "row_id")} for row in ROWS]
     assert rows_of_batch(collator(without)) == without
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_the_texts_of_a_batch_are_counted_without_its_rows(collator):
+    nothing = {"input_ids": [5, 5], "labels": [NO, NO], "row_id": 3, "teacher_number": 0}
+    dummy = {"input_ids": [5, 5], "labels": [NO, 5], "row_id": DUMMY_ROW, "teacher_number": 0}
+    for rows in (ROWS, [nothing], [nothing, *ROWS, dummy, nothing], ROWS[2:3]):
+        assert int(texts_of_batch(collator(rows))) == sum(prompt_length(row) is not None for row in rows)
 
 
 #: The same as a teacher reads them that is told more, but for the third.
