@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from dts_hf.errors import UserError
 from dts_hf.loss.logged_sums import StepSums, SumMeter, Totals
-from dts_hf.loss.statistics import CE, KD, ROWS
+from dts_hf.loss.statistics import BYTES, CE, KD, ROWS
 from dts_hf.temperature.base import TemperaturePolicy
 from dts_hf.training.signals import asked_to_stop
 
@@ -81,8 +81,9 @@ class TemperatureCallback(TrainerCallback):
         # 2. What was in force in the step that ends here goes into the log, before the policy moves on.
         totals.add_policy_values({"temperature_cosine": self.policy.cosine, **self.policy.log_values()})
         self.sums.mean_log.add(totals.of_generated_text() if self.generated_step() else totals)
-        # 3. The policy sees the means of the whole step.
-        if not self.policy.holding:
+        # 3. The policy sees the means of the whole step. One in which a teacher with another tokenizer has no byte in common
+        #    has no gap, and the 0 that its sums give would be taken for a student that has caught up.
+        if not self.policy.holding and totals.get(BYTES) != 0:
             self.policy.end_step(totals.step_stats())
         self.observe_loss(math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]))
 

@@ -263,6 +263,23 @@ def test_a_batch_in_which_nothing_is_the_same_teaches_its_labels(tmp_path):
     trainer.train()
 
 
+def test_a_step_in_which_nothing_is_the_same_leaves_the_gap_where_it_was(tmp_path):
+    rows = [{"id": "a", "instruction": "Say", "output": "no"}, {"id": "b", "instruction": "Say", "output": "ŧ"}]
+    teacher = tokenizer_of("word_piece", 900)
+    given = {"teacher": tiny_gpt2(vocab=len(teacher)).double(), "teacher_tokenizer": teacher}
+    options = {"max_steps": 2, "per_device_train_batch_size": 1, "seed": 3}
+    trainer = aligned_trainer(
+        tmp_path, rows=rows, temperature={"name": "dts", "rule": "gap"}, options=options,
+        **given,
+    )  # fmt: skip
+    told = []
+    end_step = trainer.temperature.end_step
+    trainer.temperature.end_step = lambda stats: (told.append(stats.gap), end_step(stats))
+    trainer.train()
+    assert [line["aligned_share"] > 0 for line in trainer.state.log_history if "kl" in line].count(True) == 1
+    assert len(told) == 1 and told[0] != 0
+
+
 def test_rows_of_which_nothing_is_the_same_are_refused_unless_labels_alone_count(tmp_path):
     rows = [{"id": f"r{k}", "instruction": "Say", "output": "ŧ" * (k + 1)} for k in range(4)]
     teacher = tokenizer_of("word_piece", 900)
