@@ -29,7 +29,7 @@ from dts_hf.teachers.wire import Answer
 #: log-probabilities ``[N]`` that came with them (``LOGPROBS``).
 TICKET = "teacher_ticket"
 #: Answers that nobody has fetched, as of batches that a resume skips.
-_MOST_KEPT = 64
+MOST_KEPT = 64
 #: Whom rows are asked of.
 Asking: TypeAlias = RemoteStates | KeptAnswers
 
@@ -42,10 +42,12 @@ class AskedAhead:
 
     Attributes:
         keeps: whether answers are looked for and kept where ``asking`` keeps them, or asked of its server alone.
+        most_kept: so many of the last questions are known. The Trainer draws all micro-batches of a step before the first
+            forward, so fewer than two steps have of them would drop answers and ask again.
     """
 
     def __init__(self, asking: Asking) -> None:
-        self._asking, self.keeps = asking, True
+        self._asking, self.keeps, self.most_kept = asking, True, MOST_KEPT
         self._numbers = itertools.count()
         self._asked: dict[int, Future[Answer]] = {}
 
@@ -68,7 +70,7 @@ class AskedAhead:
         self._asked[number] = found
         # Not a pool: its threads are waited for when Python ends, and a server that is gone may take minutes
         threading.Thread(target=_answer, args=(found, asking, rows), name="teacher", daemon=True).start()
-        while len(self._asked) > _MOST_KEPT:
+        while len(self._asked) > self.most_kept:
             del self._asked[min(self._asked)]
         return {TICKET: torch.tensor([number])}
 

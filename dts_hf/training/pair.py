@@ -25,6 +25,7 @@ from dts_hf.models.router import Router, collects_router_logits, router_of
 from dts_hf.models.vocabulary import VocabularyPlan, align_vocabularies, plan_for
 from dts_hf.recipe.schema import MOST_TOKENS
 from dts_hf.recipe.schema import Teacher as TeacherSection
+from dts_hf.teachers.asked_ahead import MOST_KEPT
 from dts_hf.teachers.base import Teacher
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.identity import TeacherIdentity
@@ -185,20 +186,23 @@ class Pair:
                     "args.accelerator_config: got dispatch_batches: True, expected None or False beside packing: the first "
                     "process would lay the batches of all others on its own, which are of other lengths"
                 )
-            return PackedCollator(self.check_packing(args), of_rows=self._of_rows())
+            return PackedCollator(self.check_packing(args), of_rows=self._of_rows(args))
         pads = [  # hidden: any of them will do
             next(pad for pad in (one.pad_token_id, one.eos_token_id, 0) if pad is not None)
             for one in (self.tokenizer, self.teacher_tokenizer or self.tokenizer)
         ]
         # A server is asked for each batch as it is, when it has come, where the first process makes those of all
-        of_rows = None if dispatched else self._of_rows()
+        of_rows = None if dispatched else self._of_rows(args)
         return PaddedCollator(pads[0], teacher_pad_id=pads[1], of_rows=of_rows)
 
-    def _of_rows(self) -> OfRows | None:
+    def _of_rows(self, args: TrainingArguments) -> OfRows | None:
         """What a collator asks of the teachers that are no models of this process; None: there is none."""
         asked = [one for one, _ in self.teachers if isinstance(one, (CachedTeacher, RemoteTeacher))]
         if not asked:
             return None
+        for one in asked:
+            if isinstance(one, RemoteTeacher):
+                one.of_rows.most_kept = max(MOST_KEPT, 2 * args.gradient_accumulation_steps)
         return self.teacher.of_rows(asked) if isinstance(self.teacher, SeveralTeachers) else asked[0].of_rows
 
     def check_packing(self, args: TrainingArguments, own_mask: bool = True) -> bool:

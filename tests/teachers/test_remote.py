@@ -85,6 +85,19 @@ def test_the_next_batch_is_asked_while_this_one_is_at_work(tmp_path, workers) ->
     assert len(set(asked[met:])) == len(asked[met:]) <= 8 + (1 if workers == 0 else 8)
 
 
+def test_a_step_of_many_micro_batches_is_asked_once(tmp_path, monkeypatch) -> None:
+    """All of them are drawn before the first forward: what is kept must hold them."""
+    monkeypatch.setattr("dts_hf.training.pair.MOST_KEPT", 2)
+    asked: list[str] = []
+    served = with_forward(served_tiny(), lambda question, own: (asked.append(question.token_hash), own(question))[1])
+    options = {"max_steps": 2, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    with running(served) as url:
+        teacher = RemoteTeacher(url)
+        met = len(asked)
+        losses(trainer_for(tmp_path, teacher=teacher, options=options))
+    assert len(set(asked[met:])) == len(asked[met:])
+
+
 def test_a_batch_with_too_many_rows_is_asked_in_parts() -> None:
     batch, labels = batch_of(ROWS * 3)
     with running(served_tiny(max_rows=2, max_tokens=11, max_length=8)) as url:
