@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pytest
 from safetensors.torch import load_file
 
 from dts_hf.distill import distill
@@ -54,3 +55,15 @@ def test_the_doctor_takes_its_steps(workplace):
     path = workplace / "recipe.json"
     path.write_text(json.dumps(wanted("run").model_dump(mode="json", by_alias=True)))
     assert diagnose(path)["steps"].values["steps"] == 3
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_person_sees_each_line_of_a_run_on_own_text(workplace, capsys, fraction):
+    """A step of the student's own text alone has no gap of data to show."""
+    training = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": False}
+    run = distill(recipe(data={"on_policy": {"fraction": fraction, "max_new_tokens": 4}}, training=training))
+    shown = [line for line in capsys.readouterr().err.splitlines() if " tok/s" in line]
+    log = [line for line in run.read_log() if "tokens_per_second" in line]
+    assert len(shown) == len(log) == 4 and any(line["gap"] is None for line in log)
+    assert [" gap " in line for line in shown] == [line["gap"] is not None for line in log]
+    assert all("  kl " in line and "  T " in line for line in shown)

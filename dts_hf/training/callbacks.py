@@ -222,9 +222,9 @@ class ProgressCallback(TrainerCallback):
         if self.progress is None or not logs:
             return
         if "tokens_per_second" in logs:
-            distance = (
-                f"kl {logs['kl']:.3f}  gap {logs['gap']:+.2f}  T {logs['temperature']:.2f}  " if "kl" in logs else ""
-            )
+            # Without a teacher there is neither, and steps of the student's own text alone have no gap
+            shown = (("kl", "kl {:.3f}"), ("gap", "gap {:+.2f}"), ("temperature", "T {:.2f}"))
+            distance = "".join(f"{words.format(logs[name])}  " for name, words in shown if "kl" in logs and name in logs)
             text = f"loss {float(logs['loss']):.3f}  {distance}{logs['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, description=text)
             if not self.progress.console.is_terminal:
