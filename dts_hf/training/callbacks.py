@@ -224,7 +224,9 @@ class ProgressCallback(TrainerCallback):
         if "tokens_per_second" in logs:
             # Without a teacher there is neither, and steps of the student's own text alone have no gap
             shown = (("kl", "kl {:.3f}"), ("gap", "gap {:+.2f}"), ("temperature", "T {:.2f}"))
-            distance = "".join(f"{words.format(logs[name])}  " for name, words in shown if "kl" in logs and name in logs)
+            distance = "".join(
+                f"{words.format(logs[name])}  " for name, words in shown if "kl" in logs and name in logs
+            )
             text = f"loss {float(logs['loss']):.3f}  {distance}{logs['tokens_per_second']:,.0f} tok/s"
             self.progress.update(self.task, description=text)
             if not self.progress.console.is_terminal:
