@@ -7,7 +7,8 @@ import inspect
 from dts_hf.divergences import DIVERGENCES, Divergence
 
 #: The order of reading; a divergence that is not named here comes last.
-ORDER = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "todi", "dkd")
+ORDER = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "todi", "eopd",
+         "csd", "dkd")  # fmt: skip
 
 HEAD = """# Divergences
 
@@ -40,6 +41,8 @@ NOTES = """## Notes
   moved by it.
 - **`alpha_beta` with both exponents 0** is unbounded like the square of a log ratio, and its gradient adds up log ratios
   over the whole vocabulary: in fp16 it overflows where logits are in the thousands, and the loss scaler skips the step.
+- **`csd`** is the quadratic part of a KL: T^2 KL(p || q), T^2 KL(q || p) and half of T^2 `csd` agree to second order in
+  z_s - z_t. So T says which differences of logits count, and the two KLs differ the less the nearer the student is.
 - **`logit_mse`** is no divergence of distributions: it is the squared distance of centred logits, for Annealing-KD.
 - **Underflow.** Logarithms of p and q come from the logits, so a probability that is 0 in float32 is handled as what it
   is. Logits of minus infinity are not supported: the loss is then non-finite.
@@ -70,7 +73,7 @@ def divergences_page() -> str:
 
 def _row(kind: type[Divergence]) -> list[str]:
     options = ", ".join(
-        f"`{option.name}` = {option.default:g}" for option in inspect.signature(kind).parameters.values()
+        f"`{option.name}` = {_said(option.default)}" for option in inspect.signature(kind).parameters.values()
     )
     identifier = kind.paper.removeprefix("arXiv ")
     return [
@@ -86,3 +89,7 @@ def _row(kind: type[Divergence]) -> list[str]:
 def _code(formula: str) -> str:
     """In a table a bar ends the cell, even within backquotes."""
     return "`" + formula.replace("|", "\\|") + "`"
+
+
+def _said(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,14 +14,16 @@ Shapes: ``C`` rows of a chunk, ``V`` vocabulary; ``_s`` is the student, ``_t`` t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from dts_hf.divergences import DIVERGENCES, JSD, Divergence, ForwardKL, ReverseKL
 from dts_hf.divergences.alpha_beta import AlphaBeta
+from dts_hf.divergences.csd import CSD
 from dts_hf.divergences.dkd import DKD
+from dts_hf.divergences.eopd import EOPD
 from dts_hf.divergences.kl import SymmetricKL
 from dts_hf.divergences.logit_mse import LogitMSE
 from dts_hf.divergences.skew import SkewKL, SkewReverseKL
@@ -54,6 +56,9 @@ class Formula(NamedTuple):
         reported: ``terms`` with nothing held constant, where that is another function.
         split: the label is left out of both distributions (DKD).
         centred: the mean difference of logits is taken off (logit MSE).
+        k: what the terms are told of each row beside that: a KL at T (CSD), or whether the teacher's entropy at T is above
+            ``threshold`` (EOPD).
+        threshold: in nats.
     """
 
     terms: Any
@@ -63,6 +68,8 @@ class Formula(NamedTuple):
     reported: Any = None
     split: bool = False
     centred: bool = False
+    k: Literal["forward", "-reverse", "unsure"] | None = None
+    threshold: float = 0.0
 
 
 def formula_of(divergence: Divergence, vocab: int) -> Formula | None:
@@ -86,6 +93,12 @@ def formula_of(divergence: Divergence, vocab: int) -> Formula | None:
             return Formula(kernels.tvd)
         case ToDi():
             return Formula(kernels.todi, reported=kernels.todi_as_reported)
+        case CSD(weights="teacher"):
+            return Formula(kernels.csd_by_teacher, k="forward")
+        case CSD():
+            return Formula(kernels.csd_by_student, reported=kernels.csd_by_student_as_reported, k="-reverse")
+        case EOPD(entropy=threshold, weight=weight, mode=mode):
+            return Formula(kernels.eopd, weight, float(mode == "switch"), k="unsure", threshold=threshold)
         case LogitMSE():
             return Formula(kernels.logit_mse, 1.0 / vocab, centred=True)
         case DKD(alpha=alpha, beta=beta) if vocab > 1:
@@ -321,6 +334,8 @@ class FusedRows(RowLoss):
             if answer.teacher_share is not None:
                 mean_t = torch.lerp(one.mean_s, mean_t, answer.teacher_share.to(mean_t.dtype))
             k = at_t.norm_s - at_t.norm_t - (one.mean_s / t_s - mean_t / t_t)
+        elif formula.k is not None:
+            k = self._told(at_t)
         elif formula.split:
             value, k = self._decoupled(at_t)
         elif formula.linear is not None:
@@ -341,6 +356,14 @@ class FusedRows(RowLoss):
             1.0 / t_s, 1.0 / t_t, at_t.peak_s, at_t.peak_t, at_t.rest_s, at_t.rest_t, weight / t_s, total, k
         )  # fmt: skip
         return _Term(value, torch.stack([number.expand_as(value) for number in numbers]), slope_s, slope_t)
+
+    def _told(self, at_t: AtT) -> Tensor:
+        """What ``Formula.k`` says, ``[C]``."""
+        if self.formula.k == "forward":
+            return at_t.forward + (at_t.rest_s - at_t.rest_t)
+        if self.formula.k == "-reverse":
+            return -(at_t.reverse + (at_t.rest_t - at_t.rest_s))
+        return (at_t.entropy_t > self.formula.threshold).to(at_t.entropy_t.dtype)
 
     def _held_total(
         self, chunk: _Chunk, at_t: AtT, answer: Temperatures, k: Tensor, total: Tensor, slopes: bool

@@ -153,6 +153,36 @@ def todi_as_reported(p, q, lp, lq, a, b, k, at_target):
 
 
 @triton.jit
+def csd_by_teacher(p, q, lp, lq, a, b, k, at_target):
+    """Variance of d = u - u_t under p; k = KL(p || q), so that log q - log p + k is d minus its mean."""
+    d = lq - lp + k
+    return p * d * d, 2.0 * p * d, p * d * (d - 2.0)
+
+
+@triton.jit
+def csd_by_student(p, q, lp, lq, a, b, k, at_target):
+    """The same under q, which is held constant; k = -KL(q || p)."""
+    d = lq - lp + k
+    return q * d * d, 2.0 * q * d, -2.0 * q * d
+
+
+@triton.jit
+def csd_by_student_as_reported(p, q, lp, lq, a, b, k, at_target):
+    """The same with q moving, too: what a temperature that learns follows."""
+    d = lq - lp + k
+    return q * d * d, q * d * (d + 2.0), -2.0 * q * d
+
+
+@triton.jit
+def eopd(p, q, lp, lq, a, b, k, at_target):
+    """KL(q || p), and a KL(p || q) where k is 1: beside it (b = 0), or in its place (b = 1)."""
+    ratio = lp - lq
+    forward, reverse = a * k, 1.0 - b * k
+    v = forward * p * ratio - reverse * q * ratio
+    return v, forward * (q - p) - reverse * q * ratio, forward * p * ratio + reverse * (p - q)
+
+
+@triton.jit
 def logit_mse(p, q, lp, lq, a, b, k, at_target):
     """Squared error of centred logits, a = 1 / V: log q - log p + k is u - u_t minus its mean."""
     d = lq - lp + k

@@ -49,6 +49,10 @@ SPECS = [
     named("dkd", alpha=0.3, beta=8.0),
     named("todi"),
     named("logit_mse"),
+    named("csd", weights="teacher"),
+    named("csd", weights="student"),
+    named("eopd", entropy=0.8, weight=1.0, mode="add"),
+    named("eopd", entropy=1.5, weight=0.3, mode="switch"),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
 
@@ -226,6 +230,34 @@ def test_logit_mse_is_twice_the_limit_of_a_high_temperature():
     torch.testing.assert_close(2 * tempered, value_of("logit_mse", teacher, student), rtol=5e-2, atol=0)
 
 
+@pytest.mark.parametrize("weights", ["teacher", "student"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_near_the_teacher_csd_is_twice_either_kl(weights, temperature):
+    """T^2 KL at T is half the variance of z_s - z_t under the teacher's softmax at T, to second order."""
+    teacher, other = pair(3, (5, 40))
+    change = 0.01 * other / other.abs().max()
+    student = teacher + change
+    at_t = [logits / temperature for logits in (teacher, student)]
+    p = at_t[0].softmax(-1)
+    variance = (p * change.square()).sum(-1) - (p * change).sum(-1).square()
+    for spec, factor in ((named("forward_kl"), 2.0), (named("reverse_kl"), 2.0), (named("csd", weights=weights), 1.0)):
+        value = factor * temperature**2 * value_of(spec, *at_t)
+        torch.testing.assert_close(value, variance, rtol=0.01, atol=0.0)
+
+
+def test_eopd_is_reverse_kl_and_forward_kl_where_the_teacher_is_unsure():
+    teacher, student = pair(5, (40, 9), 2.0)
+    unsure = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1) > 0.9
+    assert 0 < unsure.sum() < 40
+    forward, reverse = (value_of(named(name), teacher, student) for name in ("forward_kl", "reverse_kl"))
+    for mode, expected in (
+        ("add", reverse + 0.5 * unsure * forward),
+        ("switch", torch.where(unsure, 0.5 * forward, reverse)),
+    ):
+        found = value_of(named("eopd", entropy=0.9, weight=0.5, mode=mode), teacher, student)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_skew_gradient_flows_through_the_mixture():
     """DistiLLM-2 holds the mixture constant; the two gradients differ, and ours is that of the divergence."""
     teacher, student = pair(3, (4, 11))
@@ -394,6 +426,10 @@ def test_words_of_the_page_are_there(kind):
         (named("dkd", beta=True), "loss.divergence.beta: got True"),
         (named("dkd", alpha=0, beta=0), "one of them above 0"),
         (named("dkd", alpha=math.inf), "loss.divergence.alpha"),
+        (named("csd", weights="techer"), "got 'techer' for 'csd', expected one of teacher, student.*Did you mean"),
+        (named("eopd", mode="swich"), "got 'swich' for 'eopd', expected one of add, switch.*Did you mean"),
+        (named("eopd", entropy=0), "loss.divergence.entropy: got 0"),
+        (named("eopd", weight=-1.0), "loss.divergence.weight"),
     ],
 )
 def test_bad_input(spec, words):

@@ -30,6 +30,9 @@ MORE_DIVERGENCES = [
     {"name": "dkd", "alpha": 1.0, "beta": 0.5},
     {"name": "todi"},
     {"name": "logit_mse"},
+    {"name": "csd"},
+    {"name": "csd", "weights": "student"},
+    {"name": "eopd", "entropy": 2.0, "mode": "switch"},
 ]
 V, H_S, H_T = 37, 11, 7
 

@@ -111,6 +111,25 @@ def logit_mse(p: Tensor, q: Tensor) -> Tensor:
     return ((z_s - z_s.mean(-1, keepdim=True) - z_t + z_t.mean(-1, keepdim=True)) ** 2).mean(-1)
 
 
+def csd_weight(p: Tensor, q: Tensor, weights: str = "teacher") -> Tensor:
+    return p if weights == "teacher" else q
+
+
+def csd(p: Tensor, q: Tensor, weights: str, weight: Tensor | None = None) -> Tensor:
+    """All pairs, one by one; ``weight`` is w, q held constant at its value here when left out."""
+    w = csd_weight(p, q, weights) if weight is None else weight
+    w = w.detach() if weight is None and weights == "student" else w
+    d = torch.log(q / p)  # u - u_t up to a shift
+    pairs = (d.unsqueeze(-1) - d.unsqueeze(-2)) ** 2
+    return (w.unsqueeze(-1) * w.unsqueeze(-2) * pairs).sum((-1, -2)) / 2
+
+
+def eopd(p: Tensor, q: Tensor, entropy: float, weight: float, mode: str) -> Tensor:
+    unsure = (-(p * torch.log(p)).sum(-1) > entropy).to(p.dtype)
+    beside = 1 - unsure if mode == "switch" else 1
+    return beside * reverse_kl(p, q) + unsure * weight * forward_kl(p, q)
+
+
 DIVERGENCES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -124,10 +143,12 @@ DIVERGENCES = {
     "dkd": dkd,
     "todi": todi,
     "logit_mse": logit_mse,
+    "csd": csd,
+    "eopd": eopd,
 }
 
 #: The weights that a divergence holds constant, by its options.
-HELD_WEIGHTS = {"adaptive_kl": akl_weight, "todi": todi_weight}
+HELD_WEIGHTS = {"adaptive_kl": akl_weight, "todi": todi_weight, "csd": csd_weight}
 
 
 def divergence(name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float]) -> Tensor:

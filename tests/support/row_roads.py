@@ -32,6 +32,10 @@ FORMS: dict[str, str | dict[str, Any]] = {
     "todi": "todi",
     "logit_mse": "logit_mse",
     "dkd": {"name": "dkd", "alpha": 1.5, "beta": 4.0},
+    "csd_by_teacher": "csd",
+    "csd_by_student": {"name": "csd", "weights": "student"},
+    "eopd": {"name": "eopd", "entropy": 1.5, "weight": 0.7},
+    "eopd_switch": {"name": "eopd", "entropy": 1.5, "mode": "switch"},
 }
 
 
