@@ -115,7 +115,7 @@ def csd_weight(p: Tensor, q: Tensor, weights: str = "teacher") -> Tensor:
     return p if weights == "teacher" else q
 
 
-def csd(p: Tensor, q: Tensor, weights: str, weight: Tensor | None = None) -> Tensor:
+def csd(p: Tensor, q: Tensor, weights: str = "teacher", weight: Tensor | None = None) -> Tensor:
     """All pairs, one by one; ``weight`` is w, q held constant at its value here when left out."""
     w = csd_weight(p, q, weights) if weight is None else weight
     w = w.detach() if weight is None and weights == "student" else w
@@ -124,7 +124,7 @@ def csd(p: Tensor, q: Tensor, weights: str, weight: Tensor | None = None) -> Ten
     return (w.unsqueeze(-1) * w.unsqueeze(-2) * pairs).sum((-1, -2)) / 2
 
 
-def eopd(p: Tensor, q: Tensor, entropy: float, weight: float, mode: str) -> Tensor:
+def eopd(p: Tensor, q: Tensor, entropy: float = 0.8, weight: float = 1.0, mode: str = "add") -> Tensor:
     unsure = (-(p * torch.log(p)).sum(-1) > entropy).to(p.dtype)
     beside = 1 - unsure if mode == "switch" else 1
     return beside * reverse_kl(p, q) + unsure * weight * forward_kl(p, q)
