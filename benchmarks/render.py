@@ -45,8 +45,8 @@ def make_report(
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation over seeds; of one value itself."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    """Mean ± standard deviation over seeds; of one value, and of one that no seed changes, the value itself."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
