@@ -6,14 +6,17 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from dts_hf.advice.measured import Measured, Situation, measured
+from dts_hf.advice.rules import FEWEST_LABELS
 from dts_hf.advice.sums import RowSums, Settings, row_sums
 from dts_hf.console import working
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.distill import task_of
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.divergences import build_divergence
@@ -32,6 +35,8 @@ from dts_hf.temperature import TemperaturePolicy, build_temperature
 #: Temperatures at which language models and classification heads are measured.
 LANGUAGE_GRID = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 HEAD_GRID = (1.0, 2.0, 4.0, 8.0, 16.0, 40.0)
+#: Rows of a sample, where the user does not say how many, and as far as it grows until it has enough labels.
+ROWS, MOST_ROWS = 64, 200
 #: Rows that are measured together.
 BLOCK = 16
 #: A student that was loaded and is no better than this share of guessing has random weights.
@@ -55,13 +60,13 @@ def check_advisable(recipe: Recipe) -> None:
         raise UserError("task.subset: stsb is a regression, and squared errors know no temperature; expected classes")
 
 
-def look(recipe: Recipe, folder: Path, count: int, seed: int) -> Measured:
+def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured:
     """Measure a sample of the recipe's rows.
 
     Args:
         recipe: checked.
         folder: empty, for what the stages write.
-        count: rows of each of both samples.
+        count: rows of each of both samples; None: 64, and more, up to 200, where these have fewer than 2,000 labels.
         seed: draws the rows, and the resamples of the bootstrap.
 
     Raises:
@@ -86,14 +91,14 @@ def look(recipe: Recipe, folder: Path, count: int, seed: int) -> Measured:
     if own_answers:
         rows, own_answers = _answers(recipe, teacher, tokenizer, rows, notes)
     epochs = _epochs(args, len(rows.train))
-    data = task.encode(_drawn(rows, count, seed), tokenizer)
+    data = task.encode(_drawn(rows, MOST_ROWS if count is None else count, seed), tokenizer)
     with working("loading the student"):
         student = task.load_student(teacher, args.seed, _init(recipe, data, args, notes))
     if teacher is not None:
         place_teacher(teacher, "replicated", args.device)
     models = Models(student, teacher, tokenizer, teacher_tokenizer).for_training(recipe)
     trainer = task.make_trainer(args, models, Data(data.train, data.validation))
-    train, held_out, classes = _sums(recipe, task, trainer, data)
+    train, held_out, classes = _sums(recipe, task, trainer, data, count)
     situation = dataclasses.replace(
         situation_of(recipe, args),
         classes=classes, own_answers=own_answers, epochs=epochs,
@@ -165,13 +170,21 @@ def _answers(
 
 
 def _drawn(rows: Rows, count: int, seed: int) -> Rows:
-    """At most ``count`` rows of each, drawn without replacement, in their order."""
+    """At most ``count`` rows of each, drawn without replacement, in the order in which they were drawn."""
     draw = random.Random(seed)
 
     def of(given: Sequence[Any]) -> list[Any]:
-        return [given[place] for place in sorted(draw.sample(range(len(given)), min(count, len(given))))]
+        return [given[place] for place in draw.sample(range(len(given)), min(count, len(given)))]
 
     return Rows(of(rows.train), of(rows.validation))
+
+
+def _chosen(data: EncodedDataset, count: int | None) -> list[int]:
+    """The rows that are measured, in the order of their length: ``count``, or as many as have enough labels."""
+    if count is None:
+        labels = [0, *accumulate(data.target_counts)]
+        count = next((n for n in range(ROWS, len(data)) if labels[n] >= FEWEST_LABELS), MOST_ROWS)
+    return sorted(range(min(count, len(data))), key=data.lengths.__getitem__)
 
 
 def _init(recipe: Recipe, data: Data, args: TrainingArguments, notes: list[str]) -> StudentInit:
@@ -195,17 +208,18 @@ def _ce(rows: RowSums) -> float:
     return float(rows.sums["student_ce"].sum() / rows.labels.sum())
 
 
-def _sums(recipe: Recipe, task: Task[Any], trainer: Any, data: Data) -> tuple[RowSums, RowSums | None, int]:
+def _sums(
+    recipe: Recipe, task: Task[Any], trainer: Any, data: Data, count: int | None
+) -> tuple[RowSums, RowSums | None, int]:
     """Sums of training and held-out rows, and among how many classes the loss chooses."""
     grid = LANGUAGE_GRID if recipe.task is None else HEAD_GRID
     divergence = build_divergence(recipe.loss.divergence.model_dump())
     settings = Settings(grid, divergence, recipe.loss.temperature_scaling == "squared")
-    sets = [one for one in (data.train, data.validation) if one is not None]
+    sets = [(one, _chosen(one, count)) for one in (data.train, data.validation) if one is not None]
     found, classes = [], 0
-    with working("measuring teacher and student", sum(map(len, sets))) as work:
-        for dataset in sets:
+    with working("measuring teacher and student", sum(len(order) for _, order in sets)) as work:
+        for dataset, order in sets:
             parts = []
-            order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)
             for start in range(0, len(order), BLOCK):
                 block = order[start : start + BLOCK]
                 if isinstance(task, LanguageModeling):
