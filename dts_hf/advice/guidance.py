@@ -1,8 +1,8 @@
 """The rules: published guidance on the temperature with its conditions, and ours, which a sample of rows can decide.
 
-They say what is worth a place in a sweep, never which temperature wins: no source predicts that for a language model. What
-the paper "A Unified Revisit of Temperature in Classification-Based Knowledge Distillation" (arXiv 2603.02430) found, it found
-in image classification; its thresholds are not published, so those here are ours and are called so.
+They say what is worth a place in a sweep, never which temperature wins: no source predicts that for a language model. The
+findings of "A Unified Revisit of Temperature in Classification-Based Knowledge Distillation" (arXiv 2603.02430) are of image
+classification; its thresholds are not published, so those here are ours and are called so.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _relational(situation: Situation) -> str:
 
 
 def _labelled(situation: Situation) -> str:
-    return "the labels are the teacher's own answers, of which it is right by definition" if situation.own_answers else ""
+    return (
+        "the labels are the teacher's own answers, of which it is right by definition" if situation.own_answers else ""
+    )
 
 
 def _with_labels(situation: Situation) -> str:
@@ -58,13 +60,16 @@ def _with_labels(situation: Situation) -> str:
 
 
 def _of_kl(name: str) -> Callable[[Situation], str]:
-    return lambda situation: _language_models(situation) or (
-        "" if situation.divergence == name else f"loss.divergence is {situation.divergence}"
+    return lambda situation: (
+        _language_models(situation)
+        or ("" if situation.divergence == name else f"loss.divergence is {situation.divergence}")
     )
 
 
 def _dts(rule: str) -> Callable[[Situation], str]:
-    return lambda situation: "" if (situation.policy, situation.rule) == ("dts", rule) else f"the policy is not dts, rule {rule}"
+    return lambda situation: (
+        "" if (situation.policy, situation.rule) == ("dts", rule) else f"the policy is not dts, rule {rule}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the conditions
@@ -82,7 +87,9 @@ def _calibration(found: Measured, sign: int) -> Finding:
     """Whether the teacher is over-confident (1) or under-confident (-1), on training and on held-out rows alike."""
     compare, limit = (above, MISCALIBRATED) if sign > 0 else (below, -MISCALIBRATED)
     sets = (("training", "over_confidence"), ("held-out", "held_out_over_confidence"))
-    return every([compare(f"confidence less accuracy ({where} rows)", found.values[name], limit) for where, name in sets])
+    return every(
+        [compare(f"confidence less accuracy ({where} rows)", found.values[name], limit) for where, name in sets]
+    )
 
 
 def _ceiling(found: Measured) -> Finding:
@@ -101,7 +108,9 @@ def _enough(found: Measured, temperature: float) -> int | None:
 
 def _cache(found: Measured) -> Finding:
     size = _enough(found, _hot(found))
-    return fact(size is not None, f"at T = {_hot(found):g} {size or 'no measured number of'} tokens have {LEAST_MASS:g}")
+    return fact(
+        size is not None, f"at T = {_hot(found):g} {size or 'no measured number of'} tokens have {LEAST_MASS:g}"
+    )
 
 
 def _no_cache(found: Measured) -> Finding:
@@ -163,32 +172,32 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "revisit-f1-fixed-temperature",
         "always",
-        "Keep a constant temperature, shared by both models, with KL in every sweep: it was the most robust simple choice, "
-        "and no method beat it consistently",
+        "Keep a constant temperature, shared by both models, with KL in every sweep: it was the most robust simple "
+        "choice, and no method beat it consistently",
         REVISIT.format("F1"), IMAGES, f"{PUBLISHED}; what 'most robust' ranks is not published", (),
         lambda found: fact(True, "no condition"),
     ),
     Rule(
         "revisit-f2-adamw",
         "training.optim is one of the Adam family",
-        "Three temperatures are enough: AdamW was flatter in T than SGD. It hardly sees a factor on the gradient, and whether "
-        "the learning rate was tuned for each T is not known, so that may be all there is to it",
+        "Three temperatures are enough: AdamW was flatter in T than SGD. It hardly sees a factor on the gradient, and "
+        "whether the learning rate was tuned for each T is not known, so that may be all there is to it",
         REVISIT.format("F2"), IMAGES, PUBLISHED, (), _optimizer(True),
     ),
     Rule(
         "revisit-f2-sgd",
         "training.optim is SGD",
-        "Spread the temperatures wide, five values in place of three, and tune the learning rate for each: with SGD a small T "
-        "did better early and a large one late. Whether that is about short and long runs, or about T rising within a run, "
-        "is not clear: sweep the length of the run beside T, and add a rising schedule (linear)",
+        "Spread the temperatures wide, five values in place of three, and tune the learning rate for each: with SGD a "
+        "small T did better early and a large one late. Whether that is about short and long runs, or about T rising "
+        "within a run, is not clear: sweep the length of the run beside T, and add a rising schedule (linear)",
         REVISIT.format("F2"), IMAGES, f"{PUBLISHED}, two readings", (), _optimizer(False),
     ),
     Rule(
         "revisit-f3-large-temperature",
-        f"{LONG:g} epochs or more, and at the last T below {LARGE_T:g} the entropy among the other classes is still below "
-        f"{RELATED:g} log(V - 1) (thresholds ours)",
-        f"Give a temperature of {LARGE_T:g} or more a place: they helped where the teacher relates its classes strongly and "
-        "training was long",
+        f"{LONG:g} epochs or more, and at the last T below {LARGE_T:g} the entropy among the other classes is still "
+        f"below {RELATED:g} log(V - 1) (thresholds ours)",
+        f"Give a temperature of {LARGE_T:g} or more a place: they helped where the teacher relates its classes "
+        "strongly and training was long",
         REVISIT.format("F3"), IMAGES, f"{PUBLISHED}; 'strong' has no published threshold", ("train",), _large, _relational,
     ),
     Rule(
@@ -207,9 +216,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "revisit-f5-heavy-fine-tuning",
-        f"the teacher's cross-entropy on held-out rows is above {OVERFITTED:g} times that on training rows (threshold ours)",
-        "Try an earlier checkpoint of the teacher, or one that was fine-tuned lightly: light fine-tuning of a pretrained "
-        "teacher helped, heavy fine-tuning hurt",
+        f"the teacher's cross-entropy on held-out rows is above {OVERFITTED:g} times that on training rows (threshold "
+        "ours)",
+        "Try an earlier checkpoint of the teacher, or one that was fine-tuned lightly: light fine-tuning of a "
+        "pretrained teacher helped, heavy fine-tuning hurt",
         REVISIT.format("F5"), IMAGES, f"{PUBLISHED}; lost relations or over-confidence, not known which",
         ("train", "held_out"), _overfitted, _labelled,
     ),
@@ -228,9 +238,11 @@ RULES: tuple[Rule, ...] = (
     # --------------------------------------------------------------------------------------------------- the teacher
     Rule(
         "over-fitted-teacher",
-        f"the teacher's cross-entropy on held-out rows is above {OVERFITTED:g} times that on training rows (threshold ours)",
-        "The teacher knows these training rows by heart: train on its own answers (data.responses: teacher) or on other rows, "
-        "or give T = {t:.2g} a place, at which its entropy on training rows is what it is on held-out ones at T = 1",
+        f"the teacher's cross-entropy on held-out rows is above {OVERFITTED:g} times that on training rows (threshold "
+        "ours)",
+        "The teacher knows these training rows by heart: train on its own answers (data.responses: teacher) or on "
+        "other rows, or give T = {t:.2g} a place, at which its entropy on training rows is what it is on held-out ones "
+        "at T = 1",
         "arithmetic; direction of arXiv 2603.02430, finding F5", ANY, OURS, ("train", "held_out"), _overfitted, _labelled,
         _value("matching_t"),
     ),
@@ -238,8 +250,8 @@ RULES: tuple[Rule, ...] = (
         "sharp-teacher",
         f"on training and held-out rows the teacher's confidence is above its accuracy by more than {MISCALIBRATED:g} "
         "(threshold ours)",
-        "The teacher is sharper than it is right, on all rows alike: sweep higher temperatures, from T = {t:g} on, at which its "
-        "held-out cross-entropy is lowest",
+        "The teacher is sharper than it is right, on all rows alike: sweep higher temperatures, from T = {t:g} on, at "
+        "which its held-out cross-entropy is lowest",
         "calibration (Guo et al. 2017, arXiv 1706.04599)", ANY, OURS, ("train", "held_out"),
         lambda found: _calibration(found, 1), _labelled, _calibrated_t,
     ),
@@ -247,22 +259,23 @@ RULES: tuple[Rule, ...] = (
         "flat-teacher",
         f"on training and held-out rows the teacher's confidence is below its accuracy by more than {MISCALIBRATED:g} "
         "(threshold ours)",
-        "The teacher is flatter than it is right: sweep temperatures of 1 and below (0.5, 0.7, 1); its held-out cross-entropy "
-        "is lowest at T = {t:g}",
-        "Chandrasegaran et al., ICML 2022: students of label-smoothed teachers fail at high T", "vision and translation", OURS,
-        ("train", "held_out"), lambda found: _calibration(found, -1), _labelled, _calibrated_t,
+        "The teacher is flatter than it is right: sweep temperatures of 1 and below (0.5, 0.7, 1); its held-out "
+        "cross-entropy is lowest at T = {t:g}",
+        "Chandrasegaran et al., ICML 2022: students of label-smoothed teachers fail at high T",
+        "vision and translation", OURS, ("train", "held_out"), lambda found: _calibration(found, -1), _labelled, _calibrated_t,
     ),
     Rule(
         "teacher-worse",
         "the mean gap, the student's cross-entropy less the teacher's, is below 0",
-        "The student knows these labels better than the teacher does: do not distil on them; fine-tune the teacher first, or "
-        "train on its own answers",
+        "The student knows these labels better than the teacher does: do not distil on them; fine-tune the teacher "
+        "first, or train on its own answers",
         ARITHMETIC, ANY, ARITHMETIC, ("train",),
         lambda found: below("mean gap, nats", found.values["gap"], 0.0), _labelled,
     ),
     Rule(
         "no-relations-left",
-        f"at the last T below {LARGE_T:g} the entropy among the other classes is above {RELATED:g} log(V - 1) (threshold ours)",
+        f"at the last T below {LARGE_T:g} the entropy among the other classes is above {RELATED:g} log(V - 1) "
+        "(threshold ours)",
         "Leave larger temperatures out: the teacher tells its other classes apart no more",
         "chain rule of the entropy", ANY, OURS, ("train",), _uniform,
         lambda situation: "two classes have no others to relate" if situation.classes < 3 else "",
@@ -270,8 +283,8 @@ RULES: tuple[Rule, ...] = (
     # ------------------------------------------------------------------------------------- temperatures and divergences
     Rule(
         "support-ceiling",
-        f"at the hottest T of the recipe the teacher offers more than {MOST_SUPPORT:.0%} of the vocabulary, exp(mean entropy) "
-        "(threshold ours)",
+        f"at the hottest T of the recipe the teacher offers more than {MOST_SUPPORT:.0%} of the vocabulary, exp(mean "
+        "entropy) (threshold ours)",
         "Keep temperatures, t_init and t_max among them, below T = {t:.2g}: above it the target is mostly tail",
         "entropy as what T acts through: arXiv 2603.02430, 2605.20357 (abstracts)", LANGUAGE, OURS, ("train",), _ceiling,
         _language_models, _value("ceiling"),
@@ -286,16 +299,16 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "reverse-kl-values",
         "loss.divergence is reverse_kl",
-        "Sweep T = 0.6, 0.8 and 1: reverse KL was above forward KL at T = 1, and of the fixed temperatures that were compared 0.61 "
-        "did most",
+        "Sweep T = 0.6, 0.8 and 1: reverse KL was above forward KL at T = 1, and of the fixed temperatures that were "
+        "compared 0.61 did most",
         "arXiv 2606.00306 (abstract), 2510.11615 (one model pair)", LANGUAGE, "published, one paper each", (),
         lambda found: fact(True, "no further condition"), _of_kl("reverse_kl"),
     ),
     Rule(
         "near-student",
         f"KL(teacher || student) before training is below {NEAR:g} nats per label (threshold ours)",
-        "Do not spend the sweep on forward against reverse KL: to second order both are half the variance of the difference of "
-        "the logits, and this student is near",
+        "Do not spend the sweep on forward against reverse KL: to second order both are half the variance of the "
+        "difference of the logits, and this student is near",
         "second-order expansion", ANY, "derived", ("train",),
         lambda found: below("KL before training, nats", found.values["kl"], NEAR),
     ),
@@ -309,23 +322,24 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "dts-paper-cannot-act",
         "the policy is dts, rule paper, and the mean gap is above -1",
-        "A fixed temperature, or cosine, is the better choice here: rule paper acts only below a gap of -1, so this is a cosine "
-        "with momentum",
+        "A fixed temperature, or cosine, is the better choice here: rule paper acts only below a gap of -1, so this is "
+        "a cosine with momentum",
         "Eq. 5 to 8 of DTS", ANY, ARITHMETIC, ("train",), lambda found: above("mean gap, nats", found.values["gap"], -1.0),
         _dts("paper"),
     ),
     Rule(
         "moving-needs-controls",
         "the policy moves T during training",
-        "Put a constant beside it: published schedules run in opposite directions (DTS falls, POCL rises), and neither was "
-        "compared with a constant over several seeds",
+        "Put a constant beside it: published schedules run in opposite directions (DTS falls, POCL rises), and neither "
+        "was compared with a constant over several seeds",
         "arXiv 2506.05695; arXiv 2603.02430, finding F2", LANGUAGE, "two papers that disagree", (),
         lambda found: fact(found.situation.moves, f"the policy is {found.situation.policy}"),
     ),
     # --------------------------------------------------------------------------------------------------- weights and caches
     Rule(
         "gradient-share",
-        f"at the hottest T of the recipe one of the two parts has less than {LEAST_SHARE:.0%} of the gradient (threshold ours)",
+        f"at the hottest T of the recipe one of the two parts has less than {LEAST_SHARE:.0%} of the gradient "
+        "(threshold ours)",
         "Give loss.kd_ratio = {ratio:.2g} a place, which makes both parts equally large on the logits",
         ARITHMETIC, ANY, ARITHMETIC, ("train",), _share, _with_labels,
         lambda found: {"ratio": found.at("equal_ratio", found.situation.hottest).value},

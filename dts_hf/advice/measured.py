@@ -97,7 +97,8 @@ class Measured:
         points = self.curves[curve]
         grid, t = np.log(self.situation.grid), math.log(temperature)
         low, middle, high = (
-            float(np.interp(t, grid, column)) for column in zip(*((e.low, e.value, e.high) for e in points), strict=True)
+            float(np.interp(t, grid, column))
+            for column in zip(*((e.low, e.value, e.high) for e in points), strict=True)
         )
         return Estimate(middle, low, high)
 
@@ -117,7 +118,9 @@ def resampled(rows: RowSums, seed: int) -> dict[str, np.ndarray]:
     return {name: sums / total.reshape(-1, *[1] * (sums.ndim - 1)) for name, sums in means.items()}
 
 
-def measured(situation: Situation, train: RowSums, held_out: RowSums | None, seed: int, notes: Sequence[str]) -> Measured:
+def measured(
+    situation: Situation, train: RowSums, held_out: RowSums | None, seed: int, notes: Sequence[str]
+) -> Measured:
     """All numbers of a sample.
 
     Args:
@@ -142,7 +145,9 @@ def measured(situation: Situation, train: RowSums, held_out: RowSums | None, see
     return Measured(situation, values, by_t, tuple(notes))
 
 
-def _of_rows(means: Mapping[str, np.ndarray], situation: Situation) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _of_rows(
+    means: Mapping[str, np.ndarray], situation: Situation
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Values ``[1 + RESAMPLES]`` and curves ``[1 + RESAMPLES, K]`` of one sample, by name."""
     direct = ("student_ce", "teacher_ce", "negative", "kl", "agreement", "confidence", "correct", "p_target")
     entropy, hard = means["entropy_at_t"], np.sqrt(means["ce_gradient"])[:, None]
@@ -169,11 +174,10 @@ def _of_rows(means: Mapping[str, np.ndarray], situation: Situation) -> tuple[dic
 
 
 def _solved(grid: Sequence[float], entropies: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The temperature at which each row of ``entropies`` ``[n, K]`` is ``wanted`` ``[n]``, at the ends of the grid at most."""
+    """The temperature at which each row of ``entropies`` ``[n, K]`` is ``wanted`` ``[n]``; not beyond the grid."""
     return np.exp([np.interp(goal, row, np.log(grid)) for goal, row in zip(wanted, entropies, strict=True)])
 
 
 def short(value: float) -> str:
     """A number as people write it: no more digits than a sample knows."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-

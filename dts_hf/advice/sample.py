@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from dts_hf.advice.measured import Measured, Situation, measured
 from dts_hf.advice.rules import FEWEST_LABELS
@@ -51,11 +51,17 @@ def check_advisable(recipe: Recipe) -> None:
     """
     if recipe.teachers:
         names = ", ".join(recipe.teachers)
-        raise UserError(f"teachers: got several ({names}), and advise looks at one; expected teacher in the place of teachers")
+        raise UserError(
+            f"teachers: got several ({names}), and advise looks at one; expected teacher in the place of teachers"
+        )
     if recipe.teacher is None:
-        raise UserError("teacher: is missing, and advise is about what to learn from it; expected a mapping with model")
+        raise UserError(
+            "teacher: is missing, and advise is about what to learn from it; expected a mapping with model"
+        )
     if recipe.teacher.kind == "self":
-        raise UserError("teacher.kind: self, a teacher that does not differ from the student yet; expected another model")
+        raise UserError(
+            "teacher.kind: self, a teacher that does not differ from the student yet; expected another model"
+        )
     if recipe.task is not None and recipe.task.subset == "stsb":
         raise UserError("task.subset: stsb is a regression, and squared errors know no temperature; expected classes")
 
@@ -150,21 +156,19 @@ def _check_states(task: LanguageModeling) -> None:
     states = task.elsewhere.get("teacher")
     if isinstance(states, StateCache) and states.manifest.form is not None:
         raise UserError(
-            f"teacher.cache: {states.folder} is compact and has lost the tail that advise measures; expected a cache of states, "
-            "or kind: live"
+            f"teacher.cache: {states.folder} is compact and has lost the tail that advise measures; expected a cache "
+            "of states, or kind: live"
         )
 
 
-def _answers(
-    recipe: Recipe, teacher: Any, tokenizer: Any, rows: Rows, notes: list[str]
-) -> tuple[Rows, bool]:
+def _answers(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Rows, notes: list[str]) -> tuple[Rows, bool]:
     """The teacher's own answers where an earlier run has kept them, else those of the data; and which."""
     kept = LanguageModeling(recipe).kept_answers(teacher, tokenizer, rows)
     notes.append(
         "answers: the teacher's own, which an earlier run has kept"
         if kept is not None
-        else "answers: those of the data; the teacher's own (data.responses: teacher) have not been made yet, and dts-hf train "
-        "makes them"
+        else "answers: those of the data; the teacher's own (data.responses: teacher) have not been made yet, and "
+        "dts-hf train makes them"
     )
     return (rows, False) if kept is None else (kept, True)
 
@@ -191,8 +195,8 @@ def _init(recipe: Recipe, data: Data, args: TrainingArguments, notes: list[str])
     init = recipe.student.init
     if init is not None and init.choose != "even":
         notes.append(
-            f"student: evenly spaced layers, in the place of student.init.choose: {init.choose}, which alone takes as long as "
-            "all of this; so its own numbers (gap, KL, share of the gradient) are those of a worse start"
+            f"student: evenly spaced layers, in the place of student.init.choose: {init.choose}, which alone takes as "
+            "long as all of this; so its own numbers (gap, KL, share of the gradient) are those of a worse start"
         )
         init = init.model_copy(update={"choose": "even"})
     return StudentInit(init, data.train if init is not None else None, args.device)

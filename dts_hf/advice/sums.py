@@ -87,7 +87,8 @@ def row_sums(sample: Sample, settings: Settings) -> RowSums:
             total.index_add_(0, rows[part], values.double().cpu())
     if broken := [name for name, total in sums.items() if not bool(total.isfinite().all())]:
         raise UserError(
-            f"teacher, student: {', '.join(broken)} is non-finite on rows of the recipe; dts-hf doctor says more about it"
+            f"teacher, student: {', '.join(broken)} is non-finite on rows of the recipe; dts-hf doctor says more about "
+            "it"
         )
     return RowSums(labels.numpy(), {name: total.numpy() for name, total in sums.items()})
 
@@ -112,7 +113,9 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
     z_s, z_t = (logits - logits.amax(-1, keepdim=True) for logits in (student, teacher))
     picked = targets.unsqueeze(-1)
     p, q = Distribution.of(z_t), Distribution.of(z_s)
-    student_ce, teacher_ce = (one.log_norm.squeeze(-1) - z.gather(-1, picked).squeeze(-1) for one, z in ((q, z_s), (p, z_t)))
+    student_ce, teacher_ce = (
+        one.log_norm.squeeze(-1) - z.gather(-1, picked).squeeze(-1) for one, z in ((q, z_s), (p, z_t))
+    )
     confidence = (-p.log_norm).exp().squeeze(-1).double()
     correct = (z_t.gather(-1, picked).squeeze(-1) == 0).double()
     bins = torch.nn.functional.one_hot((confidence * BINS).long().clamp(max=BINS - 1), BINS)
@@ -140,7 +143,7 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
 
 
 def _others(z: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``[C, V]`` of all but the labelled class, their largest taken off and 0 in its place; and that ``[C, 1]``."""
+    """Logits ``[C, V]`` less the largest of all but the labelled class, whose own is 0; and that largest one ``[C, 1]``."""
     others = z.scatter(-1, picked, -torch.inf)
     top = others.amax(-1, keepdim=True)
     return others.sub_(top).scatter_(-1, picked, 0.0), top
@@ -150,8 +153,8 @@ def entropy_parts(z: Tensor, others: tuple[Tensor, Tensor], picked: Tensor, t: f
     """The chain rule of the entropy at one temperature: H(p) = H_b(p[y]) + (1 - p[y]) H(p given that it is not y).
 
     The first term says how confident the teacher is of the label, the second how it relates the other classes; "other" is
-    the entropy among these alone. Our definitions: mean over labels, in nats. Nothing is subtracted from 1, so a teacher that
-    is sure loses no digits.
+    the entropy among these alone. Our definitions: mean over labels, in nats. Nothing is subtracted from 1, so a teacher
+    that is sure loses no digits.
 
     Args:
         z: logits ``[C, V]``, their largest taken off.
@@ -173,7 +176,13 @@ def entropy_parts(z: Tensor, others: tuple[Tensor, Tensor], picked: Tensor, t: f
     binary = -(log_own.exp() * log_own + log_rest.exp() * log_rest)
     other = total.log() - moment / total
     relation = log_rest.exp() * other
-    return {"entropy": binary + relation, "binary": binary, "relation": relation, "other": other, "teacher_ce": -log_own}
+    return {
+        "entropy": binary + relation,
+        "binary": binary,
+        "relation": relation,
+        "other": other,
+        "teacher_ce": -log_own,
+    }
 
 
 def soft_gradient(
