@@ -74,13 +74,13 @@ def draw_mass(found: Measured, theme: Theme) -> Drawing:
     figure, (axis,) = panels([3], theme)
     colours = (theme.blue, theme.orange, theme.green, theme.purple)
     for size, colour, style in zip(sizes, colours, ("-", "--", "-.", ":"), strict=False):
-        _line(axis, found, f"mass_{size}", f"{size:,} tokens" if size > 1 else "1 token", colour, style)
+        _line(axis, found, f"mass_{size}", f"the first {size:,}" if size > 1 else "the first", colour, style)
     axis.set_ylabel("share of the probability")
     set_range(axis, [_curve(found, f"mass_{size}") for size in sizes], floor=0.0, ceiling=1.0)
     _finish(figure, found)
     caption = (
-        "On training rows: the share of the teacher's probability at T that its likeliest tokens hold. A compact cache keeps "
-        "so many of them."
+        "On training rows: the share of the teacher's probability at T that its likeliest tokens hold. A compact cache "
+        "keeps so many of them."
     )
     return _drawing(
         "mass", "What the likeliest classes hold", caption, figure, found, [f"mass_{size}" for size in sizes]

@@ -15,7 +15,7 @@ from dts_hf.files import check_name, write_text_atomic
 from dts_hf.recipe.schema import Recipe, Sweep
 
 MOST_ARMS, SEEDS = 4, (1, 2, 3)
-FORWARD = {"name": "forward_kl"}
+FORWARD: Mapping[str, Any] = {"name": "forward_kl"}
 #: Of a student with random weights, and where the recipe leaves the teacher out.
 LARGE_RATIO, RATIO = 0.9, 0.5
 #: A ratio that makes both parts equal is given no closer to an end than this.
@@ -28,21 +28,21 @@ class Arm:
 
     Attributes:
         label: for people.
-        temperature, divergence: sections of a recipe.
+        temperature: section of a recipe; a number: a constant.
+        divergence: section of a recipe.
         kd_ratio: 0: labels alone.
     """
 
     label: str
-    temperature: Mapping[str, Any]
+    temperature: Mapping[str, Any] | float
     divergence: Mapping[str, Any]
     kd_ratio: float
 
     @property
     def values(self) -> dict[str, Any]:
         """By dotted key of the recipe."""
-        return {
-            "temperature": dict(self.temperature), "loss.divergence": dict(self.divergence), "loss.kd_ratio": self.kd_ratio
-        }  # fmt: skip
+        temperature = dict(self.temperature) if isinstance(self.temperature, Mapping) else self.temperature
+        return {"temperature": temperature, "loss.divergence": dict(self.divergence), "loss.kd_ratio": self.kd_ratio}
 
 
 def arms(recipe: Recipe, found: Measured, judged: Sequence[Judged]) -> list[Arm]:
@@ -64,24 +64,24 @@ def arms(recipe: Recipe, found: Measured, judged: Sequence[Judged]) -> list[Arm]
 def _candidates(recipe: Recipe, found: Measured, fired: set[str]) -> Iterator[Arm]:
     kd_ratio = recipe.loss.kd_ratio or RATIO
     first, *others = temperatures(found, fired)
-    yield Arm("labels alone", _constant(1.0), FORWARD, 0.0)
-    yield Arm(f"forward KL, constant T = {first:g}", _constant(first), FORWARD, kd_ratio)
+    yield Arm("labels alone", 1.0, FORWARD, 0.0)
+    yield Arm(f"forward KL, constant T = {first:g}", first, FORWARD, kd_ratio)
     own = recipe.loss.divergence.model_dump()
     if own["name"] != FORWARD["name"]:
         t = 0.8 if "reverse-kl-values" in fired else first
-        yield Arm(f"{own['name']}, constant T = {t:g}", _constant(t), own, kd_ratio)
+        yield Arm(f"{own['name']}, constant T = {t:g}", t, own, kd_ratio)
     if recipe.temperature.name != "constant" and "fixed-is-enough" not in fired:
         policy = _capped(recipe.temperature.model_dump(), found, fired)
         yield Arm(f"{own['name']}, policy {recipe.temperature.name}", policy, own, kd_ratio)
     if "gradient-share" in fired:
         equal = found.at("equal_ratio", found.situation.hottest).value
         ratio = float(f"{min(max(equal, ENDS), 1 - ENDS):.2g}")
-        yield Arm(f"forward KL, constant T = {first:g}, kd_ratio {ratio:g}", _constant(first), FORWARD, ratio)
+        yield Arm(f"forward KL, constant T = {first:g}, kd_ratio {ratio:g}", first, FORWARD, ratio)
     elif "revisit-f6-random-student" in fired:
         ratio = max(kd_ratio, LARGE_RATIO)
-        yield Arm(f"forward KL, constant T = {first:g}, kd_ratio {ratio:g}", _constant(first), FORWARD, ratio)
+        yield Arm(f"forward KL, constant T = {first:g}, kd_ratio {ratio:g}", first, FORWARD, ratio)
     for t in others:
-        yield Arm(f"forward KL, constant T = {t:g}", _constant(t), FORWARD, kd_ratio)
+        yield Arm(f"forward KL, constant T = {t:g}", t, FORWARD, kd_ratio)
 
 
 def temperatures(found: Measured, fired: set[str]) -> list[float]:
@@ -128,15 +128,17 @@ def write_sweep(path: Path, recipe: Recipe, wanted: Sequence[Arm], source: str) 
         UserError: an arm is refused by the recipe, which is named.
     """
     for arm in wanted:
-        values = recipe.model_dump(mode="json") | {"temperature": dict(arm.temperature), "sweep": None}
+        values = recipe.model_dump(mode="json") | {"temperature": arm.values["temperature"], "sweep": None}
         values["loss"] |= {"divergence": dict(arm.divergence), "kd_ratio": arm.kd_ratio}
         Recipe.from_dict(values, f"--write: the arm '{arm.label}'")
     together = {key: [arm.values[key] for arm in wanted] for key in wanted[0].values}
+    if all(value == recipe.loss.divergence.model_dump() for value in together["loss.divergence"]):
+        del together["loss.divergence"]  # it would only make the names of the runs long
     text = recipe.model_copy(update={"sweep": Sweep(zip=together, seeds=list(SEEDS))}).to_yaml()
     listed = "".join(f"#   {number}. {arm.label}\n" for number, arm in enumerate(wanted, 1))
     head = (
         f"# {source}, varied as dts-hf advise has it: {len(wanted)} arms with {len(SEEDS)} seeds each\n{listed}"
-        f"# dts-hf sweep {path} --dry-run\n"
+        f"# Paths in it are meant from the folder where it was written: dts-hf sweep {path} --dry-run\n"
     )
     write_text_atomic(path, head + text)
 
@@ -159,10 +161,6 @@ def check_writable(path: Path, recipe: str | Path) -> None:
         raise UserError(f"--write: got {path}, expected a name that ends in .yaml")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--write: {path.parent} is no folder; expected one that is there")
-
-
-def _constant(value: float) -> dict[str, Any]:
-    return {"name": "constant", "value": value}
 
 
 def _capped(policy: dict[str, Any], found: Measured, fired: set[str]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
     )
     confidence = (-p.log_norm).exp().squeeze(-1).double()
     correct = (z_t.gather(-1, picked).squeeze(-1) == 0).double()
-    bins = torch.nn.functional.one_hot((confidence * BINS).long().clamp(max=BINS - 1), BINS)
+    bins = torch.nn.functional.one_hot((confidence * BINS).long().clamp(0, BINS - 1), BINS)
     first = z_s.argmax(-1, keepdim=True)
     found = {
         "student_ce": student_ce, "teacher_ce": teacher_ce, "negative": (student_ce < teacher_ce).double(),
