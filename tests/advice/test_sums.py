@@ -121,10 +121,10 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 
 def test_estimates_are_means_over_labels_and_their_intervals_hold_the_truth() -> None:
-    """Rows of different lengths: 200 samples, of whose 95 % intervals the true mean lies in 90 to 98 %."""
+    """Rows of different lengths: 100 samples, of whose 95 % intervals the true mean lies in 88 to 99."""
     draw, hits = np.random.default_rng(0), 0
     one = row_sums(sample_of(), settings())
-    for trial in range(200):
+    for trial in range(100):
         labels = draw.integers(5, 40, 64).astype(float)
         level = draw.normal(2.0, 0.5, 64)  # a row has a level of its own
         sums = {name: np.repeat(values[:1], 64, 0) for name, values in one.sums.items()}
@@ -132,4 +132,4 @@ def test_estimates_are_means_over_labels_and_their_intervals_hold_the_truth() ->
         found = measured(Situation(classes=60, grid=GRID), RowSums(labels, sums), None, trial, []).values["student_ce"]
         assert math.isclose(found.value, sums["student_ce"].sum() / labels.sum(), rel_tol=1e-9)
         hits += found.low <= 2.0 <= found.high
-    assert 180 <= hits <= 197
+    assert 88 <= hits <= 99
