@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dts_hf.advice.measured import MOST_SUPPORT, Measured, Situation
+from dts_hf.advice.measured import MOST_SUPPORT, Estimate, Measured, Situation
 from dts_hf.advice.rules import Finding, Judged, Rule, above, below, either, every, fact, judge
 from dts_hf.teachers.compact import LEAST_MASS
 
@@ -106,17 +106,21 @@ def _enough(found: Measured, temperature: float) -> int | None:
     return next(fits, None)
 
 
+def _most_mass(found: Measured) -> tuple[str, Estimate]:
+    """What the largest measured number of tokens holds at the hottest temperature."""
+    largest, hot = found.sizes[-1], _hot(found)
+    return f"share of the likeliest {largest:,} tokens at T = {hot:g}", found.at(f"mass_{largest}", hot)
+
+
 def _cache(found: Measured) -> Finding:
     size = _enough(found, _hot(found))
-    return fact(
-        size is not None, f"at T = {_hot(found):g} {size or 'no measured number of'} tokens have {LEAST_MASS:g}"
-    )
+    if size is None:
+        return above(*_most_mass(found), LEAST_MASS)
+    return fact(True, f"at T = {_hot(found):g} {size:,} tokens have {LEAST_MASS:g}")
 
 
 def _no_cache(found: Measured) -> Finding:
-    largest = found.sizes[-1]
-    mass = found.at(f"mass_{largest}", _hot(found))
-    return below(f"share of the likeliest {largest:,} tokens at T = {_hot(found):g}", mass, LEAST_MASS)
+    return below(*_most_mass(found), LEAST_MASS)
 
 
 def _share(found: Measured) -> Finding:

@@ -27,7 +27,9 @@ def wide(value: float) -> Estimate:
     return near(value, 10.0)
 
 
-def planted(values: dict[str, Estimate] | None = None, curves: dict[str, float] | None = None, **facts: Any) -> Measured:
+def planted(
+    values: dict[str, Estimate] | None = None, curves: dict[str, float] | None = None, **facts: Any
+) -> Measured:
     """A measurement about which no rule has anything to say but those without a condition, changed here and there.
 
     Args:
@@ -36,7 +38,15 @@ def planted(values: dict[str, Estimate] | None = None, curves: dict[str, float] 
         facts: of the situation.
     """
     situation = dataclasses.replace(Situation(), **facts)
-    flat = {"entropy": 2.0, "other": 3.0, "kd_share": 0.5, "cosine": 0.5, "equal_ratio": 0.5, "binary": 0.5, "relation": 1.5}
+    flat = {
+        "entropy": 2.0,
+        "other": 3.0,
+        "kd_share": 0.5,
+        "cosine": 0.5,
+        "equal_ratio": 0.5,
+        "binary": 0.5,
+        "relation": 1.5,
+    }
     flat |= {"teacher_ce": 2.0, "held_out_teacher_ce": 2.0} | {f"mass_{size}": 0.97 for size in SIZES} | (curves or {})
     points = {name: [near(value)] * len(situation.grid) for name, value in flat.items()}
     plain = {"gap": 0.5, "kl": 0.5, "ce_ratio": 1.1, "over_confidence": 0.001, "held_out_over_confidence": 0.001,
@@ -131,13 +141,9 @@ def undecided(rule: str) -> Measured:
 MEASURING = [rule.id for rule in RULES if rule.reads]
 
 
-@pytest.mark.parametrize("rule", sorted({*MEASURING} - {"compact-cache"}))
+@pytest.mark.parametrize("rule", MEASURING)
 def test_an_interval_that_holds_the_limit_decides_nothing(rule: str) -> None:
     assert judged(undecided(rule), rule).verdict is Verdict.CANNOT_SAY
-
-
-def test_a_cache_size_is_advised_only_where_all_of_the_interval_is_enough() -> None:
-    assert judged(undecided("compact-cache"), "compact-cache").verdict is Verdict.SILENT
 
 
 @pytest.mark.parametrize("rule", MEASURING)

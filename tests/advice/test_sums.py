@@ -69,7 +69,9 @@ def test_what_is_measured_at_one() -> None:
         torch.testing.assert_close(found[name].double(), values, rtol=1e-5, atol=1e-5)
     for place, t in enumerate(GRID):
         order = log_p(teacher, t).exp().sort(-1, descending=True).values.cumsum(-1)
-        torch.testing.assert_close(found["mass_at_t"][:, place].double(), order[:, [0, 1, 3, 7, 15]], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            found["mass_at_t"][:, place].double(), order[:, [0, 1, 3, 7, 15]], rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "dkd"])
