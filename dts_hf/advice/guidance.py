@@ -336,8 +336,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "moving-needs-controls",
         "the policy moves T during training",
-        "Put a constant beside it: published schedules run in opposite directions (DTS falls, POCL rises), and neither "
-        "was compared with a constant over several seeds",
+        "Put a constant beside it: published schedules run in opposite directions (DTS falls, POCL rises), and without a "
+        "constant nobody can say what moving did",
         "arXiv 2506.05695; arXiv 2603.02430, finding F2", LANGUAGE, "two papers that disagree", (),
         lambda found: fact(found.situation.moves, f"the policy is {found.situation.policy}"),
     ),

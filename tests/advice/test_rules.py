@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,11 @@ def test_between_the_temperatures_of_the_grid_curves_are_interpolated() -> None:
     found = dataclasses.replace(found, curves={"a": points})
     assert found.at("a", 1.0).value == 2.0 and math.isclose(found.at("a", math.sqrt(2.0)).value, 3.03, abs_tol=0.01)
     assert found.at("a", 0.1).value == 0.0 and found.at("a", 99.0).value == 6.0
+
+
+def test_the_page_lists_every_rule_as_it_is() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/advise.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        condition = rule.condition.replace("||", "\\|\\|")
+        assert f"| `{rule.id}` | {condition} | {rule.domain} | {rule.strength} |" in page
+    assert page.count("\n| `") - page.count("\n| `--") == len(RULES)
