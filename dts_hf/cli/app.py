@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from dts_hf.cli import (
+    advise,
     cache_teacher,
     chat,
     compare,
@@ -48,7 +49,7 @@ from dts_hf.runs.stopping import Stage, end_at_once, ends, stage
 SAME_INPUT_SECONDS = 5.0
 #: In the order of ``--help``. A command is a module of this folder with a function ``command`` and an ``EPILOG``.
 COMMANDS = (
-    init, doctor, train, chat, generate, evaluate, score, report, sweep, compare, export, push, pull, cache_teacher,
+    init, doctor, train, chat, generate, evaluate, score, report, advise, sweep, compare, export, push, pull, cache_teacher,
     push_cache, pull_cache, serve_teacher, prepare, list_, schema, env,
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -102,11 +103,21 @@ def _pictured(task: GlueTask, data: LabelledDataset, index: int, tokenizer: Any)
 
 @torch.no_grad()
 def take_sample(
-    trainer: ClassificationDistillationTrainer, data: EncodedDataset, teacher: ClassifierTeacher
+    trainer: ClassificationDistillationTrainer,
+    data: EncodedDataset,
+    teacher: ClassifierTeacher,
+    rows: Sequence[int] | None = None,
 ) -> Sample:
-    """Student and teacher on some rows: the states of an example are its logits, and the head is the identity."""
+    """Student and teacher on some rows: the states of an example are its logits, and the head is the identity.
+
+    Args:
+        trainer: built, not yet trained.
+        data: tokenised rows.
+        teacher: answers them.
+        rows: places in ``data``; None: 64 of them at even distances.
+    """
     student: Any = trainer.model
-    rows = spaced(range(len(data)), SAMPLE_ROWS)
+    rows = spaced(range(len(data)), SAMPLE_ROWS) if rows is None else rows
     students, teachers, targets = [], [], []
     for _, batch, labels in batches(trainer, trainer.data_collator, data, rows, BATCH):
         targets.append(labels)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,7 @@ class Walk(ABC):
 
     def trial(self, **training: Any) -> Task[Any]:
         """The task as one process does it, in ``folder``; ``training`` takes the place of keys of the recipe."""
-        recipe, own = self.recipe, self.recipe.data.on_policy
-        # Its steps are too few for held-out rows, whose loss an adaptive share follows
-        own = None if own is None else own.model_copy(update={"adaptive": None})
-        kept = {name: value for name, value in recipe.training.items() if name not in OF_MANY_PROCESSES}
-        changes = {
-            "teacher": recipe.teacher and recipe.teacher.model_copy(update={"placement": "replicated"}),
-            "training": kept | training,
-            "output": recipe.output.model_copy(update={"dir": str(self.folder / "run")}),
-            "data": recipe.data.model_copy(update={"cache_dir": str(self.folder / "cache"), "on_policy": own}),
-        }
-        return task_of(recipe.model_copy(update=changes))
+        return task_of(trial_recipe(self.recipe, self.folder, training))
 
     # -------------------------------------------------------------------------------------------------- the stages
 
@@ -354,3 +344,24 @@ def arguments_of(task: Task[Any]) -> TrainingArguments:
     args.n_gpu  # noqa: B018  (sets the device up, and with it the count)
     args._n_gpu = min(args._n_gpu, 1)
     return args
+
+
+def trial_recipe(recipe: Recipe, folder: Path, training: Mapping[str, Any]) -> Recipe:
+    """``recipe`` for one process that writes below ``folder`` alone.
+
+    Args:
+        recipe: the real one.
+        folder: for the run directory and caches of rows.
+        training: takes the place of keys of ``training``.
+    """
+    # Its steps are too few for held-out rows, whose loss an adaptive share follows
+    own = recipe.data.on_policy
+    own = None if own is None else own.model_copy(update={"adaptive": None})
+    kept = {name: value for name, value in recipe.training.items() if name not in OF_MANY_PROCESSES}
+    changes = {
+        "teacher": recipe.teacher and recipe.teacher.model_copy(update={"placement": "replicated"}),
+        "training": {**kept, **training},
+        "output": recipe.output.model_copy(update={"dir": str(folder / "run")}),
+        "data": recipe.data.model_copy(update={"cache_dir": str(folder / "cache"), "on_policy": own}),
+    }
+    return recipe.model_copy(update=changes)

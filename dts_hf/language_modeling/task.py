@@ -38,7 +38,7 @@ from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Teacher
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.task import Data, Entries, Models, Rows, Task
-from dts_hf.teachers.answers import answer_rows
+from dts_hf.teachers.answers import answer_rows, kept_answers
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.recipe import check_same_model, check_server, open_cache
 from dts_hf.teachers.cached.teacher import CachedTeacher
@@ -198,6 +198,18 @@ class LanguageModeling(Task[DistillationTrainer]):
         prompts = [*rows.train, *rows.validation]
         answered, record = answer_rows(self.recipe, teacher, tokenizer, self.template(tokenizer), prompts)
         return self._answered(rows, answered, record)
+
+    def kept_answers(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Rows | None:
+        """What ``answer`` would return where an earlier run has kept it; None: the teacher would have to answer.
+
+        Args:
+            teacher: is not run.
+            tokenizer: of student and teacher.
+            rows: as ``load_rows`` gave them.
+        """
+        prompts = [*rows.train, *rows.validation]
+        found = kept_answers(self.recipe, teacher, tokenizer, self.template(tokenizer), prompts)
+        return None if found is None else self._answered(rows, *found)
 
     def answer_by_several(
         self, teachers: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: Rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,9 @@ def answer_rows(
 
     def find() -> tuple[dict[str, Any], dict[str, Any]]:
         identity = _identity(recipe, teacher, tokenizer, template, settings, rows)
-        return identity, _finished(_file(recipe, identity), identity)
+        path = _file(recipe, identity)
+        _make_folder(path.parent)
+        return identity, _finished(path, identity)
 
     identity, manifest = on_first_process(find, rank, world)
     path, cached = _file(recipe, identity), bool(manifest)
@@ -85,15 +87,47 @@ def answer_rows(
                 blocks, identity, items, len(rows), answerer, settings, overwrite=True, progress="teacher answers"
             )
         )
+    answered = _with_answers(rows, on_first_process(lambda: list(read_jsonl(path)), rank, world))
+    return answered, _about(path, cached, answered, manifest)
+
+
+def kept_answers(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    rows: Sequence[Row],
+) -> tuple[list[Row | None], dict[str, Any]] | None:
+    """What ``answer_rows`` would return, where the cache has it already; None: somebody would have to answer first.
+
+    Args:
+        recipe: see ``answer_rows``.
+        teacher: is not run.
+        tokenizer: see there.
+        template: see there.
+        rows: see there.
+    """
+    identity = _identity(recipe, teacher, tokenizer, template, answer_settings(recipe), rows)
+    path = _file(recipe, identity)
+    if not (manifest := _finished(path, identity)):
+        return None
+    answered = _with_answers(rows, read_jsonl(path))
+    return answered, _about(path, True, answered, manifest)
+
+
+def _with_answers(rows: Sequence[Row], lines: Iterable[Mapping[str, Any]]) -> list[Row | None]:
     answered: list[Row | None] = [None] * len(rows)
-    for line in on_first_process(lambda: list(read_jsonl(path)), rank, world):
+    for line in lines:
         cut = line["finish_reason"] == CUT
         answered[line["place"]] = dataclasses.replace(
             rows[line["place"]], references=(line["text"],), answer=None, cut=cut
         )
+    return answered
+
+
+def _about(path: Path, cached: bool, answered: Sequence[Row | None], manifest: Mapping[str, Any]) -> dict[str, Any]:
     count = sum(row is not None for row in answered)
-    about = {"fingerprint": path.stem, "cached": cached, "answered": count, "counts": manifest["counts"]}
-    return answered, about
+    return {"fingerprint": path.stem, "cached": cached, "answered": count, "counts": manifest["counts"]}
 
 
 def answer_settings(recipe: Recipe) -> AnswerSettings:
@@ -116,15 +150,15 @@ def _file(recipe: Recipe, identity: Mapping[str, Any]) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def _finished(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of answers that are all there, as they were written; else empty: they are made again.
-
-    Their folder is made, before the work.
-    """
+def _make_folder(folder: Path) -> None:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.cache_dir: cannot make the folder {path.parent}: {error.strerror}") from None
+        raise UserError(f"data.cache_dir: cannot make the folder {folder}: {error.strerror}") from None
+
+
+def _finished(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of answers that are all there, as they were written; else empty: they are made again."""
     manifest = read_sealed(AnswerBlocks(path).manifest_path)
     whole = manifest.get("identity") == identity and isinstance(manifest.get("counts"), dict)
     return manifest if whole and path.is_file() and manifest.get("sha256") == file_sha256(path) else {}

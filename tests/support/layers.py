@@ -31,7 +31,7 @@ LAYERS = (
     ("sets", ("data_prep",)),
     ("tasks", ("task", "language_modeling", "classification")),
     ("the line", ("distill",)),
-    ("judges", ("doctor", "experiments")),
+    ("judges", ("doctor", "advice", "experiments")),
     ("first recipe", ("starter",)),
     ("commands", ("cli", "__main__", "dts_hf")),
 )
