@@ -18,12 +18,32 @@ from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.references import checked_references, note_on_references
-from dts_hf.loss.statistics import CE, KL, LABELS, OF_TEACHER, TEACHER_CE, TOP1_AGREEMENT
+from dts_hf.loss.statistics import (
+    CALIBRATION_ERROR,
+    CE,
+    KL,
+    LABELS,
+    OF_TEACHER,
+    REVERSE_KL,
+    STUDENT_ENTROPY,
+    TEACHER_CALIBRATION_ERROR,
+    TEACHER_CE,
+    TEACHER_ENTROPY,
+    TOP1_AGREEMENT,
+)
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import ONE_TEACHER, RunDirectory, is_before
 from dts_hf.task import Entries, Rows
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
+
+
+#: What ``metrics.json`` calls the held-out losses of the student, and those that are the teacher's own.
+_OF_STUDENT = {
+    "ce": CE, "kl": KL, "reverse_kl": REVERSE_KL, "top1_agreement": TOP1_AGREEMENT, "ece": CALIBRATION_ERROR,
+    "entropy": STUDENT_ENTROPY,
+}  # fmt: skip
+_OF_ITS_TEACHER = {"ce": TEACHER_CE, "ece": TEACHER_CALIBRATION_ERROR, "entropy": TEACHER_ENTROPY}
 
 
 class GenerationScorer:
@@ -114,16 +134,17 @@ class GenerationScorer:
         labels = int(values["eval_labels"])
         teacher = self.entries.get("teacher")
         if teacher is not None:
-            losses = {CE.sum: values[TEACHER_CE.held_out_log], KL.sum: 0.0, TOP1_AGREEMENT.sum: 1.0}
-            teacher["teacher_forced"] = {**losses, "n_tokens": labels}
+            own = {key: values[one.held_out_log] for key, one in _OF_ITS_TEACHER.items() if one.held_out_log in values}
+            to_itself = {"kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
+            teacher["teacher_forced"] = {**own, **to_itself, "n_tokens": labels}
         for name in self.recipe.teachers or ():  # each on the rows that it has
             key = f"{TEACHER_CE.held_out_log}{OF_TEACHER}{name}"
             if f"{ONE_TEACHER}{name}" in self.entries and key in values:
                 own = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
                 self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {CE.sum: values[key], "n_tokens": own}
         # Without a teacher there is no distance to it.
-        logged = {one.sum: one.held_out_log for one in (CE, KL, TOP1_AGREEMENT)}
-        return {**{name: values[key] for name, key in logged.items() if key in values}, "n_tokens": labels}
+        found = {key: values[one.held_out_log] for key, one in _OF_STUDENT.items() if one.held_out_log in values}
+        return {**found, "n_tokens": labels}
 
     def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:
         """Put answers, log line and kept scores into the run directory, and say the scores."""
