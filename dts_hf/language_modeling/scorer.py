@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dts_hf.console import say
 from dts_hf.data.chat_templates import resolve_template
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
+from dts_hf.evaluation.own_text import OwnTextScorer
 from dts_hf.evaluation.references import checked_references, note_on_references
 from dts_hf.loss.statistics import (
     CALIBRATION_ERROR,
@@ -85,6 +87,10 @@ class GenerationScorer:
             if of_set:
                 checked_references(of_set, tokenizer, template, set_name)
         self.has_losses = bool(rows.validation)
+        asked, held_out = recipe.evaluation.own_text, trainer.eval_dataset
+        self.own_text: OwnTextScorer | None = None
+        if asked is not None and isinstance(held_out, EncodedDataset):
+            self.own_text = OwnTextScorer(asked, trainer, held_out, recipe.evaluation.batch_size)
         self.entries = dict(kept)
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -123,6 +129,11 @@ class GenerationScorer:
             }
             lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
             entry["dtype"] = answered_in(model, f"{lowered} autocast")
+            own = None if is_teacher or self.own_text is None else self.own_text.answer(model)
+        if (
+            own is not None and self.own_text is not None
+        ):  # with the weights as they are trained, as the held-out losses
+            entry["own_text"] = self.own_text.score(own)
         entry["sets"] = {set_name: result.scores for set_name, result in results.items()}
         self.entries[name] = entry
         if self.trainer.is_world_process_zero():
@@ -154,6 +165,11 @@ class GenerationScorer:
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
         if is_before(name):
             self.run.write_scores(self.entries)
+        if (own := self.entries[name].get("own_text")) is not None:
+            say(
+                f"{name.replace('_', ' ')} on its own text ({own['n_tokens']:,} tokens): KL of the teacher from it "
+                f"{own['kl']:.3f}, of it from the teacher {own['reverse_kl']:.3f} nats per token"
+            )
         for set_name, result in results.items():
             mean = means(result.scores)
             if note := note_on_references(result.scores, set_name):

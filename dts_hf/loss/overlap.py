@@ -27,7 +27,13 @@ _OF_PAIRS = (
     stats.TEMPERATURE, stats.TEACHER_TEMPERATURE, stats.TEMPERATURE_MIN, stats.TEMPERATURE_MAX,
 )  # fmt: skip
 #: Sums that a policy asks for, or held-out rows or dual space have.
-_OF_SOME = (stats.REVERSE_KL.sum, stats.TEMPERATURE_GRAD, stats.OBSERVED, stats.KD_TEACHER_SPACE.sum, stats.PROJECTOR_CE.sum)
+_OF_SOME = (
+    stats.REVERSE_KL.sum,
+    stats.TEMPERATURE_GRAD,
+    stats.OBSERVED,
+    stats.KD_TEACHER_SPACE.sum,
+    stats.PROJECTOR_CE.sum,
+)
 
 
 @dataclass(frozen=True, eq=False)
