@@ -39,7 +39,6 @@ from dts_hf.task import Entries, Rows
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
 
-
 #: What ``metrics.json`` calls the held-out losses of the student, and those that are the teacher's own.
 _OF_STUDENT = {
     "ce": CE, "kl": KL, "reverse_kl": REVERSE_KL, "top1_agreement": TOP1_AGREEMENT, "ece": CALIBRATION_ERROR,

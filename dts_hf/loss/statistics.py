@@ -136,8 +136,8 @@ REVERSE_KL = Statistic(
     of_loss=False, over=ALIGNED,
 )  # fmt: skip
 CALIBRATION_ERROR = Statistic(
-    "ece", "share", "expected calibration error of the student at T = 1: how far the probability of its first choice is from "
-    "how often that is the label, in 15 bins (Guo et al. 2017); of held-out lines alone",
+    "ece", "share", "expected calibration error of the student at T = 1: how far the probability of its first choice is "
+    "from how often that is the label, in 15 bins (Guo et al. 2017); of held-out lines alone",
     sums=("miscalibration",), needs_teacher=False, of_loss=False,
 )  # fmt: skip
 TEACHER_CALIBRATION_ERROR = Statistic(
@@ -217,7 +217,8 @@ GENERATED_REPETITION = _of_texts("repetition", "share of 4-grams", "mean share t
 #: In the order of a log line.
 STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
-    EFFECTIVE_SUPPORT, TOP1_AGREEMENT, REVERSE_KL, CALIBRATION_ERROR, TEACHER_CALIBRATION_ERROR, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
+    EFFECTIVE_SUPPORT, TOP1_AGREEMENT, REVERSE_KL, CALIBRATION_ERROR, TEACHER_CALIBRATION_ERROR, TEMPERATURE,
+    TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
     *GENERATED_LABELS, GENERATED_SHARE, REPLAYED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED,
     GENERATED_REPETITION, ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE,
     KD_TEACHER_SPACE, PROJECTOR_CE,

@@ -104,7 +104,7 @@ def test_it_is_off_and_training_does_not_feel_it(workplace: Any) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match="evaluation.own_text") as refused:
+    with pytest.raises(UserError, match=r"evaluation\.own_text") as refused:
         recipe(**{"evaluation": {"own_text": ASKED}, **changes})
     assert words in str(refused.value)
 
