@@ -1129,9 +1129,11 @@ def own_text_problem(recipe: Recipe) -> str:
         return f"{found} there is no teacher; leave it out"
     for key, section in recipe.all_teachers.items():
         if section.alignment is not None:
-            return f"{found} {key} has another tokenizer ({section.alignment}), and reads no tokens of the student; leave it out"
+            return f"{found} {key} has another tokenizer ({section.alignment}), and reads none of its tokens; leave it out"
         if section.kind == "cached" and section.missing == "error":
-            return f"{found} the cache of {key} knows the data's rows alone; expected {key}.missing: live, or kind: live"
+            return (
+                f"{found} the cache of {key} knows the data's rows alone; expected {key}.missing: live, or kind: live"
+            )
     return ""
 
 
