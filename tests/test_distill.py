@@ -74,7 +74,8 @@ def test_the_run_directory_holds_exactly_this(workplace):
     assert set(metrics["models"]) == {"teacher", "student_before", "student"}
     for name, entry in metrics["models"].items():
         assert entry["sets"]["validation"]["n"] == 5
-        assert {"ce", "kl", "top1_agreement", "n_tokens"} == set(entry["teacher_forced"]), name
+        forced = {"ce", "kl", "reverse_kl", "top1_agreement", "ece", "entropy", "n_tokens"}
+        assert forced == set(entry["teacher_forced"]), name
     before, after = (metrics["models"][name]["teacher_forced"]["kl"] for name in ("student_before", "student"))
     assert after != before
     assert metrics["training"]["steps"] == 4 and metrics["training"]["tokens"] > 0

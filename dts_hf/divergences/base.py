@@ -86,6 +86,11 @@ class Distributions(NamedTuple):
         ratio = dot(self.p.prob, self.p.logits - self.q.logits)
         return ratio + (self.q.log_norm - self.p.log_norm).squeeze(-1)
 
+    def reverse_kl(self) -> Tensor:
+        """KL(q || p), ``[C]``."""
+        ratio = dot(self.q.prob, self.q.logits - self.p.logits)
+        return ratio + (self.p.log_norm - self.q.log_norm).squeeze(-1)
+
     def mirrored(self) -> Distributions:
         """Teacher and student exchanged; the new student's probabilities are a copy, free to be overwritten."""
         return Distributions(self.q, self.p._replace(prob=self.p.prob.clone()), self.targets)

@@ -17,7 +17,7 @@ from dts_hf.errors import UserError
 from dts_hf.evaluation.fingerprint import rows_digest
 from dts_hf.evaluation.protocol import Protocol
 from dts_hf.evaluation.references import checked_references
-from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, has_reference, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, distinct, exact_match, has_reference, repeats_ngram
 from dts_hf.generation.answer_file import Answer, AnswerFile
 from dts_hf.generation.engine import Generated, GenerationSettings, generate
 from dts_hf.generation.prompts import checked_prompts
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 # In the order of metrics.json
-MEASURES = ("rougeL", "exact_match", "repeats_4gram", "cut_at_limit", "empty", "mean_tokens")
+MEASURES = (
+    "rougeL", "exact_match", "repeats_4gram", "distinct_1", "distinct_2", "cut_at_limit", "empty", "mean_tokens"
+)  # fmt: skip
 
 Prediction = dict[str, Any]
 """A row of ``predictions/*.jsonl``."""
@@ -82,7 +84,8 @@ def evaluate_instruct(
 
     Returns:
         Scores ``{measure: {"mean", "sd", "per_seed"}}``: ROUGE-L, exact match and the shares from 0 to 1,
-        ``mean_tokens`` in tokens. ``sd`` is the sample standard deviation over seeds, None for a single one;
+        ``mean_tokens`` in tokens; ``distinct_1`` and ``distinct_2`` of all answers of a seed together (0 where they have no
+        word, or no two). Each prediction has those of its own text, None where it is too short. ``sd`` is the sample standard deviation over seeds, None for a single one;
         ``seeds`` is empty for greedy text. A row without a reference text has no ROUGE-L and no exact match;
         ``without_reference`` counts such rows, where there are any.
 
@@ -205,6 +208,7 @@ def _prediction(
         "rougeL": best_rouge_l(text, references) if has_reference(references) else None,
         "tokens": len(answer.tokens),
         "finished": answer.finished,
+        **{f"distinct_{n}": distinct([text], n) for n in (1, 2)},
     }
 
 
@@ -238,7 +242,9 @@ def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
         "empty": [not row["prediction"] for row in predictions],
         "mean_tokens": [row["tokens"] for row in predictions],
     }
-    return {measure: sum(of_rows) / len(of_rows) for measure, of_rows in values.items()}
+    said = [row["prediction"] for row in predictions]
+    of_all = {f"distinct_{n}": distinct(said, n) or 0.0 for n in (1, 2)}
+    return of_all | {measure: sum(of_rows) / len(of_rows) for measure, of_rows in values.items()}
 
 
 def _spread(per_seed: list[float]) -> dict[str, Any]:

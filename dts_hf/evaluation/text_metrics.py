@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
@@ -83,8 +83,27 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     return any(answer == normalize(without_thoughts(reference)) for reference in references)
 
 
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All runs of ``n`` lower-cased words between white space, in order; none where there are fewer words."""
+    words = text.lower().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def distinct(texts: Iterable[str], n: int) -> float | None:
+    """Distinct-n: different n-grams of all ``texts`` together over their number; None where they have none.
+
+    After Li et al. 2016 (arXiv 1510.03055, section 5), who divide by the number of words instead, which differs little. The
+    more text, the smaller: compare texts that answer the same prompts, and look at their length too.
+
+    Args:
+        texts: a corpus of answers, or a single one. No n-gram runs across two of them.
+        n: 1 for words, 2 for pairs of words.
+    """
+    found = [ngram for text in texts for ngram in ngrams(text, n)]
+    return len(set(found)) / len(found) if found else None
+
+
 def repeats_ngram(text: str, n: int = 4) -> bool:
     """Whether ``n`` lower-cased words in a row occur twice in ``text``: the mark of a model that runs in circles."""
-    words = text.lower().split()
-    ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(ngrams)) < len(ngrams)
+    found = ngrams(text, n)
+    return len(set(found)) < len(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,12 @@ from dts_hf.experiments.intervals import (
     paired_difference,
     unpaired_difference,
 )
-from dts_hf.experiments.runs import DENSE, OF_ANSWERS, Run, names_of_kinds, read_run
+from dts_hf.experiments.runs import DENSE, MAY_LACK, OF_ANSWERS, OF_OWN_TEXT, Run, names_of_kinds, read_run
 from dts_hf.experiments.verdicts import Verdict, digits_of, verdict
 
-#: The largest difference that would not matter, in the unit of the measure: points of ROUGE-L, a share, and of nats a
-#: share of the baseline's own.
-MARGINS = {"rougeL": 0.5, "top1_agreement": 0.01}
+#: The largest difference that would not matter, in the unit of the measure: points of ROUGE-L, a share, and of nats and
+#: tokens a share of the baseline's own.
+MARGINS = {"rougeL": 0.5, "top1_agreement": 0.01, "ece": 0.01, "distinct_1": 0.01, "distinct_2": 0.01}
 MARGIN_SHARE = 0.02
 TASK = re.compile(r"(task[0-9]+)[_-]")
 
@@ -73,7 +74,7 @@ class Line:
         difference: from the baseline, over seeds and rows; None of the baseline, of one seed, and where rows are unknown.
         p: of Dunnett's test on these rows, adjusted; None where there is none.
         verdict: with the interval of the difference; None of the baseline and of one seed.
-        near_best: its mean is within the margin of the best mean.
+        near_best: its mean is within the margin of the best mean; never where neither more nor less is better.
         wins: seeds with which it is the best of all kinds.
         seconds: of training, the mean.
     """
@@ -97,7 +98,7 @@ class Table:
     """One measure of one set under one protocol.
 
     Attributes:
-        set: of rows; ``held out`` for measures of the teacher's distribution.
+        set: of rows; ``held out`` for measures of the teacher's distribution, ``own text`` where the student's is asked about.
         measure: a key of ``OF_ANSWERS`` or ``DENSE``.
         label: of the measure, for people.
         protocol: fingerprint of how answers were made.
@@ -152,8 +153,8 @@ def compare(paths: Iterable[Path], baseline: str | None = None, margin: float | 
     if not tables:
         raise UserError(
             "compare: no measure is there of the baseline and of another kind under the same protocol, so nothing can be "
-            "compared; score the runs alike (dts-hf evaluate). Read are ROUGE-L and held-out KL, CE and top-1 agreement, "
-            "none of which a classifier (task:) has"
+            "compared; score the runs alike (dts-hf evaluate). Read are ROUGE-L, length and variety of answers, held-out "
+            "losses and KL on the student's own text, none of which a classifier (task:) has"
         )
     return tables
 
@@ -209,31 +210,40 @@ def _tables(kinds: Sequence[Kind], protocol: str, margins: Mapping[str, float]) 
     runs = kinds[0].runs.values()
     of_rows = [(name, measure) for run in runs for name, measures in run.answers.items() for measure in measures]
     for set_name, measure in dict.fromkeys(of_rows):
-        yield _table_of_rows(kinds, set_name, measure, protocol, margins[measure])
+        yield _table_of_rows(kinds, set_name, measure, protocol, margins.get(measure))
     for measure in dict.fromkeys(measure for run in runs for measure in run.dense):
         yield _table_of_numbers(kinds, measure, protocol, margins.get(measure))
 
 
-def _table_of_rows(kinds: Sequence[Kind], set_name: str, measure: str, protocol: str, margin: float) -> Table | None:
-    """A measure that every row has."""
+def _table_of_rows(
+    kinds: Sequence[Kind], set_name: str, measure: str, protocol: str, margin: float | None
+) -> Table | None:
+    """A measure of rows: every row has it, or (``MAY_LACK``) those that have it in all runs are compared."""
     label, higher = OF_ANSWERS[measure]
     scored = [kind.those(lambda run: measure in run.answers.get(set_name, {})) for kind in kinds]
     if not scored[0].runs or sum(bool(kind.runs) for kind in scored) < 2:
         return None
     keys = [set(run.answers[set_name][measure]) for kind in scored for run in kind.runs.values()]
     common = sorted(set.intersection(*keys))
-    if any(len(of_run) != len(common) for of_run in keys):
+    if measure not in MAY_LACK and any(len(of_run) != len(common) for of_run in keys):
         raise UserError(
             f"compare: the runs have answered other rows of {set_name} or with other seeds ({len(common):,} of "
             f"{max(len(of_run) for of_run in keys):,} answers are common to all); expected the same rows"
         )
-    rows = sorted({row for row, _ in common})
-    generations = sorted({seed for _, seed in common})
+    generations = sorted({seed for of_run in keys for _, seed in of_run})
+    counts = Counter(row for row, _ in common)
+    rows = sorted(row for row, count in counts.items() if count == len(generations))
+    left_out = len({row for of_run in keys for row, _ in of_run}) - len(rows)
+    if not rows:
+        return None
     scores = {kind.name: _scores(kind, set_name, measure, rows, generations) for kind in scored}
     means = {name: table.mean((1, 2)) for name, table in scores.items() if len(table)}
     spreads = {name: components(table) for name, table in scores.items() if len(table)}
     tasks = task_numbers(rows)
+    margin = margin or _share_of(means[kinds[0].name])
     lines, notes, seen = _lines(scored, means, spreads, scores, margin, higher, tasks)
+    if left_out:
+        notes.append(f"{left_out} rows are left out: in some run the answer is too short to have this measure")
     if tasks is not None:
         notes.append(f"rows of a task vary together: intervals are over {max(tasks) + 1} tasks")
     return Table(
@@ -251,15 +261,23 @@ def _scores(kind: Kind, set_name: str, measure: str, rows: Sequence[str], genera
 def _table_of_numbers(kinds: Sequence[Kind], measure: str, protocol: str, margin: float | None) -> Table | None:
     """A measure of which a run has one number; its rows are what they are."""
     label, higher = DENSE[measure]
-    scored = [kind.those(lambda run: measure in run.dense) for kind in kinds]
+    asked = next((run.own_text for run in kinds[0].runs.values() if measure in run.dense), "")
+    same = [kind.those(lambda run: measure not in OF_OWN_TEXT or run.own_text == asked) for kind in kinds]
+    scored = [kind.those(lambda run: measure in run.dense) for kind in same]
     if not scored[0].runs or sum(bool(kind.runs) for kind in scored) < 2:
         return None
     means = {
         kind.name: np.asarray([kind.runs[s].dense[measure] for s in sorted(kind.runs)]) for kind in scored if kind.runs
     }
-    margin = margin or float(f"{MARGIN_SHARE * abs(float(means[kinds[0].name].mean())):.2g}") or MARGIN_SHARE
+    margin = margin or _share_of(means[kinds[0].name])
     lines, notes, seen = _lines(scored, means, {}, {}, margin, higher)
-    return Table("held out", measure, label, protocol, margin, kinds[0].name, 0, 1, lines, seen, notes)
+    where = "own text" if measure in OF_OWN_TEXT else "held out"
+    return Table(where, measure, label, protocol, margin, kinds[0].name, 0, 1, lines, seen, notes)
+
+
+def _share_of(of_baseline: Numbers) -> float:
+    """The margin of a measure that has none of its own: a share of the baseline's mean."""
+    return float(f"{MARGIN_SHARE * abs(float(of_baseline.mean())):.2g}") or MARGIN_SHARE
 
 
 def _lines(
@@ -268,14 +286,15 @@ def _lines(
     spreads: Mapping[str, Components],
     scores: Mapping[str, Numbers],
     margin: float,
-    higher: bool,
+    higher: bool | None,
     tasks: Sequence[int] | None = None,
 ) -> tuple[list[Line], list[str], float]:
     """The lines, what a reader has to know, and what could have been seen."""
     base, notes = kinds[0], []
     family = _family(base.name, means)
     others = [kind for kind in kinds[1:] if kind.runs]
-    best = max(float(values.mean()) * (1 if higher else -1) for values in means.values())
+    sign = 1 if higher else -1
+    best = max(float(values.mean()) * sign for values in means.values())
     wins = _wins(kinds, means, higher)
     lines = []
     for kind in kinds:
@@ -296,14 +315,14 @@ def _lines(
             Line(
                 kind.name, len(values), len(kind.failed), mean, spreads.get(kind.name),
                 float(values.std(ddof=1)) if len(values) > 1 else math.nan, difference, p, said,
-                bool(len(values)) and best - mean * (1 if higher else -1) <= margin, wins.get(kind.name, 0),
+                bool(len(values)) and higher is not None and best - mean * sign <= margin, wins.get(kind.name, 0),
                 float(np.mean([run.seconds for run in kind.runs.values()])) if kind.runs else math.nan,
             )
         )  # fmt: skip
     notes += _notes(kinds, family, means)
     seeds = min(len(values) for values in means.values())
     seen = detectable(len(others), seeds) * family.sd if family and family.sd and seeds > 1 else math.nan
-    ranked = sorted(lines[1:], key=lambda line: (math.isnan(line.mean), -line.mean if higher else line.mean))
+    ranked = sorted(lines[1:], key=lambda line: (math.isnan(line.mean), -line.mean * sign))
     return [lines[0], *ranked], notes, seen
 
 
@@ -360,8 +379,10 @@ def _critical(base: Kind, others: Sequence[Kind], difference: Difference) -> flo
     return critical_value(loadings, round(difference.df, 1))
 
 
-def _wins(kinds: Sequence[Kind], means: Mapping[str, Numbers], higher: bool) -> dict[str, int]:
-    """With how many of the seeds that all kinds have each one is the best."""
+def _wins(kinds: Sequence[Kind], means: Mapping[str, Numbers], higher: bool | None) -> dict[str, int]:
+    """With how many of the seeds that all kinds have each one is the best; none where neither more nor less is better."""
+    if higher is None:
+        return {}
     common = set.intersection(*(set(kind.runs) for kind in kinds if kind.runs))
     won: dict[str, int] = {}
     for seed in common:

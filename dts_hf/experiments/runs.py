@@ -13,10 +13,25 @@ from dts_hf.experiments.identity import settings_of
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import RunDirectory
 
-#: Of a whole set, and of each run one number: the student against the teacher on held-out rows, in nats per label.
-DENSE = {"kl": ("held-out KL", False), "ce": ("held-out CE", False), "top1_agreement": ("top-1 agreement", True)}
+#: Of a whole set, and of each run one number, and whether more is better (None: neither more nor less is): the student on
+#: held-out rows, in nats per label or a share; and against the teacher on text of its own, in nats per token.
+DENSE: dict[str, tuple[str, bool | None]] = {
+    "kl": ("held-out KL", False), "ce": ("held-out CE", False), "top1_agreement": ("top-1 agreement", True),
+    "reverse_kl": ("held-out reverse KL", False), "ece": ("held-out calibration error", False),
+    "entropy": ("held-out entropy", None), "own_kl": ("KL on own text", False),
+    "own_reverse_kl": ("reverse KL on own text", False),
+}  # fmt: skip
+#: Those of ``DENSE`` that are on the student's own text; they can be compared where it was asked the same.
+OF_OWN_TEXT = {"own_kl": "kl", "own_reverse_kl": "reverse_kl"}
 #: Of each answer, and whether more is better.
-OF_ANSWERS = {"rougeL": ("ROUGE-L", True)}
+OF_ANSWERS: dict[str, tuple[str, bool | None]] = {
+    "rougeL": ("ROUGE-L", True), "tokens": ("length in tokens", None), "distinct_1": ("distinct-1 of each answer", None),
+    "distinct_2": ("distinct-2 of each answer", None),
+}  # fmt: skip
+#: An answer that is too short has none.
+MAY_LACK = ("distinct_1", "distinct_2")
+#: What a score is multiplied by where it is shown in another unit.
+SCALES = {"rougeL": 100.0}
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class Run:
         protocol: fingerprint of how answers were made.
         answers: ``{set: {measure: {(row, generation seed): score}}}``; ROUGE-L in points of 100.
         dense: ``{measure: number}`` of the whole held-out set.
+        own_text: fingerprint of how text of the student's own was asked for.
         seconds: of training.
     """
 
@@ -42,6 +58,7 @@ class Run:
     answers: Mapping[str, Mapping[str, Mapping[tuple[str, int], float]]] = field(default_factory=dict)
     dense: Mapping[str, float] = field(default_factory=dict)
     seconds: float = math.nan
+    own_text: str = ""
 
 
 def read_run(path: Path) -> Run:
@@ -59,12 +76,14 @@ def read_run(path: Path) -> Run:
         return Run(path, settings, seed, failed="it has not ended" if not metrics else "its student was not scored")
     scores = _part(student, "teacher_forced", where)
     dense = {key: _number(scores[key], key, where) for key in DENSE if key in scores}
+    own = _part(student, "own_text", where)
+    dense |= {key: _number(own[name], f"own_text.{name}", where) for key, name in OF_OWN_TEXT.items() if name in own}
     answers = _answers(run)
     broken = [key for key, value in dense.items() if not math.isfinite(value)]
     failed = f"its {broken[0]} is {dense[broken[0]]}" if broken else ""
     seconds = _number(_part(metrics, "training", where).get("seconds"), "training.seconds", where)
     protocol = str(_part(metrics, "protocol", where).get("fingerprint", ""))
-    return Run(path, settings, seed, failed, protocol, answers, dense, seconds)
+    return Run(path, settings, seed, failed, protocol, answers, dense, seconds, str(own.get("fingerprint", "")))
 
 
 def seed_of(recipe: Recipe) -> int:
@@ -105,7 +124,7 @@ def _answers(run: RunDirectory) -> dict[str, dict[str, dict[tuple[str, int], flo
             place = found.setdefault(str(row["set"]), {}).setdefault(measure, {})
             if (key := (str(row["id"]), seed)) in place:
                 raise UserError(f"{where}: answer {line}: row {key[0]!r} is there twice with the seed {seed}")
-            place[key] = 100 * _number(row[measure], f"answer {line}: {measure}", where)
+            place[key] = SCALES.get(measure, 1.0) * _number(row[measure], f"answer {line}: {measure}", where)
     return found
 
 

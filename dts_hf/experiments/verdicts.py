@@ -10,7 +10,7 @@ from dts_hf.errors import UserError
 from dts_hf.experiments.families import MOST_SEEDS, seeds_to_equate
 from dts_hf.experiments.intervals import Difference, Interval
 
-Word: TypeAlias = Literal["better", "worse", "equivalent", "undecided"]
+Word: TypeAlias = Literal["better", "worse", "higher", "lower", "equivalent", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Verdict:
     """What can be said of a kind of runs beside the baseline.
 
     Attributes:
-        word: ``undecided`` is no finding: neither that they differ nor that they do not.
+        word: ``undecided`` is no finding: neither that they differ nor that they do not. ``higher`` and ``lower`` where
+            neither is better.
         sentence: the same for people, with its numbers.
         interval: of the difference, as it decided whether there is one.
     """
@@ -34,7 +35,7 @@ def verdict(
     *,
     run_sd: float,
     critical: float | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = True,
     digits: int = 1,
 ) -> Verdict:
     """Whether a kind of runs is better than the baseline, worse, equivalent to it, or cannot be told apart.
@@ -47,7 +48,7 @@ def verdict(
         margin: the largest difference that would not matter, set before the runs were seen; in the unit of the score.
         run_sd: standard deviation of a run's score, for how many seeds would do.
         critical: of a family of comparisons (``families.critical_value``), in standard errors; None: this is the only one.
-        higher_is_better: of the score.
+        higher_is_better: of the score; None: neither more nor less is better.
         digits: behind the point, in the sentence.
 
     Raises:
@@ -60,14 +61,18 @@ def verdict(
     interval = difference.interval() if critical is None else difference.within(critical)
     equivalent = difference.interval(0.90).inside(margin)
     differs = interval.low > 0 or interval.high < 0
-    better = (difference.mean > 0) == higher_is_better
+    word: Word
+    if higher_is_better is None:
+        word = "higher" if difference.mean > 0 else "lower"
+    else:
+        word = "better" if (difference.mean > 0) == higher_is_better else "worse"
     ends = sorted((abs(interval.low), abs(interval.high)))
-    words = f"{'better' if better else 'worse'} by {ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+    words = f"{word} by {ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
     if equivalent:
         beside = f" ({words})" if differs else ""
         return Verdict("equivalent", f"equivalent within {margin:g}{beside}", interval)
     if differs:
-        return Verdict("better" if better else "worse", words, interval)
+        return Verdict(word, words, interval)
     seeds = min(difference.seeds)
     return Verdict("undecided", f"cannot be told apart with {seeds} seeds{_enough(margin, run_sd, seeds)}", interval)
 

@@ -12,18 +12,39 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dts_hf.console import say
 from dts_hf.data.chat_templates import resolve_template
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.evaluation.fingerprint import describe_protocol
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
+from dts_hf.evaluation.own_text import OwnTextScorer
 from dts_hf.evaluation.references import checked_references, note_on_references
-from dts_hf.loss.statistics import CE, KL, LABELS, OF_TEACHER, TEACHER_CE, TOP1_AGREEMENT
+from dts_hf.loss.statistics import (
+    CALIBRATION_ERROR,
+    CE,
+    KL,
+    LABELS,
+    OF_TEACHER,
+    REVERSE_KL,
+    STUDENT_ENTROPY,
+    TEACHER_CALIBRATION_ERROR,
+    TEACHER_CE,
+    TEACHER_ENTROPY,
+    TOP1_AGREEMENT,
+)
 from dts_hf.recipe.schema import Recipe
 from dts_hf.runs.directory import ONE_TEACHER, RunDirectory, is_before
 from dts_hf.task import Entries, Rows
 from dts_hf.training.callbacks import GenerationEvalCallback
 from dts_hf.training.trainer import DistillationTrainer
+
+#: What ``metrics.json`` calls the held-out losses of the student, and those that are the teacher's own.
+_OF_STUDENT = {
+    "ce": CE, "kl": KL, "reverse_kl": REVERSE_KL, "top1_agreement": TOP1_AGREEMENT, "ece": CALIBRATION_ERROR,
+    "entropy": STUDENT_ENTROPY,
+}  # fmt: skip
+_OF_ITS_TEACHER = {"ce": TEACHER_CE, "ece": TEACHER_CALIBRATION_ERROR, "entropy": TEACHER_ENTROPY}
 
 
 class GenerationScorer:
@@ -65,6 +86,10 @@ class GenerationScorer:
             if of_set:
                 checked_references(of_set, tokenizer, template, set_name)
         self.has_losses = bool(rows.validation)
+        asked, held_out = recipe.evaluation.own_text, trainer.eval_dataset
+        self.own_text: OwnTextScorer | None = None
+        if asked is not None and isinstance(held_out, EncodedDataset):
+            self.own_text = OwnTextScorer(asked, trainer, held_out, recipe.evaluation.batch_size)
         self.entries = dict(kept)
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -103,6 +128,11 @@ class GenerationScorer:
             }
             lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
             entry["dtype"] = answered_in(model, f"{lowered} autocast")
+            own = None if is_teacher or self.own_text is None else self.own_text.answer(model)
+        if (
+            own is not None and self.own_text is not None
+        ):  # with the weights as they are trained, as the held-out losses
+            entry["own_text"] = self.own_text.score(own)
         entry["sets"] = {set_name: result.scores for set_name, result in results.items()}
         self.entries[name] = entry
         if self.trainer.is_world_process_zero():
@@ -114,16 +144,17 @@ class GenerationScorer:
         labels = int(values["eval_labels"])
         teacher = self.entries.get("teacher")
         if teacher is not None:
-            losses = {CE.sum: values[TEACHER_CE.held_out_log], KL.sum: 0.0, TOP1_AGREEMENT.sum: 1.0}
-            teacher["teacher_forced"] = {**losses, "n_tokens": labels}
+            own = {key: values[one.held_out_log] for key, one in _OF_ITS_TEACHER.items() if one.held_out_log in values}
+            to_itself = {"kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
+            teacher["teacher_forced"] = {**own, **to_itself, "n_tokens": labels}
         for name in self.recipe.teachers or ():  # each on the rows that it has
             key = f"{TEACHER_CE.held_out_log}{OF_TEACHER}{name}"
             if f"{ONE_TEACHER}{name}" in self.entries and key in values:
                 own = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
                 self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {CE.sum: values[key], "n_tokens": own}
         # Without a teacher there is no distance to it.
-        logged = {one.sum: one.held_out_log for one in (CE, KL, TOP1_AGREEMENT)}
-        return {**{name: values[key] for name, key in logged.items() if key in values}, "n_tokens": labels}
+        found = {key: values[one.held_out_log] for key, one in _OF_STUDENT.items() if one.held_out_log in values}
+        return {**found, "n_tokens": labels}
 
     def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:
         """Put answers, log line and kept scores into the run directory, and say the scores."""
@@ -133,6 +164,11 @@ class GenerationScorer:
             self.record(self.trainer.state.global_step, float(self.trainer.state.epoch or 0.0), scores)
         if is_before(name):
             self.run.write_scores(self.entries)
+        if (own := self.entries[name].get("own_text")) is not None:
+            say(
+                f"{name.replace('_', ' ')} on its own text ({own['n_tokens']:,} tokens): KL of the teacher from it "
+                f"{own['kl']:.3f}, of it from the teacher {own['reverse_kl']:.3f} nats per token"
+            )
         for set_name, result in results.items():
             mean = means(result.scores)
             if note := note_on_references(result.scores, set_name):

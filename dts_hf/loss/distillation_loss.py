@@ -66,6 +66,7 @@ class DistillationLoss(nn.Module):
             error; ``torch``: PyTorch, on a GPU several times slower.
         logits_dtype: ``auto``: a low-precision matmul rounds its logits to its own dtype, as models do; ``float32``: it
             leaves them in fp32, for twice the memory. Kernels alone; PyTorch rounds them.
+        held_out: for held-out rows, at T = 1: also measure ``statistics.OF_HELD_OUT``.
 
     Raises:
         UserError: an option is out of range.
@@ -81,6 +82,7 @@ class DistillationLoss(nn.Module):
         logits_budget_mb: float | None = None,
         kernels: Kernels = "auto",
         logits_dtype: LogitsDtype = "auto",
+        held_out: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(kd_ratio, bool) or not isinstance(kd_ratio, int | float) or not 0.0 <= kd_ratio <= 1.0:
@@ -101,7 +103,7 @@ class DistillationLoss(nn.Module):
         self.kd_ratio = float(kd_ratio)
         self.temperature_scaling = temperature_scaling
         self.logits_budget_mb, self._chooses_budget = logits_budget_mb, logits_budget_mb is None
-        self.kernels, self.logits_dtype = kernels, logits_dtype
+        self.kernels, self.logits_dtype, self.held_out = kernels, logits_dtype, held_out
         self._warned: set[str] = set()
 
     def chunk_rows(self, vocab_size: int, itemsize: int = 4) -> int:
@@ -230,6 +232,7 @@ class DistillationLoss(nn.Module):
             self.temperature_scaling == "squared",
             self.logits_budget_mb or PLAIN_BUDGET_MB,
             fp32_logits=self.logits_dtype == "float32",
+            held_out=self.held_out,
         )
         settings = replace(settings, fused=self._is_fused(settings, student, teacher, device, compact))
         if self.logits_budget_mb is None:

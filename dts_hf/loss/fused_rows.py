@@ -217,6 +217,8 @@ class FusedRows(RowLoss):
             self.check(answer, rows)  # before a kernel reads behind its end
             at_t = self._at(chunk, one, answer)
         self.log(answer, one.ce_s)
+        if self.settings.held_out:
+            self._add_held_out(one, at_t)
         terms, along = self._soft_loss(chunk, one, at_t, answer)
         if self.with_grad:
             self._gradient(chunk, one, answer, terms, along, grad)
@@ -267,6 +269,16 @@ class FusedRows(RowLoss):
         """Add the statistics at T = 1 to the sums: one reduction for all of them."""
         for statistic, total in zip(_SUMMED, one.table[: len(_SUMMED)].sum(1), strict=True):
             self.sums[statistic.sum] += total
+
+    def _add_held_out(self, one: One, at_t: AtT) -> None:
+        """Add what is measured of held-out rows alone; ``at_t`` is at T = 1."""
+        reverse = at_t.reverse + (at_t.rest_t - at_t.rest_s)
+        if self.formula.split:  # over the entries without the label: the label's part, and that of the rest
+            (label_p, rest_p), (label_q, rest_q) = _label_and_rest(at_t.norm_t), _label_and_rest(at_t.norm_s)
+            reverse = label_q.exp() * (label_q - label_p) + rest_q.exp() * (rest_q - rest_p + reverse)
+        self.add(stats.REVERSE_KL, reverse)
+        self.add_calibration(stats.CALIBRATION_ERROR, one.rest_s.neg().exp(), one.label_s == one.top_s)
+        self.add_calibration(stats.TEACHER_CALIBRATION_ERROR, one.rest_t.neg().exp(), one.label_t == one.top_t)
 
     # ---------------------------------------------------------------------------------------------------- temperature
 

@@ -50,13 +50,15 @@ class SumMeter:
             values = [_reduced(name, next(columns)) for _ in range(shape.numel())]
             if shape:
                 totals.vectors[name] = tuple(values)
+                if name in stats.IN_BINS:
+                    totals[name] = math.fsum(map(abs, values))
             else:
                 totals[name] = values[0]
         return totals
 
 
 class Totals(dict[str, float]):
-    """Reduced sums by name; ``vectors`` holds what is more than one number (a policy's ``observed``)."""
+    """Reduced sums by name; ``vectors`` holds what is more than one number (a policy's ``observed``, bins of confidence)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,8 +26,14 @@ _OF_PAIRS = (
     stats.KD, stats.KL, stats.TEACHER_ENTROPY, stats.STUDENT_ENTROPY_AT_T, stats.TEACHER_ENTROPY_AT_T, stats.TOP1_AGREEMENT,
     stats.TEMPERATURE, stats.TEACHER_TEMPERATURE, stats.TEMPERATURE_MIN, stats.TEMPERATURE_MAX,
 )  # fmt: skip
-#: Sums that a policy asks for, or dual space has.
-_OF_SOME = (stats.TEMPERATURE_GRAD, stats.OBSERVED, stats.KD_TEACHER_SPACE.sum, stats.PROJECTOR_CE.sum)
+#: Sums that a policy asks for, or held-out rows or dual space have.
+_OF_SOME = (
+    stats.REVERSE_KL.sum,
+    stats.TEMPERATURE_GRAD,
+    stats.OBSERVED,
+    stats.KD_TEACHER_SPACE.sum,
+    stats.PROJECTOR_CE.sum,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,7 @@ def overlap_loss(
     # 2. The hard part, on all labels; no temperature has a say in it.
     hard_loss = DistillationLoss(
         loss.divergence, temperature=1.0, kd_ratio=0.0, logits_budget_mb=loss.logits_budget_mb, kernels=loss.kernels,
-        logits_dtype=loss.logits_dtype,
+        logits_dtype=loss.logits_dtype, held_out=loss.held_out,
     )  # fmt: skip
     hard_loss._warned = loss._warned
     hard = hard_loss(states, head, None, None, targets, normalizer)
@@ -102,6 +108,8 @@ def overlap_loss(
     sums = {statistic.sum: soft.sums[statistic.sum] for statistic in _OF_PAIRS}
     sums |= {name: soft.sums[name] for name in _OF_SOME if name in soft.sums}
     sums |= {name: hard.sums[name] for name in (stats.ROWS, stats.CE.sum, stats.STUDENT_ENTROPY.sum)}
+    if loss.held_out:  # the teacher's is over labels of its own, which are others
+        sums[stats.CALIBRATION_ERROR.sum] = hard.sums[stats.CALIBRATION_ERROR.sum]
     sums |= {
         stats.ALIGNED: soft.sums[stats.ROWS],
         stats.TEACHER_CE.sum: teacher_ce + ours.ce.sum() - covered_ce,

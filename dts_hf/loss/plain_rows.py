@@ -132,6 +132,15 @@ class PlainRows(RowLoss):
         self.add(stats.TOP1_AGREEMENT, (z_t.gather(-1, top_s.indices) == top_t).to(self.math_dtype))
         self.add(stats.STUDENT_ENTROPY, student_entropy)
         self.add(stats.TEACHER_ENTROPY, teacher_entropy)
+        if self.settings.held_out:
+            self.add(stats.REVERSE_KL, at_one.reverse_kl())
+            for one, top, z, of_model in (
+                (stats.CALIBRATION_ERROR, top_s.values, z_s, at_one.q),
+                (stats.TEACHER_CALIBRATION_ERROR, top_t, z_t, at_one.p),
+            ):
+                # The largest logit has been made 0, so its probability is 1 / norm
+                right = (z.gather(-1, picked) == top).squeeze(-1)
+                self.add_calibration(one, of_model.log_norm.squeeze(-1).neg().exp(), right)
         rows = RowStats(student_ce, teacher_ce, lse_s, lse_t, sequence_gap)
         return _Block(z_s, z_t, at_one, rows, student_entropy, teacher_entropy, compact)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -100,6 +101,9 @@ def why_not_trusted(
         teacher: likewise.
         dtypes: of the student's logits, of the teacher's, and of the gradient.
     """
+    settings = replace(
+        settings, held_out=False
+    )  # made of numbers that are looked at here; rounding may move one's bin
     policy, vocab = settings.temperature, student.vocab_size
     heads = tuple((head.logit_scale, head.softcap) for head in (student, teacher))
     key = (str(device), dtypes, repr(settings.divergence.describe()), type(policy), policy.reads, heads, vocab,

@@ -41,6 +41,7 @@ class LossSettings:
         pseudo_labels: whether the teacher's first choice stands for each target: its cross-entropies and gaps are logged,
             and told the policy. r must be 1.
         fp32_logits: whether a low-precision matmul writes its logits in fp32 (kernels alone; the plain road does not).
+        held_out: whether to measure ``statistics.OF_HELD_OUT`` too. The temperature must be 1.
     """
 
     divergence: Divergence
@@ -51,6 +52,7 @@ class LossSettings:
     fused: bool = False
     pseudo_labels: bool = False
     fp32_logits: bool = False
+    held_out: bool = False
 
 
 class RowLoss:
@@ -79,11 +81,15 @@ class RowLoss:
     ) -> None:
         self.settings, self.head, self.teacher_head = settings, head, teacher_head
         self.has_teacher, self.with_grad, self.math_dtype = has_teacher, with_grad, math_dtype
-        #: 0-d tensors of ``math_dtype``, but for ``observed`` ``[K]``, which is there when the policy observes.
+        #: 0-d tensors of ``math_dtype``, but for ``observed`` ``[K]``, which is there when the policy observes, and bins.
         self.sums: dict[str, Tensor] = {
             name: torch.full((), stats.START[reduction], dtype=math_dtype, device=device)
             for name, reduction in stats.SUMS_OF_LOSS.items()
         }
+        if settings.held_out:
+            for statistic in stats.OF_HELD_OUT:
+                shape = (stats.CONFIDENCE_BINS,) if statistic.sum in stats.IN_BINS else ()
+                self.sums[statistic.sum] = torch.zeros(shape, dtype=math_dtype, device=device)
         if settings.temperature.learns:
             self.sums[stats.TEMPERATURE_GRAD] = torch.zeros((), dtype=math_dtype, device=device)
 
@@ -175,6 +181,20 @@ class RowLoss:
         """Add up the policy's features ``[C, K]`` of the rows."""
         summed = features.to(self.math_dtype).sum(0)
         self.sums[stats.OBSERVED] = self.sums[stats.OBSERVED] + summed if stats.OBSERVED in self.sums else summed
+
+    def add_calibration(self, statistic: stats.Statistic, confidence: Tensor, right: Tensor) -> None:
+        """Add confidence minus rightness of the rows, ``[C]``, in bins of confidence.
+
+        A bin is (k / 15, (k + 1) / 15], as in Guo et al. 2017, arXiv 1706.04599, section 2.
+
+        Args:
+            statistic: whose sum it is.
+            confidence: probability of the first choice, ``[C]``.
+            right: whether no token is likelier than the label, ``[C]`` bool: of two that are, both would be.
+        """
+        bins = torch.ceil(confidence * stats.CONFIDENCE_BINS).long().clamp(1, stats.CONFIDENCE_BINS) - 1
+        off = (confidence - right.to(confidence.dtype)).to(self.math_dtype)
+        self.sums[statistic.sum].index_add_(0, bins, off)
 
     def add(self, statistic: stats.Statistic, values: Tensor) -> None:
         """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""

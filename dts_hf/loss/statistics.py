@@ -34,6 +34,8 @@ OF_GENERATED = "generated_"
 TEXTS, GENERATED_TEXTS = "texts", "generated_texts"
 #: Rows that the student has answered in an earlier step (``on_policy.replay``).
 REPLAYED_TEXTS = "replayed_texts"
+#: How many bins of confidence a calibration error has, equally wide, from 0 to 1.
+CONFIDENCE_BINS = 15
 #: Between the name of a number and that of the teacher whose rows it is about, where there are several: ``kd_loss/math``.
 OF_TEACHER = "/"
 
@@ -129,6 +131,18 @@ TEMPERATURE = Statistic("temperature", "T", "mean of T_s over rows", held_out=Fa
 TEACHER_TEMPERATURE = Statistic("teacher_temperature", "T", "mean of T_t over rows", held_out=False, over=ALIGNED)
 TEMPERATURE_MIN = Statistic("temperature_min", "T", "the smallest T_s of a row", reduction="min", held_out=False)
 TEMPERATURE_MAX = Statistic("temperature_max", "T", "the largest T_s of a row", reduction="max", held_out=False)
+REVERSE_KL = Statistic(
+    "reverse_kl", "nats per label", "reverse KL, of the student from the teacher, at T = 1; of held-out lines alone",
+    of_loss=False, over=ALIGNED,
+)  # fmt: skip
+CALIBRATION_ERROR = Statistic(
+    "ece", "share", "expected calibration error of the student at T = 1: how far the probability of its first choice is "
+    "from how often that is the label, in 15 bins (Guo et al. 2017); of held-out lines alone",
+    sums=("miscalibration",), needs_teacher=False, of_loss=False,
+)  # fmt: skip
+TEACHER_CALIBRATION_ERROR = Statistic(
+    "teacher_ece", "share", "the same of the teacher", sums=("teacher_miscalibration",), of_loss=False
+)
 AUX = Statistic(
     "aux_loss", "per label", "auxiliary loss of a mixture of experts' routers, without its coefficient",
     sums=("aux",), needs_teacher=False, held_out=False, of_loss=False,
@@ -203,11 +217,17 @@ GENERATED_REPETITION = _of_texts("repetition", "share of 4-grams", "mean share t
 #: In the order of a log line.
 STATISTICS = (
     CE, KD, TEACHER_CE, GAP, KL, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_ENTROPY_AT_T, TEACHER_ENTROPY_AT_T,
-    EFFECTIVE_SUPPORT, TOP1_AGREEMENT, TEMPERATURE, TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
+    EFFECTIVE_SUPPORT, TOP1_AGREEMENT, REVERSE_KL, CALIBRATION_ERROR, TEACHER_CALIBRATION_ERROR, TEMPERATURE,
+    TEACHER_TEMPERATURE, TEMPERATURE_MIN, TEMPERATURE_MAX, AUX,
     *GENERATED_LABELS, GENERATED_SHARE, REPLAYED_SHARE, GENERATED_LENGTH, GENERATED_TRUNCATED, GENERATED_ENDED,
     GENERATED_REPETITION, ALIGNED_SHARE, COMMON_MASS, TEACHER_COMMON_MASS, CE_PER_BYTE, TEACHER_CE_PER_BYTE,
     KD_TEACHER_SPACE, PROJECTOR_CE,
 )  # fmt: skip
+#: What the loss measures of held-out rows alone: training pays nothing for it.
+OF_HELD_OUT = (REVERSE_KL, CALIBRATION_ERROR, TEACHER_CALIBRATION_ERROR)
+#: Sums in bins of confidence, ``[CONFIDENCE_BINS]``: probability of the first choice minus whether it is the label. Once
+#: all rows of all ranks are in them, their magnitudes are added up.
+IN_BINS = tuple(statistic.sum for statistic in OF_HELD_OUT[1:])
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)
 #: Also summed up for each of them: what its policy is told, where each has its own.

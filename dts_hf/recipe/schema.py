@@ -734,6 +734,17 @@ class Task(Section):
         return self
 
 
+class OwnText(Section):
+    """Answers that the student draws to held-out prompts, on which teacher and student are compared."""
+
+    rows: Count = Field(default=64, description="How many held-out prompts are answered: the first so many.")
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Of sampling; both are compared at temperature 1."
+    )
+    max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens, its end included.")
+    seed: CountFromZero = Field(default=10, description="Of the text; the same in all runs that are compared.")
+
+
 class Evaluation(Section):
     """How answers are generated and scored."""
 
@@ -765,6 +776,11 @@ class Evaluation(Section):
     )
     dtype: Literal["bfloat16", "float32"] | None = Field(
         default=None, description="Weights while answering; null: as loaded."
+    )
+    own_text: OwnText | None = Field(
+        default=None,
+        description="Also measure KL between teacher and student, both ways, on answers that the student samples before and "
+        "after training; costs these answers and one pass of both models over them. Null: not.",
     )
 
     @model_validator(mode="before")
@@ -857,7 +873,7 @@ class Recipe(Section):
         if not self.all_teachers and self.loss.kd_ratio > 0:
             without = "loss.kd_ratio: 0, which learns from labels alone, needs none"
             raise ValueError(f"teacher: is missing, expected a mapping with model; only {without}")
-        if problem := on_policy_problem(self) or held_out_problem(self):
+        if problem := on_policy_problem(self) or held_out_problem(self) or own_text_problem(self):
             raise ValueError(problem)
         if not self.all_teachers and self.data.responses == "teacher":
             raise ValueError("data.responses: teacher, but there is no teacher to answer")
@@ -889,6 +905,7 @@ class Recipe(Section):
                 "evaluation.protocol": self.evaluation.protocol is not None,
                 "evaluation.sets": bool(self.evaluation.sets),
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
+                "evaluation.own_text": self.evaluation.own_text is not None,
                 "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
                 "data.on_policy": self.data.on_policy is not None,
@@ -1097,6 +1114,25 @@ def on_policy_problem(recipe: Recipe) -> str:
             return (
                 f"data.on_policy: the cache of {key} knows the rows of the data, and the student's answers are others; "
                 f"expected {key}.missing: live, which has the teacher answer them, or {key}.kind: live"
+            )
+    return ""
+
+
+def own_text_problem(recipe: Recipe) -> str:
+    """Why ``evaluation.own_text`` cannot be measured; empty where it can, or is not asked for."""
+    if recipe.evaluation.own_text is None or recipe.task is not None:  # of a task it is refused with others like it
+        return ""
+    found = "evaluation.own_text: the teacher is asked about the student's answers to held-out prompts, but"
+    if recipe.data.validation is None:
+        return f"{found} data.validation is null; expected rows, or a share of the training rows such as 0.05"
+    if not recipe.all_teachers:
+        return f"{found} there is no teacher; leave it out"
+    for key, section in recipe.all_teachers.items():
+        if section.alignment is not None:
+            return f"{found} {key} has another tokenizer ({section.alignment}), and reads none of its tokens; leave it out"
+        if section.kind == "cached" and section.missing == "error":
+            return (
+                f"{found} the cache of {key} knows the data's rows alone; expected {key}.missing: live, or kind: live"
             )
     return ""
 

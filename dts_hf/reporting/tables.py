@@ -23,7 +23,7 @@ class Measure:
     key: str
     label: str
     better: Literal["higher", "lower", ""]
-    where: Literal["model", "set", "teacher_forced"]
+    where: Literal["model", "set", "teacher_forced", "own_text"]
     scale: float = 1.0
     digits: int = 1
     unit: str = ""
@@ -42,6 +42,8 @@ class Measure:
         elif self.where == "teacher_forced":
             losses = entry.get("teacher_forced") or {}
             found = (losses.get("sets", {}).get(set_name, {}) if set_name else losses).get(self.key)
+        elif self.where == "own_text":
+            found = (entry.get("own_text") or {}).get(self.key.removeprefix("own_"))
         else:
             found = entry.get(self.key)
         value = number(found)
@@ -81,11 +83,21 @@ MEASURES = (
     Measure("kl", "held-out KL at T = 1", "lower", "teacher_forced", digits=3, unit="nats per label"),
     Measure("ce", "held-out cross-entropy", "lower", "teacher_forced", digits=3, unit="nats per label"),
     Measure("top1_agreement", "same first choice as the teacher", "higher", "teacher_forced", scale=100.0, unit="%"),
+    Measure(
+        "reverse_kl", "held-out reverse KL at T = 1", "lower", "teacher_forced", digits=3, unit="nats per label",
+        in_summary=False,
+    ),
+    Measure("own_kl", "KL on the student's own answers", "lower", "own_text", digits=3, unit="nats per token"),
+    Measure("own_reverse_kl", "reverse KL on its own answers", "lower", "own_text", digits=3, unit="nats per token"),
+    Measure("ece", "held-out calibration error", "lower", "teacher_forced", scale=100.0, unit="points", in_summary=False),
+    Measure("entropy", "held-out entropy", "", "teacher_forced", digits=3, unit="nats", in_summary=False),
     Measure("repeats_4gram", "answers that repeat a 4-gram", "lower", "set", scale=100.0, unit="%"),
     Measure("cut_at_limit", "answers cut at the limit", "lower", "set", scale=100.0, unit="%"),
     Measure("empty", "empty answers", "lower", "set", scale=100.0, unit="%", in_summary=False),
     Measure("mean_tokens", "mean length of an answer", "", "set", unit="tokens"),
-)
+    Measure("distinct_1", "different words of all words", "", "set", scale=100.0, unit="%", in_summary=False),
+    Measure("distinct_2", "different pairs of words of all pairs", "", "set", scale=100.0, unit="%", in_summary=False),
+)  # fmt: skip
 #: What each measure means, for a reader who meets it for the first time.
 MEANINGS = {
     "parameters": "How many weights the model has: its size.",
@@ -107,11 +119,23 @@ MEANINGS = {
     "runs with different temperatures can be compared.",
     "ce": "How surprised the model is, on average, by each token of the reference answers. 0 would be no surprise.",
     "top1_agreement": "How often the model's most probable next token is the teacher's most probable one.",
+    "reverse_kl": "The same distance measured from the student's side: it counts what the student finds likely and the "
+    "teacher does not, where KL counts what the teacher finds likely and the student does not.",
+    "own_kl": "KL from the teacher as above, but on answers that the student itself has sampled: what it is like where the "
+    "student really goes.",
+    "own_reverse_kl": "The same from the student's side: how unlikely the teacher finds what the student says.",
+    "ece": "How far the probability of the model's first choice is from how often that choice is right, over 15 bins of "
+    "probability. 0: it is right as often as it is sure.",
+    "entropy": "How undecided the model is about the next token: 0 is certain of one. Neither more nor less is better; close "
+    "to the teacher's is a good sign.",
     "repeats_4gram": "Share of answers in which the same four words in a row occur twice: the mark of a model that runs in "
     "circles. Lists and quotations repeat a little by nature, so compare it with the teacher's share.",
     "cut_at_limit": "Share of answers that had not ended when the limit of new tokens was reached.",
     "empty": "Share of answers without any text.",
     "mean_tokens": "Tokens per generated answer. Neither more nor less is better; close to the teacher's is a good sign.",
+    "distinct_1": "How many of the words of all answers together are different ones. Longer answers have fewer, so look at "
+    "the length as well.",
+    "distinct_2": "The same of pairs of neighbouring words.",
 }
 
 
@@ -149,7 +173,7 @@ class Line:
 def score_lines(facts: Facts, keep: Callable[[Measure], bool] = lambda measure: True) -> list[Line]:
     """The table of scores: a line for each measure (and evaluation set) that at least one model has."""
     lines = []
-    sets = {"set": facts.sets, "teacher_forced": facts.loss_sets, "model": [""]}
+    sets = {"set": facts.sets, "teacher_forced": facts.loss_sets, "model": [""], "own_text": [""]}
     for measure in filter(keep, MEASURES):
         for set_name in sets[measure.where]:
             values = tuple(measure.value(facts, model, set_name) for model in MODELS)

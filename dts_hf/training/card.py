@@ -16,7 +16,10 @@ from dts_hf.runs.directory import ONE_TEACHER
 from dts_hf.runs.environment import installed_packages
 
 #: Held-out losses as the Trainer logs them, and their names in ``metrics.json``.
-HELD_OUT = {"ce_loss": "ce", "kl": "kl", "top1_agreement": "top1_agreement", "labels": "n_tokens"}
+HELD_OUT = {
+    "ce_loss": "ce", "kl": "kl", "reverse_kl": "reverse_kl", "top1_agreement": "top1_agreement", "ece": "ece",
+    "student_entropy": "entropy", "labels": "n_tokens",
+}  # fmt: skip
 #: In a line of the log: it is of rows that were given to ``evaluate``, and not of the trainer's own held-out ones.
 OTHER_ROWS = "other_rows"
 #: Of classifiers: what is measured in fractions, and the losses.

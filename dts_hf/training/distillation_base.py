@@ -132,7 +132,7 @@ class DistillationBase(ResumableTrainer):
             self.temperature = PerTeacher(self.temperature, self._per_teacher)
         self.loss = DistillationLoss(temperature=self.temperature, **options)
         # Held-out losses are taken at T = 1: they must not move because the schedule did.
-        self.eval_loss = DistillationLoss(temperature=Constant(1.0), **options)
+        self.eval_loss = DistillationLoss(temperature=Constant(1.0), held_out=True, **options)
         self.temperature.check_classes(self._classes)
         self._fresh_state = copy.deepcopy(self.temperature.state())
         self._objective = objective_of(self.loss)

@@ -153,7 +153,7 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     def _check_prompts(self, dataset: Any) -> None:
         """The rows' prompts: of tokens from elsewhere some of them, for reading a row may cost as much as training on it."""
-        limits, names = self._limits(), getattr(dataset, "row_ids", None)
+        limits, names = self.length_limits(), getattr(dataset, "row_ids", None)
         encoded = isinstance(dataset, EncodedDataset)
         for number in range(0, len(dataset), 1 if encoded else max(1, len(dataset) // 256)):
             if encoded:
@@ -164,7 +164,7 @@ class OnPolicyTrainer(GeneratingTrainer):
                 name = number if names is None else f"'{names[number]}'"
                 raise UserError(f"train_dataset: row {name} {problem}")
 
-    def _limits(self) -> list[tuple[int, str, bool]]:
+    def length_limits(self) -> list[tuple[int, str, bool]]:
         """How many tokens each model has positions for in one row, what errors call it, and whether it teaches."""
         pair: Any = getattr(self, "pair", None)
         teacher: Any = getattr(self, "teacher", None)
@@ -186,7 +186,7 @@ class OnPolicyTrainer(GeneratingTrainer):
         Args:
             lengths: tokens of the prompt (None: there is nothing to answer), and of what the teacher reads in its place
                 (None: the same).
-            limits: of ``_limits``.
+            limits: of ``length_limits``.
         """
         assert self.on_policy is not None
         length, read = lengths
@@ -244,7 +244,7 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     def _answered(self, batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
         assert self.rollout is not None
-        limits = self._limits()
+        limits = self.length_limits()
         problems = (self._prompt_problem(_prompt_lengths(row), limits) for rows in batches for row in rows)
         found = next((problem for problem in problems if problem), "")
         # A process that raised alone would leave the others in their next collective
@@ -271,6 +271,20 @@ class OnPolicyTrainer(GeneratingTrainer):
         """
         with self._keeping_no_answer():
             return [send_to_device(self.collate(list(rows)), self.args.device) for rows in batches]
+
+    def means_on(self, rows: Any) -> dict[str, float]:
+        """What an evaluation of held-out ``rows`` would log (``statistics``), without its line in the log.
+
+        Every process calls it with the same rows, and gets the same means. Servers keep no answer about them.
+
+        Args:
+            rows: a data set of tokenised rows with their ``lengths``.
+        """
+        prefix = "means"
+        with self._keeping_no_answer():
+            loader = self._held_out_loader(rows, None)
+            found = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True, metric_key_prefix=prefix)
+        return {name.removeprefix(f"{prefix}_"): value for name, value in found.metrics.items()}
 
     @contextmanager
     def _keeping_no_answer(self) -> Iterator[None]:

@@ -109,6 +109,7 @@ def differences(runs: Path, strategy: str, case: Case) -> dict[str, float]:
         assert len(pairs) == case.steps
         row[field] = largest(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
     row["held out"] = abs(record["eval_loss"] / expected["eval_loss"] - 1)
+    assert record["held_out"] == pytest.approx(expected["held_out"], rel=1e-3), (strategy, case.name)
     assert record["eval_rows"] == expected["eval_rows"]  # 7 rows in batches of 3: none is counted twice
     assert record["tokens"] == expected["tokens"] > 0, (strategy, case.name)  # nor is a dummy row
     return row

@@ -74,7 +74,7 @@ def write_recipe(folder: Path) -> None:
                  "teacher_max_new_tokens": 6},
         "training": {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.01,
                      "logging_steps": 1, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2},
-        "evaluation": {"rows": 5, "max_new_tokens": 6, "every_steps": 2},
+        "evaluation": {"rows": 5, "max_new_tokens": 6, "every_steps": 2, "own_text": {"rows": 5, "max_new_tokens": 6}},
         "output": {"report": False, "dir": "run"},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -217,6 +217,8 @@ def test_a_whole_run_under_zero3_with_a_sharded_teacher_is_that_of_one_process(r
         assert second["models"][name]["parameters"] == entry["parameters"]
         forced = entry["teacher_forced"]
         assert second["models"][name]["teacher_forced"] == pytest.approx(forced, rel=1e-5), name
+        if name != "teacher":
+            assert second["models"][name]["own_text"] == pytest.approx(entry["own_text"], rel=1e-5), name
     logs = [[json.loads(line) for line in (folder / name / "log.jsonl").open()] for name in ("one", "two")]
     assert [(line["kind"], line["step"]) for line in logs[1]] == [(line["kind"], line["step"]) for line in logs[0]]
     for line, other in zip(*logs, strict=True):

@@ -196,7 +196,7 @@ def test_command_writes_markdown_and_csv(study, tmp_path: Path) -> None:
     text = (folder / "comparison.md").read_text()
     assert "better by" in text and "ROUGE-L, validation, 60 rows" in text and "| kind |" in text
     rows = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
-    assert {row["measure"] for row in rows} == {"rougeL", "kl", "ce", "top1_agreement"}
+    assert {row["measure"] for row in rows} == {"rougeL", "tokens", "kl", "ce", "top1_agreement"}
     assert as_csv(compare(study)) == (folder / "comparison.csv").read_text()
     printed = CliRunner().invoke(app, ["compare", *map(str, study), "--json"])
     assert len(json.loads(printed.stdout)["lines"]) == len(rows)
@@ -288,3 +288,61 @@ def test_no_two_kinds_have_one_name() -> None:
     assert names_of_kinds([{"a": None}, {}]) == ["all (1)", "all (2)"]
     assert names_of_kinds([{"a": 1}, {"a": None}]) == ["a=1", "without a"]
     assert names_of_kinds([{"a": 1}, {"a": "1"}]) == ["a=1 (1)", "a=1 (2)"]
+
+
+def change_rows(run: Path, change: Callable[[int, dict[str, Any]], None]) -> None:
+    rows = rows_of(run)
+    for number, row in enumerate(rows):
+        change(number, row)
+    (run / "predictions/student.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_where_neither_is_better_the_verdict_says_which_way(study) -> None:
+    """T = 2 answers with two tokens more: longer, not better."""
+    for number, run in enumerate(study):
+        random = np.random.default_rng(number)
+        longer = 2.0 if run.name.startswith("t2") else 0.0
+        change_rows(run, lambda _, row: row.update(tokens=20 + longer + random.normal()))  # noqa: B023
+    lengths = table_of(compare(study), "tokens")
+    line = next(line for line in lengths.lines if line.kind == "temperature.value=2.0")
+    assert line.verdict is not None and line.verdict.word == "higher" and line.verdict.sentence.startswith("higher by")
+    assert line.difference == pytest.approx(2, abs=0.3)  # tokens, and no points of 100
+    assert lengths.margin == pytest.approx(0.4, abs=0.02)  # 2 % of 20
+    assert not any(line.near_best or line.wins for line in lengths.lines)
+    turned = table_of(compare(study, "temperature.value=2.0"), "tokens")
+    assert {line.verdict.word for line in turned.lines if line.verdict} == {"lower"}
+
+
+def test_rows_without_a_measure_are_left_out_of_it_alone(study) -> None:
+    """Of an empty answer there is no distinct-n; its length and its ROUGE-L count."""
+    for number, run in enumerate(study):
+        random = np.random.default_rng(number)
+        change_rows(run, lambda place, row: row.update(distinct_1=0.5 + random.normal(0, 0.01), tokens=9))  # noqa: B023
+    change_rows(study[4], lambda place, row: row.update(distinct_1=None) if place in (3, 7, ROWS + 3) else None)
+    tables = compare(study)
+    variety = table_of(tables, "distinct_1")
+    assert variety.rows == ROWS - 2 and variety.generations == 2 and table_of(tables, "rougeL").rows == ROWS
+    assert any("2 rows are left out" in note for note in variety.notes)
+    change_rows(study[4], lambda _, row: row.update(distinct_1=None))
+    assert "distinct_1" in {table.measure for table in compare(study)}  # a run that has none of it is absent
+    change_rows(study[4], lambda place, row: row.update(distinct_1=0.5 if place >= ROWS else None))
+    assert "distinct_1" not in {table.measure for table in compare(study)}  # no row has all its answers
+
+
+def test_own_text_is_compared_where_it_was_asked_for_alike(study) -> None:
+    own = {"kl": 0.8, "reverse_kl": 0.5, "fingerprint": "a"}
+    for number, run in enumerate(study):
+        values = {**own, "kl": 0.8 + 0.001 * number, "fingerprint": "b" if number == 4 else "a"}
+        change_metrics(run, lambda metrics, values=values: metrics["models"]["student"].update(own_text=values))
+        forced = {"ece": 0.1 + 0.0001 * number, "entropy": 1.0 + 0.001 * number, "reverse_kl": 0.4 + 0.001 * number}
+        change_metrics(run, lambda m, forced=forced: m["models"]["student"]["teacher_forced"].update(forced))
+    tables = compare(study)
+    kl = table_of(tables, "own_kl")
+    assert kl.set == "own text" and table_of(tables, "ece").set == "held out"
+    assert {line.kind: line.seeds for line in kl.lines} == {
+        f"temperature.value={t}.0": n for t, n in ((1, 3), (2, 2), (4, 3))
+    }
+    assert any("1 of 3 runs with scores are not in this table" in note for note in kl.notes)
+    assert (
+        table_of(tables, "entropy").lines[1].near_best is False and table_of(tables, "reverse_kl").lines[0].near_best
+    )

@@ -8,12 +8,22 @@ import pytest
 import torch
 
 from dts_hf.loss.logged_sums import LogColumns, MeanLog, SumMeter, Totals
-from dts_hf.loss.statistics import OF_POLICY, ROWS, STATISTICS, SUMS_OF_LOSS, TEMPERATURE_MAX, TEMPERATURE_MIN
+from dts_hf.loss.statistics import (
+    IN_BINS,
+    OF_HELD_OUT,
+    OF_POLICY,
+    ROWS,
+    STATISTICS,
+    SUMS_OF_LOSS,
+    TEMPERATURE_MAX,
+    TEMPERATURE_MIN,
+)
 
 #: ``log.jsonl`` and ``metrics.json`` are read by other programs: these names are a promise.
-HELD_OUT = ["ce_loss", "kd_loss", "teacher_ce", "gap", "kl", "student_entropy", "teacher_entropy", "top1_agreement"]
+BOTH = ["ce_loss", "kd_loss", "teacher_ce", "gap", "kl", "student_entropy", "teacher_entropy"]
+HELD_OUT = [*BOTH, "top1_agreement", "reverse_kl", "ece", "teacher_ece"]
 TRAINING = [
-    *HELD_OUT[:-1], "student_entropy_at_t", "teacher_entropy_at_t", "effective_support", "top1_agreement",
+    *BOTH, "student_entropy_at_t", "teacher_entropy_at_t", "effective_support", "top1_agreement",
     "temperature", "teacher_temperature", "temperature_min", "temperature_max", "aux_loss", "kd_ratio",
 ]  # fmt: skip
 REGRESSION = ["label_mse", "kd_loss", "teacher_mse"]
@@ -42,7 +52,7 @@ def totals_of_a_step(rows: float = 4.0) -> Totals:
         (LogColumns(), False, TRAINING),
         (LogColumns(), True, HELD_OUT),
         (LogColumns(teacher=False), False, ["ce_loss", "student_entropy", "aux_loss"]),
-        (LogColumns(teacher=False), True, ["ce_loss", "student_entropy"]),
+        (LogColumns(teacher=False), True, ["ce_loss", "student_entropy", "ece"]),
         (LogColumns(regression=True), False, REGRESSION),
         (LogColumns(regression=True), True, REGRESSION),
         (LogColumns(teacher=False, regression=True), False, ["label_mse"]),
@@ -52,6 +62,7 @@ def test_the_names_of_a_log_line(columns: LogColumns, held_out: bool, names: lis
     totals = totals_of_a_step()
     if held_out:  # nobody sums these up in an evaluation
         del totals["aux"], totals[f"{OF_POLICY}kd_ratio"]
+        totals.update({statistic.sum: 1.0 for statistic in OF_HELD_OUT})
     assert list(columns.means(totals, held_out=held_out)) == names
 
 
@@ -69,6 +80,16 @@ def test_the_numbers_of_a_log_line() -> None:
 def test_without_a_row_the_means_are_nan() -> None:
     logged = LogColumns().means(totals_of_a_step(rows=0.0))
     assert math.isnan(logged["ce_loss"]) and math.isnan(logged["effective_support"])
+
+
+def test_bins_of_confidence_are_added_up_over_batches_and_ranks_before_their_magnitudes_are() -> None:
+    """Errors of opposite signs cancel within a bin and not between bins, wherever their rows were."""
+    meter, (name, _) = SumMeter(), IN_BINS
+    for bins in ([3.0, 1.0, 0.0], [-3.0, 1.0, -1.0]):
+        meter.add({ROWS: torch.tensor(2.0), name: torch.tensor(bins)})
+    totals = meter.reduce(Processes(2))  # 12 rows; the second rank has the same errors twice
+    assert totals.vectors[name] == (0.0, 6.0, -3.0) and totals[name] == 9.0
+    assert LogColumns(teacher=False).means({**totals}, held_out=True) == {"ece": 0.75}
 
 
 def test_every_sum_is_reduced_as_the_table_says_over_batches_ranks_and_steps() -> None:
