@@ -61,66 +61,13 @@ def train(fraction: float, run: Path, seed: int, steps: int, rows: int, layers: 
         f"training.max_steps={steps}", f"training.warmup_steps={min(10, steps // 2)}", f"training.seed={seed}",
         "training.eval_strategy=no", "evaluation.every_steps=null", "output.report=false", f"output.dir={run}",
         f"evaluation.models={'[student]' if rows else '[]'}", f"evaluation.rows={max(rows, 1)}",
+        f"evaluation.own_text={f'{{rows: {rows}, max_new_tokens: 64, seed: 1}}' if rows else 'null'}",
     ]  # fmt: skip
     if layers is not None:
         overrides.append(f"student.init={{from: teacher, layers: {list(layers)}, choose: even}}")
     if fraction:
         overrides.append(f"data.on_policy={{fraction: {fraction}, max_new_tokens: 64}}")
     return distill(load_recipe(RECIPE, overrides))
-
-
-class OwnText:
-    """What teacher and student say of the student's own answers.
-
-    Args:
-        rows: how many held-out prompts are answered.
-    """
-
-    def __init__(self, rows: int) -> None:
-        from dts_hf.distill import task_of
-        from dts_hf.models.loading import load_tokenizers
-        from dts_hf.recipe.loading import load_recipe
-
-        recipe = load_recipe(RECIPE, ["data.responses=data"])
-        task, (self.tokenizer, _) = task_of(recipe), load_tokenizers(recipe)
-        data = task.encode(task.load_rows(), self.tokenizer)
-        teacher = task.load_teacher()
-        assert teacher is not None and data.validation is not None
-        self.teacher, held_out = teacher.float(), data.validation
-        self.prompts = [
-            held_out[index]["input_ids"][: held_out.spans(index)[-1][0]] for index in range(min(rows, len(held_out)))
-        ]
-
-    def kls(self, folder: Path) -> tuple[float, float]:
-        """KL(teacher || student) and KL(student || teacher), nats per token of what the student in ``folder`` says."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from dts_hf.data.chat_templates import end_of_turn_ids, resolve_template
-        from dts_hf.generation.engine import GenerationSettings, generate, stop_token_ids
-
-        student = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ends = end_of_turn_ids(self.tokenizer, resolve_template("chat", self.tokenizer))
-        settings = GenerationSettings(max_new_tokens=64, batch_size=32, do_sample=True, seed=1)
-        answers = generate(
-            student, self.prompts, settings, eos_token_ids=stop_token_ids(student, self.tokenizer, ends),
-            pad_token_id=self.tokenizer.pad_token_id or 0, row_keys=[str(k) for k in range(len(self.prompts))],
-        )  # fmt: skip
-        forward = reverse = count = 0.0
-        with torch.no_grad():
-            for prompt, answer in zip(self.prompts, answers, strict=True):
-                said = [*answer.tokens, *([] if answer.end is None else [answer.end])]
-                if not said:
-                    continue
-                ids = torch.tensor([[*prompt, *said]])
-                p, q = (
-                    torch.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float(), -1)
-                    for model in (self.teacher, student)
-                )
-                forward += (p.exp() * (p - q)).sum().item()
-                reverse += (q.exp() * (q - p)).sum().item()
-                count += len(said)
-        return forward / count, reverse / count
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,16 +88,15 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.probe_only:
             return []
         budget = 60 * args.minutes or 160 * seconds["off-policy"]
-        own = OwnText(args.rows)
 
         def run(arm: str, seed: int, steps: int) -> dict[str, Any]:
             done = train(ARMS[arm], folder / f"{arm}-{seed}", seed, steps, args.rows, layers)
-            return {**scores(done, own), "seconds_a_step": seconds[arm]}
+            return {**scores(done), "seconds_a_step": seconds[arm]}
 
         return equal_time.all_runs(args, {arm: max(2, int(budget / seconds[arm])) for arm in args.arms}, run, kept)
 
 
-def scores(run: Any, own: OwnText) -> dict[str, float]:
+def scores(run: Any) -> dict[str, float]:
     """Of one finished run."""
     metrics = run.read_metrics()
     student, training = metrics["models"]["student"], metrics["training"]
@@ -158,9 +104,9 @@ def scores(run: Any, own: OwnText) -> dict[str, float]:
     log = [line for line in run.read_log() if line.get("kind") == "train"]
     generated = [line for line in log if line.get("generated_length")]
     lengths = [line["generated_length"] for line in generated]
-    forward, reverse = own.kls(run.final_path)
+    own = student["own_text"]
     return {
-        "kl": student["teacher_forced"]["kl"], "own_forward_kl": forward, "own_reverse_kl": reverse,
+        "kl": student["teacher_forced"]["kl"], "own_forward_kl": own["kl"], "own_reverse_kl": own["reverse_kl"],
         "rougeL": 100 * of_set["rougeL"]["mean"], "repeats": 100 * of_set["repeats_4gram"]["mean"],
         "generation": 100 * sum(line.get("generation_seconds", 0.0) for line in log) / training["seconds"],
         "length": statistics.mean(lengths) / labels_of_data() if lengths else float("nan"),
