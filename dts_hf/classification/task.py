@@ -16,6 +16,7 @@ from dts_hf.classification.scorer import ClassificationScorer, as_plain_rows
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from dts_hf.data.manifest import manifest
 from dts_hf.data.sources import Sources, as_sources
+from dts_hf.data.subset import drawn
 from dts_hf.evaluation.glue_metrics import headline
 from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe
@@ -61,6 +62,8 @@ class Classification(Task[ClassificationDistillationTrainer]):
     def load_rows(self) -> Rows:
         data = self.recipe.data
         train = load_labelled(_names(data.train), self.glue, split=data.train_split, limit=data.max_train_rows)
+        if data.train_share < 1.0:
+            train = [train[place] for place in drawn([row.id for row in train], data.train_share, self.recipe.seed)]
         validation = [] if data.validation is None else self._held_out(str(data.validation))
         mismatched = self.settings.mismatched
         return Rows(train, validation, {} if mismatched is None else {MISMATCHED: self._held_out(mismatched)})

@@ -87,9 +87,8 @@ def read_run(path: Path) -> Run:
 
 
 def seed_of(recipe: Recipe) -> int:
-    """The seed of training, 0 included; 42 where the recipe has none, as ``TrainingArguments`` has it."""
-    seed = recipe.training.get("seed")
-    return 42 if seed is None else int(seed)
+    """The seed of training: ``recipe.seed``."""
+    return recipe.seed
 
 
 def _part(values: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:

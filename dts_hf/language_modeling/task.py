@@ -19,8 +19,10 @@ from dts_hf.data.encoding import EncodedDataset, EncodingReport
 from dts_hf.data.held_out_split import split_off
 from dts_hf.data.kept_rows import load_mixture_once
 from dts_hf.data.manifest import manifest
+from dts_hf.data.mapped_rows import ids_of, picked
 from dts_hf.data.mixture import Mixture, Part, is_mixed, parts_of, summary
 from dts_hf.data.rows import Row
+from dts_hf.data.subset import drawn
 from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.data.written_template import as_chat_template
 from dts_hf.errors import UserError
@@ -70,6 +72,9 @@ class LanguageModeling(Task[DistillationTrainer]):
             held_out = load(
                 data.validation, split=data.validation_split, limit=data.max_validation_rows, name="data.validation"
             )
+        if data.train_share < 1.0:
+            kept = picked(train.rows, drawn(ids_of(train.rows), data.train_share, self.recipe.seed))
+            train = Mixture(kept, parts_of(kept, train))
         sets = load_sets(evaluation.sets, evaluation.set_rows)
         if VALIDATION in sets:
             raise UserError(f"evaluation.sets: {VALIDATION!r} is the name of the validation rows; rename the file")

@@ -630,6 +630,13 @@ class Data(Section):
         "docs/on_policy.md.",
     )
     max_train_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
+    train_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Train on this share of them, drawn by training.seed: a seed is then more than an order of rows.",
+    )
     max_validation_rows: Count | None = Field(default=None, description="Use the first so many rows; null: all.")
     cache_dir: str | None = Field(
         default=None, description="Folder for rows, their tokens and the teacher's answers; null: the default cache."
@@ -919,6 +926,12 @@ class Recipe(Section):
                 if any(isinstance(one, Source) for one in _listed(value)):
                     raise ValueError(f"data.{key}: got a mapping, but the sources of a task are names alone")
         return self
+
+    @property
+    def seed(self) -> int:
+        """That of training, 0 included; 42 where none is given, as ``TrainingArguments`` has it."""
+        seed = self.training.get("seed")
+        return 42 if seed is None else int(seed)
 
     @property
     def all_teachers(self) -> dict[str, Teacher]:
