@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dts_hf.errors import UserError
@@ -14,6 +15,39 @@ from dts_hf.recipe.yaml_files import parse_yaml
 MOST_RUNS = 10_000
 #: What a sweep gives each run itself, and what to say in their place.
 OWN = {"training.seed": "seeds", "output.dir": "--output", "sweep": "set, zip and seeds"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied together; a sweep may be several of them.
+
+    Attributes:
+        product: values by dotted key, each with each.
+        together: values by dotted key of which the first go together, then the second, and so on.
+    """
+
+    product: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    together: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+def of_grids(grids: Sequence[Grid], seeds: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """``(number of the grid, values by dotted key, seed)`` of every run of several grids, seeds outermost.
+
+    Args:
+        grids: one after the other.
+        seeds: of training.
+
+    Raises:
+        UserError: see ``combinations``, or all together are too many.
+    """
+    rows = [(number, values) for number, grid in enumerate(grids) for values, _ in combinations(
+        grid.product, grid.together, seeds[:1]
+    )]  # fmt: skip
+    if (total := len(rows) * len(seeds)) > MOST_RUNS:
+        raise UserError(f"sweep: {total:,} runs, expected at most {MOST_RUNS:,}")
+    for seed in seeds:
+        for number, values in rows:
+            yield number, values, seed
 
 
 def combinations(
