@@ -178,9 +178,7 @@ def load_task_teacher(teacher: Teacher, task: GlueTask) -> PreTrainedModel:
     return model
 
 
-def load_task_student(
-    student: Student, teacher: PreTrainedModel | None, task: GlueTask, seed: int = 0
-) -> nn.Module:
+def load_task_student(student: Student, teacher: PreTrainedModel | None, task: GlueTask, seed: int = 0) -> nn.Module:
     """The student: loaded, or made of the teacher, its head included; with LoRA where the recipe asks for it.
 
     Args:

@@ -12,7 +12,7 @@ from dts_hf.console import duration, show
 from dts_hf.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from dts_hf.experiments.sweep import Planned, State, Study
 
@@ -50,7 +50,8 @@ def command(
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the runs, what has become of each, and how long the rest will take.")
+        bool,
+        typer.Option("--dry-run", help="Show the runs, what has become of each, and how long the rest will take."),
     ] = False,
     print_commands: Annotated[
         bool, typer.Option("--print-commands", help="Print a command for each run that is not done; start none.")
@@ -64,34 +65,43 @@ def command(
     from dts_hf.experiments import sweep as work
     from dts_hf.experiments.grid import varied
     from dts_hf.experiments.progress import Progress
-    from dts_hf.files import write_text_atomic
 
     product, together = varied(set_ or [], "--set"), varied(zip_ or [], "--zip")
     study = work.plan(recipe, changes or [], output, product, together, _numbers(seeds), preset)
     chosen = work.shard(study.runs, shard)
     for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
+    numbers = _devices(devices)
     if print_commands or slurm is not None:
-        left = [run for run in chosen if study.state(run) != "done"]
-        if print_commands:
-            for line in work.shell_commands(study, left):
-                show(line)
-        elif slurm is not None and left:
-            # SLURM makes no folder for its logs, and starts no task without it
-            (study.folder / work.LOGS).mkdir(parents=True, exist_ok=True)
-            write_text_atomic(slurm, work.slurm_script(study, left))
-            show(f"{slurm}: {len(left)} tasks; sbatch {slurm}")
+        _for_a_cluster(study, chosen, None if print_commands else slurm)
     elif dry_run:
-        numbers = _devices(devices)
         _show(study, states := study.states(chosen))
-        show(_time(states, max(jobs, len(numbers)) if jobs == 1 else jobs))
+        show(_time(states, work.jobs_of(jobs, numbers)))
     else:
-        sweep = work.Sweep(study, chosen, jobs=jobs, devices=_devices(devices), retries=retries)
+        sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
         with Progress(sweep):
             sweep.run()
         _show(study, states := study.states(chosen))
         if "failed" in states.values():
             raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) -> None:
+    """Print the commands of the runs that are left, or write them into a job array."""
+    from dts_hf.experiments import sweep as work
+    from dts_hf.files import write_text_atomic
+
+    left = [run for run, state in study.states(chosen).items() if state != "done"]
+    if slurm is None:
+        for line in work.shell_commands(study, left):
+            show(line)
+    elif left:
+        # SLURM makes no folder for its logs, and starts no task without it
+        (study.folder / work.LOGS).mkdir(parents=True, exist_ok=True)
+        write_text_atomic(slurm, work.slurm_script(study, left))
+        show(f"{slurm}: {len(left)} tasks; sbatch {slurm}")
+    else:
+        show(f"{study.folder}: all {len(chosen)} runs are done, and {slurm} is not written")
 
 
 def _devices(text: str | None) -> list[str]:
@@ -110,10 +120,10 @@ def _numbers(text: str | None) -> list[int]:
 
 def _time(states: Mapping[Planned, State], jobs: int) -> str:
     """How long the runs that are not done will take."""
-    from dts_hf.experiments.estimate import pace_of
+    from dts_hf.experiments.estimate import mean_of, measured
 
     left = [run for run, state in states.items() if state != "done"]
-    pace = pace_of((run.path, run.size) for run, state in states.items() if state == "done")
+    pace = mean_of(measured(run.path, run.size) for run, state in states.items() if state == "done")
     if pace is None:
         return f"{len(left)} runs left; how long they take is unknown until one of this study is done"
     seconds = sum(pace.seconds(run.size) for run in left) / max(min(jobs, len(left)), 1)

@@ -58,25 +58,27 @@ class Pace:
         return self.beside + rows * self.row
 
 
-def pace_of(done: Iterable[tuple[Path, Size]]) -> Pace | None:
-    """The mean pace of runs that have ended; None where none of them says it.
+def measured(path: Path, size: Size) -> Pace | None:
+    """The pace of one run that has ended; None where its files do not say it.
 
     Args:
-        done: run directories, and how much each has trained.
+        path: the run directory.
+        size: how much it has trained.
     """
-    found = [pace for path, size in done if (pace := _measured(path, size)) is not None]
-    if not found:
-        return None
-    row, beside, rows = (fmean(getattr(one, key) for one in found) for key in ("row", "beside", "rows"))
-    return Pace(row, beside, rows, len(found))
-
-
-def _measured(path: Path, size: Size) -> Pace | None:
     run = RunDirectory(path)
     try:
         training, manifest = run.read_metrics()["training"], run.read_data_manifest()
         steps, seconds, whole = (float(training[key]) for key in ("steps", "seconds", "total_seconds"))
         rows = float(manifest["splits"]["train"]["kept"])
-    except (UserError, KeyError, TypeError, ValueError):  # damaged, or of an older version: it says nothing
+    except (UserError, KeyError, TypeError, ValueError):  # damaged, or of an older version
         return None
     return Pace(seconds / (steps * size.rows), max(whole - seconds, 0.0), rows, 1) if steps > 0 else None
+
+
+def mean_of(paces: Iterable[Pace | None]) -> Pace | None:
+    """The mean of those that are known; None where none is."""
+    found = [pace for pace in paces if pace is not None]
+    if not found:
+        return None
+    row, beside, rows = (fmean(getattr(one, key) for one in found) for key in ("row", "beside", "rows"))
+    return Pace(row, beside, rows, len(found))

@@ -219,7 +219,7 @@ def _of_kind(values: Sequence[Any] | Of, kind: Kind) -> Sequence[Any]:
 def _refuse_twice(name: str, own: Mapping[str, Any], given: Iterable[str]) -> None:
     if both := [key for key in given if key in own]:
         raise UserError(
-            f"preset {name}: varies {both[0]} itself; leave it out of --set and --zip, or give all the values without a preset"
+            f"preset {name}: varies {both[0]} itself; leave it out of --set and --zip, or give all values without a preset"
         )
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dts_hf.console import duration, printable, say
-from dts_hf.experiments.estimate import Pace, Size, pace_of
+from dts_hf.experiments.estimate import Pace, Size, mean_of, measured
 from dts_hf.experiments.sweep import Planned, Sweep
 from dts_hf.files import last_lines
 from dts_hf.runs.directory import RunDirectory
@@ -36,9 +36,7 @@ class Progress:
         from rich.console import Console
 
         self.sweep, self.console = sweep, console or Console(stderr=True)
-        self.pace: Pace | None = pace_of(
-            (run.path, run.size) for run, state in sweep.states.items() if state == "done"
-        )
+        self.paces: dict[Planned, Pace | None] = {}  # of the runs that are done, each read once
         self.live: Live | None = None
         self.looked = 0.0
         sweep.on_change, sweep.on_look = self._changed, self._look
@@ -52,7 +50,9 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         if self.live is not None:
             self.live.update(self.table(), refresh=True)
             self.live.stop()
@@ -87,7 +87,9 @@ class Progress:
             "at work": [*states.values()].count("running"), "failed": failed, "left": len(waiting),
         }  # fmt: skip
         done = [*states.values()].count("done")
-        return ", ".join([f"{done} of {len(states)} done", *(f"{count} {name}" for name, count in parts.items() if count)])
+        return ", ".join(
+            [f"{done} of {len(states)} done", *(f"{count} {name}" for name, count in parts.items() if count)]
+        )
 
     def left(self) -> str:
         """How long it will take, as the end of a sentence; empty where nothing is known of that yet."""
@@ -97,24 +99,27 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Until all runs of this sweep have ended; None: nobody knows.
 
-        By the runs that have ended here, else by those of the study that had ended before, else by how far those are that
-        are at work.
+        By the runs of the study that are done, else by how long those took that have ended here, else by how far those are
+        that are at work.
         """
         sweep, now = self.sweep, time.monotonic()
+        for run, state in sweep.states.items():
+            if state == "done" and run not in self.paces:
+                self.paces[run] = measured(run.path, run.size)
         spent = {run: now - sweep.began[run] for run in sweep.at_work}
-        if not sweep.seconds and self.pace is None:
-            shares = [(spent[run], share) for run in spent if (share := share_done(run.path, run.size)) > 0]
-            if not shares:
-                return None
-            mean = sum(seconds / share for seconds, share in shares) / len(shares)
-        else:
-            mean = sum(sweep.seconds) / len(sweep.seconds) if sweep.seconds else 0.0
+        pace, took = mean_of(self.paces.values()), sweep.seconds
+        if pace is None and not took:
+            shares = {run: share_done(run.path, run.size) for run in spent}
+            took = [spent[run] / share for run, share in shares.items() if share > 0]
+        if pace is None and not took:
+            return None
 
-        def takes(run: Planned) -> float:
-            return mean if mean or self.pace is None else self.pace.seconds(run.size)
+        def left_of(run: Planned) -> float:
+            whole = sum(took) / len(took) if pace is None else pace.seconds(run.size)
+            return max(whole - spent.get(run, 0.0), 0.0)
 
-        whole = sum(map(takes, sweep.waiting)) + sum(max(takes(run) - spent[run], 0.0) for run in spent)
-        return whole / max(min(sweep.jobs, len(sweep.waiting) + len(spent)), 1)
+        runs = [*sweep.waiting, *spent]
+        return sum(map(left_of, runs)) / max(min(sweep.jobs, len(runs)), 1)
 
     def table(self) -> Table:
         """A row for each run at work: step, loss and KL of its last line, and seconds."""

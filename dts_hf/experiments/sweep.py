@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal, TypeAlias
@@ -53,7 +53,7 @@ class Planned:
     label: str
     overrides: tuple[str, ...]
     path: Path
-    size: Size = Size()
+    size: Size = field(default_factory=Size)
 
 
 def is_done(path: Path) -> bool:
@@ -200,6 +200,11 @@ def shard(runs: Sequence[Planned], part: str | None) -> list[Planned]:
     return list(runs[int(number) - 1 :: int(count)])
 
 
+def jobs_of(jobs: int, devices: Sequence[str]) -> int:
+    """How many runs are at work at the same time: one a device, unless another number is given."""
+    return max(jobs, len(devices)) if jobs == 1 else jobs
+
+
 class Sweep:
     """Starts the runs of a study and waits for them.
 
@@ -233,7 +238,7 @@ class Sweep:
         self.waiting = [run for run in runs if self._may_start(run)]
         self.on_change: Callable[[], Any] = lambda: None
         self.on_look: Callable[[], Any] = lambda: None
-        self.jobs, self.free = max(jobs, len(devices)) if jobs == 1 else jobs, list(devices)
+        self.jobs, self.free = jobs_of(jobs, devices), list(devices)
         self.devices = bool(devices)
         self.at_work: dict[Planned, tuple[subprocess.Popen[bytes], IO[bytes], str]] = {}
         self.seconds: list[float] = []

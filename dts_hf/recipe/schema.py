@@ -783,7 +783,8 @@ class Sweep(Section):
     """What ``dts-hf sweep`` varies; ``dts-hf train`` does not look at it."""
 
     preset: PresetName | None = Field(
-        default=None, description="A sweep by name, see dts-hf sweep --list-presets; 'set' and 'zip' are crossed with it."
+        default=None,
+        description="A sweep by name, see dts-hf sweep --list-presets; 'set' and 'zip' are crossed with it.",
     )
     set: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default={}, description="Values by dotted key, each with each: {temperature.value: [1, 2, 4]}."
