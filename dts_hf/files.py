@@ -279,7 +279,7 @@ def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, An
 
 
 def last_lines(path: Path, size: int = 4096) -> list[str]:
-    """The lines, without empty ones, in the last ``size`` bytes of a file, the first of them perhaps cut; none without it."""
+    """The lines in the last ``size`` bytes of a file, without empty ones, the first perhaps cut; none without a file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))
