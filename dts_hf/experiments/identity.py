@@ -32,7 +32,7 @@ WITHOUT_EFFECT = (
     "training.do_train", "training.do_eval", "training.do_predict", "training.output_dir", "training.use_cpu",
     "training.dataloader_num_workers", "training.dataloader_persistent_workers", "training.dataloader_prefetch_factor",
     "training.dataloader_pin_memory", "training.run_name", "training.report_to", "training.disable_tqdm",
-    "training.log_level", "training.log_level_replica", "training.logging_dir", "training.logging_first_step",
+    "training.log_level", "training.log_level_replica", "training.logging_first_step",
     "training.logging_steps", "training.logging_strategy", "training.save_total_limit", "training.push_to_hub",
     "training.hub_model_id", "training.hub_strategy", "training.hub_token", "training.hub_private_repo",
     "training.hub_revision", "training.hub_always_push",

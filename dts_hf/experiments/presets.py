@@ -250,9 +250,10 @@ def _rows(
 
 
 def _times(key: str, before: float, factor: float) -> float:
+    product = before * factor
     if not isinstance(before, int):
-        return float(f"{before * factor:.4g}")
-    if not (product := before * factor).is_integer():
+        return float(f"{product:.4g}")
+    if product != int(product):
         raise UserError(f"{key} is {before}, expected a multiple of {round(1 / factor)}: batches grow at equal tokens")
     return int(product)
 
