@@ -18,7 +18,7 @@ from dts_hf.files import digest, json_digest
 from dts_hf.recipe.effective import RESULT_KEYS, effective
 from dts_hf.recipe.schema import Recipe, Source
 from dts_hf.recipe.training_arguments import training_arguments
-from dts_hf.runs.comparison import leaves
+from dts_hf.recipe.yaml_files import leaves
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
