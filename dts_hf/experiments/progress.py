@@ -16,9 +16,8 @@ from dts_hf.files import last_lines
 from dts_hf.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
-    from rich.table import Table
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at the logs of the runs at work
 END_OF_LOG = 16_384  # bytes; a line of it has one or two thousand
@@ -46,7 +45,7 @@ class Progress:
 
         if self.console.is_terminal:
             # It is drawn by who waits for the runs, not by a thread that would read what is being changed
-            self.live = Live(self.table(), console=self.console, auto_refresh=False)
+            self.live = Live(self.screen(), console=self.console, auto_refresh=False)
             self.live.start()
         return self
 
@@ -54,7 +53,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         if self.live is not None:
-            self.live.update(self.table(), refresh=True)
+            self.live.update(self.screen(), refresh=True)
             self.live.stop()
 
     def _changed(self) -> None:
@@ -69,7 +68,7 @@ class Progress:
 
     def _draw(self) -> None:
         assert self.live is not None  # of who calls it
-        self.live.update(self.table(), refresh=True)
+        self.live.update(self.screen(), refresh=True)
         self.looked = time.monotonic()
 
     # ------------------------------------------------------------------------------------------------- what is shown
@@ -121,13 +120,16 @@ class Progress:
         runs = [*sweep.waiting, *spent]
         return sum(map(left_of, runs)) / max(min(sweep.jobs, len(runs)), 1)
 
-    def table(self) -> Table:
-        """A row for each run at work: step, loss and KL of its last line, and seconds."""
+    def screen(self) -> Group:
+        """The counts, and a row for each run at work: step, loss and KL of its last line, and seconds."""
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        title = Text(printable(f"{self.sweep.study.folder}: {self.counts()}{self.left()}"), style="table.title")
-        table = Table(title=title, title_justify="left")
+        counts = Text(printable(f"{self.sweep.study.folder}: {self.counts()}{self.left()}"))
+        if not self.sweep.at_work:
+            return Group(counts)
+        table = Table()
         table.add_column("run", no_wrap=True, overflow="ellipsis")
         for column in ("step", "loss", "KL", "seconds"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -136,7 +138,7 @@ class Progress:
             seconds = f"{time.monotonic() - self.sweep.began[run]:.0f}"
             cells = (printable(run.label), step_of(last, run.size), _cell(last, "loss"), _cell(last, "kl"), seconds)
             table.add_row(*map(Text, cells))
-        return table
+        return Group(counts, table)
 
 
 def last_of_training(run: Path) -> Mapping[str, Any]:
