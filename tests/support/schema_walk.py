@@ -26,7 +26,7 @@ def keys() -> dict[str, dict[str, Any]]:
             yield from walk(inside, f"{path}.{NAME}")
         elif path and not sections:
             yield path, dict(node)
-        for section in sections or ([node] if not path else []):
+        for section in sections or ([dict(node)] if not path else []):
             for key, inside in section["properties"].items():
                 yield from walk(inside, f"{path}.{key}" if path else key)
 
