@@ -6,8 +6,8 @@
 What has been tried is in ``studies/search/optuna.log``, so the same command again goes on: a trial that was killed is
 asked for again, and no run is made twice. Change ``space`` for your own question.
 
-The measure is held-out KL at T = 1. ``forward_kl`` at ``constant`` 1 trains on exactly that: where you search over divergences
-or temperatures, take ``--measure ce``. The best of 20 trials looks better than it is: confirm it with other seeds
+The measure is held-out KL at T = 1. ``forward_kl`` at ``constant`` 1 trains on exactly that: to search over divergences or
+temperatures take ``--measure ce``. The best of 20 trials looks better than it is: confirm it with other seeds
 (``dts-hf sweep``, then ``dts-hf compare``).
 """
 

@@ -24,7 +24,7 @@ def list_presets(asked: bool) -> None:
     if asked:
         from dts_hf.experiments.presets import rows_of_list
 
-        print_table("presets; each axis is crossed with the temperatures and with nothing else", rows_of_list())
+        print_table("presets; each axis is crossed with the preset's own values and with nothing else", rows_of_list())
         raise typer.Exit
 
 

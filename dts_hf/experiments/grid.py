@@ -111,6 +111,11 @@ def overrides_of(values: Mapping[str, Any], seed: int) -> list[str]:
     return [f"{key}={_yaml(value)}" for key, value in values.items()] + [f"training.seed={seed}"]
 
 
+def short(value: Any) -> str:
+    """A value in a label: a choice by its name."""
+    return str(value["name"]) if isinstance(value, Mapping) and "name" in value else str(value)
+
+
 def _yaml(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.experiments.grid import Grid
+from dts_hf.experiments.grid import Grid, short
 from dts_hf.recipe.schema import Recipe
 
 SEEDS = (1, 2, 3)  # of a preset, where nobody gives any
@@ -111,8 +111,8 @@ _AXES = {
     "student": Axis(
         "the student's start: random, pretrained, pruned, pretrained and fine-tuned",
         needs=("student", "student.model", "student.init", "student.init.from"),
-        example="--set 'student={init: {from: config, layers: 12}},{model: SMALL, init: null},"
-        "{init: {from: teacher, layers: 12}},{model: SMALL_SFT, init: null}'",
+        example="--set 'student={init: {from: config, layers: 12}, model: null},"
+        "{init: {from: teacher, layers: 12}, model: null},{model: SMALL, init: null},{model: SMALL_SFT, init: null}'",
     ),
 }
 #: The same names as ``PresetName`` of the schema, which cannot import from here.
@@ -190,30 +190,30 @@ def left_out(name: str, given: Mapping[str, Any]) -> dict[str, Axis]:
 
 
 def rows_of_list() -> list[dict[str, str]]:
-    """Every preset, and every axis of it, for a table."""
-    found = []
+    """Every preset, then every axis, for a table."""
+    rows = []
     for name, preset in PRESETS.items():
-        values = "; ".join(f"{key}: {_listed(values)}" for key, values in preset.product.items())
-        found.append({"preset": name, "axis": "", "varies": f"{preset.about} {values}", "needs": preset.of or ""})
-        for title, axis in preset.axes.items():
-            found.append({"preset": "", "axis": title, "varies": axis.about, "needs": axis.example})
-    return found
-
-
-def _listed(values: Sequence[Any] | Of) -> str:
-    if isinstance(values, Of):
-        return f"{_listed(values.language_models)} (classifiers: {_listed(values.classifiers)})"
-    return ", ".join(str(value["name"] if isinstance(value, Mapping) else value) for value in values)
+        rows.append({"preset": name, "of": "", "varies": preset.about, "needs": ""})
+        for key, values in preset.product.items():
+            kinds = get_args(Kind) if isinstance(values, Of) and preset.of is None else (preset.of or "",)
+            for kind in kinds:
+                varied = f"{key}: {', '.join(map(short, _of_kind(values, kind)))}"
+                rows.append({"preset": "", "of": kind, "varies": varied, "needs": ""})
+        if preset.axes:
+            rows.append({"preset": "", "of": "", "varies": f"and one axis of {', '.join(preset.axes)}", "needs": ""})
+    for title, axis in _AXES.items():
+        rows.append({"preset": f"axis {title}", "of": "", "varies": axis.about, "needs": axis.example})
+    return rows
 
 
 def _kind_of(recipe: Recipe) -> Kind:
     return "language models" if recipe.task is None else "classifiers"
 
 
-def _of_kind(values: Sequence[Any] | Of, kind: Kind) -> Sequence[Any]:
+def _of_kind(values: Sequence[Any] | Of, kind: str) -> Sequence[Any]:
     if not isinstance(values, Of):
         return values
-    return values.language_models if kind == "language models" else values.classifiers
+    return values.classifiers if kind == "classifiers" else values.language_models
 
 
 def _refuse_twice(name: str, own: Mapping[str, Any], given: Iterable[str]) -> None:

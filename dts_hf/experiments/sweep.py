@@ -23,7 +23,7 @@ from dts_hf.console import say
 from dts_hf.errors import ExitCode, Interrupted, UserError
 from dts_hf.experiments import presets
 from dts_hf.experiments.estimate import Size
-from dts_hf.experiments.grid import Grid, of_grids, overrides_of
+from dts_hf.experiments.grid import Grid, of_grids, overrides_of, short
 from dts_hf.experiments.identity import run_id
 from dts_hf.experiments.runs import seed_of
 from dts_hf.files import check_name, last_lines, read_sealed, write_sealed
@@ -167,7 +167,7 @@ def plan(
     grid_of: dict[str, int] = {}
     for number, values, seed in of_grids(grids, seeds or [seed_of(base)]):
         own = [*overrides, *overrides_of(values, seed)]
-        label = ", ".join([*(f"{key}={_short(value)}" for key, value in values.items()), f"seed {seed}"])
+        label = ", ".join([*(f"{key}={short(value)}" for key, value in values.items()), f"seed {seed}"])
         made = load_recipe(recipe, [*own, "sweep=null"])
         identity = run_id(made)
         if identity in runs and grid_of[identity] != number:
@@ -344,12 +344,6 @@ def slurm_script(study: Study, runs: Sequence[Planned]) -> str:
         "# Add what your site asks for: --partition, --account, --time.", "commands=(", *lines, ")",
         'exec bash -c "exec ${commands[$SLURM_ARRAY_TASK_ID]}"', "",
     ])  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping) and "name" in value:
-        return str(value["name"])
-    return str(value)
 
 
 def _file_name(label: str) -> str:
