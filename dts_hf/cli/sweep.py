@@ -125,9 +125,9 @@ def _time(states: Mapping[Planned, State], jobs: int) -> str:
     left = [run for run, state in states.items() if state != "done"]
     pace = mean_of(measured(run.path, run.size) for run, state in states.items() if state == "done")
     if pace is None:
-        return f"{len(left)} runs left; how long they take is unknown until one of this study is done"
+        return f"runs left: {len(left)}; how long that takes is unknown until one of this study is done"
     seconds = sum(pace.seconds(run.size) for run in left) / max(min(jobs, len(left)), 1)
-    return f"{len(left)} runs left, about {duration(seconds)} by the steps of {pace.runs} that are done"
+    return f"runs left: {len(left)}, about {duration(seconds)} by the steps of {pace.runs} that are done"
 
 
 def _show(study: Study, states: Mapping[Planned, State]) -> None:

@@ -251,6 +251,8 @@ def _rows(
 
 def _times(key: str, before: float, factor: float) -> float:
     product = before * factor
+    if factor == 1:
+        return before
     if not isinstance(before, int):
         return float(f"{product:.4g}")
     if product != int(product):

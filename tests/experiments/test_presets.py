@@ -185,6 +185,6 @@ def test_the_command_lists_them_and_plans_them() -> None:
         app, ["sweep", "recipe.yaml", "--preset", "temperature", "--output", "out", "--dry-run"]
     )
     assert shown.exit_code == 0, shown.output
-    assert shown.stdout.count("missing") == 21 and "21 runs left; how long they take is unknown" in shown.stdout
+    assert shown.stdout.count("missing") == 21 and "runs left: 21; how long that takes is unknown" in shown.stdout
     wrong = CliRunner().invoke(app, ["sweep", "recipe.yaml", "--preset", "temperatur"])
     assert wrong.exit_code == 2 and isinstance(wrong.exception, (UserError, SystemExit))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -217,6 +218,10 @@ def test_real_runs_and_their_comparison(workplace: Path) -> None:
     assert len(runs) == 2 and "next: dts-hf compare" in first.stdout
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0 and [(path / "metrics.json").stat().st_mtime_ns for path in runs] == written
+    more = CliRunner().invoke(
+        app, ["sweep", "recipe.yaml", "--set", "temperature=1,2,4", "--output", "out", "--dry-run"]
+    )
+    assert re.search(r"runs left: 1, about [\d.]+ (s|min) by the steps of 2 that are done", more.stdout), more.output
     compared = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", "table"])
     assert compared.exit_code == 0, compared.output
     text = (workplace / "table/comparison.md").read_text()
