@@ -112,8 +112,10 @@ def overrides_of(values: Mapping[str, Any], seed: int) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """A value in a label: a choice by its name."""
-    return str(value["name"]) if isinstance(value, Mapping) and "name" in value else str(value)
+    """A value in a label: a choice by its name, another mapping as a recipe has it."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return str(value["name"]) if "name" in value else json.dumps(value, ensure_ascii=False).replace('"', "")
 
 
 def _yaml(value: Any) -> str:

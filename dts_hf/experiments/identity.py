@@ -89,11 +89,13 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 def _evaluation_decides(values: Mapping[str, Any]) -> bool:
     """Whether the student depends on when held-out rows are looked at.
 
-    The best checkpoint, an adaptive share, and a learning rate that falls when their loss does not.
+    The best checkpoint, which a classifier is by default, an adaptive share, and a learning rate that falls when their loss
+    does not.
     """
     adaptive = any(key.startswith("data.on_policy.adaptive") and value is not None for key, value in values.items())
     plateau = values.get("training.lr_scheduler_type") == "reduce_lr_on_plateau"
-    return bool(values.get("training.load_best_model_at_end")) or adaptive or plateau
+    best = bool(values.get("training.load_best_model_at_end")) or values.get("task.name") is not None
+    return best or adaptive or plateau
 
 
 def contents(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from dts_hf.errors import UserError, nearest
 from dts_hf.experiments.grid import Grid, short
+from dts_hf.experiments.identity import is_under
 from dts_hf.recipe.schema import Recipe
 
 SEEDS = (1, 2, 3)  # of a preset, where nobody gives any
@@ -217,7 +218,7 @@ def _of_kind(values: Sequence[Any] | Of, kind: str) -> Sequence[Any]:
 
 
 def _refuse_twice(name: str, own: Mapping[str, Any], given: Iterable[str]) -> None:
-    if both := [key for key in given if key in own]:
+    if both := [key for key in given if any(is_under(key, (one,)) or is_under(one, (key,)) for one in own)]:
         raise UserError(
             f"preset {name}: varies {both[0]} itself; leave it out of --set and --zip, or give all values without a preset"
         )

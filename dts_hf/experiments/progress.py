@@ -92,7 +92,7 @@ class Progress:
 
     def left(self) -> str:
         """How long it will take, as the end of a sentence; empty where nothing is known of that yet."""
-        seconds = self.seconds_left()
+        seconds = self.seconds_left() if self.sweep.waiting or self.sweep.at_work else None
         return "" if seconds is None else f"; about {duration(seconds)} left"
 
     def seconds_left(self) -> float | None:

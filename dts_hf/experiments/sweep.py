@@ -264,7 +264,7 @@ class Sweep:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stop is not None:
-            left = len(self.waiting) + len(self.at_work)
+            left = len(self.waiting)
             raise Interrupted(f"sweep: stopped with {left} runs left; give the same command again to go on")
 
     def _may_start(self, run: Planned) -> bool:
@@ -319,9 +319,11 @@ class Sweep:
         for process, _, _ in self.at_work.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        for process, file, _ in self.at_work.values():
+        for run, (process, file, _) in self.at_work.items():
             process.wait()
             file.close()
+            self.states[run] = self.study.state(run)
+            self.waiting += [run] if self.states[run] != "done" else []
         self.at_work.clear()
 
 

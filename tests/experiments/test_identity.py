@@ -129,3 +129,11 @@ def test_when_held_out_rows_are_looked_at_counts_where_the_learning_rate_follows
         return run_id(Recipe.from_dict(values))
 
     assert looked(1) != looked(2)
+
+
+def test_when_held_out_rows_are_looked_at_counts_for_classifiers() -> None:
+    """By default the best checkpoint is the student."""
+    task = {"task": {"name": "glue", "subset": "sst2"}, "evaluation": {"every_steps": None}}
+    steps = [{"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": n, "save_steps": n} for n in (1, 2)]
+    ids = [run_id(recipe(**task, data={"prompt_template": "auto"}, training=training)) for training in steps]
+    assert ids[0] != ids[1]

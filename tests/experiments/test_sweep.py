@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dts_hf.cli.app import app
-from dts_hf.errors import UserError
+from dts_hf.errors import Interrupted, UserError
 from dts_hf.experiments.grid import combinations, overrides_of, varied
 from dts_hf.experiments.sweep import Sweep, plan, shard, shell_commands, slurm_script
 from dts_hf.recipe.loading import load_recipe
@@ -161,6 +161,15 @@ def test_sigterm_stops_the_runs_at_work_and_can_be_gone_on_with(tmp_path: Path) 
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(MINUTE) == 75
     assert study.state(study.runs[0]) == "stale" and study.failures(study.runs[0]) == 0
+
+
+def test_what_is_left_counts_the_runs_that_were_stopped(tmp_path: Path) -> None:
+    study = planted(tmp_path, 3, seconds=20.0)
+    sweep = Sweep(study, study.runs, jobs=2)
+    sweep.on_look = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped with 3 runs left"):
+        sweep.run()
+    assert not sweep.at_work and "running" not in sweep.states.values()
 
 
 # ---------------------------------------------------------------------------------------------------- machines and command

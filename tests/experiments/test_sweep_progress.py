@@ -67,6 +67,7 @@ def test_elsewhere_there_is_a_line_when_a_run_begins_or_ends(
     with Progress(sweep, Console(file=io.StringIO())):
         sweep.run()
     lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "sweep: 2 of 2 done"
     assert [line.partition(";")[0] for line in lines] == [
         "sweep: 0 of 2 done, 1 at work, 1 left", "sweep: 1 of 2 done, 1 left", "sweep: 1 of 2 done, 1 at work",
         "sweep: 2 of 2 done",
