@@ -13,7 +13,7 @@ import pytest
 
 from dts_hf.experiments.sweep import Planned, Study
 from tests.support.planted_sweep import WORKER, noted
-from tests.support.recipes import recipe, write_rows
+from tests.support.recipes import recipe, short_yaml, write_rows
 
 FILE = Path(__file__).parents[2] / "examples/optuna_search.py"
 VALUES = {"temperature": 2.0, "loss.kd_ratio": 0.5, "training.learning_rate": 1e-4}
@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", 0, 6)
     write_rows(tmp_path / "valid.jsonl", 6, 3)
-    (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
+    (tmp_path / "recipe.yaml").write_text(short_yaml(recipe()))
 
     def command(_: Study, run: Planned) -> list[str]:
         return [sys.executable, str(WORKER), str(run.path), "0.01", "ends"]

@@ -17,7 +17,7 @@ from dts_hf.experiments.sweep import Study, plan
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.schema import PresetName, Recipe
 from dts_hf.recipe.yaml_files import parse_yaml
-from tests.support.recipes import recipe, write_rows
+from tests.support.recipes import recipe, short_yaml, write_rows
 
 LABELLED = {
     "task": {"name": "glue", "subset": "sst2"}, "data": {"prompt_template": "auto"}, "evaluation": {"every_steps": None},
@@ -30,8 +30,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", 0, 6)
     write_rows(tmp_path / "valid.jsonl", 6, 3)
-    (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
-    (tmp_path / "heads.yaml").write_text(recipe(**LABELLED).to_yaml())
+    (tmp_path / "recipe.yaml").write_text(short_yaml(recipe()))
+    (tmp_path / "heads.yaml").write_text(short_yaml(recipe(**LABELLED)))
     return tmp_path
 
 
@@ -63,10 +63,8 @@ def test_a_preset_with_three_seeds(name: str, file: str, runs: int) -> None:
 
 
 def test_a_section_may_name_it(here: Path) -> None:
-    text = (here / "recipe.yaml").read_text()
-    (here / "recipe.yaml").write_text(
-        text.replace("sweep: null", "sweep: {preset: temperature, set: {loss.kd_ratio: [0.1, 0.9]}}")
-    )
+    section = {"preset": "temperature", "set": {"loss.kd_ratio": [0.1, 0.9]}}
+    (here / "recipe.yaml").write_text(short_yaml(recipe(sweep=section)))
     study = plan("recipe.yaml", [], here / "out", {}, {}, [])
     assert len(study.runs) == 7 * 2 * 3
     assert {made.loss.kd_ratio for made in recipes(study)} == {0.1, 0.9}
@@ -168,6 +166,7 @@ def test_models_that_are_given_are_crossed_with_temperatures_alone() -> None:
         ("revisit-lm", "heads.yaml", {}, "is for language models, but the recipe is of classifiers"),
         ("revisit-classification", "recipe.yaml", {}, "is for classifiers"),
         ("temperature", "recipe.yaml", {"product": {"temperature": [1]}}, "varies temperature itself"),
+        ("temperature", "recipe.yaml", {"product": {"temperature.value": [1]}}, "varies temperature.value itself"),
         ("revisit-lm", "recipe.yaml", {"together": {"training.learning_rate": [1]}}, "varies training.learning_rate itself"),
         ("revisit-lm", "recipe.yaml", {"overrides": ["training.optim=sgd"]}, "training.optim is sgd, expected adamw_torch"),
     ],

@@ -22,7 +22,7 @@ from dts_hf.experiments.sweep import Sweep, plan, shard, shell_commands, slurm_s
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.yaml_files import parse_yaml
 from tests.support.planted_sweep import noted, planted, start
-from tests.support.recipes import recipe, write_rows
+from tests.support.recipes import recipe, short_yaml, write_rows
 
 MINUTE = 60
 
@@ -75,17 +75,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", 0, 6)
     write_rows(tmp_path / "valid.jsonl", 6, 3)
-    (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
+    (tmp_path / "recipe.yaml").write_text(short_yaml(recipe()))
     return tmp_path
 
 
 def test_plan_reads_the_recipes_section_too(here: Path) -> None:
-    text = (
-        (here / "recipe.yaml")
-        .read_text()
-        .replace("sweep: null", "sweep: {set: {loss.kd_ratio: [0.1, 0.9]}, seeds: [1, 2]}")
-    )
-    (here / "recipe.yaml").write_text(text)
+    section = {"set": {"loss.kd_ratio": [0.1, 0.9]}, "seeds": [1, 2]}
+    (here / "recipe.yaml").write_text(short_yaml(recipe(sweep=section)))
     study = plan("recipe.yaml", [], here / "out", {"temperature": [1, 2]}, {}, [])
     assert len(study.runs) == 8 and len({run.id for run in study.runs}) == 8
     made = load_recipe("recipe.yaml", [*study.runs[-1].overrides, "sweep=null"])
