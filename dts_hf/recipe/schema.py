@@ -220,6 +220,11 @@ class Student(Section):
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is made of layers of another model, with their weights."""
+        return self.init is not None and self.init.from_ != "config"
+
     @model_validator(mode="after")
     def _one_origin(self) -> Student:
         if (self.model is None) == (self.init is None):
