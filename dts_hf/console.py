@@ -155,8 +155,12 @@ def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     A recipe is saved in the run directory and shared, so it holds no token, not even inside a longer text. A control
     character or half of a surrogate pair is part of no name, and PyYAML reads some of them back as a space.
     """
+    yield from _unusable(value, place, _secrets_of_the_environment())
+
+
+def _unusable(value: Any, place: str, secrets: set[str]) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
-        own = any(secret in value for secret in _secrets_of_the_environment())
+        own = any(secret in value for secret in secrets)
         if own or _SECRET.search(value):
             yield place, "holds an access token. Recipes are saved and shared: run 'hf auth login' or set HF_TOKEN"
         elif _USER_IN_URL.search(value) or _TOKEN_IN_QUERY.search(value):
@@ -171,12 +175,12 @@ def unusable_texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
             )
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            for _, problem in unusable_texts(key):
+            for _, problem in _unusable(key, "", secrets):
                 yield place or "recipe", f"a key {problem}"
-            yield from unusable_texts(item, f"{place}.{key}" if place else str(key))
+            yield from _unusable(item, f"{place}.{key}" if place else str(key), secrets)
     elif isinstance(value, Sequence):
         for number, item in enumerate(value):
-            yield from unusable_texts(item, f"{place}.{number}")
+            yield from _unusable(item, f"{place}.{number}", secrets)
 
 
 def _secrets_of_the_environment() -> set[str]:

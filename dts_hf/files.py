@@ -278,6 +278,17 @@ def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, An
             raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
 
 
+def last_lines(path: Path, size: int = 4096) -> list[str]:
+    """The lines in the last ``size`` bytes of a file, without empty ones, the first perhaps cut; none without a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line for line in map(str.strip, text.splitlines()) if line]
+
+
 def drop_half_line(file: BinaryIO) -> None:
     """Remove what a killed process left after the last newline, so that the next record starts its own line."""
     size = file.seek(0, os.SEEK_END)

@@ -17,6 +17,7 @@ from dts_hf.errors import UserError
 from dts_hf.models.adapters import add_lora
 from dts_hf.models.loading import ModelSource, load_weights
 from dts_hf.models.pruning import prune_layers
+from dts_hf.models.student_init import random_student
 
 if TYPE_CHECKING:
     from dts_hf.recipe.schema import Student, Teacher
@@ -177,15 +178,25 @@ def load_task_teacher(teacher: Teacher, task: GlueTask) -> PreTrainedModel:
     return model
 
 
-def load_task_student(student: Student, teacher: PreTrainedModel | None, task: GlueTask) -> nn.Module:
-    """The student: loaded, or pruned from the teacher, its head included; with LoRA where the recipe asks for it.
+def load_task_student(student: Student, teacher: PreTrainedModel | None, task: GlueTask, seed: int = 0) -> nn.Module:
+    """The student: loaded, or made of the teacher, its head included; with LoRA where the recipe asks for it.
+
+    Args:
+        student: the section of the recipe.
+        teacher: that it is pruned from, or has the shape of.
+        task: what it learns.
+        seed: of random weights.
 
     Raises:
-        UserError: see ``load_classifier`` and ``prune_layers``.
+        UserError: see ``load_classifier``, ``prune_layers`` and ``random_student``.
     """
-    if student.init is not None and teacher is not None:
-        assert student.init.layers is not None  # of a task the recipe was refused otherwise
-        model = prune_layers(teacher, student.init.layers).to(getattr(torch, student.dtype))
+    if (init := student.init) is not None and teacher is not None:
+        if init.from_ == "config":
+            made = random_student(init, teacher, seed)
+        else:
+            assert init.layers is not None  # of a task the recipe was refused otherwise
+            made = prune_layers(teacher, init.layers)
+        model = made.to(getattr(torch, student.dtype))
     else:
         options = student.model_dump(include=LOADED_WITH)
         model = load_classifier(str(student.model), task, key="student.model", **options)

@@ -91,7 +91,7 @@ class Classification(Task[ClassificationDistillationTrainer]):
         made: StudentInit | None = None,  # no row of a task decides what is kept
     ) -> nn.Module:
         set_seed(seed)  # a new head is the seed's, whatever was loaded before
-        return load_task_student(self.recipe.student, teacher, self.glue)
+        return load_task_student(self.recipe.student, teacher, self.glue, seed)
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> ClassificationDistillationTrainer:
         return ClassificationDistillationTrainer(task=self.glue, args=args, **self.trainer_options(models, data))

@@ -70,7 +70,7 @@ class ClassifierWalk(Walk):
         if self.task.glue.regression:
             compare_scores(check, self.sample)
             return
-        cut = self.recipe.student.init is not None
+        cut = self.recipe.student.is_cut
         check_teacher(check, trainer.eval_loss, self.sample, self.task.glue.outputs, cut)
         if self.sample.teacher_states is not None:
             check_label_order(check, self.sample)

@@ -199,7 +199,7 @@ class LanguageModelWalk(Walk):
         tokens.check_limits(check, data, rows)
 
     def compare(self, check: Check) -> None:
-        trainer, cut = cast(DistillationTrainer, need(self.trainer, "a trainer")), self.recipe.student.init is not None
+        trainer, cut = cast(DistillationTrainer, need(self.trainer, "a trainer")), self.recipe.student.is_cut
         self.sample = self.sample_of()
         classes = trainer.vocab_size if trainer.common is None else len(trainer.common.common)
         check_teacher(check, trainer.eval_loss, self.sample, classes, cut)

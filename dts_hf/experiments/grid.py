@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dts_hf.errors import UserError
@@ -14,6 +15,39 @@ from dts_hf.recipe.yaml_files import parse_yaml
 MOST_RUNS = 10_000
 #: What a sweep gives each run itself, and what to say in their place.
 OWN = {"training.seed": "seeds", "output.dir": "--output", "sweep": "set, zip and seeds"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied together; a sweep may be several of them.
+
+    Attributes:
+        product: values by dotted key, each with each.
+        together: values by dotted key of which the first go together, then the second, and so on.
+    """
+
+    product: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    together: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+def of_grids(grids: Sequence[Grid], seeds: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """``(number of the grid, values by dotted key, seed)`` of every run of several grids, seeds outermost.
+
+    Args:
+        grids: one after the other.
+        seeds: of training.
+
+    Raises:
+        UserError: see ``combinations``, or all together are too many.
+    """
+    rows = [(number, values) for number, grid in enumerate(grids) for values, _ in combinations(
+        grid.product, grid.together, seeds[:1]
+    )]  # fmt: skip
+    if (total := len(rows) * len(seeds)) > MOST_RUNS:
+        raise UserError(f"sweep: {total:,} runs, expected at most {MOST_RUNS:,}")
+    for seed in seeds:
+        for number, values in rows:
+            yield number, values, seed
 
 
 def combinations(
@@ -75,6 +109,13 @@ def varied(texts: Sequence[str], option: str) -> dict[str, list[Any]]:
 def overrides_of(values: Mapping[str, Any], seed: int) -> list[str]:
     """The values as overrides of a recipe: JSON is YAML, but for escapes of characters beyond U+FFFF, inf and NaN."""
     return [f"{key}={_yaml(value)}" for key, value in values.items()] + [f"training.seed={seed}"]
+
+
+def short(value: Any) -> str:
+    """A value in a label: a choice by its name, another mapping as a recipe has it."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return str(value["name"]) if "name" in value else json.dumps(value, ensure_ascii=False).replace('"', "")
 
 
 def _yaml(value: Any) -> str:

@@ -11,14 +11,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dts_hf.data.sources import source_files
 from dts_hf.files import digest, json_digest
-from dts_hf.recipe.effective import effective
+from dts_hf.recipe.effective import RESULT_KEYS, effective
 from dts_hf.recipe.schema import Recipe, Source
 from dts_hf.recipe.training_arguments import training_arguments
-from dts_hf.runs.comparison import leaves
+from dts_hf.recipe.yaml_files import leaves
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 #: Keys of a recipe that change neither the student nor what is measured of it: where things lie, what is shown and kept.
 WITHOUT_EFFECT = (
@@ -26,12 +29,13 @@ WITHOUT_EFFECT = (
     "sweep",
     "evaluation.every_steps", "evaluation.models", "evaluation.batch_size",
     "data.cache_dir",
-    "training.output_dir", "training.use_cpu", "training.dataloader_num_workers",
-    "training.run_name", "training.report_to", "training.disable_tqdm", "training.log_level",
-    "training.log_level_replica", "training.logging_dir", "training.logging_first_step", "training.logging_steps",
-    "training.logging_strategy", "training.save_total_limit", "training.push_to_hub", "training.hub_model_id",
-    "training.hub_strategy", "training.hub_token", "training.hub_private_repo", "training.hub_revision",
-    "training.hub_always_push",
+    "training.do_train", "training.do_eval", "training.do_predict", "training.output_dir", "training.use_cpu",
+    "training.dataloader_num_workers", "training.dataloader_persistent_workers", "training.dataloader_prefetch_factor",
+    "training.dataloader_pin_memory", "training.run_name", "training.report_to", "training.disable_tqdm",
+    "training.log_level", "training.log_level_replica", "training.logging_first_step",
+    "training.logging_steps", "training.logging_strategy", "training.save_total_limit", "training.push_to_hub",
+    "training.hub_model_id", "training.hub_strategy", "training.hub_token", "training.hub_private_repo",
+    "training.hub_revision", "training.hub_always_push",
 )  # fmt: skip
 #: These neither, unless what held-out rows say decides something (``_evaluation_decides``).
 OF_EVALUATION = (
@@ -53,10 +57,26 @@ def run_id(recipe: Recipe) -> str:
     The order of keys, defaults that are written out, the folder of rows and weights, and ``WITHOUT_EFFECT`` do not count;
     every option of loss, temperature, data and training does, and so does each byte of rows and weights that lie here.
     """
-    whole = effective(recipe, training_arguments(recipe, "."))
+    args = training_arguments(recipe, ".")
+    whole = effective(recipe, args)
+    whole = whole.model_copy(update={"training": _without_defaults(recipe, whole.training, args)})
     seeds = {key: whole.training.get(key.rpartition(".")[2]) for key in SEEDS}
     text = json.dumps({**settings_of(whole), **seeds, **contents(recipe)}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+
+
+def _without_defaults(recipe: Recipe, training: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """``training`` without what it would be anyway: of ``RESULT_KEYS``, which are there always, all is kept.
+
+    Of the number of steps and that of epochs the one stays that ends the run.
+    """
+    bare = training_arguments(recipe.model_copy(update={"training": {}}), ".")
+    silent = {"num_train_epochs" if args.max_steps > 0 else "max_steps"}
+    return {
+        key: value
+        for key, value in training.items()
+        if key not in silent and (key in RESULT_KEYS or getattr(args, key, None) != getattr(bare, key, None))
+    }
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -69,11 +89,13 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 def _evaluation_decides(values: Mapping[str, Any]) -> bool:
     """Whether the student depends on when held-out rows are looked at.
 
-    The best checkpoint, an adaptive share, and a learning rate that falls when their loss does not.
+    The best checkpoint, which a classifier is by default, an adaptive share, and a learning rate that falls when their loss
+    does not.
     """
     adaptive = any(key.startswith("data.on_policy.adaptive") and value is not None for key, value in values.items())
     plateau = values.get("training.lr_scheduler_type") == "reduce_lr_on_plateau"
-    return bool(values.get("training.load_best_model_at_end")) or adaptive or plateau
+    best = bool(values.get("training.load_best_model_at_end")) or values.get("task.name") is not None
+    return best or adaptive or plateau
 
 
 def contents(recipe: Recipe) -> dict[str, Any]:

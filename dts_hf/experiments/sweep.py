@@ -14,16 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal, TypeAlias
 
+from dts_hf.console import say
 from dts_hf.errors import ExitCode, Interrupted, UserError
-from dts_hf.experiments.grid import combinations, overrides_of
+from dts_hf.experiments import presets
+from dts_hf.experiments.estimate import Size
+from dts_hf.experiments.grid import Grid, of_grids, overrides_of, short
 from dts_hf.experiments.identity import run_id
 from dts_hf.experiments.runs import seed_of
-from dts_hf.files import check_name, read_sealed, write_sealed
+from dts_hf.files import check_name, last_lines, read_sealed, write_sealed
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import BUSY, is_locked
@@ -43,12 +46,14 @@ class Planned:
         label: what is varied, and the seed.
         overrides: of the recipe.
         path: its run directory.
+        size: how much it trains.
     """
 
     id: str
     label: str
     overrides: tuple[str, ...]
     path: Path
+    size: Size = field(default_factory=Size)
 
 
 def is_done(path: Path) -> bool:
@@ -82,6 +87,10 @@ class Study:
         if self.failures(run):
             return "failed"
         return "stale" if (run.path / "recipe.yaml").is_file() else "missing"
+
+    def states(self, runs: Iterable[Planned]) -> dict[Planned, State]:
+        """``state`` of each of ``runs``, read once."""
+        return {run: self.state(run) for run in runs}
 
     def failures(self, run: Planned) -> int:
         """How often ``run`` has failed since it was last begun anew."""
@@ -122,6 +131,7 @@ def plan(
     product: Mapping[str, Sequence[Any]],
     together: Mapping[str, Sequence[Any]],
     seeds: Sequence[int],
+    preset: str | None = None,
 ) -> Study:
     """Check the recipe of every run, and name it.
 
@@ -131,10 +141,12 @@ def plan(
         folder: for their directories.
         product: values by dotted key, each with each; beside those of the recipe's section ``sweep``.
         together: values by dotted key that go together.
-        seeds: of training; empty: those of the recipe's section, or its own seed.
+        seeds: of training; empty: those of the recipe's section, with a preset 1, 2 and 3, else its own seed.
+        preset: name of one, in the place of the section's; None: that.
 
     Raises:
-        UserError: a recipe is wrong (the first wrong one is shown), two runs would be the same, or ``folder`` can be none.
+        UserError: a recipe is wrong (the first wrong one is shown), two runs of a grid would be the same, the preset is not
+            for this recipe, or ``folder`` can be none.
     """
     check_name(folder, "--output")
     if folder.exists() and not folder.is_dir():
@@ -145,18 +157,28 @@ def plan(
     section = base.sweep
     if section is not None:
         product, together = {**section.set, **product}, {**section.zip, **together}
-        seeds = seeds or section.seeds
+        seeds, preset = seeds or section.seeds, preset or section.preset
+    grids = [Grid(product, together)]
+    if preset is not None:
+        grids, seeds = presets.grids_of(preset, base, product, together), seeds or presets.SEEDS
+        for title, axis in presets.left_out(preset, product).items():
+            say(f"preset {preset}: without its axis {title} ({axis.about}), which needs {axis.example}")
     runs: dict[str, Planned] = {}
-    for values, seed in combinations(product, together, seeds or [seed_of(base)]):
+    grid_of: dict[str, int] = {}
+    for number, values, seed in of_grids(grids, seeds or [seed_of(base)]):
         own = [*overrides, *overrides_of(values, seed)]
-        label = ", ".join([*(f"{key}={_short(value)}" for key, value in values.items()), f"seed {seed}"])
-        identity = run_id(load_recipe(recipe, [*own, "sweep=null"]))
+        label = ", ".join([*(f"{key}={short(value)}" for key, value in values.items()), f"seed {seed}"])
+        made = load_recipe(recipe, [*own, "sweep=null"])
+        identity = run_id(made)
+        if identity in runs and grid_of[identity] != number:
+            continue  # where two grids meet
         if identity in runs:
             raise UserError(
                 f"sweep: '{label}' and '{runs[identity].label}' are the same run (what differs has no effect on it); leave "
                 "one of them out"
             )
-        runs[identity] = Planned(identity, label, tuple(own), folder / f"{_file_name(label)}-{identity}")
+        path = folder / f"{_file_name(label)}-{identity}"
+        runs[identity], grid_of[identity] = Planned(identity, label, tuple(own), path, Size.of(made)), number
     return Study(str(recipe), folder, list(runs.values()))
 
 
@@ -178,6 +200,11 @@ def shard(runs: Sequence[Planned], part: str | None) -> list[Planned]:
     return list(runs[int(number) - 1 :: int(count)])
 
 
+def jobs_of(jobs: int, devices: Sequence[str]) -> int:
+    """How many runs are at work at the same time: one a device, unless another number is given."""
+    return max(jobs, len(devices)) if jobs == 1 else jobs
+
+
 class Sweep:
     """Starts the runs of a study and waits for them.
 
@@ -190,6 +217,11 @@ class Sweep:
 
     Attributes:
         on_change: is called whenever a run begins or ends.
+        on_look: is called several times a second while runs are at work.
+        states: what has become of each run, as far as this process knows: each is read when the sweep is made, before it
+            is started and when it has ended, however many there are.
+        began: by the clock of ``time.monotonic``, of the runs at work.
+        seconds: that each run took which has ended here.
     """
 
     def __init__(
@@ -201,13 +233,16 @@ class Sweep:
         devices: Sequence[str] = (),
         retries: int = 1,
     ) -> None:
-        self.study, self.waiting, self.retries = study, list(runs), retries
+        self.study, self.retries = study, retries
+        self.states: dict[Planned, State] = study.states(runs)
+        self.waiting = [run for run in runs if self._may_start(run)]
         self.on_change: Callable[[], Any] = lambda: None
-        self.jobs, self.free = max(jobs, len(devices)) if jobs == 1 else jobs, list(devices)
+        self.on_look: Callable[[], Any] = lambda: None
+        self.jobs, self.free = jobs_of(jobs, devices), list(devices)
         self.devices = bool(devices)
         self.at_work: dict[Planned, tuple[subprocess.Popen[bytes], IO[bytes], str]] = {}
         self.seconds: list[float] = []
-        self._began: dict[Planned, float] = {}
+        self.began: dict[Planned, float] = {}
         self._stop: int | None = None
 
     def run(self) -> None:
@@ -222,14 +257,20 @@ class Sweep:
                 self._start_some()
                 self._collect()
                 if self.at_work:
+                    self.on_look()
                     time.sleep(PAUSE)
         finally:
             self._end_all()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stop is not None:
-            left = len(self.waiting) + len(self.at_work)
+            left = len(self.waiting)
             raise Interrupted(f"sweep: stopped with {left} runs left; give the same command again to go on")
+
+    def _may_start(self, run: Planned) -> bool:
+        state = self.states[run]
+        given_up = state == "failed" and self.study.failures(run) > self.retries
+        return state not in ("done", "running") and not given_up
 
     def _asked(self, number: int, _: FrameType | None) -> None:
         self._stop = number
@@ -237,8 +278,8 @@ class Sweep:
     def _start_some(self) -> None:
         while self.waiting and len(self.at_work) < self.jobs and (self.free or not self.devices):
             run = self.waiting.pop(0)
-            state = self.study.state(run)
-            if state in ("done", "running") or (state == "failed" and self.study.failures(run) > self.retries):
+            self.states[run] = self.study.state(run)
+            if not self._may_start(run):
                 continue
             log = self.study.log(run)
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +291,8 @@ class Sweep:
                 self.study.command(run), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-            self.at_work[run], self._began[run] = (process, file, device), time.monotonic()
+            self.at_work[run], self.began[run] = (process, file, device), time.monotonic()
+            self.states[run] = "running"
             self.on_change()
 
     def _collect(self) -> None:
@@ -261,11 +303,14 @@ class Sweep:
             file.close()
             self.free += [device] if device else []
             if is_done(run.path):
-                self.seconds.append(time.monotonic() - self._began[run])
+                self.states[run] = "done"
+                self.seconds.append(time.monotonic() - self.began[run])
             elif code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C):  # somebody has told that process alone to stop
+                self.states[run] = "stale"
                 self.waiting.append(run)
             elif BUSY not in (said := last_words(self.study.log(run))):  # else another sweep was quicker
                 self.study.add_failure(run, said)
+                self.states[run] = "failed"
                 if self.study.failures(run) <= self.retries:
                     self.waiting.append(run)
             self.on_change()
@@ -274,22 +319,17 @@ class Sweep:
         for process, _, _ in self.at_work.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        for process, file, _ in self.at_work.values():
+        for run, (process, file, _) in self.at_work.items():
             process.wait()
             file.close()
+            self.states[run] = self.study.state(run)
+            self.waiting += [run] if self.states[run] != "done" else []
         self.at_work.clear()
 
 
 def last_words(log: Path) -> str:
     """The last line that a process has printed, shortened."""
-    try:
-        with log.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return ""
-    return lines[-1][:300] if lines else ""
+    return next(reversed(last_lines(log)), "")[:300]
 
 
 def shell_commands(study: Study, runs: Iterable[Planned]) -> list[str]:
@@ -306,12 +346,6 @@ def slurm_script(study: Study, runs: Sequence[Planned]) -> str:
         "# Add what your site asks for: --partition, --account, --time.", "commands=(", *lines, ")",
         'exec bash -c "exec ${commands[$SLURM_ARRAY_TASK_ID]}"', "",
     ])  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping) and "name" in value:
-        return str(value["name"])
-    return str(value)
 
 
 def _file_name(label: str) -> str:

@@ -68,7 +68,7 @@ class StudentInit:
         init = self.init
         assert init is not None  # the caller has looked
         if init.from_ == "config":
-            return _random(init, source, seed)
+            return random_student(init, source, seed)
         if not init.measures:
             return prune_layers(source, plan_sizes(init, source.config, build_of(source)).layers)
         calibration = self._calibration()
@@ -284,8 +284,17 @@ def made_of(values: Mapping[str, Any], source: PreTrainedModel) -> PreTrainedMod
     return student
 
 
-def _random(init: Init, source: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A student with random weights, in the shape of ``source`` but for what ``init`` says."""
+def random_student(init: Init, source: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A student with random weights, in the shape of ``source`` but for what ``init`` says.
+
+    Args:
+        init: the section of the recipe.
+        source: a language model or a classifier.
+        seed: of the weights.
+
+    Raises:
+        UserError: see ``plan_sizes``.
+    """
     build = build_of(source)
     config = sized_config(source.config, plan_sizes(init, source.config, build), build)
     with torch.random.fork_rng(devices=[]):

@@ -220,6 +220,11 @@ class Student(Section):
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is made of layers of another model, with their weights."""
+        return self.init is not None and self.init.from_ != "config"
+
     @model_validator(mode="after")
     def _one_origin(self) -> Student:
         if (self.model is None) == (self.init is None):
@@ -798,9 +803,17 @@ class Evaluation(Section):
         return value
 
 
+#: See ``experiments.presets``.
+PresetName = Literal["temperature", "fkl-rkl-temperature", "policies", "revisit-classification", "revisit-lm"]
+
+
 class Sweep(Section):
     """What ``dts-hf sweep`` varies; ``dts-hf train`` does not look at it."""
 
+    preset: PresetName | None = Field(
+        default=None,
+        description="A sweep by name, see dts-hf sweep --list-presets; 'set' and 'zip' are crossed with it.",
+    )
     set: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default={}, description="Values by dotted key, each with each: {temperature.value: [1, 2, 4]}."
     )
@@ -809,7 +822,7 @@ class Sweep(Section):
         description="Values by dotted key that go together: the first ones of all keys, the second ones, ...",
     )
     seeds: list[CountFromZero] = Field(
-        default=[], description="Seeds of training; empty: that of training.seed alone."
+        default=[], description="Seeds of training; empty: that of training.seed alone, with a preset 1, 2 and 3."
     )
 
 
@@ -900,10 +913,8 @@ class Recipe(Section):
         if self.task is not None:
             if self.student.quantize is not None:
                 raise ValueError("student.quantize: is for language models, and a task has a classifier: leave it out")
-            if init is not None and (
-                init.from_ != "teacher" or init.layers is None or init.measures or init.parameters
-            ):
-                raise ValueError("student.init: a task takes {from: teacher, layers: a number or a list} alone")
+            if init is not None and (init.source or init.mlp or init.hidden or init.measures or init.parameters):
+                raise ValueError("student.init: a task takes from: teacher or config, and layers, alone")
             if self.teacher is not None and self.teacher.kind != "live":
                 raise ValueError(
                     f"teacher.kind: {self.teacher.kind}, but a task has no states of tokens; use kind: live"

@@ -294,6 +294,15 @@ def _resolve(value: Any, folder: str | Path) -> Any:
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
 
 
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {}
+        found |= inner or {f"{prefix}{key}": value}
+    return found
+
+
 def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         yield f"{prefix}{key}"

@@ -13,6 +13,7 @@ from dts_hf.distributed.processes import on_first_process
 from dts_hf.errors import UserError
 from dts_hf.models.description import READ_TO_ANSWER, SET_BY_TRAINER, describe_model, describe_tokenizer, versions
 from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.yaml_files import leaves
 from dts_hf.runs.directory import RunDirectory
 
 #: Said of a model, and not compared: what may move without a change of anything that acts.
@@ -182,15 +183,6 @@ def check_same_rows(run: RunDirectory, manifest: Mapping[str, Any]) -> None:
                     f"{counts[1]}): the tokenizer or its template words them otherwise (transformers was {versions_of[0]}, "
                     f"now {versions_of[1]}). Install what it was started with, or start again with --overwrite"
                 )
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {}
-        found |= inner or {f"{prefix}{key}": value}
-    return found
 
 
 def as_text(values: Mapping[str, Any], key: str) -> str:

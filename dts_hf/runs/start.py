@@ -26,8 +26,9 @@ from dts_hf.models.description import knows_weights
 from dts_hf.models.quantization import check_quantization
 from dts_hf.recipe.effective import effective
 from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.yaml_files import leaves
 from dts_hf.runs.checkpoints import PROGRESS, newest_whole, step_of, why_best_is_lost, why_not_resumable
-from dts_hf.runs.comparison import as_text, leaves
+from dts_hf.runs.comparison import as_text
 from dts_hf.runs.directory import RunDirectory, is_before, scored_before
 from dts_hf.runs.environment import environment, where_it_trains
 from dts_hf.runs.local_names import local_names

@@ -30,6 +30,7 @@ from dts_hf.console import say
 from dts_hf.distributed.checkpoint_reading import asks_for_code
 from dts_hf.errors import RunError, UserError, is_passing
 from dts_hf.files import write_json_atomic
+from dts_hf.recipe.yaml_files import leaves
 from dts_hf.runs.checkpoints import (
     INTERRUPTED,
     PROGRESS,
@@ -41,7 +42,7 @@ from dts_hf.runs.checkpoints import (
     why_best_is_lost,
     why_not_resumable,
 )
-from dts_hf.runs.comparison import as_text, leaves
+from dts_hf.runs.comparison import as_text
 from dts_hf.runs.failures import is_lost_peer
 from dts_hf.training.clock import TrainingClock
 

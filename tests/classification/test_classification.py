@@ -434,6 +434,32 @@ PRUNED = {"init": {"from": "teacher", "layers": 2}}
 TEACHER = {"model": "teacher/final", "dtype": "float32"}
 
 
+def test_a_random_student_has_the_teachers_shape_and_its_weights_from_the_seed(workplace: Path) -> None:
+    classifier("llama", SST2, layers=4).save_pretrained("taught")
+    tiny_tokenizer().save_pretrained("taught")
+
+    def first_weights(seed: int, folder: str, layers: int) -> dict[str, torch.Tensor]:
+        run = distill(recipe(
+            student={"init": {"from": "config", "layers": layers}}, teacher={"model": "taught", "dtype": "float32"},
+            loss={"kd_ratio": 0.5}, training={"max_steps": 1, "learning_rate": 0.0, "seed": seed}, output={"dir": folder},
+        ))  # fmt: skip
+        saved = AutoModelForSequenceClassification.from_pretrained(run.final_path)
+        assert saved.config.num_hidden_layers == layers
+        assert saved.config.id2label == {0: "negative", 1: "positive"}
+        return saved.state_dict()
+
+    one, same, other = (
+        first_weights(1, "a", layers=2),
+        first_weights(1, "b", layers=2),
+        first_weights(2, "c", layers=2),
+    )
+    teacher = AutoModelForSequenceClassification.from_pretrained("taught").state_dict()
+    for name, weight in one.items():
+        assert torch.equal(weight, same[name])
+        if weight.dim() > 1:
+            assert not torch.equal(weight, other[name]) and not torch.equal(weight, teacher[name])
+
+
 def test_fine_tune_then_distil(workplace: Path) -> None:
     first = distill(recipe())
     metrics = first.read_metrics()

@@ -68,3 +68,9 @@ def test_a_server_that_is_not_there_is_an_error(workplace: Path, monkeypatch: py
     teacher = {"model": "teacher", "kind": "remote", "url": "http://127.0.0.1:9"}
     said = texts(diagnose(recipe(teacher=teacher, student={"model": "student"})))
     assert "http://127.0.0.1:9/v1/teacher: no answer in 0.2 s" in said, said
+
+
+def test_random_weights_are_not_told_to_choose_other_layers(workplace: Path) -> None:
+    diagnosis = diagnose(recipe(student={"init": {"from": "config", "layers": 2}}))
+    found = [problem for problem in diagnosis.problems if problem.code == "student-worse-than-guessing"]
+    assert len(found) == 1 and "From random weights" in found[0].advice and "choose: search" not in found[0].advice

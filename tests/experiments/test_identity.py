@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from dts_hf.divergences import DIVERGENCES
-from dts_hf.experiments.identity import OF_EVALUATION, SEEDS, WITHOUT_EFFECT, is_under, run_id, settings_of
-from dts_hf.recipe.effective import RESULT_KEYS
+from dts_hf.experiments.identity import run_id
 from dts_hf.recipe.schema import Recipe
-from dts_hf.runs.comparison import leaves
 from dts_hf.temperature import temperature_policies
 from tests.support.recipes import recipe, write_rows
 
@@ -78,49 +76,16 @@ def test_a_moved_folder_keeps_its_id_and_other_bytes_change_it(rows: Path, monke
     assert run_id(recipe()) == before
 
 
-#: Another value for every key of these sections that can have one beside the rest of the recipe.
+#: Where a key takes a value of another kind, or a section where there was none; every key is in test_identity_schema.py.
 OTHER = {
-    "data.prompt_template": "plain", "data.train_on": "completion", "data.max_length": 90, "data.max_prompt_length": 60,
-    "data.long_rows": "cut", "data.packing": True, "data.max_train_rows": 5, "data.max_validation_rows": 2,
-    "data.responses": "teacher", "data.columns": {"instruction": "ask"}, "data.validation": 0.3,
-    "loss.kd_ratio": 0.4, "loss.temperature_scaling": "none", "loss.divergence": {"name": "jsd"},
-    "loss.router_aux_loss": "none", "loss.logits_dtype": "float32",
-    "temperature": {"name": "constant", "value": 3}, "student.dtype": "bfloat16", "teacher.dtype": "bfloat16",
-    "student.init.layers": 1, "student.init.choose": "middle_block", "student.lora": {"r": 4},
-    "evaluation.rows": 4, "evaluation.max_new_tokens": 7, "evaluation.do_sample": True, "evaluation.protocol": "greedy",
+    "data.packing": True, "data.validation": 0.3, "student.lora": {"r": 4}, "student.init.layers": [0, 1],
+    "loss.divergence": {"name": "jsd"}, "temperature": {"name": "constant", "value": 3}, "data.on_policy": {},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_every_option_changes_it(key: str) -> None:
+def test_a_value_of_another_kind_changes_it(key: str) -> None:
     assert run_id(changed(key, OTHER[key])) != run_id(recipe())
-
-
-OF_TRAINING = {
-    "num_train_epochs": 2, "max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-    "train_sampling_strategy": "random", "dataloader_drop_last": True, "learning_rate": 3e-4,
-    "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "sgd", "weight_decay": 0.1, "adam_beta1": 0.8,
-    "adam_beta2": 0.9, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "neftune_noise_alpha": 1.0, "bf16": True, "seed": 7,
-    "data_seed": 7,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", OF_TRAINING)
-def test_every_key_of_training_that_counts_changes_it(key: str) -> None:
-    changes = {"max_steps": -1, "num_train_epochs": 2} if key == "num_train_epochs" else {key: OF_TRAINING[key]}
-    values = recipe().model_dump(mode="json", exclude_defaults=True)
-    values["training"] |= changes
-    assert run_id(Recipe.from_dict(values)) != run_id(recipe())
-
-
-def test_every_key_is_counted_or_listed() -> None:
-    """A key that is added to the recipe counts, unless it is in the one list of those without effect."""
-    kept = settings_of(recipe())
-    for key in leaves(recipe().model_dump(mode="json")):
-        assert key in kept or is_under(key, (*WITHOUT_EFFECT, *OF_EVALUATION, *SEEDS)), key
-    silent = {key.removeprefix("training.") for key in (*WITHOUT_EFFECT, *OF_EVALUATION)}
-    counted = [key for key in RESULT_KEYS if key not in silent and f"training.{key}" not in SEEDS]
-    assert {"learning_rate", "optim", "max_steps"} <= set(counted)
 
 
 @pytest.mark.parametrize("name", [*temperature_policies(), *(f"divergence {name}" for name in DIVERGENCES)])
@@ -164,3 +129,11 @@ def test_when_held_out_rows_are_looked_at_counts_where_the_learning_rate_follows
         return run_id(Recipe.from_dict(values))
 
     assert looked(1) != looked(2)
+
+
+def test_when_held_out_rows_are_looked_at_counts_for_classifiers() -> None:
+    """By default the best checkpoint is the student."""
+    task = {"task": {"name": "glue", "subset": "sst2"}, "evaluation": {"every_steps": None}}
+    steps = [{"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": n, "save_steps": n} for n in (1, 2)]
+    ids = [run_id(recipe(**task, data={"prompt_template": "auto"}, training=training)) for training in steps]
+    assert ids[0] != ids[1]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import random
+import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,15 @@ import pytest
 from typer.testing import CliRunner
 
 from dts_hf.cli.app import app
-from dts_hf.errors import UserError
+from dts_hf.errors import Interrupted, UserError
 from dts_hf.experiments.grid import combinations, overrides_of, varied
 from dts_hf.experiments.sweep import Sweep, plan, shard, shell_commands, slurm_script
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.yaml_files import parse_yaml
-from tests.support.planted_sweep import planted
-from tests.support.recipes import recipe, write_rows
+from tests.support.planted_sweep import noted, planted, start
+from tests.support.recipes import recipe, short_yaml, write_rows
 
 MINUTE = 60
-
-
-def ends(folder: Path) -> Counter[str]:
-    path = folder / "ends.txt"
-    return Counter(path.read_text().split() if path.is_file() else [])
 
 
 # -------------------------------------------------------------------------------------------------------------- the grid
@@ -82,17 +75,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", 0, 6)
     write_rows(tmp_path / "valid.jsonl", 6, 3)
-    (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
+    (tmp_path / "recipe.yaml").write_text(short_yaml(recipe()))
     return tmp_path
 
 
 def test_plan_reads_the_recipes_section_too(here: Path) -> None:
-    text = (
-        (here / "recipe.yaml")
-        .read_text()
-        .replace("sweep: null", "sweep: {set: {loss.kd_ratio: [0.1, 0.9]}, seeds: [1, 2]}")
-    )
-    (here / "recipe.yaml").write_text(text)
+    section = {"set": {"loss.kd_ratio": [0.1, 0.9]}, "seeds": [1, 2]}
+    (here / "recipe.yaml").write_text(short_yaml(recipe(sweep=section)))
     study = plan("recipe.yaml", [], here / "out", {"temperature": [1, 2]}, {}, [])
     assert len(study.runs) == 8 and len({run.id for run in study.runs}) == 8
     made = load_recipe("recipe.yaml", [*study.runs[-1].overrides, "sweep=null"])
@@ -128,7 +117,7 @@ def test_every_run_once_and_the_same_command_again_does_nothing(tmp_path: Path) 
     Sweep(study, study.runs, jobs=2).run()
     assert {study.state(run) for run in study.runs} == {"done"}
     Sweep(study, study.runs).run()
-    assert ends(tmp_path) == {run.path.name: 1 for run in study.runs}
+    assert noted(tmp_path, "ends") == {run.path.name: 1 for run in study.runs}
 
 
 def test_runs_that_fail_are_tried_again_and_then_stay_visible(tmp_path: Path) -> None:
@@ -151,59 +140,12 @@ def test_devices_are_handed_out_one_a_run(tmp_path: Path) -> None:
     assert ["0", "3"] in seen and max(map(len, seen)) == 2 and sorted(sweep.free) == ["0", "3"]
 
 
-SWEEP = """
-import sys
-from pathlib import Path
-from tests.support.planted_sweep import planted
-from dts_hf.experiments.sweep import Sweep
-study = planted(Path(sys.argv[1]), count=int(sys.argv[2]), seconds=float(sys.argv[3]))
-Sweep(study, study.runs, jobs=2).run()
-"""
-
-
-def start(folder: Path, count: int, seconds: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(folder), str(count), str(seconds)],
-        cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def kill_everything(sweep: subprocess.Popen[bytes], folder: Path) -> None:
-    """The sweep and its runs, as a machine that loses power does."""
-    sweep.kill()
-    sweep.wait()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes of a sweep in /proc")
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.soak)])
-def test_kills_repeat_nothing_and_lose_nothing(tmp_path: Path, kills: int) -> None:
-    chance, count, deadline = random.Random(3), max(6, kills), time.monotonic() + 20 * MINUTE
-    for _ in range(kills):
-        sweep = start(tmp_path, count, 0.4)
-        time.sleep(chance.uniform(1.0, 4.0))
-        kill_everything(sweep, tmp_path)
-    last = start(tmp_path, count, 0.4)
-    while last.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert last.returncode == 0
-    study = planted(tmp_path, count)
-    assert {study.state(run) for run in study.runs} == {"done"}
-    # A kill between the last line and metrics.json is the one moment at which a run ends twice
-    assert set(ends(tmp_path)) == {run.path.name for run in study.runs} and max(ends(tmp_path).values()) <= 2
-
-
 def test_two_sweeps_on_one_study_do_each_run_once(tmp_path: Path) -> None:
     both = [start(tmp_path, 6, 0.3) for _ in range(2)]
     assert [process.wait(5 * MINUTE) for process in both] == [0, 0]
     study = planted(tmp_path, 6)
     assert {study.state(run) for run in study.runs} == {"done"} and not any(map(study.failures, study.runs))
-    assert ends(tmp_path) == {run.path.name: 1 for run in study.runs}
+    assert noted(tmp_path, "ends") == {run.path.name: 1 for run in study.runs}
 
 
 def test_sigterm_stops_the_runs_at_work_and_can_be_gone_on_with(tmp_path: Path) -> None:
@@ -215,6 +157,15 @@ def test_sigterm_stops_the_runs_at_work_and_can_be_gone_on_with(tmp_path: Path) 
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(MINUTE) == 75
     assert study.state(study.runs[0]) == "stale" and study.failures(study.runs[0]) == 0
+
+
+def test_what_is_left_counts_the_runs_that_were_stopped(tmp_path: Path) -> None:
+    study = planted(tmp_path, 3, seconds=20.0)
+    sweep = Sweep(study, study.runs, jobs=2)
+    sweep.on_look = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped with 3 runs left"):
+        sweep.run()
+    assert not sweep.at_work and "running" not in sweep.states.values()
 
 
 # ---------------------------------------------------------------------------------------------------- machines and command
@@ -272,6 +223,10 @@ def test_real_runs_and_their_comparison(workplace: Path) -> None:
     assert len(runs) == 2 and "next: dts-hf compare" in first.stdout
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0 and [(path / "metrics.json").stat().st_mtime_ns for path in runs] == written
+    more = CliRunner().invoke(
+        app, ["sweep", "recipe.yaml", "--set", "temperature=1,2,4", "--output", "out", "--dry-run"]
+    )
+    assert re.search(r"runs left: 1, about [\d.]+ (s|min) by the steps of 2 that are done", more.stdout), more.output
     compared = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", "table"])
     assert compared.exit_code == 0, compared.output
     text = (workplace / "table/comparison.md").read_text()

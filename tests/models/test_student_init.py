@@ -480,10 +480,18 @@ def test_a_student_that_cannot_be_saved_is_not_made() -> None:
         empty_like(teacher, teacher.config, build_of(teacher))
 
 
-def test_a_task_takes_layers_alone() -> None:
+@pytest.mark.parametrize(
+    "init",
+    [
+        {"from": "teacher", "layers": 2, "choose": "search"},
+        {"from": "config", "mlp": 8},
+        {"from": "a/model", "layers": 2},
+    ],
+)
+def test_a_task_takes_layers_alone(init: dict[str, Any]) -> None:
     values = yaml.safe_load(recipe().to_yaml())
     values |= {"task": {"name": "glue", "subset": "sst2"}, "evaluation": {}}
-    values["student"] = {"init": {"from": "teacher", "layers": 2, "choose": "search"}}
+    values["student"] = {"init": init}
     with pytest.raises(UserError, match=r"student.init: a task takes"):
         Recipe.from_dict(values)
 
