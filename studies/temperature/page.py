@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "docs")]
 
-from _line_chart import COLOURS, Line, chart  # noqa: E402
+from _line_chart import Line, chart  # noqa: E402
 from run import collected, study  # noqa: E402
 
 from dts_hf.experiments.families import critical_value, detectable, dunnett, loadings_of  # noqa: E402
@@ -75,13 +75,21 @@ def name_of(settings: Mapping[str, Any]) -> str:
     if policy == "constant":
         return f"{divergence}, T = {float(settings['temperature.value']):g}"
     order = settings.get("temperature.gap_source.order")
-    other = next((f" of {value}" for key, value in sorted(settings.items()) if key.startswith("temperature.") and key.endswith(" of")), "")
+    of_runs = [
+        value for key, value in sorted(settings.items()) if key.startswith("temperature.") and key.endswith(" of")
+    ]
+    other = f" of {of_runs[0]}" if of_runs else ""
     return f"{divergence}, {policy}{f', gaps {order}' if order else ''}{other}"
 
 
 def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     value = settings.get("temperature.value") or 0.0
-    return (not settings.get("loss.kd_ratio"), str(settings.get("loss.divergence.name")), float(value), name_of(settings))
+    return (
+        not settings.get("loss.kd_ratio"),
+        str(settings.get("loss.divergence.name")),
+        float(value),
+        name_of(settings),
+    )
 
 
 def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) -> list[str]:
@@ -97,7 +105,8 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
     unit = f", {about['unit']}" if "unit" in about else ""
     lines = [
         f"### {about['name']}{unit}", "",
-        "| kind | mean ± sd | difference | 95 % for all together | p | verdict | best with |", "|---|---:|---:|---:|---:|---|---:|",
+        "| kind | mean ± sd | difference | 95 % for all together | p | verdict | best with |",
+        "|---|---:|---:|---:|---:|---|---:|",
     ]  # fmt: skip
     for kind, values in means.items():
         mean, mark = statistics.fmean(values), " (its own loss)" if (endpoint, kind) in BY_CONSTRUCTION else ""
@@ -110,11 +119,15 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
             said = verdict(found, margin, run_sd=family.sd, critical=critical, higher_is_better=higher, digits=digits)
             ends = " to ".join(f"{end:+.{digits}f}" for end in said.interval)
             p = family.comparisons[kind].p
-            cells = [f"{found.mean:+.{digits}f}", ends, f"{p:.3f}" if p >= 0.0005 else "< 0.001", _words(said.sentence, about)]
-        near = "" if about.get("neither") or abs(best - mean) > margin else ", near the best"
-        lines.append(f"| {kind}{mark} | {shown} | {' | '.join(cells[:3])} | {cells[3]}{near} | {wins if not about.get('neither') else ''} |")
+            small = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+            cells = [f"{found.mean:+.{digits}f}", ends, small, _words(said.sentence, about)]
+        ranked = not about.get("neither")
+        near = ", near the best" if ranked and abs(best - mean) <= margin else ""
+        cells = [f"{kind}{mark}", shown, *cells[:3], f"{cells[3]}{near}", str(wins) if ranked else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     seen = detectable(len(others), len(base)) * family.sd
-    return [*lines, "", f"Margin {margin:.2g}; of these rows 4 of 5 such studies would see a difference of {seen:.{digits}f}.", ""]
+    reach = f"on these rows 4 of 5 such studies would see a difference of {seen:.{digits}f}"
+    return [*lines, "", f"Margin {margin:.2g}; {reach}.", ""]
 
 
 def _is_best(means: Mapping[str, Sequence[float]], kind: str, place: int, higher: bool) -> bool:
@@ -162,20 +175,22 @@ def of_interaction(stage: Stage, endpoints: Mapping[str, Any]) -> list[str]:
         base = statistics.fmean(stage.scores("forward KL, T = 1", endpoint))
         digits = digits_of(margin_of(about, base)) + 1
         words = "cannot be told from none" if low <= 0 <= high else "there is one"
-        lines.append(f"| {about['name']} | {difference.mean:+.{digits}f} | {low:+.{digits}f} to {high:+.{digits}f} | {words} |")
+        numbers = f"{difference.mean:+.{digits}f} | {low:+.{digits}f} to {high:+.{digits}f}"
+        lines.append(f"| {about['name']} | {numbers} | {words} |")
     return [*lines, ""]
 
 
 def figure(stage: Stage, endpoint: str, about: Mapping[str, Any]) -> str | None:
     """The endpoint over log T, a line for each direction of the KL, bands from the lowest to the highest seed."""
-    lines = []
+    lines, grid = [], ("0.5", "1", "2", "4")
     for name in ("forward KL", "reverse KL"):
-        curves = [stage.scores(f"{name}, T = {t:g}", endpoint) for t in (0.5, 1, 2, 4) if f"{name}, T = {t:g}" in stage.runs]
-        if len(curves) < 4 or not all(curves):
+        kinds = [f"{name}, T = {t}" for t in grid]
+        curves = [stage.scores(kind, endpoint) if kind in stage.runs else [] for kind in kinds]
+        if not all(curves):
             return None
-        lines.append(Line(name, [statistics.fmean(curve) for curve in curves], [min(curve) for curve in curves], [max(curve) for curve in curves]))
-    assert len(lines) <= len(COLOURS)
-    return chart(lines, "", f"{about['name']} by temperature")
+        lines.append(Line(name, *([measure(curve) for curve in curves] for measure in (statistics.fmean, min, max))))
+    title = f"{about['name']} by temperature"
+    return chart(lines, "", title, marks=grid, x_label="T", of_bands="lowest to highest seed")
 
 
 def page() -> dict[Path, str]:
@@ -185,8 +200,8 @@ def page() -> dict[Path, str]:
     text = [
         "# Does temperature matter for a language model? Results", "",
         "<!-- Written by page.py from results/; edit that. -->", "",
-        "What was fixed before the first run: [PREREG.md](PREREG.md). Runs are short, and these are 300 held-out rows: every",
-        "statement is about them and about the start of training.", "",
+        "What was fixed before the first run: [PREREG.md](PREREG.md). Runs are short, and these are 300 held-out rows:",
+        "every statement is about them and about the start of training.", "",
     ]  # fmt: skip
     for name, of_stage in about["stages"].items():
         stage = Stage(name, of_stage)
@@ -195,7 +210,8 @@ def page() -> dict[Path, str]:
             text += ["**Not run.**", ""]
             continue
         runs = sum(len(of_kind) for of_kind in stage.runs.values())
-        text += [f"{runs} runs of {len(stage.runs)} kinds; every kind has the seeds {', '.join(map(str, stage.seeds)) or 'none'}.", ""]
+        seeds = ", ".join(map(str, stage.seeds)) or "none"
+        text += [f"{runs} runs of {len(stage.runs)} kinds; seeds that every kind has: {seeds}.", ""]
         text += [f"Failed: {line}." for line in stage.failed] + ([""] if stage.failed else [])
         if not stage.is_whole:
             text += [f"**Not enough**: fewer than {LEAST_SEEDS} seeds of some kind are no result.", ""]
@@ -203,7 +219,8 @@ def page() -> dict[Path, str]:
         baseline = "forward KL, T = 1" if "forward KL, T = 1" in stage.runs else next(iter(stage.runs))
         if name == "A":
             text += of_interaction(stage, endpoints)
-            text += ["## Against forward KL at T = 1", "", "Intervals are over seeds, on these rows. " + _of_teacher(stage), ""]
+            text += ["## Against forward KL at T = 1", ""]
+            text += [f"Intervals are over seeds, on these rows. {_of_teacher(stage)}", ""]
         for endpoint, of_endpoint in endpoints.items():
             text += table(stage, endpoint, of_endpoint, baseline)
             if name == "A" and (drawn := figure(stage, endpoint, of_endpoint)) is not None:
@@ -215,7 +232,9 @@ def page() -> dict[Path, str]:
 
 
 def _of_teacher(stage: Stage) -> str:
-    teacher = next((run["teacher"] for of_kind in stage.runs.values() for run in of_kind.values() if run["teacher"]), {})
+    teacher = next(
+        (run["teacher"] for of_kind in stage.runs.values() for run in of_kind.values() if run["teacher"]), {}
+    )
     return f"The teacher's own CE on the references is {teacher['ce']:.3f}." if "ce" in teacher else ""
 
 
@@ -224,11 +243,14 @@ def revisit(stage: Stage) -> list[str]:
     flat = "cannot say: one optimizer was run"
     shared = "cannot say: not run"
     if stage.is_whole:
-        shared = "cannot say: one method beside plain KL was not run; the table above says which T of plain KL are near the best"
+        shared = "cannot say: no method beside plain KL was run; above stands which T of plain KL are near the best"
     rows = [
         ("F1", "a shared fixed T with KL is the most robust simple choice", shared),
         ("F2", "AdamW is flatter in T than SGD; with SGD small T early, large T later", flat),
-        ("F3", "T of 10 and more can help with a strongly relational teacher and long training", "cannot say: runs are short, T ends at 4"),
+        (
+            "F3", "T of 10 and more can help with a strongly relational teacher and long training",
+            "cannot say: runs are short, T ends at 4",
+        ),
         ("F4", "fine-grained labels want a higher T, coarse ones a lower", "cannot say: one vocabulary"),
         ("F5", "light fine-tuning of the teacher helps, heavy hurts", "cannot say: stage C is not run"),
         ("F6", "pretrained students gain less than random ones, but gain", "cannot say: stage C is not run"),

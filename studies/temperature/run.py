@@ -4,9 +4,9 @@
     python studies/temperature/run.py --stage A --rows data/dolly --dry-run
     python studies/temperature/run.py --collect                              # runs/temperature -> results/
 
-``--rows`` is a folder with train.jsonl (or train.jsonl.gz) and valid.jsonl, as ``dts-hf prepare dolly`` writes them. Seeds are
-the outermost loop, so a stage that is broken off is balanced; the same command goes on with it. Nothing that is collected
-holds a row, a path or a weight.
+``--rows`` is a folder with train.jsonl (or train.jsonl.gz) and valid.jsonl, as ``dts-hf prepare dolly`` writes them. Seeds
+are the outermost loop, so a stage that is broken off is balanced; the same command goes on with it. Nothing that is
+collected holds a row, a path or a weight.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def overrides_of(rows: Path) -> list[str]:
         raise UserError(
             f"--rows {rows}: expected a folder with train.jsonl and valid.jsonl; dts-hf prepare dolly writes data/dolly"
         )
-    return [f"data.train={json.dumps(str(train.resolve()))}", f"data.validation={json.dumps(str((rows / 'valid.jsonl').resolve()))}"]
+    places = {"train": train, "validation": rows / "valid.jsonl"}
+    return [f"data.{name}={json.dumps(str(place.resolve()))}" for name, place in places.items()]
 
 
 def planned(stage: Mapping[str, Any], rows: Path, folder: Path, seeds: Sequence[int]) -> Study:
@@ -115,7 +116,7 @@ def _filled(value: Any, paths: Mapping[str, str]) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
-def collect(folder: Path, stage: str, runs: Sequence[Planned]) -> int:
+def collect(stage: str, runs: Sequence[Planned]) -> int:
     """Write what the page needs of every run that has ended; returns how many."""
     (RESULTS / stage).mkdir(parents=True, exist_ok=True)
     replayed = {str(run.path.resolve()): run for run in runs}
@@ -124,7 +125,7 @@ def collect(folder: Path, stage: str, runs: Sequence[Planned]) -> int:
         directory = RunDirectory(run.path)
         if not (run.path / "recipe.yaml").is_file():
             continue
-        found = _result(run, directory, replayed)
+        found = _result(directory, replayed)
         (RESULTS / stage / f"{run.id}.json").write_text(
             json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8", newline="\n"
         )
@@ -132,7 +133,7 @@ def collect(folder: Path, stage: str, runs: Sequence[Planned]) -> int:
     return count
 
 
-def _result(run: Planned, directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[str, Any]:
+def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[str, Any]:
     recipe, metrics = directory.read_recipe(), directory.read_metrics()
     settings = settings_of(recipe)
     for key in ("temperature.gap_source.replay", "temperature.run", "temperature.match_mean_of"):
@@ -143,12 +144,15 @@ def _result(run: Planned, directory: RunDirectory, replayed: Mapping[str, Planne
     scores = dict(student.get("teacher_forced", {}))
     teacher = metrics.get("models", {}).get("teacher", {}).get("teacher_forced", {})
     broken = [key for key, value in scores.items() if not math.isfinite(value)]
-    log = [{name: line[name] for name in COLUMNS if line.get(name) is not None} for line in directory.read_log() if line.get("kind") == "train"]
+    lines = [line for line in directory.read_log() if line.get("kind") == "train"]
+    log = [{name: line[name] for name in COLUMNS if line.get(name) is not None} for line in lines]
     return {
         "id": run_id(recipe),
         "seed": recipe.seed,
         "settings": {key: value for key, value in settings.items() if key not in PLACES and value is not None},
-        "contents": {key: value for key, value in contents(recipe).items() if key in ("data.train", "data.validation")},
+        "contents": {
+            key: value for key, value in contents(recipe).items() if key in ("data.train", "data.validation")
+        },
         "failed": "it has not ended" if not scores else f"its {broken[0]} is no number" if broken else "",
         "scores": {key: value for key, value in scores.items() if math.isfinite(value)},
         "teacher": {key: value for key, value in teacher.items() if math.isfinite(value)},
@@ -170,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = study()["stages"]
     parser.add_argument("--stage", choices=stages, default="A")
-    parser.add_argument("--rows", type=Path, default=Path("data/dolly"), help="folder with train.jsonl and valid.jsonl")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("data/dolly"), help="folder with train.jsonl and valid.jsonl"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/temperature"), help="folder of the run directories")
     parser.add_argument("--dry-run", action="store_true", help="show the runs and what has become of each")
     parser.add_argument("--collect", action="store_true", help="start nothing; write results/ from what has ended")
@@ -191,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep.run()
         runs += part.runs
     if not args.dry_run:
-        print(f"{collect(folder, args.stage, runs)} of {len(runs)} runs in {RESULTS / args.stage}; next: page.py")
+        print(f"{collect(args.stage, runs)} of {len(runs)} runs in {RESULTS / args.stage}; next: page.py")
     return 0
 
 
