@@ -1,8 +1,8 @@
 """Runs a stage of the study, whatever of it is done already, and collects what the page is made of.
 
-    python studies/temperature/run.py --stage A --rows data/dolly            # 27 runs; about 50 minutes on two CPU cores
-    python studies/temperature/run.py --stage A --rows data/dolly --dry-run
-    python studies/temperature/run.py --collect                              # runs/temperature -> results/
+    python studies/temperature/run_stage.py --stage A --rows data/dolly            # 27 runs; about 50 min on 2 CPU cores
+    python studies/temperature/run_stage.py --stage A --rows data/dolly --dry-run
+    python studies/temperature/run_stage.py --collect                              # runs/temperature -> results/
 
 ``--rows`` is a folder with train.jsonl (or train.jsonl.gz) and valid.jsonl, as ``dts-hf prepare dolly`` writes them. Seeds
 are the outermost loop, so a stage that is broken off is balanced; the same command goes on with it. Nothing that is
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep.run()
         runs += part.runs
     if not args.dry_run:
-        print(f"{collect(args.stage, runs)} of {len(runs)} runs in {RESULTS / args.stage}; next: page.py")
+        print(f"{collect(args.stage, runs)} of {len(runs)} runs in {RESULTS / args.stage}; next: write_page.py")
     return 0
 
 

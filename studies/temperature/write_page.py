@@ -1,7 +1,7 @@
 """Writes RESULTS.md and its figures from results/: the same bytes on every machine.
 
-python studies/temperature/page.py            write them
-python studies/temperature/page.py --check    write nothing; exit 1 when they are not up to date
+python studies/temperature/write_page.py            write them
+python studies/temperature/write_page.py --check    write nothing; exit 1 when they are not up to date
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "docs")]
 
 from _line_chart import Line, chart  # noqa: E402
-from run import collected, study  # noqa: E402
+from run_stage import collected, study  # noqa: E402
 
 from dts_hf.experiments.families import critical_value, detectable, dunnett, loadings_of  # noqa: E402
 from dts_hf.experiments.intervals import Difference, difference_of_means  # noqa: E402
@@ -199,7 +199,7 @@ def page() -> dict[Path, str]:
     endpoints, files = about["endpoints"], {}
     text = [
         "# Does temperature matter for a language model? Results", "",
-        "<!-- Written by page.py from results/; edit that. -->", "",
+        "<!-- Written by write_page.py from results/; edit that. -->", "",
         "What was fixed before the first run: [PREREG.md](PREREG.md). Runs are short, and these are 300 held-out rows:",
         "every statement is about them and about the start of training.", "",
     ]  # fmt: skip
