@@ -23,8 +23,20 @@ class Line:
     high: Sequence[float] | None = None
 
 
-def chart(lines: Sequence[Line], y_label: str, title: str, start: float = 0.0) -> str:
-    """The chart of up to two lines, whose first points lie at ``start``. Coordinates are rounded to a tenth of a pixel."""
+def chart(
+    lines: Sequence[Line],
+    y_label: str,
+    title: str,
+    start: float = 0.0,
+    *,
+    marks: Sequence[str] = ("0", "0.25", "0.5", "0.75", "1"),
+    x_label: str = "progress",
+    of_bands: str = "lowest to highest token",
+) -> str:
+    """The chart of up to two lines, whose first points lie at ``start``. Coordinates are rounded to a tenth of a pixel.
+
+    ``marks`` are the words under the x axis, equally far apart, and ``of_bands`` says what bands are.
+    """
     values = [value for line in lines for part in (line.mean, line.low, line.high) for value in part or ()]
     ticks = _ticks(min(values), max(values))
 
@@ -46,11 +58,12 @@ def chart(lines: Sequence[Line], y_label: str, title: str, start: float = 0.0) -
     for tick in ticks:
         out.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         out.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for place, mark in enumerate(marks):
+        share = place / (len(marks) - 1)
         out.append(f'<path d="M{x(share):.1f} {HEIGHT - BOTTOM}v4" stroke="{INK}"/>')
-        out.append(f'<text x="{x(share):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{share:g}</text>')
+        out.append(f'<text x="{x(share):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(mark)}</text>')
     out.append(f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="{INK}"/>')
-    out.append(f'<text x="{x(0.5):.1f}" y="{HEIGHT - 7}" text-anchor="middle">progress</text>')
+    out.append(f'<text x="{x(0.5):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>')
     out.append(f'<text x="{LEFT - 6}" y="18" text-anchor="end" font-weight="bold">{escape(y_label)}</text>')
     for line, colour in zip(lines, COLOURS):  # all bands under all lines
         if line.low is not None and line.high is not None:
@@ -62,7 +75,7 @@ def chart(lines: Sequence[Line], y_label: str, title: str, start: float = 0.0) -
         out.append(f'<polyline points="{" ".join(points(line.mean))}" {style}/>')
         at = LEFT + 16 + number * 190
         out.append(f'<path d="M{at} 14h26" {style}/>')
-        band = ", lowest to highest token" if line.low is not None else ""
+        band = f", {of_bands}" if line.low is not None else ""
         out.append(f'<text x="{at + 32}" y="18">{escape(line.label + band)}</text>')
     return "\n".join([*out, "</svg>", ""])
 

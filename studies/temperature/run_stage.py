@@ -1,0 +1,213 @@
+"""Runs a stage of the study, whatever of it is done already, and collects what the page is made of.
+
+    python studies/temperature/run_stage.py --stage A --rows data/dolly            # 27 runs; about 50 min on 2 CPU cores
+    python studies/temperature/run_stage.py --stage A --rows data/dolly --dry-run
+    python studies/temperature/run_stage.py --collect                              # runs/temperature -> results/
+
+``--rows`` is a folder with train.jsonl (or train.jsonl.gz) and valid.jsonl, as ``dts-hf prepare dolly`` writes them. Seeds
+are the outermost loop, so a stage that is broken off is balanced; the same command goes on with it. Nothing that is
+collected holds a row, a path or a weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dts_hf.errors import UserError
+from dts_hf.experiments.identity import contents, run_id, settings_of
+from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
+from dts_hf.runs.directory import RunDirectory
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+#: Of a log line, what the page may draw.
+COLUMNS = ("step", "loss", "ce_loss", "kd_loss", "kl", "gap", "temperature", "teacher_temperature")
+#: Of what a run was made with, whatever says where something lies.
+PLACES = (
+    "data.train", "data.validation", "student.init.from", "student.model", "teacher.model", "teacher.cache", "extends",
+    "temperature.gap_source.replay", "temperature.run", "temperature.match_mean_of",
+)  # fmt: skip
+
+
+def study() -> dict[str, Any]:
+    """``study.yaml``."""
+    return dict(yaml.safe_load((HERE / "study.yaml").read_text(encoding="utf-8")))
+
+
+def overrides_of(rows: Path) -> list[str]:
+    """Where the rows lie.
+
+    Raises:
+        UserError: ``rows`` has none.
+    """
+    train = next((rows / name for name in ("train.jsonl", "train.jsonl.gz") if (rows / name).is_file()), None)
+    if train is None or not (rows / "valid.jsonl").is_file():
+        raise UserError(
+            f"--rows {rows}: expected a folder with train.jsonl and valid.jsonl; dts-hf prepare dolly writes data/dolly"
+        )
+    places = {"train": train, "validation": rows / "valid.jsonl"}
+    return [f"data.{name}={json.dumps(str(place.resolve()))}" for name, place in places.items()]
+
+
+def planned(stage: Mapping[str, Any], rows: Path, folder: Path, seeds: Sequence[int]) -> Study:
+    """The runs of the grids of a stage, seeds outermost."""
+    base = overrides_of(rows)
+    parts = [plan(HERE / "recipe.yaml", base, folder, grid, {}, seeds) for grid in stage["grids"]]
+    runs = [run for seed in range(len(seeds)) for part in parts for run in _of_seed(part, seed, len(seeds))]
+    return Study(parts[0].recipe, folder, runs)
+
+
+def _of_seed(part: Study, number: int, seeds: int) -> Sequence[Planned]:
+    size = len(part.runs) // seeds
+    return part.runs[number * size : (number + 1) * size]
+
+
+def best_constant() -> dict[str, Any]:
+    """Divergence and T of the kind of stage A with the lowest mean CE on references; ties go to the lower T.
+
+    Raises:
+        UserError: stage A is not collected.
+    """
+    ces: dict[tuple[float, str], list[float]] = {}
+    for run in collected("A"):
+        settings = run["settings"]
+        if settings.get("loss.kd_ratio") and not run["failed"]:
+            key = (float(settings["temperature.value"]), str(settings["loss.divergence.name"]))
+            ces.setdefault(key, []).append(run["scores"]["ce"])
+    if not ces:
+        raise UserError("stage B needs the results of stage A; run and collect it first")
+    value, divergence = min(ces, key=lambda key: (math.fsum(ces[key]) / len(ces[key]), key))
+    return {"loss.divergence": [divergence], "temperature": [value]}
+
+
+def stage_b(stage: Mapping[str, Any], rows: Path, folder: Path) -> Iterator[Study]:
+    """The constant and the policies; then, when those are done, the controls that replay each seed's own run."""
+    best = best_constant()
+    divergence = {"loss.divergence": best["loss.divergence"]}
+    policies = {"grids": [{**divergence, "temperature": stage["policies"]}]}
+    yield planned({"grids": [best]}, rows, folder, stage["control_seeds"])
+    yield planned(policies, rows, folder, stage["seeds"])
+    dts = next(policy for policy in stage["policies"] if policy["name"] == "dts")
+    own = planned({"grids": [{**divergence, "temperature": [dts]}]}, rows, folder, stage["seeds"]).runs
+    runs: list[Planned] = []
+    recipe = ""
+    for number, seed in enumerate(stage["seeds"]):
+        paths = {"OWN": str(own[number].path.resolve()), "OTHER": str(own[(number + 1) % len(own)].path.resolve())}
+        controls = [_filled(policy, paths) for policy in stage["beside_dts"]]
+        part = planned({"grids": [{**divergence, "temperature": controls}]}, rows, folder, [seed])
+        recipe, runs = part.recipe, [*runs, *part.runs]
+    yield Study(recipe, folder, runs)
+
+
+def _filled(value: Any, paths: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(one, paths) for key, one in value.items()}
+    return paths.get(value, value) if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def collect(stage: str, runs: Sequence[Planned]) -> int:
+    """Write what the page needs of every run that has ended; returns how many."""
+    (RESULTS / stage).mkdir(parents=True, exist_ok=True)
+    replayed = {str(run.path.resolve()): run for run in runs}
+    count = 0
+    for run in runs:
+        directory = RunDirectory(run.path)
+        if not (run.path / "recipe.yaml").is_file():
+            continue
+        found = _result(directory, replayed)
+        (RESULTS / stage / f"{run.id}.json").write_text(
+            json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8", newline="\n"
+        )
+        count += 1
+    return count
+
+
+def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[str, Any]:
+    recipe, metrics = directory.read_recipe(), directory.read_metrics()
+    settings = settings_of(recipe)
+    for key in ("temperature.gap_source.replay", "temperature.run", "temperature.match_mean_of"):
+        other = replayed.get(str(Path(str(settings.get(key))).resolve())) if settings.get(key) else None
+        if other is not None:  # of which seed, not where it lies: else every seed were a kind of its own
+            settings[f"{key} of"] = "the same seed" if other.label.endswith(f"seed {recipe.seed}") else "another seed"
+    student = metrics.get("models", {}).get("student", {})
+    scores = dict(student.get("teacher_forced", {}))
+    teacher = metrics.get("models", {}).get("teacher", {}).get("teacher_forced", {})
+    broken = [key for key, value in scores.items() if not math.isfinite(value)]
+    lines = [line for line in directory.read_log() if line.get("kind") == "train"]
+    log = [{name: line[name] for name in COLUMNS if line.get(name) is not None} for line in lines]
+    return {
+        "id": run_id(recipe),
+        "seed": recipe.seed,
+        "settings": {key: value for key, value in settings.items() if key not in PLACES and value is not None},
+        "contents": {
+            key: value for key, value in contents(recipe).items() if key in ("data.train", "data.validation")
+        },
+        "failed": "it has not ended" if not scores else f"its {broken[0]} is no number" if broken else "",
+        "scores": {key: value for key, value in scores.items() if math.isfinite(value)},
+        "teacher": {key: value for key, value in teacher.items() if math.isfinite(value)},
+        "steps": metrics.get("training", {}).get("steps", 0),
+        "log": log,
+    }
+
+
+def collected(stage: str) -> list[dict[str, Any]]:
+    """The results of a stage, by id."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / stage).glob("*.json"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = study()["stages"]
+    parser.add_argument("--stage", choices=stages, default="A")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("data/dolly"), help="folder with train.jsonl and valid.jsonl"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/temperature"), help="folder of the run directories")
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and what has become of each")
+    parser.add_argument("--collect", action="store_true", help="start nothing; write results/ from what has ended")
+    args = parser.parse_args(arguments)
+    stage, folder = stages[args.stage], args.output / args.stage
+    if args.stage == "B":
+        parts: Iterator[Study] = stage_b(stage, args.rows, folder)
+    else:
+        parts = iter([planned(stage, args.rows, folder, stage["seeds"])])
+    runs: list[Planned] = []
+    for part in parts:
+        if args.dry_run:
+            for run in part.runs:
+                print(f"{part.state(run):8} {run.path.name}  {run.label}")
+        elif not args.collect:
+            sweep = Sweep(part, part.runs)
+            sweep.on_change = lambda part=part: print(_progress(part), file=sys.stderr, flush=True)
+            sweep.run()
+        runs += part.runs
+    if not args.dry_run:
+        print(f"{collect(args.stage, runs)} of {len(runs)} runs in {RESULTS / args.stage}; next: write_page.py")
+    return 0
+
+
+def _progress(part: Study) -> str:
+    states = [part.state(run) for run in part.runs]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,282 @@
+"""Writes RESULTS.md and its figures from results/: the same bytes on every machine.
+
+python studies/temperature/write_page.py            write them
+python studies/temperature/write_page.py --check    write nothing; exit 1 when they are not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "docs")]
+
+from _line_chart import Line, chart  # noqa: E402
+from run_stage import collected, study  # noqa: E402
+
+from dts_hf.experiments.families import critical_value, detectable, dunnett, loadings_of  # noqa: E402
+from dts_hf.experiments.intervals import Difference, difference_of_means  # noqa: E402
+from dts_hf.experiments.verdicts import digits_of, verdict  # noqa: E402
+
+LEAST_SEEDS = 3
+#: The kinds whose loss is an endpoint: good at it by construction.
+BY_CONSTRUCTION = {("kl", "forward KL, T = 1"), ("reverse_kl", "reverse KL, T = 1")}
+NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL"}
+
+
+class Stage:
+    """The collected runs of a stage, by kind and seed.
+
+    Args:
+        name: of the stage.
+        about: its part of ``study.yaml``.
+    """
+
+    def __init__(self, name: str, about: Mapping[str, Any]) -> None:
+        self.name, self.about = name, about
+        self.runs: dict[str, dict[int, dict[str, Any]]] = {}
+        self.failed: list[str] = []
+        found = sorted(collected(name), key=lambda run: (_order(run["settings"]), run["seed"]))
+        for run in found:
+            kind = name_of(run["settings"])
+            if run["failed"]:
+                self.failed.append(f"{kind}, seed {run['seed']}: {run['failed']}")
+            else:
+                self.runs.setdefault(kind, {})[run["seed"]] = run
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that every kind has."""
+        return sorted(set.intersection(*(set(of_kind) for of_kind in self.runs.values()))) if self.runs else []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every kind has the least number of seeds."""
+        return len(self.seeds) >= LEAST_SEEDS
+
+    def scores(self, kind: str, endpoint: str) -> list[float]:
+        """Of every seed that all kinds have; empty where one has no such number."""
+        values = [self.runs[kind][seed]["scores"].get(endpoint) for seed in self.seeds]
+        return [] if None in values else values
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """A kind, for people."""
+    if not settings.get("loss.kd_ratio"):
+        return "labels alone"
+    divergence = NAMES.get(str(settings["loss.divergence.name"]), str(settings["loss.divergence.name"]))
+    policy = settings["temperature.name"]
+    if policy == "constant":
+        return f"{divergence}, T = {float(settings['temperature.value']):g}"
+    order = settings.get("temperature.gap_source.order")
+    of_runs = [
+        value for key, value in sorted(settings.items()) if key.startswith("temperature.") and key.endswith(" of")
+    ]
+    other = f" of {of_runs[0]}" if of_runs else ""
+    return f"{divergence}, {policy}{f', gaps {order}' if order else ''}{other}"
+
+
+def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    value = settings.get("temperature.value") or 0.0
+    return (
+        not settings.get("loss.kd_ratio"),
+        str(settings.get("loss.divergence.name")),
+        float(value),
+        name_of(settings),
+    )
+
+
+def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) -> list[str]:
+    """One endpoint of a stage, a line a kind."""
+    means = {kind: stage.scores(kind, endpoint) for kind in stage.runs}
+    if not all(means.values()):
+        return []
+    base, others = means[baseline], {kind: values for kind, values in means.items() if kind != baseline}
+    family = dunnett(base, others)
+    margin = margin_of(about, statistics.fmean(base))
+    digits, higher = digits_of(margin) + 1, bool(about.get("higher"))
+    best = (max if higher else min)(statistics.fmean(values) for values in means.values())
+    unit = f", {about['unit']}" if "unit" in about else ""
+    lines = [
+        f"### {about['name']}{unit}", "",
+        "| kind | mean ± sd | difference | 95 % for all together | p | verdict | best with |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]  # fmt: skip
+    for kind, values in means.items():
+        mean, mark = statistics.fmean(values), " (its own loss)" if (endpoint, kind) in BY_CONSTRUCTION else ""
+        shown = f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+        wins = sum(_is_best(means, kind, place, higher) for place in range(len(values)))
+        cells = ["", "", "", "the baseline" if kind == baseline else ""]
+        if kind != baseline:
+            found = difference_of_means(base, values, paired=True)
+            critical = critical_value(loadings_of(len(base), [len(one) for one in others.values()]), found.df)
+            said = verdict(found, margin, run_sd=family.sd, critical=critical, higher_is_better=higher, digits=digits)
+            ends = " to ".join(f"{end:+.{digits}f}" for end in said.interval)
+            p = family.comparisons[kind].p
+            small = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+            cells = [f"{found.mean:+.{digits}f}", ends, small, _words(said.sentence, about)]
+        ranked = not about.get("neither")
+        near = ", near the best" if ranked and abs(best - mean) <= margin else ""
+        cells = [f"{kind}{mark}", shown, *cells[:3], f"{cells[3]}{near}", str(wins) if ranked else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    seen = detectable(len(others), len(base)) * family.sd
+    reach = f"on these rows 4 of 5 such studies would see a difference of {seen:.{digits}f}"
+    return [*lines, "", f"Margin {margin:.2g}; {reach}.", ""]
+
+
+def _is_best(means: Mapping[str, Sequence[float]], kind: str, place: int, higher: bool) -> bool:
+    column = {name: values[place] for name, values in means.items()}
+    return column[kind] == (max if higher else min)(column.values())
+
+
+def _words(sentence: str, about: Mapping[str, Any]) -> str:
+    """Of a measure that is neither good nor bad to have more of, without praise."""
+    return sentence.replace("better", "lower").replace("worse", "higher") if about.get("neither") else sentence
+
+
+def margin_of(about: Mapping[str, Any], baseline: float) -> float:
+    """The margin as a number; a share is of the baseline's mean."""
+    given = about["margin"]
+    if isinstance(given, str):
+        return float(f"{float(given.removesuffix('%')) / 100 * abs(baseline):.2g}")
+    return float(given)
+
+
+def interaction(stage: Stage, endpoint: str) -> tuple[Difference, int] | None:
+    """(FKL at 2 - FKL at 1) - (RKL at 2 - RKL at 1), its error from the standard deviation of a run that all kinds share."""
+    corners = [f"{name}, T = {t}" for name in ("forward KL", "reverse KL") for t in (2, 1)]
+    if any(kind not in stage.runs or not stage.scores(kind, endpoint) for kind in corners):
+        return None
+    all_values = [stage.scores(kind, endpoint) for kind in stage.runs]
+    df = sum(len(values) - 1 for values in all_values)
+    pooled = sum(statistics.variance(values) * (len(values) - 1) for values in all_values) / df
+    a, b, c, d = (statistics.fmean(stage.scores(kind, endpoint)) for kind in corners)
+    seeds = len(stage.seeds)
+    se = math.sqrt(4 * pooled / seeds)
+    return Difference((a - b) - (c - d), se, df, se, df, (seeds, seeds), 0), df
+
+
+def of_interaction(stage: Stage, endpoints: Mapping[str, Any]) -> list[str]:
+    """Question 1, in words and numbers."""
+    lines = ["## Does the best T depend on the direction of the KL?", ""]
+    lines += ["| endpoint | (FKL 2 - FKL 1) - (RKL 2 - RKL 1) | 95 % | |", "|---|---:|---:|---|"]
+    for endpoint, about in endpoints.items():
+        found = interaction(stage, endpoint)
+        if found is None:
+            continue
+        difference, _ = found
+        low, high = difference.interval()
+        base = statistics.fmean(stage.scores("forward KL, T = 1", endpoint))
+        digits = digits_of(margin_of(about, base)) + 1
+        words = "cannot be told from none" if low <= 0 <= high else "there is one"
+        numbers = f"{difference.mean:+.{digits}f} | {low:+.{digits}f} to {high:+.{digits}f}"
+        lines.append(f"| {about['name']} | {numbers} | {words} |")
+    return [*lines, ""]
+
+
+def figure(stage: Stage, endpoint: str, about: Mapping[str, Any]) -> str | None:
+    """The endpoint over log T, a line for each direction of the KL, bands from the lowest to the highest seed."""
+    lines, grid = [], ("0.5", "1", "2", "4")
+    for name in ("forward KL", "reverse KL"):
+        kinds = [f"{name}, T = {t}" for t in grid]
+        curves = [stage.scores(kind, endpoint) if kind in stage.runs else [] for kind in kinds]
+        if not all(curves):
+            return None
+        lines.append(Line(name, *([measure(curve) for curve in curves] for measure in (statistics.fmean, min, max))))
+    title = f"{about['name']} by temperature"
+    return chart(lines, "", title, marks=grid, x_label="T", of_bands="lowest to highest seed")
+
+
+def page() -> dict[Path, str]:
+    """RESULTS.md and its figures."""
+    about = study()
+    endpoints, files = about["endpoints"], {}
+    text = [
+        "# Does temperature matter for a language model? Results", "",
+        "<!-- Written by write_page.py from results/; edit that. -->", "",
+        "What was fixed before the first run: [PREREG.md](PREREG.md). Runs are short, and these are 300 held-out rows:",
+        "every statement is about them and about the start of training.", "",
+    ]  # fmt: skip
+    for name, of_stage in about["stages"].items():
+        stage = Stage(name, of_stage)
+        text += [f"# Stage {name}", "", of_stage["question"], ""]
+        if not stage.runs:
+            text += ["**Not run.**", ""]
+            continue
+        runs = sum(len(of_kind) for of_kind in stage.runs.values())
+        seeds = ", ".join(map(str, stage.seeds)) or "none"
+        text += [f"{runs} runs of {len(stage.runs)} kinds; seeds that every kind has: {seeds}.", ""]
+        text += [f"Failed: {line}." for line in stage.failed] + ([""] if stage.failed else [])
+        if not stage.is_whole:
+            text += [f"**Not enough**: fewer than {LEAST_SEEDS} seeds of some kind are no result.", ""]
+            continue
+        baseline = "forward KL, T = 1" if "forward KL, T = 1" in stage.runs else next(iter(stage.runs))
+        if name == "A":
+            text += of_interaction(stage, endpoints)
+            text += ["## Against forward KL at T = 1", ""]
+            text += [f"Intervals are over seeds, on these rows. {_of_teacher(stage)}", ""]
+        for endpoint, of_endpoint in endpoints.items():
+            text += table(stage, endpoint, of_endpoint, baseline)
+            if name == "A" and (drawn := figure(stage, endpoint, of_endpoint)) is not None:
+                files[HERE / "figures" / f"{endpoint}.svg"] = drawn
+                text += [f"![{of_endpoint['name']} over T](figures/{endpoint}.svg)", ""]
+    text += revisit(Stage("A", about["stages"]["A"]))
+    files[HERE / "RESULTS.md"] = "\n".join(text).rstrip() + "\n"
+    return files
+
+
+def _of_teacher(stage: Stage) -> str:
+    teacher = next(
+        (run["teacher"] for of_kind in stage.runs.values() for run in of_kind.values() if run["teacher"]), {}
+    )
+    return f"The teacher's own CE on the references is {teacher['ce']:.3f}." if "ce" in teacher else ""
+
+
+def revisit(stage: Stage) -> list[str]:
+    """The findings of the Unified Revisit beside what was measured here."""
+    flat = "cannot say: one optimizer was run"
+    shared = "cannot say: not run"
+    if stage.is_whole:
+        shared = "cannot say: no method beside plain KL was run; above stands which T of plain KL are near the best"
+    rows = [
+        ("F1", "a shared fixed T with KL is the most robust simple choice", shared),
+        ("F2", "AdamW is flatter in T than SGD; with SGD small T early, large T later", flat),
+        (
+            "F3", "T of 10 and more can help with a strongly relational teacher and long training",
+            "cannot say: runs are short, T ends at 4",
+        ),
+        ("F4", "fine-grained labels want a higher T, coarse ones a lower", "cannot say: one vocabulary"),
+        ("F5", "light fine-tuning of the teacher helps, heavy hurts", "cannot say: stage C is not run"),
+        ("F6", "pretrained students gain less than random ones, but gain", "cannot say: stage C is not run"),
+    ]  # fmt: skip
+    lines = [
+        "# The findings of the Unified Revisit beside ours", "",
+        "arXiv 2603.02430 is about image classification only; its findings are given in our words, from a digest.", "",
+        "| | finding, image classification only | ours |", "|---|---|---|",
+    ]  # fmt: skip
+    return [*lines, *(f"| {name} | {finding} | {ours} |" for name, finding, ours in rows), ""]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not up to date")
+    check = parser.parse_args(arguments).check
+    files = page()
+    wrong = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in wrong:
+        print(f"{'not up to date' if check else 'written'}: {path.relative_to(HERE.parents[1])}")
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(files[path], encoding="utf-8", newline="\n")
+    return 1 if check and wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""The study of temperature: what its programs make of planted results, and that its page is what they make."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dts_hf.distill import distill
+from dts_hf.errors import UserError
+from dts_hf.experiments.identity import run_id
+from dts_hf.recipe.loading import load_recipe
+from dts_hf.runs.directory import RunDirectory
+from tests.support.recipes import recipe
+
+pytest.importorskip("scipy")
+FOLDER = Path(__file__).resolve().parents[2] / "studies" / "temperature"
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """Its programs, which keep their results here."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    programs: dict[str, ModuleType] = {
+        name: importlib.import_module(module) for name, module in (("run", "run_stage"), ("page", "write_page"))
+    }
+    monkeypatch.setattr(programs["run"], "RESULTS", tmp_path / "results")
+    return SimpleNamespace(**programs)
+
+
+def plant(
+    results: Path, seeds: list[int], interaction: float = 0.0, sd: float = 0.01, failed: int | None = None
+) -> None:
+    """Results of stage A with a planted interaction of CE, and KLs without any difference."""
+    draw = random.Random(seeds[0])
+    kinds: list[tuple[str, float, float]] = [("forward_kl", 1.0, 0.0)]
+    kinds = [(d, t, 0.9) for d in ("forward_kl", "reverse_kl") for t in (0.5, 1.0, 2.0, 4.0)] + kinds
+    (results / "A").mkdir(parents=True, exist_ok=True)
+    for divergence, t, ratio in kinds:
+        for seed in seeds:
+            ce = 3.0 + draw.gauss(0, sd) - (interaction if (divergence, t) == ("forward_kl", 2.0) else 0.0)
+            scores = {"ce": ce, "kl": 1.0 + draw.gauss(0, sd), "n_tokens": 8000, "entropy": 2.0 + draw.gauss(0, sd)}
+            broken = failed == seed and divergence == "reverse_kl" and t == 4.0
+            settings = {"loss.divergence.name": divergence, "temperature.name": "constant", "temperature.value": t,
+                        "loss.kd_ratio": ratio}  # fmt: skip
+            found = {"id": f"{divergence}-{t}-{ratio}-{seed}", "seed": seed, "settings": settings, "teacher": {"ce": 2.5},
+                     "failed": "its ce is no number" if broken else "", "scores": {} if broken else scores}  # fmt: skip
+            (results / "A" / f"{found['id']}.json").write_text(json.dumps(found))
+
+
+def text_of(study: SimpleNamespace) -> str:
+    files = study.page.page()
+    return next(text for path, text in files.items() if path.name == "RESULTS.md")
+
+
+@pytest.mark.parametrize(("interaction", "words"), [(0.0, "cannot be told from none"), (0.2, "there is one")])
+def test_a_planted_interaction_is_found_and_none_is_not(study, interaction, words) -> None:
+    plant(study.run.RESULTS, [101, 102, 103], interaction)
+    text = text_of(study)
+    line = next(line for line in text.splitlines() if line.startswith("| CE on references"))
+    assert words in line
+    assert "forward KL, T = 1 (its own loss)" in text and "CE on the references is 2.500" in text
+    kind = next(line for line in text.splitlines() if line.startswith("| forward KL, T = 2"))
+    assert ("better by" in kind) == bool(interaction)
+    entropy = text[text.index("### entropy of the student") :]
+    assert "better" not in entropy[: entropy.index("Margin")]
+
+
+def test_the_page_is_the_same_in_any_order_of_files(study) -> None:
+    plant(study.run.RESULTS, [101, 102, 103], 0.1)
+    first = study.page.page()
+    for path in sorted((study.run.RESULTS / "A").glob("*.json")):
+        path.rename(path.with_name(f"{random.Random(path.name).random()}.json"))
+    assert study.page.page() == first
+    assert any(path.suffix == ".svg" and "lowest to highest seed" in text for path, text in first.items())
+
+
+def test_two_seeds_are_no_result_and_failed_runs_are_shown(study) -> None:
+    plant(study.run.RESULTS, [101, 102])
+    assert "fewer than 3 seeds" in text_of(study) and "### CE" not in text_of(study)
+    plant(study.run.RESULTS, [103, 104], failed=104)
+    text = text_of(study)
+    assert "Failed: reverse KL, T = 4, seed 104: its ce is no number." in text
+    assert "seeds that every kind has: 101, 102, 103" in text and "### CE" in text
+
+
+def test_what_is_collected_holds_no_row_and_no_place(study, workplace) -> None:
+    made = distill(recipe(temperature={"name": "constant", "value": 2.0}, evaluation={"models": ["student"]}))
+    chosen = made.read_recipe()
+    planned = SimpleNamespace(path=made.path, id=run_id(chosen), label="seed 42")
+    assert study.run.collect("A", [planned]) == 1
+    (found,) = study.run.collected("A")
+    assert found["id"] == planned.id and found["failed"] == "" and found["scores"]["kl"] > 0
+    assert len(found["log"]) == 2 and found["log"][0]["temperature"] == 2.0
+    text = json.dumps(found)
+    assert str(workplace) not in text and "train.jsonl" not in text and "apples" not in text
+
+
+def test_stage_b_takes_the_best_constant_of_stage_a(study) -> None:
+    with pytest.raises(UserError, match="stage B needs the results of stage A"):
+        study.run.best_constant()
+    plant(study.run.RESULTS, [101, 102, 103], 0.2)
+    assert study.run.best_constant() == {"loss.divergence": ["forward_kl"], "temperature": [2.0]}
+
+
+def test_every_recipe_of_the_study_loads() -> None:
+    base = load_recipe(FOLDER / "recipe.yaml", [])
+    assert base.data.train_share == 0.9 and base.training["max_steps"] == 64
+
+
+def test_the_page_that_lies_here_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    assert importlib.import_module("write_page").main(["--check"]) == 0
+
+
+def test_plans_are_balanced_and_every_run_differs(study, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / name).write_text('{"instruction": "a", "output": "b"}\n')
+    stage: dict[str, Any] = study.run.study()["stages"]["A"]
+    planned = study.run.planned(stage, tmp_path, tmp_path / "runs", stage["seeds"]).runs
+    assert len(planned) == len({run.id for run in planned}) == 27
+    assert [run.label.rpartition(" ")[2] for run in planned] == [
+        str(seed) for seed in stage["seeds"] for _ in range(9)
+    ]
+    with pytest.raises(UserError, match=r"expected a folder with train\.jsonl"):
+        study.run.overrides_of(tmp_path / "runs")
+    assert not RunDirectory(planned[0].path).read_metrics()
