@@ -17,6 +17,7 @@ from dts_hf.advice.rules import Judged, Verdict
 from dts_hf.advice.sums import SIZES
 from tests.support.recipes import recipe
 
+CONSTANT = {"name": "constant", "value": 2.0}
 HEADS = (1.0, 2.0, 4.0, 8.0, 16.0, 40.0)
 
 
@@ -204,7 +205,8 @@ def test_arms_of_the_sweep(rule: str) -> None:
     """Four at most and no two alike; labels alone and a constant forward KL are always there."""
     found = planted(**CASES[rule][0])
     sections: dict[str, Any] = {
-        "loss": {"divergence": found.situation.divergence, "kd_ratio": found.situation.kd_ratio}
+        "temperature": CONSTANT,
+        "loss": {"divergence": found.situation.divergence, "kd_ratio": found.situation.kd_ratio},
     }
     if found.situation.moves:
         sections["temperature"] = {"name": "dts", "rule": found.situation.rule or "gap", "t_init": 3.0}
@@ -221,7 +223,7 @@ def test_arms_of_the_sweep(rule: str) -> None:
 def test_what_fires_is_in_the_sweep() -> None:
     def of(rule: str, **sections: Any) -> list[dict[str, Any]]:
         found = planted(**CASES[rule][0])
-        return [arm.values for arm in arms(recipe(**sections), found, advise_on(found))]
+        return [arm.values for arm in arms(recipe(**{"temperature": CONSTANT, **sections}), found, advise_on(found))]
 
     assert any(arm["loss.kd_ratio"] == 0.95 for arm in of("gradient-share"))  # 0.96 is no closer to the end
     assert any(arm["loss.kd_ratio"] == 0.9 for arm in of("revisit-f6-random-student"))
