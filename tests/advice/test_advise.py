@@ -94,7 +94,7 @@ def test_sharp_and_over_fitted_differ_in_what_held_out_rows_say() -> None:
 @pytest.mark.parametrize("samples", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_samples_of_64_rows_agree(samples: int) -> None:
     """The same set of rules fires in 90 % of them at least."""
-    for name in ("sharp", "over-fitted", "plain"):
+    for name in ("over-fitted", *(("sharp", "flat", "plain") if samples > 3 else ())):
         recipe = case(name)
         found = Counter(frozenset(fired(advise(recipe, rows=64, seed=seed))) for seed in range(samples))
         assert found.most_common(1)[0][1] >= 0.9 * samples, found
@@ -126,7 +126,7 @@ def test_numbers_are_those_of_the_trainer() -> None:
     models = Models(task.load_student(teacher, 42), teacher, *tokenizers)
     scores = task.make_trainer(task.training_arguments("run"), models, data).evaluate()
     for ours, theirs in {
-        "student_ce": "ce",
+        "student_ce": "ce_loss",
         "teacher_ce": "teacher_ce",
         "kl": "kl",
         "agreement": "top1_agreement",
@@ -185,7 +185,7 @@ def test_the_command_shows_little_and_explains_all() -> None:
     assert explained.stdout.count("image classification only") == sum(rule.id.startswith("revisit") for rule in RULES)
 
 
-@pytest.mark.parametrize("name", [*OWN, "moving"])
+@pytest.mark.parametrize("name", ["sharp", "coarse", "moving"])
 def test_the_sweep_it_writes_can_be_run(name: str) -> None:
     """Four arms at most, labels alone and a constant forward KL among them, three seeds each."""
     recipe = case("plain" if name == "moving" else name)

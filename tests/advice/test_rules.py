@@ -12,10 +12,12 @@ import pytest
 
 from dts_hf.advice.guidance import IMAGES, RULES, advise_on
 from dts_hf.advice.measured import Estimate, Measured, Situation
-from dts_hf.advice.proposal import MOST_ARMS, temperatures
+from dts_hf.advice.proposal import MOST_ARMS, arms, temperatures
 from dts_hf.advice.rules import Judged, Verdict
 from dts_hf.advice.sums import SIZES
+from tests.support.recipes import recipe
 
+CONSTANT = {"name": "constant", "value": 2.0}
 HEADS = (1.0, 2.0, 4.0, 8.0, 16.0, 40.0)
 
 
@@ -196,6 +198,44 @@ def test_temperatures_of_the_sweep(rule: str | None) -> None:
     if not found.situation.classifier:
         assert max(values) <= max(1.0, found.values["ceiling"].value)
     assert len(values) <= MOST_ARMS
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_arms_of_the_sweep(rule: str) -> None:
+    """Four at most and no two alike; labels alone and a constant forward KL are always there."""
+    found = planted(**CASES[rule][0])
+    sections: dict[str, Any] = {
+        "temperature": CONSTANT,
+        "loss": {"divergence": found.situation.divergence, "kd_ratio": found.situation.kd_ratio},
+    }
+    if found.situation.moves:
+        sections["temperature"] = {"name": "dts", "rule": found.situation.rule or "gap", "t_init": 3.0}
+    given = recipe(**sections)
+    wanted = [arm.values for arm in arms(given, found, advise_on(found))]
+    assert 2 <= len(wanted) <= MOST_ARMS and all(wanted.count(one) == 1 for one in wanted)
+    assert wanted[0]["loss.kd_ratio"] == 0
+    assert isinstance(wanted[1]["temperature"], float) and wanted[1]["loss.divergence"] == {"name": "forward_kl"}
+    assert wanted[1]["loss.kd_ratio"] > 0
+    own = [one for one in wanted if isinstance(one["temperature"], dict)]
+    assert len(own) == (found.situation.moves and rule != "fixed-is-enough")
+
+
+def test_what_fires_is_in_the_sweep() -> None:
+    def of(rule: str, **sections: Any) -> list[dict[str, Any]]:
+        found = planted(**CASES[rule][0])
+        return [arm.values for arm in arms(recipe(**{"temperature": CONSTANT, **sections}), found, advise_on(found))]
+
+    assert any(arm["loss.kd_ratio"] == 0.95 for arm in of("gradient-share"))  # 0.96 is no closer to the end
+    assert any(arm["loss.kd_ratio"] == 0.9 for arm in of("revisit-f6-random-student"))
+    assert any(arm["temperature"] == 1.6 for arm in of("over-fitted-teacher"))
+    assert {arm["temperature"] for arm in of("flat-teacher")} <= {0.5, 0.7, 1.0}
+    assert any(arm["temperature"] == 16.0 for arm in of("revisit-f3-large-temperature"))
+    assert any(arm["temperature"] == 0.8 for arm in of("reverse-kl-values", loss={"divergence": "reverse_kl"}))
+    policy = {"name": "dts", "rule": "gap", "t_init": 3.0, "t_max": 3.0, "t_min": 1.0}
+    capped = next(
+        arm["temperature"] for arm in of("support-ceiling", temperature=policy) if isinstance(arm["temperature"], dict)
+    )
+    assert (capped["t_init"], capped["t_max"], capped["t_min"]) == (1.9, 1.9, 1.0)
 
 
 def test_between_the_temperatures_of_the_grid_curves_are_interpolated() -> None:
