@@ -16,6 +16,7 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.evaluation.fingerprint import describe_protocol
+from dts_hf.evaluation.harness import score_by_harness
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.own_text import OwnTextScorer
@@ -108,30 +109,36 @@ class GenerationScorer:
         if name != "student_before":  # the student before training is a control, not a result
             sets |= self.sets
         is_teacher = name == "teacher" or name.startswith(ONE_TEACHER)
-        asked = ("teacher" if is_teacher else name) in self.recipe.evaluation.models
-        if not (sets or self.has_losses) or not asked or name in self.entries:
+        evaluation, kind = self.recipe.evaluation, "teacher" if is_teacher else name
+        asked = (bool(sets) or self.has_losses) and kind in evaluation.models
+        harness = evaluation.whole_harness
+        by_harness = harness is not None and kind in harness.models
+        if not (asked or by_harness) or name in self.entries:
             return
+        sets = sets if asked else {}
         entry: dict[str, Any] = {"parameters": parameter_count(model)}
-        if not is_teacher and self.has_losses:
+        if not is_teacher and self.has_losses and asked:
             entry["teacher_forced"] = self._teacher_forced()
         title = name.replace("_", " ")
-        with weights_as(model, self.recipe.evaluation.dtype):
+        tokenizer = self.teacher_tokenizer if is_teacher else self.tokenizer
+        with weights_as(model, evaluation.dtype):
             results = {
                 set_name: self._answer(
                     model,
                     rows,
                     set_name,
                     f"{title} answers ({set_name})",
-                    self.teacher_tokenizer if is_teacher else self.tokenizer,
+                    tokenizer,
                 )
                 for set_name, rows in sets.items()
             }
             lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
             entry["dtype"] = answered_in(model, f"{lowered} autocast")
-            own = None if is_teacher or self.own_text is None else self.own_text.answer(model)
-        if (
-            own is not None and self.own_text is not None
-        ):  # with the weights as they are trained, as the held-out losses
+            own = None if is_teacher or not asked or self.own_text is None else self.own_text.answer(model)
+            if by_harness and harness is not None:
+                entry["harness"] = score_by_harness(model, tokenizer, harness, evaluation.batch_size)
+        if own is not None and self.own_text is not None:
+            # With the weights as they are trained, as the held-out losses
             entry["own_text"] = self.own_text.score(own)
         entry["sets"] = {set_name: result.scores for set_name, result in results.items()}
         self.entries[name] = entry
@@ -166,8 +173,8 @@ class GenerationScorer:
             self.run.write_scores(self.entries)
         if (own := self.entries[name].get("own_text")) is not None:
             say(
-                f"{name.replace('_', ' ')} on its own text ({own['n_tokens']:,} tokens): KL of the teacher from it "
-                f"{own['kl']:.3f}, of it from the teacher {own['reverse_kl']:.3f} nats per token"
+                f"{name.replace('_', ' ')} on its own text ({own['n_tokens']:,} tokens): KL(teacher || student) "
+                f"{own['kl']:.3f}, KL(student || teacher) {own['reverse_kl']:.3f} nats per token"
             )
         for set_name, result in results.items():
             mean = means(result.scores)

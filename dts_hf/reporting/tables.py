@@ -126,8 +126,8 @@ MEANINGS = {
     "own_reverse_kl": "The same from the student's side: how unlikely the teacher finds what the student says.",
     "ece": "How far the probability of the model's first choice is from how often that choice is right, over 15 bins of "
     "probability. 0: it is right as often as it is sure.",
-    "entropy": "How undecided the model is about the next token: 0 is certain of one. Neither more nor less is better; close "
-    "to the teacher's is a good sign.",
+    "entropy": "How undecided the model is about the next token: 0 is certain of one. Neither more nor less is better; near "
+    "the teacher's is a good sign.",
     "repeats_4gram": "Share of answers in which the same four words in a row occur twice: the mark of a model that runs in "
     "circles. Lists and quotations repeat a little by nature, so compare it with the teacher's share.",
     "cut_at_limit": "Share of answers that had not ended when the limit of new tokens was reached.",
