@@ -36,7 +36,8 @@ def simple_evaluate(model, tasks, num_fewshot=None, limit=None, apply_chat_templ
         file.write(json.dumps(asked) + "\\n")
     if "broken" in tasks:
         raise ConnectionError("rows of 'broken' cannot be\\nfetched")
-    return {"results": {"little": {"alias": "little", "acc,none": numpy.float64(0.75), "acc_stderr,none": "N/A", "sample_len": 4}},
+    scores = {"alias": "little", "acc,none": numpy.float64(0.75), "acc_stderr,none": "N/A", "sample_len": 4}
+    return {"results": {"little": scores},
             "versions": {"little": 1.5}, "n-shot": {"little": 0}, "n-samples": {"little": {"original": 9, "effective": 4}}}
 """
 FILES = {
