@@ -151,17 +151,25 @@ class GenerationScorer:
         labels = int(values["eval_labels"])
         teacher = self.entries.get("teacher")
         if teacher is not None:
-            own = {key: values[one.held_out_log] for key, one in _OF_ITS_TEACHER.items() if one.held_out_log in values}
+            own = self._of_teacher(values)
             to_itself = {"kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
             teacher["teacher_forced"] = {**own, **to_itself, "n_tokens": labels}
         for name in self.recipe.teachers or ():  # each on the rows that it has
             key = f"{TEACHER_CE.held_out_log}{OF_TEACHER}{name}"
             if f"{ONE_TEACHER}{name}" in self.entries and key in values:
-                own = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
-                self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {CE.sum: values[key], "n_tokens": own}
+                own = self._of_teacher(values, f"{OF_TEACHER}{name}")
+                count = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
+                self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {**own, "n_tokens": count}
         # Without a teacher there is no distance to it.
         found = {key: values[one.held_out_log] for key, one in _OF_STUDENT.items() if one.held_out_log in values}
         return {**found, "n_tokens": labels}
+
+    def _of_teacher(self, values: Mapping[str, float], end: str = "") -> dict[str, float]:
+        """What an evaluation says of the teacher whose numbers have this ``end`` behind their names."""
+        found = {key: values.get(f"{one.held_out_log}{end}") for key, one in _OF_ITS_TEACHER.items()}
+        if self.trainer.alignment is not None:  # over common tokens, or projected: not its own
+            found["entropy"] = None
+        return {key: value for key, value in found.items() if value is not None}
 
     def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:
         """Put answers, log line and kept scores into the run directory, and say the scores."""
