@@ -20,8 +20,8 @@ TAIL = """
 - **Without a teacher** the log has the rows marked "student" alone.
 - **Of several teachers** each has `labels/NAME` and the means over its own rows: [several teachers](several_teachers.md).
 - **A teacher with another tokenizer** ([page](other_tokenizers.md)) adds the columns from `aligned_share` on, the last two
-  with `dual_space` alone. `kl`, `top1_agreement`, temperatures, the teacher's entropies and those at T are then means over
-  the labels that are the same for both.
+  with `dual_space` alone. `kl`, `reverse_kl`, `top1_agreement`, temperatures, the teacher's entropies and those at T are
+  then means over the labels that are the same for both, and there is no `teacher_ece`.
 - **A regression** (STS-B) has squared errors in the place of cross-entropies, under the names of the last column, and none
   of the others.
 - **A policy** adds what it wants shown: `temperature_cosine`, the schedule it is compared with, `kd_ratio` where it sets

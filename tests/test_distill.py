@@ -178,7 +178,7 @@ def test_without_a_teacher_it_is_fine_tuning_with_the_same_report(workplace):
     metrics = run.read_metrics()
     assert set(metrics["models"]) == {"student_before", "student"}
     before, after = (metrics["models"][name]["teacher_forced"] for name in ("student_before", "student"))
-    assert set(after) == {"ce", "n_tokens"} and after["ce"] < before["ce"]
+    assert set(after) == {"ce", "ece", "entropy", "n_tokens"} and after["ce"] < before["ce"]
     card = (run.path / "README.md").read_text(encoding="utf-8")
     assert "trained on labels alone" in card and "knowledge-distillation" not in card and "emperature" not in card
     report = (run.path / "report.html").read_text(encoding="utf-8")

@@ -85,9 +85,9 @@ def evaluate_instruct(
     Returns:
         Scores ``{measure: {"mean", "sd", "per_seed"}}``: ROUGE-L, exact match and the shares from 0 to 1,
         ``mean_tokens`` in tokens; ``distinct_1`` and ``distinct_2`` of all answers of a seed together (0 where they have no
-        word, or no two). Each prediction has those of its own text, None where it is too short. ``sd`` is the sample standard deviation over seeds, None for a single one;
-        ``seeds`` is empty for greedy text. A row without a reference text has no ROUGE-L and no exact match;
-        ``without_reference`` counts such rows, where there are any.
+        word, or no two). Each prediction has those of its own text, None where it is too short. ``sd`` is the sample
+        standard deviation over seeds, None for a single one; ``seeds`` is empty for greedy text. A row without a reference
+        text has no ROUGE-L and no exact match; ``without_reference`` counts such rows, where there are any.
 
     Raises:
         UserError: there are no rows, two have the same id, no prompt fits, one leaves the model no room to answer, or none

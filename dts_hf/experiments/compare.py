@@ -98,7 +98,7 @@ class Table:
     """One measure of one set under one protocol.
 
     Attributes:
-        set: of rows; ``held out`` for measures of the teacher's distribution, ``own text`` where the student's is asked about.
+        set: of rows; ``held out`` for losses of the data's text, ``own text`` for those of the student's.
         measure: a key of ``OF_ANSWERS`` or ``DENSE``.
         label: of the measure, for people.
         protocol: fingerprint of how answers were made.

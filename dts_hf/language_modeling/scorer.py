@@ -16,6 +16,7 @@ from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.rows import Row
 from dts_hf.distributed.sharding import is_sharded, parameter_count
 from dts_hf.evaluation.fingerprint import describe_protocol
+from dts_hf.evaluation.harness import score_by_harness
 from dts_hf.evaluation.held_out import VALIDATION, batch_size_that_matters, protocol_of
 from dts_hf.evaluation.instruct import InstructResult, answered_in, evaluate_instruct
 from dts_hf.evaluation.own_text import OwnTextScorer
@@ -108,30 +109,36 @@ class GenerationScorer:
         if name != "student_before":  # the student before training is a control, not a result
             sets |= self.sets
         is_teacher = name == "teacher" or name.startswith(ONE_TEACHER)
-        asked = ("teacher" if is_teacher else name) in self.recipe.evaluation.models
-        if not (sets or self.has_losses) or not asked or name in self.entries:
+        evaluation, kind = self.recipe.evaluation, "teacher" if is_teacher else name
+        asked = (bool(sets) or self.has_losses) and kind in evaluation.models
+        harness = evaluation.whole_harness
+        by_harness = harness is not None and kind in harness.models
+        if not (asked or by_harness) or name in self.entries:
             return
+        sets = sets if asked else {}
         entry: dict[str, Any] = {"parameters": parameter_count(model)}
-        if not is_teacher and self.has_losses:
+        if not is_teacher and self.has_losses and asked:
             entry["teacher_forced"] = self._teacher_forced()
         title = name.replace("_", " ")
-        with weights_as(model, self.recipe.evaluation.dtype):
+        tokenizer = self.teacher_tokenizer if is_teacher else self.tokenizer
+        with weights_as(model, evaluation.dtype):
             results = {
                 set_name: self._answer(
                     model,
                     rows,
                     set_name,
                     f"{title} answers ({set_name})",
-                    self.teacher_tokenizer if is_teacher else self.tokenizer,
+                    tokenizer,
                 )
                 for set_name, rows in sets.items()
             }
             lowered = {"bf16": "bfloat16", "fp16": "float16"}.get(self.trainer.accelerator.mixed_precision, "")
             entry["dtype"] = answered_in(model, f"{lowered} autocast")
-            own = None if is_teacher or self.own_text is None else self.own_text.answer(model)
-        if (
-            own is not None and self.own_text is not None
-        ):  # with the weights as they are trained, as the held-out losses
+            own = None if is_teacher or not asked or self.own_text is None else self.own_text.answer(model)
+            if by_harness and harness is not None:
+                entry["harness"] = score_by_harness(model, tokenizer, harness, evaluation.batch_size)
+        if own is not None and self.own_text is not None:
+            # With the weights as they are trained, as the held-out losses
             entry["own_text"] = self.own_text.score(own)
         entry["sets"] = {set_name: result.scores for set_name, result in results.items()}
         self.entries[name] = entry
@@ -144,17 +151,25 @@ class GenerationScorer:
         labels = int(values["eval_labels"])
         teacher = self.entries.get("teacher")
         if teacher is not None:
-            own = {key: values[one.held_out_log] for key, one in _OF_ITS_TEACHER.items() if one.held_out_log in values}
+            own = self._of_teacher(values)
             to_itself = {"kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
             teacher["teacher_forced"] = {**own, **to_itself, "n_tokens": labels}
         for name in self.recipe.teachers or ():  # each on the rows that it has
             key = f"{TEACHER_CE.held_out_log}{OF_TEACHER}{name}"
             if f"{ONE_TEACHER}{name}" in self.entries and key in values:
-                own = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
-                self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {CE.sum: values[key], "n_tokens": own}
+                own = self._of_teacher(values, f"{OF_TEACHER}{name}")
+                count = int(values[f"eval_{LABELS}{OF_TEACHER}{name}"])
+                self.entries[f"{ONE_TEACHER}{name}"]["teacher_forced"] = {**own, "n_tokens": count}
         # Without a teacher there is no distance to it.
         found = {key: values[one.held_out_log] for key, one in _OF_STUDENT.items() if one.held_out_log in values}
         return {**found, "n_tokens": labels}
+
+    def _of_teacher(self, values: Mapping[str, float], end: str = "") -> dict[str, float]:
+        """What an evaluation says of the teacher whose numbers have this ``end`` behind their names."""
+        found = {key: values.get(f"{one.held_out_log}{end}") for key, one in _OF_ITS_TEACHER.items()}
+        if self.trainer.alignment is not None:  # over common tokens, or projected: not its own
+            found["entropy"] = None
+        return {key: value for key, value in found.items() if value is not None}
 
     def _write(self, name: str, results: Mapping[str, InstructResult]) -> None:
         """Put answers, log line and kept scores into the run directory, and say the scores."""
@@ -166,8 +181,8 @@ class GenerationScorer:
             self.run.write_scores(self.entries)
         if (own := self.entries[name].get("own_text")) is not None:
             say(
-                f"{name.replace('_', ' ')} on its own text ({own['n_tokens']:,} tokens): KL of the teacher from it "
-                f"{own['kl']:.3f}, of it from the teacher {own['reverse_kl']:.3f} nats per token"
+                f"{name.replace('_', ' ')} on its own text ({own['n_tokens']:,} tokens): KL(teacher || student) "
+                f"{own['kl']:.3f}, KL(student || teacher) {own['reverse_kl']:.3f} nats per token"
             )
         for set_name, result in results.items():
             mean = means(result.scores)

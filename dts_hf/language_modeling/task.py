@@ -27,6 +27,7 @@ from dts_hf.data.targets import TextCutter, TrainOn
 from dts_hf.data.written_template import as_chat_template
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import resolve_set
+from dts_hf.evaluation.harness import check_harness
 from dts_hf.evaluation.held_out import VALIDATION, load_sets
 from dts_hf.evaluation.student_file import student_facts
 from dts_hf.generation.answers import said_of
@@ -60,6 +61,7 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def load_rows(self) -> Rows:
         data, evaluation = self.recipe.data, self.recipe.evaluation
+        check_harness(evaluation.whole_harness)
         load = partial(load_mixture_once, columns=data.all_columns, cache_dir=data.cache_dir)
         train = load(data.train, split=data.train_split, limit=data.max_train_rows, name="data.train")
         held_out = Mixture([], ())

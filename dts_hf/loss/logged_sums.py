@@ -50,7 +50,7 @@ class SumMeter:
             values = [_reduced(name, next(columns)) for _ in range(shape.numel())]
             if shape:
                 totals.vectors[name] = tuple(values)
-                if name in stats.IN_BINS:
+                if name.partition(stats.OF_TEACHER)[0] in stats.IN_BINS:
                     totals[name] = math.fsum(map(abs, values))
             else:
                 totals[name] = values[0]
@@ -155,6 +155,7 @@ class LogColumns:
         of_teacher = {name.removesuffix(end): value for name, value in totals.items() if name.endswith(end)}
         rows = of_teacher.get(stats.ROWS, 0.0)
         shown = [one for one in stats.BY_TEACHER if rows and (one.held_out or not held_out)]
+        shown += [one for one in stats.HELD_OUT_BY_TEACHER if rows and held_out and one.sum in of_teacher]
         return {f"{stats.LABELS}{end}": round(rows), **{f"{one.log}{end}": one.number(of_teacher) for one in shown}}
 
 

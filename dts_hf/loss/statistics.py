@@ -230,8 +230,12 @@ OF_HELD_OUT = (REVERSE_KL, CALIBRATION_ERROR, TEACHER_CALIBRATION_ERROR)
 IN_BINS = tuple(statistic.sum for statistic in OF_HELD_OUT[1:])
 #: What is also logged of the rows of each of several teachers.
 BY_TEACHER = (CE, KD, TEACHER_CE, TEACHER_ENTROPY, TEMPERATURE)
+#: And in held-out lines.
+HELD_OUT_BY_TEACHER = (TEACHER_CALIBRATION_ERROR,)
 #: Also summed up for each of them: what its policy is told, where each has its own.
-SUMS_BY_TEACHER = (ROWS, *(statistic.sum for statistic in BY_TEACHER), TEMPERATURE_GRAD, OBSERVED)
+SUMS_BY_TEACHER = (
+    ROWS, *(statistic.sum for statistic in (*BY_TEACHER, *HELD_OUT_BY_TEACHER)), TEMPERATURE_GRAD, OBSERVED
+)  # fmt: skip
 #: How many labels of a teacher a line of the log is about.
 LABELS = "labels"
 #: The sums that every call of the loss fills, beside ``ROWS``.

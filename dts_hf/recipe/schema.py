@@ -757,6 +757,23 @@ class OwnText(Section):
     seed: CountFromZero = Field(default=10, description="Of the text; the same in all runs that are compared.")
 
 
+class Harness(Section):
+    """Tasks of the package ``lm_eval`` (EleutherAI's harness), which is installed apart."""
+
+    tasks: Annotated[list[str], Field(min_length=1)] = Field(description="Names of tasks, such as hellaswag.")
+    models: Annotated[list[Literal["teacher", "student"]], Field(min_length=1)] = Field(
+        default=["student"], description="Which models are scored: the student after training, the teacher before it."
+    )
+    num_fewshot: CountFromZero | None = Field(
+        default=None, description="Examples in a prompt; null: as the task has it."
+    )
+    limit: Count | None = Field(
+        default=None, description="The first so many examples of each task, for a look; null: all."
+    )
+    batch_size: Count | None = Field(default=None, description="Examples at once; null: evaluation.batch_size.")
+    chat_template: bool = Field(default=False, description="Put prompts into the tokenizer's chat template.")
+
+
 class Evaluation(Section):
     """How answers are generated and scored."""
 
@@ -794,6 +811,15 @@ class Evaluation(Section):
         description="Also measure KL between teacher and student, both ways, on answers that the student samples before and "
         "after training; costs these answers and one pass of both models over them. Null: not.",
     )
+    harness: Annotated[list[str], Field(min_length=1)] | Harness | None = Field(
+        default=None,
+        description="Also score by tasks of lm_eval (pip install lm_eval), by name, or with options; one process alone.",
+    )
+
+    @property
+    def whole_harness(self) -> Harness | None:
+        """``harness`` with its options, where names alone were given too."""
+        return Harness(tasks=self.harness) if isinstance(self.harness, list) else self.harness
 
     @model_validator(mode="before")
     @classmethod
@@ -924,6 +950,7 @@ class Recipe(Section):
                 "evaluation.sets": bool(self.evaluation.sets),
                 "evaluation.every_steps": self.evaluation.every_steps is not None,
                 "evaluation.own_text": self.evaluation.own_text is not None,
+                "evaluation.harness": self.evaluation.harness is not None,
                 "data.packing": bool(self.data.packing),
                 "data.responses": self.data.responses != "data",
                 "data.on_policy": self.data.on_policy is not None,

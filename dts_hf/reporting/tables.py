@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -126,8 +126,8 @@ MEANINGS = {
     "own_reverse_kl": "The same from the student's side: how unlikely the teacher finds what the student says.",
     "ece": "How far the probability of the model's first choice is from how often that choice is right, over 15 bins of "
     "probability. 0: it is right as often as it is sure.",
-    "entropy": "How undecided the model is about the next token: 0 is certain of one. Neither more nor less is better; close "
-    "to the teacher's is a good sign.",
+    "entropy": "How undecided the model is about the next token: 0 is certain of one. Neither more nor less is better; near "
+    "the teacher's is a good sign.",
     "repeats_4gram": "Share of answers in which the same four words in a row occur twice: the mark of a model that runs in "
     "circles. Lists and quotations repeat a little by nature, so compare it with the teacher's share.",
     "cut_at_limit": "Share of answers that had not ended when the limit of new tokens was reached.",
@@ -216,7 +216,23 @@ def format_counts(facts: Facts) -> str:
     if tokens:
         measures = "KL, cross-entropy and agreement" if facts.learns_from_teacher else "cross-entropy"
         parts.append(f"{measures} over {tokens[0]:.0f} tokens")
-    return "; ".join(parts)
+    own = facts.model("student").get("own_text") or {}
+    if own.get("n_tokens"):
+        parts.append(f"on its own answers over {own['n_tokens']} tokens of {own['n']} answers")
+    return "; ".join([*parts, *_of_harness(facts)])
+
+
+def _of_harness(facts: Facts) -> Iterator[str]:
+    """Scores by tasks of lm_eval in words, those of each model."""
+    for model in MODELS:
+        found = facts.model(model).get("harness") or {}
+        for task, entry in (found.get("tasks") or {}).items():
+            scores = ", ".join(
+                f"{key.partition(',')[0]} {value:.3f}"
+                for key, value in entry["measures"].items()
+                if "_stderr" not in key
+            )
+            yield f"lm_eval {found['lm_eval']}, {MODEL_LABELS[model]}, {task} ({entry['samples']} examples): {scores}"
 
 
 def summary_table(run: RunDirectory) -> Table:

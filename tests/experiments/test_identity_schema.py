@@ -47,6 +47,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "data.packing.": {"data.packing": {"tokens": 400}}, "data.on_policy": {"data.on_policy": {}},
     "data.on_policy.end_fraction": FALLING, "data.on_policy.schedule": FALLING,
     "data.on_policy.adaptive": {"data.on_policy": {"adaptive": {}}, "training.eval_strategy": "epoch"},
+    "evaluation.harness": {"evaluation.harness": {"tasks": ["one"]}},
     "task": {"task": {"name": "glue", "subset": "mnli"}, "evaluation": {}},
 }  # fmt: skip
 #: Values that are right, where the schema alone leads to none.
