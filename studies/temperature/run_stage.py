@@ -1,6 +1,6 @@
 """Runs a stage of the study, whatever of it is done already, and collects what the page is made of.
 
-    python studies/temperature/run_stage.py --stage A --rows data/dolly            # 27 runs; about 50 min on 2 CPU cores
+    python studies/temperature/run_stage.py --stage A --rows data/dolly            # 27 runs; about an hour of one CPU core
     python studies/temperature/run_stage.py --stage A --rows data/dolly --dry-run
     python studies/temperature/run_stage.py --collect                              # runs/temperature -> results/
 
@@ -25,6 +25,7 @@ from dts_hf.errors import UserError
 from dts_hf.experiments.identity import contents, run_id, settings_of
 from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.runs.lock import is_locked
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -117,13 +118,13 @@ def _filled(value: Any, paths: Mapping[str, str]) -> Any:
 
 
 def collect(stage: str, runs: Sequence[Planned]) -> int:
-    """Write what the page needs of every run that has ended; returns how many."""
+    """Write what the page needs of every run that has ended or failed and lies here; returns how many."""
     (RESULTS / stage).mkdir(parents=True, exist_ok=True)
     replayed = {str(run.path.resolve()): run for run in runs}
     count = 0
     for run in runs:
         directory = RunDirectory(run.path)
-        if not (run.path / "recipe.yaml").is_file():
+        if not (run.path / "recipe.yaml").is_file() or is_locked(run.path):
             continue
         found = _result(directory, replayed)
         (RESULTS / stage / f"{run.id}.json").write_text(
@@ -192,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in part.runs:
                 print(f"{part.state(run):8} {run.path.name}  {run.label}")
         elif not args.collect:
-            sweep = Sweep(part, part.runs)
+            known = {path.stem for path in (RESULTS / args.stage).glob("*.json")}
+            sweep = Sweep(part, [run for run in part.runs if run.id not in known])  # collected once is done
             sweep.on_change = lambda part=part: print(_progress(part), file=sys.stderr, flush=True)
             sweep.run()
         runs += part.runs

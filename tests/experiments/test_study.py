@@ -110,7 +110,7 @@ def test_stage_b_takes_the_best_constant_of_stage_a(study) -> None:
 
 def test_every_recipe_of_the_study_loads() -> None:
     base = load_recipe(FOLDER / "recipe.yaml", [])
-    assert base.data.train_share == 0.9 and base.training["max_steps"] == 64
+    assert base.data.train_share == 0.9 and base.training["max_steps"] == 40
 
 
 def test_the_page_that_lies_here_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
