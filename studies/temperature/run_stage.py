@@ -25,7 +25,6 @@ from dts_hf.errors import UserError
 from dts_hf.experiments.identity import contents, run_id, settings_of
 from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
 from dts_hf.runs.directory import RunDirectory
-from dts_hf.runs.lock import is_locked
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -117,21 +116,18 @@ def _filled(value: Any, paths: Mapping[str, str]) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
-def collect(stage: str, runs: Sequence[Planned]) -> int:
-    """Write what the page needs of every run that has ended or failed and lies here; returns how many."""
+def collect(stage: str, part: Study) -> None:
+    """Write what the page needs of every run that is done or was given up; one that can go on is neither."""
     (RESULTS / stage).mkdir(parents=True, exist_ok=True)
-    replayed = {str(run.path.resolve()): run for run in runs}
-    count = 0
-    for run in runs:
-        directory = RunDirectory(run.path)
-        if not (run.path / "recipe.yaml").is_file() or is_locked(run.path):
+    replayed = {str(run.path.resolve()): run for run in part.runs}
+    for run in part.runs:
+        if part.state(run) not in ("done", "failed") or not (run.path / "recipe.yaml").is_file():
             continue
+        directory = RunDirectory(run.path)
         found = _result(directory, replayed)
         (RESULTS / stage / f"{run.id}.json").write_text(
             json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8", newline="\n"
         )
-        count += 1
-    return count
 
 
 def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[str, Any]:
@@ -188,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         parts = iter([planned(stage, args.rows, folder, stage["seeds"])])
     runs: list[Planned] = []
+    recipe = ""
     for part in parts:
+        recipe, runs = part.recipe, [*runs, *part.runs]
         if args.dry_run:
             for run in part.runs:
                 print(f"{part.state(run):8} {run.path.name}  {run.label}")
@@ -197,9 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep = Sweep(part, [run for run in part.runs if run.id not in known])  # collected once is done
             sweep.on_change = lambda part=part: print(_progress(part), file=sys.stderr, flush=True)
             sweep.run()
-        runs += part.runs
     if not args.dry_run:
-        print(f"{collect(args.stage, runs)} of {len(runs)} runs in {RESULTS / args.stage}; next: write_page.py")
+        collect(args.stage, Study(recipe, folder, runs))
+        print(f"{len(collected(args.stage))} of {len(runs)} runs in {RESULTS / args.stage}; next: write_page.py")
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
 from dts_hf.experiments.identity import run_id
+from dts_hf.experiments.sweep import Planned, Study
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from tests.support.recipes import recipe
@@ -92,9 +93,12 @@ def test_two_seeds_are_no_result_and_failed_runs_are_shown(study) -> None:
 def test_what_is_collected_holds_no_row_and_no_place(study, workplace) -> None:
     made = distill(recipe(temperature={"name": "constant", "value": 2.0}, evaluation={"models": ["student"]}))
     chosen = made.read_recipe()
-    planned = SimpleNamespace(path=made.path, id=run_id(chosen), label="seed 42")
-    assert study.run.collect("A", [planned]) == 1
-    (found,) = study.run.collected("A")
+    planned = Planned(run_id(chosen), "seed 42", (), made.path)
+    begun = Planned("0123456789", "seed 43", (), workplace / "begun")
+    begun.path.mkdir()
+    (begun.path / "recipe.yaml").write_text((made.path / "recipe.yaml").read_text())
+    study.run.collect("A", Study("recipe.yaml", workplace, [planned, begun]))
+    (found,) = study.run.collected("A")  # what can go on is no result
     assert found["id"] == planned.id and found["failed"] == "" and found["scores"]["kl"] > 0
     assert len(found["log"]) == 2 and found["log"][0]["temperature"] == 2.0
     text = json.dumps(found)
