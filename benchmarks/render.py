@@ -45,7 +45,9 @@ def make_report(
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation over seeds; of one value, and of one that no seed changes, the value itself."""
+    """Mean ± standard deviation over seeds; of one value, and of one that no seed changes, the value itself; NaN: -."""
+    if any(map(math.isnan, values)):
+        return "-"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
