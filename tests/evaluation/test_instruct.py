@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 from typing import Any
@@ -54,7 +55,7 @@ def test_greedy_scores_and_predictions() -> None:
         answer = generate(model, [ids], generation_settings(GREEDY, 4), eos_token_ids=[2], pad_token_id=2)[0]
         text = decode_answer(tokenizer, answer.tokens)
         words = text.lower().split()
-        pairs = list(zip(words, words[1:], strict=False))
+        pairs = list(itertools.pairwise(words))
         assert predicted == {
             "id": row.id,
             "set": "held-out",
