@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 from typing import Any
@@ -53,6 +54,8 @@ def test_greedy_scores_and_predictions() -> None:
         ids = encode_prompt(row, tokenizer, TEMPLATE, 256).ids
         answer = generate(model, [ids], generation_settings(GREEDY, 4), eos_token_ids=[2], pad_token_id=2)[0]
         text = decode_answer(tokenizer, answer.tokens)
+        words = text.lower().split()
+        pairs = list(itertools.pairwise(words))
         assert predicted == {
             "id": row.id,
             "set": "held-out",
@@ -65,7 +68,12 @@ def test_greedy_scores_and_predictions() -> None:
             "rougeL": best_rouge_l(text, row.references),
             "tokens": len(answer.tokens),
             "finished": answer.finished,
+            "distinct_1": len(set(words)) / len(words) if words else None,
+            "distinct_2": len(set(pairs)) / len(pairs) if pairs else None,
         }
+    said = [row["prediction"].lower().split() for row in predictions]
+    every_word = [word for words in said for word in words]
+    assert scores["distinct_1"]["mean"] == pytest.approx(len(set(every_word)) / len(every_word))
     mean = statistics.fmean(row["rougeL"] for row in predictions)
     assert scores["rougeL"] == {"mean": pytest.approx(mean), "sd": None, "per_seed": [pytest.approx(mean)]}
     assert scores["mean_tokens"]["mean"] == pytest.approx(statistics.fmean(row["tokens"] for row in predictions))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from dts_hf.evaluation.text_metrics import best_rouge_l, exact_match, normalize, repeats_ngram
+from dts_hf.evaluation.text_metrics import best_rouge_l, distinct, exact_match, normalize, repeats_ngram
 
 NASTY = [
     "",
@@ -155,3 +155,11 @@ def test_a_repeated_4gram_is_found() -> None:
     assert repeats_ngram("no no no no no")  # overlapping
     assert not repeats_ngram("no no no no")
     assert not repeats_ngram("")
+
+
+def test_distinct_n_is_of_the_corpus_or_of_one_answer() -> None:
+    """3 of 5 words and 2 of 3 pairs are different; no pair runs across two answers; case does not count."""
+    corpus = ["The cat sat", "the Cat"]
+    assert distinct(corpus, 1) == 3 / 5 and distinct(corpus, 2) == 2 / 3
+    assert distinct(["a b", "b a"], 2) == 1.0 and distinct(["a a a a"], 1) == 1 / 4
+    assert distinct(["", "one"], 2) is None and distinct([""], 1) is None and distinct([], 1) is None
