@@ -10,13 +10,28 @@ from typing import Any
 
 from dts_hf.errors import UserError
 from dts_hf.experiments.identity import settings_of
-from dts_hf.recipe.schema import Recipe
+from dts_hf.recipe.schema import Recipe, Source
 from dts_hf.runs.directory import RunDirectory
 
 #: Of a whole set, and of each run one number: the student against the teacher on held-out rows, in nats per label.
 DENSE = {"kl": ("held-out KL", False), "ce": ("held-out CE", False), "top1_agreement": ("top-1 agreement", True)}
+HELD_OUT = "held out"
 #: Of each answer, and whether more is better.
-OF_ANSWERS = {"rougeL": ("ROUGE-L", True)}
+OF_ANSWERS = {"rougeL": ("ROUGE-L", True), "accuracy": ("accuracy", True)}
+#: Of a set that a classifier is scored on, and of each run one number, x 100; accuracy has a score of each row.
+OF_CLASSES = {
+    "f1": ("F1", True), "matthews_correlation": ("Matthews correlation", True), "pearson": ("Pearson correlation", True),
+    "spearmanr": ("Spearman correlation", True),
+}  # fmt: skip
+#: The same, in nats per row, squared, or as a share.
+OF_CLASSES_AS_THEY_ARE = {
+    "label_ce": ("held-out CE of the labels", False), "label_mse": ("held-out squared error", False),
+    "teacher_kl": ("held-out KL from the teacher", False), "teacher_agreement": ("agreement with the teacher", True),
+}  # fmt: skip
+#: Measures of which a run has one number.
+OF_RUNS = {**DENSE, **OF_CLASSES, **OF_CLASSES_AS_THEY_ARE, "accuracy": OF_ANSWERS["accuracy"]}
+#: Keys of a recipe that name rows.
+OF_ROWS = ("data.train", "data.validation", "evaluation.sets")
 
 
 @dataclass(frozen=True)
@@ -29,19 +44,22 @@ class Run:
         seed: of training.
         failed: why it has no scores; empty where it has.
         protocol: fingerprint of how answers were made.
-        answers: ``{set: {measure: {(row, generation seed): score}}}``; ROUGE-L in points of 100.
-        dense: ``{measure: number}`` of the whole held-out set.
+        answers: ``{set: {measure: {(row, generation seed): score}}}``; in points of 100.
+        numbers: ``{set: {measure: number}}``, of which a run has one; ``HELD_OUT`` for the student beside its teacher.
         seconds: of training.
+        rows: digests of its rows as it has recorded them, by key of the recipe.
     """
 
     path: Path
+    recipe: Recipe = field(repr=False)
     settings: Mapping[str, Any]
     seed: int
     failed: str = ""
     protocol: str = ""
     answers: Mapping[str, Mapping[str, Mapping[tuple[str, int], float]]] = field(default_factory=dict)
-    dense: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float = math.nan
+    rows: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_run(path: Path) -> Run:
@@ -52,19 +70,21 @@ def read_run(path: Path) -> Run:
     """
     run = RunDirectory.open(path)
     recipe = run.read_recipe()
-    seed, settings = seed_of(recipe), settings_of(recipe)
+    seed, settings, rows = seed_of(recipe), settings_of(recipe), _recorded_rows(run, recipe)
     metrics, where = run.read_metrics(), run.metrics_path
     student = _part(_part(metrics, "models", where), "student", where)
     if not student:
-        return Run(path, settings, seed, failed="it has not ended" if not metrics else "its student was not scored")
+        failed = "it has not ended" if not metrics else "its student was not scored"
+        return Run(path, recipe, settings, seed, failed=failed, rows=rows)
     scores = _part(student, "teacher_forced", where)
     dense = {key: _number(scores[key], key, where) for key in DENSE if key in scores}
     answers = _answers(run)
-    broken = [key for key, value in dense.items() if not math.isfinite(value)]
-    failed = f"its {broken[0]} is {dense[broken[0]]}" if broken else ""
+    numbers = {HELD_OUT: dense, **_of_classes(_part(student, "sets", where), answers, where)}
+    broken = [(key, value) for of_set in numbers.values() for key, value in of_set.items() if not math.isfinite(value)]
+    failed = f"its {broken[0][0]} is {broken[0][1]}" if broken else ""
     seconds = _number(_part(metrics, "training", where).get("seconds"), "training.seconds", where)
     protocol = str(_part(metrics, "protocol", where).get("fingerprint", ""))
-    return Run(path, settings, seed, failed, protocol, answers, dense, seconds)
+    return Run(path, recipe, settings, seed, failed, protocol, answers, numbers, seconds, rows)
 
 
 def seed_of(recipe: Recipe) -> int:
@@ -90,6 +110,35 @@ def _number(value: Any, name: str, where: Path) -> float:
     return float(value)
 
 
+def _recorded_rows(run: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+    """What ``data_manifest.json`` says of the rows, by key of the recipe: they may lie elsewhere now, or be others."""
+    manifest, where = run.read_data_manifest(), run.data_manifest_path
+    splits = _part(manifest, "splits", where)
+    found: dict[str, Any] = {}
+    for name, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        # A share that is held out is no place, and its digest is that of the whole file
+        if isinstance(sources, (str, list, Source)) and (digest := _part(splits, name, where).get("sha256")):
+            found[f"data.{name}"] = digest
+    sets = _part(manifest, "evaluation_sets", where)
+    digests = [_part(sets, name, where).get("sha256") for name in sets]
+    return found | ({"evaluation.sets": digests} if digests and all(digests) else {})
+
+
+def _of_classes(
+    sets: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]], where: Path
+) -> dict[str, dict[str, float]]:
+    """The numbers of a classifier; accuracy among them where no predictions give it row by row."""
+    found: dict[str, dict[str, float]] = {}
+    for name in sets:
+        entry = _part(sets, name, where)
+        for key in OF_RUNS:
+            if key in DENSE or key not in entry or (key == "accuracy" and key in answers.get(name, {})):
+                continue
+            value = _number(_part(entry, key, where).get("mean"), f"{name}: {key}", where)
+            found.setdefault(name, {})[key] = value * (1 if key in OF_CLASSES_AS_THEY_ARE else 100)
+    return found
+
+
 def _answers(run: RunDirectory) -> dict[str, dict[str, dict[tuple[str, int], float]]]:
     found: dict[str, dict[str, dict[tuple[str, int], float]]] = {}
     where = run.predictions_of("student")
@@ -99,14 +148,20 @@ def _answers(run: RunDirectory) -> dict[str, dict[str, dict[tuple[str, int], flo
             raise UserError(
                 f"{where}: answer {line}: expected set, id and a whole number as seed: the file is damaged"
             )
-        for measure in OF_ANSWERS:
-            if row.get(measure) is None:
-                continue
+        for measure, score in _scores_of(row).items():
             place = found.setdefault(str(row["set"]), {}).setdefault(measure, {})
             if (key := (str(row["id"]), seed)) in place:
                 raise UserError(f"{where}: answer {line}: row {key[0]!r} is there twice with the seed {seed}")
-            place[key] = 100 * _number(row[measure], f"answer {line}: {measure}", where)
+            place[key] = 100 * _number(score, f"answer {line}: {measure}", where)
     return found
+
+
+def _scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of one answer; a classifier's class is right or wrong, and what a regression says is neither."""
+    label, chosen = row.get("label"), row.get("predicted")
+    is_class = isinstance(label, int) and isinstance(chosen, int)
+    found = {"accuracy": int(label == chosen)} if is_class else {}
+    return found | ({"rougeL": row["rougeL"]} if row.get("rougeL") is not None else {})
 
 
 def names_of_kinds(kinds: list[Mapping[str, Any]]) -> list[str]:

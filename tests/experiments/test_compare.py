@@ -162,10 +162,48 @@ def test_the_same_run_does_not_count_twice(study, tmp_path: Path) -> None:
     assert compare([*study, study[0]]) == compare(study)
 
 
-def test_other_rows_are_refused(study, tmp_path: Path) -> None:
+def drop_answers(run: Path, *ids: str) -> None:
+    path = run / "predictions" / "student.jsonl"
+    rows = [line for line in path.read_text().splitlines() if json.loads(line)["id"] not in ids]
+    path.write_text("".join(f"{row}\n" for row in rows))
+
+
+def test_a_run_that_lacks_rows_is_absent_by_name_and_the_others_keep_theirs(study: list[Path], tmp_path: Path) -> None:
+    whole = {line.kind: line for line in table_of(compare(study), "rougeL").lines}
+    drop_answers(study[4], "q-007", "q-030")
+    drop_answers(study[0], "q-059")
     other = plant(tmp_path / "rows", 8.0, 1, ids=tuple(f"z-{row}" for row in range(ROWS)))
-    with pytest.raises(UserError, match="expected the same rows"):
-        compare([*study, other])
+    tables = compare([*study, other])
+    rouge = table_of(tables, "rougeL")
+    assert rouge.rows == ROWS and {line.kind[-3:]: line.seeds for line in rouge.lines} == {
+        "1.0": 2, "2.0": 2, "4.0": 3, "8.0": 0,
+    }  # fmt: skip
+    assert any("t2-s2: lacks answers to 2 of 60 rows (q-007, q-030)" in note for note in rouge.notes)
+    assert any("t1-s1: lacks answers to 1 of 60 rows (q-059)" in note for note in rouge.notes)
+    assert any("rows: lacks answers to 60 of 60 rows (q-000, q-001, q-002, ...)" in note for note in rouge.notes)
+    untouched = next(line for line in rouge.lines if line.kind.endswith("4.0"))
+    assert untouched.mean == whole["temperature.value=4.0"].mean, "the same rows as before"
+    assert next(line for line in table_of(tables, "kl").lines if line.kind.endswith("8.0")).seeds == 1
+
+
+def test_where_no_rows_are_common_the_other_measures_remain_and_say_so(tmp_path: Path) -> None:
+    others = tuple(f"z-{row}" for row in range(ROWS))
+    runs = [plant(tmp_path / "a", 1.0, 1), plant(tmp_path / "b", 2.0, 1, ids=others)]
+    tables = compare(runs)
+    assert {table.measure for table in tables} == {"kl", "ce", "top1_agreement"}
+    said = "ROUGE-L of validation is not compared: b lacks answers to 60 of 60 rows"
+    assert all(any(said in note for note in table.notes) for table in tables)
+    for run in runs:
+        change_metrics(run, lambda values: values["models"]["student"].pop("teacher_forced"))
+    with pytest.raises(UserError, match=f"nothing can be compared: {said}"):
+        compare(runs)
+
+
+def test_answers_that_others_have_besides_are_left_out(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / "a", 1.0, 1, generations=1), plant(tmp_path / "b", 2.0, 1, generations=3)]
+    rouge = table_of(compare(runs), "rougeL")
+    assert (rouge.rows, rouge.generations) == (ROWS, 1) and rouge.lines[1].seeds == 1
+    assert any("others have more (b)" in note for note in rouge.notes)
 
 
 def test_rows_of_a_task_vary_together(tmp_path: Path) -> None:
@@ -265,8 +303,8 @@ def test_runs_that_are_in_no_row_of_a_table_are_noted(study: list[Path]) -> None
     assert {line.kind: line.seeds for line in rouge.lines} == dict.fromkeys((line.kind for line in rouge.lines), 2) | {
         "temperature.value=4.0": 3
     }
-    assert any("1 of 3 runs with scores are not in this table (t1-s1)" in note for note in rouge.notes)
-    assert all(any("(t2-s2)" in note for note in table.notes) for table in (rouge, kl))
+    assert any("1 of 3 runs with scores are not in this table (t1-s1: not scored" in note for note in rouge.notes)
+    assert all(any("(t2-s2: scored under another protocol)" in note for note in table.notes) for table in (rouge, kl))
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, math.nan, math.inf])
