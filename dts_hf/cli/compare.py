@@ -25,17 +25,23 @@ def command(
             help="Largest difference in ROUGE-L that would not matter, in points; default: 0.5. Set it before."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for comparison.md and comparison.csv.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, comparison.md and comparison.csv.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare runs that differ in more than their seed: means, intervals, and what can be said of each difference."""
     from dts_hf.experiments import tables as written
-    from dts_hf.experiments.compare import compare
+    from dts_hf.experiments.compare import compare_kinds
+    from dts_hf.experiments.kinds import baseline_of, read_kinds
+    from dts_hf.experiments.report import render_page
     from dts_hf.files import write_text_atomic
 
-    tables = compare(runs, baseline, margin)
+    kinds = read_kinds(runs)
+    tables = compare_kinds(kinds, baseline_of(kinds, baseline), margin)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(output / "report.html", render_page(kinds, tables))
         write_text_atomic(output / "comparison.md", written.markdown(tables))
         write_text_atomic(output / "comparison.csv", written.as_csv(tables))
     if as_json:
@@ -48,4 +54,4 @@ def command(
             show(note)
         show("")
     if output is not None:
-        show(output / "comparison.md")
+        show(output / "report.html")
