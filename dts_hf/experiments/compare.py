@@ -393,7 +393,10 @@ def _notes(kinds: Sequence[Kind], family: Family | None, means: Mapping[str, Num
     if any(len(values) < 2 for values in means.values()):
         notes.append("a kind with one seed has no interval: one training seed says nothing about another")
     if family is not None and family.unequal > MOST_UNEQUAL:
-        notes.append(
-            f"the spread between seeds differs {family.unequal:.1f} times between kinds, so pooling it is doubtful"
+        how = (
+            "is nothing for one kind"
+            if math.isinf(family.unequal)
+            else f"differs {family.unequal:.1f} times between kinds"
         )
+        notes.append(f"the spread between seeds {how}, so pooling it is doubtful")
     return notes

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from dts_hf.experiments.compare import Line, Table
 from dts_hf.experiments.intervals import Interval
+from dts_hf.experiments.runs import HELD_OUT
 from dts_hf.experiments.verdicts import Word, digits_of
 
 COLUMNS = (
@@ -27,7 +28,8 @@ def title(table: Table) -> str:
     """What the table is of, in a line."""
     rows = f", {table.rows:,} rows" if table.rows else ""
     generations = f", {table.generations} generations each" if table.generations > 1 else ""
-    return f"{table.label}, {table.set}{rows}{generations} (baseline: {table.baseline})"
+    of_set = "" if table.set == HELD_OUT else f", {table.set}"
+    return f"{table.label}{of_set}{rows}{generations} (baseline: {table.baseline})"
 
 
 def cells(table: Table, line: Line) -> dict[str, str]:
