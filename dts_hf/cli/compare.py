@@ -45,7 +45,6 @@ def command(
     seeds: Annotated[
         str | None, typer.Option(metavar="N,N", help="Seeds of training of recipes; default: their own.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs of a recipe at the same time.")] = 1,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compare runs that differ in more than their seed: means, intervals, and what can be said of each difference."""
@@ -55,7 +54,7 @@ def command(
     from dts_hf.experiments.report import render_page
     from dts_hf.files import write_text_atomic
 
-    paths, names = _runs_of(runs, seeds, output, jobs)
+    paths, names = _runs_of(runs, seeds, output)
     kinds = read_kinds(paths)
     tables = compare_kinds(kinds, baseline_of(kinds, names.get(baseline or "", baseline)), margin)
     if output is not None:
@@ -76,9 +75,7 @@ def command(
         show(output / "report.html")
 
 
-def _runs_of(
-    given: Sequence[Path], seeds: str | None, output: Path | None, jobs: int
-) -> tuple[list[Path], dict[str, str]]:
+def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:
     """The run directories, those of recipes after they were trained, and one of each recipe by its name."""
     from dts_hf.errors import UserError
     from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
@@ -91,7 +88,7 @@ def _runs_of(
             )
         return list(given), {}
     studies = plan_runs(recipes, whole_numbers(seeds, "seeds"), output)
-    made = make_runs(studies, jobs, lambda text: say(printable(text)))
+    made = make_runs(studies, lambda text: say(printable(text)))
     of_recipe = {
         recipe: [run.path for run in made for other, study in studies if other == recipe and run in study.runs]
         for recipe in recipes

@@ -52,8 +52,8 @@ def plan_runs(recipes: Sequence[Path], seeds: Sequence[int], output: Path | None
         for run in study.runs:
             if run.id in known:
                 raise UserError(
-                    f"compare: {recipe} and {known[run.id]} are the same run with {run.label} (what differs has no effect on "
-                    "it); leave one of them out"
+                    f"compare: {recipe} and {known[run.id]} are the same run with {run.label} (what differs has no "
+                    "effect on it); leave one of them out"
                 )
             known[run.id] = recipe
     return studies
@@ -65,14 +65,11 @@ def _folder_of(recipe: Path, recipes: Sequence[Path]) -> str:
     return recipe.stem if len(alike) == 1 else f"{recipe.stem}-{alike.index(recipe) + 1}"
 
 
-def make_runs(
-    studies: Sequence[tuple[Path, Study]], jobs: int = 1, say: Callable[[str], Any] = lambda _: None
-) -> list[Planned]:
+def make_runs(studies: Sequence[tuple[Path, Study]], say: Callable[[str], Any] = lambda _: None) -> list[Planned]:
     """Train what is not done, and return the runs that have a directory; what each printed is in its log.
 
     Args:
         studies: of ``plan_runs``.
-        jobs: runs of a study at the same time.
         say: takes a line before each study, and one for a run that has failed.
 
     Raises:
@@ -84,7 +81,7 @@ def make_runs(
         say(
             f"compare: {recipe} ({place} of {len(studies)}): {len(study.runs) - len(left)} of {len(study.runs)} runs done"
         )
-        Sweep(study, left, jobs=jobs).run()
+        Sweep(study, left).run()
         for run in study.runs:
             if study.state(run) == "failed":
                 say(f"compare: {run.path} has failed: {study.why(run)}; see {study.log(run)}")

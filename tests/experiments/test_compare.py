@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import io
 import json
@@ -20,49 +19,7 @@ from dts_hf.errors import UserError
 from dts_hf.experiments.compare import Table, compare, of_tasks, task_numbers
 from dts_hf.experiments.runs import names_of_kinds, read_run
 from dts_hf.experiments.tables import as_csv, markdown
-from dts_hf.recipe.schema import Recipe
-from tests.support.made_run import RECIPE, make_run
-
-ROWS = 60
-
-
-def plant(
-    folder: Path,
-    value: float,
-    seed: int,
-    effect: float = 0.0,
-    *,
-    kl: float = 0.6,
-    ids: tuple[str, ...] = (),
-    protocol: str = "0f3ac1d2e4b59687",
-    ended: bool = True,
-    generations: int = 2,
-    **training: Any,
-) -> Path:
-    """A run with ``temperature.value`` whose ROUGE-L is about 40 + ``effect``; rows are as hard in every run."""
-    recipe = copy.deepcopy(RECIPE)
-    recipe["temperature"] = {"name": "constant", "value": value}
-    recipe["training"] = {**recipe["training"], "seed": seed, **training}
-    recipe["output"] = {"dir": str(folder)}
-    full = Recipe.from_dict(recipe).model_dump(mode="json")
-    hard = np.random.default_rng(0).normal(0, 15, ROWS)
-    random = np.random.default_rng([seed, round(100 * value)])
-    run_effect = random.normal(0, 0.2)
-    rows = [
-        {
-            "id": ids[row] if ids else f"q-{row:03}", "set": "validation", "seed": generation, "prediction": "x",
-            "references": ["x"], "prompt": "p", "instruction": "i", "input": "", "tokens": 3, "finished": True,
-            "rougeL": (40 + effect + run_effect + hard[row] + random.normal(0, 1)) / 100,
-        }
-        for generation in range(10, 10 + generations)
-        for row in range(ROWS)
-    ]  # fmt: skip
-    run = make_run(folder, recipe=full, predictions={"student": rows})
-    metrics = run.read_metrics()
-    metrics["protocol"]["fingerprint"] = protocol
-    metrics["models"]["student"]["teacher_forced"]["kl"] = kl + random.normal(0, 0.001)
-    run.metrics_path.write_text(json.dumps(metrics)) if ended else run.metrics_path.unlink()
-    return folder
+from tests.support.planted_runs import ROWS, plant
 
 
 @pytest.fixture
