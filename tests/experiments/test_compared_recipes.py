@@ -98,7 +98,7 @@ def test_recipes_need_an_output_and_differ_and_runs_have_their_seeds(recipes: li
         plan_runs([recipes[0], Path("again.yaml")], [1], tmp_path / "out")
     done = [str(plant(tmp_path / f"run-{value}", value, 1)) for value in (1.0, 2.0)]
     result = CliRunner().invoke(app, ["compare", *done, "--seeds", "1,2"])
-    assert result.exit_code != 0 and isinstance(result.exception, UserError) and "recipes" in str(result.exception)
+    assert result.exit_code == 2 and "seeds: they are of recipes" in result.output
 
 
 def test_recipes_of_one_name_have_folders_of_their_own(recipes: list[Path]) -> None:

@@ -100,7 +100,7 @@ def test_places_of_a_forest_are_those_of_its_numbers(runs: list[Path]) -> None:
         assert row.interval[1] - row.interval[0] == pytest.approx(
             scale * (line.verdict.interval.high - line.verdict.interval.low), abs=0.2
         )
-        assert 0 <= min(row.interval) and max(row.interval) <= 1000
+        assert min(row.interval) >= 0 and max(row.interval) <= 1000
         assert line.verdict.sentence in row.said
     assert all(0 <= place <= 1000 for place, _ in found.ticks)
 

@@ -33,7 +33,7 @@ def plant(
     recipe["temperature"] = {"name": "constant", "value": value}
     recipe["training"] = {**recipe["training"], "seed": seed, **training}
     recipe["output"] = {"dir": str(folder)}
-    full = Recipe.from_dict(recipe).model_dump(mode="json")
+    full = Recipe.from_dict(recipe, deep=False).model_dump(mode="json")
     hard = np.random.default_rng(0).normal(0, 15, ROWS)
     random = np.random.default_rng([seed, round(100 * value)])
     run_effect = random.normal(0, 0.2)
@@ -60,7 +60,7 @@ def plant_classifier(folder: Path, value: float, seed: int, effect: float = 0.0,
         "task": {"name": "glue", "subset": "mrpc"}, "student": {"model": "student"}, "teacher": {"model": "teacher"},
         "temperature": {"name": "constant", "value": value}, "training": {"seed": seed}, "output": {"dir": str(folder)},
     }  # fmt: skip
-    full = Recipe.from_dict(recipe).model_dump(mode="json")
+    full = Recipe.from_dict(recipe, deep=False).model_dump(mode="json")
     random = np.random.default_rng([seed, round(100 * value)])
     hard = np.random.default_rng(0).uniform(size=200)
     right = hard < (70 + effect) / 100 + random.normal(0, 0.01)
