@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from dts_hf.cli.app import app
 from dts_hf.errors import UserError
 from dts_hf.experiments.compare import Table, compare, of_tasks, task_numbers
+from dts_hf.experiments.families import dunnett
 from dts_hf.experiments.runs import names_of_kinds, read_run
 from dts_hf.experiments.tables import as_csv, markdown
-from tests.support.planted_runs import ROWS, plant
+from tests.support.planted_runs import ROWS, plant, plant_classifier
 
 
 @pytest.fixture
@@ -171,6 +172,68 @@ def test_rows_of_a_task_vary_together(tmp_path: Path) -> None:
     assert of_tasks(scores, [0, 0, 0, 1, 1, 2]).tolist() == [[1.0, 3.5, 5.0], [7.0, 9.5, 11.0]]
     runs = [plant(tmp_path / f"{v}-{s}", v, s, ids=ids) for v in (1.0, 2.0) for s in (1, 2)]
     assert any("over 10 tasks" in note for note in table_of(compare(runs), "rougeL").notes)
+
+
+def test_classifiers_are_compared_by_rows_that_are_right_or_wrong(tmp_path: Path) -> None:
+    runs = [
+        plant_classifier(tmp_path / f"t{value}-s{seed}", value, seed, effect)
+        for value, effect in ((1.0, 0.0), (2.0, 12.0)) for seed in (1, 2, 3)
+    ]  # fmt: skip
+    tables = compare(runs)
+    accuracy = table_of(tables, "accuracy")
+    assert accuracy.rows == 200 and accuracy.margin == 0.5 and accuracy.set == "validation"
+    line = accuracy.lines[1]
+    by_hand = [np.mean([row["label"] == row["predicted"] for row in rows_of(run)]) for run in runs[3:]]
+    assert line.mean == pytest.approx(100 * np.mean(by_hand), abs=1e-9)
+    assert line.verdict is not None and line.verdict.word == "better" and line.spread is not None
+    assert {table.measure: (table.rows, table.set) for table in tables if table is not accuracy} == dict.fromkeys(
+        ("f1", "teacher_kl", "label_ce"), (0, "validation")
+    )
+    f1 = table_of(tables, "f1")
+    assert [line.mean for line in f1.lines] == pytest.approx([80, 92]) and f1.margin == 0.5
+    assert table_of(compare(runs, margin=2.0), "f1").margin == 2.0
+
+
+def test_classifiers_without_predictions_have_one_number_a_run(tmp_path: Path) -> None:
+    runs = [plant_classifier(tmp_path / f"t{v}-s{s}", v, s, v, rows=False) for v in (1.0, 2.0) for s in (1, 2)]
+    accuracy = table_of(compare(runs), "accuracy")
+    assert accuracy.rows == 0 and 60 < accuracy.lines[0].mean < 80 and accuracy.lines[1].seeds == 2
+
+
+def test_what_a_regression_says_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    runs = [plant_classifier(tmp_path / f"t{v}", v, 1) for v in (1.0, 2.0)]
+    for run in runs:
+        path = run / "predictions" / "student.jsonl"
+        rows = [{**row, "label": 2.5, "predicted": 2.5} for row in rows_of(run)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert all(not read_run(run).answers for run in runs)
+
+
+def test_the_interval_on_these_rows_is_dunnetts_and_printed(study: list[Path]) -> None:
+    tables = compare(study)
+    rouge, kl = table_of(tables, "rougeL"), table_of(tables, "kl")
+    means = {
+        line.kind: [
+            100 * np.mean([row["rougeL"] for row in rows_of(path)])
+            for path in study
+            if path.name.startswith(f"t{line.kind[18]}")
+        ]
+        for line in rouge.lines
+    }
+    expected = dunnett(means.pop(rouge.baseline), means).comparisons
+    for line in rouge.lines[1:]:
+        assert line.on_these_rows == pytest.approx(expected[line.kind].interval) and line.p == expected[line.kind].p
+        low, high = line.on_these_rows
+        assert f"{low:+.1f} to {high:+.1f}" in markdown([rouge]) and f",{float(low)!r}," in as_csv([rouge])
+    assert all(line.on_these_rows is None for line in kl.lines), "there the verdict's own is one"
+
+
+def test_the_winner_with_each_seed_counts_seeds_that_all_kinds_have(study: list[Path]) -> None:
+    rouge = table_of(compare(study), "rougeL")
+    assert rouge.winners == dict.fromkeys((1, 2, 3), "temperature.value=2.0")
+    assert "Best with each seed: temperature.value=2.0 with 1, 2, 3." in markdown([rouge])
+    (study[0] / "metrics.json").unlink()
+    assert {*table_of(compare(study), "rougeL").winners} == {2, 3}
 
 
 def test_names_tell_kinds_apart() -> None:
