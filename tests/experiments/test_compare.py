@@ -222,8 +222,10 @@ def test_the_interval_on_these_rows_is_dunnetts_and_printed(study: list[Path]) -
     }
     expected = dunnett(means.pop(rouge.baseline), means).comparisons
     for line in rouge.lines[1:]:
-        assert line.on_these_rows == pytest.approx(expected[line.kind].interval) and line.p == expected[line.kind].p
+        assert line.on_these_rows is not None
         low, high = line.on_these_rows
+        assert (low, high) == pytest.approx(tuple(expected[line.kind].interval))
+        assert line.p == pytest.approx(expected[line.kind].p)
         assert f"{low:+.1f} to {high:+.1f}" in markdown([rouge]) and f",{float(low)!r}," in as_csv([rouge])
     assert all(line.on_these_rows is None for line in kl.lines), "there the verdict's own is one"
 

@@ -58,6 +58,7 @@ def plant_classifier(folder: Path, value: float, seed: int, effect: float = 0.0,
     """A run of the task MRPC whose accuracy is about 70 + ``effect``; without ``rows`` it has no predictions."""
     recipe = {
         "task": {"name": "glue", "subset": "mrpc"}, "student": {"model": "student"}, "teacher": {"model": "teacher"},
+        "data": {"train": "train.jsonl", "validation": "validation.jsonl"},
         "temperature": {"name": "constant", "value": value}, "training": {"seed": seed}, "output": {"dir": str(folder)},
     }  # fmt: skip
     full = Recipe.from_dict(recipe, deep=False).model_dump(mode="json")
