@@ -66,7 +66,7 @@ def read_kinds(paths: Iterable[Path]) -> list[Kind]:
         {key: value for key, value in members[0].settings.items() if any(is_under(key, (told,)) for told in telling)}
         for _, members in groups
     ]
-    names = names_of_kinds(shown)
+    names = names_of_kinds([*shown])
     return [_kind(name, members) for name, (_, members) in zip(names, groups, strict=True)]
 
 

@@ -185,7 +185,7 @@ def _runs_of(kind: Kind) -> tuple[str, list[str]]:
 
 def _protocols(kinds: Sequence[Kind]) -> list[tuple[str, Mapping[str, Any]]]:
     first = {run.protocol: run for kind in reversed(kinds) for run in kind.runs.values() if run.protocol}
-    found = []
+    found: list[tuple[str, Mapping[str, Any]]] = []
     for fingerprint, run in first.items():
         values = publishable(RunDirectory(run.path).read_metrics().get("protocol") or {})
         found.append((fingerprint, {key: value for key, value in values.items() if key != "fingerprint"}))

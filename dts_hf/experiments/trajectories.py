@@ -127,7 +127,8 @@ def band(curves: Sequence[Curve]) -> Band | None:
         return None
     if len(steps) > MOST_STEPS:
         steps = [steps[place] for place in np.linspace(0, len(steps) - 1, MOST_STEPS).astype(int)]
-    table = np.stack([np.interp(steps, *zip(*points, strict=True)) for points in whole])
+    places = [([step for step, _ in points], [value for _, value in points]) for points in whole]
+    table = np.stack([np.interp(steps, known, values) for known, values in places])
     mean, low, high = (Curve(steps, values.tolist()) for values in (table.mean(0), table.min(0), table.max(0)))
     return Band(mean, low, high, len(whole))
 
