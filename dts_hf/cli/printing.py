@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dts_hf.console import harmless_json, printable, show
+from dts_hf.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +52,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes, such as loss.kd_ratio=0.7.", autocompletion=complete_override),
 ]
+
+
+def whole_numbers(text: str | None, option: str) -> list[int]:
+    """``1,2,3`` as numbers; none where nothing is given.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"{option}: got {text!r}, expected whole numbers, for example 1,2,3") from None
 
 
 def is_main_process() -> bool:

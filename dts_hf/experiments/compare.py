@@ -7,57 +7,38 @@ kind with its mean, where its variation comes from, its difference from the base
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import UserError
 from dts_hf.experiments.families import MOST_UNEQUAL, Family, critical_value, detectable, dunnett, loadings_of
 from dts_hf.experiments.intervals import (
     Components,
     Difference,
+    Interval,
     Numbers,
     components,
     difference_of_means,
     paired_difference,
     unpaired_difference,
 )
-from dts_hf.experiments.runs import DENSE, MAY_LACK, OF_ANSWERS, OF_OWN_TEXT, Run, names_of_kinds, read_run
+from dts_hf.experiments.kinds import Kind, baseline_of, read_kinds
+from dts_hf.experiments.runs import MAY_LACK, OF_ANSWERS, OF_RUNS, OWN_TEXT, Run
 from dts_hf.experiments.verdicts import Verdict, digits_of, verdict
 
-#: The largest difference that would not matter, in the unit of the measure: points of ROUGE-L, a share, and of nats and
-#: tokens a share of the baseline's own.
-MARGINS = {"rougeL": 0.5, "top1_agreement": 0.01, "ece": 0.01, "distinct_1": 0.01, "distinct_2": 0.01}
+#: Measures in points of 100, and the largest difference of them that would not matter.
+IN_POINTS = ("rougeL", "accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
+POINTS = 0.5
+#: The same of others, as a share; of nats and tokens it is a share of the baseline's own.
+MARGINS = dict.fromkeys(("top1_agreement", "teacher_agreement", "ece", "distinct_1", "distinct_2"), 0.01)
 MARGIN_SHARE = 0.02
 TASK = re.compile(r"(task[0-9]+)[_-]")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Runs that differ in their seed alone.
-
-    Attributes:
-        name: what tells them from the others.
-        runs: that have scores, by seed.
-        failed: those that have none, with why.
-        absent: those that have others than a table is of: another protocol, or not this measure of this set.
-    """
-
-    name: str
-    runs: Mapping[int, Run]
-    failed: Sequence[Run]
-    absent: Sequence[Run] = ()
-
-    def those(self, keep: Callable[[Run], bool]) -> Kind:
-        """The same with the runs that ``keep`` says yes to; the others are absent."""
-        kept = {seed: run for seed, run in self.runs.items() if keep(run)}
-        absent = [run for seed, run in self.runs.items() if seed not in kept]
-        return Kind(self.name, kept, self.failed, [*self.absent, *absent])
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,7 @@ class Line:
         run_sd: of a run's score, between seeds; NaN of one.
         difference: from the baseline, over seeds and rows; None of the baseline, of one seed, and where rows are unknown.
         p: of Dunnett's test on these rows, adjusted; None where there is none.
+        on_these_rows: the interval that goes with ``p``: of other seeds, on these rows; None where there is none.
         verdict: with the interval of the difference; None of the baseline and of one seed.
         near_best: its mean is within the margin of the best mean; never where neither more nor less is better.
         wins: seeds with which it is the best of all kinds.
@@ -87,6 +69,7 @@ class Line:
     run_sd: float
     difference: float | None
     p: float | None
+    on_these_rows: Interval | None
     verdict: Verdict | None
     near_best: bool
     wins: int
@@ -99,7 +82,7 @@ class Table:
 
     Attributes:
         set: of rows; ``held out`` for losses of the data's text, ``own text`` for those of the student's.
-        measure: a key of ``OF_ANSWERS`` or ``DENSE``.
+        measure: a key of ``OF_ANSWERS`` or ``OF_RUNS``.
         label: of the measure, for people.
         protocol: fingerprint of how answers were made.
         margin: the largest difference that would not matter.
@@ -107,6 +90,7 @@ class Table:
         rows: how many there are; 0 where a run has one number.
         generations: of each run.
         lines: the baseline first, then by mean, the best first.
+        winners: by seed, of those that all kinds have, the kind that is best with it; seeds with a tie are left out.
         detectable: difference that would be seen in 4 of 5 studies of so many seeds; NaN where it cannot be said.
         notes: what a reader has to know.
     """
@@ -120,6 +104,7 @@ class Table:
     rows: int
     generations: int
     lines: Sequence[Line]
+    winners: Mapping[int, str]
     detectable: float
     notes: Sequence[str]
 
@@ -130,112 +115,125 @@ def compare(paths: Iterable[Path], baseline: str | None = None, margin: float | 
     Args:
         paths: run directories; at least two kinds of runs.
         baseline: a run directory, or words of the name of a kind; None: the kind of the first run.
-        margin: the largest difference of ROUGE-L that would not matter, in points of 100; None: 0.5.
+        margin: see ``compare_kinds``.
 
     Raises:
         UserError: a folder is no run or its files are damaged, twice the same seed of one kind, one kind alone, there is no
-            such baseline, or the margin is not above 0.
+            such baseline, nothing can be compared, or the margin is not above 0.
+    """
+    kinds = read_kinds(paths)
+    return compare_kinds(kinds, baseline_of(kinds, baseline), margin)
+
+
+def compare_kinds(kinds: Sequence[Kind], baseline: Kind, margin: float | None = None) -> list[Table]:
+    """The same of kinds that have been read.
+
+    Args:
+        kinds: two at least.
+        baseline: one of them.
+        margin: the largest difference of ROUGE-L, or of a classifier's scores, that would not matter, in points of 100;
+            None: 0.5.
+
+    Raises:
+        UserError: one kind alone, nothing can be compared, or the margin is not above 0.
     """
     if margin is not None and not (margin > 0 and math.isfinite(margin)):
         raise UserError(f"margin: got {margin}, expected a number of points above 0")
-    kinds = _kinds([read_run(path) for path in dict.fromkeys(paths)])
     if len(kinds) < 2:
         raise UserError("compare: all runs have the same recipe but for seeds; expected at least two kinds of runs")
-    base = _baseline(kinds, baseline)
-    ordered = [base, *(kind for kind in kinds if kind is not base)]
-    margins = MARGINS if margin is None else {**MARGINS, "rougeL": margin}
-    tables = []
+    ordered = [baseline, *(kind for kind in kinds if kind is not baseline)]
+    margins = {**MARGINS, **dict.fromkeys(IN_POINTS, margin or POINTS)}
+    tables: list[Table] = []
+    missing: list[str] = []
     for protocol in dict.fromkeys(run.protocol for kind in ordered for run in kind.runs.values()):
         chosen = [_of_protocol(kind, protocol) for kind in ordered]
-        if sum(bool(kind.runs) for kind in chosen) < 2 or not chosen[0].runs:
+        if not _enough(chosen):
             continue
-        tables += [table for table in _tables(chosen, protocol, margins) if table is not None]
+        found = list(_tables(chosen, protocol, margins))
+        # What cannot be compared is said under what can
+        missing = [said for said in found if isinstance(said, str)]
+        tables += [replace(one, notes=[*one.notes, *missing]) for one in found if isinstance(one, Table)]
     if not tables:
+        why = f": {'; '.join(missing)}" if missing else ""
         raise UserError(
-            "compare: no measure is there of the baseline and of another kind under the same protocol, so nothing can be "
-            "compared; score the runs alike (dts-hf evaluate). Read are ROUGE-L, length and variety of answers, held-out "
-            "losses and KL on the student's own text, none of which a classifier (task:) has"
+            "compare: no measure is there of the baseline and of another kind under the same protocol and of the same rows, "
+            f"so nothing can be compared{why}. Score the runs alike (dts-hf evaluate)"
         )
     return tables
 
 
-def _kinds(runs: Sequence[Run]) -> list[Kind]:
-    groups: list[tuple[Mapping[str, object], list[Run]]] = []
-    for run in runs:
-        for settings, members in groups:
-            if settings == run.settings:
-                members.append(run)
-                break
-        else:
-            groups.append((run.settings, [run]))
-    kinds = []
-    for name, (_, members) in zip(names_of_kinds([settings for settings, _ in groups]), groups, strict=True):
-        by_seed: dict[int, Run] = {}
-        for run in members:
-            if run.failed:
-                continue
-            if run.seed in by_seed:
-                raise UserError(
-                    f"{run.path}: has the recipe and the seed ({run.seed}) of {by_seed[run.seed].path}; expected each seed "
-                    "once, or the same run would count twice"
-                )
-            by_seed[run.seed] = run
-        kinds.append(Kind(name, by_seed, [run for run in members if run.failed]))
-    return kinds
-
-
-def _baseline(kinds: Sequence[Kind], wanted: str | None) -> Kind:
-    if wanted is None:
-        return kinds[0]
-    place = os.path.realpath(wanted.replace("\0", ""))
-    for kind in kinds:
-        paths = [os.path.realpath(run.path) for run in (*kind.runs.values(), *kind.failed)]
-        if kind.name == wanted or place in paths:
-            return kind
-    found = [kind for kind in kinds if wanted in kind.name]
-    if len(found) != 1:
-        names = [kind.name for kind in kinds]
-        which = "fits several kinds" if found else "is no kind of these runs"
-        raise UserError(
-            f"baseline: {wanted!r} {which}, expected one of {'; '.join(names)}, or a run directory.{nearest(wanted, names)}"
-        )
-    return found[0]
+def _enough(kinds: Sequence[Kind]) -> bool:
+    """Whether the baseline, which comes first, and another kind have runs."""
+    return bool(kinds[0].runs) and sum(bool(kind.runs) for kind in kinds) > 1
 
 
 def _of_protocol(kind: Kind, protocol: str) -> Kind:
-    return kind.those(lambda run: run.protocol == protocol)
+    return kind.those(lambda run: "" if run.protocol == protocol else "scored under another protocol")
 
 
-def _tables(kinds: Sequence[Kind], protocol: str, margins: Mapping[str, float]) -> Iterable[Table | None]:
+def _tables(kinds: Sequence[Kind], protocol: str, margins: Mapping[str, float]) -> Iterator[Table | str]:
+    """The tables of one protocol; a sentence for each that nothing remains of."""
     runs = kinds[0].runs.values()
     of_rows = [(name, measure) for run in runs for name, measures in run.answers.items() for measure in measures]
     for set_name, measure in dict.fromkeys(of_rows):
-        yield _table_of_rows(kinds, set_name, measure, protocol, margins.get(measure))
-    for measure in dict.fromkeys(measure for run in runs for measure in run.dense):
-        yield _table_of_numbers(kinds, measure, protocol, margins.get(measure))
+        scored = [kind.those(lambda run: _lacks(measure, set_name, run.answers)) for kind in kinds]  # noqa: B023
+        if _enough(scored):
+            yield _table_of_rows(scored, set_name, measure, protocol, margins.get(measure))
+    of_runs = [(name, measure) for run in runs for name, numbers in run.numbers.items() for measure in numbers]
+    for set_name, measure in dict.fromkeys(of_runs):
+        scored = [kind.those(lambda run: _lacks(measure, set_name, run.numbers)) for kind in kinds]  # noqa: B023
+        if set_name == OWN_TEXT and _enough(scored):
+            asked = next(iter(scored[0].runs.values())).own_text
+            scored = [kind.those(lambda run: _asked_in_another_way(run, asked)) for kind in scored]  # noqa: B023
+        if _enough(scored):
+            yield _table_of_numbers(scored, set_name, measure, protocol, margins.get(measure))
+
+
+def _lacks(measure: str, set_name: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
+    return "" if measure in scores.get(set_name, {}) else "not scored for this measure"
+
+
+def _asked_in_another_way(run: Run, asked: str) -> str:
+    return "" if run.own_text == asked else "asked for its own text in another way"
+
+
+def _in_all(answered: Sequence[Set[tuple[str, int]]]) -> tuple[Set[tuple[str, int]], int]:
+    """The answers to rows that have all their answers in every run, and how many rows are left out."""
+    generations = {seed for of_run in answered for _, seed in of_run}
+    counts = Counter(row for row, _ in set.intersection(*map(set, answered)))
+    whole = {row for row, count in counts.items() if count == len(generations)}
+    left_out = len({row for of_run in answered for row, _ in of_run}) - len(whole)
+    return {(row, seed) for row in whole for seed in generations}, left_out
 
 
 def _table_of_rows(
     kinds: Sequence[Kind], set_name: str, measure: str, protocol: str, margin: float | None
-) -> Table | None:
-    """A measure of rows: every row has it, or (``MAY_LACK``) those that have it in all runs are compared."""
+) -> Table | str:
+    """A measure that every row has; a sentence where the other kinds have answered other rows than the baseline.
+
+    Of one that an answer may lack (``MAY_LACK``) the rows are compared that have it in all runs.
+    """
     label, higher = OF_ANSWERS[measure]
-    scored = [kind.those(lambda run: measure in run.answers.get(set_name, {})) for kind in kinds]
-    if not scored[0].runs or sum(bool(kind.runs) for kind in scored) < 2:
-        return None
-    keys = [set(run.answers[set_name][measure]) for kind in scored for run in kind.runs.values()]
-    common = sorted(set.intersection(*keys))
-    if measure not in MAY_LACK and any(len(of_run) != len(common) for of_run in keys):
-        raise UserError(
-            f"compare: the runs have answered other rows of {set_name} or with other seeds ({len(common):,} of "
-            f"{max(len(of_run) for of_run in keys):,} answers are common to all); expected the same rows"
-        )
-    generations = sorted({seed for of_run in keys for _, seed in of_run})
-    counts = Counter(row for row, _ in common)
-    rows = sorted(row for row, count in counts.items() if count == len(generations))
-    left_out = len({row for of_run in keys for row, _ in of_run}) - len(rows)
-    if not rows:
-        return None
+
+    def answered(run: Run) -> set[tuple[str, int]]:
+        return {*run.answers[set_name][measure]}
+
+    # Those that most runs of the baseline have: one run without its last rows does not take them from all others
+    counted = Counter(frozenset(answered(run)) for run in kinds[0].runs.values())
+    wanted: Set[tuple[str, int]] = max(counted, key=lambda keys: (counted[keys], len(keys)))
+    left_out = 0
+    if measure in MAY_LACK:
+        wanted, left_out = _in_all([answered(run) for kind in kinds for run in kind.runs.values()])
+        if not wanted:
+            return f"{label} of {set_name} is not compared: no row has it in all runs"
+    scored = [kind.those(lambda run: rows_lacking(wanted, answered(run))) for kind in kinds]
+    if not _enough(scored):
+        of_others = [f"{run.path.name} {why}" for kind in scored for run, why in kind.absent if "lacks" in why]
+        return f"{label} of {set_name} is not compared: {'; '.join(of_others)}; expected answers to the same rows"
+    runs = [run for kind in scored for run in kind.runs.values()]
+    more = [run.path.name for run in runs if len(answered(run)) > len(wanted) and measure not in MAY_LACK]
+    rows = sorted({row for row, _ in wanted})
+    generations = sorted({seed for _, seed in wanted})
     scores = {kind.name: _scores(kind, set_name, measure, rows, generations) for kind in scored}
     means = {name: table.mean((1, 2)) for name, table in scores.items() if len(table)}
     spreads = {name: components(table) for name, table in scores.items() if len(table)}
@@ -244,11 +242,25 @@ def _table_of_rows(
     lines, notes, seen = _lines(scored, means, spreads, scores, margin, higher, tasks)
     if left_out:
         notes.append(f"{left_out} rows are left out: in some run the answer is too short to have this measure")
+    if more:
+        notes.append(f"compared are the answers that the baseline has; others have more ({_some(more)})")
     if tasks is not None:
         notes.append(f"rows of a task vary together: intervals are over {max(tasks) + 1} tasks")
     return Table(
-        set_name, measure, label, protocol, margin, kinds[0].name, len(rows), len(generations), lines, seen, notes
-    )
+        set_name, measure, label, protocol, margin, kinds[0].name, len(rows), len(generations), lines,
+        winners(scored, means, higher), seen, notes,
+    )  # fmt: skip
+
+
+def rows_lacking(wanted: Set[tuple[str, int]], answered: Set[tuple[str, int]]) -> str:
+    """Which of the rows (and generation seeds) that are compared a run has no answers to, as the end of a sentence."""
+    lacking = sorted({row for row, _ in wanted - answered})
+    rows = len({row for row, _ in wanted})
+    return f"lacks answers to {len(lacking):,} of {rows:,} rows ({_some(lacking)})" if lacking else ""
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _scores(kind: Kind, set_name: str, measure: str, rows: Sequence[str], generations: Sequence[int]) -> Numbers:
@@ -258,21 +270,20 @@ def _scores(kind: Kind, set_name: str, measure: str, rows: Sequence[str], genera
     return np.asarray(values, dtype=np.float64).reshape(len(tables), len(generations), len(rows))
 
 
-def _table_of_numbers(kinds: Sequence[Kind], measure: str, protocol: str, margin: float | None) -> Table | None:
+def _table_of_numbers(
+    kinds: Sequence[Kind], set_name: str, measure: str, protocol: str, margin: float | None
+) -> Table:
     """A measure of which a run has one number; its rows are what they are."""
-    label, higher = DENSE[measure]
-    asked = next((run.own_text for run in kinds[0].runs.values() if measure in run.dense), "")
-    same = [kind.those(lambda run: measure not in OF_OWN_TEXT or run.own_text == asked) for kind in kinds]
-    scored = [kind.those(lambda run: measure in run.dense) for kind in same]
-    if not scored[0].runs or sum(bool(kind.runs) for kind in scored) < 2:
-        return None
+    label, higher = OF_RUNS[measure]
     means = {
-        kind.name: np.asarray([kind.runs[s].dense[measure] for s in sorted(kind.runs)]) for kind in scored if kind.runs
+        kind.name: np.asarray([kind.runs[seed].numbers[set_name][measure] for seed in sorted(kind.runs)])
+        for kind in kinds
+        if kind.runs
     }
     margin = margin or _share_of(means[kinds[0].name])
-    lines, notes, seen = _lines(scored, means, {}, {}, margin, higher)
-    where = "own text" if measure in OF_OWN_TEXT else "held out"
-    return Table(where, measure, label, protocol, margin, kinds[0].name, 0, 1, lines, seen, notes)
+    lines, notes, seen = _lines(kinds, means, {}, {}, margin, higher)
+    won = winners(kinds, means, higher)
+    return Table(set_name, measure, label, protocol, margin, kinds[0].name, 0, 1, lines, won, seen, notes)
 
 
 def _share_of(of_baseline: Numbers) -> float:
@@ -295,15 +306,17 @@ def _lines(
     others = [kind for kind in kinds[1:] if kind.runs]
     sign = 1 if higher else -1
     best = max(float(values.mean()) * sign for values in means.values())
-    wins = _wins(kinds, means, higher)
+    wins = Counter(winners(kinds, means, higher).values())
     lines = []
     for kind in kinds:
         values = means.get(kind.name, np.asarray([]))
         mean = float(values.mean()) if len(values) else math.nan
-        difference = p = said = None
+        difference = p = said = rows = None
         if kind is not base and len(values):
             difference = mean - float(means[base.name].mean())
-            p = family.comparisons[kind.name].p if family else None
+            if family is not None:
+                rows, p = family.comparisons[kind.name]
+                rows = rows if scores else None  # else the interval of the verdict is one already
             found = _difference(base, kind, scores, means, tasks)
             if found is not None and family is not None:
                 critical = _critical(base, others, found)
@@ -314,8 +327,8 @@ def _lines(
         lines.append(
             Line(
                 kind.name, len(values), len(kind.failed), mean, spreads.get(kind.name),
-                float(values.std(ddof=1)) if len(values) > 1 else math.nan, difference, p, said,
-                bool(len(values)) and higher is not None and best - mean * sign <= margin, wins.get(kind.name, 0),
+                float(values.std(ddof=1)) if len(values) > 1 else math.nan, difference, p, rows, said,
+                bool(len(values)) and higher is not None and best - mean * sign <= margin, wins[kind.name],
                 float(np.mean([run.seconds for run in kind.runs.values()])) if kind.runs else math.nan,
             )
         )  # fmt: skip
@@ -379,19 +392,25 @@ def _critical(base: Kind, others: Sequence[Kind], difference: Difference) -> flo
     return critical_value(loadings, round(difference.df, 1))
 
 
-def _wins(kinds: Sequence[Kind], means: Mapping[str, Numbers], higher: bool | None) -> dict[str, int]:
-    """With how many of the seeds that all kinds have each one is the best; none where neither more nor less is better."""
+def winners(kinds: Sequence[Kind], means: Mapping[str, Numbers], higher: bool | None) -> dict[int, str]:
+    """By seed, of those that all kinds have, the kind that is best with it; without seeds of which several are.
+
+    Args:
+        kinds: those without runs do not count.
+        means: of each run, by the name of the kind, in the order of its seeds.
+        higher: more is better; None: neither more nor less is, and nothing is best.
+    """
     if higher is None:
         return {}
-    common = set.intersection(*(set(kind.runs) for kind in kinds if kind.runs))
-    won: dict[str, int] = {}
-    for seed in common:
-        of_seed = {kind.name: float(means[kind.name][sorted(kind.runs).index(seed)]) for kind in kinds if kind.runs}
+    there = [kind for kind in kinds if kind.runs]
+    found: dict[int, str] = {}
+    for seed in sorted(set.intersection(*(set(kind.runs) for kind in there))):
+        of_seed = {kind.name: float(means[kind.name][sorted(kind.runs).index(seed)]) for kind in there}
         best = (max if higher else min)(of_seed.values())
-        winners = [name for name, value in of_seed.items() if value == best]
-        if len(winners) == 1:
-            won[winners[0]] = won.get(winners[0], 0) + 1
-    return won
+        first, *others = [name for name, value in of_seed.items() if value == best]
+        if not others:
+            found[seed] = first
+    return found
 
 
 def _notes(kinds: Sequence[Kind], family: Family | None, means: Mapping[str, Numbers]) -> list[str]:
@@ -403,7 +422,7 @@ def _notes(kinds: Sequence[Kind], family: Family | None, means: Mapping[str, Num
     ]
     notes += [
         f"{kind.name}: {len(kind.absent)} of {len(kind.absent) + len(kind.runs)} runs with scores are not in this table "
-        f"({', '.join(run.path.name for run in kind.absent)}): scored under another protocol, or not for this measure"
+        f"({'; '.join(f'{run.path.name}: {why}' for run, why in kind.absent)})"
         for kind in kinds
         if kind.absent
     ]
@@ -412,7 +431,10 @@ def _notes(kinds: Sequence[Kind], family: Family | None, means: Mapping[str, Num
     if any(len(values) < 2 for values in means.values()):
         notes.append("a kind with one seed has no interval: one training seed says nothing about another")
     if family is not None and family.unequal > MOST_UNEQUAL:
-        notes.append(
-            f"the spread between seeds differs {family.unequal:.1f} times between kinds, so pooling it is doubtful"
+        how = (
+            "is nothing for one kind"
+            if math.isinf(family.unequal)
+            else f"differs {family.unequal:.1f} times between kinds"
         )
+        notes.append(f"the spread between seeds {how}, so pooling it is doubtful")
     return notes

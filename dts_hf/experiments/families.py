@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,21 +28,16 @@ ALPHA, POWER = 0.05, 0.8
 MOST_SEEDS = 10_000
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """One kind of runs beside the baseline.
 
     Attributes:
-        difference: of the means.
-        interval: simultaneous with those of the other kinds.
+        interval: of the difference, simultaneous with those of the other kinds.
         p: adjusted for all comparisons of the family.
-        seeds: of the kind.
     """
 
-    difference: float
     interval: Interval
     p: float
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -50,15 +46,11 @@ class Family:
 
     Attributes:
         sd: of a run, pooled over baseline and kinds.
-        df: its degrees of freedom.
-        critical: how many standard errors a difference needs.
         unequal: the largest standard deviation of a kind over the smallest; above ``MOST_UNEQUAL`` pooling is doubtful.
         comparisons: by name.
     """
 
     sd: float
-    df: int
-    critical: float
     unequal: float
     comparisons: dict[str, Comparison]
 
@@ -88,20 +80,10 @@ def dunnett(baseline: Sequence[float], kinds: Mapping[str, Sequence[float]], alp
         error = sd * math.sqrt(1 / len(group) + 1 / len(groups[0]))
         p = float(difference == 0) if not error else 1 - _all_below(abs(difference) / error, loadings, df)
         reach = critical * error
-        found[name] = Comparison(difference, Interval(difference - reach, difference + reach), p, len(group))
+        found[name] = Comparison(Interval(difference - reach, difference + reach), p)
     smallest = min(variances)
     unequal = math.sqrt(max(variances) / smallest) if smallest else math.inf if max(variances) else 1.0
-    return Family(sd, df, critical, unequal, found)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Adjusted p-values (Holm 1979), in the order of ``values``: for families without a common baseline."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    adjusted, highest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = highest
-    return adjusted
+    return Family(sd, unequal, found)
 
 
 def critical_value(loadings: tuple[float, ...], df: float, alpha: float = ALPHA) -> float:
@@ -164,17 +146,6 @@ def detectable(kinds: int, seeds: int, baseline_seeds: int | None = None, chance
         middle = (low + high) / 2
         low, high = (middle, high) if power(middle, kinds, seeds, baseline_seeds) < chance else (low, middle)
     return high
-
-
-def seeds_to_see(effect: float, kinds: int = 1, chance: float = POWER) -> int:
-    """Seeds of each kind and of the baseline with which a difference of ``effect`` is seen with ``chance``.
-
-    Args:
-        effect: in standard deviations of a run.
-        kinds: see ``power``.
-        chance: a probability.
-    """
-    return _smallest(lambda seeds: power(effect, kinds, seeds), chance)
 
 
 def seeds_to_equate(margin: float, chance: float = POWER, alpha: float = ALPHA) -> int:

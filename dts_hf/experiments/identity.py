@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,10 +98,14 @@ def _evaluation_decides(values: Mapping[str, Any]) -> bool:
     return best or adaptive or plateau
 
 
-def contents(recipe: Recipe) -> dict[str, Any]:
+def contents(recipe: Recipe, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Any]:
     """What stands in the place of paths, by key: digests of the rows, weights, caches and logs that lie here.
 
     A name of the Hub stays what it is.
+
+    Args:
+        recipe: names them.
+        wanted: says of a key whether its files are read.
     """
     data = recipe.data
     found: dict[str, Any] = {}
@@ -109,9 +113,10 @@ def contents(recipe: Recipe) -> dict[str, Any]:
         ("data.train", data.train, data.train_split),
         ("data.validation", data.validation, data.validation_split),
     ):
-        if isinstance(sources, (str, list, Source)):
+        if isinstance(sources, (str, list, Source)) and wanted(key):
             found[key] = [_of_source(one, split) for one in (sources if isinstance(sources, list) else [sources])]
-    found["evaluation.sets"] = [_of_place(name) for name in recipe.evaluation.sets]
+    if wanted("evaluation.sets"):
+        found["evaluation.sets"] = [_of_place(name) for name in recipe.evaluation.sets]
     init = recipe.student.init
     places = {"student.model": recipe.student.model, "student.init.from": init.from_ if init is not None else None}
     for key, section in recipe.all_teachers.items():
@@ -119,8 +124,8 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     # A policy's name is no path, whatever folder of that name lies here
     of_policy = leaves({"temperature": recipe.temperature.model_dump()}).items()
     places |= {key: value for key, value in of_policy if isinstance(value, str) and key.endswith(_RUNS_OF_POLICY)}
-    found |= {key: _of_place(place) for key, place in places.items() if place and os.path.exists(place)}
-    return found
+    here = {key: place for key, place in places.items() if place and os.path.exists(place) and wanted(key)}
+    return found | {key: _of_place(place) for key, place in here.items()}
 
 
 def _of_source(source: str | Source, split: str) -> Any:

@@ -44,8 +44,6 @@ class Difference:
         mean: of the kind, less that of the baseline.
         se: standard error of ``mean``, over seeds and rows that might have been others.
         df: degrees of freedom of ``se``, by Satterthwaite.
-        se_of_seeds: the same where the rows are what they are.
-        df_of_seeds: of that.
         seeds: training seeds of the baseline and of the kind.
         examples: rows, or clusters of them.
     """
@@ -53,18 +51,12 @@ class Difference:
     mean: float
     se: float
     df: float
-    se_of_seeds: float
-    df_of_seeds: float
     seeds: tuple[int, int]
     examples: int
 
     def interval(self, level: float = 0.95) -> Interval:
         """Where the difference lies over all seeds and rows that there might be; ``level`` is a probability."""
         return _around(self.mean, self.se, _quantile(level, self.df))
-
-    def on_these_rows(self, level: float = 0.95) -> Interval:
-        """Where it lies over all seeds, on these rows; ``level`` is a probability."""
-        return _around(self.mean, self.se_of_seeds, _quantile(level, self.df_of_seeds))
 
     def within(self, critical: float) -> Interval:
         """The interval of ``critical`` standard errors, for a family of comparisons (``families.critical_value``)."""
@@ -111,7 +103,7 @@ def paired_difference(baseline: ArrayLike, kind: ArrayLike, weights: Sequence[fl
         [(squares.seeds / scale, seeds - 1)], (squares.examples / scale, examples - 1),
         [(squares.rest / scale, (seeds - 1) * (examples - 1))],
     )  # fmt: skip
-    return Difference(float(d.mean()), se, df, math.sqrt(squares.seeds / scale), seeds - 1, (seeds, seeds), examples)
+    return Difference(float(d.mean()), se, df, (seeds, seeds), examples)
 
 
 def unpaired_difference(baseline: ArrayLike, kind: ArrayLike, weights: Sequence[float] | None = None) -> Difference:
@@ -135,11 +127,7 @@ def unpaired_difference(baseline: ArrayLike, kind: ArrayLike, weights: Sequence[
     rest = [(squares.rest / (seeds * examples), (seeds - 1) * (examples - 1)) for squares, seeds in parts]
     columns = second.mean(0) - first.mean(0)
     se, df = _combined(of_seeds, (float(columns.var(ddof=1)) / examples, examples - 1), rest)
-    alone = sum(variance for variance, _ in of_seeds)
-    return Difference(
-        float(columns.mean()), se, df, math.sqrt(alone), _satterthwaite(alone, of_seeds),
-        (len(first), len(second)), examples,
-    )  # fmt: skip
+    return Difference(float(columns.mean()), se, df, (len(first), len(second)), examples)
 
 
 def difference_of_means(baseline: ArrayLike, kind: ArrayLike, *, paired: bool) -> Difference:
@@ -156,7 +144,7 @@ def difference_of_means(baseline: ArrayLike, kind: ArrayLike, *, paired: bool) -
     variance = sum(part for part, _ in parts)
     se, df = math.sqrt(variance), _satterthwaite(variance, parts)
     mean = float(second.mean() - first.mean())
-    return Difference(mean, se, df, se, df, (len(first), len(second)), 0)
+    return Difference(mean, se, df, (len(first), len(second)), 0)
 
 
 def components(scores: ArrayLike) -> Components:

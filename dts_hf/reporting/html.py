@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dts_hf.recipe.yaml_files import dump_values
 from dts_hf.reporting.canvas import DARK, LIGHT
@@ -27,6 +27,9 @@ from dts_hf.reporting.tables import MEASURES, format_counts, score_lines
 from dts_hf.runs.directory import RunDirectory
 
 SAMPLES = 12
+
+
+FirstAnswers: TypeAlias = dict[tuple[str, str], Mapping[str, Any]]
 
 
 class Answer(NamedTuple):
@@ -76,7 +79,7 @@ def render_html(run: RunDirectory) -> str:
         teacher_is_reference=teacher_is_reference(facts),
         figures=[
             # Drawn twice, because an image in a page cannot ask for the reader's colour scheme
-            (light, _data_uri(light.png()) if light.figure else "", _data_uri(dark.png()) if dark.figure else "")
+            (light, data_uri(light.png()) if light.figure else "", data_uri(dark.png()) if dark.figure else "")
             for light, dark in zip(draw(facts, LIGHT), draw(facts, DARK), strict=True)
         ],
         samples=samples,
@@ -96,19 +99,40 @@ def choose_samples(facts: Facts, count: int = SAMPLES) -> tuple[list[Sample], in
     """
     if facts.task:  # a class has nothing to be read side by side
         return [], 0
-    by_model = {model: _first_answers(facts.predictions.get(model) or []) for model in MODELS}
+    by_label = {MODEL_LABELS[model]: first_answers(facts.predictions.get(model) or []) for model in MODELS}
     # The student after training where it has answers, else whoever comes before: sorted by what the page is about
-    lead = next((by_model[model] for model in reversed(MODELS) if by_model[model]), {})
-    order = sorted(lead, key=lambda key: (-(number(lead[key].get("rougeL")) or 0.0), key))
+    lead = next((label for label in reversed(by_label) if by_label[label]), "")
+    return side_by_side(by_label, lead, count), len(by_label.get(lead, ()))
+
+
+def first_answers(rows: Sequence[Mapping[str, Any]]) -> FirstAnswers:
+    """The first answer to each row of predictions, by set and id: its seed stands for all."""
+    first: FirstAnswers = {}
+    for row in rows:
+        # Seeds in the order in which they were answered
+        first.setdefault((str(row.get("set", "")), str(row.get("id", ""))), row)
+    return first
+
+
+def side_by_side(by_label: Mapping[str, FirstAnswers], lead: str, count: int) -> list[Sample]:
+    """So many prompts, spread evenly over the scores of ``lead``, and the answers of each that has one.
+
+    Args:
+        by_label: answers by what they are called.
+        lead: one of them, or a name that has none.
+        count: of prompts at most, two at least.
+    """
+    of_lead = by_label.get(lead, {})
+    order = sorted(of_lead, key=lambda key: (-(number(of_lead[key].get("rougeL")) or 0.0), key))
     spread = [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)] if len(order) > count else order
     samples = []
     for key in spread:
-        row = lead[key]
-        answers = [_answer(MODEL_LABELS[model], by_model[model][key]) for model in MODELS if key in by_model[model]]
+        row = of_lead[key]
+        answers = [_answer(label, by_label[label][key]) for label in by_label if key in by_label[label]]
         prompt, instruction, given = (str(row.get(name) or "") for name in ("prompt", "instruction", "input"))
         references = [str(reference) for reference in row.get("references") or []]
         samples.append(Sample(key[1], prompt, instruction, given, references, answers))
-    return samples, len(order)
+    return samples
 
 
 def headlines(facts: Facts) -> list[Headline]:
@@ -146,15 +170,12 @@ def headlines(facts: Facts) -> list[Headline]:
     return found
 
 
+def data_uri(png: bytes) -> str:
+    """A picture as an address: one file that can be mailed, and that fetches nothing where it is opened."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
 # -------------------------------------------------------------------------------------------------------- helpers
-
-
-def _first_answers(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    first: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in rows:
-        # Seeds in the order in which they were answered: the first one stands for all
-        first.setdefault((str(row.get("set", "")), str(row.get("id", ""))), row)
-    return first
 
 
 def _answer(label: str, row: Mapping[str, Any]) -> Answer:
@@ -177,8 +198,3 @@ def _format_interval(facts: Facts) -> str:
         if halves:
             parts.append(", ".join(f"{label} ± {half:.1f}" for label, half in halves) + f" ({set_name})")
     return "; ".join(parts)
-
-
-# One file that can be mailed: pictures beside it would be lost, and fetched ones would tell where it is opened
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

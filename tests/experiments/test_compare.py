@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import io
 import json
@@ -18,51 +17,10 @@ from typer.testing import CliRunner
 from dts_hf.cli.app import app
 from dts_hf.errors import UserError
 from dts_hf.experiments.compare import Table, compare, of_tasks, task_numbers
+from dts_hf.experiments.families import dunnett
 from dts_hf.experiments.runs import names_of_kinds, read_run
 from dts_hf.experiments.tables import as_csv, markdown
-from dts_hf.recipe.schema import Recipe
-from tests.support.made_run import RECIPE, make_run
-
-ROWS = 60
-
-
-def plant(
-    folder: Path,
-    value: float,
-    seed: int,
-    effect: float = 0.0,
-    *,
-    kl: float = 0.6,
-    ids: tuple[str, ...] = (),
-    protocol: str = "0f3ac1d2e4b59687",
-    ended: bool = True,
-    generations: int = 2,
-    **training: Any,
-) -> Path:
-    """A run with ``temperature.value`` whose ROUGE-L is about 40 + ``effect``; rows are as hard in every run."""
-    recipe = copy.deepcopy(RECIPE)
-    recipe["temperature"] = {"name": "constant", "value": value}
-    recipe["training"] = {**recipe["training"], "seed": seed, **training}
-    recipe["output"] = {"dir": str(folder)}
-    full = Recipe.from_dict(recipe).model_dump(mode="json")
-    hard = np.random.default_rng(0).normal(0, 15, ROWS)
-    random = np.random.default_rng([seed, round(100 * value)])
-    run_effect = random.normal(0, 0.2)
-    rows = [
-        {
-            "id": ids[row] if ids else f"q-{row:03}", "set": "validation", "seed": generation, "prediction": "x",
-            "references": ["x"], "prompt": "p", "instruction": "i", "input": "", "tokens": 3, "finished": True,
-            "rougeL": (40 + effect + run_effect + hard[row] + random.normal(0, 1)) / 100,
-        }
-        for generation in range(10, 10 + generations)
-        for row in range(ROWS)
-    ]  # fmt: skip
-    run = make_run(folder, recipe=full, predictions={"student": rows})
-    metrics = run.read_metrics()
-    metrics["protocol"]["fingerprint"] = protocol
-    metrics["models"]["student"]["teacher_forced"]["kl"] = kl + random.normal(0, 0.001)
-    run.metrics_path.write_text(json.dumps(metrics)) if ended else run.metrics_path.unlink()
-    return folder
+from tests.support.planted_runs import ROWS, plant, plant_classifier
 
 
 @pytest.fixture
@@ -162,10 +120,48 @@ def test_the_same_run_does_not_count_twice(study, tmp_path: Path) -> None:
     assert compare([*study, study[0]]) == compare(study)
 
 
-def test_other_rows_are_refused(study, tmp_path: Path) -> None:
+def drop_answers(run: Path, *ids: str) -> None:
+    path = run / "predictions" / "student.jsonl"
+    rows = [line for line in path.read_text().splitlines() if json.loads(line)["id"] not in ids]
+    path.write_text("".join(f"{row}\n" for row in rows))
+
+
+def test_a_run_that_lacks_rows_is_absent_by_name_and_the_others_keep_theirs(study: list[Path], tmp_path: Path) -> None:
+    whole = {line.kind: line for line in table_of(compare(study), "rougeL").lines}
+    drop_answers(study[4], "q-007", "q-030")
+    drop_answers(study[0], "q-059")
     other = plant(tmp_path / "rows", 8.0, 1, ids=tuple(f"z-{row}" for row in range(ROWS)))
-    with pytest.raises(UserError, match="expected the same rows"):
-        compare([*study, other])
+    tables = compare([*study, other])
+    rouge = table_of(tables, "rougeL")
+    assert rouge.rows == ROWS and {line.kind[-3:]: line.seeds for line in rouge.lines} == {
+        "1.0": 2, "2.0": 2, "4.0": 3, "8.0": 0,
+    }  # fmt: skip
+    assert any("t2-s2: lacks answers to 2 of 60 rows (q-007, q-030)" in note for note in rouge.notes)
+    assert any("t1-s1: lacks answers to 1 of 60 rows (q-059)" in note for note in rouge.notes)
+    assert any("rows: lacks answers to 60 of 60 rows (q-000, q-001, q-002, ...)" in note for note in rouge.notes)
+    untouched = next(line for line in rouge.lines if line.kind.endswith("4.0"))
+    assert untouched.mean == whole["temperature.value=4.0"].mean, "the same rows as before"
+    assert next(line for line in table_of(tables, "kl").lines if line.kind.endswith("8.0")).seeds == 1
+
+
+def test_where_no_rows_are_common_the_other_measures_remain_and_say_so(tmp_path: Path) -> None:
+    others = tuple(f"z-{row}" for row in range(ROWS))
+    runs = [plant(tmp_path / "a", 1.0, 1), plant(tmp_path / "b", 2.0, 1, ids=others)]
+    tables = compare(runs)
+    assert {table.measure for table in tables} == {"kl", "ce", "top1_agreement"}
+    said = "ROUGE-L of validation is not compared: b lacks answers to 60 of 60 rows"
+    assert all(any(said in note for note in table.notes) for table in tables)
+    for run in runs:
+        change_metrics(run, lambda values: values["models"]["student"].pop("teacher_forced"))
+    with pytest.raises(UserError, match=f"nothing can be compared: {said}"):
+        compare(runs)
+
+
+def test_answers_that_others_have_besides_are_left_out(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / "a", 1.0, 1, generations=1), plant(tmp_path / "b", 2.0, 1, generations=3)]
+    rouge = table_of(compare(runs), "rougeL")
+    assert (rouge.rows, rouge.generations) == (ROWS, 1) and rouge.lines[1].seeds == 1
+    assert any("others have more (b)" in note for note in rouge.notes)
 
 
 def test_rows_of_a_task_vary_together(tmp_path: Path) -> None:
@@ -176,6 +172,70 @@ def test_rows_of_a_task_vary_together(tmp_path: Path) -> None:
     assert of_tasks(scores, [0, 0, 0, 1, 1, 2]).tolist() == [[1.0, 3.5, 5.0], [7.0, 9.5, 11.0]]
     runs = [plant(tmp_path / f"{v}-{s}", v, s, ids=ids) for v in (1.0, 2.0) for s in (1, 2)]
     assert any("over 10 tasks" in note for note in table_of(compare(runs), "rougeL").notes)
+
+
+def test_classifiers_are_compared_by_rows_that_are_right_or_wrong(tmp_path: Path) -> None:
+    runs = [
+        plant_classifier(tmp_path / f"t{value}-s{seed}", value, seed, effect)
+        for value, effect in ((1.0, 0.0), (2.0, 12.0)) for seed in (1, 2, 3)
+    ]  # fmt: skip
+    tables = compare(runs)
+    accuracy = table_of(tables, "accuracy")
+    assert accuracy.rows == 200 and accuracy.margin == 0.5 and accuracy.set == "validation"
+    line = accuracy.lines[1]
+    by_hand = [np.mean([row["label"] == row["predicted"] for row in rows_of(run)]) for run in runs[3:]]
+    assert line.mean == pytest.approx(100 * np.mean(by_hand), abs=1e-9)
+    assert line.verdict is not None and line.verdict.word == "better" and line.spread is not None
+    assert {table.measure: (table.rows, table.set) for table in tables if table is not accuracy} == dict.fromkeys(
+        ("f1", "teacher_kl", "label_ce"), (0, "validation")
+    )
+    f1 = table_of(tables, "f1")
+    assert [line.mean for line in f1.lines] == pytest.approx([80, 92]) and f1.margin == 0.5
+    assert table_of(compare(runs, margin=2.0), "f1").margin == 2.0
+
+
+def test_classifiers_without_predictions_have_one_number_a_run(tmp_path: Path) -> None:
+    runs = [plant_classifier(tmp_path / f"t{v}-s{s}", v, s, v, rows=False) for v in (1.0, 2.0) for s in (1, 2)]
+    accuracy = table_of(compare(runs), "accuracy")
+    assert accuracy.rows == 0 and 60 < accuracy.lines[0].mean < 80 and accuracy.lines[1].seeds == 2
+
+
+def test_what_a_regression_says_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    runs = [plant_classifier(tmp_path / f"t{v}", v, 1) for v in (1.0, 2.0)]
+    for run in runs:
+        path = run / "predictions" / "student.jsonl"
+        rows = [{**row, "label": 2.5, "predicted": 2.5} for row in rows_of(run)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert all(not read_run(run).answers for run in runs)
+
+
+def test_the_interval_on_these_rows_is_dunnetts_and_printed(study: list[Path]) -> None:
+    tables = compare(study)
+    rouge, kl = table_of(tables, "rougeL"), table_of(tables, "kl")
+    means = {
+        line.kind: [
+            100 * np.mean([row["rougeL"] for row in rows_of(path)])
+            for path in study
+            if path.name.startswith(f"t{line.kind[18]}")
+        ]
+        for line in rouge.lines
+    }
+    expected = dunnett(means.pop(rouge.baseline), means).comparisons
+    for line in rouge.lines[1:]:
+        assert line.on_these_rows is not None
+        low, high = line.on_these_rows
+        assert (low, high) == pytest.approx(tuple(expected[line.kind].interval))
+        assert line.p == pytest.approx(expected[line.kind].p)
+        assert f"{low:+.1f} to {high:+.1f}" in markdown([rouge]) and f",{float(low)!r}," in as_csv([rouge])
+    assert all(line.on_these_rows is None for line in kl.lines), "there the verdict's own is one"
+
+
+def test_the_winner_with_each_seed_counts_seeds_that_all_kinds_have(study: list[Path]) -> None:
+    rouge = table_of(compare(study), "rougeL")
+    assert rouge.winners == dict.fromkeys((1, 2, 3), "temperature.value=2.0")
+    assert "Best with each seed: temperature.value=2.0 with 1, 2, 3." in markdown([rouge])
+    (study[0] / "metrics.json").unlink()
+    assert {*table_of(compare(study), "rougeL").winners} == {2, 3}
 
 
 def test_names_tell_kinds_apart() -> None:
@@ -265,8 +325,8 @@ def test_runs_that_are_in_no_row_of_a_table_are_noted(study: list[Path]) -> None
     assert {line.kind: line.seeds for line in rouge.lines} == dict.fromkeys((line.kind for line in rouge.lines), 2) | {
         "temperature.value=4.0": 3
     }
-    assert any("1 of 3 runs with scores are not in this table (t1-s1)" in note for note in rouge.notes)
-    assert all(any("(t2-s2)" in note for note in table.notes) for table in (rouge, kl))
+    assert any("1 of 3 runs with scores are not in this table (t1-s1: not scored" in note for note in rouge.notes)
+    assert all(any("(t2-s2: scored under another protocol)" in note for note in table.notes) for table in (rouge, kl))
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, math.nan, math.inf])

@@ -14,12 +14,16 @@ from dts_hf.experiments.families import (
     detectable,
     dunnett,
     equal_family,
-    holm,
     power,
     seeds_to_equate,
-    seeds_to_see,
 )
-from dts_hf.experiments.intervals import Difference, components, paired_difference, unpaired_difference
+from dts_hf.experiments.intervals import (
+    Difference,
+    components,
+    difference_of_means,
+    paired_difference,
+    unpaired_difference,
+)
 from dts_hf.experiments.verdicts import verdict
 
 #: (between seeds, rows that a kind suits, rest): generated text on many rows, and a dense measure where seeds are all.
@@ -92,11 +96,11 @@ def test_weights_keep_the_mean_over_rows_and_equal_ones_change_nothing() -> None
     assert weighted.mean == pytest.approx(float(((second - first).mean(0) * weights).sum() / weights.sum()), abs=1e-12)
 
 
-def test_the_fixed_rows_interval_is_the_paired_t_test() -> None:
+def test_the_interval_of_run_means_is_the_paired_t_test() -> None:
     stats = pytest.importorskip("scipy.stats")
-    first, second = np.random.default_rng(5).normal(size=(2, 6, 40))
-    found = paired_difference(first, second).on_these_rows()
-    expected = stats.ttest_rel(second.mean(1), first.mean(1)).confidence_interval()
+    first, second = np.random.default_rng(5).normal(size=(2, 6))
+    found = difference_of_means(first, second, paired=True).interval()
+    expected = stats.ttest_rel(second, first).confidence_interval()
     assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
@@ -157,8 +161,6 @@ def test_a_family_is_wrong_as_seldom_and_right_as_often_as_it_says(effect) -> No
 def test_what_can_be_seen_and_how_many_seeds_it_takes() -> None:
     """Each beside its own simulation: two kinds of equal runs, or runs that differ by what is said to be seen."""
     random, studies = np.random.default_rng(11), 4000
-    seeds = seeds_to_see(1.0)
-    assert power(1.0, 1, seeds) >= 0.8 > power(1.0, 1, seeds - 1)
     assert power(detectable(1, 5), 1, 5) == pytest.approx(0.8, abs=1e-6)
     seeds = seeds_to_equate(1.0)
     equal = random.normal(size=(2, studies, seeds))
@@ -170,21 +172,11 @@ def test_what_can_be_seen_and_how_many_seeds_it_takes() -> None:
     assert called == pytest.approx(0.8, abs=0.05)
 
 
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-
-
-def test_unequal_spread_is_told() -> None:
-    family = dunnett([1.0, 1.1, 0.9], {"wild": [0.0, 3.0, 6.0]})
-    assert family.unequal > 3
-
-
 # ---------------------------------------------------------------------------------------------------------------- verdicts
 
 
 def certain(mean: float, se: float, seeds: int = 3) -> Difference:
-    return Difference(mean, se, 30.0, se, 4, (seeds, seeds), 100)
+    return Difference(mean, se, 30.0, (seeds, seeds), 100)
 
 
 def test_three_verdicts_and_their_sentences() -> None:
@@ -216,12 +208,12 @@ def test_equivalence_is_statsmodels_own() -> None:
     tests = pytest.importorskip("statsmodels.stats.weightstats")
     random = np.random.default_rng(17)
     for scale in (0.3, 1.0):
-        first, second = random.normal(0, scale, (2, 6, 50))
-        interval = paired_difference(first, second).on_these_rows(0.90)
+        first, second = random.normal(0, scale, (2, 6))
+        interval = difference_of_means(first, second, paired=True).interval(0.90)
         touched = max(
             abs(interval.low), abs(interval.high)
         )  # the margin at which they would just be called equivalent
-        p = tests.ttost_paired(second.mean(1), first.mean(1), -touched, touched)[0]
+        p = tests.ttost_paired(second, first, -touched, touched)[0]
         assert p == pytest.approx(0.05, abs=1e-6)
 
 

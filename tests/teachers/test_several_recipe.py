@@ -39,7 +39,9 @@ def test_a_run_names_every_teacher_in_log_card_report_and_record(place: Path) ->
     models = run.read_metrics()["models"]
     assert [*models] == ["teacher_math", "teacher_code", "student_before", "student"]
     assert models["teacher_math"]["parameters"] > models["teacher_code"]["parameters"]
-    assert all({*models[f"teacher_{name}"]["teacher_forced"]} == {"ce", "ece", "entropy", "n_tokens"} for name in NAMES)
+    assert all(
+        {*models[f"teacher_{name}"]["teacher_forced"]} == {"ce", "ece", "entropy", "n_tokens"} for name in NAMES
+    )
     forced = [models[f"teacher_{name}"]["teacher_forced"]["n_tokens"] for name in NAMES]
     assert sum(forced) == models["student"]["teacher_forced"]["n_tokens"] and min(forced) > 0
     manifest = run.read_data_manifest()

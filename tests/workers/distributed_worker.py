@@ -138,7 +138,9 @@ def run(case: Case, strategy: str, out: Path, world: int, rank: int) -> None:
         "tokens": trainer.tokens_seen,
         "eval_loss": held_out["eval_loss"],
         "eval_rows": held_out["eval_rows"],
-        "held_out": {name: held_out[f"eval_{name}"] for name in ("reverse_kl", "ece", "teacher_ece", "student_entropy")},
+        "held_out": {
+            name: held_out[f"eval_{name}"] for name in ("reverse_kl", "ece", "teacher_ece", "student_entropy")
+        },
         **{key: [log[key] for log in logs] for key in ("loss", "temperature", "grad_norm", "kl")},
     }
     (out / f"{strategy}.{case.name}.{rank}.json").write_text(json.dumps(result))

@@ -1,0 +1,133 @@
+"""Runs sorted into kinds: the same recipe but for the seed, and the same rows and models wherever they lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dts_hf.errors import UserError, nearest
+from dts_hf.experiments.identity import contents, is_under
+from dts_hf.experiments.runs import OF_ROWS, Run, names_of_kinds, read_run
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: what tells them from the others.
+        runs: that have scores, by seed.
+        failed: those that have none, with why.
+        absent: those that have others than a table is of, by why: another protocol, not this measure of this set, or not
+            all of its rows.
+    """
+
+    name: str
+    runs: Mapping[int, Run]
+    failed: Sequence[Run]
+    absent: Sequence[tuple[Run, str]] = ()
+
+    def those(self, why_not: Callable[[Run], str]) -> Kind:
+        """The same with the runs of which ``why_not`` says nothing; the others are absent, with what it says."""
+        said = {seed: why_not(run) for seed, run in self.runs.items()}
+        kept = {seed: run for seed, run in self.runs.items() if not said[seed]}
+        absent = [(run, said[seed]) for seed, run in self.runs.items() if said[seed]]
+        return Kind(self.name, kept, self.failed, [*self.absent, *absent])
+
+    @property
+    def first(self) -> Run | None:
+        """The scored run with the lowest seed."""
+        return self.runs[min(self.runs)] if self.runs else None
+
+
+def read_kinds(paths: Iterable[Path]) -> list[Kind]:
+    """The kinds that the run directories ``paths`` are of, in their order.
+
+    Raises:
+        UserError: a folder is no run or its files are damaged, or twice the same seed of one kind.
+    """
+    runs = [read_run(path) for path in dict.fromkeys(paths)]
+    meant = _with_contents(runs)
+    groups: list[tuple[Mapping[str, Any], list[Run]]] = []
+    for run, settings in zip(runs, meant, strict=True):
+        members = next((members for known, members in groups if known == settings), None)
+        if members is None:
+            groups.append((settings, members := []))
+        members.append(run)
+    # Places that all runs mean alike tell no kinds apart; of others the place says more than a digest
+    telling = {
+        key for key in {key for one in meant for key in one} if any(one.get(key) != meant[0].get(key) for one in meant)
+    }
+    shown = [
+        {key: value for key, value in members[0].settings.items() if any(is_under(key, (told,)) for told in telling)}
+        for _, members in groups
+    ]
+    names = names_of_kinds([*shown])
+    return [_kind(name, members) for name, (_, members) in zip(names, groups, strict=True)]
+
+
+def _kind(name: str, members: Sequence[Run]) -> Kind:
+    by_seed: dict[int, Run] = {}
+    for run in members:
+        if run.failed:
+            continue
+        if run.seed in by_seed:
+            raise UserError(
+                f"{run.path}: has the recipe and the seed ({run.seed}) of {by_seed[run.seed].path}; expected each seed "
+                "once, or the same run would count twice"
+            )
+        by_seed[run.seed] = run
+    return Kind(name, by_seed, [run for run in members if run.failed])
+
+
+def _with_contents(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The settings of each run, with what its files hold in the place of where they lie.
+
+    Only of places that differ: the weights of a model are not read to learn that a path is the same path. What a run has
+    recorded of its rows counts more than the files of today.
+    """
+
+    def differs(key: str) -> bool:
+        under = [{name: value for name, value in run.settings.items() if is_under(name, (key,))} for run in runs]
+        return any(one != under[0] for one in under)
+
+    recorded = [key for key in (runs[0].rows if runs else ()) if all(key in run.rows for run in runs)]
+    meant = []
+    for run in runs:
+        found = {key: run.rows[key] for key in recorded}
+        for of_rows in (True, False):
+            # Rows that have gone since are no fault of the run: it stays what its recipe says
+            with suppress(UserError):
+                found |= contents(
+                    run.recipe,
+                    lambda key: key not in recorded and (key in OF_ROWS) is of_rows and differs(key),  # noqa: B023
+                )
+        meant.append({**{k: v for k, v in run.settings.items() if not is_under(k, tuple(found))}, **found})
+    return meant
+
+
+def baseline_of(kinds: Sequence[Kind], wanted: str | None) -> Kind:
+    """The kind that ``wanted`` names: by a run directory, or words of its name; None: the first one.
+
+    Raises:
+        UserError: it names none, or several.
+    """
+    if wanted is None:
+        return kinds[0]
+    place = os.path.realpath(wanted.replace("\0", ""))
+    for kind in kinds:
+        paths = [os.path.realpath(run.path) for run in (*kind.runs.values(), *kind.failed)]
+        if kind.name == wanted or place in paths:
+            return kind
+    found = [kind for kind in kinds if wanted in kind.name]
+    if len(found) != 1:
+        names = [kind.name for kind in kinds]
+        which = "fits several kinds" if found else "is no kind of these runs"
+        raise UserError(
+            f"baseline: {wanted!r} {which}, expected one of {'; '.join(names)}, or a run directory.{nearest(wanted, names)}"
+        )
+    return found[0]
