@@ -220,7 +220,8 @@ def _table_of_rows(
 
     # Those that most runs of the baseline have: one run without its last rows does not take them from all others
     counted = Counter(frozenset(answered(run)) for run in kinds[0].runs.values())
-    wanted: Set[tuple[str, int]] = max(counted, key=lambda keys: (counted[keys], len(keys)))
+    most = max(counted, key=lambda keys: (counted[keys], len(keys)))
+    wanted: Set[tuple[str, int]] = most
     left_out = 0
     if measure in MAY_LACK:
         wanted, left_out = _in_all([answered(run) for kind in kinds for run in kind.runs.values()])

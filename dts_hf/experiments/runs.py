@@ -22,7 +22,10 @@ DENSE: dict[str, Measure] = {
     "entropy": ("held-out entropy", None),
 }  # fmt: skip
 #: The student against its teacher on text of its own, in nats per token; comparable where it was asked for alike.
-OF_OWN_TEXT: dict[str, Measure] = {"own_kl": ("KL on own text", False), "own_reverse_kl": ("reverse KL on own text", False)}
+OF_OWN_TEXT: dict[str, Measure] = {
+    "own_kl": ("KL on own text", False),
+    "own_reverse_kl": ("reverse KL on own text", False),
+}
 HELD_OUT, OWN_TEXT = "held out", "own text"
 #: Of each answer.
 OF_ANSWERS: dict[str, Measure] = {
@@ -153,7 +156,12 @@ def _of_classes(
     for name in sets:
         entry = _part(sets, name, where)
         for key in OF_RUNS:
-            if key in DENSE or key in OF_OWN_TEXT or key not in entry or (key == "accuracy" and key in answers.get(name, {})):
+            if (
+                key in DENSE
+                or key in OF_OWN_TEXT
+                or key not in entry
+                or (key == "accuracy" and key in answers.get(name, {}))
+            ):
                 continue
             value = _number(_part(entry, key, where).get("mean"), f"{name}: {key}", where)
             found.setdefault(name, {})[key] = value * (1 if key in OF_CLASSES_AS_THEY_ARE else 100)

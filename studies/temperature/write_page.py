@@ -159,7 +159,7 @@ def interaction(stage: Stage, endpoint: str) -> tuple[Difference, int] | None:
     a, b, c, d = (statistics.fmean(stage.scores(kind, endpoint)) for kind in corners)
     seeds = len(stage.seeds)
     se = math.sqrt(4 * pooled / seeds)
-    return Difference((a - b) - (c - d), se, df, se, df, (seeds, seeds), 0), df
+    return Difference((a - b) - (c - d), se, df, (seeds, seeds), 0), df
 
 
 def of_interaction(stage: Stage, endpoints: Mapping[str, Any]) -> list[str]:
