@@ -143,8 +143,8 @@ class PlainRows(RowLoss):
 
         Of the answer (``Temperatures``) this step uses ``student`` and ``teacher``, ``teacher_share`` (a mixed target) and
         ``raised`` (one token's logit), both in ``_tempered``, and ``observed`` (features of the rows, summed up for
-        ``end_step``). ``scale``, ``weight`` and the policy's ``companions`` and ``learns`` belong to step 3, ``scale_free`` and
-        ``peaked`` to step 4.
+        ``end_step``). ``scale``, ``weight`` and the policy's ``companions`` and ``learns`` belong to step 3, ``scale_free``
+        and ``peaked`` to step 4.
 
         Raises:
             ValueError: the answer breaks the contract of what the policy declares.

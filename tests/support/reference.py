@@ -225,6 +225,27 @@ def max_logit(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 SCALE_FREE = {"logit_std": logit_std, "norm_kd": norm_kd, "max_logit": max_logit}
 
 
+def height(z: Tensor) -> Tensor:
+    """[N, 1], max - mean."""
+    return z.max(-1, keepdim=True).values - z.mean(-1, keepdim=True)
+
+
+def cist(
+    z_s: Tensor, z_t: Tensor, rho_t: float, rho_s: float, factor: str = "teacher"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """arXiv 2605.20357, our reading, with its graph: T_s, T_t and the factor."""
+    t_s, t_t = height(z_s) / rho_s, height(z_t) / rho_t
+    return t_s, t_t, t_s * t_t if factor == "product" else t_t * height(z_t) / rho_s
+
+
+def ats_target(z_t: Tensor, tokens: Tensor, tau_y: float, tau_rest: float) -> Tensor:
+    """softmax of centred logits, each divided by its own tau (arXiv 2210.04427)."""
+    tau = torch.full_like(z_t, tau_rest)
+    for row, token in enumerate(tokens.tolist()):
+        tau[row, token] = tau_y
+    return softmax((z_t - z_t.mean(-1, keepdim=True)) / tau)
+
+
 def dts_trajectory(
     rule: str, progresses: list[float], gaps: list[float], t_init: float, t_min: float, t_max: float, momentum: float
 ) -> list[float]:

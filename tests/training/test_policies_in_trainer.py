@@ -19,7 +19,7 @@ ROWS = [
     for i in range(12)
 ]
 # Those whose state is made of more than a gap: it travels from rows through the reduced sums into the checkpoint.
-STATEFUL = ("adakd", "ctkd", "max_logit", "taid")
+STATEFUL = ("adakd", "cist", "ctkd", "max_logit", "taid")
 
 
 def trained(folder, name, seed=0, resume=None, **options):

@@ -124,6 +124,9 @@ POLICIES = [
     {"name": "dtkd", "w_kd": 0.5},
     {"name": "ctkd", "ramp": 0.1},
     "adakd",
+    {"name": "adakd", "keep": 0.4},
+    "ats",
+    {"name": "cist", "factor": "product"},
     "taid",
     "norm_kd",
 ]
