@@ -79,6 +79,7 @@ class Nudged(TemperaturePolicy):
     def __init__(self, policy: TemperaturePolicy) -> None:
         super().__init__()
         self.policy = policy
+        self.raises, self.without_kernels = policy.raises, policy.without_kernels
 
     @property
     def reads(self) -> Reads:  # type: ignore[override]
@@ -99,7 +100,8 @@ class Nudged(TemperaturePolicy):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         given: Temperatures = self.policy(student_logits, teacher_logits, rows)
         scale = None if given.scale is None else given.scale * NUDGE**2
-        return given._replace(student=given.student * NUDGE, teacher=given.teacher * NUDGE, scale=scale)
+        raised = None if given.raised is None else given.raised / NUDGE
+        return given._replace(student=given.student * NUDGE, teacher=given.teacher * NUDGE, scale=scale, raised=raised)
 
 
 def gradient(loss: DistillationLoss, sample: Sample) -> Tensor:

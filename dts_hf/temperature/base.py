@@ -159,7 +159,7 @@ class TemperaturePolicy(nn.Module):
     #: The token whose logit ``Temperatures.raised`` moves: the row's label, or the teacher's first choice. None: no such.
     raises: Literal["label", "first_choice"] | None = None
     #: What of its answer the kernels of the loss do not know, as a message says it: PyTorch then does its rows on a GPU too.
-    without_kernels: ClassVar[str | None] = None
+    without_kernels: str | None = None
     #: Whether what it is told of a step, and reads of a row, has one meaning whoever wrote the text. The gap has not: on
     #: text of the student's own its mean is -KL(student || teacher). A policy without it is not told of such steps where
     #: their labels are the text itself (``holding``).

@@ -126,6 +126,9 @@ class Setup:
     def use(self, name: str, options: dict, steps: int) -> None:
         """A new policy that has gone through ``steps`` optimizer steps with falling gaps."""
         policy = policy_of(name, **options)
+        self.trainer.sums.step_meter.reduce(
+            self.trainer.accelerator
+        )  # of the last policy, which may have observed more or less
         self.trainer.temperature = self.trainer.loss.temperature = policy
         for k in range(steps):
             self.draw(100 + k, sharpness=1.0 + 0.1 * k)
@@ -318,6 +321,43 @@ def test_the_gradient_is_the_derivative_of_the_reported_loss(case, setup):
             along = (gradient * setup.student.states.data).sum(-1)  # of each row: nothing pushes its scale
             assert along.abs().max() <= 1e-12 * gradient.norm() * setup.student.states.data.norm(), where
     assert scale_free == (case in SCALE_FREE)
+
+
+def dense_soft_loss(setup: Setup, case: str, scaling: str) -> Tensor:
+    """Of each labelled row ``[N]``, from the equations of tests/support/reference.py: what ``kd_loss`` is the mean of."""
+    policy, options, targets = setup.trainer.temperature, CASES[case][1], setup.batch["labels"][:, 1:]
+    there = targets != -100
+    z_s, z_t = (model.states.detach()[:, :-1][there] for model in (setup.student, setup.teacher))
+    weight, p = 1.0, None
+    if policy.name == "constant":
+        t_s, t_t, factor = (torch.tensor(t) for t in (1.5, 3.0, 4.5))
+    elif policy.name == "ats":
+        t_s, factor = policy.value, torch.tensor(policy.value**2)
+        tokens = z_t.argmax(-1) if policy.target == "argmax" else targets[there]
+        p = reference.ats_target(z_t, tokens, policy.tau_y, policy.tau_rest)
+    elif policy.name == "cist":
+        t_s, t_t, factor = reference.cist(z_s, z_t, *policy.heights(V), options.get("factor", "teacher"))
+    else:  # adakd: what is kept counts 1 / keep
+        log_s = reference.hellinger(reference.softmax(z_t), reference.softmax(z_s)).log()
+        t_s = t_t = torch.exp(-0.5 * torch.tanh(log_s - policy.log_median)).unsqueeze(-1)
+        factor, weight = t_s**2, (log_s >= policy.selection.log_threshold) / policy.selection.kept
+        assert 0 < weight.count_nonzero() < len(weight)
+    p = reference.softmax(z_t / t_t) if p is None else p
+    soft = weight * reference.forward_kl(p, reference.softmax(z_s / t_s))
+    return soft * factor.reshape(-1) if scaling == "squared" else soft
+
+
+@pytest.mark.parametrize("scaling", ["squared", "none"])
+@pytest.mark.parametrize("case", ["constant_of_two", "ats", "ats_argmax", "cist", "cist_product", "adakd_keep"])
+def test_the_reported_loss_is_the_dense_one(case, scaling, setup):
+    setup.trainer.loss.divergence = build_divergence("forward_kl")
+    setup.use(*CASES[case])
+    prepare(setup, "forward_kl", scaling, 1.0)
+    expected = dense_soft_loss(setup, case, scaling)
+    with torch.no_grad():
+        assert setup.loss().item() == pytest.approx(expected.sum().item() / 5, rel=1e-12)
+    logged = LogColumns().means(setup.trainer.sums.step_meter.reduce(setup.trainer.accelerator))
+    assert logged["kd_loss"] == pytest.approx(expected.mean().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("page", "kinds"), [("temperature", temperature_policies()), ("divergences", DIVERGENCES)])
