@@ -125,6 +125,7 @@ class PlainRows(RowLoss):
         teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)  # [C]
         student_entropy = at_one.q.entropy()  # [C]
         teacher_entropy = at_one.p.entropy() if compact is None else compact.entropy(1.0)
+        at_one = at_one._replace(teacher_entropy=teacher_entropy)
 
         self.add(stats.CE, student_ce)
         self.add(stats.TEACHER_CE, teacher_ce)

@@ -169,7 +169,7 @@ def test_a_learnt_temperature_gets_its_gradient(case, divergence, squared):
     p, q = reference.softmax(z_t / t), reference.softmax(z_s / t)
     if divergence in reference.HELD_WEIGHTS:  # of the kd_loss that is reported: nothing is held
         options["weight"] = reference.HELD_WEIGHTS[divergence](p, q, **options)
-    d = reference.divergence(divergence, p, q, data["targets"], options)
+    d = reference.divergence(divergence, p, q, data["targets"], options, reference.softmax(z_t))
     (expected,) = torch.autograd.grad((d * (t**2 if squared else 1.0)).sum(), t)
     for chunk in (1, 7, None):
         loss = DistillationLoss(

@@ -115,7 +115,7 @@ def csd_weight(p: Tensor, q: Tensor, weights: str = "teacher") -> Tensor:
     return p if weights == "teacher" else q
 
 
-def csd(p: Tensor, q: Tensor, weights: str, weight: Tensor | None = None) -> Tensor:
+def csd(p: Tensor, q: Tensor, weights: str = "teacher", weight: Tensor | None = None) -> Tensor:
     """All pairs, one by one; ``weight`` is w, q held constant at its value here when left out."""
     w = csd_weight(p, q, weights) if weight is None else weight
     w = w.detach() if weight is None and weights == "student" else w
@@ -124,8 +124,12 @@ def csd(p: Tensor, q: Tensor, weights: str, weight: Tensor | None = None) -> Ten
     return (w.unsqueeze(-1) * w.unsqueeze(-2) * pairs).sum((-1, -2)) / 2
 
 
-def eopd(p: Tensor, q: Tensor, entropy: float, weight: float, mode: str) -> Tensor:
-    unsure = (-(p * torch.log(p)).sum(-1) > entropy).to(p.dtype)
+def eopd(
+    p: Tensor, q: Tensor, entropy: float = 0.8, weight: float = 1.0, mode: str = "add", at_one: Tensor | None = None
+) -> Tensor:
+    """``at_one`` is the teacher at T = 1; p itself when left out."""
+    sure = p if at_one is None else at_one
+    unsure = (-(sure * torch.log(sure)).sum(-1) > entropy).to(p.dtype)
     beside = 1 - unsure if mode == "switch" else 1
     return beside * reverse_kl(p, q) + unsure * weight * forward_kl(p, q)
 
@@ -151,8 +155,12 @@ DIVERGENCES = {
 HELD_WEIGHTS = {"adaptive_kl": akl_weight, "todi": todi_weight, "csd": csd_weight}
 
 
-def divergence(name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float]) -> Tensor:
-    return DIVERGENCES[name](p, q, *([targets] if name == "dkd" else []), **options)
+def divergence(
+    name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float], at_one: Tensor | None = None
+) -> Tensor:
+    """``at_one`` is the teacher at T = 1, where p is not."""
+    more = {"at_one": at_one} if name == "eopd" else {}
+    return DIVERGENCES[name](p, q, *([targets] if name == "dkd" else []), **options, **more)
 
 
 def distillation_loss(
@@ -173,7 +181,7 @@ def distillation_loss(
         torch.as_tensor(temperature_student, dtype=z_s.dtype),
         torch.as_tensor(temperature_teacher, dtype=z_s.dtype),
     )
-    d = divergence(name, softmax(z_t / t_t), softmax(z_s / t_s), targets, options)
+    d = divergence(name, softmax(z_t / t_t), softmax(z_s / t_s), targets, options, softmax(z_t))
     factor = (t_s * t_t).reshape(-1) if squared else torch.ones((), dtype=z_s.dtype)
     return ((1 - kd_ratio) * ce + kd_ratio * factor * d).sum() / normalizer
 
