@@ -121,8 +121,9 @@ class Divergence:
     formula: ClassVar[str]
     gradient: ClassVar[str]
     use: ClassVar[str]
-    #: What ``value_and_grad`` holds constant in its gradient, which force that drops, and why; None: nothing.
-    held: ClassVar[str | None] = None
+    #: What ``value_and_grad`` holds constant in its gradient, which force that drops, and why; None: nothing. One that holds
+    #: something under some options alone sets it to None under the others.
+    held: str | None = None
 
     #: Whether ``Distributions.targets`` are read: another token in their place is then another loss.
     reads_targets: ClassVar[bool] = False

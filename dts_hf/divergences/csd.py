@@ -35,7 +35,7 @@ class CSD(Divergence):
     formula = "Var_w(u - u_t), w = p, or q constant"
     gradient = "2 w (d - sum w d), d = u - u_t"
     use = "To compare with a KL: no logarithm of a probability that vanishes, and a pull that grows with the distance."
-    held = (
+    held: str | None = (
         "The weights q, with `weights: student` alone. Dropped is the force that would lower the value by taking "
         "probability from tokens whose logit is wrong, whatever the teacher gives them."
     )
@@ -48,7 +48,7 @@ class CSD(Divergence):
             )
         self.weights = weights
         if weights == "teacher":
-            self.held = None  # type: ignore[misc]  # p is none of the student's
+            self.held = None  # p is none of the student's
 
     def value_and_grad(self, d: Distributions) -> tuple[Tensor, Tensor]:
         weight, difference = self._centred(d)

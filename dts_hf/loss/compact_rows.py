@@ -192,19 +192,15 @@ class CompactSummary(LogitSummary):
         super().__init__(torch.Size((len(rows), rows.vocab_size)), rows.tail)
         kept, n, vocab = rows.logits.to(rows.tail.dtype), rows.tail_size, rows.vocab_size
         mean, variance = rows.tail[:, len(KNOTS), None], rows.tail[:, -1:]  # of the tail: F'(0), F''(0)
-        whole = (kept.sum(-1, keepdim=True) + n * mean) / vocab  # [C, 1], below the largest
-        squares = (kept - whole).square().sum(-1, keepdim=True) + n * (variance + (mean - whole).square())
-        self.below = whole
+        self.mean = (kept.sum(-1, keepdim=True) + n * mean) / vocab  # [C, 1], below the largest
+        squares = (kept - self.mean).square().sum(-1, keepdim=True) + n * (variance + (mean - self.mean).square())
         self.deviation = (squares / max(vocab - 1, 1)).sqrt()  # [C, 1]
 
     def standard_deviation(self) -> Tensor:
         return self.deviation
 
     def sharpness(self) -> Tensor:
-        return -self.below
-
-    def mean(self) -> Tensor:
-        return self.below  # the log-sum-exps of compact rows are of logits minus the largest, too
+        return -self.mean
 
     def overlap(self) -> Tensor:
         raise UserError("teacher: a compact cache does not know the overlap of two whole distributions")

@@ -457,21 +457,15 @@ class _Summary(LogitSummary):
     def __init__(self, rows: FusedRows, chunk: _Chunk, one: One, model: str) -> None:
         super().__init__(chunk.student.shape, one.ce_s)
         self._rows, self._chunk, self._one = rows, chunk, one
-        of_student, of_teacher = (one.top_s, one.mean_s, one.square_s, one.label_s), (
-            one.top_t, one.mean_t, one.square_t, one.label_t,
-        )  # fmt: skip
-        of_model = of_student if model == "student" else of_teacher
-        top, self._mean, self._square, self._label = (values.unsqueeze(-1) for values in of_model)  # [C, 1]
-        self._top = top - self._label  # the mean is above the label's logit too
+        of_student = (one.top_s - one.label_s, one.mean_s, one.square_s)
+        of_model = of_student if model == "student" else (one.top_t - one.label_t, one.mean_t, one.square_t)
+        self._top, self._mean, self._square = (values.unsqueeze(-1) for values in of_model)  # [C, 1]
 
     def standard_deviation(self) -> Tensor:
         return torch.sqrt(self._square / max(self.shape[-1] - 1, 1))
 
     def sharpness(self) -> Tensor:
         return self._top - self._mean
-
-    def mean(self) -> Tensor:
-        return self._mean + self._label
 
     def overlap(self) -> Tensor:
         return self._rows.overlap(self._chunk, self._one)

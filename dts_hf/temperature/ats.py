@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dts_hf.registry import PositiveFloat
 from dts_hf.temperature.base import RowStats, TemperaturePolicy, Temperatures, check_choice, check_temperature
-from dts_hf.temperature.parts.logit_statistics import mean, sharpness
+from dts_hf.temperature.parts.logit_statistics import sharpness
 
 Target = Literal["label", "argmax"]
 TARGETS: tuple[Target, ...] = ("label", "argmax")
@@ -43,7 +43,7 @@ class ATS(TemperaturePolicy):
     """
 
     name = "ats"
-    reads = "summary"
+    reads = "logits"
     without_kernels = "gives one token of a row a temperature of its own"
     paper = "arXiv 2210.04427"
     formula = (
@@ -94,5 +94,5 @@ class ATS(TemperaturePolicy):
         if self.target == "argmax":
             centred = sharpness(logits)
         else:
-            centred = (rows.teacher_lse - rows.teacher_ce).detach().unsqueeze(-1) - mean(logits)
+            centred = (rows.teacher_lse - rows.teacher_ce).detach().unsqueeze(-1) - logits.mean(-1, keepdim=True)
         return answer._replace(raised=centred * (1.0 / self.tau_y - 1.0 / self.tau_rest))

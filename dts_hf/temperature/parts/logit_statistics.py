@@ -44,10 +44,6 @@ class LogitSummary:
         """As the function of that name, ``[C, 1]``."""
         raise NotImplementedError
 
-    def mean(self) -> Tensor:
-        """As the function of that name, ``[C, 1]``."""
-        raise NotImplementedError
-
     def overlap(self) -> Tensor:
         """The Bhattacharyya coefficient of student and teacher at T = 1, ``[C]``."""
         raise NotImplementedError
@@ -80,11 +76,6 @@ def sharpness(logits: Tensor | LogitSummary) -> Tensor:
     if isinstance(logits, LogitSummary):
         return logits.sharpness()
     return logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)
-
-
-def mean(logits: Tensor | LogitSummary) -> Tensor:
-    """The mean of each row over the vocabulary, ``[C, V] -> [C, 1]``: of use beside a log-sum-exp of the same row alone."""
-    return logits.mean() if isinstance(logits, LogitSummary) else logits.mean(-1, keepdim=True)
 
 
 def bhattacharyya(
