@@ -237,7 +237,8 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     )
     # Policies that leave the student at T = 1 move the teacher, which shows in the soft loss
     soft = [now["kd"] for now in followed]
-    if name != "constant" and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
+    still = name == "constant" or loss.temperature.raises is not None  # of one token it is another T, if a fixed one
+    if not still and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
         check.warn(
             "temperature-never-moves",
             f"policy '{name}' gives T {curve[0]:.3g} from the first step to the last, for every row",
