@@ -30,6 +30,9 @@ class EOPD(Divergence):
         entropy: nats above which the teacher counts as unsure, at T = 1.
         weight: of forward KL there, above 0.
         mode: ``add`` forward KL there, or ``switch`` to it.
+
+    Raises:
+        UserError: an option is out of range, or ``mode`` is neither.
     """
 
     name = "eopd"

@@ -54,6 +54,9 @@ class CIST(TemperaturePolicy):
         support: tokens on offer, above 1 and below V; when left out 5, or the square root of V where that is less. Not
             beside ``rho_t``.
         factor: ``teacher`` for T_t^2 rho_t / rho_s, ``product`` for T_t T_s.
+
+    Raises:
+        UserError: an option is out of range, or ``support`` stands beside ``rho_t``.
     """
 
     name = "cist"
