@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dts_hf.registry import split_docstring
 from dts_hf.temperature import TemperaturePolicy, build_temperature, temperature_policies
-from dts_hf.temperature.parts import auto_range, decoupled, dts_rules, gap_source, granularity
+from dts_hf.temperature.parts import auto_range, decoupled, dts_rules, gap_source, granularity, token_selection
 
 #: The modules beside a policy's own whose docstrings belong to its section.
-PARTS = {"dts": (dts_rules, granularity, decoupled, auto_range, gap_source)}
+PARTS = {"dts": (dts_rules, granularity, decoupled, auto_range, gap_source), "adakd": (token_selection,)}
 
 HEAD = """\
 # Temperature policies

@@ -63,11 +63,15 @@ class Distribution(NamedTuple):
 
 
 class Distributions(NamedTuple):
-    """Teacher ``p`` and student ``q``; ``targets`` ``[C]`` int64 are the tokens of the text, where they are known."""
+    """Teacher ``p`` and student ``q``; what is not known is None.
+
+    ``targets`` ``[C]`` int64 are the tokens of the text, ``teacher_entropy`` ``[C]`` is the teacher's at T = 1, nats.
+    """
 
     p: Distribution
     q: Distribution
     targets: Tensor | None = None
+    teacher_entropy: Tensor | None = None
 
     def log_ratio(self) -> Tensor:
         """Return log p - log q, ``[C, V]``, in a fresh buffer."""
@@ -122,8 +126,8 @@ class Divergence:
     formula: ClassVar[str]
     gradient: ClassVar[str]
     use: ClassVar[str]
-    #: What ``value_and_grad`` holds constant in its gradient, which force that drops, and why; None: nothing. One that
-    #: holds something under some options alone sets it to None under the others.
+    #: What ``value_and_grad`` holds constant in its gradient, which force that drops, and why; None: nothing. One that holds
+    #: something under some options alone sets it to None under the others.
     held: str | None = None
 
     #: Whether ``Distributions.targets`` are read: another token in their place is then another loss.

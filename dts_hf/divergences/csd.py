@@ -27,6 +27,9 @@ class CSD(Divergence):
     Args:
         weights: whose probabilities weigh the pairs, ``teacher`` (covers what the teacher does) or ``student`` (keeps to its
             main modes).
+
+    Raises:
+        UserError: ``weights`` is neither.
     """
 
     name = "csd"

@@ -20,22 +20,30 @@ class EOPD(Divergence):
 
     Entropy-aware on-policy distillation: reverse KL takes variety away where the teacher has some, so forward KL is put
     beside it there. The abstract says that it is added; two digests of the paper say that it takes the place of reverse KL:
-    ``mode`` is either. The entropy is that of the teacher at its temperature T_t, in nats; at T = 1 it is the paper's, whose
-    threshold the default is. Which tokens have it is the teacher's matter and nothing of the student's, so nothing is held
-    in the student's gradient. The method is made for text of the student's own (``data.on_policy``); on the data it is ours.
+    ``mode`` is either. The entropy is that of the teacher at T = 1, in nats, whatever the temperature: at T = 2 nearly every
+    token of a language model is above the paper's threshold, which the default is. Which tokens have it is the teacher's
+    matter and nothing of the student's, so nothing is held in the student's gradient. Over two classes no entropy is above
+    log 2 = 0.69: there a lower threshold is needed. The method is made for text of the student's own (``on_policy``); use on
+    the text of a data set is ours.
 
     Args:
-        entropy: nats above which the teacher counts as unsure.
+        entropy: nats above which the teacher counts as unsure, at T = 1.
         weight: of forward KL there, above 0.
         mode: ``add`` forward KL there, or ``switch`` to it.
+
+    Raises:
+        UserError: an option is out of range, or ``mode`` is neither.
     """
 
     name = "eopd"
     title = "Entropy-aware (EOPD)"
     paper = "arXiv 2603.07079"
-    formula = "KL(q || p) + weight [H(p) > entropy] KL(p || q); mode switch: one or the other"
-    gradient = "q (log(q / p) - KL(q || p)) + weight [H(p) > entropy] (q - p)"
-    use = "On text of the student's own, where reverse KL alone makes it say ever fewer things."
+    formula = "KL(q || p) + weight [H > entropy] KL(p || q), H of the teacher at T = 1; mode switch: one or the other"
+    gradient = "q (log(q / p) - KL(q || p)) + weight [H > entropy] (q - p)"
+    use = (
+        "On text of the student's own, where reverse KL alone makes it say ever fewer things. On other text it is our use, "
+        "not the paper's."
+    )
 
     def __init__(self, entropy: PositiveFloat = 0.8, weight: PositiveFloat = 1.0, mode: Mode = "add") -> None:
         self.entropy = check_option(self, "entropy", entropy)
@@ -64,5 +72,6 @@ class EOPD(Divergence):
 
     def _shares(self, d: Distributions) -> tuple[Tensor, Tensor]:
         """The factors of forward and of reverse KL, ``[C, 1]`` each."""
-        unsure = (d.p.entropy() > self.entropy).to(d.p.prob.dtype).unsqueeze(-1)
+        entropy = d.p.entropy() if d.teacher_entropy is None else d.teacher_entropy
+        unsure = (entropy > self.entropy).to(d.p.prob.dtype).unsqueeze(-1)
         return unsure * self.weight, 1.0 - unsure if self.mode == "switch" else unsure.new_ones(unsure.shape)

@@ -79,6 +79,7 @@ class Nudged(TemperaturePolicy):
     def __init__(self, policy: TemperaturePolicy) -> None:
         super().__init__()
         self.policy = policy
+        self.raises, self.without_kernels = policy.raises, policy.without_kernels
 
     @property
     def reads(self) -> Reads:  # type: ignore[override]
@@ -99,7 +100,8 @@ class Nudged(TemperaturePolicy):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         given: Temperatures = self.policy(student_logits, teacher_logits, rows)
         scale = None if given.scale is None else given.scale * NUDGE**2
-        return given._replace(student=given.student * NUDGE, teacher=given.teacher * NUDGE, scale=scale)
+        raised = None if given.raised is None else given.raised / NUDGE
+        return given._replace(student=given.student * NUDGE, teacher=given.teacher * NUDGE, scale=scale, raised=raised)
 
 
 def gradient(loss: DistillationLoss, sample: Sample) -> Tensor:
@@ -235,7 +237,8 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     )
     # Policies that leave the student at T = 1 move the teacher, which shows in the soft loss
     soft = [now["kd"] for now in followed]
-    if name != "constant" and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
+    still = name == "constant" or loss.temperature.raises is not None  # of one token it is another T, if a fixed one
+    if not still and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
         check.warn(
             "temperature-never-moves",
             f"policy '{name}' gives T {curve[0]:.3g} from the first step to the last, for every row",

@@ -16,6 +16,7 @@ from dts_hf.temperature.base import TemperaturePolicy
 _INSTEAD = "Cache the teacher's states in full, or use a live teacher"
 _POLICIES = {
     "taid": "mixes the teacher's logits with the student's, token by token, and the tail has no single ones",
+    "ats": "gives one token another temperature than the rest, so that the tail weighs more than the cache was measured for",
     "adakd": "measures the overlap of two whole distributions, in which the tail counts by the root of its probabilities",
 }
 

@@ -56,8 +56,8 @@ class Formula(NamedTuple):
         reported: ``terms`` with nothing held constant, where that is another function.
         split: the label is left out of both distributions (DKD).
         centred: the mean difference of logits is taken off (logit MSE).
-        k: what the terms are told of each row beside that: a KL at T (CSD), or whether the teacher's entropy at T is above
-            ``threshold`` (EOPD).
+        k: what the terms are told of each row beside that: a KL at T (CSD), or whether the teacher's entropy at T = 1 is
+            above ``threshold`` (EOPD).
         threshold: in nats.
     """
 
@@ -347,7 +347,7 @@ class FusedRows(RowLoss):
                 mean_t = torch.lerp(one.mean_s, mean_t, answer.teacher_share.to(mean_t.dtype))
             k = at_t.norm_s - at_t.norm_t - (one.mean_s / t_s - mean_t / t_t)
         elif formula.k is not None:
-            k = self._told(at_t)
+            k = self._told(one, at_t)
         elif formula.split:
             value, k = self._decoupled(at_t)
         elif formula.linear is not None:
@@ -369,13 +369,13 @@ class FusedRows(RowLoss):
         )  # fmt: skip
         return _Term(value, torch.stack([number.expand_as(value) for number in numbers]), slope_s, slope_t)
 
-    def _told(self, at_t: AtT) -> Tensor:
+    def _told(self, one: One, at_t: AtT) -> Tensor:
         """What ``Formula.k`` says, ``[C]``."""
         if self.formula.k == "forward":
             return at_t.forward + (at_t.rest_s - at_t.rest_t)
         if self.formula.k == "-reverse":
             return -(at_t.reverse + (at_t.rest_t - at_t.rest_s))
-        return (at_t.entropy_t > self.formula.threshold).to(at_t.entropy_t.dtype)
+        return (one.entropy_t > self.formula.threshold).to(one.entropy_t.dtype)
 
     def _held_total(
         self, chunk: _Chunk, at_t: AtT, answer: Temperatures, k: Tensor, total: Tensor, slopes: bool

@@ -38,6 +38,7 @@ class _Block(NamedTuple):
 class _SoftLoss(NamedTuple):
     """What the third step hands to the gradient."""
 
+    value: Tensor  # [C] D
     grad: Tensor  # [C, V] d D / d u with u = z_s / T_s; ours to overwrite
     scale: Tensor  # [] or [C, 1] factor of D
     companions: Tensor | None  # [C, V] gradient of the companion terms with respect to z_s
@@ -124,6 +125,7 @@ class PlainRows(RowLoss):
         teacher_ce = lse_t - z_t.gather(-1, picked).squeeze(-1)  # [C]
         student_entropy = at_one.q.entropy()  # [C]
         teacher_entropy = at_one.p.entropy() if compact is None else compact.entropy(1.0)
+        at_one = at_one._replace(teacher_entropy=teacher_entropy)
 
         self.add(stats.CE, student_ce)
         self.add(stats.TEACHER_CE, teacher_ce)
@@ -149,9 +151,10 @@ class PlainRows(RowLoss):
     def _temperature(self, block: _Block) -> tuple[Temperatures, Distributions]:
         """Ask the policy, and bring both softmaxes ``[C, V]`` to what it answers.
 
-        Of the answer (``Temperatures``) this step uses ``student`` and ``teacher``, ``teacher_share`` (a mixed target, in
-        ``_tempered``) and ``observed`` (features of the rows, summed up for ``end_step``). ``scale`` and the policy's
-        ``companions`` and ``learns`` belong to step 3, ``scale_free`` to step 4.
+        Of the answer (``Temperatures``) this step uses ``student`` and ``teacher``, ``teacher_share`` (a mixed target) and
+        ``raised`` (one token's logit), both in ``_tempered``, and ``observed`` (features of the rows, summed up for
+        ``end_step``). ``scale``, ``weight`` and the policy's ``companions`` and ``learns`` belong to step 3, ``scale_free``
+        and ``peaked`` to step 4.
 
         Raises:
             ValueError: the answer breaks the contract of what the policy declares.
@@ -189,7 +192,17 @@ class PlainRows(RowLoss):
             p = Distribution.of((mixed - mixed.amax(-1, keepdim=True)).div_(t_t))
         else:  # nothing overwrites p, so it needs no clone
             p = at_one.p if _is_one(t_t) else Distribution.of(at_one.p.logits / t_t)
+        if temperatures.raised is not None:
+            p = self._raised(p, temperatures.raised, block)
         return at_one._replace(p=p, q=q)
+
+    def _raised(self, p: Distribution, by: Tensor, block: _Block) -> Distribution:
+        """``p`` with ``by`` ``[C, 1]`` added to the tempered logit of the token that the policy raises; p stays as it is."""
+        token = cast(Tensor, block.at_one.targets)
+        if self.settings.temperature.raises == "first_choice":
+            token = block.z_t.argmax(-1)
+        u = p.logits.scatter_add(-1, token.unsqueeze(-1), by)
+        return Distribution.of(u.sub_(u.amax(-1, keepdim=True)))
 
     # --------------------------------------------------------------------------------------------------- 3: soft loss
 
@@ -216,7 +229,7 @@ class PlainRows(RowLoss):
             slope = (slope - dot(grad, at_t.q.logits)) / t_s
             by_temperature = slope * scale + (2.0 * t_s * value if self.settings.scaled else 0.0)  # [C]
             self.sums[stats.TEMPERATURE_GRAD] += by_temperature.sum()
-        return _SoftLoss(grad, scale, companions)
+        return _SoftLoss(value, grad, scale, companions)
 
     def _companions(self, block: _Block) -> Tensor | None:
         """The policy's further terms weight T^2 D at fixed temperatures: adds their values to ``kd``.
@@ -240,12 +253,16 @@ class PlainRows(RowLoss):
         """The gradient ``[C, V]`` of (1 - r) CE + r kd with respect to the student's raw logits, in ``soft.grad``.
 
         The chain rule from u = z_s / T_s back to the raw logits, in place. Of the policy's answer this step uses
-        ``scale_free``: rows whose T_s is made of z_s, so that the way through T_s counts too.
+        ``scale_free`` and ``peaked``: rows whose T_s is made of z_s, so that the way through T_s counts too.
         """
         r = self.settings.kd_ratio
         grad = soft.grad.mul_(soft.scale / temperatures.student * r)  # d u / d z_s = 1 / T_s, T_s held constant
         if temperatures.scale_free is not None:
             _through_deviation_(grad, block.z_s, temperatures.scale_free)
+        if temperatures.peaked is not None:
+            moves = self.settings.scaled and temperatures.scale is None  # the factor T_s T_t, with T_s
+            value = soft.value * as_rows(soft.scale) * r if moves else None
+            _through_peak_(grad, block.z_s, temperatures.peaked, value)
         if soft.companions is not None:
             grad.add_(soft.companions, alpha=r)
         if r < 1.0:  # d CE / d z_s = softmax(z_s) - one_hot(target), at T = 1
@@ -265,6 +282,22 @@ def _through_deviation_(grad: Tensor, logits: Tensor, rows: Tensor) -> None:
     share = (dot(grad, centred) / dot(centred, centred)).unsqueeze(-1)
     # Not a mask times share: a row of equal logits has 0 / 0 there, and NaN times 0 is NaN
     grad.addcmul_(centred, torch.where(rows, share, 0.0), value=-1.0)
+
+
+def _through_peak_(grad: Tensor, logits: Tensor, rows: Tensor, value: Tensor | None) -> None:
+    """Turn, in place, a gradient by ``logits`` ``[C, V]`` at constant T into the one at T = const (max z - mean z).
+
+    The derivative of log T is a = (e_k - 1 / V) / (max z - mean z), k the largest. Through the softmax it adds -(g . z) a,
+    and g sums to zero. ``value`` ``[C]`` is the value that g belongs to where its factor is in proportion to T: it adds
+    value times a. ``rows`` ``[C, 1]`` says where T is such a multiple.
+    """
+    top = logits.max(-1, keepdim=True)
+    centred = logits - logits.mean(-1, keepdim=True)
+    along = -dot(grad, centred).unsqueeze(-1)
+    if value is not None:
+        along = along + value.unsqueeze(-1)
+    share = torch.where(rows, along / centred.gather(-1, top.indices), 0.0)  # not a mask times share, see above
+    grad.sub_(share / logits.shape[-1]).scatter_add_(-1, top.indices, share)
 
 
 def _is_one(temperature: Tensor) -> bool:

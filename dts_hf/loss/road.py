@@ -81,6 +81,9 @@ def why_not_fused(settings: LossSettings, device: torch.device, vocab: int, dtyp
     formula, divergence = formula_of(settings.divergence, vocab), settings.divergence.name
     if formula is None:
         return f"the divergence '{divergence}' has none over {vocab:,} classes"
+    unknown = settings.temperature.without_kernels
+    if unknown is not None:
+        return f"the policy '{settings.temperature.name}' {unknown}, which they do not know"
     if formula.split and settings.temperature.learns:
         return f"'{divergence}' has none for a temperature that learns"
     return None

@@ -136,7 +136,7 @@ class RowLoss:
             ValueError: it breaks the contract.
         """
         policy = self.settings.temperature
-        for name in ("student", "teacher", "scale", "scale_free"):
+        for name in ("student", "teacher", "scale", "scale_free", "raised", "weight", "peaked"):
             value = getattr(temperatures, name)
             if value is not None and value.dim() and value.shape != (rows, 1):
                 raise ValueError(
@@ -148,8 +148,13 @@ class RowLoss:
             raise ValueError(
                 f"the policy '{policy.name}' gave teacher_share {list(share.shape)}, expected []: one for all"
             )
-        if policy.learns and (temperatures.student.dim() or temperatures.scale is not None):
-            raise ValueError(f"the policy '{policy.name}' learns, so it must give one temperature [] and no scale")
+        more = (temperatures.scale, temperatures.raised, temperatures.weight, temperatures.peaked)
+        if policy.learns and (temperatures.student.dim() or any(part is not None for part in more)):
+            raise ValueError(
+                f"the policy '{policy.name}' learns, so it must give one temperature [] and nothing that is each row's"
+            )
+        if temperatures.raised is not None and policy.raises is None:
+            raise ValueError(f"the policy '{policy.name}' gave raised, so it must say by `raises` which token is")
         if temperatures.scale_free is not None and temperatures.scale is None:
             raise ValueError(f"the policy '{policy.name}' is scale-free, so it must give a scale, free of z_s")
 
@@ -166,11 +171,12 @@ class RowLoss:
             self.observe(temperatures.observed)
 
     def scale_of(self, temperatures: Temperatures) -> Tensor:
-        """The factor of D, ``[]`` or ``[C, 1]``: T_s T_t or the policy's own; 1 where the loss is not scaled."""
+        """The factor of D, ``[]`` or ``[C, 1]``: T_s T_t or the policy's own, 1 where not scaled; times the row's weight."""
         factor = temperatures.scale
         if factor is None:
             factor = temperatures.student * temperatures.teacher
-        return factor if self.settings.scaled else torch.ones_like(factor)
+        factor = factor if self.settings.scaled else torch.ones_like(factor)
+        return factor if temperatures.weight is None else factor * temperatures.weight
 
     def companions(self) -> Iterator[tuple[float, float]]:
         """The policy's further terms at fixed temperatures: T, and the factor of D at it."""

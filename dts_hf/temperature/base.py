@@ -32,6 +32,13 @@ class Temperatures(NamedTuple):
             T_s T_t. Policies that fold another quantity into T (a standard deviation, say) give the factor of their paper.
         teacher_share: ``[]`` in [0, 1], the weight of the teacher's logits in the target softmax((1 - share) z_s +
             share z_t), z_s held constant (TAID, arXiv 2501.16937); None means 1: the teacher alone.
+        raised: ``[C, 1]``, added to the teacher's logit, after the division by T_t, of the one token that the policy's
+            ``raises`` names. None: to none.
+        weight: ``[C, 1]``, a factor of each row's soft loss under any ``temperature_scaling``; 1 on average over the rows of
+            a step, or the soft loss changes its weight beside the cross-entropy. None means 1.
+        peaked: ``[C, 1]`` bool, the rows whose T_s is a constant multiple of max z_s - mean z_s. The loss adds the
+            derivative through T_s: that of the softmax, and that of the factor where it is T_s T_t. A ``scale`` that is
+            given must not depend on z_s.
         scale_free: ``[C, 1]`` bool, the rows whose T_s is a constant multiple of the standard deviation of z_s over the
             vocabulary. What they train on then does not depend on the scale of z_s, and the loss takes the part of the
             gradient along z_s - mean z_s out: the derivative through T_s. ``scale`` must be given with it, and must not
@@ -46,6 +53,9 @@ class Temperatures(NamedTuple):
     teacher_share: Tensor | None = None
     observed: Tensor | None = None
     scale_free: Tensor | None = None
+    raised: Tensor | None = None
+    weight: Tensor | None = None
+    peaked: Tensor | None = None
 
 
 class RowStats(NamedTuple):
@@ -146,6 +156,10 @@ class TemperaturePolicy(nn.Module):
     #: How much of a chunk ``forward`` looks at. What is not asked for costs nothing on a GPU; "logits" costs most. A policy
     #: whose options decide makes it a property, and must never look at more than it says.
     reads: Reads = "logits"
+    #: The token whose logit ``Temperatures.raised`` moves: the row's label, or the teacher's first choice. None: no such.
+    raises: Literal["label", "first_choice"] | None = None
+    #: What of its answer the kernels of the loss do not know, as a message says it: PyTorch then does its rows on a GPU too.
+    without_kernels: str | None = None
     #: Whether what it is told of a step, and reads of a row, has one meaning whoever wrote the text. The gap has not: on
     #: text of the student's own its mean is -KL(student || teacher). A policy without it is not told of such steps where
     #: their labels are the text itself (``holding``).

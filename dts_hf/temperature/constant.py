@@ -13,7 +13,8 @@ class Constant(TemperaturePolicy):
     """T = ``value`` for the whole run (Hinton et al. 2015, arXiv 1503.02531).
 
     With ``teacher_value`` the student's logits are divided by ``value`` and the teacher's by ``teacher_value``, and the
-    factor is T_s T_t: the baseline of every policy that gives the two models their own temperatures. Its minimum is no
+    factor is T_s T_t: the baseline of every policy that gives the two models their own temperatures, a question that DTS
+    (arXiv 2511.13767) leaves open, and for which it has no plain run to compare with. Its minimum is no
     copy of the teacher: at T_s < T_t the student comes out flatter than the teacher at T = 1, at T_s > T_t sharper.
 
     Args:
@@ -28,7 +29,7 @@ class Constant(TemperaturePolicy):
     formula = "T_s = value, T_t = teacher_value (or value)"
     use = (
         "Always: the baseline. Sweep 1, 2 and 4 before you believe in any other policy; with `teacher_value` before you "
-        "believe in one that gives student and teacher different temperatures (`dtkd`, `dts` with `decoupled`)."
+        "believe in one that gives student and teacher different temperatures (`dtkd`, `cist`, `dts` with `decoupled`)."
     )
     cost = "none"
 

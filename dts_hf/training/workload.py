@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from dts_hf.data.encoding import EncodedDataset
 from dts_hf.loss.road import default_budget_mb, free_bytes
 from dts_hf.recipe.schema import Recipe, Student
+from dts_hf.temperature import temperature_policies
 from dts_hf.training.model_shape import ModelShape
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -181,7 +182,8 @@ def _prompts(data: EncodedDataset) -> list[int]:
 
 
 def _has_kernels(recipe: Recipe) -> bool:
-    wanted = recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl"
+    known = temperature_policies()[recipe.temperature.name].without_kernels is None
+    wanted = recipe.loss.kernels != "torch" and recipe.loss.divergence.name != "adaptive_kl" and known
     return wanted and importlib.util.find_spec("triton") is not None
 
 

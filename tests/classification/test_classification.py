@@ -112,6 +112,20 @@ def test_every_policy_trains_a_classifier(tmp_path: Path, name: str) -> None:
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("task", [SST2, MNLI])
+def test_the_label_of_an_example_has_its_own_temperature(tmp_path: Path, task: GlueTask) -> None:
+    trainer = trainer_of(tmp_path, task, temperature={"name": "ats", "tau_y": 4.0, "value": 1.5}, kd_ratio=1.0)
+    batch = a_batch(trainer, [0, 1, 2, 4, 7])
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        z_s, z_t = (model(**inputs).logits.double() for model in (trainer.model, trainer.classifier.model))
+    p = reference.ats_target(z_t, batch["labels"], 4.0, 1.0)
+    expected = 1.5**2 * reference.forward_kl(p, reference.softmax(z_s / 1.5)).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_temperature_acts(tmp_path: Path) -> None:
     losses = []
     for value in (1.0, 4.0):

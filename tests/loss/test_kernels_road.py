@@ -52,6 +52,8 @@ class Louder(ForwardKL):
     [
         ({"divergence": "adaptive_kl"}, "the divergence 'adaptive_kl' has none over 20 classes"),
         ({"divergence": "dkd", "policy": "ctkd"}, "'dkd' has none for a temperature that learns"),
+        ({"policy": "ats"}, "'ats' gives one token of a row a temperature of its own, which they do not know"),
+        ({"policy": "cist"}, "'cist' is differentiated through the student's largest logit, which they do not know"),
         ({"dtype": torch.float64}, "they compute in float32, and the logits are float64"),
         ({"dtype": torch.float64, "logits_dtype": "float32"}, "they compute in float32, and the logits are float64"),
         ({"divergence": Louder()}, "the divergence 'forward_kl' has none over 20 classes"),

@@ -495,3 +495,18 @@ def test_another_error_is_not_taken_for_memory(monkeypatch):
             data["targets"],
             3,
         )
+
+
+def test_who_is_unsure_does_not_hang_on_the_temperature():
+    """EOPD's threshold is of the teacher at T = 1: at T = 4 every row's entropy is above it."""
+    draw = torch.Generator().manual_seed(2)
+    z_s, z_t = (3.0 * torch.randn(12, V, generator=draw).double() for _ in range(2))
+    eye, targets, found = Head(torch.eye(V).double()), torch.zeros(12, dtype=torch.int64), {}
+    entropy = -(z_t.softmax(-1) * z_t.log_softmax(-1)).sum(-1)
+    unsure = entropy > 1.2
+    assert 0 < unsure.sum() < 12 and (-((z_t / 4).softmax(-1) * (z_t / 4).log_softmax(-1)).sum(-1) > 1.2).all()
+    for name, rows in (("forward_kl", unsure), ("reverse_kl", ~unsure), ("eopd", unsure | ~unsure)):
+        divergence = {"name": "eopd", "entropy": 1.2, "mode": "switch"} if name == "eopd" else name
+        loss = DistillationLoss(divergence, temperature=4.0, kd_ratio=1.0)
+        found[name] = loss(z_s[rows], eye, z_t[rows], eye, targets[rows], 1).loss.item()
+    assert found["eopd"] == pytest.approx(found["forward_kl"] + found["reverse_kl"], rel=1e-12)

@@ -35,6 +35,8 @@ EFFECTS = {
     "norm_kd": ("t_norm", 1.5, 2.0),
     "annealing": ("t_max", 10, 4),
     "taid": ("t_start", 0.4, 0.9),
+    "ats": ("tau_y", 2.0, 4.0),
+    "cist": ("support", 3.0, 12.0),
 }
 
 
@@ -54,7 +56,7 @@ def answer_of(policy, z_s, z_t, targets):
     return policy(z_s, z_t, RowStats(lse_s - z_s[at, targets], lse_t - z_t[at, targets], lse_s, lse_t, gap))
 
 
-def dense_kd(policy, options, answer, z_s, z_t, divergence, squared):
+def dense_kd(policy, options, answer, z_s, z_t, divergence, squared, targets):
     """The soft loss of each row, from the equations: the factor, the mixed target, the terms beside it.
 
     Temperatures made of z_s stay in its graph, unless the policy declares them as held.
@@ -66,8 +68,16 @@ def dense_kd(policy, options, answer, z_s, z_t, divergence, squared):
     factor = t_s * t_t if answer.scale is None else answer.scale
     if answer.scale_free is not None:
         t_s, t_t, factor = reference.SCALE_FREE[policy.name](z_s, z_t, **options)
+    if policy.name == "cist":
+        t_s, t_t, factor = reference.cist(z_s, z_t, *policy.heights(z_s.shape[-1]), policy.factor)
     factor = factor.reshape(-1) if squared else 1.0
-    kd = factor * d(reference.softmax(target / t_t), reference.softmax(z_s / t_s))
+    p = reference.softmax(target / t_t)
+    if policy.name == "ats":
+        tokens = targets if policy.target == "label" else z_t.argmax(-1)
+        p = reference.ats_target(z_t, tokens, policy.tau_y, policy.tau_rest)
+    kd = factor * d(p, reference.softmax(z_s / t_s))
+    if answer.weight is not None:
+        kd = kd * answer.weight.reshape(-1)
     for t, weight in policy.companions:
         kd = kd + weight * (t**2 if squared else 1.0) * d(reference.softmax(z_t / t), reference.softmax(z_s / t))
     return kd
@@ -80,7 +90,7 @@ def test_equals_the_dense_reference_in_any_chunks(case, divergence, squared):
     policy, data = started(*POLICIES[case]), problem()
     z_s, z_t = logits(data)
     answer = answer_of(policy, z_s, z_t, data["targets"])
-    kd = dense_kd(policy, POLICIES[case][1], answer, z_s, z_t, divergence, squared)
+    kd = dense_kd(policy, POLICIES[case][1], answer, z_s, z_t, divergence, squared, data["targets"])
     ce = -torch.log(reference.softmax(z_s)[torch.arange(N), data["targets"]])
     ratio = 0.4 if policy.kd_ratio is None else policy.kd_ratio
     expected = ((1 - ratio) * ce + ratio * kd).sum() / 20.0
@@ -116,10 +126,10 @@ def test_per_token_policies_really_differ_between_rows_and_models():
         answer = answer_of(started(name, {}), z_s, z_t, data["targets"])
         spread[name] = (answer.student.numel() == N, not torch.equal(answer.student, answer.teacher))
     assert {name for name, (per_row, _) in spread.items() if per_row} >= {
-        "dtkd", "adakd", "logit_std", "norm_kd", "max_logit",
+        "dtkd", "adakd", "logit_std", "norm_kd", "max_logit", "cist",
     }  # fmt: skip
     assert {name for name, (_, two) in spread.items() if two} >= {
-        "dtkd", "logit_std", "norm_kd", "max_logit", "annealing",
+        "dtkd", "logit_std", "norm_kd", "max_logit", "annealing", "cist",
     }  # fmt: skip
 
 
@@ -159,7 +169,7 @@ def test_a_learnt_temperature_gets_its_gradient(case, divergence, squared):
     p, q = reference.softmax(z_t / t), reference.softmax(z_s / t)
     if divergence in reference.HELD_WEIGHTS:  # of the kd_loss that is reported: nothing is held
         options["weight"] = reference.HELD_WEIGHTS[divergence](p, q, **options)
-    d = reference.divergence(divergence, p, q, data["targets"], options)
+    d = reference.divergence(divergence, p, q, data["targets"], options, reference.softmax(z_t))
     (expected,) = torch.autograd.grad((d * (t**2 if squared else 1.0)).sum(), t)
     for chunk in (1, 7, None):
         loss = DistillationLoss(

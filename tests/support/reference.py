@@ -124,8 +124,12 @@ def csd(p: Tensor, q: Tensor, weights: str = "teacher", weight: Tensor | None = 
     return (w.unsqueeze(-1) * w.unsqueeze(-2) * pairs).sum((-1, -2)) / 2
 
 
-def eopd(p: Tensor, q: Tensor, entropy: float = 0.8, weight: float = 1.0, mode: str = "add") -> Tensor:
-    unsure = (-(p * torch.log(p)).sum(-1) > entropy).to(p.dtype)
+def eopd(
+    p: Tensor, q: Tensor, entropy: float = 0.8, weight: float = 1.0, mode: str = "add", at_one: Tensor | None = None
+) -> Tensor:
+    """``at_one`` is the teacher at T = 1; p itself when left out."""
+    sure = p if at_one is None else at_one
+    unsure = (-(sure * torch.log(sure)).sum(-1) > entropy).to(p.dtype)
     beside = 1 - unsure if mode == "switch" else 1
     return beside * reverse_kl(p, q) + unsure * weight * forward_kl(p, q)
 
@@ -151,8 +155,12 @@ DIVERGENCES = {
 HELD_WEIGHTS = {"adaptive_kl": akl_weight, "todi": todi_weight, "csd": csd_weight}
 
 
-def divergence(name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float]) -> Tensor:
-    return DIVERGENCES[name](p, q, *([targets] if name == "dkd" else []), **options)
+def divergence(
+    name: str, p: Tensor, q: Tensor, targets: Tensor, options: dict[str, float], at_one: Tensor | None = None
+) -> Tensor:
+    """``at_one`` is the teacher at T = 1, where p is not."""
+    more = {"at_one": at_one} if name == "eopd" else {}
+    return DIVERGENCES[name](p, q, *([targets] if name == "dkd" else []), **options, **more)
 
 
 def distillation_loss(
@@ -173,7 +181,7 @@ def distillation_loss(
         torch.as_tensor(temperature_student, dtype=z_s.dtype),
         torch.as_tensor(temperature_teacher, dtype=z_s.dtype),
     )
-    d = divergence(name, softmax(z_t / t_t), softmax(z_s / t_s), targets, options)
+    d = divergence(name, softmax(z_t / t_t), softmax(z_s / t_s), targets, options, softmax(z_t))
     factor = (t_s * t_t).reshape(-1) if squared else torch.ones((), dtype=z_s.dtype)
     return ((1 - kd_ratio) * ce + kd_ratio * factor * d).sum() / normalizer
 
@@ -223,6 +231,27 @@ def max_logit(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 #: Policies whose T_s is made of z_s and differentiated.
 SCALE_FREE = {"logit_std": logit_std, "norm_kd": norm_kd, "max_logit": max_logit}
+
+
+def height(z: Tensor) -> Tensor:
+    """[N, 1], max - mean."""
+    return z.max(-1, keepdim=True).values - z.mean(-1, keepdim=True)
+
+
+def cist(
+    z_s: Tensor, z_t: Tensor, rho_t: float, rho_s: float, factor: str = "teacher"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """arXiv 2605.20357, our reading, with its graph: T_s, T_t and the factor."""
+    t_s, t_t = height(z_s) / rho_s, height(z_t) / rho_t
+    return t_s, t_t, t_s * t_t if factor == "product" else t_t * height(z_t) / rho_s
+
+
+def ats_target(z_t: Tensor, tokens: Tensor, tau_y: float, tau_rest: float) -> Tensor:
+    """softmax of centred logits, each divided by its own tau (arXiv 2210.04427)."""
+    tau = torch.full_like(z_t, tau_rest)
+    for row, token in enumerate(tokens.tolist()):
+        tau[row, token] = tau_y
+    return softmax((z_t - z_t.mean(-1, keepdim=True)) / tau)
 
 
 def dts_trajectory(

@@ -119,8 +119,8 @@ def test_only_policies_whose_statistics_do_not_read_labels_go_on(name):
         for step in range(3):
             policy.begin_step(step / 12)
             lse = [z.logsumexp(-1) for z in (z_s, z_t)]
-            answer = policy(z_s, z_t, RowStats(torch.full((6,), 2 + gap), torch.full((6,), 2.0), *lse))
-            seen.append(answer.student.tolist())
+            answer = policy(z_s, z_t, RowStats(torch.full((6,), 2 + 2 * gap), torch.full((6,), 2 + gap), *lse))
+            seen.append((answer.student.tolist(), None if answer.raised is None else answer.raised.tolist()))
             observed = () if answer.observed is None else tuple(answer.observed.double().mean(0).tolist())
             policy.end_step(StepStats(2.0 + gap, 2.0, 1.0, 10, temperature_grad=0.3, observed=observed))
         found.append((seen, policy.state()))

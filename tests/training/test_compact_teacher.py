@@ -103,6 +103,7 @@ POLICIES = {
     "logit_std": ("logit_std", {}),
     "norm_kd": ("norm_kd", {}),
     "max_logit": ("max_logit", {}),
+    "cist": ("cist", {}),
 }
 
 
@@ -151,6 +152,7 @@ def test_every_divergence_and_a_temperature_that_learns_follow_the_reported_loss
     [
         ("taid", "forward_kl", ["'taid'", "mixes"]),
         ("adakd", "forward_kl", ["'adakd'", "overlap"]),
+        ("ats", "forward_kl", ["'ats'", "one token"]),
         ({"name": "dts", "range": "auto", "support_max": 8, "support_min": 4}, "forward_kl", ["'auto'", "t_init"]),
         (1.0, "logit_mse", ["'logit_mse'", "every logit alike"]),
         (1.0, {"name": "alpha_beta", "alpha": 0.0, "beta": 0.0}, ["alpha and beta 0"]),

@@ -57,7 +57,9 @@ SAME_TEMPERATURE: dict[str, list[dict[str, Any]]] = {
     ],
     "dtkd": [{}, {"w_kd": 0.5}],
     "ctkd": [{}],
-    "adakd": [{}],
+    "adakd": [{}, {"keep": 0.5}],
+    "ats": [{"tau_y": 3.0, "tau_rest": 3.0, "value": 3.0}],  # else the label has a temperature of its own
+    "cist": [{}, {"factor": "product"}],
     "pocl": [{"schedule_kd_ratio": False}],  # its own kd_ratio would bring the labels in
     "logit_std": [{}],
     "norm_kd": [{}],

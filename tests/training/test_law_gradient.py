@@ -62,11 +62,17 @@ CASES: dict[str, tuple[str, dict, int]] = {
     "dts_auto_measured": ("dts", {"range": "auto", "support_max": 8, "support_min": 4}, 8),
     "dtkd_with_kd": ("dtkd", {"w_kd": 1 / 3, "tau": 3.0}, 8),
     "adakd_inverse": ("adakd", {"c": -0.5, "t_base": 2.0}, 8),
+    "adakd_keep": ("adakd", {"keep": 0.5}, 8),
+    "adakd_keep_auto": ("adakd", {"keep": "auto", "keep_step": 0.3, "keep_band": 0.001}, 8),
+    "ats_argmax": ("ats", {"target": "argmax", "tau_y": 3.0, "tau_rest": 1.5, "value": 2.0}, 1),
+    "cist_product": ("cist", {"factor": "product", "rho_t": 3.0, "rho_s": 2.0}, 8),
     "taid_tempered": ("taid", {"value": 2.0}, 8),
     "pocl_ratio_left_alone": ("pocl", {"schedule_kd_ratio": False}, 8),
     "annealing_phase_two": ("annealing", {"phase_share": 0.1}, 8),
     "ctkd_at_one": ("ctkd", {"t_start": 0.5, "t_end": 1.0}, 8),
 }
+#: Those under which nothing pushes the scale of the student's logits.
+SCALE_FREE = {*reference.SCALE_FREE, "cist"}
 HEADS = {
     "scaled": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 0.6}),
     "scaled_in_the_model": (CohereConfig, CohereForCausalLM, {"logit_scale": 1.5}),
@@ -120,6 +126,9 @@ class Setup:
     def use(self, name: str, options: dict, steps: int) -> None:
         """A new policy that has gone through ``steps`` optimizer steps with falling gaps."""
         policy = policy_of(name, **options)
+        self.trainer.sums.step_meter.reduce(
+            self.trainer.accelerator
+        )  # of the last policy, which may have observed more or less
         self.trainer.temperature = self.trainer.loss.temperature = policy
         for k in range(steps):
             self.draw(100 + k, sharpness=1.0 + 0.1 * k)
@@ -307,11 +316,48 @@ def test_the_gradient_is_the_derivative_of_the_reported_loss(case, setup):
             with torch.no_grad():
                 assert setup.loss().item() == pytest.approx(reported, rel=1e-12), where
             assert setup.error(gradient) <= BOUND, where
-        if policy.name in reference.SCALE_FREE and used == 1.0:
+        if case in SCALE_FREE and used == 1.0:
             scale_free = True
             along = (gradient * setup.student.states.data).sum(-1)  # of each row: nothing pushes its scale
             assert along.abs().max() <= 1e-12 * gradient.norm() * setup.student.states.data.norm(), where
-    assert scale_free == (policy.name in reference.SCALE_FREE)
+    assert scale_free == (case in SCALE_FREE)
+
+
+def dense_soft_loss(setup: Setup, case: str, scaling: str) -> Tensor:
+    """Of each labelled row ``[N]``, from the equations of tests/support/reference.py: what ``kd_loss`` is the mean of."""
+    policy, options, targets = setup.trainer.temperature, CASES[case][1], setup.batch["labels"][:, 1:]
+    there = targets != -100
+    z_s, z_t = (model.states.detach()[:, :-1][there] for model in (setup.student, setup.teacher))
+    weight, p = 1.0, None
+    if policy.name == "constant":
+        t_s, t_t, factor = (torch.tensor(t) for t in (1.5, 3.0, 4.5))
+    elif policy.name == "ats":
+        t_s, factor = policy.value, torch.tensor(policy.value**2)
+        tokens = z_t.argmax(-1) if policy.target == "argmax" else targets[there]
+        p = reference.ats_target(z_t, tokens, policy.tau_y, policy.tau_rest)
+    elif policy.name == "cist":
+        t_s, t_t, factor = reference.cist(z_s, z_t, *policy.heights(V), options.get("factor", "teacher"))
+    else:  # adakd: what is kept counts 1 / keep
+        log_s = reference.hellinger(reference.softmax(z_t), reference.softmax(z_s)).log()
+        t_s = t_t = torch.exp(-0.5 * torch.tanh(log_s - policy.log_median)).unsqueeze(-1)
+        factor, weight = t_s**2, (log_s >= policy.selection.log_threshold) / policy.selection.kept
+        assert 0 < weight.count_nonzero() < len(weight)
+    p = reference.softmax(z_t / t_t) if p is None else p
+    soft = weight * reference.forward_kl(p, reference.softmax(z_s / t_s))
+    return soft * factor.reshape(-1) if scaling == "squared" else soft
+
+
+@pytest.mark.parametrize("scaling", ["squared", "none"])
+@pytest.mark.parametrize("case", ["constant_of_two", "ats", "ats_argmax", "cist", "cist_product", "adakd_keep"])
+def test_the_reported_loss_is_the_dense_one(case, scaling, setup):
+    setup.trainer.loss.divergence = build_divergence("forward_kl")
+    setup.use(*CASES[case])
+    prepare(setup, "forward_kl", scaling, 1.0)
+    expected = dense_soft_loss(setup, case, scaling)
+    with torch.no_grad():
+        assert setup.loss().item() == pytest.approx(expected.sum().item() / 5, rel=1e-12)
+    logged = LogColumns().means(setup.trainer.sums.step_meter.reduce(setup.trainer.accelerator))
+    assert logged["kd_loss"] == pytest.approx(expected.mean().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("page", "kinds"), [("temperature", temperature_policies()), ("divergences", DIVERGENCES)])
@@ -322,7 +368,9 @@ def test_the_pages_say_what_is_held(page, kinds):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("case", ["constant", "norm_kd", "logit_std", "dtkd_with_kd", "dts_token"])
+@pytest.mark.parametrize(
+    "case", ["constant", "norm_kd", "logit_std", "dtkd_with_kd", "dts_token", "ats", "cist", "cist_product"]
+)
 def test_the_law_holds_under_a_scaled_and_a_soft_capped_head(head, case, tmp_path):
     config_class, model_class, options = HEADS[head]
     setup = Setup(tmp_path, model_of_logits(config_class, model_class, **options))

@@ -353,10 +353,10 @@ def test_text_of_the_students_own_is_as_long_as_it_may_get(tmp_path: Path) -> No
 
 
 def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fused(device: str, divergence: str = "forward_kl", kernels: str = "auto") -> bool:
+    def fused(device: str, divergence: str = "forward_kl", kernels: str = "auto", temperature: str = "dts") -> bool:
         values = {
             "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"train": "rows.jsonl"},
-            "output": {"dir": "run"}, "loss": {"divergence": divergence, "kernels": kernels},
+            "output": {"dir": "run"}, "loss": {"divergence": divergence, "kernels": kernels}, "temperature": temperature,
         }  # fmt: skip
         args = SimpleNamespace(
             device=torch.device(device), per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch",
@@ -371,7 +371,7 @@ def test_who_takes_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("dts_hf.training.workload.free_bytes", lambda device: 2**30 if device.type == "cuda" else None)
     assert fused("cuda") and not fused("cuda", "adaptive_kl") and not fused("cpu")
-    assert not fused("cuda", kernels="torch")
+    assert not fused("cuda", kernels="torch") and not fused("cuda", temperature="cist")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not fused("cuda")
 
