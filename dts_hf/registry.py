@@ -107,6 +107,7 @@ def range_of(kind: type, option: str) -> Between:
 def split_docstring(text: str) -> tuple[str, dict[str, str]]:
     """A class docstring as (markdown of what stands before ``Args:``, option -> meaning)."""
     about, _, args = text.replace("``", "`").partition("\nArgs:\n")
+    args = args.partition("\nRaises:\n")[0]
     options: dict[str, str] = {}
     names: list[str] = []
     for line in args.splitlines():

@@ -100,7 +100,7 @@ def test_docstrings_become_options(generate: ModuleType) -> None:  # which has p
     from _temperature_page import split_docstring
 
     about, options = split_docstring(
-        "First ``x``.\n\nMore.\n\nArgs:\n    a, b: both,\n        go on.\n    c: alone: so.\n"
+        "First ``x``.\n\nMore.\n\nArgs:\n    a, b: both,\n        go on.\n    c: alone: so.\n\nRaises:\n    UserError: no.\n"
     )
     assert about == "First `x`.\n\nMore."
     assert options == {"a": "both, go on.", "b": "both, go on.", "c": "alone: so."}
