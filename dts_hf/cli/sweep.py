@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dts_hf.cli.printing import RecipeFile, print_table
-from dts_hf.console import printable, say, show
+from dts_hf.console import printable, say, show, working
 from dts_hf.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dts_hf.experiments.shared_teacher import Group
     from dts_hf.experiments.sweep import Planned, Study, Sweep
 
 EPILOG = "Example: [bold]dts-hf sweep recipe.yaml --set temperature=1,2,4 --seeds 1,2,3 --output studies/mine[/bold]"
@@ -35,6 +36,10 @@ def command(
         str | None, typer.Option(metavar="N,N", help="GPUs, one for each run at work; as many runs as these.")
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="The runs of machine I of N.")] = None,
+    share_teacher: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."),
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what has become of each.")] = False,
@@ -48,6 +53,7 @@ def command(
     from dts_hf.experiments.grid import varied
     from dts_hf.files import write_text_atomic
 
+    _check_share(share_teacher, jobs, devices, print_commands or slurm is not None)
     study = work.plan(
         recipe, changes or [], output, varied(set_ or [], "--set"), varied(zip_ or [], "--zip"), _numbers(seeds)
     )
@@ -66,16 +72,55 @@ def command(
         show(f"{slurm}: {len(left)} tasks; sbatch {slurm}")
     elif dry_run:
         _show(study, chosen)
+        for group in _groups(study, left, share_teacher) if share_teacher else ():
+            show(printable(group.said))
     else:
         numbers = [device.strip() for device in devices.split(",")] if devices is not None else []
         if "" in numbers or len({*numbers}) < len(numbers):
             raise UserError(f"devices: got {devices!r}, expected GPUs that differ, for example 0,1")
-        sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
-        sweep.on_change = lambda: say(_progress(study, chosen, sweep))
-        sweep.run()
+        if share_teacher is not None:
+            _run_groups(study, chosen, share_teacher, numbers, retries)
+        else:
+            sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
+            sweep.on_change = lambda: say(_progress(study, chosen, sweep))
+            sweep.run()
         _show(study, chosen)
         if any(study.state(run) == "failed" for run in chosen):
             raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _check_share(most: int | None, jobs: int, devices: str | None, for_others: bool) -> None:
+    if most is None:
+        return
+    if jobs > 1:
+        raise UserError(f"--share-teacher {most}: starts {most} runs at a time, expected no --jobs beside it")
+    if devices is not None and "," in devices:
+        raise UserError(f"--share-teacher {most}: is for one GPU, got --devices {devices}; give each a sweep with --shard")
+    if for_others:
+        raise UserError(
+            f"--share-teacher {most}: starts its runs itself, expected neither --print-commands nor --slurm; leave it out"
+        )
+
+
+def _groups(study: Study, runs: Sequence[Planned], most: int) -> list[Group]:
+    from dts_hf.experiments.shared_teacher import groups_of
+
+    with working("finding the runs that share a teacher"):
+        return groups_of(study, runs, most)
+
+
+def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Sequence[str], retries: int) -> None:
+    from dts_hf.experiments.sweep import Sweep
+
+    for group in _groups(study, [run for run in runs if study.state(run) not in ("done", "running")], most):
+        group.open()
+        environment = group.environment | ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {})
+        sweep = Sweep(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment)
+        sweep.on_change = lambda sweep=sweep: say(_progress(study, runs, sweep))
+        say(printable(group.said))
+        sweep.run()
+        if spared := group.close():
+            say(spared)
 
 
 def _numbers(text: str | None) -> list[int]:
