@@ -38,7 +38,9 @@ def command(
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="The runs of machine I of N.")] = None,
     share_teacher: Annotated[
         int | None,
-        typer.Option(min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."),
+        typer.Option(
+            min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."
+        ),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
@@ -95,7 +97,9 @@ def _check_share(most: int | None, jobs: int, devices: str | None, for_others: b
     if jobs > 1:
         raise UserError(f"--share-teacher {most}: starts {most} runs at a time, expected no --jobs beside it")
     if devices is not None and "," in devices:
-        raise UserError(f"--share-teacher {most}: is for one GPU, got --devices {devices}; give each a sweep with --shard")
+        raise UserError(
+            f"--share-teacher {most}: is for one GPU, got --devices {devices}; give each a sweep with --shard"
+        )
     if for_others:
         raise UserError(
             f"--share-teacher {most}: starts its runs itself, expected neither --print-commands nor --slurm; leave it out"
@@ -118,9 +122,11 @@ def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Seque
         sweep = Sweep(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment)
         sweep.on_change = lambda sweep=sweep: say(_progress(study, runs, sweep))
         say(printable(group.said))
-        sweep.run()
-        if spared := group.close():
-            say(spared)
+        try:
+            sweep.run()
+        finally:
+            if spared := group.close():
+                say(spared)
 
 
 def _numbers(text: str | None) -> list[int]:

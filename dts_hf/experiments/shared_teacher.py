@@ -1,4 +1,4 @@
-"""``dts-hf sweep --share-teacher K``: runs that see the same batches go side by side, and each batch has one teacher forward.
+"""``dts-hf sweep --share-teacher K``: runs of the same batches go side by side, and each batch has one teacher forward.
 
 A group are processes of their own, as without it, beside a folder in which the first to need the states of a batch leaves
 them for the others (``teachers.shared_answers``). So a run is the same run, killed and resumed as ever, and one that fails

@@ -1,4 +1,4 @@
-"""Final states that one process computes and the others beside it take: students that see the same batches at about one time.
+"""Final states that one process computes and the others beside it take: students of the same batches at about one time.
 
 What is shared is found by the bytes of the batch, so a student that sees another batch, is late, or comes back after a kill
 computes what it does not find, and no result depends on who was first. Nothing waits without an end: a claim is a lock of
