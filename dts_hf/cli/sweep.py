@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,7 +121,7 @@ def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Seque
         group.open()
         environment = group.environment | ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {})
         sweep = Sweep(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment)
-        sweep.on_change = lambda sweep=sweep: say(_progress(study, runs, sweep))
+        sweep.on_change = partial(_say_progress, study, runs, sweep)
         say(printable(group.said))
         try:
             sweep.run()
@@ -146,6 +147,10 @@ def _progress(study: Study, runs: Sequence[Planned], sweep: Sweep) -> str:
         left = (len(runs) - done - failed) * sum(sweep.seconds) / len(sweep.seconds) / sweep.jobs
         text += f"; about {left / 60:.0f} min left"
     return printable(text)
+
+
+def _say_progress(study: Study, runs: Sequence[Planned], sweep: Sweep) -> None:
+    say(_progress(study, runs, sweep))
 
 
 def _show(study: Study, runs: Sequence[Planned]) -> None:
