@@ -135,7 +135,7 @@ def sweep(here: Path, folder: str, *options: str) -> subprocess.Popen[str]:
 def students(folder: Path) -> dict[str, dict]:
     return {
         path.parent.name: load_file(path)
-        for path in sorted(folder.glob("*/student/model.safetensors"))
+        for path in sorted(folder.glob("*/final/model.safetensors"))
     }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def same(one: Path, other: Path) -> None:
 
 def test_a_sweep_that_shares_makes_the_runs_of_one_that_does_not(models: Path) -> None:
     """Through the command: equal weights and scores under equal names, and half of the forwards."""
-    for folder, options in (("alone", ()), ("shared", ("--share-teacher", "2"))):
+    for folder, options in (("alone", ("--jobs", "2")), ("shared", ("--share-teacher", "2"))):
         process = sweep(models, folder, *options)
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
