@@ -134,7 +134,7 @@ def sweep(here: Path, folder: str, *options: str) -> subprocess.Popen[str]:
 
 def students(folder: Path) -> dict[str, dict]:
     return {
-        path.parent.name: load_file(path)
+        path.parents[1].name: load_file(path)
         for path in sorted(folder.glob("*/final/model.safetensors"))
     }  # fmt: skip
 
