@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dts_hf.cli.printing import RecipeFile, print_table
-from dts_hf.console import duration, show
+from dts_hf.console import duration, printable, say, show, working
 from dts_hf.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dts_hf.experiments.shared_teacher import Group
     from dts_hf.experiments.sweep import Planned, State, Study
 
 EPILOG = "Example: [bold]dts-hf sweep recipe.yaml --set temperature=1,2,4 --seeds 1,2,3 --output studies/mine[/bold]"
@@ -47,6 +48,12 @@ def command(
         str | None, typer.Option(metavar="N,N", help="GPUs, one for each run at work; as many runs as these.")
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="The runs of machine I of N.")] = None,
+    share_teacher: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."
+        ),
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
     dry_run: Annotated[
@@ -66,6 +73,7 @@ def command(
     from dts_hf.experiments.grid import varied
     from dts_hf.experiments.progress import Progress
 
+    _check_share(share_teacher, jobs, devices, print_commands or slurm is not None)
     product, together = varied(set_ or [], "--set"), varied(zip_ or [], "--zip")
     study = work.plan(recipe, changes or [], output, product, together, _numbers(seeds), preset)
     chosen = work.shard(study.runs, shard)
@@ -76,11 +84,16 @@ def command(
         _for_a_cluster(study, chosen, None if print_commands else slurm)
     elif dry_run:
         _show(study, states := study.states(chosen))
-        show(_time(states, work.jobs_of(jobs, numbers)))
+        show(_time(states, share_teacher or work.jobs_of(jobs, numbers)))
+        for group in _groups(study, _left(states), share_teacher) if share_teacher else ():
+            show(printable(group.said))
     else:
-        sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
-        with Progress(sweep):
-            sweep.run()
+        if share_teacher is not None:
+            _run_groups(study, chosen, share_teacher, numbers, retries)
+        else:
+            sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
+            with Progress(sweep):
+                sweep.run()
         _show(study, states := study.states(chosen))
         if "failed" in states.values():
             raise typer.Exit(int(ExitCode.FAILED))
@@ -91,7 +104,7 @@ def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) 
     from dts_hf.experiments import sweep as work
     from dts_hf.files import write_text_atomic
 
-    left = [run for run, state in study.states(chosen).items() if state != "done"]
+    left = _left(study.states(chosen))
     if slurm is None:
         for line in work.shell_commands(study, left):
             show(line)
@@ -111,6 +124,51 @@ def _devices(text: str | None) -> list[str]:
     return numbers
 
 
+def _check_share(most: int | None, jobs: int, devices: str | None, for_others: bool) -> None:
+    if most is None:
+        return
+    if jobs > 1:
+        raise UserError(f"--share-teacher {most}: starts {most} runs at a time, expected no --jobs beside it")
+    if devices is not None and "," in devices:
+        raise UserError(
+            f"--share-teacher {most}: is for one GPU, got --devices {devices}; give each a sweep with --shard"
+        )
+    if for_others:
+        raise UserError(
+            f"--share-teacher {most}: starts its runs itself, expected neither --print-commands nor --slurm; leave it out"
+        )
+
+
+def _groups(study: Study, runs: Sequence[Planned], most: int) -> list[Group]:
+    from dts_hf.experiments.shared_teacher import groups_of
+
+    with working("finding the runs that share a teacher"):
+        return groups_of(study, runs, most)
+
+
+def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Sequence[str], retries: int) -> None:
+    from dts_hf.experiments.progress import Progress
+    from dts_hf.experiments.sweep import Sweep
+
+    left = [run for run, state in study.states(runs).items() if state not in ("done", "running")]
+    for group in _groups(study, left, most):
+        group.open()
+        environment = group.environment | ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {})
+        sweep = Sweep(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment)
+        say(printable(group.said))
+        try:
+            with Progress(sweep):
+                sweep.run()
+        finally:
+            if spared := group.close():
+                say(spared)
+
+
+def _left(states: Mapping[Planned, State]) -> list[Planned]:
+    """The runs that are not done."""
+    return [run for run, state in states.items() if state != "done"]
+
+
 def _numbers(text: str | None) -> list[int]:
     try:
         return [int(part) for part in text.split(",")] if text else []
@@ -122,7 +180,7 @@ def _time(states: Mapping[Planned, State], jobs: int) -> str:
     """How long the runs that are not done will take."""
     from dts_hf.experiments.estimate import mean_of, measured
 
-    left = [run for run, state in states.items() if state != "done"]
+    left = _left(states)
     pace = mean_of(measured(run.path, run.size) for run, state in states.items() if state == "done")
     if pace is None:
         return f"runs left: {len(left)}; how long that takes is unknown until one of this study is done"

@@ -214,6 +214,7 @@ class Sweep:
         jobs: processes at the same time.
         devices: numbers of the GPUs; each process has one, by ``CUDA_VISIBLE_DEVICES``. Empty: they see what there is.
         retries: how often a run that fails is tried again.
+        environment: what the processes have beside that of this one.
 
     Attributes:
         on_change: is called whenever a run begins or ends.
@@ -232,6 +233,7 @@ class Sweep:
         jobs: int = 1,
         devices: Sequence[str] = (),
         retries: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.study, self.retries = study, retries
         self.states: dict[Planned, State] = study.states(runs)
@@ -239,7 +241,7 @@ class Sweep:
         self.on_change: Callable[[], Any] = lambda: None
         self.on_look: Callable[[], Any] = lambda: None
         self.jobs, self.free = jobs_of(jobs, devices), list(devices)
-        self.devices = bool(devices)
+        self.devices, self.environment = bool(devices), environment or {}
         self.at_work: dict[Planned, tuple[subprocess.Popen[bytes], IO[bytes], str]] = {}
         self.seconds: list[float] = []
         self.began: dict[Planned, float] = {}
@@ -284,7 +286,7 @@ class Sweep:
             log = self.study.log(run)
             log.parent.mkdir(parents=True, exist_ok=True)
             device = self.free.pop(0) if self.devices else ""
-            environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
+            environment = {**os.environ, **self.environment, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
             file = log.open("ab")
             # A group of its own: Ctrl-C reaches it once, from here, and it writes its checkpoint in peace
             process = subprocess.Popen(

@@ -49,6 +49,7 @@ from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.teachers.self_teacher import SelfTeacher
 from dts_hf.teachers.several import naming_teacher
+from dts_hf.teachers.shared_answers import shared_answers
 from dts_hf.training.trainer import DistillationTrainer
 
 
@@ -255,7 +256,7 @@ class LanguageModeling(Task[DistillationTrainer]):
 
     def make_trainer(self, args: TrainingArguments, models: Models, data: Data) -> DistillationTrainer:
         recipe = self.recipe
-        return DistillationTrainer(
+        trainer = DistillationTrainer(
             args=args,
             logits_budget_mb=recipe.loss.logits_budget_mb,
             router_aux_loss=recipe.loss.router_aux_loss,
@@ -268,6 +269,9 @@ class LanguageModeling(Task[DistillationTrainer]):
             vocab_alignment=next((one.vocab_alignment for one in recipe.all_teachers.values()), "strict"),
             **(self.trainer_options(models, data) | self._of_teachers(models)),
         )
+        if type(trainer.teacher) is LiveTeacher:
+            trainer.teacher.shared = shared_answers()
+        return trainer
 
     def _of_teachers(self, models: Models) -> dict[str, Any]:
         """What the trainer asks: the teacher, or each of several and how the rows are shared out."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.loss.selection import select_response
 from dts_hf.models.head import Head, backbone_of, head_of, loss_in_head
+from dts_hf.teachers.shared_answers import SharedAnswers
 
 
 class LiveTeacher:
@@ -20,7 +21,12 @@ class LiveTeacher:
     Args:
         model: a causal language model, whole or sharded by ``sharding.shard_teacher``; it is frozen and put into
             evaluation mode.
+
+    Attributes:
+        shared: where the states of a batch are looked for before the model runs; None: it runs on every batch.
     """
+
+    shared: SharedAnswers | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
@@ -37,12 +43,17 @@ class LiveTeacher:
             self.model.to(device)
         return self
 
-    @torch.no_grad()
     def states(self, batch: dict[str, Any], labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Final states ``[N, H_t]`` of the rows that carry a label; see ``Teacher.states``.
 
         ``positions`` ``[N]`` are those of the labels where they are known (``selection.response_positions``).
         """
+        if self.shared is None or is_sharded(self.model):  # a sharded one runs on all processes at once, or on none
+            return self._computed(batch, labels, positions)
+        return self.shared.get(batch, labels, lambda: self._computed(batch, labels, positions))
+
+    @torch.no_grad()
+    def _computed(self, batch: dict[str, Any], labels: Tensor, positions: Tensor | None) -> Tensor:
         # Utilities that call train() recursively must not switch the teacher's dropout on.
         self.model.eval()
         # The teacher keeps its own precision whatever autocast the student trains under.
