@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dts_hf.experiments.shared_teacher import Group
-    from dts_hf.experiments.sweep import Planned, State, Study
+    from dts_hf.experiments.sweep import Planned, State, Study, Sweep
 
 EPILOG = "Example: [bold]dts-hf sweep recipe.yaml --set temperature=1,2,4 --seeds 1,2,3 --output studies/mine[/bold]"
+
+ShareTeacher = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."),
+]
 
 
 def list_presets(asked: bool) -> None:
@@ -48,12 +53,7 @@ def command(
         str | None, typer.Option(metavar="N,N", help="GPUs, one for each run at work; as many runs as these.")
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="The runs of machine I of N.")] = None,
-    share_teacher: Annotated[
-        int | None,
-        typer.Option(
-            min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."
-        ),
-    ] = None,
+    share_teacher: ShareTeacher = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
     dry_run: Annotated[
@@ -71,15 +71,13 @@ def command(
     """Vary a recipe: every combination and seed is a run of its own; done ones are never repeated."""
     from dts_hf.experiments import sweep as work
     from dts_hf.experiments.grid import varied
-    from dts_hf.experiments.progress import Progress
 
     _check_share(share_teacher, jobs, devices, print_commands or slurm is not None)
     product, together = varied(set_ or [], "--set"), varied(zip_ or [], "--zip")
     study = work.plan(recipe, changes or [], output, product, together, _numbers(seeds), preset)
-    chosen = work.shard(study.runs, shard)
+    chosen, numbers = work.shard(study.runs, shard), _devices(devices)
     for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
-    numbers = _devices(devices)
     if print_commands or slurm is not None:
         _for_a_cluster(study, chosen, None if print_commands else slurm)
     elif dry_run:
@@ -91,9 +89,7 @@ def command(
         if share_teacher is not None:
             _run_groups(study, chosen, share_teacher, numbers, retries)
         else:
-            sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
-            with Progress(sweep):
-                sweep.run()
+            _run(work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries))
         _show(study, states := study.states(chosen))
         if "failed" in states.values():
             raise typer.Exit(int(ExitCode.FAILED))
@@ -147,21 +143,26 @@ def _groups(study: Study, runs: Sequence[Planned], most: int) -> list[Group]:
 
 
 def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Sequence[str], retries: int) -> None:
-    from dts_hf.experiments.progress import Progress
-    from dts_hf.experiments.sweep import Sweep
+    from dts_hf.experiments.sweep import Sweep as Started
 
     left = [run for run, state in study.states(runs).items() if state not in ("done", "running")]
     for group in _groups(study, left, most):
         group.open()
         environment = group.environment | ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {})
-        sweep = Sweep(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment)
         say(printable(group.said))
         try:
-            with Progress(sweep):
-                sweep.run()
+            _run(Started(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment))
         finally:
             if spared := group.close():
                 say(spared)
+
+
+def _run(sweep: Sweep) -> None:
+    """Until it is done, with a table of what it is at."""
+    from dts_hf.experiments.progress import Progress
+
+    with Progress(sweep):
+        sweep.run()
 
 
 def _left(states: Mapping[Planned, State]) -> list[Planned]:
