@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EPILOG = (
-    "Examples: [bold]dts-hf compare runs/*/ --baseline runs/constant-1 --output comparison[/bold]; "
+    "Example: [bold]dts-hf compare runs/*/ --baseline runs/constant-1 --output comparison[/bold]; or "
     "[bold]dts-hf compare fixed.yaml moving.yaml --seeds 1,2,3 --output comparison[/bold]"
 )
 

@@ -49,7 +49,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def invoke(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["compare", *arguments], catch_exceptions=False)
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["compare", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -98,7 +98,7 @@ def test_recipes_need_an_output_and_differ_and_runs_have_their_seeds(recipes: li
     with pytest.raises(UserError, match=r"again\.yaml and t1\.yaml are the same run"):
         plan_runs([recipes[0], Path("again.yaml")], [1], tmp_path / "out")
     done = [str(plant(tmp_path / f"run-{value}", value, 1)) for value in (1.0, 2.0)]
-    result = CliRunner().invoke(app, ["compare", *done, "--seeds", "1,2"])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["compare", *done, "--seeds", "1,2"])
     assert result.exit_code == 2 and "seeds: they are of recipes" in result.output
 
 

@@ -177,7 +177,7 @@ def test_presets_that_do_not_fit_are_refused(name: str, file: str, more: dict[st
 
 
 def test_the_command_lists_them_and_plans_them() -> None:
-    listed = CliRunner().invoke(app, ["sweep", "--list-presets"])
+    listed = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["sweep", "--list-presets"])
     assert listed.exit_code == 0 and all(name in listed.stdout for name in PRESETS)
     assert "--set teacher.model=BASE,INSTRUCT,SFT_1,SFT_10" in listed.stdout
     shown = CliRunner().invoke(

@@ -135,7 +135,9 @@ def test_a_killed_comparison_leaves_whole_files(tmp_path: Path) -> None:
     for _, files in seen:
         assert {*files} >= {*whole}
         assert all(files[name] in texts for name, texts in whole.items())
-        assert all(name in whole or name.startswith(".") for name in files)  # what is half written is hidden
+        # What is half written is hidden
+        assert all(name in (*whole, "report.html") or name.startswith(".") for name in files)
+        assert files.get("report.html", "</html>").rstrip().endswith("</html>")
     assert {name: seen[-1][1][name] for name in whole} == {
         "comparison.md": markdown(after),
         "comparison.csv": as_csv(after),
