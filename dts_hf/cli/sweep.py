@@ -39,9 +39,7 @@ def command(
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="The runs of machine I of N.")] = None,
     share_teacher: Annotated[
         int | None,
-        typer.Option(
-            min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."
-        ),
+        typer.Option(min=2, metavar="K", help="Runs of the same batches side by side, with one teacher forward."),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
@@ -68,9 +66,8 @@ def command(
         for line in work.shell_commands(study, left):
             show(line)
     elif slurm is not None and left:
-        (study.folder / work.LOGS).mkdir(
-            parents=True, exist_ok=True
-        )  # SLURM makes none, and starts no task without it
+        # SLURM makes none, and starts no task without it
+        (study.folder / work.LOGS).mkdir(parents=True, exist_ok=True)
         write_text_atomic(slurm, work.slurm_script(study, left))
         show(f"{slurm}: {len(left)} tasks; sbatch {slurm}")
     elif dry_run:
@@ -78,18 +75,22 @@ def command(
         for group in _groups(study, left, share_teacher) if share_teacher else ():
             show(printable(group.said))
     else:
-        numbers = [device.strip() for device in devices.split(",")] if devices is not None else []
-        if "" in numbers or len({*numbers}) < len(numbers):
-            raise UserError(f"devices: got {devices!r}, expected GPUs that differ, for example 0,1")
         if share_teacher is not None:
-            _run_groups(study, chosen, share_teacher, numbers, retries)
+            _run_groups(study, chosen, share_teacher, _gpus(devices), retries)
         else:
-            sweep = work.Sweep(study, chosen, jobs=jobs, devices=numbers, retries=retries)
+            sweep = work.Sweep(study, chosen, jobs=jobs, devices=_gpus(devices), retries=retries)
             sweep.on_change = lambda: say(_progress(study, chosen, sweep))
             sweep.run()
         _show(study, chosen)
         if any(study.state(run) == "failed" for run in chosen):
             raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _gpus(devices: str | None) -> list[str]:
+    numbers = [device.strip() for device in devices.split(",")] if devices is not None else []
+    if "" in numbers or len({*numbers}) < len(numbers):
+        raise UserError(f"devices: got {devices!r}, expected GPUs that differ, for example 0,1")
+    return numbers
 
 
 def _check_share(most: int | None, jobs: int, devices: str | None, for_others: bool) -> None:
@@ -117,7 +118,9 @@ def _groups(study: Study, runs: Sequence[Planned], most: int) -> list[Group]:
 def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Sequence[str], retries: int) -> None:
     from dts_hf.experiments.sweep import Sweep
 
-    for group in _groups(study, [run for run in runs if study.state(run) not in ("done", "running")], most):
+    # The first batch waits for all of a group: none that will not come is in it
+    left = [run for run in runs if study.state(run) not in ("done", "running") and study.failures(run) <= retries]
+    for group in _groups(study, left, most):
         group.open()
         environment = group.environment | ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {})
         sweep = Sweep(study, group.runs, jobs=len(group.runs), retries=retries, environment=environment)
