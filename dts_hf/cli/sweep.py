@@ -38,8 +38,7 @@ def command(
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="The runs of machine I of N.")] = None,
     share_teacher: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="K", help="Runs of the same batches side by side, with one teacher forward."),
+        int | None, typer.Option(min=2, metavar="K", help="One teacher forward for K runs of the same batches.")
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that fails is tried again.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that were given up.")] = False,
