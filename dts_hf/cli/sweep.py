@@ -71,8 +71,7 @@ def command(
         show(f"{slurm}: {len(left)} tasks; sbatch {slurm}")
     elif dry_run:
         _show(study, chosen)
-        for group in _groups(study, left, share_teacher) if share_teacher else ():
-            show(printable(group.said))
+        _show_groups(study, left, share_teacher)
     else:
         if share_teacher is not None:
             _run_groups(study, chosen, share_teacher, _gpus(devices), retries)
@@ -112,6 +111,11 @@ def _groups(study: Study, runs: Sequence[Planned], most: int) -> list[Group]:
 
     with working("finding the runs that share a teacher"):
         return groups_of(study, runs, most)
+
+
+def _show_groups(study: Study, runs: Sequence[Planned], most: int | None) -> None:
+    for group in _groups(study, runs, most) if most is not None else ():
+        show(printable(group.said))
 
 
 def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Sequence[str], retries: int) -> None:
