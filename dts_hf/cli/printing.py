@@ -89,8 +89,9 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     from rich.text import Text
 
     table = Table(title=Text(printable(title), style="table.title"), title_justify="left")
-    for column in rows[0] if rows else ["none found"]:
-        table.add_column(column)
+    for place, column in enumerate(rows[0] if rows else ["none found"]):
+        # What stands first is what the user types next: folded where it has no room, never cut
+        table.add_column(column, overflow="fold" if place == 0 else "ellipsis")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row.values()))
     table_console().print(table)

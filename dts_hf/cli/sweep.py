@@ -21,7 +21,7 @@ EPILOG = "Example: [bold]dts-hf sweep recipe.yaml --set temperature=1,2,4 --seed
 
 ShareTeacher = Annotated[
     int | None,
-    typer.Option(min=2, metavar="K", help="So many runs of the same batches side by side, with one teacher forward."),
+    typer.Option(min=2, metavar="K", help="One teacher forward for K runs of the same batches."),
 ]
 
 
@@ -145,7 +145,9 @@ def _groups(study: Study, runs: Sequence[Planned], most: int) -> list[Group]:
 def _run_groups(study: Study, runs: Sequence[Planned], most: int, devices: Sequence[str], retries: int) -> None:
     from dts_hf.experiments.sweep import Sweep as Started
 
-    left = [run for run, state in study.states(runs).items() if state not in ("done", "running")]
+    # The first batch waits for all of a group: none that will not come is in it
+    states = study.states(runs).items()
+    left = [run for run, state in states if state not in ("done", "running") and study.failures(run) <= retries]
     for group in _groups(study, left, most):
         group.open()
         environment = group.environment | ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {})
