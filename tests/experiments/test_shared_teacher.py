@@ -149,6 +149,7 @@ def same(one: Path, other: Path) -> None:
         assert (one / run / "log.jsonl").is_file()
 
 
+@pytest.mark.soak  # the law is held by tests/teachers/test_shared_answers.py through the trainer
 @pytest.mark.timeout(900)
 def test_a_sweep_that_shares_makes_the_runs_of_one_that_does_not(models: Path) -> None:
     """Through the command: equal weights and scores under equal names, and half of the forwards."""
