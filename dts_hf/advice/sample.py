@@ -80,6 +80,10 @@ def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured
     """
     check_advisable(recipe)
     notes: list[str] = []
+    if recipe.temperature.options.get("range") == "auto":
+        notes.append(
+            "temperature: range: auto is solved in the first step, so its hottest T is not known here; rules take 1"
+        )
     plain = recipe.model_copy(update={"temperature": NamedOptions(name="constant")})
     task = task_of(trial_recipe(plain, folder, TRIAL))
     args = arguments_of(task)

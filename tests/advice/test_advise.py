@@ -160,6 +160,11 @@ def test_a_search_for_layers_is_not_waited_for() -> None:
     assert any("evenly spaced layers" in note for note in advise(recipe, rows=4).found.notes)
 
 
+def test_a_range_that_is_solved_later_is_said_to_be_unknown() -> None:
+    advice = advise(advised.workplace(temperature={"name": "dts", "rule": "gap", "range": "auto"}), rows=4)
+    assert "range: auto" in advice.found.notes[0] and advice.found.situation.hottest == 1.0
+
+
 @pytest.mark.parametrize("name", sorted(temperature_policies()))
 def test_the_hottest_temperature_of_every_policy_is_known(name: str) -> None:
     options: dict[str, Any] = {"replay": {"run": "somewhere"}}.get(name, {})
