@@ -84,6 +84,7 @@ def test_a_whole_run_with_one_tokenizer_is_ordinary_distillation(tmp_path):
             [{k: v for k, v in line.items() if "per_second" not in k and "runtime" not in k} for line in logged]
         )
     for plain, overlap in zip(*lines, strict=True):
+        plain.pop("eval_teacher_ece", None)  # the one number that is not measured where labels may be others
         assert {name: overlap[name] for name in plain} == pytest.approx(plain, rel=1e-6, abs=1e-9)
         share = overlap.get("aligned_share", overlap.get("eval_aligned_share"))
         assert share == 1.0
