@@ -200,7 +200,7 @@ def page() -> dict[Path, str]:
     text = [
         "# Does temperature matter for a language model? Results", "",
         "<!-- Written by write_page.py from results/; edit that. -->", "",
-        "What was fixed before the first run: [PREREG.md](PREREG.md). Runs are short, and these are 200 held-out rows:",
+        "What was fixed before the first run: [PREREG.md](PREREG.md). Runs are short, and these are 144 held-out rows:",
         "every statement is about them and about the start of training.", "",
     ]  # fmt: skip
     for name, of_stage in about["stages"].items():
