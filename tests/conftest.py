@@ -12,10 +12,15 @@ import random
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.support.browser import Tab
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -143,3 +148,14 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     Workers that disagree on a name run nothing. What else names depend on is for test_collection.py to find.
     """
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    """A tab of a headless Chromium, for tests with ``MARKS``."""
+    from tests.support.browser import browser_tab, find_browser
+
+    browser = find_browser()
+    assert browser is not None
+    with browser_tab(browser, tmp_path_factory.mktemp("profile")) as found:
+        yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,23 +10,9 @@ import pytest
 from dts_hf.advice.advise import advise
 from dts_hf.advice.report import write_report
 from tests.support import advised
-from tests.support.browser import Tab, browser_tab, find_browser
+from tests.support.browser import MARKS, Tab
 
-BROWSER = find_browser()
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        BROWSER is None,
-        reason="no Chromium here: install one (apt-get install chromium) or name it in DTS_HF_CHROMIUM",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    assert BROWSER is not None
-    with browser_tab(BROWSER, tmp_path_factory.mktemp("profile")) as found:
-        yield found
+pytestmark = MARKS
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,12 @@ import pytest
 from dts_hf.experiments.compare import compare_kinds
 from dts_hf.experiments.kinds import read_kinds
 from dts_hf.experiments.report import render_page
-from tests.support.browser import Tab, browser_tab, find_browser
+from tests.support.browser import MARKS, Tab
 from tests.support.planted_runs import plant, with_answers
 
-BROWSER = find_browser()
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        BROWSER is None,
-        reason="no Chromium here: install one (apt-get install chromium) or name it in DTS_HF_CHROMIUM",
-    ),
-]
+pytestmark = MARKS
 COLUMN = "[...document.querySelectorAll('table.sortable')[0].tBodies[0].rows].map(r => r.cells[{}].dataset.sort)"
 HEAD = "document.querySelectorAll('table.sortable')[0].tHead.rows[0].cells[{}]"
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    assert BROWSER is not None
-    with browser_tab(BROWSER, tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dts_hf.reporting import report
-from tests.support.browser import Tab, browser_tab, find_browser
+from tests.support.browser import MARKS, Tab
 from tests.support.made_run import make_log, make_predictions, make_run
 
-BROWSER = find_browser()
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        BROWSER is None,
-        reason="no Chromium here: install one (apt-get install chromium) or name it in DTS_HF_CHROMIUM",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    assert BROWSER is not None
-    with browser_tab(BROWSER, tmp_path_factory.mktemp("profile")) as found:
-        yield found
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

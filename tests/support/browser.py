@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 #: Elements that reach past the right edge of the window, unless something around them scrolls or clips.
 STICKING_OUT = """
@@ -46,6 +48,16 @@ class Opened(NamedTuple):
 def find_browser() -> str | None:
     """The path of a Chromium on this machine; the variable ``DTS_HF_CHROMIUM`` goes before the usual names."""
     return os.environ.get("DTS_HF_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+#: Of tests that need one.
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        find_browser() is None,
+        reason="no Chromium here: install one (apt-get install chromium) or name it in DTS_HF_CHROMIUM",
+    ),
+]
 
 
 class Tab:
