@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 #: The words of verdicts as a table sorts them.
-BEST_FIRST: tuple[Word, ...] = ("better", "equivalent", "undecided", "worse")
+BEST_FIRST: tuple[Word, ...] = ("better", "higher", "equivalent", "undecided", "lower", "worse")
 #: What a terminal has room for.
 SHOWN = ("kind", "seeds", "mean", "difference", "interval", "verdict")
 

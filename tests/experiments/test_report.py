@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from dts_hf.experiments.compare import compare_kinds
 from dts_hf.experiments.kinds import read_kinds
 from dts_hf.experiments.report import choose_samples, forest, render_page
+from dts_hf.experiments.tables import BEST_FIRST
 from dts_hf.experiments.trajectories import MOST_KINDS, MOST_STEPS, band, bands, style_of
+from dts_hf.experiments.verdicts import Word
 from dts_hf.reporting.curves import Curve
 from tests.support.made_run import SCRIPT
 from tests.support.planted_runs import plant, with_answers
@@ -57,6 +60,19 @@ def test_verdicts_are_words_beside_a_sign_and_headers_can_be_sorted_by(page: str
     assert heads[:4] == ["kind", "verdict", "difference", "interval"] and "on these rows" in heads and "p" in heads
     (mean,) = re.findall(r'value=<wbr>2\.<wbr>0</th>.*?data-sort="([^"]*)">\+', page, re.DOTALL)[:1]
     assert float(mean) == pytest.approx(6, abs=1)
+
+
+def test_where_neither_side_is_better_the_page_says_which_way(tmp_path: Path) -> None:
+    """Entropy goes up with T: every word of a verdict has a sign and a place in the order."""
+    found = [plant(tmp_path / f"t{value}-s{seed}", float(value), seed, 0.0) for value in (1, 2) for seed in (1, 2, 3)]
+    for number, run in enumerate(found):
+        metrics = json.loads((run / "metrics.json").read_text())
+        entropy = 1.0 + 0.001 * number + (1.0 if number > 2 else 0.0)
+        metrics["models"]["student"]["teacher_forced"]["entropy"] = entropy
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    page = make_page(found)
+    assert '<span class="verdict higher"><i aria-hidden="true">↑</i>higher by' in page and "neither side is better" in page
+    assert {*get_args(Word)} == {*BEST_FIRST}
 
 
 def test_failed_runs_are_listed_with_why(page: str) -> None:
