@@ -100,7 +100,7 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
     base, others = means[baseline], {kind: values for kind, values in means.items() if kind != baseline}
     family = dunnett(base, others)
     margin = margin_of(about, statistics.fmean(base))
-    digits, higher = digits_of(margin) + 1, bool(about.get("higher"))
+    digits, higher = digits_of(margin) + 1, None if about.get("neither") else bool(about.get("higher"))
     best = (max if higher else min)(statistics.fmean(values) for values in means.values())
     unit = f", {about['unit']}" if "unit" in about else ""
     lines = [
@@ -120,8 +120,8 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
             ends = " to ".join(f"{end:+.{digits}f}" for end in said.interval)
             p = family.comparisons[kind].p
             small = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
-            cells = [f"{found.mean:+.{digits}f}", ends, small, _words(said.sentence, about)]
-        ranked = not about.get("neither")
+            cells = [f"{found.mean:+.{digits}f}", ends, small, said.sentence]
+        ranked = higher is not None
         near = ", near the best" if ranked and abs(best - mean) <= margin else ""
         cells = [f"{kind}{mark}", shown, *cells[:3], f"{cells[3]}{near}", str(wins) if ranked else ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -130,14 +130,9 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
     return [*lines, "", f"Margin {margin:.2g}; {reach}.", ""]
 
 
-def _is_best(means: Mapping[str, Sequence[float]], kind: str, place: int, higher: bool) -> bool:
+def _is_best(means: Mapping[str, Sequence[float]], kind: str, place: int, higher: bool | None) -> bool:
     column = {name: values[place] for name, values in means.items()}
     return column[kind] == (max if higher else min)(column.values())
-
-
-def _words(sentence: str, about: Mapping[str, Any]) -> str:
-    """Of a measure that is neither good nor bad to have more of, without praise."""
-    return sentence.replace("better", "lower").replace("worse", "higher") if about.get("neither") else sentence
 
 
 def margin_of(about: Mapping[str, Any], baseline: float) -> float:
