@@ -211,7 +211,7 @@ def page() -> dict[Path, str]:
         if not stage.is_whole:
             text += [f"**Not enough**: fewer than {LEAST_SEEDS} seeds of some kind are no result.", ""]
             continue
-        baseline = "forward KL, T = 1" if "forward KL, T = 1" in stage.runs else next(iter(stage.runs))
+        baseline = about["baseline"] if about["baseline"] in stage.runs else next(iter(stage.runs))
         if name == "A":
             text += of_interaction(stage, endpoints)
             text += ["## Against forward KL at T = 1", ""]
