@@ -112,10 +112,12 @@ def overrides_of(values: Mapping[str, Any], seed: int) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """A value in a label: a choice by its name, another mapping as a recipe has it."""
+    """A value in a label: a choice by its name and options, another mapping as a recipe has it."""
     if not isinstance(value, Mapping):
         return str(value)
-    return str(value["name"]) if "name" in value else json.dumps(value, ensure_ascii=False).replace('"', "")
+    if "name" not in value:
+        return json.dumps(value, ensure_ascii=False).replace('"', "")
+    return " ".join([str(value["name"]), *(f"{key}={short(one)}" for key, one in value.items() if key != "name")])
 
 
 def _yaml(value: Any) -> str:

@@ -71,7 +71,10 @@ def test_where_neither_side_is_better_the_page_says_which_way(tmp_path: Path) ->
         metrics["models"]["student"]["teacher_forced"]["entropy"] = entropy
         (run / "metrics.json").write_text(json.dumps(metrics))
     page = make_page(found)
-    assert '<span class="verdict higher"><i aria-hidden="true">↑</i>higher by' in page and "neither side is better" in page
+    assert (
+        '<span class="verdict higher"><i aria-hidden="true">↑</i>higher by' in page
+        and "neither side is better" in page
+    )
     assert {*get_args(Word)} == {*BEST_FIRST}
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dts_hf.cli.app import app
 from dts_hf.errors import Interrupted, UserError
-from dts_hf.experiments.grid import combinations, overrides_of, varied
+from dts_hf.experiments.grid import combinations, overrides_of, short, varied
 from dts_hf.experiments.sweep import Sweep, plan, shard, shell_commands, slurm_script
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.yaml_files import parse_yaml
@@ -249,3 +249,8 @@ def test_looking_forgives_nothing(here: Path) -> None:
     ]
     assert CliRunner().invoke(app, [*arguments, "--dry-run"]).exit_code == 0
     assert study.failures(study.runs[0]) == 1
+
+
+def test_two_constants_have_two_labels() -> None:
+    assert short({"name": "constant", "value": 1}) == "constant value=1" != short({"name": "constant", "value": 2})
+    assert short("dts") == "dts" and short({"init": {"layers": 4}}) == "{init: {layers: 4}}"
