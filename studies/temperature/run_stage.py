@@ -30,6 +30,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 #: Of a log line, what the page may draw.
 COLUMNS = ("step", "loss", "ce_loss", "kd_loss", "kl", "gap", "temperature", "teacher_temperature")
+#: Of the teacher on the held-out rows.
+OF_TEACHER = ("ce", "entropy", "ece")
 #: Of what a run was made with, whatever says where something lies.
 PLACES = (
     "data.train", "data.validation", "student.init.from", "student.model", "teacher.model", "teacher.cache", "extends",
@@ -139,9 +141,12 @@ def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[st
             settings[f"{key} of"] = "the same seed" if other.label.endswith(f"seed {recipe.seed}") else "another seed"
     student = metrics.get("models", {}).get("student", {})
     scores = dict(student.get("teacher_forced", {}))
-    teacher = metrics.get("models", {}).get("teacher", {}).get("teacher_forced", {})
     broken = [key for key, value in scores.items() if not math.isfinite(value)]
-    lines = [line for line in directory.read_log() if line.get("kind") == "train"]
+    whole = directory.read_log()
+    lines = [line for line in whole if line.get("kind") == "train"]
+    # The teacher was not scored apart, but every look at the held-out rows has its numbers
+    looks = [line for line in whole if line.get("kind") == "eval"][-1:]
+    teacher = {name: look[f"eval_teacher_{name}"] for look in looks for name in OF_TEACHER}
     log = [{name: line[name] for name in COLUMNS if line.get(name) is not None} for line in lines]
     return {
         "id": run_id(recipe),
