@@ -35,7 +35,7 @@ def chart(
 ) -> str:
     """The chart of up to two lines, whose first points lie at ``start``. Coordinates are rounded to a tenth of a pixel.
 
-    ``marks`` are the words under the x axis, equally far apart, and ``of_bands`` says what bands are.
+    ``marks`` are the words under the x axis, equally far apart, and ``of_bands`` says what bands are, beside the lines.
     """
     values = [value for line in lines for part in (line.mean, line.low, line.high) for value in part or ()]
     ticks = _ticks(min(values), max(values))
@@ -75,7 +75,7 @@ def chart(
         out.append(f'<polyline points="{" ".join(points(line.mean))}" {style}/>')
         at = LEFT + 16 + number * 190
         out.append(f'<path d="M{at} 14h26" {style}/>')
-        band = f", {of_bands}" if line.low is not None else ""
+        band = f", {of_bands}" if line.low is not None and of_bands else ""
         out.append(f'<text x="{at + 32}" y="18">{escape(line.label + band)}</text>')
     return "\n".join([*out, "</svg>", ""])
 

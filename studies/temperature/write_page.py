@@ -220,7 +220,7 @@ def figure(stage: Stage, endpoint: str, about: Mapping[str, Any]) -> str | None:
             return None
         lines.append(Line(name, *([measure(curve) for curve in curves] for measure in (statistics.fmean, min, max))))
     title = f"{about['name']} by temperature"
-    return chart(lines, "", title, marks=grid, x_label="T", of_bands="lowest to highest seed")
+    return chart(lines, "", title, marks=grid, x_label="T; bands: lowest to highest seed", of_bands="")
 
 
 def page() -> dict[Path, str]:
