@@ -123,7 +123,7 @@ def contents(recipe: Recipe, wanted: Callable[[str], bool] = lambda _: True) -> 
         places |= {f"{key}.model": section.model, f"{key}.cache": section.cache, f"{key}.tokenizer": section.tokenizer}
     # A policy's name is no path, whatever folder of that name lies here
     of_policy = leaves({"temperature": recipe.temperature.model_dump()}).items()
-    places |= {key: value for key, value in of_policy if isinstance(value, str) and key.endswith(_RUNS_OF_POLICY)}
+    places |= {key: value for key, value in of_policy if isinstance(value, str) and is_replayed(key)}
     here = {key: place for key, place in places.items() if place and os.path.exists(place) and wanted(key)}
     return found | {key: _of_place(place) for key, place in here.items()}
 
@@ -155,6 +155,11 @@ def _of_place(place: str) -> str:
     own = next((path / name for name in _TELLS_ALL if (path / name).is_file()), None)
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _OF_MODEL)
     return _content(own) if own is not None else json_digest([_content(file) for file in files])
+
+
+def is_replayed(key: str) -> bool:
+    """Whether a dotted key names a run that a temperature replays."""
+    return key.startswith("temperature.") and key.endswith(_RUNS_OF_POLICY)
 
 
 def is_under(key: str, sections: tuple[str, ...]) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dts_hf.errors import UserError, nearest
-from dts_hf.experiments.identity import contents, is_under
+from dts_hf.experiments.identity import contents, is_replayed, is_under
 from dts_hf.experiments.runs import OF_ROWS, Run, names_of_kinds, read_run
+from dts_hf.files import json_digest
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ def read_kinds(paths: Iterable[Path]) -> list[Kind]:
         UserError: a folder is no run or its files are damaged, or twice the same seed of one kind.
     """
     runs = [read_run(path) for path in dict.fromkeys(paths)]
-    meant = _with_contents(runs)
+    known = {os.path.realpath(run.path): run for run in runs}
+    replays = {run.path: _replays(run, known) for run in runs}
+    meant = [
+        {**one, **{key: digest for key, (_, digest) in replays[run.path].items()}}
+        for run, one in zip(runs, _with_contents(runs), strict=True)
+    ]
     groups: list[tuple[Mapping[str, Any], list[Run]]] = []
     for run, settings in zip(runs, meant, strict=True):
         members = next((members for known, members in groups if known == settings), None)
@@ -62,9 +68,12 @@ def read_kinds(paths: Iterable[Path]) -> list[Kind]:
     telling = {
         key for key in {key for one in meant for key in one} if any(one.get(key) != meant[0].get(key) for one in meant)
     }
-    shown = [
-        {key: value for key, value in members[0].settings.items() if any(is_under(key, (told,)) for told in telling)}
+    said = [
+        {**members[0].settings, **{key: name for key, (name, _) in replays[members[0].path].items()}}
         for _, members in groups
+    ]
+    shown = [
+        {key: value for key, value in one.items() if any(is_under(key, (told,)) for told in telling)} for one in said
     ]
     names = names_of_kinds([*shown])
     return [_kind(name, members) for name, (_, members) in zip(names, groups, strict=True)]
@@ -82,6 +91,27 @@ def _kind(name: str, members: Sequence[Run]) -> Kind:
             )
         by_seed[run.seed] = run
     return Kind(name, by_seed, [run for run in members if run.failed])
+
+
+def _replays(run: Run, known: Mapping[str, Run], above: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
+    """Of each run that the temperature of ``run`` replays, by key: what to call it, and a digest of what it is.
+
+    Whether it has the same seed counts, and which one does not: its folder, or the bits of its log, would make every seed a
+    kind of its own. One that is gone has none.
+    """
+    found = {}
+    for key, place in run.settings.items():
+        where = os.path.realpath(place) if isinstance(place, str) and is_replayed(key) else ""
+        if not where or where in above:
+            continue
+        with suppress(UserError):
+            other = known.get(where) or read_run(Path(where))
+            whose = "the same seed" if other.seed == run.seed else "another seed"
+            settings = {key: value for key, value in other.settings.items() if not is_under(key, tuple(other.rows))}
+            inside = {key: digest for key, (_, digest) in _replays(other, known, (*above, where)).items()}
+            name = f"{other.settings['temperature.name']} of {whose}"
+            found[key] = name, json_digest([whose, {**settings, **other.rows, **inside}])
+    return found
 
 
 def _with_contents(runs: Sequence[Run]) -> list[dict[str, Any]]:

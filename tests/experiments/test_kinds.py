@@ -23,6 +23,15 @@ def change(run: Path, **data: Any) -> Path:
     return run
 
 
+def at_temperature(run: Path, /, **policy: Any) -> Path:
+    """The run with another temperature in its recipe."""
+    path = run / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["temperature"] = policy
+    path.write_text(yaml.safe_dump(recipe))
+    return run
+
+
 def record(run: Path, digest: str | None) -> Path:
     """The run with this digest of its training rows in its manifest; None: without a manifest."""
     path = run / "data_manifest.json"
@@ -111,3 +120,35 @@ def test_a_baseline_is_found_by_the_folder_of_a_run_that_failed(tmp_path: Path) 
     assert baseline_of(kinds, str(runs[1])).name == "temperature.value=2.0"
     with pytest.raises(UserError, match="is no kind of these runs"):
         baseline_of(kinds, "temperature.value=3")
+
+
+def test_controls_that_replay_the_run_of_their_own_seed_are_one_kind(tmp_path: Path) -> None:
+    seeds = (1, 2, 3)
+    warm, cold = (
+        [
+            at_temperature(plant(tmp_path / f"{t}-{s}", 1.0, s), name="dts", rule="gap", t_init=t, t_max=t)
+            for s in seeds
+        ]
+        for t in (2.0, 3.0)
+    )
+    for seed, run in zip(seeds, warm, strict=True):
+        (run / "log.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "temperature": 1.0 + seed}))
+    matched = {
+        name: [
+            at_temperature(plant(tmp_path / f"{name}-{seed}", 1.0, seed), name="cosine", t_min=1.0, match_mean_of=str(run))
+            for seed, run in zip(seeds, replayed, strict=True)
+        ]
+        for name, replayed in (("own", warm), ("other", warm[1:] + warm[:1]), ("cold", cold))
+    }  # fmt: skip
+    replays = [
+        at_temperature(plant(tmp_path / f"open-{seed}", 1.0, seed), name="replay", run=str(run))
+        for seed, run in zip(seeds, matched["own"], strict=True)
+    ]
+    kinds = read_kinds([*warm, *matched["own"], *matched["other"], *matched["cold"], *replays])
+    assert [sorted(kind.runs) for kind in kinds] == [[1, 2, 3]] * 5
+    assert ["of the same seed" in kind.name for kind in kinds] == [False, True, False, True, True]
+    assert "match_mean_of=dts of another seed" in kinds[2].name and "run=cosine of the same seed" in kinds[4].name
+    assert len(read_kinds(matched["own"])) == 1, "the runs that are replayed lie here, but are not compared"
+    for run in warm:
+        (run / "recipe.yaml").unlink()
+    assert len(read_kinds(matched["own"])) == 3, "what is gone is told by its folder"
