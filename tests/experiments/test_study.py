@@ -35,9 +35,14 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 
 def plant(
-    results: Path, seeds: list[int], interaction: float = 0.0, sd: float = 0.01, failed: int | None = None
+    results: Path,
+    seeds: list[int],
+    interaction: float = 0.0,
+    sd: float = 0.01,
+    failed: int | None = None,
+    reverse: float | None = None,
 ) -> None:
-    """Results of stage A with a planted interaction of CE, and KLs without any difference."""
+    """Results of stage A with a planted interaction of CE, and one of KL(student || teacher); KL has none."""
     draw = random.Random(seeds[0])
     kinds: list[tuple[str, float, float]] = [("forward_kl", 1.0, 0.0)]
     kinds = [(d, t, 0.9) for d in ("forward_kl", "reverse_kl") for t in (0.5, 1.0, 2.0, 4.0)] + kinds
@@ -46,6 +51,9 @@ def plant(
         for seed in seeds:
             ce = 3.0 + draw.gauss(0, sd) - (interaction if (divergence, t) == ("forward_kl", 2.0) else 0.0)
             scores = {"ce": ce, "kl": 1.0 + draw.gauss(0, sd), "n_tokens": 8000, "entropy": 2.0 + draw.gauss(0, sd)}
+            if reverse is not None:
+                scores["reverse_kl"] = 1.0 - (reverse if (divergence, t) == ("forward_kl", 2.0) else 0.0)
+                scores["reverse_kl"] += draw.gauss(0, sd)
             broken = failed == seed and divergence == "reverse_kl" and t == 4.0
             settings = {"loss.divergence.name": divergence, "temperature.name": "constant", "temperature.value": t,
                         "loss.kd_ratio": ratio}  # fmt: skip
@@ -70,6 +78,25 @@ def test_a_planted_interaction_is_found_and_none_is_not(study, interaction, word
     assert ("better by" in kind) == bool(interaction)
     entropy = text[text.index("### entropy of the student") :]
     assert "better" not in entropy[: entropy.index("Margin")]
+
+
+@pytest.mark.parametrize(("reverse", "way"), [(0.2, "same"), (-0.2, "other"), (0.0, "")])
+def test_the_page_says_where_another_endpoint_goes_the_other_way(study, reverse: float, way: str) -> None:
+    plant(study.run.RESULTS, [101, 102, 103], 0.2, reverse=reverse)
+    lines = text_of(study).splitlines()
+    said = f"the {way} way round" if way else "cannot be told from none"
+    name = "KL(student || teacher)" if way else "KL(teacher || student) and KL(student || teacher)"
+    assert f"By {name}: {said} (intervals above)." in lines
+    assert any(line.startswith("Both KLs lean: ") for line in lines)
+
+
+def test_what_the_plan_calls_neither_better_nor_worse_is_called_neither(study) -> None:
+    plan = (FOLDER / "PREREG.md").read_text(encoding="utf-8")
+    described = plan[plan.index("described without a verdict") : plan.index("**Margins**")]
+    endpoints = study.run.study()["endpoints"]
+    neither = {key for key, about in endpoints.items() if about.get("neither")}
+    assert neither == {"ece", "entropy"}
+    assert "calibration error, entropy of the student" in " ".join(described.split())
 
 
 def test_the_page_is_the_same_in_any_order_of_files(study) -> None:
