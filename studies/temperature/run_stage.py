@@ -96,6 +96,9 @@ def stage_b(stage: Mapping[str, Any], rows: Path, folder: Path) -> Iterator[Stud
     divergence = {"loss.divergence": best["loss.divergence"]}
     policies = {"grids": [{**divergence, "temperature": stage["policies"]}]}
     yield planned({"grids": [best]}, rows, folder, stage["control_seeds"])
+    yield planned(
+        {"grids": [{**best, "training.learning_rate": stage["learning_rates"]}]}, rows, folder, stage["seeds"]
+    )
     yield planned(policies, rows, folder, stage["seeds"])
     dts = next(policy for policy in stage["policies"] if policy["name"] == "dts")
     own = planned({"grids": [{**divergence, "temperature": [dts]}]}, rows, folder, stage["seeds"]).runs

@@ -28,6 +28,10 @@ LEAST_SEEDS = 3
 #: The kinds whose loss is an endpoint: good at it by construction.
 BY_CONSTRUCTION = {("kl", "forward KL, T = 1"), ("reverse_kl", "reverse KL, T = 1")}
 CORNERS = tuple(f"{name}, T = {t}" for name in ("forward KL", "reverse KL") for t in (2, 1))
+#: Of stage C, as a kind's name has it.
+DEPTHS = ("", ", 20 layers")
+#: What recipe.yaml has, and a kind's name leaves out.
+USUAL_LAYERS, USUAL_RATE = 12, 8e-4
 NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL"}
 
 
@@ -61,20 +65,52 @@ class Stage:
         """Whether every kind has the least number of seeds."""
         return len(self.seeds) >= LEAST_SEEDS
 
-    def scores(self, kind: str, endpoint: str) -> list[float]:
-        """Of every seed that all kinds have; empty where one has no such number."""
-        values = [self.runs[kind][seed]["scores"].get(endpoint) for seed in self.seeds]
+    def scores(self, kind: str, endpoint: str, own: Sequence[int] = ()) -> list[float]:
+        """Of every seed that all kinds have, then of those in ``own``; empty where one has no such number."""
+        seeds = [*self.seeds, *(seed for seed in own if seed in self.runs[kind] and seed not in self.seeds)]
+        values = [self.runs[kind][seed]["scores"].get(endpoint) for seed in seeds]
         return [] if None in values else values
+
+    def families(self, usual: str) -> list[tuple[str, str, list[str]]]:
+        """Title, baseline and other kinds of each family of comparisons, of those that have runs.
+
+        Args:
+            usual: the baseline of stage A.
+        """
+        kinds = list(self.runs)
+        if self.name == "B":
+            constants = [kind for kind in kinds if ", T = " in kind]
+            control = next((kind for kind in constants if "learning rate" not in kind), "")
+            of_dts = [kind for kind in kinds if kind.endswith(" seed")]
+            dts = next((kind for kind in kinds if kind.endswith(", dts")), "")
+            policies = [kind for kind in kinds if kind not in constants and ("cosine" in kind or kind not in of_dts)]
+            found = [
+                ("Policies against the best constant", control, policies),
+                ("`dts` against what replays it", dts, of_dts),
+                ("The constant at other learning rates", control, [kind for kind in constants if kind != control]),
+            ]
+        elif self.name == "C":
+            found = [(f"T = 2 against T = 1{depth}", f"{usual}{depth}", [f"{usual[:-1]}2{depth}"]) for depth in DEPTHS]
+        else:
+            found = [(f"Against {usual.replace(', T', ' at T')}", usual, [kind for kind in kinds if kind != usual])]
+        return [
+            (title, base, [kind for kind in others if kind in kinds])
+            for title, base, others in found
+            if base in kinds and set(others) & set(kinds)
+        ]
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """A kind, for people."""
+    """A kind, for people; what all of stage A have alike is left out."""
     if not settings.get("loss.kd_ratio"):
         return "labels alone"
     divergence = NAMES.get(str(settings["loss.divergence.name"]), str(settings["loss.divergence.name"]))
     policy = settings["temperature.name"]
     if policy == "constant":
-        return f"{divergence}, T = {float(settings['temperature.value']):g}"
+        layers, rate = settings.get("student.init.layers") or (), settings.get("training.learning_rate", USUAL_RATE)
+        depth = f", {len(layers)} layers" if len(layers) not in (0, USUAL_LAYERS) else ""
+        beside = f", learning rate {rate:g}" if rate != USUAL_RATE else ""
+        return f"{divergence}, T = {float(settings['temperature.value']):g}{depth}{beside}"
     order = settings.get("temperature.gap_source.order")
     of_runs = [
         value for key, value in sorted(settings.items()) if key.startswith("temperature.") and key.endswith(" of")
@@ -93,9 +129,14 @@ def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) -> list[str]:
-    """One endpoint of a stage, a line a kind."""
-    means = {kind: stage.scores(kind, endpoint) for kind in stage.runs}
+def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str, kinds: Sequence[str]) -> list[str]:
+    """One endpoint of a family of a stage, a line a kind; the control of stage B has more seeds than the others."""
+    more = stage.about.get("control_seeds", ())
+    means = {
+        kind: stage.scores(kind, endpoint, more if kind == baseline else ())
+        for kind in stage.runs
+        if kind in (baseline, *kinds)
+    }
     if not all(means.values()):
         return []
     base, others = means[baseline], {kind: values for kind, values in means.items() if kind != baseline}
@@ -112,7 +153,7 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
     for kind, values in means.items():
         mean, mark = statistics.fmean(values), " (its own loss)" if (endpoint, kind) in BY_CONSTRUCTION else ""
         shown = f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-        wins = sum(_is_best(means, kind, place, higher) for place in range(len(values)))
+        wins = sum(_is_best(means, kind, place, higher) for place in range(len(stage.seeds)))
         cells = ["", "", "", "the baseline" if kind == baseline else ""]
         if kind != baseline:
             found = pooled_difference(base, values, family.sd, means)
@@ -131,7 +172,7 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str) 
             f"the largest spread between seeds is {family.unequal:.0f} times the smallest, so pooling it is doubtful"
         )
         lines += ["", f"Caution: {said}."]
-    seen = detectable(len(others), len(base)) * family.sd
+    seen = detectable(len(others), len(stage.seeds), len(base)) * family.sd
     reach = f"on these rows 4 of 5 such studies would see a difference of {seen:.{digits}f}"
     return [*lines, "", f"Margin {margin:.2g}; {reach}.", ""]
 
@@ -281,19 +322,27 @@ def page() -> dict[Path, str]:
         if not stage.is_whole:
             text += [f"**Not enough**: fewer than {LEAST_SEEDS} seeds of some kind are no result.", ""]
             continue
-        baseline = about["baseline"] if about["baseline"] in stage.runs else next(iter(stage.runs))
-        if name == "A":
-            text += of_interaction(stage, endpoints)
-            text += ["## Against forward KL at T = 1", ""]
+        text += of_interaction(stage, endpoints) if name == "A" else mean_temperatures(stage)
+        for title, baseline, kinds in stage.families(about["baseline"]):
+            text += [f"## {title}", ""]
             text += [f"Intervals are Dunnett's, over seeds, on these rows. {_of_teacher(stage)}".rstrip(), ""]
-        for endpoint, of_endpoint in endpoints.items():
-            text += table(stage, endpoint, of_endpoint, baseline)
-            if name == "A" and (drawn := figure(stage, endpoint, of_endpoint)) is not None:
-                files[HERE / "figures" / f"{endpoint}.svg"] = drawn
-                text += [f"![{of_endpoint['name']} over T](figures/{endpoint}.svg)", ""]
+            for endpoint, of_endpoint in endpoints.items():
+                text += table(stage, endpoint, of_endpoint, baseline, kinds)
+                if name == "A" and (drawn := figure(stage, endpoint, of_endpoint)) is not None:
+                    files[HERE / "figures" / f"{endpoint}.svg"] = drawn
+                    text += [f"![{of_endpoint['name']} over T](figures/{endpoint}.svg)", ""]
     text += revisit(Stage("A", about["stages"]["A"]))
     files[HERE / "RESULTS.md"] = "\n".join(text).rstrip() + "\n"
     return files
+
+
+def mean_temperatures(stage: Stage) -> list[str]:
+    """Of each kind, over all steps: those of kinds that are to be alike in it have to be."""
+    lines = ["| kind | mean T over the steps, of each seed |", "|---|---|"]
+    for kind, of_kind in stage.runs.items():
+        traces = [[line["temperature"] for line in run["log"] if "temperature" in line] for run in of_kind.values()]
+        lines.append(f"| {kind} | {', '.join(f'{statistics.fmean(trace):.3f}' for trace in traces if trace)} |")
+    return [*lines, ""]
 
 
 def _of_teacher(stage: Stage) -> str:

@@ -139,6 +139,95 @@ def test_stage_b_takes_the_best_constant_of_stage_a(study) -> None:
     assert study.run.best_constant() == {"loss.divergence": ["forward_kl"], "temperature": [2.0]}
 
 
+def plant_stage(results: Path, stage: str, kinds: dict[str, tuple[dict[str, Any], float, list[int]]]) -> None:
+    """Results of ``{name: (settings, CE, seeds)}``, without spread but for 0.01 from seed to seed."""
+    (results / stage).mkdir(parents=True, exist_ok=True)
+    draw = random.Random(stage)
+    for name, (settings, ce, seeds) in kinds.items():
+        for seed in seeds:
+            known = {"loss.kd_ratio": 0.9, "loss.divergence.name": "forward_kl", "training.learning_rate": 8e-4}
+            found = {"id": f"{name}-{seed}", "seed": seed, "settings": {**known, **settings}, "teacher": {}, "failed": "",
+                     "scores": {"ce": ce + draw.gauss(0, 0.01)},
+                     "log": [{"step": k, "temperature": t} for k, t in enumerate((2.0, 1.0))]}  # fmt: skip
+            (results / stage / f"{found['id']}.json").write_text(json.dumps(found))
+
+
+def rows_of(text: str, title: str) -> dict[str, list[str]]:
+    """Cells by kind of the first table below ``title``."""
+    lines = text[text.index(f"## {title}") :].splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("|---"))
+    found = {}
+    for line in lines[begin + 1 :]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found[cells[0]] = cells[1:]
+    return found
+
+
+def test_stage_b_has_all_seeds_of_its_control_and_dts_beside_its_controls(study) -> None:
+    seeds, more = [201, 202, 203, 204], [205, 206, 207, 208]
+    constant = {"temperature.name": "constant", "temperature.value": 1.0}
+    replays = {"temperature.name": "dts", "temperature.gap_source.replay of": "the same seed"}
+    kinds = {name: ({"temperature.name": name}, 3.0, seeds) for name in ("cosine", "dts", "adakd", "dtkd")}
+    kinds |= {
+        "constant": (constant, 3.0, seeds), "more": (constant, 5.0, more),
+        "rate": ({**constant, "training.learning_rate": 4e-4}, 3.0, seeds),
+        "permuted": ({**replays, "temperature.gap_source.order": "permuted"}, 4.0, seeds),
+        "blocks": ({**replays, "temperature.gap_source.order": "blocks"}, 3.0, seeds),
+        "open": ({"temperature.name": "replay", "temperature.run of": "another seed"}, 3.0, seeds),
+        "matched": ({"temperature.name": "cosine", "temperature.match_mean_of of": "the same seed"}, 3.0, seeds),
+    }  # fmt: skip
+    plant_stage(study.run.RESULTS, "B", kinds)
+    text = text_of(study)
+    policies = rows_of(text, "Policies against the best constant")
+    assert set(policies) == {f"forward KL, {name}" for name in ("T = 1", "cosine", "cosine of the same seed", "dts",
+                                                                "adakd", "dtkd")}  # fmt: skip
+    assert policies["forward KL, T = 1"][0].startswith("4.0") and policies["forward KL, T = 1"][4] == "the baseline"
+    of_dts = rows_of(text, "`dts` against what replays it")
+    assert set(of_dts) == {"forward KL, dts", "forward KL, dts, gaps permuted of the same seed",
+                           "forward KL, dts, gaps blocks of the same seed", "forward KL, replay of another seed",
+                           "forward KL, cosine of the same seed"}  # fmt: skip
+    assert of_dts["forward KL, dts, gaps permuted of the same seed"][4].startswith("worse by 0.9")
+    rates = rows_of(text, "The constant at other learning rates")
+    assert set(rates) == {"forward KL, T = 1", "forward KL, T = 1, learning rate 0.0004"}
+    assert "| forward KL, dts | 1.500, 1.500, 1.500, 1.500 |" in text
+
+
+def test_stage_c_tells_students_of_another_depth_apart(study) -> None:
+    kinds = {
+        f"{t}-{layers}": (
+            {"temperature.name": "constant", "temperature.value": t, "student.init.layers": list(range(layers))},
+            3.0 + (t == 2.0 and layers == 20), [301, 302, 303],
+        )
+        for t in (1.0, 2.0)
+        for layers in (12, 20)
+    }  # fmt: skip
+    plant_stage(study.run.RESULTS, "C", kinds)
+    text = text_of(study)
+    assert "12 runs of 4 kinds" in text
+    assert not rows_of(text, "T = 2 against T = 1\n")["forward KL, T = 2"][4].startswith("worse")
+    deep = rows_of(text, "T = 2 against T = 1, 20 layers")
+    assert deep["forward KL, T = 2, 20 layers"][4].startswith("worse by") and len(deep) == 2
+
+
+def test_stage_b_is_planned_with_the_run_that_each_control_replays(study, tmp_path: Path) -> None:
+    plant(study.run.RESULTS, [101, 102, 103])
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / name).write_text('{"instruction": "a", "output": "b"}\n')
+    stage = study.run.study()["stages"]["B"]
+    control, rates, policies, controls = (part.runs for part in study.run.stage_b(stage, tmp_path, tmp_path / "runs"))
+    assert [len(part) for part in (control, rates, policies, controls)] == [8, 8, 16, 16]
+    seeds = [run.label.rpartition(" ")[2] for run in control]
+    assert seeds == [str(seed) for seed in stage["control_seeds"]]
+    dts = {run.label.rpartition(" ")[2]: str(run.path.resolve()) for run in policies if "=dts " in run.label}
+    for run in controls:
+        seed = run.label.rpartition(" ")[2]
+        replayed = {other for other, path in dts.items() if any(path in given for given in run.overrides)}
+        another = any("replay" in given and '"run"' in given for given in run.overrides)
+        assert len(replayed) == 1 and (replayed != {seed}) == another, run.label
+
+
 def test_every_recipe_of_the_study_loads() -> None:
     base = load_recipe(FOLDER / "recipe.yaml", [])
     assert base.data.train_share == 0.9 and base.training["max_steps"] == 40
