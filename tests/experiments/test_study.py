@@ -13,13 +13,16 @@ import pytest
 
 from dts_hf.distill import distill
 from dts_hf.errors import UserError
+from dts_hf.experiments.families import power
 from dts_hf.experiments.identity import run_id
+from dts_hf.experiments.intervals import statistics_library
 from dts_hf.experiments.sweep import Planned, Study
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from tests.support.recipes import recipe
 
 pytest.importorskip("scipy")
+SD = 0.45  # of a run, in points of ROUGE-L
 FOLDER = Path(__file__).resolve().parents[2] / "studies" / "temperature"
 
 
@@ -137,6 +140,51 @@ def test_stage_b_takes_the_best_constant_of_stage_a(study) -> None:
         study.run.best_constant()
     plant(study.run.RESULTS, [101, 102, 103], 0.2)
     assert study.run.best_constant() == {"loss.divergence": ["forward_kl"], "temperature": [2.0]}
+
+
+def found_in(study: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, effect: float, studies: int) -> dict[str, float]:
+    """How often studies like stage A find a difference of one kind, of any other kind, and the interaction."""
+    kinds = [(d, t) for d in ("forward_kl", "reverse_kl") for t in (0.5, 1.0, 2.0, 4.0)] + [("sft", 1.0)]
+    draw = random.Random(f"{effect}")
+    counts = dict.fromkeys(("one", "others", "interaction"), 0)
+    about = {"name": "score", "margin": 0.5, "higher": True}
+    for _ in range(studies):
+        runs = [
+            {"seed": seed, "failed": "", "teacher": {},
+             "scores": {"score": 30 + draw.gauss(0, SD) + effect * ((d, t) == ("forward_kl", 2.0))},
+             "settings": {"loss.kd_ratio": 0.9 * (d != "sft"), "loss.divergence.name": d,
+                          "temperature.name": "constant", "temperature.value": t}}
+            for d, t in kinds
+            for seed in (1, 2, 3)
+        ]  # fmt: skip
+        monkeypatch.setattr(study.page, "collected", lambda name, runs=runs: runs)
+        stage = study.page.Stage("A", {})
+        ((_, baseline, others),) = stage.families("forward KL, T = 1")
+        lines = [line for line in study.page.table(stage, "score", about, baseline, others) if " by " in line]
+        own = [line for line in lines if line.startswith("| forward KL, T = 2 ")]
+        counts["one"] += len(own)
+        counts["others"] += len(lines) > len(own)
+        low, high = study.page.interaction(stage, "score")[0].interval()
+        counts["interaction"] += not low <= 0 <= high
+    return {name: count / studies for name, count in counts.items()}
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("studies", [60, pytest.param(2000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_simulated_studies_find_what_the_plan_says_can_be_found(
+    study, monkeypatch, effect: float, studies: int
+) -> None:
+    """Planted ROUGE-L, with the spread between seeds that Dolly is known for; within 3 Monte Carlo deviations."""
+    found = found_in(study, monkeypatch, effect, studies)
+    library = statistics_library()
+    critical, shift = library.t.ppf(0.975, 18), effect / (SD * (4 / 3) ** 0.5)
+    expected = {
+        "one": power(effect / SD, 8, 3),
+        "interaction": library.nct.sf(critical, 18, shift) + library.nct.cdf(-critical, 18, shift),
+    }
+    for name, share in expected.items():
+        assert abs(found[name] - share) <= 3 * (share * (1 - share) / studies) ** 0.5 + 0.5 / studies, (name, share)
+    assert found["others"] <= 0.05 + 3 * (0.05 * 0.95 / studies) ** 0.5
 
 
 def plant_stage(results: Path, stage: str, kinds: dict[str, tuple[dict[str, Any], float, list[int]]]) -> None:
