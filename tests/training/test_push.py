@@ -96,7 +96,8 @@ def test_the_card_from_python_is_the_one_of_a_recipe(tmp_path: Path, hub: FakeHu
     assert {"dts_hf", "knowledge-distillation", "dts", "forward_kl", "mytag"} <= set(values["tags"])
     assert values["license"] == "gemma" and values["language"] == "fr" and values["datasets"] == ["org/rows"]
     results = values["model-index"][0]["results"][0]["metrics"]
-    assert {result["type"] for result in results} == {"kl", "ce", "top1_agreement"} and "None" not in card
+    forced = {"kl", "ce", "top1_agreement", "reverse_kl", "ece", "entropy"}
+    assert {result["type"] for result in results} == forced and "None" not in card
     assert "recipe.yaml" not in card and "base_model" not in values
     nothing_private_was_sent(hub, str(tmp_path))
     trainer.create_model_card(model_name="other", license="mit")
