@@ -17,7 +17,7 @@ from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.compact import CompactFormat
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
-from tests.support.alignment import instruction_rows, tokenizer_of
+from tests.support.alignment import instruction_rows, relabelled, tokenizer_of
 from tests.support.cached import cache_of
 from tests.support.served import running, served_tiny, with_forward
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -149,20 +149,19 @@ def test_missing_rows_are_refused_by_name_or_answered(tmp_path, packing):
     assert_same_run(filled, run(tmp_path / "live", teacher_of(other()), packing=packing, eval_dataset=ROWS[:5]))
 
 
-def test_a_cache_serves_every_student_whose_rows_the_teacher_reads_alike(tmp_path):
-    """Rows are known by the teacher's tokens; where a student's limit cuts an answer, the teacher's labels are others."""
-    student = tokenizer_of("byte_level", 500)
-    cache = cached(tmp_path / "states")
+def test_a_cache_serves_every_student_of_which_the_teacher_reads_the_same(tmp_path):
+    """Rows are known by the teacher's tokens and labels: a student that ends its turns otherwise has others."""
+    cache, student = cached(tmp_path / "states"), tokenizer_of("byte_level", 500)
 
-    def trained(name, teacher, **options):
-        model = tiny_llama(vocab=len(student), seed=0)
-        return run(tmp_path / name, teacher, model=model, processing_class=student, **options)
+    def trained(name, teacher, tokenizer):
+        model = tiny_llama(vocab=len(tokenizer), seed=0)
+        return run(tmp_path / name, teacher, model=model, processing_class=tokenizer, eval_dataset=ROWS[:5])
 
-    live = trained("live", teacher_of(other()), eval_dataset=ROWS[:5])
-    assert_same_run(trained("cached", CachedTeacher(cache), eval_dataset=ROWS[:5]), live)
-    cut = {"max_length": 48, "max_prompt_length": 40, "long_rows": "cut"}
-    with pytest.raises(UserError, match=r"train_dataset: .* rows are not in the cache .* with other tokens or labels"):
-        trained("cut", CachedTeacher(cache), **cut)
+    assert_same_run(trained("cached", CachedTeacher(cache), student), trained("live", teacher_of(other()), student))
+    ends_otherwise, _ = relabelled(tokenizer_of("byte_level", 500, chat=False))
+    words = r"train_dataset: 10 of 10 rows are not in the cache .* depend on the student's tokenizer and template"
+    with pytest.raises(UserError, match=words):
+        trained("refused", CachedTeacher(cache), ends_otherwise)
 
 
 def test_rows_in_other_tokens_are_refused_by_the_digest_of_the_tokenizer(tmp_path):

@@ -275,6 +275,10 @@ class CachedTeacher:
         if ids is not None and self.cache.knows_id(ids[missing[0]]):
             rule = ", ".join(f"{key} {value}" for key, value in self.cache.manifest.label_rule.items())
             reasons.append(f"row {shown[0]} is in it with other tokens or labels (it was made with {rule})")
+            if getattr(dataset, "aligned", None) is not None:
+                reasons.append(
+                    "with teacher.alignment its labels depend on the student's tokenizer and template as well"
+                )
         raise UserError(
             f"{what}{': ' + '; '.join(reasons) if reasons else ''}. Run dts-hf cache-teacher with this recipe, or set "
             "teacher.missing: live, which has the teacher answer them as they come"
