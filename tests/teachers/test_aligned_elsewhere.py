@@ -7,23 +7,18 @@ import copy
 import pytest
 import torch
 
-from dts_hf.alignment.rows import RowAligner
-from dts_hf.data.chat_templates import resolve_template
-from dts_hf.data.encoding import encode_rows
-from dts_hf.data.sources import rows_from_dataset
 from dts_hf.errors import UserError
 from dts_hf.teachers.cached.reader import StateCache
 from dts_hf.teachers.cached.teacher import CachedTeacher
 from dts_hf.teachers.compact import CompactFormat
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
-from tests.support.alignment import instruction_rows, relabelled, tokenizer_of
+from tests.support.alignment import aligned_rows, instruction_rows, relabelled, tokenizer_of
 from tests.support.cached import cache_of
 from tests.support.served import running, served_tiny, with_forward
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import losses, temperatures, trainer_for
 
-LIMITS = {"max_length": 512, "max_prompt_length": 256}
 #: One more that WordPiece does not know, of which the teacher is asked nothing.
 ROWS = [*instruction_rows(9), {"id": "unknown", "instruction": "Say", "input": "", "output": "ŧŧ"}]
 SGD = {"max_steps": 20, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.05}
@@ -38,18 +33,10 @@ def teacher_of(tokenizer, seed=1):
     return tiny_llama(vocab=len(tokenizer), hidden=48, layers=3, seed=seed)
 
 
-def aligned(student, teacher, rows=ROWS):
-    """Rows as both sides read them, as the trainer makes them."""
-    text = rows_from_dataset(rows)
-    data, _ = encode_rows(text, student, resolve_template("auto", student), **LIMITS)
-    RowAligner(student, teacher, "auto", train_on=None, **LIMITS).align(data, text)
-    return data
-
-
-def cached(folder, tokenizer=None, rows=ROWS, student=None, **options):
+def cached(folder, tokenizer=None, rows=ROWS, **options):
     """A cache of the teacher with this tokenizer over ``rows``."""
     tokenizer = tokenizer or other()
-    data = aligned(student or tiny_tokenizer(), tokenizer, rows)
+    data = aligned_rows(tiny_tokenizer(), tokenizer, rows)
     return cache_of(folder, teacher_of(tokenizer), data, tokenizer, **options)
 
 
@@ -102,7 +89,7 @@ def test_cached_and_remote_training_is_live_training(tmp_path, alignment, policy
 
 def test_one_tokenizer_on_both_sides_is_ordinary_cached_distillation(tmp_path):
     """One cache serves both: the teacher reads the student's own rows."""
-    data, tokenizer = aligned(tiny_tokenizer(), tiny_tokenizer()), tiny_tokenizer()
+    data, tokenizer = aligned_rows(tiny_tokenizer(), tiny_tokenizer(), ROWS), tiny_tokenizer()
     cache = cache_of(tmp_path / "states", tiny_llama(seed=1, layers=3), data, tokenizer)
     told = {"rows": ROWS, "options": SGD, "temperature": {"name": "dts", "rule": "gap"}}
     plain, overlap = (
@@ -129,7 +116,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_with_no_other_cache(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert losses(again)[-2:] == losses(whole)[-2:]
     tokenizer = other()
-    data = aligned(tiny_tokenizer(), tokenizer)
+    data = aligned_rows(tiny_tokenizer(), tokenizer, ROWS)
     strange = cache_of(tmp_path / "strange", teacher_of(tokenizer, seed=2), data, tokenizer)
     with pytest.raises(UserError, match=r"teacher\.cached_teacher\.weights: was"):
         run(tmp_path / "run", CachedTeacher(strange), options=options, train=False).train(
@@ -199,7 +186,7 @@ def test_a_compact_cache_is_refused(tmp_path, alignment):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_row_is_asked_twice_of_a_server_with_a_cache(tmp_path, workers):
     tokenizer, asked = other(), []
-    labels = sum(len(row.labels) for row in aligned(tiny_tokenizer(), tokenizer).aligned)
+    labels = sum(len(row.labels) for row in aligned_rows(tiny_tokenizer(), tokenizer, ROWS).aligned)
     served = served_tiny(teacher_of(tokenizer), tokenizer=tokenizer)
     options = {"max_steps": 9, "dataloader_num_workers": workers}  # three epochs
     with running(with_forward(served, lambda one, own: (asked.append(one.labels), own(one))[1])) as url:
@@ -213,7 +200,7 @@ def test_no_row_is_asked_twice_of_a_server_with_a_cache(tmp_path, workers):
 
 def test_a_server_must_take_the_rows_as_the_teacher_reads_them(tmp_path):
     tokenizer = other()
-    data = aligned(tiny_tokenizer(), tokenizer)
+    data = aligned_rows(tiny_tokenizer(), tokenizer, ROWS)
     longest = max(data.teacher_lengths)
     assert longest != max(data.lengths)
     served, words = (
