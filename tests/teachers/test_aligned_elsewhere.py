@@ -127,8 +127,11 @@ def test_a_run_goes_on_from_its_checkpoint_and_with_no_other_cache(tmp_path):
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_missing_rows_are_refused_by_name_or_answered(tmp_path, packing):
     cache = cached(tmp_path / "states", rows=ROWS[:7])
-    with pytest.raises(UserError, match=r"train_dataset: 3 of 10 rows are not in the cache .*'r7', 'r8', 'unknown'"):
+    with pytest.raises(
+        UserError, match=r"train_dataset: 3 of 10 rows are not in the cache .*'r7', 'r8', 'unknown'"
+    ) as error:
         run(tmp_path / "refused", CachedTeacher(cache))
+    assert "prompt template" not in str(error.value)  # both are the teacher's
     filled = run(
         tmp_path / "filled", CachedTeacher(cache, LiveTeacher(teacher_of(other()))), packing=packing,
         eval_dataset=ROWS[:5],
