@@ -127,16 +127,22 @@ def test_a_run_goes_on_from_its_checkpoint_and_with_no_other_cache(tmp_path):
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_missing_rows_are_refused_by_name_or_answered(tmp_path, packing):
     cache = cached(tmp_path / "states", rows=ROWS[:7])
-    with pytest.raises(
-        UserError, match=r"train_dataset: 3 of 10 rows are not in the cache .*'r7', 'r8', 'unknown'"
-    ) as error:
+    with pytest.raises(UserError, match=r"train_dataset: 3 of 10 rows are not in the cache .*'r7', 'r8', 'unknown'"):
         run(tmp_path / "refused", CachedTeacher(cache))
-    assert "prompt template" not in str(error.value)  # both are the teacher's
     filled = run(
         tmp_path / "filled", CachedTeacher(cache, LiveTeacher(teacher_of(other()))), packing=packing,
         eval_dataset=ROWS[:5],
     )  # fmt: skip
     assert_same_run(filled, run(tmp_path / "live", teacher_of(other()), packing=packing, eval_dataset=ROWS[:5]))
+
+
+def test_the_template_of_missing_rows_is_compared_with_the_teachers(tmp_path):
+    """``auto`` is the student's chat template, and Alpaca's for a teacher that has none."""
+    tokenizer = tokenizer_of("byte_level", 900, chat=False)
+    cache = cached(tmp_path / "states", tokenizer, ROWS[:7], template="alpaca")
+    with pytest.raises(UserError, match="3 of 10 rows are not in the cache") as error:
+        run(tmp_path / "run", CachedTeacher(cache), tokenizer)
+    assert "prompt template" not in str(error.value)
 
 
 def test_a_cache_serves_every_student_of_which_the_teacher_reads_the_same(tmp_path):
