@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -15,9 +17,15 @@ from dts_hf.distill import distill
 from dts_hf.doctor.report import screen
 from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
+from dts_hf.language_modeling.caching import CacheOptions
+from dts_hf.recipe.schema import Teacher
 from dts_hf.runs.directory import RunDirectory
+from dts_hf.serving.serve import ServeOptions, load_served
+from dts_hf.teachers.cached.reader import StateCache
 from tests.support.alignment import tokenizer_of
+from tests.support.cached_runs import cache, invoke, log_of, quick
 from tests.support.recipes import recipe
+from tests.support.served import running
 from tests.support.tiny import tiny_llama
 
 TEACHER = {"model": "other", "dtype": "float32", "alignment": "overlap"}
@@ -100,6 +108,58 @@ def test_the_doctor_refuses_a_teacher_of_which_nothing_is_the_same(two_families)
     assert next(problem.code for problem in found.problems if problem.level == "error") == "nothing-aligned"
 
 
+@pytest.mark.parametrize("alignment", ["overlap", "dual_space"])
+def test_a_recipe_trains_from_a_cache_or_a_server_as_with_the_live_teacher(two_families, alignment):
+    """One cache for both ways of comparing; of the teacher's folder its tokenizer is left."""
+    live = {**TEACHER, "alignment": alignment}
+    told = {"student": {"model": "teacher"}, "data": {"packing": True}}
+    cache(teacher=TEACHER, **told)
+    runs = [quick(live, "live", **told)]
+    with running(load_served(Teacher(**TEACHER), "auto", ServeOptions())) as url:
+        remote = {**live, "kind": "remote", "url": url, "cache": "kept"}
+        runs.append(quick(remote, "remote", **told))
+        cache("kept", teacher=remote, **told)
+    tokenizer_of("byte_level", 900).save_pretrained("tokenizer")
+    shutil.rmtree("other")
+    for folder in ("states", "kept"):
+        section = {**live, "kind": "cached", "cache": folder, "tokenizer": "tokenizer"}
+        runs.append(quick(section, f"cached-{folder}", **told))
+        Path("recipe.yaml").write_text(recipe(teacher=section, **told).to_yaml())
+        verified = invoke("cache-teacher", "recipe.yaml", "--verify")
+        assert verified.exit_code == 0, verified.output
+    for run in runs[1:]:
+        for key in ("loss", "kl", "temperature", "teacher_ce", "gap", "aligned_share"):
+            torch.testing.assert_close(log_of(run, key), log_of(runs[0], key), rtol=1e-5, atol=2e-6)
+
+
+def test_a_compact_cache_is_refused_before_anything_is_loaded(two_families):
+    with pytest.raises(UserError, match=r"--compact: got 8 with teacher.alignment: overlap"):
+        cache(student={"model": "teacher"}, teacher=TEACHER, options=CacheOptions(compact=8))
+
+
+@pytest.mark.parametrize("kind", ["cached", "remote"])
+def test_the_doctor_looks_at_states_from_elsewhere(two_families, kind):
+    told = {"student": {"model": "teacher"}}
+    live = examined(other())
+    cache(teacher=TEACHER, **told)
+    with running(load_served(Teacher(**TEACHER), "auto", ServeOptions())) as url:
+        more = {"cache": "states"} if kind == "cached" else {"url": url}
+        found = examined(other(teacher={**TEACHER, "kind": kind, **more}))
+    checks, of_live = ({check.name: check for check in one.checks} for one in (found, live))
+    assert (
+        "nats per label" in checks["states"].summary if kind == "cached" else "from http" in checks["states"].summary
+    )
+    expected = {
+        name: of_live["cross-entropy"].values[name] for name in ("teacher_common_mass", "labels", "teacher_ce")
+    }
+    assert {name: checks["cross-entropy"].values[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert "error" not in (checks["effect"].status, checks["steps"].status)
+    manifest = StateCache("states").manifest
+    assert of_live["states"].values["labels"] == manifest.labels
+    if kind == "remote":  # of four rows, which all have the same answer
+        assert checks["states"].values["labels"] == 4 * manifest.labels // manifest.rows
+
+
 def test_without_alignment_the_tokenizers_must_be_one(two_families):
     with pytest.raises(UserError, match=r"different tokenizers.*teacher.alignment: overlap"):
         distill(other(teacher={"model": "other", "dtype": "float32"}))
@@ -110,8 +170,8 @@ def test_without_alignment_the_tokenizers_must_be_one(two_families):
     [
         ({"teacher": {**TEACHER, "alignment": "overlop"}}, 'teacher.alignment: got "overlop"'),
         (
-            {"teacher": {**TEACHER, "kind": "cached", "cache": "x"}},
-            "states from elsewhere are of the student's tokens",
+            {"teacher": {"kind": "self", "alignment": "overlap"}},
+            "kind 'self', but a student that teaches itself has its own",
         ),
         ({"teacher": {**TEACHER, "vocab_alignment": "intersect"}}, "leave the latter out"),
         ({"data": {"responses": "teacher"}}, "teacher.alignment: overlap and data.responses: teacher"),

@@ -78,6 +78,21 @@ class AlignedRow:
         return found
 
 
+def as_read(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row as its teacher reads it, where that has another tokenizer: its tokens and its labels, in the student's place.
+
+    Whoever knows states by the rows that they are of (a cache, a server) is asked for these.
+
+    Args:
+        example: a row; one without ``ALIGNED`` is the same for both.
+    """
+    row = example.get(ALIGNED)
+    if row is None:
+        return example
+    rest = {key: value for key, value in example.items() if key != ALIGNED}
+    return {**rest, "input_ids": row.ids.tolist(), "labels": row.teacher_labels.tolist()}
+
+
 def padded(examples: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
     """The teacher's side of a padded batch; nothing where rows have none.
 

@@ -54,7 +54,7 @@ class Collator:
         found = {"row_id": torch.tensor([example.get("row_id", NO_ROW) for example in examples])}
         if TEACHER in examples[0]:
             found[TEACHER] = torch.tensor([example[TEACHER] for example in examples])
-        return found if self.of_rows is None else found | self.of_rows(examples)
+        return found if self.of_rows is None else found | self.of_rows([*map(alignment.as_read, examples)])
 
 
 @dataclass

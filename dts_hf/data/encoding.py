@@ -152,6 +152,8 @@ class EncodedDataset(Dataset[Example]):
     @property
     def teacher_lengths(self) -> list[int]:
         """Tokens of each row as its teacher reads it."""
+        if self.aligned is not None:
+            return [len(row.ids) for row in self.aligned]
         return self.lengths if self.for_teacher is None else [len(ids) for ids in self.for_teacher[0]]
 
 

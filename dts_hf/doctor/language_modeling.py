@@ -105,11 +105,7 @@ class LanguageModelWalk(Walk):
             self.loads, self.trains = check_memory(check, self.diagnosis, self.recipe, self.shapes, work, self.devices)
 
     def look_at_states(self) -> None:
-        """What a cache of the teacher's states would take, or what the recipe's is.
-
-        Raises:
-            Skipped: the teacher has another tokenizer.
-        """
+        """What a cache of the teacher's states would take, or what the recipe's is."""
         section = self.recipe.teacher
         if section is None or section.kind == "self":
             return
@@ -122,8 +118,6 @@ class LanguageModelWalk(Walk):
             if states is not None:
                 describe_server(check, states, data)
                 return
-            if self.alignment is not None:
-                raise Skipped("the states of a teacher with another tokenizer are not cached")
             need(self.loads or None, "enough memory for the models")
             share = (len(rows.train) + len(rows.validation)) / max(len(self.looked_at), 1)
             check_states(check, LiveTeacher(need(self.teacher, "the teacher")), data, share)

@@ -19,13 +19,12 @@ from dts_hf.loss.compact_rows import joined
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.overlap import row_masses
 from dts_hf.loss.selection import select_response, sequence_numbers
-from dts_hf.models.head import head_of, loss_in_head
+from dts_hf.models.head import Head, head_of, loss_in_head
 from dts_hf.models.quantization import compare_heads
 from dts_hf.models.vocabulary import align_vocabularies
 from dts_hf.reporting.facts import format_count
 from dts_hf.teachers.aligned import CommonIds, aligned_share
 from dts_hf.teachers.base import Teacher
-from dts_hf.teachers.live import LiveTeacher
 from dts_hf.training.distillation_base import DistillationBase
 from dts_hf.training.trainer import DistillationTrainer, seen_by_models
 
@@ -121,10 +120,8 @@ def take_sample(
     student: Any = trainer.model
     teacher = teacher or trainer.teacher
     if trainer.common is not None:
-        return aligned_sample(trainer, trainer.common, data, rows, cast(LiveTeacher, teacher))
-    pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
-    of_rows = getattr(trainer.data_collator, "of_rows", None) if teacher is trainer.teacher else None
-    collator = PaddedCollator(int(pad), of_rows=of_rows)
+        return aligned_sample(trainer, trainer.common, data, rows, teacher)
+    collator = _collator(trainer, teacher)
     ordered = sorted(rows, key=data.lengths.__getitem__)  # rows of like length together
     parts: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     for first, batch, labels in batches(
@@ -148,7 +145,7 @@ def take_sample(
 
 @torch.no_grad()
 def aligned_sample(
-    trainer: DistillationTrainer, common: CommonIds, data: EncodedDataset, rows: Sequence[int], teacher: LiveTeacher
+    trainer: DistillationTrainer, common: CommonIds, data: EncodedDataset, rows: Sequence[int], teacher: Teacher
 ) -> Sample:
     """The same with a teacher of another tokenizer: the labels that are the same, over the ids that both have.
 
@@ -163,12 +160,11 @@ def aligned_sample(
         Skipped: nothing of these rows is the same.
     """
     student: Any = trainer.model
-    pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
     size = min(8, trainer.args.per_device_train_batch_size)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    head, teacher_head = head_of(student), teacher.head
+    head, teacher_head = head_of(student), cast(Head, teacher.head)
     ids, teacher_ids = common.on(trainer.args.device)
-    for first, batch, labels in batches(trainer, PaddedCollator(int(pad)), data, list(rows), size):
+    for first, batch, labels in batches(trainer, _collator(trainer, teacher), data, list(rows), size):
         share = aligned_share(teacher, batch, common)
         with loss_in_head(student, lambda states, head: states):
             seen = seen_by_models(batch)
@@ -189,6 +185,13 @@ def aligned_sample(
     head = head.detached().in_float32()
     masses = float(found[4].mean()), float(found[5].mean())
     return Sample(found[0], head, found[1], teacher_head.take(teacher_ids), found[2], found[3], masses)
+
+
+def _collator(trainer: DistillationTrainer, teacher: Teacher) -> PaddedCollator:
+    """Pads, and brings what the trainer's own teacher has of the rows elsewhere."""
+    pad: Any = trainer.processing_class.pad_token_id  # type: ignore[union-attr]
+    of_rows = getattr(trainer.data_collator, "of_rows", None) if teacher is trainer.teacher else None
+    return PaddedCollator(int(pad), of_rows=of_rows)
 
 
 def batches(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from dts_hf.alignment.batch import as_read
 from dts_hf.console import duration, gb
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import EncodedDataset
@@ -36,10 +40,12 @@ def check_states(check: Check, teacher: LiveTeacher, data: EncodedDataset, share
     """
     head = teacher.head
     hidden, own = head.weight.shape[1], str(head.weight.dtype).removeprefix("torch.")
-    labels = round(sum(data.target_counts) * share)
+    aligned = data.aligned
+    counts = data.target_counts if aligned is None else [len(row.labels) for row in aligned]
+    labels = round(sum(counts) * share)
     each, small = bytes_per_label(hidden, own), bytes_per_label(hidden, "int8")
     per_token = _seconds_per_token(teacher, data)
-    seconds = per_token * sum(data.lengths) * share
+    seconds = per_token * sum(data.teacher_lengths) * share
     break_even = each // TOP_K_ENTRY
     check.values = {
         "labels": labels, "bytes_per_label": each, "bytes": labels * each, "seconds": seconds, "break_even_k": break_even
@@ -53,8 +59,7 @@ def check_states(check: Check, teacher: LiveTeacher, data: EncodedDataset, share
 
 
 def _seconds_per_token(teacher: LiveTeacher, data: EncodedDataset) -> float:
-    rows = spaced(range(len(data)), TIMED_ROWS)
-    batch = PaddedCollator(0)([data[row] for row in rows])
+    batch = _read_batch(data, spaced(range(len(data)), TIMED_ROWS))
     device = teacher.head.weight.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     labels, seconds = batch["labels"].to(device), []
@@ -64,7 +69,13 @@ def _seconds_per_token(teacher: LiveTeacher, data: EncodedDataset) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return min(seconds) / sum(data.lengths[row] for row in rows)
+    return min(seconds) / int(batch["attention_mask"].sum())
+
+
+def _read_batch(data: EncodedDataset, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Some rows as the teacher reads them."""
+    read: Any = [as_read(data[row]) for row in rows]
+    return PaddedCollator(0)(read)
 
 
 def describe_server(check: Check, teacher: RemoteTeacher, data: EncodedDataset) -> None:
@@ -76,7 +87,7 @@ def describe_server(check: Check, teacher: RemoteTeacher, data: EncodedDataset) 
         data: a sample of the rows, tokenised.
     """
     identity, limits = teacher.description.identity, teacher.description.limits
-    batch = PaddedCollator(0)([data[row] for row in spaced(range(len(data)), TIMED_ROWS)])
+    batch = _read_batch(data, spaced(range(len(data)), TIMED_ROWS))
     labels = batch["labels"].to(teacher.head.weight.device)
     inputs = {name: batch[name].to(labels.device) for name in ("input_ids", "attention_mask")}
     began = time.perf_counter()

@@ -108,6 +108,9 @@ def cache_teacher(
 ) -> Manifest:
     """Write the states of the recipe's teacher over its training and validation rows; all processes call it.
 
+    A teacher with another tokenizer (``teacher.alignment``) is asked what training asks it: its own labels of the rows as it
+    reads them.
+
     Args:
         recipe: of a language model with a teacher.
         folder: of the cache; what an earlier try has left there is gone on with.
@@ -133,6 +136,11 @@ def _cached(recipe: Recipe, teacher: str | None, folder: Path, options: CacheOpt
     check_launch(args)
     limit_waiting(args)
     section, rank, world = recipe.required_teacher, args.process_index, args.world_size
+    if options.compact is not None and section.alignment is not None:
+        raise UserError(
+            f"--compact: got {options.compact} with teacher.alignment: {section.alignment}, which asks for the logits of "
+            "tokens that a compact cache has not kept, or for states: leave it out"
+        )
     check_quantization(section.quantization, args.device)
     transformers_logging.disable_progress_bar()
     stack = ExitStack()
@@ -190,9 +198,10 @@ def _written(
     with working("reading and encoding the rows"):
         loaded = own_rows(task.load_rows())
         student_tokenizer, teacher_tokenizer = load_tokenizers(recipe)
-    shared = check_tokenizers(student_tokenizer, teacher_tokenizer, section.vocab_alignment)
+    reader = _reader(recipe, student_tokenizer, teacher_tokenizer)
+    shared = check_tokenizers(reader, teacher_tokenizer, section.vocab_alignment)
     with working("loading the teacher"):
-        teacher, identity = _teacher_of(task, student_tokenizer, args.device)
+        teacher, identity = _teacher_of(task, reader, args.device)
     if recipe.data.responses == "teacher":
         model: Any = teacher.model if isinstance(teacher, LiveTeacher) else load_teacher(section)
         loaded = task.answer(model, student_tokenizer, loaded)
@@ -200,7 +209,7 @@ def _written(
     rows = rows_of(data)
     for of in _sets(data):
         if isinstance(teacher, LiveTeacher):
-            check_positions(teacher.model, "the teacher", max(of.lengths), "Lower data.max_length")  # type: ignore[arg-type]
+            check_positions(teacher.model, "the teacher", max(of.teacher_lengths), "Lower data.max_length")  # type: ignore[arg-type]
         else:
             teacher.check_rows(of, "data")
     # 3. States
@@ -277,6 +286,13 @@ def _with_live_teacher(recipe: Recipe) -> Recipe:
         return recipe
     live: Teacher = section.model_copy(update={"kind": "live", "cache": None, "missing": "error"})
     return recipe.model_copy(update={"teacher": live})
+
+
+def _reader(
+    recipe: Recipe, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the rows as the teacher reads them."""
+    return student if recipe.required_teacher.alignment is None else teacher
 
 
 def _sets(data: Data) -> list[EncodedDataset]:
@@ -381,9 +397,10 @@ def _verified(folder: Path, recipe: Recipe, which: str | None) -> Manifest:
         say("the rows of this recipe are the teacher's own answers, so no label is tested without it")
         return cache.manifest
     task, teacher = LanguageModeling(_with_live_teacher(recipe)), CachedTeacher(cache)
-    tokenizer, _ = load_tokenizers(recipe)
-    teacher.check_tokenizer(tokenizer)
+    tokenizer, teacher_tokenizer = load_tokenizers(recipe)
+    reader = _reader(recipe, tokenizer, teacher_tokenizer)
+    teacher.check_tokenizer(reader, "the student" if reader is tokenizer else "the teacher")
     data = task.encode(own_rows(task.load_rows()), tokenizer)
     for name, of in zip(("data.train", "data.validation"), _sets(data), strict=False):
-        teacher.check_rows(of, name, tokenizer, task.template(tokenizer))
+        teacher.check_rows(of, name, reader, task.template(reader))
     return cache.manifest

@@ -94,13 +94,14 @@ def load_tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrained
     """(student's, teacher's); a student pruned from the teacher shares the teacher's, and without one there is but one.
 
     Of several teachers each has its own (``tokenizers_of_several``), and the student's stands for both here. A teacher whose
-    model is not loaded needs no tokenizer: the student's was compared with it when its states were cached.
+    model is not loaded needs no tokenizer: the student's was compared with it when its states were cached. One with another
+    tokenizer reads rows in it, wherever its states come from.
 
     Raises:
         UserError: see ``load_tokenizer``.
     """
     teacher = student = None
-    if recipe.teacher is not None and recipe.loads_teacher:
+    if recipe.teacher is not None and (recipe.loads_teacher or recipe.teacher.alignment is not None):
         teacher = load_teacher_tokenizer("teacher", recipe.teacher)
     init = recipe.student.init
     own, key = (recipe.student.model, "student.model") if init is None else (init.source, "student.init.from")

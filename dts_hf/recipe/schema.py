@@ -381,10 +381,10 @@ class Teacher(Section):
     def _alignment_of_models(self) -> Teacher:
         if self.alignment is None:
             return self
-        if self.kind != "live":
+        if self.kind == "self":
             raise ValueError(
-                f"alignment is '{self.alignment}' and kind '{self.kind}', but states from elsewhere are of the student's "
-                "tokens: use kind 'live'"
+                f"alignment is '{self.alignment}' and kind 'self', but a student that teaches itself has its own tokenizer: "
+                "leave it out"
             )
         if self.vocab_alignment != "strict":
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,8 +15,13 @@ from dts_hf.errors import UserError
 from dts_hf.loss.dual_space import Projectors
 from dts_hf.loss.overlap import Aligned
 from dts_hf.loss.selection import select_response
-from dts_hf.teachers.live import LiveTeacher
+from dts_hf.teachers.asked_ahead import TICKET
+from dts_hf.teachers.base import Teacher
+from dts_hf.teachers.cached.teacher import LOGPROBS, MISSING, STATES
 from dts_hf.teachers.several import Share
+
+#: What ``of_rows`` of a teacher whose states come from elsewhere has put into a batch.
+_FROM_ELSEWHERE = (STATES, MISSING, LOGPROBS, TICKET)
 
 
 class CommonIds:
@@ -38,12 +44,12 @@ class CommonIds:
 
 
 def aligned_share(
-    teacher: LiveTeacher, inputs: Mapping[str, Tensor], common: CommonIds, projectors: Projectors | None = None
+    teacher: Teacher, inputs: Mapping[str, Tensor], common: CommonIds, projectors: Projectors | None = None
 ) -> Share:
     """What the teacher says of its own labels of a batch, and which of them are the student's.
 
     Args:
-        teacher: reads its own tokens, in its own template.
+        teacher: reads its own tokens, in its own template; or has its states of them from elsewhere.
         inputs: the batch, with both sides.
         common: ids that mean the same.
         projectors: the maps of dual space; None: the overlap is compared.
@@ -57,7 +63,8 @@ def aligned_share(
             "that alignment.rows.RowAligner has aligned"
         )
     labels = inputs[keys.TEACHER_LABELS]
-    states = teacher.states(keys.teacher_batch(inputs), labels)
+    given = {key: inputs[key] for key in _FROM_ELSEWHERE if key in inputs}
+    states = cast(Tensor, teacher.states({**given, **keys.teacher_batch(inputs)}, labels))
     targets = select_response(labels.unsqueeze(-1), labels)[1]
     ours, theirs = common.on(labels.device)
     aligned = Aligned(

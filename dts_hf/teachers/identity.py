@@ -68,7 +68,8 @@ class TeacherIdentity:
         hidden_size, vocab_size: H, and V of the head.
         head, bias: digests of the head's weight ``[V, H]`` and bias ``[V]`` (None: it has none).
         logit_scale, softcap: as in ``Head``.
-        tokenizer, tokenizer_rules: digests of what encoded the rows: the student's tokenizer.
+        tokenizer, tokenizer_rules: digests of what encoded the rows: the student's tokenizer, or the teacher's own where it
+            is another one (``teacher.alignment``).
         template: its prompt template, of a chat template with its text.
         states: ``post_norm`` always; the flag is there so that others are refused.
         versions: of transformers and tokenizers, which name the values of configurations and rules.

@@ -115,7 +115,7 @@ class RemoteTeacher:
         Raises:
             UserError: one is too long.
         """
-        if lengths := getattr(dataset, "lengths", None):
+        if lengths := getattr(dataset, "teacher_lengths", None) or getattr(dataset, "lengths", None):
             try:
                 self.asking.check_length(max(lengths))
             except UserError as error:

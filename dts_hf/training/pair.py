@@ -309,7 +309,9 @@ def set_up_models(
     for one in teachers:
         with naming_teacher(one.names[0]):
             answers, plan = (
-                one.compared(student, tokenizer, vocab_alignment) if alignment is None else one.aligned(student)
+                one.compared(student, tokenizer, vocab_alignment)
+                if alignment is None
+                else one.aligned(student, alignment)
             )
         ready |= dict.fromkeys(one.names, answers)
         plans.append(plan)
@@ -357,32 +359,43 @@ class _Given:
         plan = align_vocabularies(student, self.given, tokenizer, self.tokenizer or tokenizer, alignment)
         return LiveTeacher(self.given), plan
 
-    def aligned(self, student: nn.Module) -> tuple[Teacher, VocabularyPlan]:
+    def aligned(self, student: nn.Module, alignment: str) -> tuple[Teacher, VocabularyPlan]:
         """As the loss asks it where it has another tokenizer, and the ids of the student.
 
         Raises:
-            UserError: it is no model of this process, or its tokenizer is not known.
+            UserError: its tokenizer is not known or not the one that it reads rows with, or what it gives cannot be cut to
+                common tokens.
         """
-        if not isinstance(self.given, nn.Module):
+        if not isinstance(self.given, (nn.Module, CachedTeacher, RemoteTeacher)):
             kind = "None" if self.given is None else type(self.given).__name__
             raise UserError(
-                f"alignment: the teacher is {kind}, expected a causal language model, its name or its folder: states out of "
-                "a cache or from a server are of the student's tokens"
+                f"alignment: the teacher is {kind}, expected a causal language model, its name or its folder, a "
+                "CachedTeacher or a RemoteTeacher"
             )
         if self.tokenizer is None:
             raise UserError(
                 "teacher_tokenizer: got None beside alignment, expected the tokenizer of the teacher, which is another one "
                 "than the student's"
             )
-        if not is_sharded(self.given):
+        if isinstance(self.given, CachedTeacher):
+            self.given.check_tokenizer(self.tokenizer, "the teacher (teacher_tokenizer)")
+            if self.given.compact:
+                raise UserError(
+                    f"alignment: got {alignment!r}, which asks for the logits of tokens that the compact cache "
+                    f"{self.given.cache.folder} has not kept, or for states; expected a cache of states (without --compact)"
+                )
+        elif isinstance(self.given, RemoteTeacher):
+            self.given.check_tokenizer(self.tokenizer)
+        elif not is_sharded(self.given):
             check_finite(self.given, "teacher: the teacher")
             check_head(self.given, role="teacher")
-        if head_of(self.given).vocab_size < len(self.tokenizer):
+        teacher = LiveTeacher(self.given) if isinstance(self.given, nn.Module) else self.given
+        if teacher.head.vocab_size < len(self.tokenizer):
             raise UserError(
                 f"teacher_tokenizer: it has {len(self.tokenizer):,} entries, and the teacher's head has "
-                f"{head_of(self.given).vocab_size:,}; expected the tokenizer that the teacher was trained with"
+                f"{teacher.head.vocab_size:,}; expected the tokenizer that the teacher was trained with"
             )
-        return LiveTeacher(self.given), VocabularyPlan(head_of(student).vocab_size)
+        return teacher, VocabularyPlan(head_of(student).vocab_size)
 
     def _elsewhere(
         self,

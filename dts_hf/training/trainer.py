@@ -351,7 +351,9 @@ class DistillationTrainer(ReplayTrainer):
         if isinstance(teacher, CachedTeacher) and isinstance(dataset, (TokenisedDataset, EncodedDataset)):
             rows: Any = self.rows  # LanguageRows
             template = rows.encode_options["template"] if isinstance(dataset, EncodedDataset) else None
-            teacher.check_rows(own, name, self.pair.tokenizer, template)
+            if rows.aligner is not None:
+                template = rows.aligner.teacher.cutter.template
+            teacher.check_rows(own, name, self.pair.teacher_tokenizer or self.pair.tokenizer, template)
         if isinstance(teacher, RemoteTeacher):
             teacher.check_rows(own, name)
 
@@ -376,7 +378,7 @@ class DistillationTrainer(ReplayTrainer):
         if self.alignment != "dual_space":
             return
         assert self.common is not None
-        own, theirs = head_of(self.pair.student), cast(LiveTeacher, self.teacher).head
+        own, theirs = head_of(self.pair.student), cast(Head, self.teacher.head)
         if self.projection is not None:
             self.projection.start(own, theirs)
             return
@@ -479,7 +481,7 @@ class DistillationTrainer(ReplayTrainer):
             given = {key: value for key, value in inputs.items() if is_for_teachers(key)}
             return super().shares(inputs, {**batch, **given}, labels, positions)
         projectors = None if self.projection is None else self.projection.projectors
-        return [aligned_share(cast(LiveTeacher, self.teacher), inputs, self.common, projectors)]
+        return [aligned_share(self.teacher, inputs, self.common, projectors)]
 
     def _router_options(self, training: bool) -> dict[str, Any]:
         """Where the student's configuration asks for the router's loss, collect what it needs, or save the work."""

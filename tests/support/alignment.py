@@ -8,6 +8,10 @@ import random
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dts_hf.alignment.rows import RowAligner
+from dts_hf.data.chat_templates import resolve_template
+from dts_hf.data.encoding import EncodedDataset, encode_rows
+from dts_hf.data.sources import rows_from_dataset
 from tests.support.tiny import CHAT_TEMPLATE, CORPUS
 
 #: A second chat template, of another family: other markers, and an end of turn that is another token.
@@ -48,6 +52,16 @@ ROWS = [
 def instruction_rows(count: int = 9) -> list[dict[str, str]]:
     chosen = (ROWS * (1 + count // len(ROWS)))[:count]
     return [{"id": f"r{k}", "instruction": ask, "input": "", "output": said} for k, (ask, said) in enumerate(chosen)]
+
+
+def aligned_rows(
+    student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, rows: list[dict[str, str]]
+) -> EncodedDataset:
+    """Rows as both sides read them, as ``DistillationTrainer`` makes them with its usual limits."""
+    text, limits = rows_from_dataset(rows), {"max_length": 512, "max_prompt_length": 256}
+    data, _ = encode_rows(text, student, resolve_template("auto", student), **limits)
+    RowAligner(student, teacher, "auto", train_on=None, **limits).align(data, text)
+    return data
 
 
 @functools.cache

@@ -21,10 +21,10 @@ TOKEN = "correct-horse-battery-staple-42"
 VARIABLE = "DTS_TEST_TEACHER_TOKEN"
 
 
-def served_tiny(model=None, name="some/teacher", **limits) -> Served:
+def served_tiny(model=None, name="some/teacher", tokenizer=None, **limits) -> Served:
     """``model`` (by default ``tiny_llama(seed=1, layers=3)``, the teacher of ``support.trainers``), ready to be served."""
     model = tiny_llama(seed=1, layers=3) if model is None else model
-    identity = identity_of(model, tiny_tokenizer(), get_template("chat"), name=name)
+    identity = identity_of(model, tokenizer or tiny_tokenizer(), get_template("chat"), name=name)
     return served_model(model, identity, ServeOptions(**limits))
 
 

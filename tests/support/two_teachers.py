@@ -19,13 +19,20 @@ def live_teacher() -> Any:
     return tiny_llama(seed=1, layers=3)
 
 
-def record_runs(out: Path, teachers: Mapping[str, Callable[[], Any]], names: Sequence[str], **options: Any) -> None:
+def record_runs(
+    out: Path,
+    teachers: Mapping[str, Callable[[], Any]],
+    names: Sequence[str],
+    of_trainer: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
     """Train with each of the teachers, padded and packed, and write ``RANK.json``: losses, temperatures, weights.
 
     Args:
         out: a folder.
         teachers: makes one by name.
         names: which of them.
+        of_trainer: options of the trainer.
         options: of the training arguments.
     """
     record: dict[str, Any] = {}
@@ -35,9 +42,10 @@ def record_runs(out: Path, teachers: Mapping[str, Callable[[], Any]], names: Seq
                 output_dir=str(out / "run"), per_device_train_batch_size=3, logging_steps=1, save_strategy="no",
                 report_to="none", disable_tqdm=True, seed=7, **options,
             )  # fmt: skip
+            more = {"train_dataset": ROWS, **(of_trainer or {})}
             trainer = DistillationTrainer(
                 tiny_llama(seed=0), teachers[name](), args=args, temperature={"name": "dts", "rule": "gap"},
-                train_dataset=ROWS, processing_class=tiny_tokenizer(), packing=packing,
+                processing_class=tiny_tokenizer(), packing=packing, **more,
             )  # fmt: skip
             trainer.train()
             logs = [log for log in trainer.state.log_history if "kl" in log]

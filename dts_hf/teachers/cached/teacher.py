@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dts_hf.alignment.batch import as_read
 from dts_hf.data.chat_templates import Template
 from dts_hf.divergences import Divergence
 from dts_hf.errors import UserError
@@ -173,8 +174,12 @@ class CachedTeacher:
 
     # ------------------------------------------------------------------------------------------- before the first step
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a student whose ids mean something else than those that were cached.
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, whose: str = "the student") -> None:
+        """Refuse ids that mean something else than those that were cached.
+
+        Args:
+            tokenizer: of the rows that the teacher reads.
+            whose: it is; the teacher's own where that is another one than the student's.
 
         Raises:
             UserError: its vocabulary is another one.
@@ -182,7 +187,7 @@ class CachedTeacher:
         facts = {key: value for key, value in rows_facts(tokenizer, _NO_TEMPLATE).items() if key == "tokenizer"}
         if lines := differences(self.cache.identity, facts):
             raise UserError(
-                f"{self.cache.folder}: the student has another tokenizer than the rows that were cached: {lines[0]}"
+                f"{self.cache.folder}: {whose} has another tokenizer than the rows that were cached: {lines[0]}"
             )
 
     def check_rows(
@@ -193,8 +198,8 @@ class CachedTeacher:
         Args:
             dataset: encoded rows, read by number.
             name: what errors call it.
-            tokenizer: the student's.
-            template: what words the rows; None: they came as tokens.
+            tokenizer: of the rows as the teacher reads them.
+            template: what words these; None: they came as tokens.
             top: the highest temperature that states are compared at.
 
         Raises:
@@ -251,7 +256,7 @@ class CachedTeacher:
     ) -> None:
         missing = []
         for number in range(len(dataset)):
-            example = dataset[number]
+            example = as_read(dataset[number])
             key = row_key(example["input_ids"], example["labels"])
             if self.cache.find(key) is None and len(targets_of(example["labels"])):
                 missing.append(number)
@@ -270,6 +275,10 @@ class CachedTeacher:
         if ids is not None and self.cache.knows_id(ids[missing[0]]):
             rule = ", ".join(f"{key} {value}" for key, value in self.cache.manifest.label_rule.items())
             reasons.append(f"row {shown[0]} is in it with other tokens or labels (it was made with {rule})")
+            if getattr(dataset, "aligned", None) is not None:
+                reasons.append(
+                    "with teacher.alignment its labels depend on the student's tokenizer and template as well"
+                )
         raise UserError(
             f"{what}{': ' + '; '.join(reasons) if reasons else ''}. Run dts-hf cache-teacher with this recipe, or set "
             "teacher.missing: live, which has the teacher answer them as they come"
@@ -279,7 +288,7 @@ class CachedTeacher:
         """Label log-probabilities again, from states and head; and states again, where the teacher is at hand."""
         stored, states, targets, examples, labels = [], [], [], [], 0
         for number in evenly_spaced(min(_ROWS, len(dataset)), len(dataset)):
-            example = dataset[number]
+            example = as_read(dataset[number])
             row = self.cache.find(row_key(example["input_ids"], example["labels"]))
             if row is None or not self.cache.labels(row):
                 continue

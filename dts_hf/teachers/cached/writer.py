@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dts_hf.alignment.batch import as_read
 from dts_hf.console import working
 from dts_hf.data.collators import PaddedCollator
 from dts_hf.data.encoding import Example
@@ -68,11 +69,15 @@ class Rows:
     examples: Sequence[Example]
     ids: Sequence[str]
 
+    def read(self, number: int) -> Mapping[str, Any]:
+        """A row as the teacher reads it."""
+        return as_read(self.examples[number])
+
     def keys_and_counts(self) -> tuple[list[bytes], list[int]]:
         """The key of each row, and how many labels it has."""
         keys, counts = [], []
         for number in range(len(self.ids)):
-            example = self.examples[number]
+            example = self.read(number)
             keys.append(row_key(example["input_ids"], example["labels"]))
             counts.append(len(targets_of(example["labels"])))
         return keys, counts
@@ -223,7 +228,7 @@ def _shard(
 
 def _batches(rows: Rows, numbers: range, tokens: int) -> Iterator[list[int]]:
     """Rows of like length together, up to ``tokens`` with their padding; the same ones however often it is asked."""
-    lengths = {row: len(rows.examples[row]["input_ids"]) for row in numbers}
+    lengths = {row: len(rows.read(row)["input_ids"]) for row in numbers}
     batch: list[int] = []
     for row in sorted(numbers, key=lambda number: (lengths[number], number)):
         if batch and (len(batch) + 1) * lengths[row] > tokens:
@@ -238,7 +243,7 @@ def _answered(
     teacher: LiveTeacher | RemoteTeacher, head: Head, rows: Rows, batch: Sequence[int], plan: Plan
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, states, label log-probabilities) of a batch, the states as they are stored, of int8 in fp32."""
-    examples = [rows.examples[row] for row in batch]
+    examples: Any = [rows.read(row) for row in batch]
     inputs = PaddedCollator(0)(examples)
     labels = inputs.pop("labels").to(head.weight.device)
     inputs.pop("row_id")
