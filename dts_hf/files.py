@@ -178,12 +178,17 @@ def json_text(values: Any) -> str:
     return json.dumps(jsonable(values), indent=2, ensure_ascii=False) + "\n"
 
 
-def lock_folder(descriptor: int) -> bool:
-    """Lock an open folder until it is closed; False: another one has it. A file system without locks gives none."""
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False: another one has it. A file system without locks gives none.
+
+    Args:
+        descriptor: of it.
+        shared: others may have it so too; to see whether somebody has it alone.
+    """
     import fcntl  # not everywhere
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True

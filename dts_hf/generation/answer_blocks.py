@@ -26,9 +26,9 @@ from dts_hf.files import (
     flush,
     json_digest,
     jsonable,
-    lock_folder,
     naming,
     read_sealed,
+    try_lock,
     write_bytes_atomic,
     write_sealed,
 )
@@ -230,7 +230,7 @@ class AnswerBlocks:
             with contextlib.suppress(FileNotFoundError):  # whoever had it has finished and removed it
                 descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    if not lock_folder(descriptor):
+                    if not try_lock(descriptor):
                         raise self._busy()
                     if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
                         self._lock, descriptor = descriptor, -1
@@ -247,7 +247,7 @@ class AnswerBlocks:
         except OSError:
             return False
         try:
-            return not lock_folder(descriptor)
+            return not try_lock(descriptor)
         finally:
             os.close(descriptor)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dts_hf.console import say
 from dts_hf.errors import UserError
-from dts_hf.files import lock_folder
+from dts_hf.files import try_lock
 from dts_hf.runs.links import open_nofollow, refuse_links
 
 LOCK = ".lock"
@@ -152,7 +152,7 @@ def is_in_use(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        return not lock_folder(descriptor)
+        return not try_lock(descriptor)
     finally:
         os.close(descriptor)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from dts_hf.distributed.sharding import is_sharded
 from dts_hf.loss.selection import select_response
 from dts_hf.models.head import Head, backbone_of, head_of, loss_in_head
-
-if TYPE_CHECKING:
-    from dts_hf.teachers.shared_answers import SharedAnswers  # locks files as Windows does not
+from dts_hf.teachers.shared_answers import SharedAnswers
 
 
 class LiveTeacher:

@@ -8,19 +8,20 @@ the system's, which a killed process gives back.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from dts_hf.files import try_lock
 
 #: Where a process finds the others: ``COUNT:FOLDER``. It changes how long a run takes, not what it is.
 VARIABLE = "DTS_HF_SHARED_TEACHER"
@@ -54,8 +55,8 @@ class SharedAnswers:
         self._waited = False
         folder.mkdir(parents=True, exist_ok=True)
         self._name = secrets.token_hex(8)
-        self._here = (folder / f"{_STUDENT}{self._name}").open("wb")  # locked for as long as this process lives
-        fcntl.flock(self._here, fcntl.LOCK_EX)
+        self._here = (folder / f"{_STUDENT}{self._name}").open("wb")
+        try_lock(self._here.fileno())  # for as long as this process lives
 
     def close(self) -> None:
         """Be no longer waited for."""
@@ -189,23 +190,12 @@ def batch_key(batch: Mapping[str, Any], labels: Tensor) -> str | None:
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether this process alone has ``path`` now."""
     with path.open("wb") as file:
-        yield _lock(file)
-
-
-def _lock(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield try_lock(file.fileno())
 
 
 def _is_held(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+        return not try_lock(file.fileno(), shared=True)
     return False
 
 

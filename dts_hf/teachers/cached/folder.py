@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dts_hf.errors import UserError
-from dts_hf.files import check_name, lock_folder
+from dts_hf.files import check_name, try_lock
 from dts_hf.teachers.cached.layout import MANIFEST, METADATA, shards_in
 from dts_hf.teachers.cached.manifest_form import ANSWERS, HEAD, INDEX, is_answers_name, is_shard_name
 from dts_hf.teachers.kept_answers import read_answers
@@ -146,7 +146,7 @@ def held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not lock_folder(descriptor):
+        if not try_lock(descriptor):
             raise UserError(
                 f"--output: another process is writing the cache {folder}. Wait for its end or stop it, or choose "
                 "another folder"
