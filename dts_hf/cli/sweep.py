@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dts_hf.cli.printing import RecipeFile, print_table
+from dts_hf.cli.printing import RecipeFile, print_table, whole_numbers
 from dts_hf.console import duration, printable, say, show, working
 from dts_hf.errors import ExitCode, UserError
 
@@ -74,7 +74,7 @@ def command(
 
     _check_share(share_teacher, jobs, devices, print_commands or slurm is not None)
     product, together = varied(set_ or [], "--set"), varied(zip_ or [], "--zip")
-    study = work.plan(recipe, changes or [], output, product, together, _numbers(seeds), preset)
+    study = work.plan(recipe, changes or [], output, product, together, whole_numbers(seeds, "seeds"), preset)
     chosen, numbers = work.shard(study.runs, shard), _devices(devices)
     for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
@@ -170,13 +170,6 @@ def _run(sweep: Sweep) -> None:
 def _left(states: Mapping[Planned, State]) -> list[Planned]:
     """The runs that are not done."""
     return [run for run, state in states.items() if state != "done"]
-
-
-def _numbers(text: str | None) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise UserError(f"seeds: got {text!r}, expected whole numbers, for example 1,2,3") from None
 
 
 def _time(states: Mapping[Planned, State], jobs: int) -> str:

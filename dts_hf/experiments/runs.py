@@ -91,7 +91,7 @@ def read_run(path: Path) -> Run:
     """
     run = RunDirectory.open(path)
     recipe = run.read_recipe()
-    seed, settings, rows = seed_of(recipe), settings_of(recipe), _recorded_rows(run, recipe)
+    seed, settings, rows = recipe.seed, settings_of(recipe), _recorded_rows(run, recipe)
     metrics, where = run.read_metrics(), run.metrics_path
     student = _part(_part(metrics, "models", where), "student", where)
     if not student:
@@ -110,11 +110,6 @@ def read_run(path: Path) -> Run:
     protocol = str(_part(metrics, "protocol", where).get("fingerprint", ""))
     asked = str(own.get("fingerprint", ""))
     return Run(path, recipe, settings, seed, failed, protocol, answers, numbers, seconds, rows, asked)
-
-
-def seed_of(recipe: Recipe) -> int:
-    """The seed of training: ``recipe.seed``."""
-    return recipe.seed
 
 
 def _part(values: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:

@@ -25,7 +25,6 @@ from dts_hf.experiments import presets
 from dts_hf.experiments.estimate import Size
 from dts_hf.experiments.grid import Grid, of_grids, overrides_of, short
 from dts_hf.experiments.identity import run_id
-from dts_hf.experiments.runs import seed_of
 from dts_hf.files import check_name, last_lines, read_sealed, write_sealed
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
@@ -165,7 +164,7 @@ def plan(
             say(f"preset {preset}: without its axis {title} ({axis.about}), which needs {axis.example}")
     runs: dict[str, Planned] = {}
     grid_of: dict[str, int] = {}
-    for number, values, seed in of_grids(grids, seeds or [seed_of(base)]):
+    for number, values, seed in of_grids(grids, seeds or [base.seed]):
         own = [*overrides, *overrides_of(values, seed)]
         label = ", ".join([*(f"{key}={short(value)}" for key, value in values.items()), f"seed {seed}"])
         made = load_recipe(recipe, [*own, "sweep=null"])
