@@ -156,7 +156,7 @@ def _of_rows(
     values = {name: means[name] for name in direct} | {
         "gap": means["student_ce"] - means["teacher_ce"],
         "over_confidence": means["confidence"] - means["correct"],
-        "ece": np.abs(means["bin_confidence"] - means["bin_correct"]).sum(-1),
+        "ece": np.abs(means["miscalibration"]).sum(-1),
         "ceiling": _solved(situation.grid, entropy, np.full(len(entropy), math.log(MOST_SUPPORT * situation.classes))),
     }
     tiny = 1e-30

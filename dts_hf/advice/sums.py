@@ -18,11 +18,11 @@ from torch import Tensor
 from dts_hf.divergences import Distribution, Distributions, Divergence
 from dts_hf.doctor.effect import Sample
 from dts_hf.errors import UserError
+from dts_hf.loss.row_loss import confidence_bins
+from dts_hf.loss.statistics import CONFIDENCE_BINS
 
 #: How many tokens a compact cache might keep.
 SIZES = tuple(2**power for power in range(11))
-#: Bins of the expected calibration error, equally wide (Guo et al. 2017, arXiv 1706.04599).
-BINS = 10
 #: Elements of one chunk of logits: few enough to stay near the cores.
 CHUNK = 1 << 21
 
@@ -97,7 +97,8 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
     """Every quantity of every label.
 
     At T = 1: cross-entropies, whether the gap is negative, KL(p || q), whether the first choices agree, the teacher's
-    confidence, accuracy and p(y), both of the former by bin of confidence, and the squared gradient of the cross-entropy.
+    confidence, accuracy and p(y), the difference of the former by bin of confidence, and the squared gradient of the
+    cross-entropy.
     With ``_at_t`` at each temperature, ``[C, K]``: see ``entropy_parts`` and ``soft_gradient``; the teacher's cross-entropy,
     and ``mass_at_t`` ``[C, K, sizes]``, the probability of its likeliest tokens.
 
@@ -118,13 +119,13 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
     )
     confidence = (-p.log_norm).exp().squeeze(-1).double()
     correct = (z_t.gather(-1, picked).squeeze(-1) == 0).double()
-    bins = torch.nn.functional.one_hot((confidence * BINS).long().clamp(0, BINS - 1), BINS)
+    bins = torch.nn.functional.one_hot(confidence_bins(confidence), CONFIDENCE_BINS)
     first = z_s.argmax(-1, keepdim=True)
     found = {
         "student_ce": student_ce, "teacher_ce": teacher_ce, "negative": (student_ce < teacher_ce).double(),
         "kl": Distributions(p, q).forward_kl(), "agreement": (z_t.gather(-1, first).squeeze(-1) == 0).double(),
         "confidence": confidence, "correct": correct, "p_target": (-teacher_ce.double()).exp(),
-        "bin_confidence": bins * confidence.unsqueeze(-1), "bin_correct": bins * correct.unsqueeze(-1),
+        "miscalibration": bins * (confidence - correct).unsqueeze(-1),
         "ce_gradient": q.prob.square().sum(-1) - 2 * q.prob.gather(-1, picked).squeeze(-1) + 1,
     }  # fmt: skip
     sizes = [size for size in SIZES if size < z_t.shape[-1]]

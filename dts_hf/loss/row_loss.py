@@ -189,22 +189,30 @@ class RowLoss:
         self.sums[stats.OBSERVED] = self.sums[stats.OBSERVED] + summed if stats.OBSERVED in self.sums else summed
 
     def add_calibration(self, statistic: stats.Statistic, confidence: Tensor, right: Tensor) -> None:
-        """Add confidence minus rightness of the rows, ``[C]``, in bins of confidence.
-
-        A bin is (k / 15, (k + 1) / 15], as in Guo et al. 2017, arXiv 1706.04599, section 2.
+        """Add confidence minus rightness of the rows, ``[C]``, in ``confidence_bins``.
 
         Args:
             statistic: whose sum it is.
             confidence: probability of the first choice, ``[C]``.
             right: whether no token is likelier than the label, ``[C]`` bool: of two that are, both would be.
         """
-        bins = torch.ceil(confidence * stats.CONFIDENCE_BINS).long().clamp(1, stats.CONFIDENCE_BINS) - 1
         off = (confidence - right.to(confidence.dtype)).to(self.math_dtype)
-        self.sums[statistic.sum].index_add_(0, bins, off)
+        self.sums[statistic.sum].index_add_(0, confidence_bins(confidence), off)
 
     def add(self, statistic: stats.Statistic, values: Tensor) -> None:
         """Add values of the rows, ``[C]`` or ``[C, 1]``, to the sum of ``statistic``."""
         self.sums[statistic.sum] += values.sum()
+
+
+def confidence_bins(confidence: Tensor) -> Tensor:
+    """The number of each probability's bin, int64; bin k is (k / 15, (k + 1) / 15].
+
+    As in Guo et al. 2017, arXiv 1706.04599, section 2.
+
+    Args:
+        confidence: probability of a first choice, ``[C]``.
+    """
+    return torch.ceil(confidence * stats.CONFIDENCE_BINS).long().clamp(1, stats.CONFIDENCE_BINS) - 1
 
 
 def room_for_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, *, fused: bool) -> Tensor:

@@ -130,6 +130,7 @@ def test_numbers_are_those_of_the_trainer() -> None:
         "teacher_ce": "teacher_ce",
         "kl": "kl",
         "agreement": "top1_agreement",
+        "ece": "teacher_ece",
     }.items():
         assert found[f"held_out_{ours}"].value == pytest.approx(scores[f"eval_{theirs}"], rel=1e-3), scores
 
