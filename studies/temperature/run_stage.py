@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from dts_hf.errors import UserError
-from dts_hf.experiments.identity import contents, run_id, settings_of
+from dts_hf.experiments.identity import contents, is_replayed, run_id, settings_of
 from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
 from dts_hf.runs.directory import RunDirectory
 
@@ -34,8 +34,7 @@ COLUMNS = ("step", "loss", "ce_loss", "kd_loss", "kl", "gap", "temperature", "te
 OF_TEACHER = ("ce", "entropy", "ece")
 #: Of what a run was made with, whatever says where something lies.
 PLACES = (
-    "data.train", "data.validation", "student.init.from", "student.model", "teacher.model", "teacher.cache", "extends",
-    "temperature.gap_source.replay", "temperature.run", "temperature.match_mean_of",
+    "data.train", "data.validation", "student.init.from", "student.model", "teacher.model", "teacher.cache", "extends"
 )  # fmt: skip
 
 
@@ -138,8 +137,8 @@ def collect(stage: str, part: Study) -> None:
 def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[str, Any]:
     recipe, metrics = directory.read_recipe(), directory.read_metrics()
     settings = settings_of(recipe)
-    for key in ("temperature.gap_source.replay", "temperature.run", "temperature.match_mean_of"):
-        other = replayed.get(str(Path(str(settings.get(key))).resolve())) if settings.get(key) else None
+    for key in [key for key, place in settings.items() if place and is_replayed(key)]:
+        other = replayed.get(str(Path(settings.pop(key)).resolve()))
         if other is not None:  # of which seed, not where it lies: else every seed were a kind of its own
             settings[f"{key} of"] = "the same seed" if other.label.endswith(f"seed {recipe.seed}") else "another seed"
     student = metrics.get("models", {}).get("student", {})

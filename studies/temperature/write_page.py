@@ -199,7 +199,7 @@ def margin_of(about: Mapping[str, Any], baseline: float) -> float:
     return float(given)
 
 
-def interaction(stage: Stage, endpoint: str) -> tuple[Difference, int] | None:
+def interaction(stage: Stage, endpoint: str) -> Difference | None:
     """(FKL at 2 - FKL at 1) - (RKL at 2 - RKL at 1), its error from the standard deviation of a run that all kinds share."""
     if any(kind not in stage.runs or not stage.scores(kind, endpoint) for kind in CORNERS):
         return None
@@ -209,7 +209,7 @@ def interaction(stage: Stage, endpoint: str) -> tuple[Difference, int] | None:
     a, b, c, d = (statistics.fmean(stage.scores(kind, endpoint)) for kind in CORNERS)
     seeds = len(stage.seeds)
     se = math.sqrt(4 * pooled / seeds)
-    return Difference((a - b) - (c - d), se, df, (seeds, seeds), 0), df
+    return Difference((a - b) - (c - d), se, df, (seeds, seeds), 0)
 
 
 def of_interaction(stage: Stage, endpoints: Mapping[str, Any]) -> list[str]:
@@ -220,12 +220,11 @@ def of_interaction(stage: Stage, endpoints: Mapping[str, Any]) -> list[str]:
         found = interaction(stage, endpoint)
         if found is None:
             continue
-        difference, _ = found
-        low, high = difference.interval()
+        low, high = found.interval()
         base = statistics.fmean(stage.scores("forward KL, T = 1", endpoint))
         digits = digits_of(margin_of(about, base)) + 1
         words = "cannot be told from none" if low <= 0 <= high else "there is one"
-        numbers = f"{difference.mean:+.{digits}f} | {low:+.{digits}f} to {high:+.{digits}f}"
+        numbers = f"{found.mean:+.{digits}f} | {low:+.{digits}f} to {high:+.{digits}f}"
         lines.append(f"| {about['name']} | {numbers} | {words} |")
     words = in_words(stage, "ce", endpoints["ce"]["name"])
     return [*lines, "", *words, *(["", *elsewhere(stage, endpoints, "ce")] if words else []), ""]
@@ -236,8 +235,7 @@ def in_words(stage: Stage, endpoint: str, name: str) -> list[str]:
     found = interaction(stage, endpoint)
     if found is None:
         return []
-    difference, _ = found
-    low, high = difference.interval()
+    low, high = found.interval()
     a, b, c, d = (statistics.fmean(stage.scores(kind, endpoint)) for kind in CORNERS)
     moved = f"From T = 1 to T = 2 the {name} moves by {a - b:+.3f} with forward KL and by {c - d:+.3f} with reverse KL"
     if low <= 0 <= high:
@@ -259,7 +257,7 @@ def elsewhere(stage: Stage, endpoints: Mapping[str, Any], primary: str) -> list[
     for endpoint, about in endpoints.items():
         if about.get("neither") or (found := interaction(stage, endpoint)) is None:
             continue
-        low, high = found[0].interval()
+        low, high = found.interval()
         ways[endpoint] = 0 if low <= 0 <= high else 1 if (low > 0) == bool(about.get("higher")) else -1
     for endpoint, way in ways.items():
         if endpoint != primary:

@@ -164,7 +164,7 @@ def found_in(study: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, effect: fl
         own = [line for line in lines if line.startswith("| forward KL, T = 2 ")]
         counts["one"] += len(own)
         counts["others"] += len(lines) > len(own)
-        low, high = study.page.interaction(stage, "score")[0].interval()
+        low, high = study.page.interaction(stage, "score").interval()
         counts["interaction"] += not low <= 0 <= high
     return {name: count / studies for name, count in counts.items()}
 
