@@ -215,8 +215,8 @@ def _table_of_rows(
     """
     label, higher = OF_ANSWERS[measure]
 
-    def answered(run: Run) -> set[tuple[str, int]]:
-        return {*run.answers[set_name][measure]}
+    def answered(run: Run) -> Set[tuple[str, int]]:
+        return run.answers[set_name][measure].keys()
 
     # Those that most runs of the baseline have: one run without its last rows does not take them from all others
     counted = Counter(frozenset(answered(run)) for run in kinds[0].runs.values())
