@@ -25,6 +25,12 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
 )
 _NAME_OF_SECRET = re.compile(r"_(?:TOKEN|KEY|SECRET|PASSWORD)$")
+#: What a variable must be called whose value is a secret, so that it is masked too; and that in words.
+SECRET_VARIABLE = r"[A-Z][A-Z0-9_]*_(TOKEN|KEY|SECRET|PASSWORD)"
+SECRET_VARIABLE_EXPECTED = (
+    "expected the name of an environment variable in capitals that ends with _TOKEN, _KEY, _SECRET or _PASSWORD (whose "
+    "values are masked everywhere)"
+)
 _ODD = re.compile(r"(?=\D{0,99}\d)[^\s:\\]{16,}")  # no word, and no path or address
 SHORTEST_SECRET = 8  # a shorter value would mask ordinary words
 LONGEST_LINE, MOST_LINES = 2000, 60  # characters and lines of a message

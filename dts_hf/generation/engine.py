@@ -24,7 +24,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -135,6 +135,13 @@ def cache_argument(model: torch.nn.Module) -> str:
     return name
 
 
+@contextlib.contextmanager
+def calmed(model: torch.nn.Module) -> Iterator[None]:
+    """Within it the model answers as it will be used: in eval mode, its weights rounded once, no layer compiled anew."""
+    with rounded_once(model), evaluating(model), without_compiled_layers(model):
+        yield
+
+
 def generate(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -190,10 +197,7 @@ def generate(
     waiting = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))[::-1]
     # The buffers into which sharded weights are gathered are used by training again: no inference tensors there
     no_gradient = torch.no_grad() if job.together else torch.inference_mode()
-    calm = (rounded_once(model), evaluating(model), without_compiled_layers(model), no_gradient)
-    with contextlib.ExitStack() as stack, progress_bar(progress, len(inputs)) as show:
-        for context in calm:
-            stack.enter_context(context)
+    with calmed(model), no_gradient, progress_bar(progress, len(inputs)) as show:
         batch: _Batch | None = None
         if (_device(model).type == "cuda" if fixed_shapes is None else fixed_shapes) and not job.together:
             batch = _answer_in_fixed_shapes(job, waiting, show)

@@ -76,7 +76,7 @@ def vllm_generate(
             temperature=settings.temperature if settings.do_sample else 0.0,
             top_p=settings.top_p if settings.do_sample else 1.0,
             top_k=0,
-            seed=_row_seed(settings.seed, key),
+            seed=row_seed(settings.seed, key),
             stop_token_ids=list(eos_token_ids),
             detokenize=False,
         )
@@ -93,5 +93,6 @@ def vllm_generate(
     return answers
 
 
-def _row_seed(seed: int, key: str) -> int:
+def row_seed(seed: int, key: str) -> int:
+    """The seed of one row's noise, which vLLM takes as 31 bits: of the run's seed and the row's key."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\x1f{key}".encode(), digest_size=4).digest(), "little") >> 1

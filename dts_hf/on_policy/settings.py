@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
+from dts_hf.console import SECRET_VARIABLE, SECRET_VARIABLE_EXPECTED
 from dts_hf.errors import UserError, nearest
 
 GapOn: TypeAlias = Literal["data", "teacher_argmax"]
@@ -15,6 +17,8 @@ Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 Replay: TypeAlias = Literal["states", "rows", "none"]
 Backend: TypeAlias = Literal["own", "vllm"]
 _Settings = TypeVar("_Settings")
+#: Where answers are made: another place is no other objective, and an address is nobody else's business.
+PLACES = ("vllm_memory", "vllm_url", "vllm_folder", "vllm_token_env")
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,12 @@ class OnPolicySettings:
         gap_on: what the gap (student CE - teacher CE) is measured on: ``data``, rows of the data alone; or also on the
             student's own text, with the teacher's first choices as labels (``teacher_argmax``). See docs/gap.md.
         adaptive: the fraction follows the held-out loss, and texts are replayed, in the place of a schedule.
-        backend: what generates: ``own``, our engine; ``vllm``, beside the student in this process (see ``vllm_rollouts``:
-            its noise is its own).
-        vllm_memory: share of the device's memory that vLLM takes.
+        backend: what generates: ``own``, our engine; ``vllm``, beside the student in this process, or a server of its own
+            (see ``vllm_rollouts`` and ``vllm_server``: its noise is its own).
+        vllm_memory: share of the device's memory that vLLM takes in this process.
+        vllm_url: address of ``vllm serve``; None: vLLM is in this process.
+        vllm_folder: folder that the server sees under the same name: the student's weights go through it.
+        vllm_token_env: name of the environment variable with the server's token; None: it wants none.
 
     Raises:
         UserError: a value out of range, or a schedule without an end (or the other way round).
@@ -86,6 +93,9 @@ class OnPolicySettings:
     adaptive: AdaptiveSettings | None = None
     backend: Backend = "own"
     vllm_memory: float = 0.3
+    vllm_url: str | None = None
+    vllm_folder: str | None = None
+    vllm_token_env: str | None = None
 
     def __post_init__(self) -> None:
         if self.adaptive is not None and not isinstance(self.adaptive, AdaptiveSettings):
@@ -97,6 +107,8 @@ class OnPolicySettings:
         for name, known in (("schedule", Schedule), ("gap_on", GapOn), ("backend", Backend)):
             _check_word(name, getattr(self, name), get_args(known))
         if problem := schedule_problem(self.schedule, self.end_fraction, self.adaptive is not None):
+            raise UserError(f"on_policy.{problem}")
+        if problem := server_problem(self.backend, self.vllm_url, self.vllm_folder, self.vllm_token_env):
             raise UserError(f"on_policy.{problem}")
         if not (_is_number(self.temperature) and self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"on_policy.temperature: got {self.temperature!r}, expected a number above 0")
@@ -118,9 +130,14 @@ class OnPolicySettings:
         return 0.5 if self.adaptive is None else 0.0
 
     @property
+    def objective(self) -> dict[str, Any]:
+        """What a run is about, without ``PLACES``."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in PLACES}
+
+    @property
     def facts(self) -> dict[str, Any]:
         """All of it as flat words, for trackers."""
-        flat = dataclasses.asdict(self)
+        flat = self.objective
         flat |= {f"adaptive_{name}": value for name, value in (flat.pop("adaptive") or {}).items()}
         return {f"on_policy_{name}": value for name, value in flat.items()}
 
@@ -146,6 +163,25 @@ def schedule_problem(schedule: str, end_fraction: float | None, adaptive: bool) 
         return f"end_fraction: got {end_fraction:g} with schedule 'constant', expected schedule 'linear' or 'cosine'"
     if schedule != "constant" and end_fraction is None:
         return f"end_fraction: is missing, expected the fraction that the schedule '{schedule}' ends with, from 0 to 1"
+    return ""
+
+
+def server_problem(backend: str, url: str | None, folder: str | None, token_env: str | None) -> str:
+    """What is wrong with the options of a vLLM server taken together; empty where nothing is."""
+    options = {"vllm_url": url, "vllm_folder": folder, "vllm_token_env": token_env}
+    given = [name for name, value in options.items() if value is not None]
+    if given and backend != "vllm":
+        return f"{given[0]}: belongs to backend 'vllm', got backend '{backend}'"
+    if given and url is None:
+        return f"{given[0]}: belongs to a server, expected its address as well: vllm_url: http://HOST:8000"
+    if url is not None and folder is None:
+        return (
+            "vllm_folder: is missing, expected a folder that this machine and the server see under the same name: the "
+            "student's weights go through it (of one machine /dev/shm/NAME)"
+        )
+    # Nothing of the value is shown: it may be the token itself
+    if token_env is not None and not re.fullmatch(SECRET_VARIABLE, token_env):
+        return f"vllm_token_env: {SECRET_VARIABLE_EXPECTED}, such as VLLM_API_KEY; the token itself never stands in a recipe"
     return ""
 
 

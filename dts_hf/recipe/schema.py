@@ -26,11 +26,11 @@ from pydantic import (
     model_validator,
 )
 
-from dts_hf.console import unusable_texts
+from dts_hf.console import SECRET_VARIABLE, SECRET_VARIABLE_EXPECTED, unusable_texts
 from dts_hf.data.columns import FIELDS, unknown_fields
 from dts_hf.data.routes import Routing, names_problem, weights_problem
 from dts_hf.errors import UserError, nearest
-from dts_hf.on_policy.settings import Backend, GapOn, Replay, Schedule, schedule_problem
+from dts_hf.on_policy.settings import Backend, GapOn, Replay, Schedule, schedule_problem, server_problem
 from dts_hf.recipe.deep_problems import deep_problems
 from dts_hf.recipe.problems import protocol_values, schema_problems
 from dts_hf.recipe.training_keys import LARGEST, whole_training_values
@@ -49,8 +49,6 @@ EMA_RATE = 0.05  # of TRL's SDFT and SDPO
 MOST_TOKENS = 1_000_000  # of a batch; packing takes time and memory by the budget, and no device holds more
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit", "fp8", "int8"]
-#: What a variable is called whose value ``console.masked`` hides.
-TOKEN_VARIABLE = r"[A-Z][A-Z0-9_]*_(TOKEN|KEY|SECRET|PASSWORD)"
 #: ``teacher.model`` of kind ``self``: it is no name, and nobody gives it.
 ITSELF = "student"
 #: The package that quantises a teacher's weights in each way.
@@ -401,11 +399,9 @@ class Teacher(Section):
             given = "url" if self.url is not None else "token_env"
             raise ValueError(f"{given}: belongs to kind 'remote', got kind '{self.kind}'")
         # Nothing of the value is shown: it may be the token itself
-        if self.token_env is not None and not re.fullmatch(TOKEN_VARIABLE, self.token_env):
+        if self.token_env is not None and not re.fullmatch(SECRET_VARIABLE, self.token_env):
             raise ValueError(
-                "token_env: expected the name of an environment variable in capitals that ends with _TOKEN, _KEY, _SECRET "
-                "or _PASSWORD (whose values are masked everywhere), such as TEACHER_TOKEN; the token itself never stands in "
-                "a recipe"
+                f"token_env: {SECRET_VARIABLE_EXPECTED}, such as TEACHER_TOKEN; the token itself never stands in a recipe"
             )
         return self
 
@@ -502,16 +498,34 @@ class OnPolicy(Section):
     )
     backend: Backend = Field(
         default="own",
-        description="What generates: our engine; or vLLM beside the student, whose noise is its own, so that a resumed run "
-        "does not repeat it (not run by our tests).",
+        description="What generates: our engine; or vLLM, beside the student or at vllm_url, whose noise is its own, so "
+        "that a resumed run does not repeat it (not run by our tests).",
     )
     vllm_memory: float = Field(
-        default=0.3, gt=0, lt=1, description="Share of the device's memory that vLLM takes; with backend vllm."
+        default=0.3, gt=0, lt=1, description="Share of the device's memory that vLLM takes beside the student."
+    )
+    vllm_url: str | None = Field(
+        default=None, min_length=1, description="Address of vllm serve; null: vLLM answers beside the student."
+    )
+    vllm_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that the server at vllm_url sees under the same name: the student's weights go through it.",
+    )
+    vllm_token_env: str | None = Field(
+        default=None,
+        description="Name of the environment variable with the server's token, such as VLLM_API_KEY; never the token.",
     )
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> OnPolicy:
         if problem := schedule_problem(self.schedule, self.end_fraction, self.adaptive is not None):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _server_has_a_folder(self) -> OnPolicy:
+        if problem := server_problem(self.backend, self.vllm_url, self.vllm_folder, self.vllm_token_env):
             raise ValueError(problem)
         return self
 

@@ -42,7 +42,7 @@ from dts_hf.temperature import build_temperature
 #: two about the size of a batch are compared together with the number of processes, by the trainer's ``check_resumable``.
 MAY_CHANGE = (
     "output.*", "data.train", "data.train.source", "data.validation", "data.validation.source",
-    "data.cache_dir", "student.lora.save", "teacher.placement", "loss.logits_budget_mb",
+    "data.cache_dir", "data.on_policy.vllm_*", "student.lora.save", "teacher.placement", "loss.logits_budget_mb",
     # What is behind these is compared itself (Task.teacher_records)
     *(f"{teacher}.{key}" for teacher in ("teacher", "teachers.*") for key in ("url", "token_env", "cache")),
     *(f"training.{key}" for key in (

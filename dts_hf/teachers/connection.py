@@ -43,6 +43,19 @@ class _Bearer(AuthBase):
         return request
 
 
+class Refused(RunError):
+    """The server refuses a question, and would refuse it again.
+
+    Args:
+        message: its words.
+        status: of HTTP.
+    """
+
+    def __init__(self, message: object, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class OtherTeacher(RunError):
     """The server has another teacher than the one that the run began with."""
 
@@ -63,10 +76,17 @@ class Connection:
         token: that it wants; None: none.
         patience: how long a request is tried again before it fails, seconds.
         timeout: how long the server may be silent, seconds.
+        key: what errors call the address; that of the token's variable is ``token_env`` beside it.
+        told: headers of every request.
     """
 
-    def __init__(self, url: str, token: str | None, *, patience: float, timeout: float = 180.0) -> None:
-        self.url, self.patience, self.timeout = checked_url(url), patience, timeout
+    def __init__(
+        self, url: str, token: str | None, *, patience: float, timeout: float = 180.0, key: str = "teacher.url",
+        told: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.url, self.patience, self.timeout = checked_url(url, key), patience, timeout
+        self._key = key
+        self._told = {PROTOCOL_HEADER: str(PROTOCOL)} if told is None else dict(told)
         self.retries = 0
         self._random = random.Random()  # not the global one, whose numbers belong to the training
         self._token = token
@@ -87,14 +107,15 @@ class Connection:
 
         Args:
             path: from the root.
-            body: safetensors.
-            headers: beside the protocol's.
+            body: safetensors, or whatever ``headers`` say.
+            headers: beside those of every request.
             most: bytes of an answer; a longer one is not read.
             read: raises ``WireError`` where the answer is damaged.
 
         Raises:
             OtherTeacher: the server says so.
-            RunError: it refuses, or ``patience`` is at its end.
+            Refused: it refuses.
+            RunError: ``patience`` is at its end.
         """
         return self._patiently("POST", path, body, headers, most, read)
 
@@ -126,7 +147,7 @@ class Connection:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], most: int) -> bytes:
-        told = {PROTOCOL_HEADER: str(PROTOCOL), "Accept-Encoding": "identity", **headers}
+        told = {**self._told, "Accept-Encoding": "identity", **headers}
         try:
             with self._open().request(
                 method, self.url + path, data=body, headers=told, timeout=(10.0, self.timeout), stream=True,
@@ -148,13 +169,14 @@ class Connection:
             place = "".join(letter for letter in location if letter.isprintable())[:300]
             raise RunError(
                 f"{self.url}{path}: {status}, a redirection to {masked(place) or 'nowhere'}, which is not followed: the "
-                "token goes to the address of teacher.url alone. Put the server's own address there"
+                f"token goes to the address of {self._key} alone. Put the server's own address there"
             )
         if status == 401:
-            raise RunError(f"{sentence}. Set the variable that teacher.token_env names to the server's token")
+            variable = token_key(self._key)
+            raise Refused(f"{sentence}. Set the variable that {variable} names to the server's token", status)
         if status == 409:
             raise OtherTeacher(sentence)
-        raise RunError(sentence)
+        raise Refused(sentence, status)
 
     def _read(self, response: requests.Response, most: int) -> bytes:
         """The body, as long as it is not longer than it may be, and not slower than ``timeout``."""
@@ -182,8 +204,12 @@ class Connection:
         return self._session
 
 
-def token_of(variable: str | None) -> str | None:
+def token_of(variable: str | None, key: str = "token_env") -> str | None:
     """The token in an environment variable, which is named in a recipe where the token must not be.
+
+    Args:
+        variable: its name; None: there is no token.
+        key: what errors call it.
 
     Raises:
         UserError: the variable is empty or not set, or its value cannot be sent.
@@ -193,10 +219,10 @@ def token_of(variable: str | None) -> str | None:
     token = os.environ.get(variable, "").strip()
     if not token:
         raise UserError(
-            f"token_env: the environment variable {variable} is not set here, expected the server's token in it"
+            f"{key}: the environment variable {variable} is not set here, expected the server's token in it"
         )
     if not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"token_env: the value of {variable} has characters that no HTTP header may carry")
+        raise UserError(f"{key}: the value of {variable} has characters that no HTTP header may carry")
     return token
 
 
@@ -208,8 +234,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def checked_url(url: str) -> str:
+def token_key(key: str) -> str:
+    """What the option is called that names the variable of the token, beside that of the address."""
+    return f"{key.removesuffix('url')}token_env"
+
+
+def checked_url(url: str, key: str = "teacher.url") -> str:
     """``url`` without a slash at its end.
+
+    Args:
+        url: of a server.
+        key: what errors call it.
 
     Raises:
         UserError: it is no address of a server, or holds a password.
@@ -220,9 +255,9 @@ def checked_url(url: str) -> str:
     except ValueError:
         usable, parts = False, urlsplit("")
     if "@" in url:
-        raise UserError("teacher.url: holds a user or a password; name the variable of the token in teacher.token_env")
+        raise UserError(f"{key}: holds a user or a password; name the variable of the token in {token_key(key)}")
     if not usable or parts.query or parts.fragment or any(letter.isspace() for letter in url):
-        raise UserError(f"teacher.url: got {url!r}, expected an address such as http://127.0.0.1:8765")
+        raise UserError(f"{key}: got {url!r}, expected an address such as http://127.0.0.1:8765")
     return url.rstrip("/")
 
 

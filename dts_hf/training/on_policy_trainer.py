@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +93,7 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     def describe_objective(self) -> dict[str, Any]:
         described = super().describe_objective()
-        return described if self.on_policy is None else {**described, "on_policy": dataclasses.asdict(self.on_policy)}
+        return described if self.on_policy is None else {**described, "on_policy": self.on_policy.objective}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the seconds that this process has spent on answers since the last line."""
@@ -110,7 +109,7 @@ class OnPolicyTrainer(GeneratingTrainer):
 
     @property
     def row_facts(self) -> Mapping[str, Any]:
-        own = {} if self.on_policy is None else {"on_policy": dataclasses.asdict(self.on_policy)}
+        own = {} if self.on_policy is None else {"on_policy": self.on_policy.objective}
         return {**super().row_facts, **own}
 
     # ------------------------------------------------------------------------------------------- before the first step

@@ -25,6 +25,7 @@ from dts_hf.on_policy.coin import coin
 from dts_hf.on_policy.replay import ReplayBuffer, ReplayRow, most_bytes, share_of_capacity
 from dts_hf.on_policy.rollout import Row, prompt_length
 from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed
+from dts_hf.on_policy.vllm_server import VllmServer
 from dts_hf.on_policy.whole_weights import check_mergeable
 from dts_hf.runs.checkpoints import read_complete
 from dts_hf.teachers.several import SeveralTeachers, Share, blank_shares, shares_of
@@ -76,9 +77,21 @@ class ReplayTrainer(OnPolicyTrainer):
                     "on_policy.backend: vllm draws from all rows of the student's head, and the teacher knows the first "
                     f"{self.rollout.vocab_size:,} of them alone; expected backend: own, which says no others"
                 )
-            check_installed()
             check_mergeable(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
-            self.rollout.answer = VllmRollouts(self.on_policy.vllm_memory, self._longest())
+            self.rollout.answer = self._vllm()
+
+    def _vllm(self) -> VllmRollouts | VllmServer:
+        """What answers in the place of our engine, ready to do so."""
+        assert self.on_policy is not None
+        chosen = self.on_policy
+        if chosen.vllm_url is None or chosen.vllm_folder is None:
+            check_installed()
+            return VllmRollouts(chosen.vllm_memory, self._longest())
+        server = VllmServer(
+            chosen.vllm_url, chosen.vllm_folder, token_env=chosen.vllm_token_env, at_once=chosen.batch_size
+        )
+        server.check(self._longest())
+        return server
 
     def _longest(self) -> int | None:
         """Tokens of the longest prompt and answer, at most; None: nobody knows how long the rows are."""
@@ -125,12 +138,6 @@ class ReplayTrainer(OnPolicyTrainer):
             found = f"eval_dataset is {len(self.eval_dataset)} sets by name, expected one"
         if found is not None:
             raise UserError(f"on_policy.adaptive: the share of its steps follows the held-out loss, but {found}")
-
-    def describe_objective(self) -> dict[str, Any]:
-        described = super().describe_objective()
-        if self.on_policy is not None:
-            described["on_policy"].pop("vllm_memory")  # another share of another device's memory is no other objective
-        return described
 
     # ---------------------------------------------------------------------------------------------------------- a step
 

@@ -31,13 +31,15 @@ CASES: dict[str, dict[str, Any]] = {
     # Of two processes the first answers 40 tokens for each of its rows, and the second has nothing to answer.
     "uneven": {"uneven": True, "settings": {"fraction": 1.0, "max_new_tokens": 40}, "ends": [2], "steps": 2},
     "lora": {"lora": True},
+    # Several processes ask a server, whose address stands in OUT/server, and one our engine. Without noise both say the same
+    "server": {"server": True, "settings": {**SETTINGS, "fraction": 1.0, "temperature": 1e-6}, "steps": 3},
 }
 OF_STRATEGY = {
     "single": tuple(CASES),
-    "ddp": ("mixed", "uneven", "lora"),
+    "ddp": ("mixed", "uneven", "lora", "server"),
     "zero2": ("mixed",),
-    "zero3": ("mixed", "packed", "uneven", "lora"),
-    "fsdp2": ("mixed", "uneven"),
+    "zero3": ("mixed", "packed", "uneven", "lora", "server"),
+    "fsdp2": ("mixed", "uneven", "server"),
 }
 
 
@@ -58,13 +60,17 @@ def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
         max_steps=case.get("steps", 4), train_sampling_strategy="sequential", optim="sgd", learning_rate=0.3,
         lr_scheduler_type="constant", max_grad_norm=1.0, seed=7,
     )  # fmt: skip
+    settings = case.get("settings", SETTINGS)
+    if case.get("server") and strategy != "single":
+        url = (out.parent / "server").read_text()
+        settings = {**settings, "backend": "vllm", "vllm_url": url, "vllm_folder": str(out / "weights")}
     student: Any = tiny_llama(seed=0, tie=False)
     if case.get("lora"):
         torch.manual_seed(0)
         student = add_lora(student, Lora(r=4))
     trainer = recording(
         args, student, rows=silent_half() if case.get("uneven") else plain(), packing=case.get("packing", False),
-        on_policy=case.get("settings", SETTINGS), temperature={"name": "dts", "rule": "gap"}, ends=case.get("ends", ENDS),
+        on_policy=settings, temperature={"name": "dts", "rule": "gap"}, ends=case.get("ends", ENDS),
     )  # fmt: skip
     trainer.train()
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -1,0 +1,353 @@
+"""The student's answers from a vLLM server elsewhere, which reads its weights from a folder before each of them.
+
+**Not run by our tests** against vLLM itself: a server of theirs answers in its place, over HTTP, with weights that it has
+read from the folder. Written against what ``vllm serve`` documents: ``/v1/completions`` on token ids with
+``return_token_ids`` (0.10.2 or later), and, with ``VLLM_SERVER_DEV_MODE=1``, ``/collective_rpc`` for ``reload_weights`` of a
+folder and ``/reset_prefix_cache``.
+
+Weights go through a folder rather than NCCL, whose handshake is another one from version to version, needs a GPU on both
+sides, and leaves the server hanging where a trainer dies in it. Safetensors in shared memory (or on a shared disk) cost one
+copy in and one out. Each step has a folder of its own, for a file that is mapped must not change, and servers have answered
+with what they had read before (vllm#32718). So the answers are checked too: see ``_check_weights``.
+
+What is given up is what ``vllm_rollouts`` gives up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dts_hf.distributed.processes import gathered, on_first_process, process
+from dts_hf.distributed.sharding import is_sharded
+from dts_hf.errors import RunError, UserError
+from dts_hf.generation.engine import Generated, GenerationSettings, calmed
+from dts_hf.generation.vllm_backend import row_seed
+from dts_hf.on_policy.vllm_rollouts import NOISE
+from dts_hf.on_policy.whole_weights import whole_weights
+from dts_hf.teachers.connection import Connection, Refused, token_of
+from dts_hf.teachers.wire import WireError
+
+logger = logging.getLogger(__name__)
+KEY = "on_policy.vllm_url"
+#: Of the log-probabilities of one answer, server's against student's: a larger mean distance, in nats, is no rounding.
+MOST_APART = 0.25
+_SHARD = 4 << 30  # bytes of a file of weights
+_LONGEST_ANSWER = 64 << 20  # bytes of JSON
+_JSON = {"Content-Type": "application/json"}
+
+
+class _Said(NamedTuple):
+    """One answer, and the log-probabilities ``[tokens]`` that the server gave its tokens (the end among them)."""
+
+    generated: Generated
+    log_probs: list[float]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that it has drawn."""
+        end = self.generated.end
+        return [*self.generated.tokens, *([] if end is None else [end])]
+
+
+class VllmServer:
+    """A server that answers with the student's weights of now; stands where ``generation.engine.generate`` would.
+
+    The first process writes the weights and has the server read them; every process asks for its own rows.
+
+    Args:
+        url: of ``vllm serve``, such as ``http://127.0.0.1:8000``.
+        folder: that the server sees under the same name; there is one copy of the weights in it at a time.
+        token_env: name of the environment variable with the server's token (``--api-key``); None: it wants none.
+        at_once: questions that one process asks at the same time.
+        patience: how long a request is tried again before the run ends, seconds.
+
+    Raises:
+        UserError: the address or the variable is none.
+    """
+
+    def __init__(
+        self, url: str, folder: str, *, token_env: str | None = None, at_once: int = 32, patience: float = 600.0
+    ) -> None:
+        self.url, self.folder = url, Path(folder)
+        token = token_of(token_env, f"{KEY.removesuffix('url')}token_env")
+        made = [Connection(url, token, patience=patience, timeout=600.0, key=KEY, told={}) for _ in range(at_once)]
+        self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        for connection in made:
+            self._free.put(connection)
+        self._connections, self.model, self._told = made, "", False
+
+    def check(self, longest: int | None, patience: float = 30.0) -> None:
+        """Meet the server and the folder, before anything is trained; every process calls it.
+
+        Args:
+            longest: tokens of a prompt and its answer; None: nobody knows.
+            patience: as of the class, for this alone.
+
+        Raises:
+            UserError: nobody answers, or not as a vLLM server in development mode does; its model takes fewer tokens; or
+                nothing can be written into the folder.
+        """
+        self.model = on_first_process(lambda: self._meet(longest, patience), *process())
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        row_keys: Sequence[str],
+    ) -> list[Generated]:
+        """Answer every prompt with the weights that ``model`` has now; arguments as of ``generation.engine.generate``.
+
+        Raises:
+            UserError: an adapter cannot be merged.
+            RunError: on every process, if the server does not read the weights of one, answer one, or answers with others.
+        """
+        if not self._told:
+            logger.warning(NOISE)
+            self._told = True
+        self._push(model)
+        said: list[_Said] = []
+        problem = ""
+        try:
+            said = self._ask_all(prompts, settings, eos_token_ids, row_keys)
+            # A forward of sharded weights would need all processes, with a row each
+            if said and not is_sharded(model):
+                longest = max(range(len(said)), key=lambda row: len(said[row].tokens))
+                self._check_weights(model, prompts[longest], said[longest])
+        except RunError as error:
+            problem = str(error)
+        # A process that raised alone would leave the others in their next collective
+        if problem := next(filter(None, gathered(problem, process()[1])), ""):
+            raise RunError(problem, everywhere=True)
+        return [one.generated for one in said]
+
+    # -------------------------------------------------------------------------------------------------------- weights
+
+    def _push(self, model: nn.Module) -> None:
+        """Have the server read the weights of ``model``; every process calls it, for weights may lie in shares."""
+        rank, world = process()
+        written: Path | None = None
+        failed: Exception | None = None
+        try:
+            if rank == 0:
+                try:
+                    written = self._new_folder()
+                except OSError as error:
+                    failed = error
+            failed = write_weights(model, written) or failed
+            on_first_process(lambda: self._reload(written, failed), rank, world)
+        finally:
+            if written is not None:
+                shutil.rmtree(written, ignore_errors=True)
+
+    def _new_folder(self) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix="weights-", dir=self.folder)).resolve()
+        made.chmod(0o755)  # the server may be another user's
+        return made
+
+    def _reload(self, written: Path | None, failed: Exception | None) -> None:
+        if failed is not None or written is None:
+            raise RunError(f"on_policy.vllm_folder: the student's weights could not be written there: {failed}")
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(written)}}
+        try:
+            self._post("/collective_rpc", asked, bytes)
+        except Refused as error:
+            raise RunError(
+                f"{error}. {KEY}: the server did not read the student's weights from {written}: it must see this folder "
+                "under the same name, and serve a model of the student's class"
+            ) from None
+        self._post("/reset_prefix_cache", {}, bytes)
+
+    def _check_weights(self, model: nn.Module, prompt: Sequence[int], said: _Said) -> None:
+        """Refuse answers of other weights than the student's: a server says nothing where it has not taken them.
+
+        What it says of the tokens that it drew must be what the student says of them, up to ``MOST_APART``. Weights of one
+        step ago may be nearer than that; those of the beginning are not for long.
+        """
+        own = log_probs_of(model, prompt, said.tokens)
+        apart = (own - torch.tensor(said.log_probs, dtype=own.dtype)).abs().mean().item()
+        if not apart <= MOST_APART:
+            raise RunError(
+                f"{KEY}: {self.url} answers with other weights than the student's: its log-probabilities of an answer of "
+                f"{len(said.tokens)} tokens are {apart:.2f} nats from the student's on average, expected {MOST_APART:g} at "
+                "most. It must serve a model of the student's class, unquantised, with --logprobs-mode raw_logprobs (the "
+                "default); or use backend: own"
+            )
+
+    # -------------------------------------------------------------------------------------------------------- answers
+
+    def _ask_all(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, ends: Sequence[int], keys: Sequence[str]
+    ) -> list[_Said]:
+        """The answers in the order of the prompts. One question a row: one with many rows has one seed for all."""
+
+        def ask(prompt: Sequence[int], key: str) -> _Said:
+            body = {
+                "model": self.model, "prompt": list(prompt), "max_tokens": settings.max_new_tokens,
+                "temperature": settings.temperature if settings.do_sample else 0.0,
+                "top_p": settings.top_p if settings.do_sample else 1.0,
+                # What is not said comes out of the model's generation_config.json: its top_k, its penalties
+                "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+                "min_tokens": 0, "n": 1, "seed": row_seed(settings.seed, key), "stop_token_ids": list(ends),
+                "logprobs": 0, "return_token_ids": True,
+            }  # fmt: skip
+            return self._post("/v1/completions", body, lambda content: _said(content, settings.max_new_tokens))
+
+        with ThreadPoolExecutor(max_workers=len(self._connections)) as threads:
+            return list(threads.map(ask, prompts, keys))
+
+    def _post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], Any]) -> Any:
+        """Ask on a connection of its own: they are not made for several threads."""
+        connection = self._free.get()
+        try:
+            return connection.post(path, json.dumps(body).encode(), _JSON, _LONGEST_ANSWER, read)
+        finally:
+            self._free.put(connection)
+
+    # --------------------------------------------------------------------------------------------- before the training
+
+    def _meet(self, longest: int | None, patience: float) -> str:
+        """The name of the model that the server has."""
+        connection = self._connections[0]
+        usual, connection.patience = connection.patience, patience
+        try:
+            name, most = connection.get("/v1/models", _LONGEST_ANSWER, _model_of)
+            self._check_develops(connection)
+        except RunError as error:  # nothing is trained yet
+            raise UserError(f"{KEY}: {error}") from None
+        finally:
+            connection.patience = usual
+        if longest is not None and most is not None and longest > most:
+            raise UserError(
+                f"{KEY}: a prompt and its answer may have {longest:,} tokens, and {self.url} takes {most:,} (its "
+                "--max-model-len); lower data.max_length or on_policy.max_new_tokens, or raise that"
+            )
+        try:
+            self._new_folder().rmdir()
+        except OSError as error:
+            raise UserError(f"on_policy.vllm_folder: nothing can be written into {self.folder}: {error}") from None
+        return name
+
+    def _check_develops(self, connection: Connection) -> None:
+        """Refuse a server without the way in for weights. It takes POST alone: to GET it says so, where it is there."""
+        try:
+            connection.get("/collective_rpc", _LONGEST_ANSWER, bytes)
+        except Refused as error:
+            if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+                return
+        raise UserError(
+            f"{KEY}: {self.url} takes no weights: start it with the environment variable VLLM_SERVER_DEV_MODE=1, where "
+            "nobody else reaches it, for whoever does may then have it run anything"
+        )
+
+
+def write_weights(model: nn.Module, folder: Path | None) -> Exception | None:
+    """Write the student's weights as safetensors, ``_SHARD`` bytes a file.
+
+    Every process calls it, and to its end, whatever happens: sharded weights are gathered by all.
+
+    Args:
+        model: see ``whole_weights``.
+        folder: an empty one; None: this process writes nothing.
+
+    Returns:
+        what went wrong as they were written.
+
+    Raises:
+        UserError: see ``whole_weights``.
+    """
+    from safetensors.torch import save_file
+
+    held: dict[str, Tensor] = {}
+    size = files = 0
+    failed: Exception | None = None
+
+    def flush() -> Exception | None:
+        nonlocal held, size, files
+        try:
+            if folder is not None and held:
+                save_file(held, folder / f"model-{files:05d}.safetensors", metadata={"format": "pt"})
+        except Exception as error:  # of the disk, in words of safetensors; the others go on gathering
+            return error
+        held, size, files = {}, 0, files + 1
+        return None
+
+    for name, weight in whole_weights(model):
+        if folder is None or failed is not None:
+            continue
+        held[name] = weight.to("cpu", copy=True).contiguous()  # one that is gathered is gone after its turn
+        size += weight.numel() * weight.element_size()
+        if size >= _SHARD:
+            failed = flush()
+    return failed or flush()
+
+
+def log_probs_of(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Log-probabilities ``[len(answer)]`` at T = 1, float32, on the CPU, of an answer behind its prompt."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *answer]], device=device)
+    with calmed(model), torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+def _said(content: bytes, most: int) -> _Said:
+    """Read an answer of ``/v1/completions``.
+
+    Args:
+        content: JSON.
+        most: tokens that it may have.
+
+    Raises:
+        WireError: it is none.
+        RunError: it is one of another kind.
+    """
+    try:
+        choice = json.loads(content)["choices"][0]
+        ends, tokens = choice["finish_reason"], choice.get("token_ids")
+        log_probs = (choice.get("logprobs") or {}).get("token_logprobs")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise WireError("it is no completion in JSON") from None
+    if tokens is None or log_probs is None:
+        raise RunError(
+            f"{KEY}: the server answers without token_ids or logprobs; expected vLLM 0.10.2 or later, whose option "
+            "return_token_ids this is"
+        )
+    if ends not in ("stop", "length") or not tokens or len(tokens) > most or len(log_probs) != len(tokens):
+        raise RunError(
+            f"{KEY}: an answer of {len(tokens)} tokens and {len(log_probs)} log-probabilities ended for the reason "
+            f"{ends!r}; expected 1 to {most} of both, and the reason stop or length"
+        )
+    finished = ends == "stop"
+    # Its own end tokens count too; the one that ended the answer is the last of its ids
+    return _Said(Generated(tokens[:-1], True, tokens[-1]) if finished else Generated(tokens, False), log_probs)
+
+
+def _model_of(content: bytes) -> tuple[str, int | None]:
+    """Name and longest row of the first model that ``/v1/models`` lists.
+
+    Raises:
+        WireError: it lists none.
+    """
+    try:
+        first = json.loads(content)["data"][0]
+        most = first.get("max_model_len")
+        return str(first["id"]), None if most is None else int(most)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise WireError("it lists no model, as vllm serve does") from None

@@ -1,0 +1,255 @@
+"""Answers from a server with the doors of vLLM's: the weights it has, what it is asked, and what is refused when."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dts_hf.errors import RunError, UserError
+from dts_hf.generation.engine import GenerationSettings, generate
+from dts_hf.on_policy import vllm_server
+from dts_hf.on_policy.vllm_server import VllmServer
+from tests.support.tiny import tiny_gpt2, tiny_llama
+from tests.support.trainers import trainer_for
+from tests.support.vllm_server import Vllm, serving
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+KEYS = ["a", "b", "c"]
+VARIABLE = "DTS_TEST_VLLM_KEY"
+
+
+def answers(server, model, prompts=PROMPTS, **settings):
+    chosen = GenerationSettings(**{"max_new_tokens": 6, "do_sample": True, **settings})
+    return server(model, prompts, chosen, eos_token_ids=[2], pad_token_id=0, row_keys=KEYS[: len(prompts)])
+
+
+def moved(model, seed, by=0.5):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
+def met(url, folder, **options):
+    server = VllmServer(url, str(folder), **options)
+    server.check(None)
+    return server
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("shard", [1, 4 << 30])
+def test_it_answers_with_the_weights_of_now(tmp_path, monkeypatch, build, shard):
+    monkeypatch.setattr(vllm_server, "_SHARD", shard)  # 1: a file for each weight
+    model, vllm = build(seed=0), Vllm(build(seed=99))
+    said = []
+    with serving(vllm) as url:
+        server = met(url, tmp_path / "weights")
+        for seed in range(3):
+            moved(model, seed)
+            found = answers(server, model)
+            assert found == generate(
+                model, PROMPTS, GenerationSettings(max_new_tokens=6), eos_token_ids=[2], pad_token_id=0
+            )
+            said.append([one.tokens for one in found])
+    assert said[0] != said[1] != said[2]
+    assert vllm.resets == 3
+    assert len(set(vllm.folders)) == 3  # a file that is mapped must not change
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_what_a_row_is_asked_for(tmp_path):
+    """All that a model's generation_config.json would else decide is said; each row has a seed of its own."""
+    vllm = Vllm(tiny_llama(seed=0))
+    with serving(vllm) as url:
+        server = met(url, tmp_path, at_once=2)
+        for _ in range(2):
+            answers(server, tiny_llama(seed=0), temperature=0.7, top_p=0.9, seed=5)
+    first, again = vllm.asked[:3], vllm.asked[3:]
+    assert sorted(body["prompt"] for body in first) == sorted(PROMPTS)
+    assert len({body["seed"] for body in first}) == 3
+    assert {tuple(body["prompt"]): body["seed"] for body in first} == {
+        tuple(body["prompt"]): body["seed"] for body in again
+    }
+    told = {name: first[0][name] for name in first[0].keys() - {"prompt", "seed"}}
+    assert told == {
+        "model": "student", "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "n": 1,
+        "stop_token_ids": [2], "logprobs": 0, "return_token_ids": True,
+    }  # fmt: skip
+
+
+def test_a_server_that_keeps_its_old_weights_is_found_out(tmp_path):
+    """It says that it has read them (vllm#32718): without a look at its answers nobody would know."""
+    with serving(Vllm(tiny_llama(seed=0), reads=False)) as url:
+        server = met(url, tmp_path)
+        answers(server, tiny_llama(seed=0))  # the same by chance
+        with pytest.raises(RunError, match=r"answers with other weights than the student's: .* nats"):
+            answers(server, moved(tiny_llama(seed=0), 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounding_is_not_taken_for_other_weights(tmp_path):
+    model = moved(tiny_llama(seed=0), 0)
+    with serving(Vllm(tiny_llama(seed=1).to(torch.bfloat16))) as url:
+        assert len(answers(met(url, tmp_path), model)) == 3
+
+
+def test_a_server_that_cannot_read_the_folder_ends_the_run(tmp_path):
+    with (
+        serving(Vllm(tiny_llama(seed=0, layers=3))) as url,
+        pytest.raises(RunError, match="did not read the student's"),
+    ):
+        answers(met(url, tmp_path), tiny_llama(seed=0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_passes_is_waited_for(tmp_path):
+    vllm = Vllm(tiny_llama(seed=1), busy=2)
+    with serving(vllm) as url:
+        assert len(answers(met(url, tmp_path), tiny_llama(seed=0))) == 3
+    assert vllm.busy == 0
+
+
+def test_a_process_without_prompts_still_pushes(tmp_path):
+    vllm = Vllm(tiny_llama(seed=1))
+    with serving(vllm) as url:
+        assert answers(met(url, tmp_path), tiny_llama(seed=0), []) == []
+    assert vllm.resets == 1
+
+
+def test_the_model_comes_back_as_it_was(tmp_path):
+    model = tiny_llama(seed=0).train()
+    with serving(Vllm(tiny_llama(seed=1))) as url:
+        answers(met(url, tmp_path), model)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- refused before training
+
+
+@pytest.mark.parametrize(
+    ("made", "match"),
+    [
+        ({"develops": False}, r"vllm_url: .* takes no weights: start it with .* VLLM_SERVER_DEV_MODE=1"),
+        ({"longest": 20}, r"may have 64 tokens, and .* takes 20 \(its --max-model-len\)"),
+        ({"token": "correct-horse-battery"}, "vllm_url: .*401.* Set the variable that on_policy.vllm_token_env names"),
+    ],
+)
+def test_a_server_that_will_not_do(tmp_path, made, match):
+    with serving(Vllm(tiny_llama(seed=0), **made)) as url, pytest.raises(UserError, match=match):
+        VllmServer(url, str(tmp_path)).check(64)
+
+
+def test_its_token_is_sent_and_never_said(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "correct-horse-battery")
+    with serving(Vllm(tiny_llama(seed=0), token="correct-horse-battery")) as url:
+        assert len(answers(met(url, tmp_path, token_env=VARIABLE), tiny_llama(seed=0))) == 3
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(UserError, match=rf"vllm_token_env: the environment variable {VARIABLE} is not set"):
+        VllmServer("http://127.0.0.1:1", str(tmp_path), token_env=VARIABLE)
+
+
+def test_nobody_there(tmp_path):
+    with pytest.raises(UserError, match=r"on_policy\.vllm_url: http://127\.0\.0\.1:1/v1/models: no answer in 0\.1 s"):
+        VllmServer("http://127.0.0.1:1", str(tmp_path)).check(None, patience=0.1)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@127.0.0.1", "ftp://host"])
+def test_an_address_that_is_none(tmp_path, url):
+    with pytest.raises(UserError, match=r"on_policy\.vllm_url: ") as raised:
+        VllmServer(url, str(tmp_path))
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_takes_nothing(tmp_path):
+    tmp_path.chmod(0o500)
+    with (
+        serving(Vllm(tiny_llama(seed=0))) as url,
+        pytest.raises(UserError, match="vllm_folder: nothing can be written"),
+    ):
+        VllmServer(url, str(tmp_path)).check(None)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        serving(Vllm(tiny_llama(seed=0))) as url,
+        pytest.raises(UserError, match="vllm_folder: nothing can be written"),
+    ):
+        VllmServer(url, str(tmp_path / "file")).check(None)
+
+
+def test_a_server_of_an_older_version(tmp_path):
+    with (
+        serving(Vllm(tiny_llama(seed=0), ids=False)) as url,
+        pytest.raises(RunError, match=r"without token_ids .* expected vLLM 0\.10\.2 or later"),
+    ):
+        answers(met(url, tmp_path), tiny_llama(seed=0))
+
+
+# ------------------------------------------------------------------------------------------------- through the trainer
+
+
+def chosen(url, folder, **more):
+    return {
+        "fraction": 1.0, "max_new_tokens": 5, "backend": "vllm", "vllm_url": url, "vllm_folder": str(folder), **more
+    }  # fmt: skip
+
+
+def test_a_training_whose_student_answers_on_a_server(tmp_path):
+    """Each generated step has the weights of now: the last that the server has read are those before the last step."""
+    vllm = Vllm(tiny_llama(seed=99))
+    options = {"max_steps": 3, "learning_rate": 0.05, "per_device_train_batch_size": 4}
+    with serving(vllm) as url:
+        trainer = trainer_for(
+            tmp_path / "run", options=options, on_policy=chosen(url, tmp_path / "weights"), temperature=1.0
+        )
+        trainer.train()
+        assert vllm.resets == 3 and trainer.state.log_history[0]["generated_share"] == 1.0
+        answers(trainer.rollout.answer, trainer.model)
+    pairs = zip(vllm.model.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_its_losses_are_those_of_our_engine(tmp_path):
+    """With almost no sampling noise both say the same, and what is learned of it is the same."""
+    logs = []
+    options = {"max_steps": 3, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
+    with serving(Vllm(tiny_llama(seed=99))) as url:
+        for settings in (chosen(url, tmp_path / "weights", temperature=1e-6), {
+            "fraction": 1.0, "max_new_tokens": 5, "temperature": 1e-6
+        }):  # fmt: skip
+            trainer = trainer_for(tmp_path / f"run{len(logs)}", options=options, on_policy=settings, temperature=1.0)
+            trainer.train()
+            logs.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6)
+
+
+def test_where_answers_are_made_is_no_other_objective_and_nobody_is_told(tmp_path):
+    with serving(Vllm(tiny_llama(seed=99))) as url:
+        trainer = trainer_for(tmp_path, on_policy=chosen(url, tmp_path / "weights"))
+        told = str((trainer.describe_objective(), trainer.row_facts, trainer.on_policy.facts))
+    assert "'backend': 'vllm'" in told
+    assert url not in told and "weights" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"vllm_url": "http://a:1"}, "vllm_url: belongs to backend 'vllm', got backend 'own'"),
+        ({"backend": "vllm", "vllm_folder": "x"}, "vllm_folder: belongs to a server, expected its address as well"),
+        ({"backend": "vllm", "vllm_url": "http://a:1"}, "vllm_folder: is missing, expected a folder"),
+        (
+            {"backend": "vllm", "vllm_url": "http://a:1", "vllm_folder": "x", "vllm_token_env": "abc"},
+            "vllm_token_env: expected the name of an environment variable in capitals",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_are_named(tmp_path, given, match):
+    with pytest.raises(UserError, match=rf"on_policy\.{match}"):
+        trainer_for(tmp_path, on_policy=given)
