@@ -29,6 +29,7 @@ WITHOUT_EFFECT = (
     "sweep",
     "evaluation.every_steps", "evaluation.models", "evaluation.batch_size",
     "data.cache_dir",
+    "data.on_policy.vllm_memory", "data.on_policy.vllm_url", "data.on_policy.vllm_folder", "data.on_policy.vllm_token_env",
     "training.do_train", "training.do_eval", "training.do_predict", "training.output_dir", "training.use_cpu",
     "training.dataloader_num_workers", "training.dataloader_persistent_workers", "training.dataloader_prefetch_factor",
     "training.dataloader_pin_memory", "training.run_name", "training.report_to", "training.disable_tqdm",

@@ -167,7 +167,14 @@ def schedule_problem(schedule: str, end_fraction: float | None, adaptive: bool) 
 
 
 def server_problem(backend: str, url: str | None, folder: str | None, token_env: str | None) -> str:
-    """What is wrong with the options of a vLLM server taken together; empty where nothing is."""
+    """What is wrong with the options of a vLLM server taken together; empty where nothing is.
+
+    Args:
+        backend: what generates.
+        url: of the server.
+        folder: that the weights go through.
+        token_env: name of the variable with its token.
+    """
     options = {"vllm_url": url, "vllm_folder": folder, "vllm_token_env": token_env}
     given = [name for name, value in options.items() if value is not None]
     if given and backend != "vllm":

@@ -36,7 +36,7 @@ from dts_hf.generation.engine import Generated, GenerationSettings, calmed
 from dts_hf.generation.vllm_backend import row_seed
 from dts_hf.on_policy.vllm_rollouts import NOISE
 from dts_hf.on_policy.whole_weights import whole_weights
-from dts_hf.teachers.connection import Connection, Refused, token_of
+from dts_hf.teachers.connection import Connection, Read, Refused, token_key, token_of
 from dts_hf.teachers.wire import WireError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ _LONGEST_ANSWER = 64 << 20  # bytes of JSON
 _JSON = {"Content-Type": "application/json"}
 
 
-class _Said(NamedTuple):
+class Said(NamedTuple):
     """One answer, and the log-probabilities ``[tokens]`` that the server gave its tokens (the end among them)."""
 
     generated: Generated
@@ -81,7 +81,7 @@ class VllmServer:
         self, url: str, folder: str, *, token_env: str | None = None, at_once: int = 32, patience: float = 600.0
     ) -> None:
         self.url, self.folder = url, Path(folder)
-        token = token_of(token_env, f"{KEY.removesuffix('url')}token_env")
+        token = token_of(token_env, token_key(KEY))
         made = [Connection(url, token, patience=patience, timeout=600.0, key=KEY, told={}) for _ in range(at_once)]
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         for connection in made:
@@ -121,7 +121,7 @@ class VllmServer:
             logger.warning(NOISE)
             self._told = True
         self._push(model)
-        said: list[_Said] = []
+        said: list[Said] = []
         problem = ""
         try:
             said = self._ask_all(prompts, settings, eos_token_ids, row_keys)
@@ -174,7 +174,7 @@ class VllmServer:
             ) from None
         self._post("/reset_prefix_cache", {}, bytes)
 
-    def _check_weights(self, model: nn.Module, prompt: Sequence[int], said: _Said) -> None:
+    def _check_weights(self, model: nn.Module, prompt: Sequence[int], said: Said) -> None:
         """Refuse answers of other weights than the student's: a server says nothing where it has not taken them.
 
         What it says of the tokens that it drew must be what the student says of them, up to ``MOST_APART``. Weights of one
@@ -194,10 +194,10 @@ class VllmServer:
 
     def _ask_all(
         self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, ends: Sequence[int], keys: Sequence[str]
-    ) -> list[_Said]:
+    ) -> list[Said]:
         """The answers in the order of the prompts. One question a row: one with many rows has one seed for all."""
 
-        def ask(prompt: Sequence[int], key: str) -> _Said:
+        def ask(prompt: Sequence[int], key: str) -> Said:
             body = {
                 "model": self.model, "prompt": list(prompt), "max_tokens": settings.max_new_tokens,
                 "temperature": settings.temperature if settings.do_sample else 0.0,
@@ -207,12 +207,12 @@ class VllmServer:
                 "min_tokens": 0, "n": 1, "seed": row_seed(settings.seed, key), "stop_token_ids": list(ends),
                 "logprobs": 0, "return_token_ids": True,
             }  # fmt: skip
-            return self._post("/v1/completions", body, lambda content: _said(content, settings.max_new_tokens))
+            return self._post("/v1/completions", body, lambda content: read_answer(content, settings.max_new_tokens))
 
         with ThreadPoolExecutor(max_workers=len(self._connections)) as threads:
             return list(threads.map(ask, prompts, keys))
 
-    def _post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], Any]) -> Any:
+    def _post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], Read]) -> Read:
         """Ask on a connection of its own: they are not made for several threads."""
         connection = self._free.get()
         try:
@@ -303,11 +303,11 @@ def log_probs_of(model: nn.Module, prompt: Sequence[int], answer: Sequence[int])
     device = next(model.parameters()).device
     ids = torch.tensor([[*prompt, *answer]], device=device)
     with calmed(model), torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
-def _said(content: bytes, most: int) -> _Said:
+def read_answer(content: bytes, most: int) -> Said:
     """Read an answer of ``/v1/completions``.
 
     Args:
@@ -336,7 +336,7 @@ def _said(content: bytes, most: int) -> _Said:
         )
     finished = ends == "stop"
     # Its own end tokens count too; the one that ended the answer is the last of its ids
-    return _Said(Generated(tokens[:-1], True, tokens[-1]) if finished else Generated(tokens, False), log_probs)
+    return Said(Generated(tokens[:-1], True, tokens[-1]) if finished else Generated(tokens, False), log_probs)
 
 
 def _model_of(content: bytes) -> tuple[str, int | None]:

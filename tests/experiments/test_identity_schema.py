@@ -46,6 +46,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "data.validation.": {"data.validation": {"source": "valid.jsonl"}},
     "data.packing.": {"data.packing": {"tokens": 400}}, "data.on_policy": {"data.on_policy": {}},
     "data.on_policy.end_fraction": FALLING, "data.on_policy.schedule": FALLING,
+    "data.on_policy.vllm": {"data.on_policy": {"backend": "vllm", "vllm_url": "http://one", "vllm_folder": "weights"}},
     "data.on_policy.adaptive": {"data.on_policy": {"adaptive": {}}, "training.eval_strategy": "epoch"},
     "evaluation.harness": {"evaluation.harness": {"tasks": ["one"]}},
     "task": {"task": {"name": "glue", "subset": "mnli"}, "evaluation": {}},
@@ -57,7 +58,7 @@ VALUES: dict[str, Any] = {
     "data.default_teacher": "two", "data.columns": {"instruction": "ask"}, "data.train.columns": {"instruction": "ask"},
     "data.validation.columns": {"instruction": "ask"}, "temperature.name": "cosine", "loss.divergence.name": "jsd",
     "sweep.set": {"temperature": [1, 2]}, "sweep.zip": {"temperature": [1, 2]}, "data.on_policy.schedule": "cosine",
-    "training.accelerator_config": {"split_batches": True},
+    "data.on_policy.vllm_token_env": "A_TOKEN", "training.accelerator_config": {"split_batches": True},
     "training.debug": "underflow_overflow", "training.liger_kernel_config": {"rope": False},
 }  # fmt: skip
 #: Keys that no other value can be given by itself.
