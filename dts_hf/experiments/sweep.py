@@ -341,8 +341,9 @@ def shell_commands(study: Study, runs: Iterable[Planned]) -> list[str]:
 def slurm_script(study: Study, runs: Sequence[Planned]) -> str:
     """A job array of SLURM with a task for each run; what a site needs besides (partition, account, time) is left to it."""
     lines = [f"  {shlex.quote(line)}" for line in shell_commands(study, runs)]
+    # B: the script becomes the run by exec and has no job step, which is all that SLURM signals otherwise
     return "\n".join([
-        "#!/bin/bash", f"#SBATCH --array=0-{len(runs) - 1}", "#SBATCH --gpus=1", "#SBATCH --signal=TERM@120",
+        "#!/bin/bash", f"#SBATCH --array=0-{len(runs) - 1}", "#SBATCH --gpus=1", "#SBATCH --signal=B:TERM@120",
         "#SBATCH --requeue", f"#SBATCH --output={shlex.quote(str(study.folder / LOGS).replace('%', '%%'))}/%A_%a.log",
         "# Add what your site asks for: --partition, --account, --time.", "commands=(", *lines, ")",
         'exec bash -c "exec ${commands[$SLURM_ARRAY_TASK_ID]}"', "",

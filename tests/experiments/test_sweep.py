@@ -194,6 +194,8 @@ def test_commands_and_job_array_start_what_is_left(here: Path) -> None:
         env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "temperature=2" in shown.stdout and "#SBATCH --array=0-1" in script
+    # There is no srun, so no job step: without B: SLURM signals steps alone, and what the script has become none
+    assert re.search(r"^#SBATCH --signal=B:TERM@\d+$", script, re.MULTILINE) and "\nexec bash" in script
 
 
 def test_command_shows_a_plan_and_starts_nothing(here: Path) -> None:
