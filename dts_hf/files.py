@@ -53,6 +53,22 @@ def check_name(path: Path, key: str) -> None:
             ) from None
 
 
+def check_folder(path: Path, key: str) -> None:
+    """Refuse a path that can be no folder, before anything is done whose result would lie in it.
+
+    Args:
+        path: need not be there.
+        key: of the recipe, or the option, that names it.
+
+    Raises:
+        UserError: it is a file, or lies in one, or its name is too long.
+    """
+    check_name(path, key)
+    existing = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        raise UserError(f"{key}: {existing} is a file, expected a folder")
+
+
 def check_output(path: Path, example: str, overwrite: bool) -> None:
     """Refuse an ``--output`` that cannot hold a new file, or should not.
 

@@ -12,8 +12,7 @@ from dts_hf.advice.advise import Advice
 from dts_hf.advice.measured import Measured, short
 from dts_hf.advice.rules import Judged, Verdict
 from dts_hf.console import duration
-from dts_hf.errors import UserError
-from dts_hf.files import check_name, json_text, write_text_atomic
+from dts_hf.files import json_text, write_text_atomic
 
 #: Rows of the table at T = 1, by the name of a value.
 AT_ONE = {
@@ -88,17 +87,6 @@ def facts(judged: Judged) -> dict[str, str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse, before anything is measured, what can be no folder.
-
-    Raises:
-        UserError: it is a file, or its name is too long.
-    """
-    check_name(folder, "--output")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: {folder} is a file, expected a folder")
 
 
 def write_report(folder: Path, advice: Advice) -> Path:

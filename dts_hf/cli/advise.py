@@ -39,11 +39,12 @@ def command(
     """Measure teacher and untrained student on some rows, and say what is worth sweeping; not what will win."""
     from dts_hf.advice import proposal, report
     from dts_hf.advice.advise import advise
+    from dts_hf.files import check_folder
 
     if write is not None:
         proposal.check_writable(write, recipe)
     if output is not None:
-        report.check_folder(output)
+        check_folder(output, "--output")
     advice = advise(recipe, overrides or (), rows=rows, seed=seed)
     if write is not None:
         proposal.write_sweep(write, advice.recipe, advice.arms, advice.name)

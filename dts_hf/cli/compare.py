@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,14 +50,19 @@ def command(
 ) -> None:  # fmt: skip
     """Compare runs that differ in more than their seed: means, intervals, and what can be said of each difference."""
     from dts_hf.experiments import tables as written
-    from dts_hf.experiments.compare import compare_kinds
+    from dts_hf.experiments.compare import check_margin, compare_kinds
     from dts_hf.experiments.kinds import baseline_of, read_kinds
     from dts_hf.experiments.report import render_page
-    from dts_hf.files import write_text_atomic
+    from dts_hf.files import check_folder, write_text_atomic
 
+    # Before recipes are trained, which may take days
+    check_margin(margin)
+    if output is not None:
+        check_folder(output, "--output")
     paths, names = _runs_of(runs, seeds, output)
     kinds = read_kinds(paths)
-    tables = compare_kinds(kinds, baseline_of(kinds, names.get(baseline or "", baseline)), margin)
+    wanted = baseline and names.get(os.path.realpath(baseline), baseline)
+    tables = compare_kinds(kinds, baseline_of(kinds, wanted), margin)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_text_atomic(output / "report.html", render_page(kinds, tables))
@@ -76,7 +82,7 @@ def command(
 
 
 def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:
-    """The run directories, those of recipes after they were trained, and one of each recipe by its name."""
+    """The run directories, those of recipes after they were trained, and one of each recipe by its real path."""
     from dts_hf.errors import UserError
     from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
 
@@ -94,4 +100,4 @@ def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> t
         for recipe in recipes
     }
     paths = [path for name in dict.fromkeys(given) for path in of_recipe.get(name, [name])]
-    return paths, {str(recipe): str(of_run[0]) for recipe, of_run in of_recipe.items() if of_run}
+    return paths, {os.path.realpath(recipe): str(of_run[0]) for recipe, of_run in of_recipe.items() if of_run}

@@ -96,10 +96,19 @@ def command(
 
 
 def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) -> None:
-    """Print the commands of the runs that are left, or write them into a job array."""
-    from dts_hf.experiments import sweep as work
-    from dts_hf.files import write_text_atomic
+    """Print the commands of the runs that are left, or write them into a job array.
 
+    Raises:
+        UserError: the file of the job array can be none.
+    """
+    from dts_hf.experiments import sweep as work
+    from dts_hf.files import check_name, write_text_atomic
+
+    if slurm is not None:
+        check_name(slurm, "--slurm")
+        if slurm.is_dir() or not slurm.absolute().parent.is_dir():
+            why = "is a folder" if slurm.is_dir() else f"lies in {slurm.parent}, which is no folder"
+            raise UserError(f"--slurm: {slurm} {why}; expected a file in a folder that is there")
     left = _left(study.states(chosen))
     if slurm is None:
         for line in work.shell_commands(study, left):

@@ -137,8 +137,7 @@ def compare_kinds(kinds: Sequence[Kind], baseline: Kind, margin: float | None = 
     Raises:
         UserError: one kind alone, nothing can be compared, or the margin is not above 0.
     """
-    if margin is not None and not (margin > 0 and math.isfinite(margin)):
-        raise UserError(f"margin: got {margin}, expected a number of points above 0")
+    check_margin(margin)
     if len(kinds) < 2:
         raise UserError("compare: all runs have the same recipe but for seeds; expected at least two kinds of runs")
     ordered = [baseline, *(kind for kind in kinds if kind is not baseline)]
@@ -160,6 +159,16 @@ def compare_kinds(kinds: Sequence[Kind], baseline: Kind, margin: float | None = 
             f"so nothing can be compared{why}. Score the runs alike (dts-hf evaluate)"
         )
     return tables
+
+
+def check_margin(margin: float | None) -> None:
+    """Refuse a margin that is none; None: there is a default.
+
+    Raises:
+        UserError: it is not above 0.
+    """
+    if margin is not None and not (margin > 0 and math.isfinite(margin)):
+        raise UserError(f"margin: got {margin}, expected a number of points above 0")
 
 
 def _enough(kinds: Sequence[Kind]) -> bool:

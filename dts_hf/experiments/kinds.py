@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dts_hf.console import say
 from dts_hf.errors import UserError, nearest
 from dts_hf.experiments.identity import contents, is_replayed, is_under
 from dts_hf.experiments.runs import OF_ROWS, Run, names_of_kinds, read_run
 from dts_hf.files import json_digest
+from dts_hf.runs.lock import LOCK
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class Kind:
 def read_kinds(paths: Iterable[Path]) -> list[Kind]:
     """The kinds that the run directories ``paths`` are of, in their order.
 
+    Folders of runs that are still loading, or were killed at it, are of no kind yet: a line says that they are left out.
+
     Raises:
         UserError: a folder is no run or its files are damaged, or twice the same seed of one kind.
     """
-    runs = [read_run(path) for path in dict.fromkeys(paths)]
+    runs = [read_run(path) for path in dict.fromkeys(paths) if not _is_loading(path)]
     known = {os.path.realpath(run.path): run for run in runs}
     replays = {run.path: _replays(run, known) for run in runs}
     meant = [
@@ -77,6 +81,14 @@ def read_kinds(paths: Iterable[Path]) -> list[Kind]:
     ]
     names = names_of_kinds([*shown])
     return [_kind(name, members) for name, (_, members) in zip(names, groups, strict=True)]
+
+
+def _is_loading(path: Path) -> bool:
+    """Whether a folder has nothing but a lock: its run has no recipe before rows and models are loaded and checked."""
+    found = path.is_dir() and [place.name for place in path.iterdir()] == [LOCK]
+    if found:
+        say(f"compare: {path} is left out: its run is still loading, or was killed before it began")
+    return found
 
 
 def _kind(name: str, members: Sequence[Run]) -> Kind:

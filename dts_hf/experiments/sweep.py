@@ -25,7 +25,7 @@ from dts_hf.experiments import presets
 from dts_hf.experiments.estimate import Size
 from dts_hf.experiments.grid import Grid, of_grids, overrides_of, short
 from dts_hf.experiments.identity import run_id
-from dts_hf.files import check_name, last_lines, read_sealed, write_sealed
+from dts_hf.files import check_folder, last_lines, read_sealed, write_sealed
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import BUSY, is_locked
@@ -147,9 +147,7 @@ def plan(
         UserError: a recipe is wrong (the first wrong one is shown), two runs of a grid would be the same, the preset is not
             for this recipe, or ``folder`` can be none.
     """
-    check_name(folder, "--output")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: {folder} is a file, expected a folder")
+    check_folder(folder, "--output")
     if any(ord(letter) < 32 for letter in str(folder)):
         raise UserError(f"--output: got {str(folder)!r}, expected a name without control characters")
     base = load_recipe(recipe, overrides)
@@ -341,8 +339,9 @@ def shell_commands(study: Study, runs: Iterable[Planned]) -> list[str]:
 def slurm_script(study: Study, runs: Sequence[Planned]) -> str:
     """A job array of SLURM with a task for each run; what a site needs besides (partition, account, time) is left to it."""
     lines = [f"  {shlex.quote(line)}" for line in shell_commands(study, runs)]
+    # B: the script becomes the run by exec and has no job step, which is all that SLURM signals otherwise
     return "\n".join([
-        "#!/bin/bash", f"#SBATCH --array=0-{len(runs) - 1}", "#SBATCH --gpus=1", "#SBATCH --signal=TERM@120",
+        "#!/bin/bash", f"#SBATCH --array=0-{len(runs) - 1}", "#SBATCH --gpus=1", "#SBATCH --signal=B:TERM@120",
         "#SBATCH --requeue", f"#SBATCH --output={shlex.quote(str(study.folder / LOGS).replace('%', '%%'))}/%A_%a.log",
         "# Add what your site asks for: --partition, --account, --time.", "commands=(", *lines, ")",
         'exec bash -c "exec ${commands[$SLURM_ARRAY_TASK_ID]}"', "",

@@ -143,7 +143,7 @@ def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[st
             settings[f"{key} of"] = "the same seed" if other.label.endswith(f"seed {recipe.seed}") else "another seed"
     student = metrics.get("models", {}).get("student", {})
     scores = dict(student.get("teacher_forced", {}))
-    broken = [key for key, value in scores.items() if not math.isfinite(value)]
+    broken = [key for key, value in scores.items() if not _is_number(value)]
     whole = directory.read_log()
     lines = [line for line in whole if line.get("kind") == "train"]
     # The teacher was not scored apart, but every look at the held-out rows has its numbers
@@ -158,11 +158,16 @@ def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[st
             key: value for key, value in contents(recipe).items() if key in ("data.train", "data.validation")
         },
         "failed": "it has not ended" if not scores else f"its {broken[0]} is no number" if broken else "",
-        "scores": {key: value for key, value in scores.items() if math.isfinite(value)},
-        "teacher": {key: value for key, value in teacher.items() if math.isfinite(value)},
+        "scores": {key: value for key, value in scores.items() if _is_number(value)},
+        "teacher": {key: value for key, value in teacher.items() if _is_number(value)},
         "steps": metrics.get("training", {}).get("steps", 0),
         "log": log,
     }
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a score is one: what was not finite is null in the files of a run."""
+    return value is not None and math.isfinite(value)
 
 
 def collected(stage: str) -> list[dict[str, Any]]:

@@ -225,7 +225,8 @@ def of_interaction(stage: Stage, endpoints: Mapping[str, Any]) -> list[str]:
         digits = digits_of(margin_of(about, base)) + 1
         words = "cannot be told from none" if low <= 0 <= high else "there is one"
         numbers = f"{found.mean:+.{digits}f} | {low:+.{digits}f} to {high:+.{digits}f}"
-        lines.append(f"| {about['name']} | {numbers} | {words} |")
+        name = str(about["name"]).replace("|", r"\|")  # or a KL's bars would end the cell
+        lines.append(f"| {name} | {numbers} | {words} |")
     words = in_words(stage, "ce", endpoints["ce"]["name"])
     return [*lines, "", *words, *(["", *elsewhere(stage, endpoints, "ce")] if words else []), ""]
 

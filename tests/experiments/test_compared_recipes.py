@@ -85,6 +85,25 @@ def test_runs_that_have_a_directory_are_returned_whatever_became_of_them(tmp_pat
     assert any("run-2 has failed: RuntimeError: this run always fails" in line for line in said)
 
 
+def test_a_baseline_is_the_recipe_however_it_is_written(recipes: list[Path]) -> None:
+    said = invoke("./t1.yaml", "./t2.yaml", "--baseline", "./t2.yaml", "--output", "out")
+    assert "baseline: temperature.value=2" in said
+    again = invoke("t1.yaml", "t2.yaml", "--baseline", str(Path("t2.yaml").absolute()), "--output", "out")
+    assert "baseline: temperature.value=2" in again
+
+
+def test_what_is_wrong_without_a_run_is_refused_before_any_is_trained(recipes: list[Path], tmp_path: Path) -> None:
+    """It may take days."""
+    for options, said in (
+        (["--output", "out", "--margin", "-1"], "margin: got -1.0"),
+        (["--output", "t1.yaml"], "--output: t1.yaml is a file"),
+        (["--output", "t1.yaml/out"], "t1.yaml is a file, expected a folder"),
+    ):  # fmt: skip
+        result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["compare", "t1.yaml", "t2.yaml", *options])
+        assert result.exit_code == 2 and said in result.output, result.output
+    assert not list(tmp_path.rglob("began.txt"))
+
+
 def test_what_is_no_run_and_no_recipe_is_named(recipes: list[Path]) -> None:
     assert is_recipe(Path("quickstart")) and is_recipe(Path("t1.yaml")) and not is_recipe(Path("teacher"))
     with pytest.raises(UserError, match=r"t1\.yml: there is no such run directory.*t1\.yaml"):

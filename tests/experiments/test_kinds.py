@@ -11,6 +11,7 @@ import yaml
 
 from dts_hf.errors import UserError
 from dts_hf.experiments.kinds import baseline_of, read_kinds
+from dts_hf.runs.lock import lock, unlock
 from tests.support.planted_runs import plant
 
 
@@ -112,6 +113,21 @@ def test_no_weights_are_read_where_all_runs_name_the_same(tmp_path: Path, monkey
         recipe["teacher"]["model"] = str(model)
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert len(read_kinds([tmp_path / "t1.0", tmp_path / "t2.0"])) == 2 and read == []
+
+
+def test_a_run_that_is_still_loading_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``compare studies/mine/*`` beside a sweep that is at work."""
+    runs = [plant(tmp_path / f"run-{value}", value, 1) for value in (1.0, 2.0)]
+    lock(tmp_path / "loading")
+    try:
+        kinds = read_kinds([*runs, tmp_path / "loading"])
+    finally:
+        unlock()
+    assert [len(kind.runs) for kind in kinds] == [1, 1] and not any(kind.failed for kind in kinds)
+    assert "loading is left out: its run is still loading" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no run directory"):
+        read_kinds([*runs, tmp_path / "empty"])
 
 
 def test_a_baseline_is_found_by_the_folder_of_a_run_that_failed(tmp_path: Path) -> None:

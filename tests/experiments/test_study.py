@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ from dts_hf.experiments.intervals import statistics_library
 from dts_hf.experiments.sweep import Planned, Study
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
-from tests.support.recipes import recipe
+from tests.support.made_run import RECIPE, make_run
+from tests.support.recipes import recipe, write_rows
 
 pytest.importorskip("scipy")
 SD = 0.45  # of a run, in points of ROUGE-L
@@ -133,6 +135,29 @@ def test_what_is_collected_holds_no_row_and_no_place(study, workplace) -> None:
     assert len(found["log"]) == 2 and found["log"][0]["temperature"] == 2.0
     text = json.dumps(found)
     assert str(workplace) not in text and "train.jsonl" not in text and "apples" not in text
+
+
+def test_a_run_that_diverged_is_collected_as_failed(study, tmp_path: Path) -> None:
+    """In its files null stands for a number that is not finite: of its scores, and of what it said of the teacher."""
+    teacher = {"eval_teacher_ce": 2.5, "eval_teacher_entropy": None, "eval_teacher_ece": 0.1}
+    log = [{"kind": "train", "step": 1, "loss": None}, {"kind": "eval", **teacher}]
+    write_rows(tmp_path / "rows.jsonl", 0, 2)
+    rows = dict.fromkeys(("train", "validation"), str(tmp_path / "rows.jsonl"))
+    run = make_run(tmp_path / "run", recipe={**RECIPE, "data": rows}, log=log)
+    metrics = run.read_metrics()
+    metrics["models"]["student"]["teacher_forced"] |= {"kl": None, "ce": 2.0}
+    run.metrics_path.write_text(json.dumps(metrics))
+    planned = Planned("0123456789", "seed 42", (), run.path)
+    study.run.collect("A", Study("recipe.yaml", tmp_path, [planned]))
+    (found,) = study.run.collected("A")
+    assert found["failed"] == "its kl is no number" and "kl" not in found["scores"] and found["scores"]["ce"] == 2.0
+    assert found["teacher"] == {"ce": 2.5, "ece": 0.1}
+
+
+def test_names_with_bars_do_not_break_a_table(study) -> None:
+    plant(study.run.RESULTS, [101, 102, 103], reverse=0.1)
+    rows = [line for line in text_of(study).splitlines() if line.startswith("|") and "KL(" in line]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)  # four columns
 
 
 def test_stage_b_takes_the_best_constant_of_stage_a(study) -> None:

@@ -194,6 +194,8 @@ def test_commands_and_job_array_start_what_is_left(here: Path) -> None:
         env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "temperature=2" in shown.stdout and "#SBATCH --array=0-1" in script
+    # There is no srun, so no job step: without B: SLURM signals steps alone, and what the script has become none
+    assert re.search(r"^#SBATCH --signal=B:TERM@\d+$", script, re.MULTILINE) and "\nexec bash" in script
 
 
 def test_command_shows_a_plan_and_starts_nothing(here: Path) -> None:
@@ -206,10 +208,12 @@ def test_command_shows_a_plan_and_starts_nothing(here: Path) -> None:
     written = CliRunner().invoke(app, [*arguments, "--slurm", "array.sh"])
     assert written.exit_code == 0 and (here / "array.sh").is_file()
     assert (here / "out/.sweep/logs").is_dir()  # SLURM makes none, and starts no task without it
+    for wrong in ("no/array.sh", "out"):
+        refused = CliRunner().invoke(app, [*arguments, "--slurm", wrong])
+        assert refused.exit_code == 2 and f"--slurm: {wrong} " in refused.output, refused.output
     for devices in ("0,", "", "1,1"):
         assert CliRunner().invoke(app, [*arguments, "--devices", devices]).exit_code == 2
-    wrong = CliRunner().invoke(app, [*arguments[:-4], "--seeds", "one"])
-    assert wrong.exit_code == 2
+    assert CliRunner().invoke(app, [*arguments[:-4], "--seeds", "one"]).exit_code == 2
 
 
 def test_real_runs_and_their_comparison(workplace: Path) -> None:
