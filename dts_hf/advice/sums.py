@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -128,6 +129,7 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
         "miscalibration": bins * (confidence - correct).unsqueeze(-1),
         "ce_gradient": q.prob.square().sum(-1) - 2 * q.prob.gather(-1, picked).squeeze(-1) + 1,
     }  # fmt: skip
+    at_one = Distributions(p, q, targets, p.entropy())
     sizes = [size for size in SIZES if size < z_t.shape[-1]]
     likeliest = z_t.topk(sizes[-1], -1).values
     kept = torch.tensor(sizes, device=z_t.device) - 1
@@ -136,7 +138,7 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
     for t in settings.grid:
         now = entropy_parts(z_t, others, picked, t)
         at = Distribution.of(z_t / t)
-        now |= soft_gradient(at, Distribution.of(z_s / t), q.prob, targets, t, settings)
+        now |= soft_gradient(at, Distribution.of(z_s / t), at_one, t, settings)
         now["mass"] = (likeliest / t - at.log_norm).exp().cumsum(-1).index_select(-1, kept)
         for name, values in now.items():
             at_t.setdefault(name, []).append(values)
@@ -187,22 +189,22 @@ def entropy_parts(z: Tensor, others: tuple[Tensor, Tensor], picked: Tensor, t: f
 
 
 def soft_gradient(
-    p: Distribution, q: Distribution, q_at_one: Tensor, targets: Tensor, t: float, settings: Settings
+    p: Distribution, q: Distribution, at_one: Distributions, t: float, settings: Settings
 ) -> dict[str, Tensor]:
     """Size of the soft loss's gradient by the student's logits, and its product with that of the cross-entropy.
 
     Args:
         p: the teacher at ``t``.
         q: the student at ``t``; overwritten.
-        q_at_one: the student's probabilities ``[C, V]`` at T = 1.
-        targets: ``[C]``.
+        at_one: both at T = 1, with targets and the teacher's entropy, ``[C]`` each.
         t: the temperature.
         settings: the divergence, and whether T^2 is in the loss.
 
     Returns:
         ``gradient`` (squared norm) and ``product``, each ``[C]``.
     """
-    _, grad = settings.divergence.value_and_grad(Distributions(p, q, targets))
+    _, grad = settings.divergence.value_and_grad(at_one._replace(p=p, q=q))
+    targets = cast(Tensor, at_one.targets)
     factor = t if settings.squared else 1.0 / t  # T^2 or 1, times d u / d z = 1 / T
-    product = (q_at_one * grad).sum(-1) - grad.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    product = (at_one.q.prob * grad).sum(-1) - grad.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return {"gradient": factor**2 * grad.square().sum(-1), "product": factor * product}

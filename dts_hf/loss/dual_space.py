@@ -152,8 +152,8 @@ def dual_space_loss(
         sequences: ``[A]``, see there.
 
     Returns:
-        the loss ``[]``, and the sums of the student's space, where ``kd`` is that of both, with two more:
-        ``kd_teacher_space`` and ``projector_ce``.
+        the loss ``[]``, and the sums of the student's space, where ``kd`` is that of both and ``observed`` the mean of both,
+        with two more: ``kd_teacher_space`` and ``projector_ce``.
     """
     frozen, teacher_states = student_head.detached(), teacher_states.detach()
     projected = _mapped(teacher_states, projectors.to_student)  # [A, H_s]
@@ -177,6 +177,9 @@ def dual_space_loss(
     for name in (stats.KD.sum, stats.TEMPERATURE_GRAD):
         if name in sums:
             sums[name] = sums[name] + there.sums[name]
+    if stats.OBSERVED in sums:
+        # What the policy makes of it acts in both spaces: by one space's, the weights of a selection are not 1 on average
+        sums[stats.OBSERVED] = (sums[stats.OBSERVED] + there.sums[stats.OBSERVED]) / 2
     return LossOutput(here.loss + of_map.loss + there.loss, sums)
 
 

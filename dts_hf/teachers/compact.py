@@ -269,7 +269,9 @@ def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> li
     policy = copy.deepcopy(policy)
     policy.begin_run()
     options = policy.describe()
-    found = {*policy.ends, *(temperature for temperature, _ in policy.companions)}
+    # Without a range the end is the student's temperature, and the teacher may have one of its own
+    ends = policy.ends if len(policy.ends) > 1 else ()
+    found = {*ends, *(temperature for temperature, _ in policy.companions)}
     found |= {float(options["t_max"])} if isinstance(options.get("t_max"), int | float) else set()
     if policy.learns:  # CTKD moves between these
         found |= {float(options["t_start"]), float(options["t_start"]) + float(options["t_end"])}

@@ -74,7 +74,7 @@ def test_what_is_measured_at_one() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "dkd"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "dkd", "csd", "eopd"])
 @pytest.mark.parametrize("scaling", ["squared", "none"])
 def test_gradients_are_those_of_the_loss(name: str, scaling: str) -> None:
     student, teacher, targets = problem(12, 40, 2.0)

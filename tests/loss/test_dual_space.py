@@ -8,7 +8,7 @@ import torch
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.loss.dual_space import Projectors, dual_space_loss, maps_between
 from dts_hf.models.head import Head
-from dts_hf.temperature import build_temperature
+from dts_hf.temperature import StepStats, build_temperature
 from tests.support import reference
 
 V_S, V_T, H_S, H_T, A = 19, 23, 5, 7, 11
@@ -169,6 +169,22 @@ def test_the_slope_of_a_learnt_temperature_is_that_of_both_spaces():
         values.append(computed(DistillationLoss(temperature=moved, kd_ratio=0.5), data)[0].sums["kd"].item())
     slope = (values[0] - values[1]) / (2 * STEP)
     assert output.sums["temperature_grad"].item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_kept_tokens_of_both_spaces_weigh_as_much_as_all_of_them():
+    """One space is harder than the other; the threshold is that of both, here of the same rows again."""
+    data, policy, weights = problem(), build_temperature("adakd", c=0.0, keep=0.5), []
+    data["teacher_weight"] *= 4.0
+    loss = DistillationLoss(temperature=policy, kd_ratio=1.0)
+    sums = computed(loss, data)[0].sums
+    observed = tuple((sums["observed"] / A).tolist())
+    policy.end_step(StepStats(0.0, 0.0, sums["kd"].item() / A, A, observed=observed))
+    given = policy.selection.weights
+    policy.selection.weights = lambda log_s: weights.append(given(log_s)) or weights[-1]
+    computed(loss, data)
+    here, _, there = weights  # the map's cross-entropy has no soft part
+    assert abs(here.mean().item() - there.mean().item()) > 0.3
+    assert (here.mean().item() + there.mean().item()) / 2 == pytest.approx(1.0, abs=1.01 / A)
 
 
 def test_no_row_keeps_the_graph_whole():

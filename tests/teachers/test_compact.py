@@ -288,6 +288,12 @@ def test_where_a_policy_may_go_is_known_before_training(name, options, expected)
     assert found == sorted(found) and json.dumps(policy.state()) == before
 
 
+def test_the_students_own_temperature_is_none_that_the_teacher_visits():
+    z, targets = problem()
+    policy = build_policy({"name": "constant", "value": 4.0, "teacher_value": 1.0})
+    assert visited(policy, form().rows(z, targets), targets) == [1.0]
+
+
 def test_a_temperature_made_of_the_teachers_logits_is_measured_row_by_row():
     z, targets = problem()
     found = visited(build_policy({"name": "norm_kd", "t_norm": 1.0}), form().rows(z, targets), targets)
