@@ -42,7 +42,7 @@ def command(
     ] = "transformers",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that vLLM puts each layer on.")] = 1,
 ) -> None:
-    """Serve a teacher's final states over HTTP, for recipes with teacher.kind: remote; needs dts-hf[server]."""
+    r"""Serve a teacher's final states over HTTP, for recipes with teacher.kind: remote; needs dts-hf\[server]."""
     from dts_hf.serving.serve import ServeOptions, serve_teacher
 
     options = ServeOptions(

@@ -395,7 +395,10 @@ def policy_facts(facts: Facts) -> Policy:
     options = {**options, **policy.describe()}
     document = " ".join((type(policy).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
     rule = DTS_RULES.get(str(options.get("rule")), "") if name == "dts" else document
-    # A policy that sets the weight may move it: its two ends are told. The policy is ours alone and thrown away after
+    if policy.kd_ratio is None:
+        return Policy(options, rule, policy.paper)
+    # A policy that sets the weight may move it: its two ends are told. The policy is ours alone and thrown away after.
+    # No other one is taken through a run that has not begun: what it would replay was never read.
     ratios = []
     for progress in (0.0, 1.0):
         policy.begin_step(progress)

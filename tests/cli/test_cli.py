@@ -84,10 +84,15 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(command: str) -> None:
+def test_every_command_has_help_with_an_example(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert f"Example: dts-hf {command}" in result.output
+    # The help is read as rich's markup: a word in brackets, such as an extra, is a style there and would not be printed.
+    (module,) = (each for each in cli.COMMANDS if each.__name__.rpartition(".")[2].replace("_", "-") == command)
+    (summary, *_) = (inspect.getdoc(module.command) or "").replace("\\[", "[").split("\n\n")
+    assert " ".join(summary.split()) in " ".join(result.output.split())
 
 
 def test_python_dash_m() -> None:

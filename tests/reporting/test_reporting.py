@@ -521,6 +521,13 @@ def test_every_policy_says_what_it_does(tmp_path: Path) -> None:
         assert (said.kd_ratio is None) == (policy_of(name).kd_ratio is None) and said.rule
 
 
+def test_the_card_of_a_control_needs_no_recorded_run(tmp_path: Path) -> None:
+    """What a control replays is read when training begins; the card of it may be written where that run is gone."""
+    control = {"name": "dts", "gap_source": {"replay": str(tmp_path / "gone"), "order": "permuted"}, "seed": 1}
+    said = facts.policy_facts(facts.gather(make_run(tmp_path / "control", recipe=changed(temperature=control))))
+    assert said.kd_ratio is None and said.rule and said.options["seed"] == 1
+
+
 def test_the_limits_of_a_student_without_a_teacher_name_none(tmp_path: Path) -> None:
     data = {**RECIPE["data"], "responses": "data"}
     alone = changed(teacher=None, student={"model": "HuggingFaceTB/SmolLM2-135M"}, loss={"kd_ratio": 0.0}, data=data)

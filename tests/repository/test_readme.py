@@ -103,6 +103,37 @@ def test_readme_lists_every_policy_and_divergence() -> None:
         assert re.search(rf"\b{re.escape(name)}\b", text), f"README.md does not name '{name}'"
 
 
+def test_how_many_policies_and_divergences_there_are() -> None:
+    """The pages that compare toolkits say how many; a new one makes them wrong without a word."""
+    from dts_hf.divergences import DIVERGENCES
+    from dts_hf.temperature import temperature_policies
+
+    readme, peers = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs" / "peers.md"))
+    policies, divergences = len(temperature_policies()), len(DIVERGENCES)
+    for text, pattern, count in (
+        (readme, r"^\| divergences \| (\d+)", divergences),
+        (peers, r"^\| divergences \| (\d+)", divergences),
+        (readme, r"^\| temperature \| (\d+) policies", policies),
+        (readme, r"and (\d+) others\), not a", policies - 1),
+        (peers, r"\| a policy: (\d+) of them", policies),
+    ):
+        assert [int(found) for found in re.findall(pattern, text, re.MULTILINE)] == [count], pattern
+
+
+def anchors(document: Path) -> set[str]:
+    """What ``#...`` may follow a link to ``document``: its headings, as GitHub and the site make links of them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", title)).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_headings(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)]+)\)", document.read_text(encoding="utf-8"))
+    pages = [(name, (document.parent / name) if name else document, anchor) for name, anchor in links]
+    assert not [f"{name}#{anchor}" for name, page, anchor in pages if page.suffix == ".md" and anchor not in anchors(page)]
+
+
 def test_policy_of_the_architecture_document_works() -> None:
     import math
     from typing import ClassVar
