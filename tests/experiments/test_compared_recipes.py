@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dts_hf.cli.app import app
@@ -13,7 +16,7 @@ from dts_hf.errors import UserError
 from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
 from dts_hf.experiments.sweep import Planned, Study
 from tests.support.planted_runs import plant
-from tests.support.planted_sweep import planted
+from tests.support.planted_sweep import Planted, planted
 from tests.support.recipes import recipe, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,36 @@ def test_runs_that_have_a_directory_are_returned_whatever_became_of_them(tmp_pat
     study, said = planted(tmp_path, count=2, seconds=0.05, failing=1), []
     assert make_runs([(Path("recipe.yaml"), study)], said.append) == list(study.runs)
     assert any("run-2 has failed: RuntimeError: this run always fails" in line for line in said)
+
+
+def test_a_terminal_has_the_table_of_sweep(tmp_path: Path) -> None:
+    """Runs that were done before count; a recipe that has nothing left to do has no table."""
+    study, said = planted(tmp_path, count=2, seconds=0.4), []
+
+    def shown(runs: Sequence[Planned]) -> str:
+        file = io.StringIO()
+        screen = Console(file=file, force_terminal=True, width=120, color_system=None)
+        given = Planted(study.recipe, study.folder, runs, study.seconds)
+        make_runs([(Path("a.yaml"), given)], said.append, screen)
+        return file.getvalue()
+
+    assert "1 of 1 done" in shown(study.runs[:1])
+    text = shown(study.runs)
+    assert "1 of 2 done, 1 at work" in text and "2 of 2 done" in text and "KL" in text
+    assert any("run 1" in line for line in text.splitlines()) and "run 0" not in text
+    assert not shown(study.runs)
+    assert said == [f"compare: a.yaml (1 of 1): {done} runs done" for done in ("0 of 1", "1 of 2", "2 of 2")]
+
+
+def test_elsewhere_there_is_a_line_whenever_a_run_begins_or_ends(recipes: list[Path]) -> None:
+    said = [
+        line for line in invoke("t1.yaml", "t2.yaml", "--output", "out").splitlines() if line.startswith("compare:")
+    ]
+    assert [line.partition("; about")[0] for line in said] == [
+        "compare: t1.yaml (1 of 2): 0 of 1 runs done", "compare: 0 of 1 done, 1 at work; at work: seed 42",
+        "compare: 1 of 1 done", "compare: t2.yaml (2 of 2): 0 of 1 runs done",
+        "compare: 0 of 1 done, 1 at work; at work: seed 42", "compare: 1 of 1 done",
+    ]  # fmt: skip
 
 
 def test_what_is_no_run_and_no_recipe_is_named(recipes: list[Path]) -> None:
