@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import Interrupted, UserError, nearest
 from dts_hf.experiments.progress import Progress
 from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
 from dts_hf.recipe.shipped import shipped_recipes
@@ -88,11 +88,19 @@ def make_runs(
         done = [*sweep.states.values()].count("done")
         say(f"compare: {recipe} ({place} of {len(studies)}): {done} of {len(study.runs)} runs done")
         if sweep.waiting:
-            with Progress(sweep, console, "compare"):
-                sweep.run()
+            try:
+                with Progress(sweep, console, "compare"):
+                    sweep.run()
+            except Interrupted:  # it counts the runs of this study alone
+                raise Interrupted(_stopped(studies)) from None
         for run in study.runs:
             if study.state(run) == "failed":
                 say(f"compare: {run.path} has failed: {study.why(run)}; see {study.log(run)}")
             # One that did not come as far as its directory has nothing to be shown of
             there += [run] if (run.path / "recipe.yaml").is_file() else []
     return there
+
+
+def _stopped(studies: Sequence[tuple[Path, Study]]) -> str:
+    left = sum(study.state(run) != "done" for _, study in studies for run in study.runs)
+    return f"compare: stopped with {left} runs not done; give the same command again to go on"

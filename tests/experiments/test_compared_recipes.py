@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dts_hf.cli.app import app
-from dts_hf.errors import UserError
+from dts_hf.errors import Interrupted, UserError
 from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
-from dts_hf.experiments.sweep import Planned, Study
+from dts_hf.experiments.sweep import Planned, Study, Sweep
 from tests.support.planted_runs import plant
 from tests.support.planted_sweep import Planted, planted
 from tests.support.recipes import recipe, write_rows
@@ -116,6 +118,13 @@ def test_elsewhere_there_is_a_line_whenever_a_run_begins_or_ends(recipes: list[P
         "compare: 1 of 1 done", "compare: t2.yaml (2 of 2): 0 of 1 runs done",
         "compare: 0 of 1 done, 1 at work; at work: seed 42", "compare: 1 of 1 done",
     ]  # fmt: skip
+
+
+def test_a_stop_counts_the_runs_of_all_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = planted(tmp_path / "a", 1, seconds=20.0), planted(tmp_path / "b", 2, seconds=20.0)
+    monkeypatch.setattr(Sweep, "_collect", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"^compare: stopped with 3 runs not done; give the same command again"):
+        make_runs([(Path("a.yaml"), first), (Path("b.yaml"), second)])
 
 
 def test_what_is_no_run_and_no_recipe_is_named(recipes: list[Path]) -> None:
