@@ -129,6 +129,7 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
         "ce_gradient": q.prob.square().sum(-1) - 2 * q.prob.gather(-1, picked).squeeze(-1) + 1,
     }  # fmt: skip
     sizes = [size for size in SIZES if size < z_t.shape[-1]]
+    teacher_entropy = p.entropy()  # at T = 1, whatever the temperature: by it a divergence may tell rows apart
     likeliest = z_t.topk(sizes[-1], -1).values
     kept = torch.tensor(sizes, device=z_t.device) - 1
     others = _others(z_t, picked)
@@ -136,7 +137,8 @@ def label_values(student: Tensor, teacher: Tensor, targets: Tensor, settings: Se
     for t in settings.grid:
         now = entropy_parts(z_t, others, picked, t)
         at = Distribution.of(z_t / t)
-        now |= soft_gradient(at, Distribution.of(z_s / t), q.prob, targets, t, settings)
+        both = Distributions(at, Distribution.of(z_s / t), targets, teacher_entropy)
+        now |= soft_gradient(both, q.prob, targets, t, settings)
         now["mass"] = (likeliest / t - at.log_norm).exp().cumsum(-1).index_select(-1, kept)
         for name, values in now.items():
             at_t.setdefault(name, []).append(values)
@@ -187,13 +189,12 @@ def entropy_parts(z: Tensor, others: tuple[Tensor, Tensor], picked: Tensor, t: f
 
 
 def soft_gradient(
-    p: Distribution, q: Distribution, q_at_one: Tensor, targets: Tensor, t: float, settings: Settings
+    d: Distributions, q_at_one: Tensor, targets: Tensor, t: float, settings: Settings
 ) -> dict[str, Tensor]:
     """Size of the soft loss's gradient by the student's logits, and its product with that of the cross-entropy.
 
     Args:
-        p: the teacher at ``t``.
-        q: the student at ``t``; overwritten.
+        d: teacher and student at ``t``; the student's probabilities are overwritten.
         q_at_one: the student's probabilities ``[C, V]`` at T = 1.
         targets: ``[C]``.
         t: the temperature.
@@ -202,7 +203,7 @@ def soft_gradient(
     Returns:
         ``gradient`` (squared norm) and ``product``, each ``[C]``.
     """
-    _, grad = settings.divergence.value_and_grad(Distributions(p, q, targets))
+    _, grad = settings.divergence.value_and_grad(d)
     factor = t if settings.squared else 1.0 / t  # T^2 or 1, times d u / d z = 1 / T
     product = (q_at_one * grad).sum(-1) - grad.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return {"gradient": factor**2 * grad.square().sum(-1), "product": factor * product}
