@@ -47,7 +47,8 @@ def check_advisable(recipe: Recipe) -> None:
     """Refuse, before anything is loaded, what has no teacher whose logits could be measured.
 
     Raises:
-        UserError: there is none, there are several, or it is the student itself; or the task is a regression.
+        UserError: there is none, there are several, it is the student itself, or it has another tokenizer; or the task is a
+            regression.
     """
     if recipe.teachers:
         names = ", ".join(recipe.teachers)
@@ -61,6 +62,12 @@ def check_advisable(recipe: Recipe) -> None:
     if recipe.teacher.kind == "self":
         raise UserError(
             "teacher.kind: self, a teacher that does not differ from the student yet; expected another model"
+        )
+    if recipe.teacher.alignment is not None:
+        raise UserError(
+            f"teacher.alignment: {recipe.teacher.alignment}, so cross-entropy, gap and soft loss are each of other labels "
+            "and tokens, and advise measures all of them on the same ones; expected a teacher with the tokenizer of the "
+            "student (dts-hf doctor shows what two tokenizers share)"
         )
     if recipe.task is not None and recipe.task.subset == "stsb":
         raise UserError("task.subset: stsb is a regression, and squared errors know no temperature; expected classes")
