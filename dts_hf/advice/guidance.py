@@ -56,7 +56,16 @@ def _labelled(situation: Situation) -> str:
 
 
 def _with_labels(situation: Situation) -> str:
-    return "loss.kd_ratio is 0 or 1: one part alone" if situation.kd_ratio in (0.0, 1.0) else ""
+    one_part = situation.kd_ratio in (0.0, 1.0)
+    return "kd_ratio is 0 or 1: one part alone" if one_part else _known(situation)
+
+
+def _known(situation: Situation) -> str:
+    return f"how high T goes with {situation.policy} only training knows" if situation.hottest is None else ""
+
+
+def _tokens_at_known(situation: Situation) -> str:
+    return _language_models(situation) or _known(situation)
 
 
 def _of_kl(name: str) -> Callable[[Situation], str]:
@@ -76,7 +85,7 @@ def _dts(rule: str) -> Callable[[Situation], str]:
 
 
 def _hot(found: Measured) -> float:
-    return min(found.situation.hottest, found.situation.grid[-1])
+    return min(found.hottest, found.situation.grid[-1])
 
 
 def _overfitted(found: Measured) -> Finding:
@@ -93,7 +102,7 @@ def _calibration(found: Measured, sign: int) -> Finding:
 
 
 def _ceiling(found: Measured) -> Finding:
-    entropy = found.at("entropy", found.situation.hottest)
+    entropy = found.at_hottest("entropy")
     limit = math.log(MOST_SUPPORT * found.situation.classes)
     verdict, _ = above("", entropy, limit)
     share = math.exp(entropy.value) / found.situation.classes
@@ -124,7 +133,7 @@ def _no_cache(found: Measured) -> Finding:
 
 
 def _share(found: Measured) -> Finding:
-    share = found.at("kd_share", found.situation.hottest)
+    share = found.at_hottest("kd_share")
     name = f"the teacher's share of the gradient at T = {_hot(found):g}"
     return either([below(name, share, LEAST_SHARE), above(name, share, 1.0 - LEAST_SHARE)])
 
@@ -292,7 +301,7 @@ RULES: tuple[Rule, ...] = (
         "entropy) (threshold ours)",
         "Keep temperatures, t_init and t_max among them, below T = {t:.2g}: above it the target is mostly tail",
         "entropy as what T acts through: arXiv 2603.02430, 2605.20357 (abstracts)", LANGUAGE, OURS, ("train",), _ceiling,
-        _language_models, _value("ceiling"),
+        _tokens_at_known, _value("ceiling"),
     ),
     Rule(
         "forward-kl-values",
@@ -335,7 +344,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "moving-needs-controls",
-        "the policy moves T during training",
+        "the policy moves T during training, or from row to row",
         "Put a constant beside it: published schedules run in opposite directions (DTS falls, POCL rises), and without a "
         "constant nobody can say what moving did",
         "arXiv 2506.05695; arXiv 2603.02430, finding F2", LANGUAGE, "two papers that disagree", (),
@@ -348,19 +357,19 @@ RULES: tuple[Rule, ...] = (
         "(threshold ours)",
         "Give loss.kd_ratio = {ratio:.2g} a place, which makes both parts equally large on the logits",
         ARITHMETIC, ANY, ARITHMETIC, ("train",), _share, _with_labels,
-        lambda found: {"ratio": found.at("equal_ratio", found.situation.hottest).value},
+        lambda found: {"ratio": found.at_hottest("equal_ratio").value},
     ),
     Rule(
         "compact-cache",
         f"some number of tokens, {2**10:,} at most, has {LEAST_MASS:g} of the teacher at the hottest T of the recipe",
         "A compact cache (dts-hf cache-teacher --compact {k:.0f}) keeps enough",
-        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _cache, _language_models,
+        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _cache, _tokens_at_known,
         lambda found: {"k": float(_enough(found, _hot(found)) or 0)},
     ),
     Rule(
         "no-compact-cache",
         f"the likeliest {2**10:,} tokens have less than {LEAST_MASS:g} of the teacher at the hottest T of the recipe",
         "No compact cache at these temperatures: cache the states (dts-hf cache-teacher without --compact)",
-        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _no_cache, _language_models,
+        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _no_cache, _tokens_at_known,
     ),
 )  # fmt: skip

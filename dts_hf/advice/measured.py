@@ -45,10 +45,10 @@ class Situation:
         grid: temperatures that were measured.
         policy: name of the temperature policy.
         rule: of ``dts``; else empty.
-        moves: whether the policy changes the temperature during training.
-        hottest: the highest temperature that the recipe may visit, as far as that is known before training.
+        moves: whether the policy changes the temperature during training, or from row to row.
+        hottest: the highest temperature that the recipe may visit; None: that is not known before training.
         divergence: name.
-        kd_ratio: of the recipe.
+        kd_ratio: of the recipe; of the first step where the policy schedules it.
         optimizer: ``training.optim``.
         epochs: of the whole run.
         student: ``random``, ``cut`` (out of another model) or ``loaded``.
@@ -63,7 +63,7 @@ class Situation:
     policy: str = "constant"
     rule: str = ""
     moves: bool = False
-    hottest: float = 2.0
+    hottest: float | None = 2.0
     divergence: str = "forward_kl"
     kd_ratio: float = 0.5
     optimizer: str = "adamw_torch"
@@ -101,6 +101,16 @@ class Measured:
             for column in zip(*((e.low, e.value, e.high) for e in points), strict=True)
         )
         return Estimate(middle, low, high)
+
+    @property
+    def hottest(self) -> float:
+        """That of the situation, which has to be known."""
+        assert self.situation.hottest is not None  # a rule that asks does not apply else
+        return self.situation.hottest
+
+    def at_hottest(self, curve: str) -> Estimate:
+        """``at`` the hottest temperature of the recipe."""
+        return self.at(curve, self.hottest)
 
     @property
     def sizes(self) -> list[int]:

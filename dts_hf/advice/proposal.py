@@ -13,6 +13,7 @@ from dts_hf.advice.rules import Judged
 from dts_hf.errors import UserError
 from dts_hf.files import check_name, write_text_atomic
 from dts_hf.recipe.schema import Recipe, Sweep
+from dts_hf.temperature import build_temperature
 
 MOST_ARMS, SEEDS = 4, (1, 2, 3)
 FORWARD: Mapping[str, Any] = {"name": "forward_kl"}
@@ -20,6 +21,8 @@ FORWARD: Mapping[str, Any] = {"name": "forward_kl"}
 LARGE_RATIO, RATIO = 0.9, 0.5
 #: A ratio that makes both parts equal is given no closer to an end than this.
 ENDS = 0.05
+#: What the ends of a range are called in the policies that have one.
+ENDS_OF_RANGE = ("t_init", "t_max", "t_end")
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ def _candidates(recipe: Recipe, found: Measured, fired: set[str]) -> Iterator[Ar
         t = 0.8 if "reverse-kl-values" in fired else first
         yield Arm(f"{own['name']}, constant T = {t:g}", t, own, kd_ratio)
     if recipe.temperature.name != "constant" and "fixed-is-enough" not in fired:
-        policy = _capped(recipe.temperature.model_dump(), found, fired)
+        policy = _capped(recipe, found, fired)
         yield Arm(f"{own['name']}, policy {recipe.temperature.name}", policy, own, kd_ratio)
     if "gradient-share" in fired:
-        equal = found.at("equal_ratio", found.situation.hottest).value
+        equal = found.at_hottest("equal_ratio").value
         ratio = float(f"{min(max(equal, ENDS), 1 - ENDS):.2g}")
         yield Arm(f"forward KL, constant T = {first:g}, kd_ratio {ratio:g}", first, FORWARD, ratio)
     elif "revisit-f6-random-student" in fired:
@@ -163,15 +166,21 @@ def check_writable(path: Path, recipe: str | Path) -> None:
         raise UserError(f"--write: {path.parent} is no folder; expected one that is there")
 
 
-def _capped(policy: dict[str, Any], found: Measured, fired: set[str]) -> dict[str, Any]:
-    """A policy whose range begins no higher than the ceiling, where it has one and the rule said so."""
-    if "support-ceiling" not in fired or policy.get("range") == "auto":
-        return policy
+def _capped(recipe: Recipe, found: Measured, fired: set[str]) -> dict[str, Any]:
+    """The recipe's policy with the ends of its range at the ceiling, where the rule said so and they can be there."""
+    own = recipe.temperature.model_dump()
+    if "support-ceiling" not in fired:
+        return own
     top = _two_digits(math.floor(found.values["ceiling"].value * 10) / 10)
-    for name in ("t_init", "t_max"):
-        if isinstance(policy.get(name), int | float) and policy[name] > top > policy.get("t_min", 0):
-            policy[name] = top
-    return policy
+    options = build_temperature(recipe.temperature.name, **recipe.temperature.options).describe()
+    higher = {
+        name: top for name in ENDS_OF_RANGE if isinstance(options.get(name), int | float) and options[name] > top
+    }
+    try:
+        highest = build_temperature(recipe.temperature.name, **(recipe.temperature.options | higher)).highest
+    except UserError:
+        return own
+    return own if highest is None or highest > top else own | higher
 
 
 def _two_digits(value: float) -> float:

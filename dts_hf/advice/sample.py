@@ -47,7 +47,8 @@ def check_advisable(recipe: Recipe) -> None:
     """Refuse, before anything is loaded, what has no teacher whose logits could be measured.
 
     Raises:
-        UserError: there is none, there are several, or it is the student itself; or the task is a regression.
+        UserError: there is none, there are several, it is the student itself, or it has another tokenizer; or the task is a
+            regression.
     """
     if recipe.teachers:
         names = ", ".join(recipe.teachers)
@@ -61,6 +62,12 @@ def check_advisable(recipe: Recipe) -> None:
     if recipe.teacher.kind == "self":
         raise UserError(
             "teacher.kind: self, a teacher that does not differ from the student yet; expected another model"
+        )
+    if recipe.teacher.alignment is not None:
+        raise UserError(
+            f"teacher.alignment: {recipe.teacher.alignment}, so cross-entropy, gap and soft loss are each of other labels "
+            "and tokens, and advise measures all of them on the same ones; expected a teacher with the tokenizer of the "
+            "student (dts-hf doctor shows what two tokenizers share)"
         )
     if recipe.task is not None and recipe.task.subset == "stsb":
         raise UserError("task.subset: stsb is a regression, and squared errors know no temperature; expected classes")
@@ -80,9 +87,11 @@ def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured
     """
     check_advisable(recipe)
     notes: list[str] = []
-    if recipe.temperature.options.get("range") == "auto":
+    policy = build_temperature(recipe.temperature.name, **recipe.temperature.options)
+    policy.begin_run()
+    if policy.highest is None:
         notes.append(
-            "temperature: range: auto is solved in the first step, so its hottest T is not known here; rules take 1"
+            f"temperature: how high T goes with {policy.name} only training knows, so the rules that ask for it do not apply"
         )
     plain = recipe.model_copy(update={"temperature": NamedOptions(name="constant")})
     task = task_of(trial_recipe(plain, folder, TRIAL))
@@ -110,7 +119,7 @@ def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured
     trainer = task.make_trainer(args, models, Data(data.train, data.validation))
     train, held_out, classes = _sums(recipe, task, trainer, data, count)
     situation = dataclasses.replace(
-        situation_of(recipe, args),
+        situation_of(recipe, policy, args),
         classes=classes, own_answers=own_answers, epochs=epochs,
         labels=int(train.labels.sum()), rows=len(train.labels),
         held_out_labels=0 if held_out is None else int(held_out.labels.sum()),
@@ -121,36 +130,27 @@ def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured
     return measured(situation, train, held_out, seed, notes)
 
 
-def situation_of(recipe: Recipe, args: TrainingArguments) -> Situation:
+def situation_of(recipe: Recipe, policy: TemperaturePolicy, args: TrainingArguments) -> Situation:
     """What a recipe says by itself; what only rows and models know stays as it is.
 
     Args:
         recipe: checked.
+        policy: of it, before the first step.
         args: made of it.
     """
-    policy, init = build_temperature(recipe.temperature.name, **recipe.temperature.options), recipe.student.init
+    init = recipe.student.init
     return Situation(
         classifier=recipe.task is not None,
         grid=LANGUAGE_GRID if recipe.task is None else HEAD_GRID,
         policy=policy.name,
         rule=str(policy.describe().get("rule", "")),
-        moves=policy.name != "constant",
-        hottest=hottest(policy),
+        moves=policy.moves,
+        hottest=policy.highest,
         divergence=recipe.loss.divergence.name,
-        kd_ratio=recipe.loss.kd_ratio,
+        kd_ratio=recipe.loss.kd_ratio if policy.kd_ratio is None else policy.kd_ratio,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         student="loaded" if init is None else "random" if init.from_ == "config" else "cut",
     )
-
-
-def hottest(policy: TemperaturePolicy) -> float:
-    """The highest temperature that a policy may visit, as far as its options tell."""
-    options = policy.describe()
-    named = ("t_max", "t_init", "teacher_value")
-    found = [*policy.ends, *(t for t, _ in policy.companions), *(options.get(name) for name in named)]
-    if policy.learns and "t_start" in options:  # CTKD moves between these
-        found += [options["t_start"], options["t_start"] + options["t_end"]]
-    return max(float(t) for t in found if isinstance(t, int | float) and math.isfinite(t))
 
 
 # ---------------------------------------------------------------------------------------------------------- its pieces

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dts_hf.errors import UserError, nearest
+from dts_hf.errors import Interrupted, UserError, nearest
+from dts_hf.experiments.progress import Progress
 from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
 from dts_hf.recipe.shipped import shipped_recipes
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 RUNS = "runs"
 
@@ -65,26 +69,38 @@ def _folder_of(recipe: Path, recipes: Sequence[Path]) -> str:
     return recipe.stem if len(alike) == 1 else f"{recipe.stem}-{alike.index(recipe) + 1}"
 
 
-def make_runs(studies: Sequence[tuple[Path, Study]], say: Callable[[str], Any] = lambda _: None) -> list[Planned]:
+def make_runs(
+    studies: Sequence[tuple[Path, Study]], say: Callable[[str], Any] = lambda _: None, console: Console | None = None
+) -> list[Planned]:
     """Train what is not done, and return the runs that have a directory; what each printed is in its log.
 
     Args:
         studies: of ``plan_runs``.
         say: takes a line before each study, and one for a run that has failed.
+        console: where the runs at work are shown, as ``Progress`` does; None: stderr.
 
     Raises:
         Interrupted: asked to stop.
     """
     there = []
     for place, (recipe, study) in enumerate(studies, start=1):
-        left = [run for run in study.runs if study.state(run) != "done"]
-        say(
-            f"compare: {recipe} ({place} of {len(studies)}): {len(study.runs) - len(left)} of {len(study.runs)} runs done"
-        )
-        Sweep(study, left).run()
+        sweep = Sweep(study, study.runs)
+        done = [*sweep.states.values()].count("done")
+        say(f"compare: {recipe} ({place} of {len(studies)}): {done} of {len(study.runs)} runs done")
+        if sweep.waiting:
+            try:
+                with Progress(sweep, console, "compare"):
+                    sweep.run()
+            except Interrupted:  # it counts the runs of this study alone
+                raise Interrupted(_stopped(studies)) from None
         for run in study.runs:
             if study.state(run) == "failed":
                 say(f"compare: {run.path} has failed: {study.why(run)}; see {study.log(run)}")
             # One that did not come as far as its directory has nothing to be shown of
             there += [run] if (run.path / "recipe.yaml").is_file() else []
     return there
+
+
+def _stopped(studies: Sequence[tuple[Path, Study]]) -> str:
+    left = sum(study.state(run) != "done" for _, study in studies for run in study.runs)
+    return f"compare: stopped with {left} runs not done; give the same command again to go on"

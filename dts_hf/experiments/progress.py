@@ -1,4 +1,4 @@
-"""What a sweep is at: a live table on a terminal, elsewhere a line whenever a run begins or ends."""
+"""What runs are at: a live table on a terminal, elsewhere a line whenever a run begins or ends."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Progress:
     Args:
         sweep: whose ``on_change`` and ``on_look`` are taken.
         console: where a table is drawn; None: stderr.
+        command: whose runs they are; lines begin with it.
     """
 
-    def __init__(self, sweep: Sweep, console: Console | None = None) -> None:
+    def __init__(self, sweep: Sweep, console: Console | None = None, command: str = "sweep") -> None:
         from rich.console import Console
 
-        self.sweep, self.console = sweep, console or Console(stderr=True)
+        self.sweep, self.console, self.command = sweep, console or Console(stderr=True), command
         self.paces: dict[Planned, Pace | None] = {}  # of the runs that are done, each read once
         self.live: Live | None = None
         self.looked = 0.0
@@ -58,7 +59,7 @@ class Progress:
 
     def _changed(self) -> None:
         if self.live is None:
-            say(f"sweep: {self.line()}")
+            say(f"{self.command}: {self.line()}")
         else:
             self._draw()
 

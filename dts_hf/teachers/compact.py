@@ -273,8 +273,6 @@ def visited(policy: TemperaturePolicy, rows: CompactRows, targets: Tensor) -> li
     ends = policy.ends if len(policy.ends) > 1 else ()
     found = {*ends, *(temperature for temperature, _ in policy.companions)}
     found |= {float(options["t_max"])} if isinstance(options.get("t_max"), int | float) else set()
-    if policy.learns:  # CTKD moves between these
-        found |= {float(options["t_start"]), float(options["t_start"]) + float(options["t_end"])}
     ce, logits, teacher = -rows.log_probs(targets), rows.at(1.0).logits, rows.summary()
     stats = RowStats(ce, ce, torch.zeros_like(ce), torch.zeros_like(ce), torch.zeros_like(ce))
     answers: list[float] = []

@@ -75,6 +75,7 @@ class AdaKD(TemperaturePolicy):
         super().__init__()
         self.t_base = self.checked("t_base", t_base)
         self.c = self.checked("c", c)
+        self.moves = self.c != 0.0
         self.keep = _check_keep(self.name, keep)
         self.keep_min, self.keep_step = self.checked("keep_min", keep_min), self.checked("keep_step", keep_step)
         self.keep_band = self.checked("keep_band", keep_band)
@@ -90,6 +91,11 @@ class AdaKD(TemperaturePolicy):
     def temperature(self) -> float:
         """t_base: the temperature of a token of median difficulty."""
         return self.t_base
+
+    @property
+    def highest(self) -> float:
+        """The bound t_base e^|c|, which the easiest tokens come near to; below 0 of ``c`` the hardest."""
+        return self.t_base * math.exp(abs(self.c))
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         """Give each row its T_i, from its difficulty s_i and the median of the last step.

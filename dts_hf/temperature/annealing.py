@@ -70,6 +70,11 @@ class Annealing(TemperaturePolicy):
         return 1.0 / self.phi
 
     @property
+    def ends(self) -> tuple[float, ...]:
+        """t_max and 1, of the teacher."""
+        return float(self.t_max), 1.0
+
+    @property
     def kd_ratio(self) -> float | None:
         """1 in phase 1, 0 in phase 2."""
         return 1.0 if self.in_phase_one else 0.0

@@ -44,6 +44,7 @@ class ATS(TemperaturePolicy):
 
     name = "ats"
     reads = "logits"
+    moves = False
     without_kernels = "gives one token of a row a temperature of its own"
     paper = "arXiv 2210.04427"
     formula = (

@@ -164,6 +164,9 @@ class TemperaturePolicy(nn.Module):
     #: text of the student's own its mean is -KL(student || teacher). A policy without it is not told of such steps where
     #: their labels are the text itself (``holding``).
     any_text: bool = False
+    #: Whether a row's temperature can be another one in another step, or in another row; False: each model has one number
+    #: for the whole run (at one token of a row a second one, where the policy ``raises``).
+    moves: bool = True
     #: The labels of this step say nothing to the policy. The loop sets it before ``begin_step`` and leaves out ``end_step``.
     #: What follows progress goes on; what was measured stays; rows that would have a temperature of their own, by their
     #: labels, all run at ``temperature``.
@@ -222,6 +225,16 @@ class TemperaturePolicy(nn.Module):
     def ends(self) -> tuple[float, ...]:
         """t_init and t_min, or what they are called, of a policy that has a range; else the temperature in force."""
         return (self.temperature,)
+
+    @property
+    def highest(self) -> float | None:
+        """The highest T that a row of either model may have; None: no option tells it before training.
+
+        Here that of ``ends`` and ``companions``. A policy that makes T of the rows has a bound if it overrides this.
+        """
+        if self.reads != "nothing":
+            return None
+        return max([*self.ends, *(t for t, _ in self.companions)])
 
     def check_classes(self, classes: int) -> None:
         """Refuse, before training, options that cannot work over so many classes: the vocabulary, or a task's labels.

@@ -25,6 +25,7 @@ class Constant(TemperaturePolicy):
     name = "constant"
     reads = "nothing"
     any_text = True
+    moves = False
     paper = "arXiv 1503.02531"
     formula = "T_s = value, T_t = teacher_value (or value)"
     use = (
@@ -44,6 +45,11 @@ class Constant(TemperaturePolicy):
     def temperature(self) -> float:
         """That of the student."""
         return self.value
+
+    @property
+    def highest(self) -> float:
+        """The higher one of both."""
+        return max(self.value, self.teacher_value or 0.0)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         """Give ``value`` and ``teacher_value``, whatever the logits are.

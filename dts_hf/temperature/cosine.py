@@ -95,6 +95,11 @@ class Cosine(TemperaturePolicy):
         return self._start, self.t_min
 
     @property
+    def highest(self) -> float | None:
+        """t_init; None until the other run was read."""
+        return None if self.matched is not None and not self.matched.recorded else self._start
+
+    @property
     def temperature(self) -> float:
         """Eq. 4 and 7, without momentum."""
         return max(self._start * half_cosine(self.progress), self.t_min)

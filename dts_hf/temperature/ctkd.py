@@ -83,6 +83,11 @@ class CTKD(TemperaturePolicy):
         return self.t_start + self.t_end * sigmoid(self.theta)
 
     @property
+    def ends(self) -> tuple[float, ...]:
+        """What T is between, t_start and t_start + t_end."""
+        return self.t_start, self.t_start + self.t_end
+
+    @property
     def adversary(self) -> float:
         """The factor lambda(p) in [0, 1]: 0 at the start of the run, 1 from ``ramp`` on."""
         return 1.0 - half_cosine(self.progress / self.ramp) if self.progress < self.ramp else 1.0

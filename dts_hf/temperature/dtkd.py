@@ -76,6 +76,11 @@ class DTKD(TemperaturePolicy):
         """The paper's second term, ``w_kd`` tau^2 D at the fixed temperature tau."""
         return ((self.tau, self.w_kd),) if self.w_kd > 0 else ()
 
+    @property
+    def highest(self) -> float:
+        """That of the sharper model where the clamp acts, 2 tau clamp / (clamp + 1)."""
+        return 2.0 * self.tau * self.clamp / (self.clamp + 1.0)
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         """Give each row its two temperatures, by the ratio k_t / k_s of its sharpnesses.
 

@@ -98,6 +98,11 @@ class DTS(TemperaturePolicy):
         return self.limits.in_force[:2]
 
     @property
+    def highest(self) -> float | None:
+        """t_max; None while ``range: auto`` is unsolved, and with ``decoupled``, whose ratio the logits make."""
+        return None if self.limits.observes or self.decoupling.decoupled else self.limits.in_force[2]
+
+    @property
     def any_text(self) -> bool:  # type: ignore[override]
         """Where the gaps are not those of the rows that are trained on."""
         return bool(self.gaps.foreign)

@@ -63,6 +63,11 @@ class POCL(TemperaturePolicy):
         return self.t_start + (self.t_end - self.t_start) * self._height
 
     @property
+    def ends(self) -> tuple[float, ...]:
+        """t_start and t_end, or t_start where there is one stage."""
+        return (self.t_start, self.t_end) if self.stages > 1 else (self.t_start,)
+
+    @property
     def kd_ratio(self) -> float | None:
         """That of the present stage; None where the recipe's stays."""
         return self.kd_start + (self.kd_end - self.kd_start) * self._height if self.schedule_kd_ratio else None

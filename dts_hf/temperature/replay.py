@@ -49,6 +49,11 @@ class Replay(TemperaturePolicy):
         """That of the student; 1 until the run was read."""
         return self._pair()[0]
 
+    @property
+    def highest(self) -> float | None:
+        """The highest one of the trace, of either model; None until the run was read."""
+        return max(map(max, self.trace.recorded)) if self.trace.recorded else None
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         """Give the recorded temperatures of this step, whatever the logits are.
 

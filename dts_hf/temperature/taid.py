@@ -48,6 +48,7 @@ class TAID(TemperaturePolicy):
 
     name = "taid"
     reads = "nothing"
+    moves = False  # what does is the target
     paper = "arXiv 2501.16937"
     formula = (
         "target softmax((1 - t) z_s + t z_t), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 from typer.testing import CliRunner, Result
 
 from dts_hf.advice.advise import Advice, advise
 from dts_hf.advice.guidance import RULES
+from dts_hf.advice.measured import Situation
 from dts_hf.advice.proposal import MOST_ARMS
 from dts_hf.advice.rules import Verdict
-from dts_hf.advice.sample import hottest
+from dts_hf.advice.sample import situation_of
 from dts_hf.cli.app import app
 from dts_hf.distill import task_of
 from dts_hf.errors import UserError
@@ -26,8 +29,9 @@ from dts_hf.experiments.sweep import plan
 from dts_hf.models.loading import load_tokenizers
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.task import Models
-from dts_hf.temperature import build_temperature, temperature_policies
+from dts_hf.temperature import build_temperature
 from tests.support import advised, examined
+from tests.support.recorded import a_run
 
 #: What each of the constructed cases is there for, and no other one may say.
 OWN = {
@@ -57,6 +61,18 @@ def case(name: str) -> Path:
         "sgd": {"training": {"optim": "sgd", "learning_rate": 0.1}},
     }.get(name, {})
     return advised.workplace(scale, 4 if name == "over-fitted" else None, **sections)
+
+
+def case_of_policy(temperature: dict[str, Any]) -> Path:
+    return advised.workplace(temperature=temperature)
+
+
+def situation_from(path: Path) -> Situation:
+    """What a recipe says by itself, with nothing loaded."""
+    loaded = load_recipe(path)
+    policy = build_temperature(loaded.temperature.name, **loaded.temperature.options)
+    policy.begin_run()
+    return situation_of(loaded, policy, TrainingArguments("out", use_cpu=True))
 
 
 def fired(advice: Advice) -> set[str]:
@@ -161,20 +177,40 @@ def test_a_search_for_layers_is_not_waited_for() -> None:
     assert any("evenly spaced layers" in note for note in advise(recipe, rows=4).found.notes)
 
 
-def test_a_range_that_is_solved_later_is_said_to_be_unknown() -> None:
-    advice = advise(advised.workplace(temperature={"name": "dts", "rule": "gap", "range": "auto"}), rows=4)
-    assert "range: auto" in advice.found.notes[0] and advice.found.situation.hottest == 1.0
+@pytest.mark.parametrize(
+    ("temperature", "situation"),
+    [
+        ({"name": "pocl", "t_end": 3.0, "kd_start": 0.4}, {"hottest": 3.0, "moves": True, "kd_ratio": 0.4}),
+        ({"name": "annealing", "t_max": 4}, {"hottest": 4.0, "moves": True, "kd_ratio": 1.0}),
+        ({"name": "adakd", "keep": 0.5}, {"hottest": math.exp(0.5), "moves": True, "kd_ratio": 0.5}),
+        ({"name": "adakd", "c": 0, "keep": "auto"}, {"hottest": 1.0, "moves": False, "kd_ratio": 0.5}),
+        ({"name": "constant", "value": 1.0, "teacher_value": 3.0}, {"hottest": 3.0, "moves": False}),
+        ({"name": "taid", "value": 2.0}, {"hottest": 2.0, "moves": False}),
+        ({"name": "ats"}, {"hottest": None, "moves": False}),
+        ({"name": "cist"}, {"hottest": None, "moves": True}),
+        ({"name": "dts", "range": "auto"}, {"hottest": None, "moves": True}),
+    ],
+)
+def test_what_a_policy_says_of_itself_is_in_the_situation(
+    temperature: dict[str, Any], situation: dict[str, Any]
+) -> None:
+    found = dataclasses.asdict(situation_from(advised.recipe(temperature=temperature)))
+    assert {key: found[key] for key in situation} == pytest.approx(situation)
 
 
-@pytest.mark.parametrize("name", sorted(temperature_policies()))
-def test_the_hottest_temperature_of_every_policy_is_known(name: str) -> None:
-    options: dict[str, Any] = {"replay": {"run": "somewhere"}}.get(name, {})
-    assert 0 < hottest(build_temperature(name, **options)) < 50
+def test_a_control_is_as_hot_as_the_run_that_it_repeats() -> None:
+    assert situation_from(advised.recipe(temperature={"name": "replay", "run": a_run()})).hottest == 4.0
+    with pytest.raises(UserError, match=r"temperature\.run: .*nowhere"):
+        advise(case_of_policy({"name": "replay", "run": "nowhere"}), rows=4)
 
 
-def test_what_a_range_can_reach_is_its_top() -> None:
-    assert hottest(build_temperature("dts", rule="gap", t_init=2.0, t_min=1.0, t_max=5.0)) == 5.0
-    assert hottest(build_temperature("constant", value=1.0, teacher_value=3.0)) == 3.0
+@pytest.mark.parametrize("temperature", [{"name": "cist"}, {"name": "ats"}, {"name": "dts", "range": "auto"}])
+def test_where_nobody_knows_how_high_t_goes_rules_that_ask_do_not_apply(temperature: dict[str, Any]) -> None:
+    advice = advise(case_of_policy(temperature), rows=4)
+    assert f"how high T goes with {temperature['name']} only training knows" in advice.found.notes[0]
+    reasons = {one.rule.id: one.measured for one in advice.with_verdict(Verdict.ELSEWHERE)}
+    for rule in ("support-ceiling", "gradient-share", "compact-cache", "no-compact-cache"):
+        assert "only training knows" in reasons[rule]
 
 
 # ------------------------------------------------------------------------------------------------------ the command

@@ -94,7 +94,10 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "teacher-worse": ({"values": {"gap": near(-0.1)}}, [{}, {"values": {"gap": near(0.01)}}]),
     "no-relations-left": ({"curves": {"other": 10.5}}, [{}, {**CLASSES, "classes": 2}]),
-    "support-ceiling": ({"curves": {"entropy": 8.0}}, [{}, {**CLASSES, "curves": {"entropy": 1.0}}]),
+    "support-ceiling": (
+        {"curves": {"entropy": 8.0}},
+        [{}, {**CLASSES, "curves": {"entropy": 1.0}}, {"curves": {"entropy": 8.0}, "hottest": None}],
+    ),
     "forward-kl-values": ({}, [{"divergence": "reverse_kl"}, CLASSES]),
     "reverse-kl-values": ({"divergence": "reverse_kl"}, [{}, {"divergence": "jsd"}]),
     "near-student": ({"values": {"kl": near(0.01)}}, [{}]),
@@ -105,13 +108,17 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "dts-paper-cannot-act": (
         {**DTS, "rule": "paper"}, [{**DTS, "rule": "paper", "values": {"gap": near(-2.0)}}, {**DTS, "rule": "gap"}],
     ),
-    "moving-needs-controls": ({"policy": "cosine", "moves": True}, [{}]),
+    "moving-needs-controls": ({"policy": "cosine", "moves": True}, [{}, {"policy": "ats"}]),
     "gradient-share": (
         {"curves": {"kd_share": 0.02, "equal_ratio": 0.96}},
-        [{}, {"curves": {"kd_share": 0.02}, "kd_ratio": 0.0}, {"curves": {"kd_share": 1.0}, "kd_ratio": 1.0}],
+        [{}, {"curves": {"kd_share": 0.02}, "kd_ratio": 0.0}, {"curves": {"kd_share": 1.0}, "kd_ratio": 1.0},
+         {"curves": {"kd_share": 0.02}, "hottest": None}],
     ),
-    "compact-cache": ({}, [{"curves": {f"mass_{size}": 0.5 for size in SIZES}}, CLASSES]),
-    "no-compact-cache": ({"curves": {f"mass_{size}": 0.5 for size in SIZES}}, [{}, CLASSES]),
+    "compact-cache": ({}, [{"curves": {f"mass_{size}": 0.5 for size in SIZES}}, CLASSES, {"hottest": None}]),
+    "no-compact-cache": (
+        {"curves": {f"mass_{size}": 0.5 for size in SIZES}},
+        [{}, CLASSES, {"curves": {f"mass_{size}": 0.5 for size in SIZES}, "hottest": None}],
+    ),
 }  # fmt: skip
 
 
@@ -231,11 +238,27 @@ def test_what_fires_is_in_the_sweep() -> None:
     assert {arm["temperature"] for arm in of("flat-teacher")} <= {0.5, 0.7, 1.0}
     assert any(arm["temperature"] == 16.0 for arm in of("revisit-f3-large-temperature"))
     assert any(arm["temperature"] == 0.8 for arm in of("reverse-kl-values", loss={"divergence": "reverse_kl"}))
-    policy = {"name": "dts", "rule": "gap", "t_init": 3.0, "t_max": 3.0, "t_min": 1.0}
-    capped = next(
-        arm["temperature"] for arm in of("support-ceiling", temperature=policy) if isinstance(arm["temperature"], dict)
-    )
-    assert (capped["t_init"], capped["t_max"], capped["t_min"]) == (1.9, 1.9, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "capped"),
+    [
+        ({"name": "dts", "t_init": 3.0, "t_max": 3.0, "t_min": 1.0}, {"t_init": 1.9, "t_max": 1.9, "t_min": 1.0}),
+        ({"name": "dts"}, {"t_init": 1.9, "t_max": 1.9}),  # by itself it would begin at 3
+        ({"name": "cosine", "t_init": 2.5}, {"t_init": 1.9}),
+        ({"name": "linear", "t_init": 1.0, "t_end": 4.0}, {"t_init": 1.0, "t_end": 1.9}),
+        ({"name": "pocl"}, {"t_end": 1.9}),
+        ({"name": "dts", "t_min": 1.95}, {"t_min": 1.95}),  # there is no room below the ceiling
+        ({"name": "ctkd"}, {}),  # t_end is a width
+        ({"name": "annealing"}, {}),  # t_max is a whole number
+        ({"name": "taid", "value": 3.0}, {"value": 3.0}),
+        ({"name": "ats"}, {}),
+    ],
+)
+def test_a_range_ends_at_the_ceiling_where_it_can(policy: dict[str, Any], capped: dict[str, Any]) -> None:
+    found = planted(**CASES["support-ceiling"][0])
+    wanted = [arm.values["temperature"] for arm in arms(recipe(temperature=policy), found, advise_on(found))]
+    assert [one for one in wanted if isinstance(one, dict)] == [{"name": policy["name"], **capped}]
 
 
 def test_between_the_temperatures_of_the_grid_curves_are_interpolated() -> None:

@@ -25,6 +25,9 @@ POLICIES = {
     "auto": {"name": "dts", "range": "auto"},
     "adakd": {"name": "adakd"},
     "silent": {"name": "adakd"},  # of two ranks, the second never has a label
+    # Which tokens the next step trains on: a share, and one that moves with the loss
+    "keep": {"name": "adakd", "keep": 0.4},
+    "auto_keep": {"name": "adakd", "keep": "auto", "keep_step": 0.3, "keep_band": 0.0, "keep_warmup": 0.1},
 }
 MULTI = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TIED = {"gap": True, "paper": False, "code": True, "dtkd": False, "ctkd": True}
@@ -97,7 +100,7 @@ CASES = [
     Case("compiled", steps=3, strategies=("fsdp2",), arguments=COMPILED),
     *(
         Case(policy, policy, steps=5, strategies=("single", "ddp"))
-        for policy in ("sequence", "auto", "adakd", "silent")
+        for policy in ("sequence", "auto", "adakd", "silent", "keep", "auto_keep")
     ),
 ]
 

@@ -190,6 +190,15 @@ def test_trainings_moved_weights_and_temperatures_and_gradients_were_clipped(run
         assert all("lora_" in name for name in weights) == case.lora
 
 
+def test_two_processes_select_the_tokens_that_one_selects(runs):
+    """The share in force, its threshold and the running loss are of the whole step; and some tokens were left out."""
+    for group in ("keep", "auto_keep"):
+        one, two = (result(runs, strategy, named(group))[0]["state"] for strategy in ("single", "ddp"))
+        for name, value in one.items():
+            assert two[name] == (None if value is None else pytest.approx(value, rel=LIMIT)), (group, name)
+        assert one["kept"] < 0.5 and one["kept_tokens"] < 0.6 and one["log_threshold"] is not None, group
+
+
 def test_the_loss_in_a_hand_written_loop_under_fully_shard(runs):
     """Without Trainer and accelerate, tied and untied; a gradient error of one step would grow over five."""
     for rank in (0, 1):

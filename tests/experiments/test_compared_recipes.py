@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dts_hf.cli.app import app
-from dts_hf.errors import UserError
+from dts_hf.errors import Interrupted, UserError
 from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
-from dts_hf.experiments.sweep import Planned, Study
+from dts_hf.experiments.sweep import Planned, Study, Sweep
 from tests.support.planted_runs import plant
-from tests.support.planted_sweep import planted
+from tests.support.planted_sweep import Planted, planted
 from tests.support.recipes import recipe, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +107,43 @@ def test_what_is_wrong_without_a_run_is_refused_before_any_is_trained(recipes: l
         result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["compare", "t1.yaml", "t2.yaml", *options])
         assert result.exit_code == 2 and said in result.output, result.output
     assert not list(tmp_path.rglob("began.txt"))
+
+
+def test_a_terminal_has_the_table_of_sweep(tmp_path: Path) -> None:
+    """Runs that were done before count; a recipe that has nothing left to do has no table."""
+    study, said = planted(tmp_path, count=2, seconds=0.4), []
+
+    def shown(runs: Sequence[Planned]) -> str:
+        file = io.StringIO()
+        screen = Console(file=file, force_terminal=True, width=120, color_system=None)
+        given = Planted(study.recipe, study.folder, runs, study.seconds)
+        make_runs([(Path("a.yaml"), given)], said.append, screen)
+        return file.getvalue()
+
+    assert "1 of 1 done" in shown(study.runs[:1])
+    text = shown(study.runs)
+    assert "1 of 2 done, 1 at work" in text and "2 of 2 done" in text and "KL" in text
+    assert any("run 1" in line for line in text.splitlines()) and "run 0" not in text
+    assert not shown(study.runs)
+    assert said == [f"compare: a.yaml (1 of 1): {done} runs done" for done in ("0 of 1", "1 of 2", "2 of 2")]
+
+
+def test_elsewhere_there_is_a_line_whenever_a_run_begins_or_ends(recipes: list[Path]) -> None:
+    said = [
+        line for line in invoke("t1.yaml", "t2.yaml", "--output", "out").splitlines() if line.startswith("compare:")
+    ]
+    assert [line.partition("; about")[0] for line in said] == [
+        "compare: t1.yaml (1 of 2): 0 of 1 runs done", "compare: 0 of 1 done, 1 at work; at work: seed 42",
+        "compare: 1 of 1 done", "compare: t2.yaml (2 of 2): 0 of 1 runs done",
+        "compare: 0 of 1 done, 1 at work; at work: seed 42", "compare: 1 of 1 done",
+    ]  # fmt: skip
+
+
+def test_a_stop_counts_the_runs_of_all_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = planted(tmp_path / "a", 1, seconds=20.0), planted(tmp_path / "b", 2, seconds=20.0)
+    monkeypatch.setattr(Sweep, "_collect", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"^compare: stopped with 3 runs not done; give the same command again"):
+        make_runs([(Path("a.yaml"), first), (Path("b.yaml"), second)])
 
 
 def test_what_is_no_run_and_no_recipe_is_named(recipes: list[Path]) -> None:

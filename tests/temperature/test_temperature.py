@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,38 @@ def given(first, second):
     return [(a, b) for a, b in zip(first, second) if a is not None]
 
 
+#: Options that change where a temperature goes, beside those that a policy has by itself.
+OPTIONS = {
+    "adakd": [{"c": -1.5}, {"c": 0.0, "keep": 0.3}, {"keep": "auto"}],
+    "annealing": [{"t_max": 4, "phase_share": 1.0}],
+    "ats": [{"tau_y": 0.5, "target": "argmax"}],
+    "constant": [{"value": 1.0, "teacher_value": 3.0}, {"value": 3.0, "teacher_value": 1.0}],
+    "ctkd": [{"theta": 5.0}],
+    "dtkd": [{"clamp": 10.0, "w_kd": 0.5}],
+    "dts": [
+        {"granularity": "token", "t_max": 4.0}, {"rule": "code", "t_init": 5.0}, {"decoupled": True},
+        {"granularity": "token", "decoupled": True}, {"range": "auto", "support_max": 5, "support_min": 2},
+    ],
+    "linear": [{"t_init": 1.0, "t_end": 4.0}],
+    "pocl": [{"t_start": 3.0, "t_end": 1.0}],
+}  # fmt: skip
+
+
+def visited_by(policy, steps=12):
+    """Temperatures of student and teacher, of all rows and steps of a run whose gap goes up and down."""
+    draw, seen = torch.Generator().manual_seed(4), {"student": [], "teacher": []}
+    for step in range(steps):
+        policy.begin_step(step / steps)
+        scales = (0.1 + 3.0 * torch.rand(40, 1, generator=draw) for _ in range(2))
+        student, teacher = (scale * torch.randn(40, 9, generator=draw) for scale in scales)
+        answer = policy(student, teacher, row_stats(student, teacher))
+        for kind in seen:
+            seen[kind] += getattr(answer, kind).flatten().tolist()
+        observed = () if answer.observed is None else tuple(answer.observed.mean(0).tolist())
+        policy.end_step(replace(stats(3.0 * math.sin(step), observed), temperature_grad=1.0))
+    return seen
+
+
 # ---------------------------------------------------------------------------------------- the contract, for all found
 
 
@@ -51,6 +84,16 @@ class TestContract:
             assert policy.kd_ratio is None or 0.0 <= policy.kd_ratio <= 1.0
             assert math.isfinite(policy.temperature) and policy.temperature > 0
             policy.end_step(stats(0.7))
+
+    def test_no_row_is_hotter_than_it_says_and_only_what_moves_moves(self, name):
+        for options in ({}, *OPTIONS.get(name, ())):
+            policy = policy_of(name, **options)
+            highest = policy.highest
+            seen = {kind: set(found) for kind, found in visited_by(policy).items()}
+            assert policy.moves == (max(map(len, seen.values())) > 1), options
+            if highest is not None:
+                assert max(max(found) for found in seen.values()) <= highest * (1 + 1e-6), options
+                assert highest <= 2 * max(max(found) for found in seen.values()), (options, "a bound, not any number")
 
     def test_forward_is_pure(self, name):
         policy = policy_of(name)

@@ -68,6 +68,14 @@ class PerTeacher(TemperaturePolicy):
         return self._first.ends
 
     @property
+    def highest(self) -> float | None:
+        return self._first.highest
+
+    @property
+    def moves(self) -> bool:  # type: ignore[override]
+        return self._first.moves
+
+    @property
     def needs_sequence_gap(self) -> bool:
         return self._first.needs_sequence_gap
 
