@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dts_hf.distributed.sharding import gathered_tensor, is_sharded
 from dts_hf.errors import UserError
-from dts_hf.models.head import without_adapters
+from dts_hf.models.head import is_fake_quantized, without_adapters
 
 #: What wrappers put into the names of weights: activation checkpointing, ``torch.compile`` of a whole model.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -18,16 +18,22 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 _OF_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 
-def check_mergeable(model: nn.Module, *, sharded: bool) -> None:
-    """Refuse adapters whose weights cannot be merged into copies of the student's, or not while these are sharded.
+def check_has_whole_weights(model: nn.Module, *, sharded: bool) -> None:
+    """Refuse a student whose weights alone do not answer as it does, or cannot be merged with those of its adapters.
 
     Args:
         model: with adapters or without.
         sharded: its weights are, or will be, shares of several processes.
 
     Raises:
-        UserError: adapters of another kind than LoRA, LoRA with more than two matrices, or sharded.
+        UserError: it rounds its weights as it goes; adapters of another kind than LoRA, LoRA with more than two matrices, or
+            sharded.
     """
+    if any(map(is_fake_quantized, model.modules())):
+        raise UserError(
+            "on_policy.backend: vllm would answer with the weights as they are before student.quantize rounds them, which "
+            "are another student's; expected backend: own"
+        )
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     for config in configs.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -56,9 +62,9 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         model: without the wrapper of DDP or DeepSpeed.
 
     Raises:
-        UserError: see ``check_mergeable``.
+        UserError: see ``check_has_whole_weights``.
     """
-    check_mergeable(model, sharded=is_sharded(model))
+    check_has_whole_weights(model, sharded=is_sharded(model))
     base = without_adapters(model)
     for name, parameter in base.named_parameters():
         if any(part in name for part in _OF_LORA) or ".original_module." in name:

@@ -26,7 +26,7 @@ from dts_hf.on_policy.replay import ReplayBuffer, ReplayRow, most_bytes, share_o
 from dts_hf.on_policy.rollout import Row, prompt_length
 from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed
 from dts_hf.on_policy.vllm_server import VllmServer
-from dts_hf.on_policy.whole_weights import check_mergeable
+from dts_hf.on_policy.whole_weights import check_has_whole_weights
 from dts_hf.runs.checkpoints import read_complete
 from dts_hf.teachers.several import SeveralTeachers, Share, blank_shares, shares_of
 from dts_hf.training.exact_resume import ExtraState, Progress
@@ -77,7 +77,7 @@ class ReplayTrainer(OnPolicyTrainer):
                     "on_policy.backend: vllm draws from all rows of the student's head, and the teacher knows the first "
                     f"{self.rollout.vocab_size:,} of them alone; expected backend: own, which says no others"
                 )
-            check_mergeable(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
+            check_has_whole_weights(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
             self.rollout.answer = self._vllm()
 
     def _vllm(self) -> VllmRollouts | VllmServer:

@@ -14,7 +14,8 @@ import torch
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed, push_weights
-from dts_hf.on_policy.whole_weights import check_mergeable, whole_weights
+from dts_hf.on_policy.whole_weights import check_has_whole_weights, whole_weights
+from tests.support.quantized import round_layers
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import trainer_for
 
@@ -181,10 +182,18 @@ def test_adapters_of_other_kinds_are_refused(config, match):
 
 def test_adapters_on_sharded_weights_are_refused():
     model = peft.get_peft_model(tiny_llama(seed=0), peft.LoraConfig(r=2, target_modules="all-linear"))
-    check_mergeable(model, sharded=False)
-    check_mergeable(tiny_llama(seed=0), sharded=True)
+    check_has_whole_weights(model, sharded=False)
+    check_has_whole_weights(tiny_llama(seed=0), sharded=True)
     with pytest.raises(UserError, match="an adapter on sharded weights"):
-        check_mergeable(model, sharded=True)
+        check_has_whole_weights(model, sharded=True)
+
+
+def test_a_student_that_rounds_its_weights_is_refused(vllm, tmp_path):
+    """vLLM would have them unrounded, and its text would be another student's."""
+    student = tiny_llama(seed=0)
+    round_layers(student)
+    with pytest.raises(UserError, match=r"backend: vllm would answer with the weights .* before student\.quantize"):
+        trainer_for(tmp_path, student, on_policy={"backend": "vllm"})
 
 
 def test_a_training_whose_student_answers_in_vllm(vllm, tmp_path):
