@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -74,6 +75,16 @@ def run(*arguments: str) -> Result:
 def test_six_cases_have_six_pieces_of_advice(name: str) -> None:
     said = fired(advise(case(name)))
     assert said & {*OWN.values()} == ({OWN[name]} if name in OWN else set())
+
+
+def test_a_pretrained_classifier_with_a_new_head_is_not_taken_for_random() -> None:
+    """Before its first step it guesses, whatever its body knows."""
+    case("coarse")
+    recipe = examined.task_recipe(student={"model": "teacher"}, temperature={"name": "constant"})
+    advice = advise(recipe)
+    assert advice.found.values["student_ce"].value > 0.95 * math.log(2) and advice.found.situation.student == "loaded"
+    said = fired(advice)
+    assert "revisit-f6-pretrained-student" in said and "revisit-f6-random-student" not in said
 
 
 def test_a_seventh_cannot_say() -> None:
