@@ -108,9 +108,12 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "moving-needs-controls": ({"policy": "cosine", "moves": True}, [{}]),
     "gradient-share": (
         {"curves": {"kd_share": 0.02, "equal_ratio": 0.96}},
-        [{}, {"curves": {"kd_share": 0.02}, "kd_ratio": 0.0}, {"curves": {"kd_share": 1.0}, "kd_ratio": 1.0}],
+        [
+            {}, {"curves": {"kd_share": 0.02}, "kd_ratio": 0.0}, {"curves": {"kd_share": 1.0}, "kd_ratio": 1.0},
+            {"curves": {"kd_share": 0.02}, "alignment": "dual_space"},
+        ],
     ),
-    "compact-cache": ({}, [{"curves": {f"mass_{size}": 0.5 for size in SIZES}}, CLASSES]),
+    "compact-cache": ({}, [{"curves": {f"mass_{size}": 0.5 for size in SIZES}}, CLASSES, {"alignment": "overlap"}]),
     "no-compact-cache": ({"curves": {f"mass_{size}": 0.5 for size in SIZES}}, [{}, CLASSES]),
 }  # fmt: skip
 
