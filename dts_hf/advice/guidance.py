@@ -56,15 +56,7 @@ def _labelled(situation: Situation) -> str:
 
 
 def _with_labels(situation: Situation) -> str:
-    if situation.alignment == "dual_space":
-        return "dual_space compares other states than those that were measured"
     return "loss.kd_ratio is 0 or 1: one part alone" if situation.kd_ratio in (0.0, 1.0) else ""
-
-
-def _compactable(situation: Situation) -> str:
-    if situation.alignment:
-        return "a teacher of another tokenizer is cached by its states alone"
-    return _language_models(situation)
 
 
 def _of_kl(name: str) -> Callable[[Situation], str]:
@@ -362,13 +354,13 @@ RULES: tuple[Rule, ...] = (
         "compact-cache",
         f"some number of tokens, {2**10:,} at most, has {LEAST_MASS:g} of the teacher at the hottest T of the recipe",
         "A compact cache (dts-hf cache-teacher --compact {k:.0f}) keeps enough",
-        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _cache, _compactable,
+        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _cache, _language_models,
         lambda found: {"k": float(_enough(found, _hot(found)) or 0)},
     ),
     Rule(
         "no-compact-cache",
         f"the likeliest {2**10:,} tokens have less than {LEAST_MASS:g} of the teacher at the hottest T of the recipe",
         "No compact cache at these temperatures: cache the states (dts-hf cache-teacher without --compact)",
-        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _no_cache, _compactable,
+        ARITHMETIC, LANGUAGE, ARITHMETIC, ("train",), _no_cache, _language_models,
     ),
 )  # fmt: skip

@@ -53,7 +53,6 @@ class Situation:
         epochs: of the whole run.
         student: ``random``, ``cut`` (out of another model) or ``loaded``.
         own_answers: the labels are the teacher's own answers.
-        alignment: how a teacher of another tokenizer is compared; empty: it has the student's.
         labels, rows: of the sample of training rows.
         held_out_labels, held_out_rows: of the held-out ones.
     """
@@ -71,7 +70,6 @@ class Situation:
     epochs: float = 3.0
     student: str = "loaded"
     own_answers: bool = False
-    alignment: str = ""
     labels: int = 4000
     rows: int = 64
     held_out_labels: int = 4000

@@ -21,8 +21,6 @@ from dts_hf.distill import task_of
 from dts_hf.distributed.sharding import place_teacher
 from dts_hf.divergences import build_divergence
 from dts_hf.doctor import classification
-from dts_hf.doctor.diagnosis import Skipped
-from dts_hf.doctor.effect import Sample
 from dts_hf.doctor.models import take_sample
 from dts_hf.doctor.walk import TRIAL, arguments_of, trial_recipe
 from dts_hf.errors import UserError
@@ -119,11 +117,6 @@ def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured
         held_out_labels=0 if held_out is None else int(held_out.labels.sum()),
         held_out_rows=0 if held_out is None else len(held_out.labels),
     )  # fmt: skip
-    if situation.alignment:
-        notes.append(
-            f"teacher: has another tokenizer ({situation.alignment}), so all numbers are of the labels that are the same "
-            f"for both models, among the {classes:,} tokens that both have"
-        )
     guesses = not situation.classifier and _ce(train) > GUESSING * math.log(classes)
     if situation.student == "loaded" and guesses:
         situation = dataclasses.replace(situation, student="random")
@@ -149,7 +142,6 @@ def situation_of(recipe: Recipe, args: TrainingArguments) -> Situation:
         kd_ratio=recipe.loss.kd_ratio,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         student="loaded" if init is None else "random" if init.from_ == "config" else "cut",
-        alignment=(None if recipe.teacher is None else recipe.teacher.alignment) or "",
     )
 
 
@@ -229,40 +221,23 @@ def _ce(rows: RowSums) -> float:
 def _sums(
     recipe: Recipe, task: Task[Any], trainer: Any, data: Data, count: int | None
 ) -> tuple[RowSums, RowSums | None, int]:
-    """Sums of training and held-out rows, and among how many classes the loss chooses.
-
-    Raises:
-        UserError: the teacher has another tokenizer, and no label of the training rows is the same for it.
-    """
+    """Sums of training and held-out rows, and among how many classes the loss chooses."""
     grid = LANGUAGE_GRID if recipe.task is None else HEAD_GRID
     divergence = build_divergence(recipe.loss.divergence.model_dump())
     settings = Settings(grid, divergence, recipe.loss.temperature_scaling == "squared")
     sets = [(one, _chosen(one, count)) for one in (data.train, data.validation) if one is not None]
-    found: list[RowSums | None] = []
-    classes = 0
+    found, classes = [], 0
     with working("measuring teacher and student", sum(len(order) for _, order in sets)) as work:
         for dataset, order in sets:
             parts = []
             for start in range(0, len(order), BLOCK):
                 block = order[start : start + BLOCK]
-                if (sample := _sample_of(task, trainer, dataset, block)) is not None:
-                    parts.append(row_sums(sample, settings))
-                    classes = sample.student_head.vocab_size
+                if isinstance(task, LanguageModeling):
+                    sample = take_sample(trainer, dataset, block)
+                else:
+                    sample = classification.take_sample(trainer, dataset, trainer.classifier, block)
+                parts.append(row_sums(sample, settings))
+                classes = sample.student_head.vocab_size
                 work.advance(len(block))
-            found.append(RowSums.joined(parts) if parts else None)
-    if found[0] is None:
-        raise UserError(
-            "teacher.alignment: no label of the sampled rows is the same for the teacher, so there is nothing to measure; "
-            "dts-hf doctor shows where the tokenizers differ"
-        )
+            found.append(RowSums.joined(parts))
     return found[0], found[1] if len(found) > 1 else None, classes
-
-
-def _sample_of(task: Task[Any], trainer: Any, dataset: Any, block: Sequence[int]) -> Sample | None:
-    """Both models on some rows; None: to a teacher of another tokenizer none of their labels is the same."""
-    if not isinstance(task, LanguageModeling):
-        return classification.take_sample(trainer, dataset, trainer.classifier, block)
-    try:
-        return take_sample(trainer, dataset, block)
-    except Skipped:
-        return None

@@ -29,8 +29,6 @@ from dts_hf.recipe.loading import load_recipe
 from dts_hf.task import Models
 from dts_hf.temperature import build_temperature, temperature_policies
 from tests.support import advised, examined
-from tests.support.alignment import tokenizer_of
-from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 #: What each of the constructed cases is there for, and no other one may say.
 OWN = {
@@ -296,31 +294,3 @@ def test_a_teacher_that_gives_no_numbers_is_refused() -> None:
     model.save_pretrained("teacher")
     with pytest.raises(UserError):
         advise("recipe.yaml", rows=4)
-
-
-def of_another_tokenizer(*outputs: str) -> None:
-    """A student, a teacher whose tokenizer has other tokens, and rows with these answers, over and over."""
-    tiny_llama(seed=0).save_pretrained("student")
-    tiny_tokenizer().save_pretrained("student")
-    tokenizer = tokenizer_of("word_piece", 900)
-    tiny_llama(vocab=len(tokenizer), seed=3).save_pretrained("teacher")
-    tokenizer.save_pretrained("teacher")
-    rows = [{"id": f"r{n}", "instruction": "Say", "input": "", "output": outputs[n % len(outputs)]} for n in range(40)]
-    advised.write_rows("train.jsonl", rows)
-    advised.write_rows("valid.jsonl", rows)
-    advised.recipe(student={"model": "student"}, teacher={"alignment": "overlap"})
-
-
-def test_rows_of_which_nothing_is_the_same_for_the_teacher_are_passed_over() -> None:
-    """They are short, and so fill whole blocks of a sample."""
-    of_another_tokenizer("ŧ", "The boat sailed over the lake.")
-    found = advise("recipe.yaml").found
-    assert found.situation.rows == 20 and found.situation.labels < 20 * 10
-    assert f"among the {found.situation.classes:,} tokens that both have" in found.notes[0]
-    assert found.situation.classes < 320
-
-
-def test_a_teacher_of_which_nothing_is_the_same_is_refused() -> None:
-    of_another_tokenizer("ŧ", "ŧŧ")
-    with pytest.raises(UserError, match=r"teacher\.alignment: no label"):
-        advise("recipe.yaml")

@@ -108,12 +108,9 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "moving-needs-controls": ({"policy": "cosine", "moves": True}, [{}]),
     "gradient-share": (
         {"curves": {"kd_share": 0.02, "equal_ratio": 0.96}},
-        [
-            {}, {"curves": {"kd_share": 0.02}, "kd_ratio": 0.0}, {"curves": {"kd_share": 1.0}, "kd_ratio": 1.0},
-            {"curves": {"kd_share": 0.02}, "alignment": "dual_space"},
-        ],
+        [{}, {"curves": {"kd_share": 0.02}, "kd_ratio": 0.0}, {"curves": {"kd_share": 1.0}, "kd_ratio": 1.0}],
     ),
-    "compact-cache": ({}, [{"curves": {f"mass_{size}": 0.5 for size in SIZES}}, CLASSES, {"alignment": "overlap"}]),
+    "compact-cache": ({}, [{"curves": {f"mass_{size}": 0.5 for size in SIZES}}, CLASSES]),
     "no-compact-cache": ({"curves": {f"mass_{size}": 0.5 for size in SIZES}}, [{}, CLASSES]),
 }  # fmt: skip
 
