@@ -39,7 +39,8 @@ HEAD_GRID = (1.0, 2.0, 4.0, 8.0, 16.0, 40.0)
 ROWS, MOST_ROWS = 64, 200
 #: Rows that are measured together.
 BLOCK = 16
-#: A student that was loaded and is no better than this share of guessing has random weights.
+#: A language model that was loaded and is no better than this share of guessing has random weights. A classifier guesses
+#: as long as its head is new, whatever its body knows.
 GUESSING = 0.95
 
 
@@ -125,7 +126,8 @@ def look(recipe: Recipe, folder: Path, count: int | None, seed: int) -> Measured
         held_out_labels=0 if held_out is None else int(held_out.labels.sum()),
         held_out_rows=0 if held_out is None else len(held_out.labels),
     )  # fmt: skip
-    if situation.student == "loaded" and _ce(train) > GUESSING * math.log(classes):
+    guesses = not situation.classifier and _ce(train) > GUESSING * math.log(classes)
+    if situation.student == "loaded" and guesses:
         situation = dataclasses.replace(situation, student="random")
     return measured(situation, train, held_out, seed, notes)
 

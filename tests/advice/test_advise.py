@@ -92,6 +92,16 @@ def test_six_cases_have_six_pieces_of_advice(name: str) -> None:
     assert said & {*OWN.values()} == ({OWN[name]} if name in OWN else set())
 
 
+def test_a_pretrained_classifier_with_a_new_head_is_not_taken_for_random() -> None:
+    """Before its first step it guesses, whatever its body knows."""
+    case("coarse")
+    recipe = examined.task_recipe(student={"model": "teacher"}, temperature={"name": "constant"})
+    advice = advise(recipe)
+    assert advice.found.values["student_ce"].value > 0.95 * math.log(2) and advice.found.situation.student == "loaded"
+    said = fired(advice)
+    assert "revisit-f6-pretrained-student" in said and "revisit-f6-random-student" not in said
+
+
 def test_a_seventh_cannot_say() -> None:
     advice = advise(case("sharp"), rows=8)
     assert advice.found.situation.rows == 8 and not fired(advice) & {one.id for one in RULES if one.reads}
