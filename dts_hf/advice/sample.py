@@ -146,7 +146,7 @@ def situation_of(recipe: Recipe, args: TrainingArguments) -> Situation:
 def hottest(policy: TemperaturePolicy) -> float:
     """The highest temperature that a policy may visit, as far as its options tell."""
     options = policy.describe()
-    named = ("t_max", "t_init", "teacher_value")
+    named = ("t_max", "t_init", "t_end", "teacher_value", "tau_rest")
     found = [*policy.ends, *(t for t, _ in policy.companions), *(options.get(name) for name in named)]
     if policy.learns and "t_start" in options:  # CTKD moves between these
         found += [options["t_start"], options["t_start"] + options["t_end"]]

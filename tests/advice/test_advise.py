@@ -175,6 +175,8 @@ def test_the_hottest_temperature_of_every_policy_is_known(name: str) -> None:
 def test_what_a_range_can_reach_is_its_top() -> None:
     assert hottest(build_temperature("dts", rule="gap", t_init=2.0, t_min=1.0, t_max=5.0)) == 5.0
     assert hottest(build_temperature("constant", value=1.0, teacher_value=3.0)) == 3.0
+    assert hottest(build_temperature("pocl", t_start=1.0, t_end=2.5)) == 2.5
+    assert hottest(build_temperature("ats", tau_y=6.0, tau_rest=3.0)) == 3.0  # of all tokens but one
 
 
 # ------------------------------------------------------------------------------------------------------ the command
