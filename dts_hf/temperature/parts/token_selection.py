@@ -3,7 +3,7 @@
 A token is kept where its difficulty is at least the (1 - keep) quantile of the last optimizer step, over all its
 micro-batches and processes, and its soft loss then counts 1 / keep times, that of the others not at all. So which tokens
 are kept, and how much they count, depends on no cut of the batch, and the normaliser stays the labels of the step. The soft
-loss is the mean over the kept tokens as far as a step keeps the share it should; what it really kept is logged
+loss is the mean over the kept tokens as far as a step keeps the share it should; what the step before really kept is logged
 (``kept_tokens``). The paper takes the hardest of each micro-batch. The first step keeps everything. Cross-entropy is not
 filtered; the paper trains without it.
 
