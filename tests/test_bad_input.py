@@ -312,6 +312,7 @@ TRAINING_CASES = [
     Case("no checkpoint to resume from", "training.resume_from_checkpoint=nope", ("resume_from_checkpoint", "nope")),
     Case("negative seed", "training.seed=-1", ("training.seed", "got -1", "between 0 and")),
     Case("no such DeepSpeed file", "training.deepspeed=zero9.json", ("training", "deepspeed")),
+    Case("unknown reporter", "training.report_to=wandbb", ("training.report_to", "'wandbb'", "Did you mean 'wandb'?")),
     Case("reporter not installed", "training.report_to=clearml", ("training", "ClearML")),
     Case(
         "options that the optimizer refuses",
