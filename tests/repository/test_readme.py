@@ -124,14 +124,19 @@ def anchors(document: Path) -> set[str]:
     """What ``#...`` may follow a link to ``document``: its headings, as GitHub and the site make links of them."""
     text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", title)).strip().lower().replace(" ", "-") for title in titles}
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", title)).strip().lower().replace(" ", "-")
+        for title in titles
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_headings(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)]+)\)", document.read_text(encoding="utf-8"))
     pages = [(name, (document.parent / name) if name else document, anchor) for name, anchor in links]
-    assert not [f"{name}#{anchor}" for name, page, anchor in pages if page.suffix == ".md" and anchor not in anchors(page)]
+    assert not [
+        f"{name}#{anchor}" for name, page, anchor in pages if page.suffix == ".md" and anchor not in anchors(page)
+    ]
 
 
 def test_policy_of_the_architecture_document_works() -> None:
