@@ -357,6 +357,13 @@ def test_training_arguments_gets_our_defaults_and_the_recipe_wins(minimal: Path,
     assert training_arguments(filled, tmp_path).train_sampling_strategy == "random"
 
 
+def test_the_home_folder_of_a_run_directory(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for models and rows; a folder named ~ in the current one is never meant."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert load_recipe(minimal, ["output.dir=~/runs/x"]).output.dir == str(tmp_path / "home" / "runs" / "x")
+    assert load_recipe(minimal, ["output.dir=./runs/x"]).output.dir == "./runs/x"
+
+
 def test_a_tracker_without_its_package_is_refused_before_anything_is_loaded(
     minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
