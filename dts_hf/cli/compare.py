@@ -9,6 +9,7 @@ import typer
 
 from dts_hf.cli.printing import AsJson, complete_recipe, print_json, print_table, whole_numbers
 from dts_hf.console import printable, say, show
+from dts_hf.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,8 @@ def command(
     from dts_hf.experiments.report import render_page
     from dts_hf.files import write_text_atomic
 
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file, expected a folder")
     paths, names = _runs_of(runs, seeds, output)
     kinds = read_kinds(paths)
     tables = compare_kinds(kinds, baseline_of(kinds, names.get(baseline or "", baseline)), margin)
@@ -77,7 +80,6 @@ def command(
 
 def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:
     """The run directories, those of recipes after they were trained, and one of each recipe by its name."""
-    from dts_hf.errors import UserError
     from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
 
     recipes = [name for name in dict.fromkeys(given) if is_recipe(name)]

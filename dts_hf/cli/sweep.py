@@ -100,6 +100,8 @@ def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) 
     from dts_hf.experiments import sweep as work
     from dts_hf.files import write_text_atomic
 
+    if slurm is not None and slurm.is_dir():
+        raise UserError(f"--slurm: {slurm} is a folder, expected a file, such as {slurm / 'sweep.sbatch'}")
     left = _left(study.states(chosen))
     if slurm is None:
         for line in work.shell_commands(study, left):
