@@ -312,6 +312,7 @@ TRAINING_CASES = [
     Case("no checkpoint to resume from", "training.resume_from_checkpoint=nope", ("resume_from_checkpoint", "nope")),
     Case("negative seed", "training.seed=-1", ("training.seed", "got -1", "between 0 and")),
     Case("no such DeepSpeed file", "training.deepspeed=zero9.json", ("training", "deepspeed")),
+    Case("unknown reporter", "training.report_to=wandbb", ("training.report_to", "'wandbb'", "Did you mean 'wandb'?")),
     Case("reporter not installed", "training.report_to=clearml", ("training", "ClearML")),
     Case(
         "options that the optimizer refuses",
@@ -542,6 +543,9 @@ OTHER_COMMANDS = [
     ("train models", ("models", "cannot read this recipe", "directory")),
     ("train recipe.yaml --output train.jsonl", ("output.dir", "is a file")),
     ("score nope.jsonl", ("nope.jsonl", "no such file")),
+    ("compare models unfinished --output train.jsonl", ("--output", "train.jsonl is a file, expected a folder")),
+    ("sweep recipe.yaml --set temperature=1,2 --slurm models", ("--slurm", "models is a folder; expected a file")),
+    ("cache-teacher recipe.yaml --output states --teacher math", ("--teacher", "'math'", "no section teachers")),
     ("score train.jsonl", ("train.jsonl, line 1", "no field 'prediction'")),
     ("report models", ("models", "recipe.yaml")),
     ("report nope", ("nope", "no such run directory")),

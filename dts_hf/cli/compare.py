@@ -10,6 +10,7 @@ import typer
 
 from dts_hf.cli.printing import AsJson, complete_recipe, print_json, print_table, whole_numbers
 from dts_hf.console import printable, say, show
+from dts_hf.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +84,6 @@ def command(
 
 def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:
     """The run directories, those of recipes after they were trained, and one of each recipe by its real path."""
-    from dts_hf.errors import UserError
     from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
 
     recipes = [name for name in dict.fromkeys(given) if is_recipe(name)]

@@ -1010,6 +1010,8 @@ class Recipe(Section):
             UserError: there is no such teacher.
         """
         teachers = self.teachers or {}
+        if not teachers:
+            raise UserError(f"--teacher: got '{name}', but the recipe has no section teachers; leave it out")
         if name not in teachers:
             raise UserError(
                 f"--teacher: got '{name}', expected one of {', '.join(teachers)}.{nearest(name, teachers)}"

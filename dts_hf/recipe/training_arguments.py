@@ -6,11 +6,11 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 from dts_hf.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
     asked = recipe.training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     if asked and importlib.util.find_spec("deepspeed") is None:  # transformers would speak of object.__init__
         raise UserError("training: DeepSpeed is asked for and not installed: pip install 'dts-hf[deepspeed]'")
+    check_trackers(recipe.training.get("report_to"))
     watch_collectives(output_dir)
     limit_joining(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     try:
@@ -57,6 +58,31 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
         if torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
             raise  # it joins the processes, too, and one of them is gone: nobody's input is wrong
         raise UserError(f"training: TrainingArguments refuses this: {error}") from error
+
+
+def check_trackers(asked: str | Sequence[str] | None) -> None:
+    """Refuse now what ``transformers.Trainer`` would refuse when it is made, after rows and models were loaded.
+
+    Args:
+        asked: ``training.report_to`` of a recipe.
+
+    Raises:
+        UserError: a name is none of a tracker, or its package is not installed.
+    """
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    for name in [asked] if isinstance(asked, str) else asked or ():
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"training.report_to: got {name!r}, expected one of {', '.join(INTEGRATION_TO_CALLBACK)}, none or all."
+                f"{nearest(name, INTEGRATION_TO_CALLBACK)}"
+            )
+        # Of the others a package has another name, or transformers does not say whether it is there
+        packaged = name in ("mlflow", "tensorboard", "trackio", "wandb")
+        if packaged and name not in get_available_reporting_integrations():
+            raise UserError(f"training.report_to: {name!r} needs the package {name}: pip install {name}")
 
 
 def worker_defaults(training: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:

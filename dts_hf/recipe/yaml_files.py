@@ -269,6 +269,10 @@ def expand(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
             many = isinstance(at[key], list)
             paths = [_resolve(item, folder) for item in (at[key] if many else [at[key]])]
             at[key] = paths if many else paths[0]
+    output = expanded.get("output")
+    # ./ stands for where the person is there, wherever the recipe lies; ~ would become a folder of that name
+    if isinstance(output, dict) and isinstance(output.get("dir"), str) and output["dir"].startswith("~/"):
+        output["dir"] = _resolve(output["dir"], folder)
     return expanded
 
 

@@ -357,6 +357,24 @@ def test_training_arguments_gets_our_defaults_and_the_recipe_wins(minimal: Path,
     assert training_arguments(filled, tmp_path).train_sampling_strategy == "random"
 
 
+def test_the_home_folder_of_a_run_directory(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for models and rows; a folder named ~ in the current one is never meant."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert load_recipe(minimal, ["output.dir=~/runs/x"]).output.dir == str(tmp_path / "home" / "runs" / "x")
+    assert load_recipe(minimal, ["output.dir=./runs/x"]).output.dir == "./runs/x"
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_loaded(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.integrations
+
+    monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", lambda: ["wandb"])
+    asked = load_recipe(minimal, ["training.report_to=[wandb, tensorboard]", "training.use_cpu=true"])
+    with pytest.raises(UserError, match="report_to: 'tensorboard' needs the package tensorboard: pip install tensorb"):
+        training_arguments(asked, tmp_path)
+
+
 @pytest.mark.parametrize(("kind", "on_cpu"), [(None, True), ("cuda", False), ("xpu", False), ("mps", True)])
 def test_a_recipe_takes_the_gpu_where_there_is_one(
     minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, on_cpu: bool

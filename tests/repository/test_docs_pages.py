@@ -55,6 +55,21 @@ def test_the_install_page_quotes_messages(messages: list[str]) -> None:
         assert any(f"pip install 'dts-hf[{extra}]'" in message for message in messages), extra
 
 
+def test_the_install_page_names_every_extra() -> None:
+    """Those of people who use the package; of those who work on it CONTRIBUTING.md speaks."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^\[project.optional-dependencies\]\n(.*?)^\[", text, re.MULTILINE | re.DOTALL)
+    extras = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE)) - {"test", "lint", "docs", "benchmark", "dev"}
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    assert len(extras) >= 5 and extras <= set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
+
+
+def test_the_start_page_leads_to_every_page() -> None:
+    page = (DOCS / "index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([\w/]+\.md)", page))
+    assert {path.name for path in DOCS.glob("*.md")} - {"index.md"} <= linked
+
+
 def code_cells() -> list[str]:
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
