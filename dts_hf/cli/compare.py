@@ -10,7 +10,7 @@ import typer
 
 from dts_hf.cli.printing import AsJson, complete_recipe, print_json, print_table, whole_numbers
 from dts_hf.console import printable, say, show
-from dts_hf.errors import UserError
+from dts_hf.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,7 @@ def command(
     check_margin(margin)
     if output is not None:
         check_folder(output, "--output")
+    _check_baseline(baseline, runs)
     paths, names = _runs_of(runs, seeds, output)
     kinds = read_kinds(paths)
     wanted = baseline and names.get(os.path.realpath(baseline), baseline)
@@ -80,6 +81,21 @@ def command(
         show("")
     if output is not None:
         show(output / "report.html")
+
+
+def _check_baseline(wanted: str | None, given: Sequence[Path]) -> None:
+    """Refuse a recipe that is not among those given; words of a kind's name are known only when the runs are there.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if wanted is None or not wanted.endswith((".yaml", ".yml")):
+        return
+    if os.path.realpath(wanted) not in map(os.path.realpath, given):
+        names = [str(path) for path in given]
+        raise UserError(
+            f"baseline: {wanted!r} is none of the recipes given, expected one of {', '.join(names)}.{nearest(wanted, names)}"
+        )
 
 
 def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:

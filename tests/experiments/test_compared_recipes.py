@@ -101,6 +101,7 @@ def test_what_is_wrong_without_a_run_is_refused_before_any_is_trained(recipes: l
     """It may take days."""
     for options, said in (
         (["--output", "out", "--margin", "-1"], "margin: got -1.0"),
+        (["--output", "out", "--baseline", "t3.yaml"], "baseline: 't3.yaml' is none of the recipes given"),
         (["--output", "t1.yaml"], "--output: t1.yaml is a file"),
         (["--output", "t1.yaml/out"], "t1.yaml is a file, expected a folder"),
     ):  # fmt: skip
