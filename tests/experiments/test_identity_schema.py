@@ -59,6 +59,7 @@ VALUES: dict[str, Any] = {
     "data.validation.columns": {"instruction": "ask"}, "temperature.name": "cosine", "loss.divergence.name": "jsd",
     "sweep.set": {"temperature": [1, 2]}, "sweep.zip": {"temperature": [1, 2]}, "data.on_policy.schedule": "cosine",
     "data.on_policy.vllm_token_env": "A_TOKEN", "training.accelerator_config": {"split_batches": True},
+    "training.report_to": "all",  # a tracker by name has to be installed
     "training.debug": "underflow_overflow", "training.liger_kernel_config": {"rope": False},
 }  # fmt: skip
 #: Keys that no other value can be given by itself.
