@@ -10,9 +10,10 @@ import pytest
 
 from tests.support.alignment import aligned_rows, instruction_rows, tokenizer_of
 from tests.support.cached import cache_of
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.served import running, served_tiny
 from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.warm import run_warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,7 +26,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = aligned_rows(tiny_tokenizer(), tokenizer, instruction_rows(13))
     cache = cache_of(out / "states", teacher, data, tokenizer)  # type: ignore[no-untyped-call]
     with running(served_tiny(teacher, tokenizer=tokenizer)) as url:
-        done = launch(WORKERS / "aligned_states_worker.py", 2, [str(out), str(cache), url], "ddp", timeout=560)
+        done = run_warm(WORKERS / "aligned_states_worker.py", 2, [str(out), str(cache), url], "ddp", timeout=560)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((out / "0.json").read_text())
     assert found["world"] == 2

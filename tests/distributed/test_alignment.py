@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
+from tests.support.warm import run_warm
 from tests.workers import alignment_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -19,7 +20,7 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alignment")
-    done = launch(WORKERS / "alignment_worker.py", 2, [str(out), *WRAPPERS], timeout=560)
+    done = run_warm(WORKERS / "alignment_worker.py", 2, [str(out), *WRAPPERS], timeout=560)
     assert done.returncode == 0, done.stderr[-3000:]
     alignment_worker.main(["single"], out)
     return out

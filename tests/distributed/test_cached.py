@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.support.cached import cache_of
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.trainers import encoded
 from tests.support.two_teachers import live_pair
+from tests.support.warm import run_warm
 
 WRAPPERS = {"fsdp2": "DTensor", "zero2": "DeepSpeedEngine 2", "zero3": "DeepSpeedEngine 3"}
 
@@ -20,7 +21,7 @@ WRAPPERS = {"fsdp2": "DTensor", "zero2": "DeepSpeedEngine 2", "zero3": "DeepSpee
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out: Path = tmp_path_factory.mktemp("strategies")
     caches = [cache_of(out / name, model, encoded()) for name, model in live_pair().items()]  # type: ignore[no-untyped-call]
-    done = launch(WORKERS / "cached_strategies_worker.py", 2, [str(out), *map(str, caches), *WRAPPERS])
+    done = run_warm(WORKERS / "cached_strategies_worker.py", 2, [str(out), *map(str, caches), *WRAPPERS])
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((out / "0.json").read_text())
     assert found["world"] == 2

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
+from tests.support.warm import run_warm
 from tests.workers import dual_space_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -18,7 +19,7 @@ SHARDED = ("zero3", "fsdp2")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dual_space")
-    done = launch(WORKERS / "dual_space_worker.py", 2, [str(out), "ddp", *SHARDED], timeout=560)
+    done = run_warm(WORKERS / "dual_space_worker.py", 2, [str(out), "ddp", *SHARDED], timeout=560)
     assert done.returncode == 0, done.stderr[-3000:]
     dual_space_worker.main(["single"], out)
     return out

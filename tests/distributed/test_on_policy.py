@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.tiny import tiny_llama
 from tests.support.vllm_server import Vllm, serving
+from tests.support.warm import run_warm
 from tests.workers import on_policy_worker
 
 WRAPPERS = {
@@ -32,7 +33,7 @@ class Runs:
         self.folder = folder
         with serving(Vllm(tiny_llama(seed=99, tie=False))) as url:
             (folder / "server").write_text(url)
-            done = launch(WORKERS / "on_policy_worker.py", 2, [str(folder), *WRAPPERS], timeout=800)
+            done = run_warm(WORKERS / "on_policy_worker.py", 2, [str(folder), *WRAPPERS], timeout=800)
         assert done.returncode == 0, done.stderr[-3000:]
         on_policy_worker.main(["single"], folder)
 

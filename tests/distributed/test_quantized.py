@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from dts_hf.models.fake_quantization import TRAINED_FOR
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.quantized import INT4, needs_torchao
 from tests.support.tiny import tiny_llama
+from tests.support.warm import run_warm
 from tests.workers import quantized_worker
 
 pytestmark = [pytest.mark.slow, needs_torchao]
@@ -24,7 +25,7 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quantized")
-    done = launch(WORKERS / "quantized_worker.py", 2, [str(out), *WRAPPERS])
+    done = run_warm(WORKERS / "quantized_worker.py", 2, [str(out), *WRAPPERS])
     assert done.returncode == 0, done.stderr[-3000:]
     quantized_worker.main(str(out), "single")
     return out

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dts_hf.errors import UserError
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
+from tests.support.warm import run_warm
 from tests.workers import replay_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -20,7 +21,7 @@ of_strategy = pytest.mark.parametrize("strategy", replay_worker.STRATEGIES)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of two processes trains under all strategies; it is killed where it hangs."""
     out = tmp_path_factory.mktemp("replay")
-    done = launch(WORKERS / "replay_worker.py", 2, [str(out), *replay_worker.STRATEGIES], timeout=800)
+    done = run_warm(WORKERS / "replay_worker.py", 2, [str(out), *replay_worker.STRATEGIES], timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

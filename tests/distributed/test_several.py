@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
+from tests.support.warm import run_warm
 from tests.workers import several_worker
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("several")
-    done = launch(WORKERS / "several_worker.py", 2, [str(out), "ddp"])
+    done = run_warm(WORKERS / "several_worker.py", 2, [str(out), "ddp"])
     assert done.returncode == 0, done.stderr[-3000:]
     several_worker.main(str(out), "single")
     return out

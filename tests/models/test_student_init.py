@@ -30,10 +30,11 @@ from dts_hf.models.width import cut_hidden, cut_mlps, find_mlps, largest
 from dts_hf.recipe.schema import Init, Recipe
 from dts_hf.training.model_shape import shapes_from_configs
 from tests.support.families import FAMILIES
-from tests.support.launching import launch
+from tests.support.launching import ROOT
 from tests.support.prunable import ALL, logits_of
 from tests.support.recipes import recipe, write_rows
 from tests.support.tiny import tiny_llama
+from tests.support.warm import run_warm
 
 #: Families whose MLPs cannot be cut, and the words that the message has of them.
 REFUSED = {
@@ -348,7 +349,7 @@ def test_two_processes_make_the_student_of_one(workplace: Path) -> None:
         training = {"max_steps": 1, "per_device_train_batch_size": batch, "learning_rate": 0.0, "weight_decay": 0.0}
         values = recipe(student=SEARCH, training=training, output={"dir": f"run{world}"}, evaluation=UNSCORED)
         (workplace / "r.yaml").write_text(values.to_yaml())
-        done = launch(("-m", "dts_hf", "train"), world, ["r.yaml"], cwd=workplace)
+        done = run_warm(ROOT / "dts_hf" / "__main__.py", world, ["train", "r.yaml"], cwd=workplace)
         assert done.returncode == 0, done.stderr[-3000:]
         records.append(json.loads(Path(f"run{world}/student_init.json").read_text()))
         finals.append(Path(f"run{world}/final/model.safetensors").read_bytes())

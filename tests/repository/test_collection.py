@@ -64,7 +64,7 @@ def collected_twice(folder: Path, tests: str = "tests") -> tuple[list[str], list
     return names(first), names(second)
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # all is collected twice; workers that disagree on a name say so themselves
 def test_names_do_not_depend_on_time_folder_or_hashes(tmp_path: Path) -> None:
     here, elsewhere = collected_twice(tmp_path)
     assert len(here) > 1000 and len(set(here)) == len(here)

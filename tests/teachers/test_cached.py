@@ -21,7 +21,7 @@ from dts_hf.teachers.identity import identity_of
 from dts_hf.teachers.live import LiveTeacher
 from tests.support.cached import cache_of
 from tests.support.cached_reading import rows_in_worker
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import (
     ROWS,
@@ -33,6 +33,7 @@ from tests.support.trainers import (
     temperatures,
     trainer_for,
 )
+from tests.support.warm import run_warm
 
 
 def teacher():
@@ -89,7 +90,7 @@ def test_cached_gradients_are_live_gradients(tmp_path, cache, policy):
 
 
 def test_two_processes_with_a_cache_are_two_with_the_live_teacher(tmp_path, cache):
-    done = launch(WORKERS / "cached_worker.py", 2, [tmp_path, cache], strategy="ddp")
+    done = run_warm(WORKERS / "cached_worker.py", 2, [tmp_path, cache], strategy="ddp")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "0.json").read_text())
     assert record["world"] == 2

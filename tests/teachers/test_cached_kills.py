@@ -24,6 +24,7 @@ from tests.support.cached import cache_of
 from tests.support.launching import WORKERS, command, environment, launch
 from tests.support.recipes import recipe
 from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.warm import run_warm
 
 OPTIONS = {"shard_bytes": 1, "batch_tokens": 64}  # a shard a row
 
@@ -72,7 +73,7 @@ def recipe_file(workplace: Path) -> str:
 
 def test_two_processes_write_the_bytes_of_one(recipe_file, tmp_path):
     cache_teacher(load_recipe(recipe_file), Path("by1"), CacheOptions(shard_bytes=4000, batch_tokens=256))
-    done = launch(WORKERS / "cache_worker.py", 2, [recipe_file, "by2"], cwd=tmp_path)
+    done = run_warm(WORKERS / "cache_worker.py", 2, [recipe_file, "by2"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = contents(Path("by1")), contents(Path("by2"))
     assert one.keys() == two.keys() and len(one) >= 6

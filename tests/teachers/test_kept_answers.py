@@ -25,11 +25,12 @@ from dts_hf.teachers.kept_answers import KeptAnswers
 from dts_hf.teachers.remote import RemoteTeacher
 from tests.support.cached import cache_of
 from tests.support.cached_runs import invoke, log_of, quick
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.recipes import recipe, write_rows
 from tests.support.served import running, served_tiny
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import ROWS, encoded, losses, trainer_for
+from tests.support.warm import run_warm
 
 LABELS = sum(encoded().target_counts)
 
@@ -92,7 +93,7 @@ def test_three_epochs_and_another_run_ask_once(tmp_path, packing, workers):
 
 def test_what_two_processes_were_answered_is_kept_for_one(tmp_path):
     with server() as (url, asked):
-        done = launch(WORKERS / "remote_worker.py", 2, [tmp_path, url, "8", "remote", tmp_path / "kept"])
+        done = run_warm(WORKERS / "remote_worker.py", 2, [tmp_path, url, "8", "remote", tmp_path / "kept"])
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads((tmp_path / "0.json").read_text())["world"] == 2
         # 16 labels of each of two rows of the self-test, of two processes, padded and packed

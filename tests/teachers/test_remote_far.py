@@ -17,10 +17,11 @@ import torch
 from dts_hf.serving.serve import ServeOptions, listen, make_server
 from dts_hf.teachers.live import LiveTeacher
 from dts_hf.teachers.remote import RemoteTeacher
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.served import batch_of, running, served_tiny
 from tests.support.tiny import tiny_llama
 from tests.support.trainers import trainer_for
+from tests.support.warm import run_warm
 
 
 def _supervise(orders, port: int) -> None:
@@ -128,7 +129,7 @@ def test_eight_clients_for_five_minutes(tmp_path, record_property) -> None:
 @pytest.mark.soak
 def test_two_processes_with_a_remote_teacher_train_as_with_a_local_one(tmp_path) -> None:
     with running(served_tiny()) as url:
-        done = launch(WORKERS / "remote_worker.py", world=2, args=[str(tmp_path), url, "50"], strategy="ddp")
+        done = run_warm(WORKERS / "remote_worker.py", world=2, args=[str(tmp_path), url, "50"], strategy="ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2 and first["remote False"]["weights"] == second["remote False"]["weights"]

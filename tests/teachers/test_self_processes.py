@@ -7,13 +7,21 @@ import json
 
 import pytest
 
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
+from tests.support.warm import run_warm
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds."""
+    (found,) = results(tmp_path_factory.mktemp("alone"), "single", 1)
+    return found
+
+
 def results(folder, strategy, world):
-    done = launch(WORKERS / "self_worker.py", world, [str(folder), strategy], strategy)
+    done = run_warm(WORKERS / "self_worker.py", world, [str(folder), strategy], strategy)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{strategy} {world}-{rank}.json").read_text()) for rank in range(world)]
 
@@ -22,8 +30,7 @@ def results(folder, strategy, world):
     "strategy",
     ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="no deepspeed"))],
 )
-def test_two_processes_have_one_teacher(tmp_path, strategy):
-    (alone,) = results(tmp_path, "single", 1)
+def test_two_processes_have_one_teacher(tmp_path, alone, strategy):
     first, second = results(tmp_path, strategy, 2)
     for case, expected in alone.items():
         assert len(expected["losses"]) == 3

@@ -17,11 +17,12 @@ from dts_hf.teachers.remote import RemoteTeacher
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support.cached import cache_of
 from tests.support.compact import CompactedTeacher
-from tests.support.launching import WORKERS, launch
+from tests.support.launching import WORKERS
 from tests.support.served import running, served_tiny
 from tests.support.tiny import TINY_VOCAB, tiny_llama, tiny_tokenizer
 from tests.support.trainers import arguments, encoded, largest_difference, losses, step_gradients
 from tests.support.two_teachers import NAMES, ROUTED, live_pair
+from tests.support.warm import run_warm
 
 #: Tiny models, for the noise of fp32 must stay below 1e-6: no Adam, which divides by what is almost nothing.
 SGD = {"max_steps": 6, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.05}
@@ -251,7 +252,7 @@ def test_resumed_it_ends_bit_for_bit_and_refuses_another_cache_by_name(tmp_path,
 
 def test_two_processes_with_caches_are_two_with_the_live_teachers(tmp_path, caches):
     folders = [str(caches[way][name]) for way in WAYS for name in NAMES]
-    done = launch(WORKERS / "several_cached_worker.py", 2, [tmp_path, *folders], strategy="ddp")
+    done = run_warm(WORKERS / "several_cached_worker.py", 2, [tmp_path, *folders], strategy="ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "0.json").read_text())
     assert record["world"] == 2
