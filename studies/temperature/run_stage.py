@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ import yaml
 
 from dts_hf.errors import UserError
 from dts_hf.experiments.identity import contents, is_replayed, run_id, settings_of
-from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
+from dts_hf.experiments.sweep import Planned, Study, Sweep, is_done, plan
 from dts_hf.runs.directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+TEACHER = "teacher"  # folder of the fine-tuned ones, beside the runs of stage C
 #: Of a log line, what the page may draw.
 COLUMNS = ("step", "loss", "ce_loss", "kd_loss", "kl", "gap", "temperature", "teacher_temperature")
 #: Of the teacher on the held-out rows.
@@ -117,6 +119,25 @@ def _filled(value: Any, paths: Mapping[str, str]) -> Any:
     return paths.get(value, value) if isinstance(value, str) else value
 
 
+def stage_c(stage: Mapping[str, Any], rows: Path, folder: Path, make: bool) -> Iterator[Study]:
+    """Students of both depths; then, of the fine-tuned teachers, which are made before that where ``make`` says so."""
+    yield planned(stage, rows, folder, stage["seeds"])
+    run = folder / TEACHER
+    if make and not is_done(run):
+        words = ["train", str(HERE / "teacher.yaml"), *overrides_of(rows), "--output", str(run), "--resume"]
+        subprocess.run([sys.executable, "-m", "dts_hf", *words], check=True)
+    if is_done(run):
+        epochs = checkpoints(run)
+        teachers = [str(epochs[number - 1].resolve()) for number in stage["teachers"]["epochs"]]
+        grid = {**stage["teachers"]["grid"], "teacher.model": teachers}
+        yield planned({"grids": [grid]}, rows, folder, stage["seeds"])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Those of ``teacher.yaml``: one an epoch, the first first."""
+    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
@@ -141,6 +162,8 @@ def _result(directory: RunDirectory, replayed: Mapping[str, Planned]) -> dict[st
         other = replayed.get(str(Path(settings.pop(key)).resolve()))
         if other is not None:  # of which seed, not where it lies: else every seed were a kind of its own
             settings[f"{key} of"] = "the same seed" if other.label.endswith(f"seed {recipe.seed}") else "another seed"
+    if (teacher_folder := Path(str(settings.get("teacher.model")))).parent.name == TEACHER:
+        settings["teacher.epochs"] = 1 + checkpoints(teacher_folder.parent).index(teacher_folder)
     student = metrics.get("models", {}).get("student", {})
     scores = dict(student.get("teacher_forced", {}))
     broken = [key for key, value in scores.items() if not _is_number(value)]
@@ -193,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage, folder = stages[args.stage], args.output / args.stage
     if args.stage == "B":
         parts: Iterator[Study] = stage_b(stage, args.rows, folder)
+    elif args.stage == "C":
+        parts = stage_c(stage, args.rows, folder, make=not (args.dry_run or args.collect))
     else:
         parts = iter([planned(stage, args.rows, folder, stage["seeds"])])
     runs: list[Planned] = []

@@ -29,7 +29,10 @@ LEAST_SEEDS = 3
 BY_CONSTRUCTION = {("kl", "forward KL, T = 1"), ("reverse_kl", "reverse KL, T = 1")}
 CORNERS = tuple(f"{name}, T = {t}" for name in ("forward KL", "reverse KL") for t in (2, 1))
 #: Of stage C, as a kind's name has it.
-DEPTHS = ("", ", 20 layers")
+DEEP = ", 20 layers"
+TUNED = (", teacher fine-tuned for 1 epoch", ", teacher fine-tuned for 10 epochs")
+#: A family of stage C, and the endpoints that do not themselves change with the teacher.
+OF_TEACHERS, ANY_TEACHER = "A fine-tuned teacher against the one as it comes", ("ce", "ece", "entropy")
 #: What recipe.yaml has, and a kind's name leaves out.
 USUAL_LAYERS, USUAL_RATE = 12, 8e-4
 NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL"}
@@ -90,7 +93,9 @@ class Stage:
                 ("The constant at other learning rates", control, [kind for kind in constants if kind != control]),
             ]
         elif self.name == "C":
-            found = [(f"T = 2 against T = 1{depth}", f"{usual}{depth}", [f"{usual[:-1]}2{depth}"]) for depth in DEPTHS]
+            sides = ("", DEEP, *TUNED)
+            found = [(f"T = 2 against T = 1{side}", f"{usual}{side}", [f"{usual[:-1]}2{side}"]) for side in sides]
+            found += [(OF_TEACHERS, usual, [f"{usual}{tuned}" for tuned in TUNED])]
         else:
             found = [(f"Against {usual.replace(', T', ' at T')}", usual, [kind for kind in kinds if kind != usual])]
         return [
@@ -110,6 +115,8 @@ def name_of(settings: Mapping[str, Any]) -> str:
         layers, rate = settings.get("student.init.layers") or (), settings.get("training.learning_rate", USUAL_RATE)
         depth = f", {len(layers)} layers" if len(layers) not in (0, USUAL_LAYERS) else ""
         beside = f", learning rate {rate:g}" if rate != USUAL_RATE else ""
+        epochs = settings.get("teacher.epochs")
+        beside += f", teacher fine-tuned for {epochs} epoch{'s' * (epochs > 1)}" if epochs else ""
         return f"{divergence}, T = {float(settings['temperature.value']):g}{depth}{beside}"
     order = settings.get("temperature.gap_source.order")
     of_runs = [
@@ -129,20 +136,54 @@ def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+class Family:
+    """One endpoint of a family of comparisons; the control of stage B has more seeds than the others.
+
+    Args:
+        stage: its runs.
+        endpoint: as the scores call it.
+        about: its part of ``study.yaml``.
+        baseline: the kind that the others are compared with.
+        kinds: those.
+
+    Attributes:
+        means: of each kind that has the endpoint, the score of every run; empty where one has no such number.
+        verdicts: of each kind but the baseline, the difference and what is said of it.
+    """
+
+    def __init__(
+        self, stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str, kinds: Sequence[str]
+    ) -> None:
+        more = stage.about.get("control_seeds", ())
+        self.baseline, self.means = baseline, {
+            kind: stage.scores(kind, endpoint, more if kind == baseline else ())
+            for kind in stage.runs
+            if kind in (baseline, *kinds)
+        }  # fmt: skip
+        if not all(self.means.values()):
+            self.means = {}
+            return
+        base, others = self.means[baseline], {kind: own for kind, own in self.means.items() if kind != baseline}
+        self.dunnett = dunnett(base, others)
+        self.margin = margin_of(about, statistics.fmean(base))
+        self.digits = digits_of(self.margin) + 1
+        self.higher = None if about.get("neither") else bool(about.get("higher"))
+        loadings = loadings_of(len(base), [len(one) for one in others.values()])
+        self.verdicts = {}
+        for kind, values in others.items():
+            found = pooled_difference(base, values, self.dunnett.sd, self.means)
+            self.verdicts[kind] = found, verdict(
+                found, self.margin, run_sd=self.dunnett.sd, critical=critical_value(loadings, found.df),
+                higher_is_better=self.higher, digits=self.digits,
+            )  # fmt: skip
+
+
 def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str, kinds: Sequence[str]) -> list[str]:
-    """One endpoint of a family of a stage, a line a kind; the control of stage B has more seeds than the others."""
-    more = stage.about.get("control_seeds", ())
-    means = {
-        kind: stage.scores(kind, endpoint, more if kind == baseline else ())
-        for kind in stage.runs
-        if kind in (baseline, *kinds)
-    }
-    if not all(means.values()):
+    """One endpoint of a family of a stage, a line a kind."""
+    family = Family(stage, endpoint, about, baseline, kinds)
+    if not family.means:
         return []
-    base, others = means[baseline], {kind: values for kind, values in means.items() if kind != baseline}
-    family = dunnett(base, others)
-    margin = margin_of(about, statistics.fmean(base))
-    digits, higher = digits_of(margin) + 1, None if about.get("neither") else bool(about.get("higher"))
+    digits, higher, means = family.digits, family.higher, family.means
     best = (max if higher else min)(statistics.fmean(values) for values in means.values())
     unit = f", {about['unit']}" if "unit" in about else ""
     lines = [
@@ -156,25 +197,21 @@ def table(stage: Stage, endpoint: str, about: Mapping[str, Any], baseline: str, 
         wins = sum(_is_best(means, kind, place, higher) for place in range(len(stage.seeds)))
         cells = ["", "", "", "the baseline" if kind == baseline else ""]
         if kind != baseline:
-            found = pooled_difference(base, values, family.sd, means)
-            critical = critical_value(loadings_of(len(base), [len(one) for one in others.values()]), found.df)
-            said = verdict(found, margin, run_sd=family.sd, critical=critical, higher_is_better=higher, digits=digits)
+            found, said = family.verdicts[kind]
             ends = " to ".join(f"{end:+.{digits}f}" for end in said.interval)
-            p = family.comparisons[kind].p
+            p = family.dunnett.comparisons[kind].p
             small = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
             cells = [f"{found.mean:+.{digits}f}", ends, small, said.sentence]
         ranked = higher is not None
-        near = ", near the best" if ranked and abs(best - mean) <= margin else ""
+        near = ", near the best" if ranked and abs(best - mean) <= family.margin else ""
         cells = [f"{kind}{mark}", shown, *cells[:3], f"{cells[3]}{near}", str(wins) if ranked else ""]
         lines.append(f"| {' | '.join(cells)} |")
-    if family.unequal > MOST_UNEQUAL:
-        said = (
-            f"the largest spread between seeds is {family.unequal:.0f} times the smallest, so pooling it is doubtful"
-        )
-        lines += ["", f"Caution: {said}."]
-    seen = detectable(len(others), len(stage.seeds), len(base)) * family.sd
+    if family.dunnett.unequal > MOST_UNEQUAL:
+        times = f"{family.dunnett.unequal:.0f} times the smallest"
+        lines += ["", f"Caution: the largest spread between seeds is {times}, so pooling it is doubtful."]
+    seen = detectable(len(means) - 1, len(stage.seeds), len(means[baseline])) * family.dunnett.sd
     reach = f"on these rows 4 of 5 such studies would see a difference of {seen:.{digits}f}"
-    return [*lines, "", f"Margin {margin:.2g}; {reach}.", ""]
+    return [*lines, "", f"Margin {family.margin:.2g}; {reach}.", ""]
 
 
 def pooled_difference(
@@ -281,6 +318,18 @@ def elsewhere(stage: Stage, endpoints: Mapping[str, Any], primary: str) -> list[
     return lines
 
 
+def in_short(family: Family, about: Mapping[str, Any]) -> list[str]:
+    """Which kinds are better than the baseline on the primary endpoint, which worse, and of which it cannot be said."""
+    if not family.means:
+        return []
+    words = {"better": "better", "worse": "worse", "equivalent": "equivalent", "undecided": "cannot be told apart"}
+    groups: dict[str, list[str]] = {word: [] for word in words}
+    for kind, (_, said) in family.verdicts.items():
+        groups[said.word].append(kind.partition(", ")[2])
+    parts = [f"{words[word]}: {'; '.join(kinds) or 'none'}" for word, kinds in groups.items()]
+    return [f"By the {about['name']}, beside {family.baseline}: {'. '.join(parts)}.".replace(". ", ".\n"), ""]
+
+
 def figure(stage: Stage, endpoint: str, about: Mapping[str, Any]) -> str | None:
     """The endpoint over log T, a line for each direction of the KL, bands from the lowest to the highest seed."""
     lines, grid = [], ("0.5", "1", "2", "4")
@@ -324,13 +373,20 @@ def page() -> dict[Path, str]:
         text += of_interaction(stage, endpoints) if name == "A" else mean_temperatures(stage)
         for title, baseline, kinds in stage.families(about["baseline"]):
             text += [f"## {title}", ""]
-            text += [f"Intervals are Dunnett's, over seeds, on these rows. {_of_teacher(stage)}".rstrip(), ""]
+            text += (
+                in_short(Family(stage, "ce", endpoints["ce"], baseline, kinds), endpoints["ce"]) if name != "A" else []
+            )
+            own = _of_teacher(stage, [baseline, *kinds])
+            text += [f"Intervals are Dunnett's, over seeds, on these rows. {own}".rstrip(), ""]
             for endpoint, of_endpoint in endpoints.items():
+                if title == OF_TEACHERS and endpoint not in ANY_TEACHER:
+                    continue
                 text += table(stage, endpoint, of_endpoint, baseline, kinds)
                 if name == "A" and (drawn := figure(stage, endpoint, of_endpoint)) is not None:
                     files[HERE / "figures" / f"{endpoint}.svg"] = drawn
                     text += [f"![{of_endpoint['name']} over T](figures/{endpoint}.svg)", ""]
-    text += revisit(Stage("A", about["stages"]["A"]))
+    fine_tuning = of_fine_tuning(Stage("C", about["stages"]["C"]), endpoints["ce"], about["baseline"])
+    text += revisit(Stage("A", about["stages"]["A"]), fine_tuning)
     files[HERE / "RESULTS.md"] = "\n".join(text).rstrip() + "\n"
     return files
 
@@ -344,14 +400,24 @@ def mean_temperatures(stage: Stage) -> list[str]:
     return [*lines, ""]
 
 
-def _of_teacher(stage: Stage) -> str:
-    teacher = next(
-        (run["teacher"] for of_kind in stage.runs.values() for run in of_kind.values() if run["teacher"]), {}
-    )
-    return f"The teacher's own CE on the references is {teacher['ce']:.3f}." if "ce" in teacher else ""
+def _of_teacher(stage: Stage, kinds: Sequence[str]) -> str:
+    of_kinds = [next(iter(stage.runs[kind].values()))["teacher"].get("ce") for kind in kinds]
+    found = [f"{ce:.3f}" for ce in dict.fromkeys(of_kinds) if ce is not None]
+    if len(found) > 1:
+        return f"The teachers' own CE on the references, in this order: {', '.join(found)}."
+    return f"The teacher's own CE on the references is {found[0]}." if found else ""
 
 
-def revisit(stage: Stage) -> list[str]:
+def of_fine_tuning(stage: Stage, about: Mapping[str, Any], usual: str) -> str:
+    """What stage C says of the fifth finding: on the primary endpoint, each fine-tuned teacher against the other."""
+    if not stage.is_whole or any(f"{usual}{tuned}" not in stage.runs for tuned in TUNED):
+        return "cannot say: not run"
+    family = Family(stage, "ce", about, usual, [f"{usual}{tuned}" for tuned in TUNED])
+    said = [f"{tuned.rpartition('for ')[2]}: {family.verdicts[f'{usual}{tuned}'][1].sentence}" for tuned in TUNED]
+    return f"{about['name']} of the student, {'; '.join(said)} (stage C; one teacher of each)"
+
+
+def revisit(stage: Stage, fine_tuning: str) -> list[str]:
     """The findings of the Unified Revisit beside what was measured here."""
     flat = "cannot say: one optimizer was run"
     shared = "cannot say: not run"
@@ -365,8 +431,9 @@ def revisit(stage: Stage) -> list[str]:
             "cannot say: runs are short, T ends at 4",
         ),
         ("F4", "fine-grained labels want a higher T, coarse ones a lower", "cannot say: one vocabulary"),
-        ("F5", "light fine-tuning of the teacher helps, heavy hurts", "cannot say: stage C is not run"),
-        ("F6", "pretrained students gain less than random ones, but gain", "cannot say: stage C is not run"),
+        ("F5", "light fine-tuning of the teacher helps, heavy hurts", fine_tuning),
+        ("F6", "pretrained students gain less than random ones, but gain",
+         "cannot say: all students are cut from their teacher"),
     ]  # fmt: skip
     lines = [
         "# The findings of the Unified Revisit beside ours", "",

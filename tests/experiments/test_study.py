@@ -22,6 +22,7 @@ from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from tests.support.made_run import RECIPE, make_run
 from tests.support.recipes import recipe, write_rows
+from tests.support.tiny import tiny_llama
 
 pytest.importorskip("scipy")
 SD = 0.45  # of a run, in points of ROUGE-L
@@ -284,6 +285,58 @@ def test_stage_c_tells_students_of_another_depth_apart(study) -> None:
     assert deep["forward KL, T = 2, 20 layers"][4].startswith("worse by") and len(deep) == 2
 
 
+def test_stage_c_compares_fine_tuned_teachers_where_they_can_be_compared(study) -> None:
+    """T against T under each teacher on everything; teacher against teacher not on the distance to one's own teacher."""
+    kinds = {}
+    for t in (1.0, 2.0):
+        for epochs, ce in ((None, 3.0), (1, 2.5), (10, 3.5)):
+            tuned = {"teacher.epochs": epochs} if epochs else {}
+            settings = {"temperature.name": "constant", "temperature.value": t, **tuned}
+            kinds[f"{t}-{epochs}"] = (settings, ce + (t == 2.0 and epochs == 10), [301, 302, 303])
+    plant_stage(study.run.RESULTS, "C", kinds)
+    for path in sorted((study.run.RESULTS / "C").glob("*.json")):
+        found = json.loads(path.read_text())
+        found["scores"]["kl"] = 1.0 + found["scores"]["ce"] / 10
+        found["teacher"] = {"ce": 2.0 + (found["settings"].get("teacher.epochs") or 0) / 10}
+        path.write_text(json.dumps(found))
+    text = text_of(study)
+    heavy = rows_of(text, "T = 2 against T = 1, teacher fine-tuned for 10 epochs")
+    assert heavy["forward KL, T = 2, teacher fine-tuned for 10 epochs"][4].startswith("worse by 0.9")
+    teachers = text[text.index(f"## {study.page.OF_TEACHERS}") : text.index("# The findings")]
+    assert "in this order: 2.000, 2.100, 3.000." in teachers and "KL(teacher" not in teachers
+    rows = rows_of(text, study.page.OF_TEACHERS)
+    assert rows["forward KL, T = 1, teacher fine-tuned for 1 epoch"][4].startswith("better by 0.4")
+    finding = next(line for line in text.splitlines() if line.startswith("| F5 |"))
+    assert "1 epoch: better by 0.4" in finding and "10 epochs: worse by 0.4" in finding
+    assert (
+        "better: T = 1, teacher fine-tuned for 1 epoch.\nworse: T = 1, teacher fine-tuned for 10 epochs.\n" in teachers
+    )
+
+
+def test_stage_c_is_planned_with_the_teachers_of_its_epochs(study, monkeypatch, tmp_path: Path) -> None:
+    """They are made once, by the recipe that lies there; a stage that only looks makes none."""
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / name).write_text('{"instruction": "a", "output": "b"}\n')
+    stage, folder, asked = study.run.study()["stages"]["C"], tmp_path / "runs", []
+
+    def train(words: list[str], check: bool) -> None:
+        asked.append(words)
+        for step in (9, 18, 27, 90, 100, 110, 120, 130, 140, 150):  # not in the order of their names
+            tiny_llama(seed=step).save_pretrained(folder / "teacher" / f"checkpoint-{step}")
+        make_run(folder / "teacher")
+
+    monkeypatch.setattr(study.run.subprocess, "run", train)
+    assert len(list(study.run.stage_c(stage, tmp_path, folder, make=False))) == 1 and not asked
+    depths, tuned = (part.runs for part in study.run.stage_c(stage, tmp_path, folder, make=True))
+    assert [len(depths), len(tuned), len(asked)] == [12, 12, 1] and "teacher.yaml" in asked[0][4]
+    models = [next(given for given in run.overrides if given.startswith("teacher.model=")) for run in tuned]
+    assert {model.rpartition("-")[2].strip('"') for model in models} == {"9", "150"}
+    assert len({run.id for run in [*depths, *tuned]}) == 24
+    assert len(list(study.run.stage_c(stage, tmp_path, folder, make=True))) == 2 and len(asked) == 1
+    first = study.run.checkpoints(folder / "teacher")
+    assert [path.name for path in first[:3]] == ["checkpoint-9", "checkpoint-18", "checkpoint-27"]
+
+
 def test_stage_b_is_planned_with_the_run_that_each_control_replays(study, tmp_path: Path) -> None:
     plant(study.run.RESULTS, [101, 102, 103])
     for name in ("train.jsonl", "valid.jsonl"):
@@ -304,6 +357,8 @@ def test_stage_b_is_planned_with_the_run_that_each_control_replays(study, tmp_pa
 def test_every_recipe_of_the_study_loads() -> None:
     base = load_recipe(FOLDER / "recipe.yaml", [])
     assert base.data.train_share == 0.9 and base.training["max_steps"] == 40
+    tuned = load_recipe(FOLDER / "teacher.yaml", [])
+    assert tuned.teacher is None and tuned.training["save_strategy"] == "epoch"
 
 
 def test_the_page_that_lies_here_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
