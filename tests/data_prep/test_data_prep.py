@@ -830,7 +830,7 @@ def test_the_five_sets_from_real_rows(
 
 
 @pytest.mark.shared_data
-@pytest.mark.parametrize("marks", ["as published", "everywhere"])
+@pytest.mark.parametrize("marks", [pytest.param("as published", marks=pytest.mark.soak), "everywhere"])
 def test_no_real_test_row_of_dolly_is_left_in_train(
     prep: SimpleNamespace, out: Path, shared_data_dir: Path, tmp_path: Path, marks: str
 ) -> None:

@@ -20,6 +20,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 from dts_hf.errors import UserError
 from dts_hf.generation.engine import Generated, GenerationSettings, generate, stop_token_ids
 from dts_hf.generation.sampling import NOTHING, ban_repeated_ngrams, gumbel_noise, nucleus
+from tests.support.daily import one_in
 from tests.support.families import FAMILIES
 from tests.support.prompts import EOS, make_prompts
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama
@@ -72,7 +73,7 @@ def references(name: str, ngram: int) -> list[Generated]:
 
 
 @pytest.mark.parametrize("ngram", [0, 3])
-@pytest.mark.parametrize("batch_size", [1, 7, 32])
+@pytest.mark.parametrize("batch_size", one_in(3, [7, 1, 32]))
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_text_is_that_of_generate_one_by_one(name: str, batch_size: int, ngram: int) -> None:
     prompts = make_prompts()

@@ -25,6 +25,7 @@ from dts_hf.hub.pull import pull
 from dts_hf.hub.push import staged_source
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
+from tests.support.daily import one_in
 from tests.support.fake_hub import TOKEN, FakeHub, Fault, fake_hub
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -311,7 +312,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", one_in(3, FAULTS))
 def test_a_fault_leaves_a_complete_run_and_the_command_that_uploads(
     finished: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

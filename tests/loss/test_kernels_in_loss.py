@@ -15,6 +15,7 @@ from dts_hf.loss import chunk_walk, fused_rows
 from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature import build_temperature
+from tests.support.daily import one_in
 from tests.support.loss_problem import POLICIES, started
 from tests.support.row_roads import FORMS, apart
 
@@ -103,7 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_in(2, CASES))
 def test_kernels_give_the_loss_of_pytorch(case: str, device: str) -> None:
     expected = outcome("torch", torch.float64, device, **CASES[case])
     assert_same(outcome("triton", torch.float32, device, **CASES[case]), expected)

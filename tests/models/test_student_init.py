@@ -29,6 +29,7 @@ from dts_hf.models.student_init import StudentInit, as_hex, from_hex, ranges
 from dts_hf.models.width import cut_hidden, cut_mlps, find_mlps, largest
 from dts_hf.recipe.schema import Init, Recipe
 from dts_hf.training.model_shape import shapes_from_configs
+from tests.support.daily import one_in
 from tests.support.families import FAMILIES
 from tests.support.launching import ROOT
 from tests.support.prunable import ALL, logits_of
@@ -86,7 +87,7 @@ def same_model(one: Any, other: Any) -> None:
 # -------------------------------------------------------------------------------------------------------- every family
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", one_in(2, ALL))
 def test_what_was_measured_is_what_the_student_has(name: str, tmp_path: Path) -> None:
     """Layers and channels were left out by hooks; the student that is built has the same NLL, read again and cached too."""
     teacher = ALL[name].build()

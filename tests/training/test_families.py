@@ -24,6 +24,7 @@ from dts_hf.models.head import output_module
 from dts_hf.temperature import temperature_policies
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support import reference
+from tests.support.daily import share_of, shares
 from tests.support.families import FAMILIES, LAYERS, VOCAB
 from tests.support.recorded import record
 from tests.support.tiny import tiny_tokenizer
@@ -75,8 +76,6 @@ OTHER_TEMPERATURE = {
 
 #: Each of them, of every policy.
 WAYS = [(policy, options) for policy, variants in SAME_TEMPERATURE.items() for options in variants]
-#: Every day each family and each divergence meets every fourth way, beginning at another; ``make soak`` has them all.
-SHARES = pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.soak)], ids=["a quarter", "all"])
 
 
 def specification(policy: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def test_a_copy_of_the_teacher_has_neither_kl_nor_gap(tmp_path: Any, name: str, 
     assert found["eval_teacher_ce"] > 0.5  # it says something: the labels are not all foreseen
 
 
-@SHARES
+@shares
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_copy_of_the_teacher_has_no_kd_gradient(tmp_path: Any, name: str, share: int) -> None:
     """For every policy. kd_ratio 1: what is left of the gradient is measured against that of the labels alone."""
@@ -156,7 +155,7 @@ def test_a_copy_of_the_teacher_has_no_kd_gradient(tmp_path: Any, name: str, shar
     student = copy.deepcopy(teacher)
     labels_alone = norm(step(trainer_for(tmp_path, student, teacher, kd_ratio=0.0))[1])
     worst = 0.0
-    for policy, options in WAYS[[*TRAINED].index(name) % share :: share]:
+    for policy, options in share_of(WAYS, share, [*TRAINED].index(name)):
         trainer = trainer_for(tmp_path, student, teacher, kd_ratio=1.0, temperature=specification(policy, options))
         _, gradients = step(trainer)
         left = norm(gradients) / labels_alone
@@ -165,13 +164,13 @@ def test_a_copy_of_the_teacher_has_no_kd_gradient(tmp_path: Any, name: str, shar
     print(f"identity | {name} | largest KD gradient over that of the labels {worst:.1e}")
 
 
-@SHARES
+@shares
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_no_divergence_has_a_gradient_at_the_teacher(tmp_path: Any, divergence: str, share: int) -> None:
     teacher = FAMILIES["Gemma 2"].build(dtype=torch.float64)
     student = copy.deepcopy(teacher)
     labels_alone = norm(step(trainer_for(tmp_path, student, teacher, kd_ratio=0.0))[1])
-    for policy, options in WAYS[[*DIVERGENCES].index(divergence) % share :: share]:
+    for policy, options in share_of(WAYS, share, [*DIVERGENCES].index(divergence)):
         temperature = specification(policy, options)
         trainer = trainer_for(
             tmp_path, student, teacher, kd_ratio=1.0, temperature=temperature, divergence=divergence

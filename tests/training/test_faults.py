@@ -499,6 +499,7 @@ def test_torchrun_kills_what_does_not_answer(lives: Lives) -> None:
     assert saved is not None and saved.name == "checkpoint-2"
 
 
+@pytest.mark.soak
 def test_torchrun_hands_a_signal_on(lives: Lives) -> None:
     """Its own status is 1 whatever its processes return: a SLURM script must look for the checkpoint, not at 75."""
     folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")

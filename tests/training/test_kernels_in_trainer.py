@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="no kernels where Triton is not installed")
 
 from dts_hf.classification.trainer import ClassificationDistillationTrainer
 from tests.support.classifiers import SST2, classifier, rows_of
+from tests.support.daily import one_in
 from tests.support.families import FAMILIES
 from tests.support.tiny import TINY_VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.support.trainers import trainer_for
@@ -65,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_in(2, CASES))
 def test_kernels_train_as_pytorch_does(case: str, tmp_path: Path) -> None:
     """By plain gradient descent: Adam would make much of the last bits of small gradients."""
     given = {"temperature": {"name": "dts"}, **CASES[case]}

@@ -36,6 +36,7 @@ from dts_hf.loss.logged_sums import LogColumns
 from dts_hf.temperature import StepStats, temperature_policies
 from dts_hf.training.trainer import DistillationTrainer
 from tests.support import reference
+from tests.support.daily import share_of, shares
 from tests.support.recorded import policy_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.trainers import arguments
@@ -298,12 +299,13 @@ def test_every_policy_and_every_held_divergence_is_covered():
     assert {name for name, kind in DIVERGENCES.items() if kind.held} == set(reference.HELD_WEIGHTS)
 
 
+@shares
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_is_the_derivative_of_the_reported_loss(case, setup):
+def test_the_gradient_is_the_derivative_of_the_reported_loss(case, share, setup):
     setup.trainer.loss.divergence = build_divergence("forward_kl")
     setup.use(*CASES[case])
     policy, scale_free = setup.trainer.temperature, False
-    for divergence, scaling, ratio in combinations():
+    for divergence, scaling, ratio in share_of([*combinations()], share, [*CASES].index(case)):
         prepare(setup, divergence, scaling, ratio)
         where = f"{case}, {divergence}, {scaling}, kd_ratio {ratio}"
         reported, gradient = setup.gradient()

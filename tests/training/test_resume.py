@@ -118,7 +118,7 @@ def often(workplace: Path) -> tuple[dict[str, Any], float]:
     return end_of(workplace / "often"), time.monotonic() - started
 
 
-@pytest.mark.parametrize("case", [pytest.param(n, marks=[] if n < 8 else pytest.mark.soak) for n in range(20)])
+@pytest.mark.parametrize("case", [pytest.param(n, marks=[] if n < 3 else pytest.mark.soak) for n in range(20)])
 def test_killed_at_a_random_moment(workplace, often, case):
     """Twenty of twenty (the last twelve are soak); the odd ones die while a checkpoint is being written or removed."""
     expected, seconds = often

@@ -70,7 +70,9 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "packed"), [("llama", False), ("gpt2", False), ("gpt2", True)], ids=["llama", "gpt2", "packed"]
+    ("kind", "packed"),
+    [("llama", False), pytest.param("gpt2", False, marks=pytest.mark.soak), ("gpt2", True)],
+    ids=["llama", "gpt2", "packed"],
 )
 def test_one_graph_for_all_layers_and_lengths(tmp_path: Any, kind: str, packed: bool) -> None:
     models = MODELS[kind](layers=3, seed=0), MODELS[kind](layers=4, seed=1)
@@ -84,7 +86,9 @@ def test_one_graph_for_all_layers_and_lengths(tmp_path: Any, kind: str, packed: 
     assert counts[0] == counts[-1] == (8 if packed else 2), counts
 
 
-@pytest.mark.parametrize(("kind", "how"), [("llama", "lora"), ("gpt2", "recomputed")])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("llama", "lora"), pytest.param("gpt2", "recomputed", marks=pytest.mark.soak)]
+)
 def test_adapters_and_recomputed_activations(tmp_path: Any, kind: str, how: str) -> None:
     def student() -> nn.Module:
         model = MODELS[kind](layers=3, seed=0)
