@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed, push_weights
 from dts_hf.on_policy.whole_weights import check_has_whole_weights, whole_weights
+from tests.support.families import FAMILIES
 from tests.support.quantized import round_layers
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import trainer_for
@@ -149,6 +151,17 @@ def test_whole_weights_are_those_of_the_model(build, tie):
     found = dict(whole_weights(model))
     assert found.keys() == dict(model.named_parameters()).keys()  # of tied ones one name
     assert all(torch.equal(value, model.get_parameter(name)) for name, value in found.items())
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.trains])
+def test_whole_weights_are_those_of_a_checkpoint(tmp_path, family):
+    """vLLM reads what ``save_pretrained`` writes: experts one by one, names as they were, saved buffers as well."""
+    model = FAMILIES[family].build()
+    model.save_pretrained(tmp_path)
+    saved = {name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()}
+    found = dict(whole_weights(model))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
