@@ -15,6 +15,8 @@ from dts_hf.models.head import is_fake_quantized, without_adapters
 
 #: What wrappers put into the names of weights: activation checkpointing, ``torch.compile`` of a whole model.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+#: Options of LoRA with which it is more than two matrices beside a layer's weight.
+_MORE_THAN_LORA = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
 #: Weights of a LoRA adapter itself, which are in the merged ones.
 _OF_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
@@ -38,7 +40,7 @@ def check_has_whole_weights(model: nn.Module, *, sharded: bool) -> None:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     for config in configs.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        more = [name for name in ("use_dora", "lora_bias") if getattr(config, name, False)]
+        more = [name for name in _MORE_THAN_LORA if getattr(config, name, False)]
         if kind != "LORA" or more:
             what = kind if kind != "LORA" else f"LoRA with {more[0]}"
             raise UserError(
