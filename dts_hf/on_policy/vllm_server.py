@@ -1,8 +1,8 @@
 """The student's answers from a vLLM server elsewhere, which reads its weights from a folder before each of them.
 
 **Not run by our tests** against vLLM itself: a server of theirs answers in its place, over HTTP, with weights that it has
-read from the folder. Written against what ``vllm serve`` documents: ``/v1/completions`` on token ids with
-``return_token_ids`` (0.10.2 or later), and, with ``VLLM_SERVER_DEV_MODE=1``, ``/collective_rpc`` for ``reload_weights`` of a
+read from the folder. Written against what ``vllm serve`` (0.16 or later) documents: ``/v1/completions`` on token ids with
+``return_token_ids``, and, with ``VLLM_SERVER_DEV_MODE=1``, ``/collective_rpc`` for ``reload_weights`` of a
 folder and ``/reset_prefix_cache``.
 
 Weights go through a folder rather than NCCL, whose handshake is another one from version to version, needs a GPU on both
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import queue
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import Generated, GenerationSettings, calmed
 from dts_hf.generation.vllm_backend import row_seed
+from dts_hf.models.head import without_adapters
 from dts_hf.on_policy.vllm_rollouts import NOISE
 from dts_hf.on_policy.whole_weights import whole_weights
 from dts_hf.teachers.connection import Connection, Read, Refused, token_key, token_of
@@ -41,6 +43,8 @@ from dts_hf.teachers.wire import WireError
 
 logger = logging.getLogger(__name__)
 KEY = "on_policy.vllm_url"
+#: The first version of vLLM whose ``reload_weights`` takes a folder.
+OLDEST = "0.16"
 #: Of the log-probabilities of one answer, server's against student's: a larger mean distance, in nats, is no rounding.
 MOST_APART = 0.25
 _SHARD = 4 << 30  # bytes of a file of weights
@@ -122,9 +126,9 @@ class VllmServer:
             self._told = True
         self._push(model)
         said: list[Said] = []
-        problem = ""
+        problem, vocab_size = "", without_adapters(model).config.get_text_config().vocab_size
         try:
-            said = self._ask_all(prompts, settings, eos_token_ids, row_keys)
+            said = self._ask_all(prompts, settings, row_keys, ends=eos_token_ids, vocab_size=vocab_size)
             # A forward of sharded weights would need all processes, with a row each
             if said and not is_sharded(model):
                 longest = max(range(len(said)), key=lambda row: len(said[row].tokens))
@@ -169,8 +173,8 @@ class VllmServer:
             self._post("/collective_rpc", asked, bytes)
         except Refused as error:
             raise RunError(
-                f"{error}. {KEY}: the server did not read the student's weights from {written}: it must see this folder "
-                "under the same name, and serve a model of the student's class"
+                f"{error}. {KEY}: the server did not read the student's weights from {written}: it must be vLLM "
+                f"{OLDEST} or later, see this folder under the same name, and serve a model of the student's class"
             ) from None
         self._post("/reset_prefix_cache", {}, bytes)
 
@@ -193,9 +197,18 @@ class VllmServer:
     # -------------------------------------------------------------------------------------------------------- answers
 
     def _ask_all(
-        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, ends: Sequence[int], keys: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        keys: Sequence[str],
+        *,
+        ends: Sequence[int],
+        vocab_size: int,
     ) -> list[Said]:
         """The answers in the order of the prompts. One question a row: one with many rows has one seed for all."""
+
+        def read(content: bytes) -> Said:
+            return read_answer(content, settings.max_new_tokens, ends=ends, vocab_size=vocab_size)
 
         def ask(prompt: Sequence[int], key: str) -> Said:
             body = {
@@ -204,10 +217,11 @@ class VllmServer:
                 "top_p": settings.top_p if settings.do_sample else 1.0,
                 # What is not said comes out of the model's generation_config.json: its top_k, its penalties
                 "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-                "min_tokens": 0, "n": 1, "seed": row_seed(settings.seed, key), "stop_token_ids": list(ends),
+                "min_tokens": 0, "n": 1, "seed": row_seed(settings.seed, key),
+                "ignore_eos": True, "stop_token_ids": list(ends),  # ours alone, not those of its files
                 "logprobs": 0, "return_token_ids": True,
             }  # fmt: skip
-            return self._post("/v1/completions", body, lambda content: read_answer(content, settings.max_new_tokens))
+            return self._post("/v1/completions", body, read)
 
         with ThreadPoolExecutor(max_workers=len(self._connections)) as threads:
             return list(threads.map(ask, prompts, keys))
@@ -307,36 +321,59 @@ def log_probs_of(model: nn.Module, prompt: Sequence[int], answer: Sequence[int])
     return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
-def read_answer(content: bytes, most: int) -> Said:
+def read_answer(content: bytes, most: int, *, ends: Sequence[int], vocab_size: int) -> Said:
     """Read an answer of ``/v1/completions``.
 
     Args:
         content: JSON.
-        most: tokens that it may have.
+        most: tokens that were asked for.
+        ends: those that end an answer.
+        vocab_size: of the student.
 
     Raises:
         WireError: it is none.
-        RunError: it is one of another kind.
+        RunError: it is one of another kind, or to another question.
     """
     try:
         choice = json.loads(content)["choices"][0]
-        ends, tokens = choice["finish_reason"], choice.get("token_ids")
+        reason, tokens = choice["finish_reason"], choice.get("token_ids")
         log_probs = (choice.get("logprobs") or {}).get("token_logprobs")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise WireError("it is no completion in JSON") from None
-    if tokens is None or log_probs is None:
+    if not isinstance(tokens, list) or not isinstance(log_probs, list):
         raise RunError(
-            f"{KEY}: the server answers without token_ids or logprobs; expected vLLM 0.10.2 or later, whose option "
+            f"{KEY}: the server answers without token_ids or logprobs; expected vLLM {OLDEST} or later, whose option "
             "return_token_ids this is"
         )
-    if ends not in ("stop", "length") or not tokens or len(tokens) > most or len(log_probs) != len(tokens):
-        raise RunError(
-            f"{KEY}: an answer of {len(tokens)} tokens and {len(log_probs)} log-probabilities ended for the reason "
-            f"{ends!r}; expected 1 to {most} of both, and the reason stop or length"
-        )
-    finished = ends == "stop"
-    # Its own end tokens count too; the one that ended the answer is the last of its ids
+    if problem := _problem_of(tokens, log_probs, reason, most, ends, vocab_size):
+        raise RunError(f"{KEY}: {problem}")
+    finished = reason == "stop"
     return Said(Generated(tokens[:-1], True, tokens[-1]) if finished else Generated(tokens, False), log_probs)
+
+
+def _problem_of(
+    tokens: list[Any], log_probs: list[Any], reason: object, most: int, ends: Sequence[int], vocab_size: int
+) -> str:
+    """What is wrong with an answer; empty where nothing is."""
+    if reason not in ("stop", "length") or not tokens or len(tokens) > most or len(log_probs) != len(tokens):
+        return (
+            f"an answer of {len(tokens)} tokens and {len(log_probs)} log-probabilities ended for the reason {reason!r}; "
+            f"expected 1 to {most} of both, and the reason stop or length"
+        )
+    if not all(isinstance(token, int) and 0 <= token < vocab_size for token in tokens):
+        return f"an answer holds what is no token of the student's vocabulary of {vocab_size:,}: it is another model's"
+    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in log_probs):
+        return "an answer has tokens without a log-probability, or with one that is non-finite"
+    if reason == "length" and len(tokens) < most:
+        return (
+            f"the server has cut an answer after {len(tokens)} tokens, asked for {most}: its --max-model-len leaves no more "
+            "behind the prompt, or the max_new_tokens of its --generation-config or --override-generation-config does not"
+        )
+    if reason == "stop" and tokens[-1] not in ends:
+        return (
+            f"the server has ended an answer with the token {tokens[-1]}, which is no end here; expected one of {ends}"
+        )
+    return ""
 
 
 def _model_of(content: bytes) -> tuple[str, int | None]:

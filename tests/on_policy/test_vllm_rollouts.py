@@ -184,8 +184,14 @@ def test_adapters_are_merged_into_copies(build, also):
     ("config", "match"),
     [
         (lambda: peft.LoraConfig(r=2, target_modules="all-linear", use_dora=True), "LoRA with use_dora"),
-        (lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]), "with trainable_token_indices"),
-        (lambda: peft.LoraConfig(r=2, target_modules=["k_proj"], target_parameters=["q_proj.weight"]), "LoRA with target_parameters"),
+        (
+            lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]),
+            "with trainable_token_indices",
+        ),
+        (
+            lambda: peft.LoraConfig(r=2, target_modules=["k_proj"], target_parameters=["q_proj.weight"]),
+            "LoRA with target_parameters",
+        ),
         (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "of the kind IA3"),
     ],
 )

@@ -77,7 +77,7 @@ def test_what_a_row_is_asked_for(tmp_path):
     assert told == {
         "model": "student", "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0,
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "n": 1,
-        "stop_token_ids": [2], "logprobs": 0, "return_token_ids": True,
+        "ignore_eos": True, "stop_token_ids": [2], "logprobs": 0, "return_token_ids": True,
     }  # fmt: skip
 
 
@@ -104,6 +104,47 @@ def test_a_server_that_cannot_read_the_folder_ends_the_run(tmp_path):
     ):
         answers(met(url, tmp_path), tiny_llama(seed=0))
     assert not list(tmp_path.iterdir())
+
+
+def test_its_own_ends_are_not_ours(tmp_path):
+    """A model's folder may have other ends than the run: what our engine goes past is no end on a server either."""
+    model = tiny_llama(seed=0)
+    settings = GenerationSettings(max_new_tokens=6)
+    expected = generate(model, PROMPTS, settings, eos_token_ids=[2], pad_token_id=0)
+    own = {one.tokens[0] for one in expected}
+    with serving(Vllm(tiny_llama(seed=1), ends=tuple(own))) as url:
+        assert answers(met(url, tmp_path), model) == expected
+
+
+@pytest.mark.parametrize(
+    ("made", "match"),
+    [
+        ({"most": 3}, "has cut an answer after 3 tokens, asked for 6"),
+        ({"spoil": lambda choice: choice.update(finish_reason="abort")}, "for the reason 'abort'; expected 1 to 6"),
+        (
+            {"spoil": lambda choice: choice.update(finish_reason="stop")},
+            r"which is no end here; expected one of \[2\]",
+        ),
+        ({"spoil": lambda choice: choice["token_ids"].append(5)}, "of 7 tokens and 6 log-probabilities"),
+        ({"spoil": lambda choice: choice["token_ids"].clear()}, "an answer of 0 tokens"),
+        ({"spoil": lambda choice: choice["token_ids"].__setitem__(1, 99_999)}, "no token of the student's vocabulary"),
+        ({"spoil": lambda choice: choice["token_ids"].__setitem__(1, -1)}, "no token of the student's vocabulary"),
+        ({"spoil": lambda choice: choice["token_ids"].__setitem__(1, "a")}, "no token of the student's vocabulary"),
+        ({"spoil": lambda choice: choice.update(token_ids="abcdef")}, "without token_ids or logprobs"),
+        (
+            {"spoil": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, None)},
+            "without a log-probability",
+        ),
+        (
+            {"spoil": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, float("nan"))},
+            "or with one that is non-finite",
+        ),
+    ],
+)
+def test_an_answer_of_another_kind_ends_the_run(tmp_path, made, match):
+    """Each would be learned in silence, or end one process of several alone."""
+    with serving(Vllm(tiny_llama(seed=0), **made)) as url, pytest.raises(RunError, match=match):
+        answers(met(url, tmp_path), tiny_llama(seed=0))
 
 
 def test_what_passes_is_waited_for(tmp_path):
@@ -186,7 +227,7 @@ def test_a_folder_that_is_a_file(tmp_path):
 def test_a_server_of_an_older_version(tmp_path):
     with (
         serving(Vllm(tiny_llama(seed=0), ids=False)) as url,
-        pytest.raises(RunError, match=r"without token_ids .* expected vLLM 0\.10\.2 or later"),
+        pytest.raises(RunError, match=r"without token_ids .* expected vLLM 0\.16 or later"),
     ):
         answers(met(url, tmp_path), tiny_llama(seed=0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +29,9 @@ class Vllm:
         ids: ``return_token_ids`` is known.
         token: ``--api-key``; guards ``/v1`` alone, as vLLM's does.
         busy: so many questions are answered with 503 first.
+        most: ``max_new_tokens`` of its generation config, which it takes where the question has more.
+        ends: its own end tokens, unless the question says ``ignore_eos``.
+        spoil: changes an answer's choice.
     """
 
     model: torch.nn.Module
@@ -38,6 +41,9 @@ class Vllm:
     ids: bool = True
     token: str | None = None
     busy: int = 0
+    most: int = 10_000
+    ends: tuple[int, ...] = ()
+    spoil: Callable[[dict], object] = lambda _choice: None
     asked: list[dict] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     resets: int = 0
@@ -57,17 +63,17 @@ class Vllm:
                     own[name].copy_(value)
 
     def complete(self, body: dict) -> dict:
-        settings = GenerationSettings(max_new_tokens=body["max_tokens"], do_sample=False)
+        settings = GenerationSettings(max_new_tokens=min(body["max_tokens"], self.most), do_sample=False)
+        ends = [*body["stop_token_ids"], *(() if body.get("ignore_eos") else self.ends)]
         with self.lock:
             self.asked.append(body)
-            (said,) = generate(
-                self.model, [body["prompt"]], settings, eos_token_ids=body["stop_token_ids"], pad_token_id=0
-            )
+            (said,) = generate(self.model, [body["prompt"]], settings, eos_token_ids=ends, pad_token_id=0)
             tokens = [*said.tokens, *([said.end] if said.finished else [])]
             told = log_probs_of(self.model, body["prompt"], tokens).tolist()
         choice = {"index": 0, "text": "", "finish_reason": "stop" if said.finished else "length"}
         if self.ids:
             choice |= {"token_ids": tokens, "logprobs": {"token_logprobs": told}}
+        self.spoil(choice)
         return {"object": "text_completion", "choices": [choice]}
 
 
