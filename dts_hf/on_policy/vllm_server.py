@@ -8,7 +8,7 @@ folder and ``/reset_prefix_cache``.
 Weights go through a folder rather than NCCL, whose handshake is another one from version to version, needs a GPU on both
 sides, and leaves the server hanging where a trainer dies in it. Safetensors in shared memory (or on a shared disk) cost one
 copy in and one out. Each step has a folder of its own, for a file that is mapped must not change, and servers have answered
-with what they had read before (vllm#32718). So the answers are checked too: see ``_check_weights``.
+with what they had read before (vllm#32718). So the answers are checked too: see ``_weights_problem``.
 
 What is given up is what ``vllm_rollouts`` gives up.
 """
@@ -35,10 +35,11 @@ from dts_hf.distributed.sharding import is_sharded
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import Generated, GenerationSettings, calmed
 from dts_hf.generation.vllm_backend import row_seed
-from dts_hf.models.head import without_adapters
+from dts_hf.models.head import Head, loss_in_head, without_adapters
 from dts_hf.on_policy.vllm_rollouts import NOISE
 from dts_hf.on_policy.whole_weights import whole_weights
 from dts_hf.teachers.connection import Connection, Read, Refused, token_key, token_of
+from dts_hf.teachers.self_test import label_logprobs
 from dts_hf.teachers.wire import WireError
 
 logger = logging.getLogger(__name__)
@@ -129,15 +130,10 @@ class VllmServer:
         problem, vocab_size = "", without_adapters(model).config.get_text_config().vocab_size
         try:
             said = self._ask_all(prompts, settings, row_keys, ends=eos_token_ids, vocab_size=vocab_size)
-            # A forward of sharded weights would need all processes, with a row each
-            if said and not is_sharded(model):
-                longest = max(range(len(said)), key=lambda row: len(said[row].tokens))
-                self._check_weights(model, prompts[longest], said[longest])
         except RunError as error:
             problem = str(error)
-        # A process that raised alone would leave the others in their next collective
-        if problem := next(filter(None, gathered(problem, process()[1])), ""):
-            raise RunError(problem, everywhere=True)
+        _raise_everywhere(problem)
+        _raise_everywhere(self._weights_problem(model, prompts, said))
         return [one.generated for one in said]
 
     # -------------------------------------------------------------------------------------------------------- weights
@@ -178,21 +174,27 @@ class VllmServer:
             ) from None
         self._post("/reset_prefix_cache", {}, bytes)
 
-    def _check_weights(self, model: nn.Module, prompt: Sequence[int], said: Said) -> None:
-        """Refuse answers of other weights than the student's: a server says nothing where it has not taken them.
+    def _weights_problem(self, model: nn.Module, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> str:
+        """Whether answers are of other weights than the student's, in words: a server says nothing where it took none.
 
-        What it says of the tokens that it drew must be what the student says of them, up to ``MOST_APART``. Weights of one
-        step ago may be nearer than that; those of the beginning are not for long.
+        What it says of the tokens of its longest answer must be what the student says of them, up to ``MOST_APART``.
+        Weights of one step ago may be nearer than that; those of the beginning are not for long.
         """
-        own = log_probs_of(model, prompt, said.tokens)
-        apart = (own - torch.tensor(said.log_probs, dtype=own.dtype)).abs().mean().item()
-        if not apart <= MOST_APART:
-            raise RunError(
-                f"{KEY}: {self.url} answers with other weights than the student's: its log-probabilities of an answer of "
-                f"{len(said.tokens)} tokens are {apart:.2f} nats from the student's on average, expected {MOST_APART:g} at "
-                "most. It must serve a model of the student's class, unquantised, with --logprobs-mode raw_logprobs (the "
-                "default); or use backend: own"
-            )
+        if not said:
+            if is_sharded(model):  # the others need the weights that lie here
+                log_probs_of(model, [0], [0])
+            return ""
+        prompt, longest = max(zip(prompts, said, strict=True), key=lambda pair: len(pair[1].tokens))
+        own = log_probs_of(model, prompt, longest.tokens)
+        apart = (own - torch.tensor(longest.log_probs, dtype=own.dtype)).abs().mean().item()
+        if apart <= MOST_APART:
+            return ""
+        return (
+            f"{KEY}: {self.url} answers with other weights than the student's: its log-probabilities of an answer of "
+            f"{len(longest.tokens)} tokens are {apart:.2f} nats from the student's on average, expected {MOST_APART:g} at "
+            "most. It must serve a model of the student's class, unquantised, with --logprobs-mode raw_logprobs (the "
+            "default), to nobody else; or use backend: own"
+        )
 
     # -------------------------------------------------------------------------------------------------------- answers
 
@@ -271,6 +273,16 @@ class VllmServer:
         )
 
 
+def _raise_everywhere(problem: str) -> None:
+    """Raise what any process says: one that raised alone would leave the others in their next collective.
+
+    Raises:
+        RunError: on every process.
+    """
+    if found := next(filter(None, gathered(problem, process()[1])), ""):
+        raise RunError(found, everywhere=True)
+
+
 def write_weights(model: nn.Module, folder: Path | None) -> Exception | None:
     """Write the student's weights as safetensors, ``_SHARD`` bytes a file.
 
@@ -313,12 +325,20 @@ def write_weights(model: nn.Module, folder: Path | None) -> Exception | None:
 
 
 def log_probs_of(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Log-probabilities ``[len(answer)]`` at T = 1, float32, on the CPU, of an answer behind its prompt."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([[*prompt, *answer]], device=device)
-    with calmed(model), torch.no_grad():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
+    """Log-probabilities ``[len(answer)]`` at T = 1, float32, on the CPU, of an answer behind its prompt.
+
+    Where weights are sharded every process calls it at the same time, each with a row of its own.
+    """
+    ids = torch.tensor([[*prompt, *answer]], device=next(model.parameters()).device)
+    found: list[Tensor] = []
+
+    def read(states: Tensor, head: Head) -> Tensor:  # whole logits of a long row are gigabytes
+        found.append(label_logprobs(states[0, len(prompt) - 1 : -1], head, ids[0, len(prompt) :]))
+        return states
+
+    with calmed(model), torch.no_grad(), loss_in_head(model, read):
+        model(input_ids=ids, use_cache=False)
+    return found[0].cpu()
 
 
 def read_answer(content: bytes, most: int, *, ends: Sequence[int], vocab_size: int) -> Said:

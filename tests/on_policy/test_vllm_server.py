@@ -10,7 +10,8 @@ import torch
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.on_policy import vllm_server
-from dts_hf.on_policy.vllm_server import VllmServer
+from dts_hf.on_policy.vllm_server import VllmServer, log_probs_of
+from tests.support.families import FAMILIES
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import trainer_for
 from tests.support.vllm_server import Vllm, serving
@@ -89,6 +90,18 @@ def test_a_server_that_keeps_its_old_weights_is_found_out(tmp_path):
         with pytest.raises(RunError, match=r"answers with other weights than the student's: .* nats"):
             answers(server, moved(tiny_llama(seed=0), 1))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["LLaMA", "GPT-2", "Gemma 2", "Cohere", "Granite", "Mixtral"])
+def test_what_the_student_says_of_an_answer(family):
+    """In pieces, with what the family does to its logits; whole logits of a long row would not fit."""
+    model, widths = FAMILIES[family].build(), []
+    prompt, answer = [5, 6, 7], [8, 9, 10, 11, 2]
+    logits = model(torch.tensor([prompt + answer])).logits[0, 2:-1].float()
+    model.train().get_output_embeddings().register_forward_hook(lambda _, __, out: widths.append(out.shape[-1]))
+    expected = logits.log_softmax(-1)[range(len(answer)), answer]
+    assert torch.allclose(log_probs_of(model, prompt, answer), expected, rtol=0, atol=1e-5)
+    assert model.training and widths == [model.config.hidden_size]
 
 
 def test_rounding_is_not_taken_for_other_weights(tmp_path):

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from dts_hf.generation.engine import GenerationSettings, generate
-from dts_hf.on_policy.vllm_server import log_probs_of
 
 
 @dataclass
@@ -69,7 +68,9 @@ class Vllm:
             self.asked.append(body)
             (said,) = generate(self.model, [body["prompt"]], settings, eos_token_ids=ends, pad_token_id=0)
             tokens = [*said.tokens, *([said.end] if said.finished else [])]
-            told = log_probs_of(self.model, body["prompt"], tokens).tolist()
+            with torch.no_grad():
+                logits = self.model(torch.tensor([[*body["prompt"], *tokens]])).logits[0, -len(tokens) - 1 : -1]
+            told = logits.float().log_softmax(-1)[range(len(tokens)), tokens].tolist()
         choice = {"index": 0, "text": "", "finish_reason": "stop" if said.finished else "length"}
         if self.ids:
             choice |= {"token_ids": tokens, "logprobs": {"token_logprobs": told}}
