@@ -15,6 +15,7 @@ What is given up is what ``vllm_rollouts`` gives up.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ from dts_hf.generation.vllm_backend import row_seed
 from dts_hf.models.head import Head, loss_in_head, without_adapters
 from dts_hf.on_policy.vllm_rollouts import NOISE
 from dts_hf.on_policy.whole_weights import whole_weights
-from dts_hf.teachers.connection import Connection, Read, Refused, token_key, token_of
+from dts_hf.teachers.connection import Connection, Read, Refused, checked_url, token_key, token_of
 from dts_hf.teachers.self_test import label_logprobs
 from dts_hf.teachers.wire import WireError
 
@@ -85,13 +86,15 @@ class VllmServer:
     def __init__(
         self, url: str, folder: str, *, token_env: str | None = None, at_once: int = 32, patience: float = 600.0
     ) -> None:
-        self.url, self.folder = url, Path(folder)
+        self.url, self.folder, self.model = checked_url(url, KEY), Path(folder), ""
+        if self.url.endswith("/v1"):
+            raise UserError(f"{KEY}: got {url!r}, expected the address without /v1: weights have another path")
         token = token_of(token_env, token_key(KEY))
-        made = [Connection(url, token, patience=patience, timeout=600.0, key=KEY, told={}) for _ in range(at_once)]
+        self._connect = functools.partial(Connection, self.url, token, timeout=600.0, key=KEY, told={})
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        for connection in made:
-            self._free.put(connection)
-        self._connections, self.model, self._told = made, "", False
+        for _ in range(at_once):
+            self._free.put(self._connect(patience=patience))
+        self._at_once, self._told = at_once, False
 
     def check(self, longest: int | None, patience: float = 30.0) -> None:
         """Meet the server and the folder, before anything is trained; every process calls it.
@@ -225,7 +228,7 @@ class VllmServer:
             }  # fmt: skip
             return self._post("/v1/completions", body, read)
 
-        with ThreadPoolExecutor(max_workers=len(self._connections)) as threads:
+        with ThreadPoolExecutor(max_workers=self._at_once) as threads:
             return list(threads.map(ask, prompts, keys))
 
     def _post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], Read]) -> Read:
@@ -240,15 +243,12 @@ class VllmServer:
 
     def _meet(self, longest: int | None, patience: float) -> str:
         """The name of the model that the server has."""
-        connection = self._connections[0]
-        usual, connection.patience = connection.patience, patience
+        connection = self._connect(patience=patience)
         try:
             name, most = connection.get("/v1/models", _LONGEST_ANSWER, _model_of)
             self._check_develops(connection)
         except RunError as error:  # nothing is trained yet
             raise UserError(f"{KEY}: {error}") from None
-        finally:
-            connection.patience = usual
         if longest is not None and most is not None and longest > most:
             raise UserError(
                 f"{KEY}: a prompt and its answer may have {longest:,} tokens, and {self.url} takes {most:,} (its "

@@ -211,7 +211,7 @@ def test_nobody_there(tmp_path):
         VllmServer("http://127.0.0.1:1", str(tmp_path)).check(None, patience=0.1)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@127.0.0.1", "ftp://host"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@127.0.0.1", "ftp://host", "http://host:8000/v1/"])
 def test_an_address_that_is_none(tmp_path, url):
     with pytest.raises(UserError, match=r"on_policy\.vllm_url: ") as raised:
         VllmServer(url, str(tmp_path))
