@@ -15,14 +15,17 @@ What is given up is what ``vllm_rollouts`` gives up.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import logging
 import math
+import os
 import queue
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
@@ -49,6 +52,7 @@ KEY = "on_policy.vllm_url"
 OLDEST = "0.16"
 #: Of the log-probabilities of one answer, server's against student's: a larger mean distance, in nats, is no rounding.
 MOST_APART = 0.25
+_PREFIX = "dts_hf-weights-"  # of folders with weights: nobody else's begin so
 _SHARD = 4 << 30  # bytes of a file of weights
 _LONGEST_ANSWER = 64 << 20  # bytes of JSON
 _JSON = {"Content-Type": "application/json"}
@@ -128,18 +132,39 @@ class VllmServer:
         if not self._told:
             logger.warning(NOISE)
             self._told = True
-        self._push(model)
         said: list[Said] = []
         problem, vocab_size = "", without_adapters(model).config.get_text_config().vocab_size
-        try:
-            said = self._ask_all(prompts, settings, row_keys, ends=eos_token_ids, vocab_size=vocab_size)
-        except RunError as error:
-            problem = str(error)
-        _raise_everywhere(problem)
+        with self._turn():
+            self._push(model)
+            try:
+                said = self._ask_all(prompts, settings, row_keys, ends=eos_token_ids, vocab_size=vocab_size)
+            except RunError as error:
+                problem = str(error)
+            _raise_everywhere(problem)
         _raise_everywhere(self._weights_problem(model, prompts, said))
         return [one.generated for one in said]
 
     # -------------------------------------------------------------------------------------------------------- weights
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Within it no other run through the same folder gives the server its weights: answers would be of those.
+
+        The first process waits for its turn, and removes what a run has left that was killed in its own.
+        """
+        descriptor = None
+        try:
+            if process()[0] == 0:
+                with contextlib.suppress(OSError):  # no such folder, which is told later; no locks here
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    descriptor = os.open(self.folder, os.O_RDONLY)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    for left in self.folder.glob(f"{_PREFIX}*"):
+                        shutil.rmtree(left, ignore_errors=True)
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _push(self, model: nn.Module) -> None:
         """Have the server read the weights of ``model``; every process calls it, for weights may lie in shares."""
@@ -159,9 +184,10 @@ class VllmServer:
                 shutil.rmtree(written, ignore_errors=True)
 
     def _new_folder(self) -> Path:
+        """One for a step's weights; as the umask has it, for the server may be another user's."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix="weights-", dir=self.folder)).resolve()
-        made.chmod(0o755)  # the server may be another user's
+        made = self.folder.resolve() / f"{_PREFIX}{secrets.token_hex(8)}"
+        made.mkdir()
         return made
 
     def _reload(self, written: Path | None, failed: Exception | None) -> None:
@@ -308,7 +334,9 @@ def write_weights(model: nn.Module, folder: Path | None) -> Exception | None:
         nonlocal held, size, files
         try:
             if folder is not None and held:
-                save_file(held, folder / f"model-{files:05d}.safetensors", metadata={"format": "pt"})
+                file = folder / f"model-{files:05d}.safetensors"
+                save_file(held, file, metadata={"format": "pt"})
+                file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for this user alone
         except Exception as error:  # of the disk, in words of safetensors; the others go on gathering
             return error
         held, size, files = {}, 0, files + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ VARIABLE = "DTS_TEST_VLLM_KEY"
 def answers(server, model, prompts=PROMPTS, **settings):
     chosen = GenerationSettings(**{"max_new_tokens": 6, "do_sample": True, **settings})
     return server(model, prompts, chosen, eos_token_ids=[2], pad_token_id=0, row_keys=KEYS[: len(prompts)])
+
+
+def greedy(model):
+    settings = GenerationSettings(max_new_tokens=6)
+    return generate(model, PROMPTS, settings, eos_token_ids=[2], pad_token_id=0)
 
 
 def moved(model, seed, by=0.5):
@@ -51,9 +57,7 @@ def test_it_answers_with_the_weights_of_now(tmp_path, monkeypatch, build, shard)
         for seed in range(3):
             moved(model, seed)
             found = answers(server, model)
-            assert found == generate(
-                model, PROMPTS, GenerationSettings(max_new_tokens=6), eos_token_ids=[2], pad_token_id=0
-            )
+            assert found == greedy(model)
             said.append([one.tokens for one in found])
     assert said[0] != said[1] != said[2]
     assert vllm.resets == 3
@@ -119,11 +123,43 @@ def test_a_server_that_cannot_read_the_folder_ends_the_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_with_one_server_take_turns(tmp_path):
+    """Else one would learn from answers of the other's weights, or, where those are near, not even notice."""
+    models = [moved(tiny_llama(seed=0), seed) for seed in (1, 2)]
+    expected = [greedy(model) for model in models]
+    assert expected[0] != expected[1]
+    with serving(Vllm(tiny_llama(seed=99), slow=0.3)) as url, ThreadPoolExecutor() as threads:
+        servers = [met(url, tmp_path) for _ in models]
+        assert list(threads.map(answers, servers, models)) == expected
+
+
+def test_what_a_killed_run_has_left_is_removed(tmp_path):
+    """In shared memory it would be gone with the machine alone; what is somebody else's stays."""
+    for name in ("dts_hf-weights-0123456789abcdef", "weights-of-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"1234")
+    with serving(Vllm(tiny_llama(seed=1))) as url:
+        answers(met(url, tmp_path), tiny_llama(seed=0))
+    assert [file.name for file in tmp_path.iterdir()] == ["weights-of-mine"]
+
+
+@pytest.mark.parametrize(("mask", "modes"), [(0o022, {"0o755", "0o644"}), (0o077, {"0o700", "0o600"})])
+def test_who_may_read_the_weights(tmp_path, mask, modes):
+    """Whom the umask lets: a server of another user too, where it does."""
+    vllm = Vllm(tiny_llama(seed=1))
+    before = os.umask(mask)
+    try:
+        with serving(vllm) as url:
+            answers(met(url, tmp_path), tiny_llama(seed=0))
+    finally:
+        os.umask(before)
+    assert vllm.modes == modes
+
+
 def test_its_own_ends_are_not_ours(tmp_path):
     """A model's folder may have other ends than the run: what our engine goes past is no end on a server either."""
     model = tiny_llama(seed=0)
-    settings = GenerationSettings(max_new_tokens=6)
-    expected = generate(model, PROMPTS, settings, eos_token_ids=[2], pad_token_id=0)
+    expected = greedy(model)
     own = {one.tokens[0] for one in expected}
     with serving(Vllm(tiny_llama(seed=1), ends=tuple(own))) as url:
         assert answers(met(url, tmp_path), model) == expected

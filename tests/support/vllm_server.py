@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,7 @@ class Vllm:
         busy: so many questions are answered with 503 first.
         most: ``max_new_tokens`` of its generation config, which it takes where the question has more.
         ends: its own end tokens, unless the question says ``ignore_eos``.
+        slow: seconds that it takes to read weights.
         spoil: changes an answer's choice.
     """
 
@@ -42,9 +44,11 @@ class Vllm:
     busy: int = 0
     most: int = 10_000
     ends: tuple[int, ...] = ()
+    slow: float = 0.0
     spoil: Callable[[dict], object] = lambda _choice: None
     asked: list[dict] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    modes: set[str] = field(default_factory=set)
     resets: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -53,6 +57,8 @@ class Vllm:
         if not files:
             raise FileNotFoundError(weights_path)
         self.folders.append(Path(weights_path))
+        self.modes |= {oct(path.stat().st_mode & 0o777) for path in (Path(weights_path), *files)}
+        time.sleep(self.slow)
         if self.reads:
             own = dict(self.model.named_parameters())
             read = {name: value for file in files for name, value in load_file(file).items()}
