@@ -135,9 +135,9 @@ class VllmServer:
         said: list[Said] = []
         problem, vocab_size = "", without_adapters(model).config.get_text_config().vocab_size
         with self._turn():
-            self._push(model)
+            salt = self._push(model)
             try:
-                said = self._ask_all(prompts, settings, row_keys, ends=eos_token_ids, vocab_size=vocab_size)
+                said = self._ask_all(prompts, settings, row_keys, salt, ends=eos_token_ids, vocab_size=vocab_size)
             except RunError as error:
                 problem = str(error)
             _raise_everywhere(problem)
@@ -166,8 +166,12 @@ class VllmServer:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _push(self, model: nn.Module) -> None:
-        """Have the server read the weights of ``model``; every process calls it, for weights may lie in shares."""
+    def _push(self, model: nn.Module) -> str:
+        """Have the server read the weights of ``model``; every process calls it, for weights may lie in shares.
+
+        Returns:
+            a word for these weights, the same on every process.
+        """
         rank, world = process()
         written: Path | None = None
         failed: Exception | None = None
@@ -178,7 +182,7 @@ class VllmServer:
                 except OSError as error:
                     failed = error
             failed = write_weights(model, written) or failed
-            on_first_process(lambda: self._reload(written, failed), rank, world)
+            return on_first_process(lambda: self._reload(written, failed), rank, world)
         finally:
             if written is not None:
                 shutil.rmtree(written, ignore_errors=True)
@@ -190,7 +194,7 @@ class VllmServer:
         made.mkdir()
         return made
 
-    def _reload(self, written: Path | None, failed: Exception | None) -> None:
+    def _reload(self, written: Path | None, failed: Exception | None) -> str:
         if failed is not None or written is None:
             raise RunError(f"on_policy.vllm_folder: the student's weights could not be written there: {failed}")
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(written)}}
@@ -201,7 +205,9 @@ class VllmServer:
                 f"{error}. {KEY}: the server did not read the student's weights from {written}: it must be vLLM "
                 f"{OLDEST} or later, see this folder under the same name, and serve a model of the student's class"
             ) from None
+        # It answers with 200 also where it has not, for somebody asks it something: hence the word, as cache_salt
         self._post("/reset_prefix_cache", {}, bytes)
+        return written.name
 
     def _weights_problem(self, model: nn.Module, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> str:
         """Whether answers are of other weights than the student's, in words: a server says nothing where it took none.
@@ -232,6 +238,7 @@ class VllmServer:
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         keys: Sequence[str],
+        salt: str,
         *,
         ends: Sequence[int],
         vocab_size: int,
@@ -251,6 +258,7 @@ class VllmServer:
                 "min_tokens": 0, "n": 1, "seed": row_seed(settings.seed, key),
                 "ignore_eos": True, "stop_token_ids": list(ends),  # ours alone, not those of its files
                 "logprobs": 0, "return_token_ids": True,
+                "cache_salt": salt,  # nothing that was computed with other weights is found again
             }  # fmt: skip
             return self._post("/v1/completions", body, read)
 

@@ -78,7 +78,9 @@ def test_what_a_row_is_asked_for(tmp_path):
     assert {tuple(body["prompt"]): body["seed"] for body in first} == {
         tuple(body["prompt"]): body["seed"] for body in again
     }
-    told = {name: first[0][name] for name in first[0].keys() - {"prompt", "seed"}}
+    salts = [{body["cache_salt"] for body in asked} for asked in (first, again)]
+    assert len(salts[0]) == len(salts[1]) == 1 and salts[0] != salts[1]
+    told = {name: first[0][name] for name in first[0].keys() - {"prompt", "seed", "cache_salt"}}
     assert told == {
         "model": "student", "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0,
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "n": 1,
@@ -154,6 +156,15 @@ def test_who_may_read_the_weights(tmp_path, mask, modes):
     finally:
         os.umask(before)
     assert vllm.modes == modes
+
+
+def test_a_prefix_cache_that_cannot_be_reset(tmp_path):
+    """vLLM says 200 all the same, while it answers anybody: what is in it is of older weights."""
+    model = tiny_llama(seed=0)
+    with serving(Vllm(tiny_llama(seed=99), keeps=True)) as url:
+        server = met(url, tmp_path)
+        for seed in range(2):
+            assert answers(server, moved(model, seed)) == greedy(model)
 
 
 def test_its_own_ends_are_not_ours(tmp_path):
