@@ -100,18 +100,24 @@ class VllmServer:
             self._free.put(self._connect(patience=patience))
         self._at_once, self._told = at_once, False
 
-    def check(self, longest: int | None, patience: float = 30.0) -> None:
-        """Meet the server and the folder, before anything is trained; every process calls it.
+    def check(self, model: nn.Module, longest: int | None, patience: float = 30.0) -> None:
+        """Meet the server and the folder, and have a short answer, before anything is trained; every process calls it.
 
         Args:
+            model: the student, whole.
             longest: tokens of a prompt and its answer; None: nobody knows.
-            patience: as of the class, for this alone.
+            patience: as of the class, until somebody answers at all.
 
         Raises:
             UserError: nobody answers, or not as a vLLM server in development mode does; its model takes fewer tokens; or
-                nothing can be written into the folder.
+                whatever a call raises.
         """
         self.model = on_first_process(lambda: self._meet(longest, patience), *process())
+        settings = GenerationSettings(max_new_tokens=4, do_sample=True)
+        try:
+            self(model, [[0, 1, 2]], settings, eos_token_ids=[], pad_token_id=0, row_keys=["check"])
+        except RunError as error:
+            raise UserError(error, everywhere=True) from None
 
     def __call__(
         self,
@@ -196,7 +202,7 @@ class VllmServer:
 
     def _reload(self, written: Path | None, failed: Exception | None) -> str:
         if failed is not None or written is None:
-            raise RunError(f"on_policy.vllm_folder: the student's weights could not be written there: {failed}")
+            raise RunError(f"on_policy.vllm_folder: the student's weights could not be written: {failed}")
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(written)}}
         try:
             self._post("/collective_rpc", asked, bytes)
@@ -288,10 +294,6 @@ class VllmServer:
                 f"{KEY}: a prompt and its answer may have {longest:,} tokens, and {self.url} takes {most:,} (its "
                 "--max-model-len); lower data.max_length or on_policy.max_new_tokens, or raise that"
             )
-        try:
-            self._new_folder().rmdir()
-        except OSError as error:
-            raise UserError(f"on_policy.vllm_folder: nothing can be written into {self.folder}: {error}") from None
         return name
 
     def _check_develops(self, connection: Connection) -> None:

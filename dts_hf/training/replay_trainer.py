@@ -78,9 +78,9 @@ class ReplayTrainer(OnPolicyTrainer):
                     f"{self.rollout.vocab_size:,} of them alone; expected backend: own, which says no others"
                 )
             check_has_whole_weights(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
-            self.rollout.answer = self._vllm()
+            self.rollout.answer = self._vllm(model)
 
-    def _vllm(self) -> VllmRollouts | VllmServer:
+    def _vllm(self, model: nn.Module) -> VllmRollouts | VllmServer:
         """What answers in the place of our engine, ready to do so."""
         assert self.on_policy is not None
         chosen = self.on_policy
@@ -90,7 +90,7 @@ class ReplayTrainer(OnPolicyTrainer):
         server = VllmServer(
             chosen.vllm_url, chosen.vllm_folder, token_env=chosen.vllm_token_env, at_once=chosen.batch_size
         )
-        server.check(self._longest())
+        server.check(model, self._longest())
         return server
 
     def _longest(self) -> int | None:

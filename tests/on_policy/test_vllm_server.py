@@ -41,8 +41,15 @@ def moved(model, seed, by=0.5):
 
 
 def met(url, folder, **options):
+    """A server that no question was asked yet."""
     server = VllmServer(url, str(folder), **options)
-    server.check(None)
+    server.model = "student"
+    return server
+
+
+def checked(url, folder, longest=None, **options):
+    server = VllmServer(url, str(folder), **options)
+    server.check(tiny_llama(seed=0), longest, patience=0.1)
     return server
 
 
@@ -235,19 +242,24 @@ def test_the_model_comes_back_as_it_was(tmp_path):
     ("made", "match"),
     [
         ({"develops": False}, r"vllm_url: .* takes no weights: start it with .* VLLM_SERVER_DEV_MODE=1"),
+        ({"model": tiny_llama(seed=1, layers=3)}, r"did not read .* must be vLLM 0\.16 or later, see this folder"),
+        ({"reads": False}, "answers with other weights than the student's"),
+        ({"ids": False}, r"without token_ids .* expected vLLM 0\.16 or later"),
+        ({"most": 3}, "has cut an answer after 3 tokens, asked for 4"),
         ({"longest": 20}, r"may have 64 tokens, and .* takes 20 \(its --max-model-len\)"),
         ({"token": "correct-horse-battery"}, "vllm_url: .*401.* Set the variable that on_policy.vllm_token_env names"),
     ],
 )
 def test_a_server_that_will_not_do(tmp_path, made, match):
-    with serving(Vllm(tiny_llama(seed=0), **made)) as url, pytest.raises(UserError, match=match):
-        VllmServer(url, str(tmp_path)).check(64)
+    with serving(Vllm(**{"model": tiny_llama(seed=1), **made})) as url, pytest.raises(UserError, match=match):
+        checked(url, tmp_path, 64)
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_token_is_sent_and_never_said(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "correct-horse-battery")
     with serving(Vllm(tiny_llama(seed=0), token="correct-horse-battery")) as url:
-        assert len(answers(met(url, tmp_path, token_env=VARIABLE), tiny_llama(seed=0))) == 3
+        assert len(answers(checked(url, tmp_path, token_env=VARIABLE), tiny_llama(seed=0))) == 3
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(UserError, match=rf"vllm_token_env: the environment variable {VARIABLE} is not set"):
         VllmServer("http://127.0.0.1:1", str(tmp_path), token_env=VARIABLE)
@@ -255,7 +267,7 @@ def test_its_token_is_sent_and_never_said(tmp_path, monkeypatch):
 
 def test_nobody_there(tmp_path):
     with pytest.raises(UserError, match=r"on_policy\.vllm_url: http://127\.0\.0\.1:1/v1/models: no answer in 0\.1 s"):
-        VllmServer("http://127.0.0.1:1", str(tmp_path)).check(None, patience=0.1)
+        checked("http://127.0.0.1:1", tmp_path)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@127.0.0.1", "ftp://host", "http://host:8000/v1/"])
@@ -270,26 +282,18 @@ def test_a_folder_that_takes_nothing(tmp_path):
     tmp_path.chmod(0o500)
     with (
         serving(Vllm(tiny_llama(seed=0))) as url,
-        pytest.raises(UserError, match="vllm_folder: nothing can be written"),
+        pytest.raises(UserError, match="vllm_folder: the student's weights could not be written"),
     ):
-        VllmServer(url, str(tmp_path)).check(None)
+        checked(url, tmp_path)
 
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         serving(Vllm(tiny_llama(seed=0))) as url,
-        pytest.raises(UserError, match="vllm_folder: nothing can be written"),
+        pytest.raises(UserError, match="vllm_folder: the student's weights could not be written"),
     ):
-        VllmServer(url, str(tmp_path / "file")).check(None)
-
-
-def test_a_server_of_an_older_version(tmp_path):
-    with (
-        serving(Vllm(tiny_llama(seed=0), ids=False)) as url,
-        pytest.raises(RunError, match=r"without token_ids .* expected vLLM 0\.16 or later"),
-    ):
-        answers(met(url, tmp_path), tiny_llama(seed=0))
+        checked(url, tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------------- through the trainer
@@ -310,7 +314,7 @@ def test_a_training_whose_student_answers_on_a_server(tmp_path):
             tmp_path / "run", options=options, on_policy=chosen(url, tmp_path / "weights"), temperature=1.0
         )
         trainer.train()
-        assert vllm.resets == 3 and trainer.state.log_history[0]["generated_share"] == 1.0
+        assert vllm.resets == 4 and trainer.state.log_history[0]["generated_share"] == 1.0
         answers(trainer.rollout.answer, trainer.model)
     pairs = zip(vllm.model.parameters(), trainer.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
