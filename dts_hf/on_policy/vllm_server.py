@@ -292,7 +292,7 @@ class VllmServer:
         if longest is not None and most is not None and longest > most:
             raise UserError(
                 f"{KEY}: a prompt and its answer may have {longest:,} tokens, and {self.url} takes {most:,} (its "
-                "--max-model-len); lower data.max_length or on_policy.max_new_tokens, or raise that"
+                "--max-model-len); lower data.max_prompt_length or on_policy.max_new_tokens, or raise that"
             )
         return name
 

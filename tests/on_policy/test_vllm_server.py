@@ -11,6 +11,7 @@ import torch
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.on_policy import vllm_server
+from dts_hf.on_policy.rollout import prompt_length
 from dts_hf.on_policy.vllm_server import VllmServer, log_probs_of
 from tests.support.families import FAMILIES
 from tests.support.tiny import tiny_gpt2, tiny_llama
@@ -319,6 +320,20 @@ def test_a_training_whose_student_answers_on_a_server(tmp_path):
     pairs = zip(vllm.model.parameters(), trainer.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert not list((tmp_path / "weights").iterdir())
+
+
+def test_a_server_needs_no_place_for_the_answers_of_the_data(tmp_path):
+    """Its --max-model-len is for prompts and what the student says."""
+    vllm = Vllm(tiny_llama(seed=99))
+    with serving(vllm) as url:
+        settings = chosen(url, tmp_path / "weights")
+        rows = trainer_for(tmp_path / "run", on_policy=settings).train_dataset
+        vllm.longest = max(prompt_length(rows[number]) for number in range(len(rows))) + 5
+        assert vllm.longest < max(rows.lengths) + 5
+        trainer_for(tmp_path / "run", on_policy=settings)
+        vllm.longest -= 1
+        with pytest.raises(UserError, match=f"may have {vllm.longest + 1} tokens, and .* takes {vllm.longest} "):
+            trainer_for(tmp_path / "run", on_policy=settings)
 
 
 def test_its_losses_are_those_of_our_engine(tmp_path):
