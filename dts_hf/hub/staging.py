@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from dts_hf.console import gb, secrets_in
 from dts_hf.errors import UserError
 from dts_hf.files import jsonable, naming
+from dts_hf.on_policy.settings import PLACES
 from dts_hf.recipe.yaml_files import dump_values
 from dts_hf.reporting import model_card
 from dts_hf.reporting.facts import MODELS, publishable, short_name, without_folders
@@ -154,6 +155,9 @@ def public_recipe(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML without comments, tokens and folders of this machine: names of local files stand alone."""
     header = "# What this student was trained with. Local files and folders are named without those around them.\n"
     values = _without_folders(publishable(jsonable(recipe)))
+    own_text = (values.get("data") or {}).get("on_policy") or {}
+    for key in PLACES:  # of machines that nobody else has
+        own_text.pop(key, None)
     # Always folders, whether they are there or not; of the arguments of training two are names on the Hub
     for section, keys in (("output", ("dir",)), ("data", ("cache_dir",)), ("training", values.get("training") or ())):
         for key in keys:

@@ -1,4 +1,4 @@
-"""The student's weights as an engine elsewhere takes them: whole, under the names of its class, adapters merged."""
+"""The student's weights as an engine elsewhere takes them: whole, as ``save_pretrained`` writes them, adapters merged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from dts_hf.distributed.sharding import gathered_tensor, is_sharded
 from dts_hf.errors import UserError
@@ -14,6 +15,8 @@ from dts_hf.models.head import is_fake_quantized, without_adapters
 
 #: What wrappers put into the names of weights: activation checkpointing, ``torch.compile`` of a whole model.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+#: Options of LoRA with which it is more than two matrices beside a layer's weight.
+_MORE_THAN_LORA = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
 #: Weights of a LoRA adapter itself, which are in the merged ones.
 _OF_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
@@ -37,7 +40,7 @@ def check_has_whole_weights(model: nn.Module, *, sharded: bool) -> None:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     for config in configs.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        more = [name for name in ("use_dora", "lora_bias") if getattr(config, name, False)]
+        more = [name for name in _MORE_THAN_LORA if getattr(config, name, False)]
         if kind != "LORA" or more:
             what = kind if kind != "LORA" else f"LoRA with {more[0]}"
             raise UserError(
@@ -54,6 +57,9 @@ def check_has_whole_weights(model: nn.Module, *, sharded: bool) -> None:
 @torch.no_grad()
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The name and the value of each weight of the student, tied ones once; one at a time, so no device holds all twice.
+
+    Names and shapes are those of a checkpoint, which engines read, and not those in memory: transformers keeps the experts
+    of a layer in one weight there, and has renamed layers of older families. Buffers that are saved are among them.
 
     Adapters are added to copies: merged in place and taken off again, as peft's ``merge_adapter`` does, the weights that
     are trained on would come back with other last digits. Every process iterates: sharded weights are gathered by all.
@@ -75,7 +81,17 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 layer = base.get_submodule(name.removesuffix(".base_layer.weight"))
                 for adapter in layer.active_adapters:
                     value = value + layer.get_delta_weight(adapter).to(value.dtype)
-            yield _plain_name(model, name), value
+            yield from revert_weight_conversion(base, {_plain_name(model, name): value}).items()
+    for name, buffer in _saved_buffers(base):
+        yield from revert_weight_conversion(base, {_plain_name(model, name): buffer}).items()
+
+
+def _saved_buffers(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that a checkpoint holds, such as what balances the experts of DeepSeek-V3; they are never sharded."""
+    for prefix, module in base.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _plain_name(model: nn.Module, name: str) -> str:

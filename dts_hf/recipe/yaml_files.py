@@ -23,6 +23,7 @@ PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("teacher", "cache"),
     ("data", "train"),
     ("data", "validation"),
+    ("data", "on_policy", "vllm_folder"),
     ("task", "mismatched"),
     ("evaluation", "sets"),
     ("temperature", "run"),

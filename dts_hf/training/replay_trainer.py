@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dts_hf.data.encoding import EncodedDataset
 from dts_hf.data.routes import TEACHER
 from dts_hf.data.teacher_context import TEACHER_IDS, TEACHER_LABELS
 from dts_hf.distributed.launch import strategy_of
@@ -78,9 +79,9 @@ class ReplayTrainer(OnPolicyTrainer):
                     f"{self.rollout.vocab_size:,} of them alone; expected backend: own, which says no others"
                 )
             check_has_whole_weights(model, sharded=strategy_of(self.accelerator) in ("zero3", "fsdp2"))
-            self.rollout.answer = self._vllm()
+            self.rollout.answer = self._vllm(model)
 
-    def _vllm(self) -> VllmRollouts | VllmServer:
+    def _vllm(self, model: nn.Module) -> VllmRollouts | VllmServer:
         """What answers in the place of our engine, ready to do so."""
         assert self.on_policy is not None
         chosen = self.on_policy
@@ -90,7 +91,7 @@ class ReplayTrainer(OnPolicyTrainer):
         server = VllmServer(
             chosen.vllm_url, chosen.vllm_folder, token_env=chosen.vllm_token_env, at_once=chosen.batch_size
         )
-        server.check(self._longest())
+        server.check(model, self._longest_asked())
         return server
 
     def _longest(self) -> int | None:
@@ -98,6 +99,14 @@ class ReplayTrainer(OnPolicyTrainer):
         assert self.on_policy is not None
         lengths: Sequence[int] = getattr(self.train_dataset, "lengths", ())
         return max(lengths) + self.on_policy.max_new_tokens if lengths else None
+
+    def _longest_asked(self) -> int | None:
+        """As ``_longest``, without the answers of the data, which nobody generates."""
+        assert self.on_policy is not None
+        data: Any = self.train_dataset
+        if not isinstance(data, EncodedDataset):
+            return self._longest()
+        return max(data.spans(row)[-1][0] for row in range(len(data))) + self.on_policy.max_new_tokens
 
     def _longest_read(self) -> int:
         """As ``_longest``, of a row as its teacher reads it; 0: it reads what the student does."""

@@ -31,8 +31,12 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with serving(Vllm(tiny_llama(seed=99, tie=False))) as url:
+        with (
+            serving(Vllm(tiny_llama(seed=99, tie=False))) as url,
+            serving(Vllm(tiny_llama(seed=99, tie=False), reads=False)) as deaf,
+        ):
             (folder / "server").write_text(url)
+            (folder / "deaf_server").write_text(deaf)
             done = run_warm(WORKERS / "on_policy_worker.py", 2, [str(folder), *WRAPPERS], timeout=800)
         assert done.returncode == 0, done.stderr[-3000:]
         on_policy_worker.main(["single"], folder)
@@ -81,6 +85,14 @@ def test_two_processes_learn_what_one_learns(runs: Runs, strategy: str, case: st
     assert ours.keys() == theirs.keys()
     apart = max(float((theirs[key] - value).norm() / value.norm()) for key, value in ours.items() if value.any())
     assert apart < 1e-5
+
+
+@pytest.mark.parametrize("strategy", [name for name in WRAPPERS if "server" in on_policy_worker.OF_STRATEGY[name]])
+def test_a_server_with_other_weights_ends_every_process(runs: Runs, strategy: str) -> None:
+    """Also where weights are sharded, and a forward needs all processes."""
+    for rank in (0, 1):
+        words = runs(strategy, rank)["refused"]["words"]
+        assert "answers with other weights than the student's" in words and words.endswith("everywhere=True")
 
 
 def test_the_uneven_case_is_uneven(runs: Runs) -> None:

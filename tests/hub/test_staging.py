@@ -194,7 +194,11 @@ def test_the_recipe_has_no_folders_no_tokens_and_is_one() -> None:
         {
             "student": {"model": "org/small"},
             "teacher": {"model": "/home/anna/big"},
-            "data": {"train": ["~/secret/a.jsonl", "org/rows:de"], "validation": "C:\\anna\\b.jsonl"},
+            "data": {
+                "train": ["~/secret/a.jsonl", "org/rows:de"],
+                "validation": "C:\\anna\\b.jsonl",
+                "on_policy": {"backend": "vllm", "vllm_url": "http://gpu-7.secret", "vllm_folder": "w", "top_p": 0.9},
+            },
             "training": {"run_name": "x", "max_steps": 1},
             "output": {"dir": "../runs/x"},
         }
@@ -203,6 +207,7 @@ def test_the_recipe_has_no_folders_no_tokens_and_is_one() -> None:
     made = yaml.safe_load(text)
     assert made["student"]["model"] == "org/small" and made["teacher"]["model"] == "big"
     assert made["data"]["train"] == ["a.jsonl", "org/rows:de"] and made["data"]["validation"] == "b.jsonl"
+    assert made["data"]["on_policy"]["top_p"] == 0.9 and "vllm_" not in text
     assert made["output"]["dir"] == "x" and "anna" not in text and "secret" not in text
     assert Recipe.from_dict(made).student.model == "org/small"
 

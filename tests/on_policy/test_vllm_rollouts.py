@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dts_hf.errors import RunError, UserError
 from dts_hf.generation.engine import GenerationSettings, generate
 from dts_hf.on_policy.vllm_rollouts import VllmRollouts, check_installed, push_weights
 from dts_hf.on_policy.whole_weights import check_has_whole_weights, whole_weights
+from tests.support.families import FAMILIES
 from tests.support.quantized import round_layers
 from tests.support.tiny import tiny_gpt2, tiny_llama
 from tests.support.trainers import trainer_for
@@ -151,6 +153,17 @@ def test_whole_weights_are_those_of_the_model(build, tie):
     assert all(torch.equal(value, model.get_parameter(name)) for name, value in found.items())
 
 
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.trains])
+def test_whole_weights_are_those_of_a_checkpoint(tmp_path, family):
+    """vLLM reads what ``save_pretrained`` writes: experts one by one, names as they were, saved buffers as well."""
+    model = FAMILIES[family].build()
+    model.save_pretrained(tmp_path)
+    saved = {name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()}
+    found = dict(whole_weights(model))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in found.items())
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("also", [None, ["norm", "ln_f"]])
 def test_adapters_are_merged_into_copies(build, also):
@@ -171,6 +184,14 @@ def test_adapters_are_merged_into_copies(build, also):
     ("config", "match"),
     [
         (lambda: peft.LoraConfig(r=2, target_modules="all-linear", use_dora=True), "LoRA with use_dora"),
+        (
+            lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]),
+            "with trainable_token_indices",
+        ),
+        (
+            lambda: peft.LoraConfig(r=2, target_modules=["k_proj"], target_parameters=["q_proj.weight"]),
+            "LoRA with target_parameters",
+        ),
         (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "of the kind IA3"),
     ],
 )

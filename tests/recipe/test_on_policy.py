@@ -50,6 +50,20 @@ def test_what_does_not_go_with_it_is_refused_by_name(
         recipe({"on_policy": own}, **sections)
 
 
+def test_the_folder_of_the_weights_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = tmp_path / "recipes" / "recipe.yaml"
+    for given, found in (("../weights", "weights"), ("~/weights", "home/weights"), ("/dev/shm/w", "/dev/shm/w")):
+        own = {"backend": "vllm", "vllm_url": "http://a:1", "vllm_folder": given}
+        data = {"train": "rows.jsonl", "on_policy": own}
+        sections = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": data, "output": {"dir": "run"}}
+        file.write_text(json.dumps(sections))
+        chosen = load_recipe(file).data.on_policy
+        assert chosen is not None and chosen.vllm_folder == found
+
+
 def test_a_cache_with_a_live_teacher_beside_it_is_taken() -> None:
     teacher = {"model": "t", "kind": "cached", "cache": "states", "missing": "live"}
     assert recipe({"on_policy": {}}, teacher=teacher).data.on_policy is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from dts_hf.generation.engine import GenerationSettings, generate
-from dts_hf.on_policy.vllm_server import log_probs_of
 
 
 @dataclass
@@ -29,6 +29,12 @@ class Vllm:
         ids: ``return_token_ids`` is known.
         token: ``--api-key``; guards ``/v1`` alone, as vLLM's does.
         busy: so many questions are answered with 503 first.
+        most: ``max_new_tokens`` of its generation config, which it takes where the question has more.
+        ends: its own end tokens, unless the question says ``ignore_eos``.
+        keeps: its prefix cache cannot be reset, which it says with a 200; of a prompt that it knows, if not of another
+            ``cache_salt``, it says again what it has said.
+        slow: seconds that it takes to read weights.
+        spoil: changes an answer's choice.
     """
 
     model: torch.nn.Module
@@ -38,8 +44,15 @@ class Vllm:
     ids: bool = True
     token: str | None = None
     busy: int = 0
+    most: int = 10_000
+    ends: tuple[int, ...] = ()
+    keeps: bool = False
+    slow: float = 0.0
+    spoil: Callable[[dict], object] = lambda _choice: None
     asked: list[dict] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    known: dict[tuple, dict] = field(default_factory=dict)
+    modes: set[str] = field(default_factory=set)
     resets: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -48,6 +61,8 @@ class Vllm:
         if not files:
             raise FileNotFoundError(weights_path)
         self.folders.append(Path(weights_path))
+        self.modes |= {oct(path.stat().st_mode & 0o777) for path in (Path(weights_path), *files)}
+        time.sleep(self.slow)
         if self.reads:
             own = dict(self.model.named_parameters())
             read = {name: value for file in files for name, value in load_file(file).items()}
@@ -57,17 +72,25 @@ class Vllm:
                     own[name].copy_(value)
 
     def complete(self, body: dict) -> dict:
-        settings = GenerationSettings(max_new_tokens=body["max_tokens"], do_sample=False)
+        key = (*body["prompt"], body.get("cache_salt"))
+        if not self.keeps or key not in self.known:
+            self.known[key] = self._answer(body)
+        return self.known[key]
+
+    def _answer(self, body: dict) -> dict:
+        settings = GenerationSettings(max_new_tokens=min(body["max_tokens"], self.most), do_sample=False)
+        ends = [*body["stop_token_ids"], *(() if body.get("ignore_eos") else self.ends)]
         with self.lock:
             self.asked.append(body)
-            (said,) = generate(
-                self.model, [body["prompt"]], settings, eos_token_ids=body["stop_token_ids"], pad_token_id=0
-            )
+            (said,) = generate(self.model, [body["prompt"]], settings, eos_token_ids=ends, pad_token_id=0)
             tokens = [*said.tokens, *([said.end] if said.finished else [])]
-            told = log_probs_of(self.model, body["prompt"], tokens).tolist()
+            with torch.no_grad():
+                logits = self.model(torch.tensor([[*body["prompt"], *tokens]])).logits[0, -len(tokens) - 1 : -1]
+            told = logits.float().log_softmax(-1)[range(len(tokens)), tokens].tolist()
         choice = {"index": 0, "text": "", "finish_reason": "stop" if said.finished else "length"}
         if self.ids:
             choice |= {"token_ids": tokens, "logprobs": {"token_logprobs": told}}
+        self.spoil(choice)
         return {"object": "text_completion", "choices": [choice]}
 
 

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from dts_hf.distributed.processes import process
 from dts_hf.distributed.sharding import is_sharded
+from dts_hf.errors import RunError
 from dts_hf.models.adapters import add_lora
+from dts_hf.on_policy.vllm_server import VllmServer
 from dts_hf.recipe.schema import Lora
 from tests.support.launching import leave, training_arguments
 from tests.support.on_policy import ENDS, recording
@@ -51,7 +53,7 @@ def silent_half() -> list[dict[str, Any]]:
     ]
 
 
-def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
+def trainer_of(strategy: str, name: str, out: Path) -> Any:
     case, world = CASES[name], process()[1]
     accumulation = case.get("accumulation", 1)
     args = training_arguments(
@@ -68,10 +70,26 @@ def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
     if case.get("lora"):
         torch.manual_seed(0)
         student = add_lora(student, Lora(r=4))
-    trainer = recording(
+    return recording(
         args, student, rows=silent_half() if case.get("uneven") else plain(), packing=case.get("packing", False),
         on_policy=settings, temperature={"name": "dts", "rule": "gap"}, ends=case.get("ends", ENDS),
     )  # fmt: skip
+
+
+def refused(strategy: str, out: Path) -> str:
+    """What ends a training whose server keeps its own weights (its address stands in OUT/deaf_server)."""
+    trainer = trainer_of(strategy, "server", out)
+    trainer.rollout.answer = VllmServer((out.parent / "deaf_server").read_text(), str(out / "weights"))
+    try:
+        trainer.train()
+    except RunError as error:
+        return f"{error} everywhere={error.everywhere}"
+    return ""
+
+
+def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
+    trainer = trainer_of(strategy, name, out)
+    args = trainer.args
     trainer.train()
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if args.process_index == 0:
@@ -80,7 +98,7 @@ def train(strategy: str, name: str, out: Path) -> dict[str, Any]:
     return {
         "world": trainer.accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "sharded": is_sharded(student),
+        "sharded": is_sharded(trainer.model),
         "kinds": trainer.kinds,
         "texts": [{str(row): ids for row, (ids, _) in step.items()} for step in trainer.texts],
         "labels": [sum(label != -100 for _, labels in step.values() for label in labels) for step in trainer.texts],
@@ -95,6 +113,8 @@ def main(strategies: list[str], out: Path) -> None:
         folder = out / strategy
         folder.mkdir(exist_ok=True)
         found = {name: train(strategy, name, folder) for name in OF_STRATEGY[strategy]}
+        if strategy != "single" and "server" in found:
+            found["refused"] = {"words": refused(strategy, folder)}
         (folder / f"{process()[0]}.json").write_text(json.dumps(found))
 
 
