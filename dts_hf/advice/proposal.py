@@ -14,6 +14,7 @@ from dts_hf.errors import UserError
 from dts_hf.files import check_name, write_text_atomic
 from dts_hf.recipe.schema import Recipe, Sweep
 from dts_hf.temperature import build_temperature
+from dts_hf.temperature.constant import Constant
 
 MOST_ARMS, SEEDS = 4, (1, 2, 3)
 FORWARD: Mapping[str, Any] = {"name": "forward_kl"}
@@ -73,7 +74,12 @@ def _candidates(recipe: Recipe, found: Measured, fired: set[str]) -> Iterator[Ar
     if own["name"] != FORWARD["name"]:
         t = 0.8 if "reverse-kl-values" in fired else first
         yield Arm(f"{own['name']}, constant T = {t:g}", t, own, kd_ratio)
-    if recipe.temperature.name != "constant" and "fixed-is-enough" not in fired:
+    given = build_temperature(recipe.temperature.name, **recipe.temperature.options)
+    if isinstance(given, Constant):
+        if given.teacher_value not in (None, given.value):  # one T of both, as in the arms before, is another question
+            label = f"{own['name']}, constant T = {given.value:g} (student), {given.teacher_value:g} (teacher)"
+            yield Arm(label, recipe.temperature.model_dump(), own, kd_ratio)
+    elif "fixed-is-enough" not in fired:
         policy = _capped(recipe, found, fired)
         yield Arm(f"{own['name']}, policy {recipe.temperature.name}", policy, own, kd_ratio)
     if "gradient-share" in fired:
