@@ -550,6 +550,24 @@ OTHER_COMMANDS = [
     ("report models", ("models", "recipe.yaml")),
     ("report nope", ("nope", "no such run directory")),
     *(
+        # A folder is there, root may write in it, and no file can be made: after the work it would be too late to say so
+        (f"{command} /proc/x{end}", (f"{command.rpartition(' ')[2]}: cannot write in /proc (",))
+        for command, end in (
+            ("advise recipe.yaml --write", ".yaml"),
+            ("advise recipe.yaml --output", ""),
+            ("cache-teacher recipe.yaml --output", ""),
+            ("compare models unfinished --output", ""),
+            ("generate models/teacher --prompt hi --output", ".jsonl"),
+            ("init --teacher models/teacher --data train.jsonl --output", ".yaml"),
+            ("prepare dolly --source train.jsonl --output", ""),
+            ("prepare quickstart --output", ""),
+            ("prepare recipes --output", ""),
+            ("sweep recipe.yaml --set temperature=1,2 --output", "/y"),
+            ("sweep recipe.yaml --set temperature=1,2 --slurm", ".sh"),
+            ("export models/teacher --quantized --out", ""),
+        )
+    ),
+    *(
         (command.replace("LONG", LONG_NAME), ("x" * 300,))
         for command in (
             "train LONG",
@@ -590,6 +608,18 @@ def test_other_commands(command: str, says: tuple[str, ...], place: Path) -> Non
     result = run(*command.split())
     refused(result.exit_code, result.stdout, result.stderr, says)
     assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate models/teacher --prompt hi --overwrite --output", "sweep recipe.yaml --set temperature=1,2 --slurm"],
+)
+def test_what_is_no_plain_file_is_never_replaced(command: str, place: Path) -> None:
+    """As root, /dev/null would be an ordinary file from then on."""
+    os.mkfifo(place / "pipe")
+    result = run(*command.split(), "pipe")
+    refused(result.exit_code, result.stdout, result.stderr, (f"{command.rpartition(' ')[2]}: pipe is ",))
+    assert (place / "pipe").is_fifo()
 
 
 def test_as_a_process_of_its_own(place: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from dts_hf.advice.measured import Measured
 from dts_hf.advice.rules import Judged
 from dts_hf.errors import UserError
-from dts_hf.files import check_name, write_text_atomic
+from dts_hf.files import check_new_file, write_text_atomic
 from dts_hf.recipe.schema import Recipe, Sweep
 from dts_hf.temperature import build_temperature
 from dts_hf.temperature.constant import Constant
@@ -152,24 +152,15 @@ def write_sweep(path: Path, recipe: Recipe, wanted: Sequence[Arm], source: str) 
     write_text_atomic(path, head + text)
 
 
-def check_writable(path: Path, recipe: str | Path) -> None:
-    """Refuse, before anything is measured, a file that could not be written or that is there.
-
-    Args:
-        path: of the sweep.
-        recipe: file that is varied.
+def check_writable(path: Path) -> None:
+    """Refuse, before anything is measured, a file for the sweep that could not be written or that is there.
 
     Raises:
         UserError: names what is in the way.
     """
-    check_name(path, "--write")
-    if path.exists() or path.is_symlink():
-        what = "is the recipe itself" if path.resolve() == Path(recipe).resolve() else "is there already"
-        raise UserError(f"--write: {path} {what}; expected the name of a new file")
+    check_new_file(path, "--write")
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"--write: got {path}, expected a name that ends in .yaml")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--write: {path.parent} is no folder; expected one that is there")
 
 
 def _capped(recipe: Recipe, found: Measured, fired: set[str]) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def command(
     from dts_hf.experiments.compare import check_margin, compare_kinds
     from dts_hf.experiments.kinds import baseline_of, read_kinds
     from dts_hf.experiments.report import render_page
-    from dts_hf.files import check_folder, write_text_atomic
+    from dts_hf.files import check_output_folder, write_text_atomic
 
     # Before recipes are trained, which may take days
     check_margin(margin)
     if output is not None:
-        check_folder(output, "--output")
+        check_output_folder(output)
     _check_baseline(baseline, runs)
     paths, names = _runs_of(runs, seeds, output)
     kinds = read_kinds(paths)

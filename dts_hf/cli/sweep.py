@@ -102,18 +102,16 @@ def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) 
         UserError: the file of the job array can be none.
     """
     from dts_hf.experiments import sweep as work
-    from dts_hf.files import check_name, write_text_atomic
+    from dts_hf.files import check_new_file, check_output_folder, write_text_atomic
 
     if slurm is not None:
-        check_name(slurm, "--slurm")
-        if slurm.is_dir() or not slurm.absolute().parent.is_dir():
-            why = "is a folder" if slurm.is_dir() else f"lies in {slurm.parent}, which is no folder"
-            raise UserError(f"--slurm: {slurm} {why}; expected a file in a folder that is there")
+        check_new_file(slurm, "--slurm", replace=True)
     left = _left(study.states(chosen))
     if slurm is None:
         for line in work.shell_commands(study, left):
             show(line)
     elif left:
+        check_output_folder(study.folder)
         # SLURM makes no folder for its logs, and starts no task without it
         (study.folder / work.LOGS).mkdir(parents=True, exist_ok=True)
         write_text_atomic(slurm, work.slurm_script(study, left))

@@ -22,7 +22,7 @@ from dts_hf.data.encoding import EncodedDataset, encode_rows
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError
 from dts_hf.evaluation.subject import Subject, find_subject
-from dts_hf.files import check_name, read_json
+from dts_hf.files import check_can_write, check_name, read_json
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.calibration import Calibration
 from dts_hf.models.fake_quantization import (
@@ -183,6 +183,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: {out} is a file, expected a folder")
     if out.is_symlink():
         raise UserError(f"--out: {out} is a link, expected a folder of its own")
+    check_can_write(out, "--out")
     if not out.is_dir() or not any(out.iterdir()):
         return
     quantized = read_json(out / "config.json").get("quantization_config")

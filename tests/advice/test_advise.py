@@ -290,7 +290,7 @@ def test_names_of_files_are_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("dts_hf.advice.advise.look", lambda *args: pytest.fail("it was measured"))
     Path("there.yaml").write_text("")
     for options, said in (
-        (["--write", "there.yaml"], "is there already"), (["--write", "recipe.yaml"], "is the recipe itself"),
+        (["--write", "there.yaml"], "is there already"), (["--write", "recipe.yaml"], "is there already"),
         (["--write", "sweep.txt"], "ends in .yaml"), (["--write", "no/sweep.yaml"], "is no folder"),
         (["--output", "there.yaml"], "is a file"), (["loss.kd_ratoi=1"], "kd_ratio"),
     ):  # fmt: skip
