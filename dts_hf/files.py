@@ -345,11 +345,16 @@ def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, An
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                yield json.loads(line)
-        except ValueError as error:
+                yield json.loads(line, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
             if may_end_early and number == len(lines):
                 return
             raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    """NaN and Infinity are no JSON, and ``jsonable`` writes none: no sum of such scores means anything."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def last_lines(path: Path, size: int = 4096) -> list[str]:
