@@ -100,7 +100,7 @@ def _check_baseline(wanted: str | None, given: Sequence[Path]) -> None:
 
 def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:
     """The run directories, those of recipes after they were trained, and one of each recipe by its real path."""
-    from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
+    from dts_hf.experiments.made import check_kinds, is_recipe, make_runs, plan_runs
 
     recipes = [name for name in dict.fromkeys(given) if is_recipe(name)]
     if not recipes:
@@ -110,6 +110,8 @@ def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> t
             )
         return list(given), {}
     studies = plan_runs(recipes, whole_numbers(seeds, "seeds"), output)
+    if len(recipes) == len({*given}):  # else run directories are compared with them
+        check_kinds(studies)
     made = make_runs(studies, lambda text: say(printable(text)))
     of_recipe = {
         recipe: [run.path for run in made for other, study in studies if other == recipe and run in study.runs]
