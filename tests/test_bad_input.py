@@ -535,6 +535,7 @@ OTHER_COMMANDS = [
     ("evaluate models/teacher --data valid.jsonl --output models", ("--output", "models", "holds no evaluation")),
     ("evaluate models/teacher --data valid.jsonl --protocol minilm", ("minilm", "Did you mean 'minillm'?")),
     ("evaluate models/teacher --data valid.jsonl --seeds 1,x", ("--seeds", "1,x", "whole numbers")),
+    ("evaluate models/teacher --data valid.jsonl --seeds 1,-1", ("seeds: got [1, -1]", "from 0, each once")),
     ("evaluate models/teacher --data valid.jsonl --backend vllm", ("vllm", "n-gram rule", "no_ngram")),
     ("evaluate models/teacher --sets doly", ("--sets: got 'doly'", "dolly")),
     ("evaluate models/teacher --sets glue/sst2", ("--sets", "'glue/sst2' is a GLUE set", "subset: sst2")),
