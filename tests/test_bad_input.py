@@ -546,6 +546,10 @@ OTHER_COMMANDS = [
     ("score nope.jsonl", ("nope.jsonl", "no such file")),
     ("compare models unfinished --output train.jsonl", ("--output", "train.jsonl is a file, expected a folder")),
     ("sweep recipe.yaml --set temperature=1,2 --slurm models", ("--slurm", "models is a folder; expected a file")),
+    *(
+        (f"sweep recipe.yaml --set temperature=1,2 {options}", (options.split()[0], options.split()[1], "one of them"))
+        for options in ("--print-commands --slurm a.sh", "--dry-run --print-commands", "--dry-run --slurm a.sh")
+    ),
     ("cache-teacher recipe.yaml --output states --teacher math", ("--teacher", "'math'", "no section teachers")),
     ("score train.jsonl", ("train.jsonl, line 1", "no field 'prediction'")),
     ("report models", ("models", "recipe.yaml")),
