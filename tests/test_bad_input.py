@@ -569,7 +569,7 @@ OTHER_COMMANDS = [
             ("prepare recipes --output", ""),
             ("sweep recipe.yaml --set temperature=1,2 --output", "/y"),
             ("sweep recipe.yaml --set temperature=1,2 --slurm", ".sh"),
-            ("export models/teacher --quantized --out", ""),
+            ("export models/teacher --quantized --output", ""),
         )
     ),
     *(
