@@ -30,6 +30,7 @@ from dts_hf.models.loading import load_tokenizers, tokenizers_of_several
 from dts_hf.models.saving import save_student
 from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import QUANTIZED_BY, Recipe
+from dts_hf.recipe.training_arguments import check_trackers
 from dts_hf.runs.comparison import ModelRecord, check_same_rows
 from dts_hf.runs.directory import ONE_TEACHER, RunDirectory
 from dts_hf.runs.failures import writing
@@ -64,6 +65,7 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     started, task = time.monotonic(), task_of(recipe)
 
     # 1. What can be refused without loading anything; and where the run starts: this may be its second attempt, or done.
+    check_trackers(recipe)
     args = task.training_arguments(recipe.output.dir)
     start = begin(recipe, args, resume)
     if start.finished:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +70,57 @@ def check_folder(path: Path, key: str) -> None:
         raise UserError(f"{key}: {existing} is a file, expected a folder")
 
 
+def check_can_write(path: Path, key: str) -> None:
+    """Refuse a place where nothing can be made, before anything is done whose result would lie there.
+
+    Args:
+        path: of a file or a folder; it need not be there, nor what is above it.
+        key: of the recipe, or the option, that names it.
+
+    Raises:
+        UserError: the folder that is there takes none in it.
+    """
+    existing = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    try:  # os.access says yes to root in /proc and on some network drives
+        os.rmdir(tempfile.mkdtemp(prefix=".dts_hf-", dir=existing))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{key}: cannot write in {existing} ({reason}). Choose another folder") from None
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse an ``--output`` that can be no folder to write into.
+
+    Raises:
+        UserError: as ``check_folder`` and ``check_can_write``.
+    """
+    check_folder(path, "--output")
+    check_can_write(path, "--output")
+
+
+def check_new_file(path: Path, key: str, replace: bool = False) -> None:
+    """Refuse a file that cannot be written, in a folder that is there, before anything is done whose result it will hold.
+
+    Args:
+        path: of the file.
+        key: the option that names it.
+        replace: a file that is there may be replaced.
+
+    Raises:
+        UserError: a folder, something that is there, no folder for it or one that takes no file, or a name that is too long.
+    """
+    check_name(path, key)
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; expected a file in a folder that is there")
+    if os.path.lexists(path) and not (replace and path.is_file()):
+        raise UserError(f"{key}: {path} is there already; expected the name of a new file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{key}: {path} lies in {path.parent}, which is no folder; expected a folder that is there")
+    check_can_write(path, key)
+
+
 def check_output(path: Path, example: str, overwrite: bool) -> None:
-    """Refuse an ``--output`` that cannot hold a new file, or should not.
+    """Refuse an ``--output`` that cannot hold a new file, or should not; its folder need not be there.
 
     Args:
         path: the file to be written.
@@ -78,13 +128,16 @@ def check_output(path: Path, example: str, overwrite: bool) -> None:
         overwrite: a file that is there may be replaced.
 
     Raises:
-        UserError: a folder, or a file that is there, or a name that is too long.
+        UserError: a folder, or a file that is there, a name that is too long, or a place that takes no file.
     """
     check_name(path, "--output")
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder, expected a file, such as {path / example}")
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"--output: {path} is there already. Choose another file, or replace it with --overwrite")
+    if os.path.lexists(path) and not path.is_file():  # replacing /dev/null would take it from the whole machine
+        raise UserError(f"--output: {path} is no plain file. Choose another one")
+    check_can_write(path, "--output")
 
 
 #: What is wrong with a link inside a run directory.
@@ -292,11 +345,16 @@ def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, An
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                yield json.loads(line)
-        except ValueError as error:
+                yield json.loads(line, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
             if may_end_early and number == len(lines):
                 return
             raise UserError(f"{path}: line {number}: broken JSON: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    """NaN and Infinity are no JSON, and ``jsonable`` writes none: no sum of such scores means anything."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def last_lines(path: Path, size: int = 4096) -> list[str]:

@@ -1,6 +1,6 @@
 """A search by Optuna in the place of a grid; every trial is a run of a sweep, or one for each seed.
 
-    pip install dts-hf optuna
+    pip install optuna 'dts-hf @ git+https://github.com/dts-hf/dts_hf'
     python examples/optuna_search.py recipe.yaml --trials 20 --seeds 1,2 --output studies/search
 
 What has been tried is in ``studies/search/optuna.log``, so the same command again goes on: a trial that was killed is

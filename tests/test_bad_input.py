@@ -535,6 +535,7 @@ OTHER_COMMANDS = [
     ("evaluate models/teacher --data valid.jsonl --output models", ("--output", "models", "holds no evaluation")),
     ("evaluate models/teacher --data valid.jsonl --protocol minilm", ("minilm", "Did you mean 'minillm'?")),
     ("evaluate models/teacher --data valid.jsonl --seeds 1,x", ("--seeds", "1,x", "whole numbers")),
+    ("evaluate models/teacher --data valid.jsonl --seeds 1,-1", ("seeds: got [1, -1]", "from 0, each once")),
     ("evaluate models/teacher --data valid.jsonl --backend vllm", ("vllm", "n-gram rule", "no_ngram")),
     ("evaluate models/teacher --sets doly", ("--sets: got 'doly'", "dolly")),
     ("evaluate models/teacher --sets glue/sst2", ("--sets", "'glue/sst2' is a GLUE set", "subset: sst2")),
@@ -545,10 +546,32 @@ OTHER_COMMANDS = [
     ("score nope.jsonl", ("nope.jsonl", "no such file")),
     ("compare models unfinished --output train.jsonl", ("--output", "train.jsonl is a file, expected a folder")),
     ("sweep recipe.yaml --set temperature=1,2 --slurm models", ("--slurm", "models is a folder; expected a file")),
+    *(
+        (f"sweep recipe.yaml --set temperature=1,2 {options}", (options.split()[0], options.split()[1], "one of them"))
+        for options in ("--print-commands --slurm a.sh", "--dry-run --print-commands", "--dry-run --slurm a.sh")
+    ),
     ("cache-teacher recipe.yaml --output states --teacher math", ("--teacher", "'math'", "no section teachers")),
     ("score train.jsonl", ("train.jsonl, line 1", "no field 'prediction'")),
     ("report models", ("models", "recipe.yaml")),
     ("report nope", ("nope", "no such run directory")),
+    *(
+        # A folder is there, root may write in it, and no file can be made: after the work it would be too late to say so
+        (f"{command} /proc/x{end}", (f"{command.rpartition(' ')[2]}: cannot write in /proc (",))
+        for command, end in (
+            ("advise recipe.yaml --write", ".yaml"),
+            ("advise recipe.yaml --output", ""),
+            ("cache-teacher recipe.yaml --output", ""),
+            ("compare models unfinished --output", ""),
+            ("generate models/teacher --prompt hi --output", ".jsonl"),
+            ("init --teacher models/teacher --data train.jsonl --output", ".yaml"),
+            ("prepare dolly --source train.jsonl --output", ""),
+            ("prepare quickstart --output", ""),
+            ("prepare recipes --output", ""),
+            ("sweep recipe.yaml --set temperature=1,2 --output", "/y"),
+            ("sweep recipe.yaml --set temperature=1,2 --slurm", ".sh"),
+            ("export models/teacher --quantized --output", ""),
+        )
+    ),
     *(
         (command.replace("LONG", LONG_NAME), ("x" * 300,))
         for command in (
@@ -590,6 +613,18 @@ def test_other_commands(command: str, says: tuple[str, ...], place: Path) -> Non
     result = run(*command.split())
     refused(result.exit_code, result.stdout, result.stderr, says)
     assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate models/teacher --prompt hi --overwrite --output", "sweep recipe.yaml --set temperature=1,2 --slurm"],
+)
+def test_what_is_no_plain_file_is_never_replaced(command: str, place: Path) -> None:
+    """As root, /dev/null would be an ordinary file from then on."""
+    os.mkfifo(place / "pipe")
+    result = run(*command.split(), "pipe")
+    refused(result.exit_code, result.stdout, result.stderr, (f"{command.rpartition(' ')[2]}: pipe is ",))
+    assert (place / "pipe").is_fifo()
 
 
 def test_as_a_process_of_its_own(place: Path) -> None:

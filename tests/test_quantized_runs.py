@@ -123,7 +123,7 @@ def test_an_output_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path) 
         (folder / "config.json", "is a file, expected a folder"),
         (folder / ("x" * 300), "has 300 bytes"),
     ):
-        with pytest.raises(UserError, match=f"--out: .*{expected}"):
+        with pytest.raises(UserError, match=f"--output: .*{expected}"):
             export_quantized(folder, out, options)
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(UserError, match="is a link"):
@@ -164,7 +164,7 @@ def test_a_folder_says_what_it_is_for_or_the_command_does(folder: Path, tmp_path
 
 
 def test_the_form_is_asked_for(folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["export", str(folder), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["export", str(folder), "--output", str(tmp_path / "out")])
     assert result.exit_code == 2 and "--quantized: is missing" in result.output
 
 
@@ -186,7 +186,7 @@ def test_a_run_and_its_export(scheme: str, workplace: Path, capsys: pytest.Captu
     assert json.loads((final / "config.json").read_text())[TRAINED_FOR] == section
     assert scheme in describe_student(gather(run)) and scheme in run.card_path.read_text()
     before = files(run.path)
-    result = CliRunner().invoke(app, ["export", str(run.path), "--quantized", "--out", "small", "--json"])
+    result = CliRunner().invoke(app, ["export", str(run.path), "--quantized", "--output", "small", "--json"])
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["difference"] < 1e-5 and facts["trained_for"] and facts["quantize"] == section

@@ -11,9 +11,10 @@ from typing import Any
 from dts_hf.advice.measured import Measured
 from dts_hf.advice.rules import Judged
 from dts_hf.errors import UserError
-from dts_hf.files import check_name, write_text_atomic
+from dts_hf.files import check_new_file, write_text_atomic
 from dts_hf.recipe.schema import Recipe, Sweep
 from dts_hf.temperature import build_temperature
+from dts_hf.temperature.constant import Constant
 
 MOST_ARMS, SEEDS = 4, (1, 2, 3)
 FORWARD: Mapping[str, Any] = {"name": "forward_kl"}
@@ -73,7 +74,12 @@ def _candidates(recipe: Recipe, found: Measured, fired: set[str]) -> Iterator[Ar
     if own["name"] != FORWARD["name"]:
         t = 0.8 if "reverse-kl-values" in fired else first
         yield Arm(f"{own['name']}, constant T = {t:g}", t, own, kd_ratio)
-    if recipe.temperature.name != "constant" and "fixed-is-enough" not in fired:
+    given = build_temperature(recipe.temperature.name, **recipe.temperature.options)
+    if isinstance(given, Constant):
+        if given.teacher_value not in (None, given.value):  # one T of both, as in the arms before, is another question
+            label = f"{own['name']}, constant T = {given.value:g} (student), {given.teacher_value:g} (teacher)"
+            yield Arm(label, recipe.temperature.model_dump(), own, kd_ratio)
+    elif "fixed-is-enough" not in fired:
         policy = _capped(recipe, found, fired)
         yield Arm(f"{own['name']}, policy {recipe.temperature.name}", policy, own, kd_ratio)
     if "gradient-share" in fired:
@@ -146,24 +152,15 @@ def write_sweep(path: Path, recipe: Recipe, wanted: Sequence[Arm], source: str) 
     write_text_atomic(path, head + text)
 
 
-def check_writable(path: Path, recipe: str | Path) -> None:
-    """Refuse, before anything is measured, a file that could not be written or that is there.
-
-    Args:
-        path: of the sweep.
-        recipe: file that is varied.
+def check_writable(path: Path) -> None:
+    """Refuse, before anything is measured, a file for the sweep that could not be written or that is there.
 
     Raises:
         UserError: names what is in the way.
     """
-    check_name(path, "--write")
-    if path.exists() or path.is_symlink():
-        what = "is the recipe itself" if path.resolve() == Path(recipe).resolve() else "is there already"
-        raise UserError(f"--write: {path} {what}; expected the name of a new file")
+    check_new_file(path, "--write")
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"--write: got {path}, expected a name that ends in .yaml")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--write: {path.parent} is no folder; expected one that is there")
 
 
 def _capped(recipe: Recipe, found: Measured, fired: set[str]) -> dict[str, Any]:

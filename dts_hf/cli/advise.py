@@ -39,12 +39,12 @@ def command(
     """Measure teacher and untrained student on some rows, and say what is worth sweeping; not what will win."""
     from dts_hf.advice import proposal, report
     from dts_hf.advice.advise import advise
-    from dts_hf.files import check_folder
+    from dts_hf.files import check_output_folder
 
     if write is not None:
-        proposal.check_writable(write, recipe)
+        proposal.check_writable(write)
     if output is not None:
-        check_folder(output, "--output")
+        check_output_folder(output)
     advice = advise(recipe, overrides or (), rows=rows, seed=seed)
     if write is not None:
         proposal.write_sweep(write, advice.recipe, advice.arms, advice.name)

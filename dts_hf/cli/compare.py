@@ -54,12 +54,12 @@ def command(
     from dts_hf.experiments.compare import check_margin, compare_kinds
     from dts_hf.experiments.kinds import baseline_of, read_kinds
     from dts_hf.experiments.report import render_page
-    from dts_hf.files import check_folder, write_text_atomic
+    from dts_hf.files import check_output_folder, write_text_atomic
 
     # Before recipes are trained, which may take days
     check_margin(margin)
     if output is not None:
-        check_folder(output, "--output")
+        check_output_folder(output)
     _check_baseline(baseline, runs)
     paths, names = _runs_of(runs, seeds, output)
     kinds = read_kinds(paths)
@@ -100,7 +100,7 @@ def _check_baseline(wanted: str | None, given: Sequence[Path]) -> None:
 
 def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> tuple[list[Path], dict[str, str]]:
     """The run directories, those of recipes after they were trained, and one of each recipe by its real path."""
-    from dts_hf.experiments.made import is_recipe, make_runs, plan_runs
+    from dts_hf.experiments.made import check_kinds, is_recipe, make_runs, plan_runs
 
     recipes = [name for name in dict.fromkeys(given) if is_recipe(name)]
     if not recipes:
@@ -110,6 +110,8 @@ def _runs_of(given: Sequence[Path], seeds: str | None, output: Path | None) -> t
             )
         return list(given), {}
     studies = plan_runs(recipes, whole_numbers(seeds, "seeds"), output)
+    if len(recipes) == len({*given}):  # else run directories are compared with them
+        check_kinds(studies)
     made = make_runs(studies, lambda text: say(printable(text)))
     of_recipe = {
         recipe: [run.path for run in made for other, study in studies if other == recipe and run in study.runs]

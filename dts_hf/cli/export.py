@@ -12,13 +12,13 @@ from dts_hf.console import show
 from dts_hf.errors import UserError
 
 EPILOG = (
-    "Example: [bold]dts-hf export runs/int4 --quantized --out students/int4[/bold], then dts-hf push students/int4"
+    "Example: [bold]dts-hf export runs/int4 --quantized --output students/int4[/bold], then dts-hf push students/int4"
 )
 
 
 def command(
     source: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="Run directory, or folder of a student.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the exported student.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the exported student.")],
     quantized: Annotated[
         bool, typer.Option("--quantized", help="Quantise its weights, as training with student.quantize rounded them.")
     ] = False,
@@ -49,8 +49,8 @@ def command(
         raise UserError(f"--dtype: got {dtype!r}, expected float32, bfloat16 or float16")
     from dts_hf.language_modeling.export import ExportOptions, export_quantized
 
-    found = export_quantized(source, out, ExportOptions(scheme, group_size, data, dtype, overwrite))
+    found = export_quantized(source, output, ExportOptions(scheme, group_size, data, dtype, overwrite))
     if as_json:
         print_json(found.facts())
     else:
-        show(f"{out}: {found.sentence()}")
+        show(f"{output}: {found.sentence()}")

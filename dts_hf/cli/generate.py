@@ -18,22 +18,25 @@ if TYPE_CHECKING:
 EPILOG = (
     'Example: [bold]dts-hf generate runs/first --prompt "Name a fruit"[/bold], or'
     " dts-hf generate runs/first --data rows.jsonl --output answers.jsonl; rows to train on:"
-    " dts-hf generate TEACHER --data rows.jsonl --out answered.jsonl --temperature 1 --answers 4 --best-of mean"
+    " dts-hf generate TEACHER --data rows.jsonl --output new.jsonl --for-training --temperature 1 --answers 4 --best-of mean"
 )
-OUT_HELP = (
-    "Rows to train on (data.train): answers that pass filters; a killed call goes on. See docs/sequence_level.md."
+TRAINING_HELP = (
+    "Write rows to train on (data.train) to --output: answers that pass filters; a killed call goes on. See "
+    "docs/sequence_level.md."
 )
 SCORER_HELP = "The model whose log-probability --best-of asks; default: MODEL itself."
-BEST_HELP = "With --out: keep each row's likeliest answer, by log-probability per token or in all."
-Out = Annotated[Path | None, typer.Option(help=OUT_HELP)]
-Split = Annotated[str, typer.Option(help="With --out: of a Hub data set, or a folder with splits.")]
-Answers = Annotated[int, typer.Option(min=1, help="With --out: so many answers a row.")]
+BEST_HELP = "With --for-training: keep each row's likeliest answer, by log-probability per token or in all."
+ForTraining = Annotated[bool, typer.Option("--for-training", help=TRAINING_HELP)]
+Split = Annotated[str, typer.Option(help="With --for-training: of a Hub data set, or a folder with splits.")]
+Answers = Annotated[int, typer.Option(min=1, help="With --for-training: so many answers a row.")]
 BestOf = Annotated[Literal["mean", "sum"] | None, typer.Option(help=BEST_HELP)]
 Scorer = Annotated[str | None, typer.Option(metavar="MODEL|RUN", help=SCORER_HELP)]
 TopP = Annotated[float, typer.Option(max=1, help="Of sampling: the likeliest tokens of this probability; 1: all.")]
-Cut = Annotated[Literal["drop", "keep"], typer.Option(help="With --out: answers that ran into --max-new-tokens.")]
+Cut = Annotated[
+    Literal["drop", "keep"], typer.Option(help="With --for-training: answers that ran into --max-new-tokens.")
+]
 MaxRepetition = Annotated[
-    float, typer.Option(min=0, max=1, help="With --out: largest share of 4-grams said before; 1: any.")
+    float, typer.Option(min=0, max=1, help="With --for-training: largest share of 4-grams said before; 1: any.")
 ]
 
 
@@ -46,7 +49,7 @@ def command(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows to answer; with or without answers of their own.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines of the answers; default: printed.")] = None,
-    out: Out = None,
+    for_training: ForTraining = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0: the most likely token each time.")] = 0.0,
     top_p: TopP = 1.0,
@@ -84,12 +87,12 @@ def command(
         overwrite=overwrite,
     )
     of_rows = {"answers": answers > 1, "best-of": best_of, "scorer": scorer, "split": split != "train"}
-    check_options(options, out, of_rows)
-    if out is None:
-        _answer(model, options, as_json)
-    else:
+    check_options(options, for_training, of_rows)
+    if for_training and output is not None:
         choice = {"answers": answers, "cut": cut, "max_repetition": max_repetition, "best_of": best_of}
-        _write_rows(model, options, out, choice, scorer, split, as_json)
+        _write_rows(model, options, output, choice, scorer, split, as_json)
+    else:
+        _answer(model, options, as_json)
 
 
 def _answer(model: str, options: GenerateOptions, as_json: bool) -> None:
@@ -108,7 +111,7 @@ def _answer(model: str, options: GenerateOptions, as_json: bool) -> None:
 def _write_rows(
     model: str,
     options: GenerateOptions,
-    out: Path,
+    output: Path,
     choice: dict[str, Any],
     scorer: str | None,
     split: str,
@@ -119,7 +122,7 @@ def _write_rows(
 
     asked = AnswerDataOptions(
         str(options.data),
-        out,
+        output,
         AnswerSettings(options.settings, **choice),
         scorer=scorer,
         split=split,
@@ -132,6 +135,6 @@ def _write_rows(
     if is_main_process() and as_json:
         print_json(manifest)
     elif is_main_process():
-        show(f"{out}: {'there already: ' * there}{said_of(manifest['counts'])}")
+        show(f"{output}: {'there already: ' * there}{said_of(manifest['counts'])}")
     if problem := why_none(manifest["counts"]):
-        raise RunError(f"{out}: {problem}", everywhere=True)
+        raise RunError(f"{output}: {problem}", everywhere=True)

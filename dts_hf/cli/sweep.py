@@ -72,6 +72,9 @@ def command(
     from dts_hf.experiments import sweep as work
     from dts_hf.experiments.grid import varied
 
+    instead = {"--dry-run": dry_run, "--print-commands": print_commands, "--slurm": slurm is not None}
+    if len(given := [name for name, value in instead.items() if value]) > 1:
+        raise UserError(f"{', '.join(given)}: each is in the place of the runs, expected one of them")
     _check_share(share_teacher, jobs, devices, print_commands or slurm is not None)
     product, together = varied(set_ or [], "--set"), varied(zip_ or [], "--zip")
     study = work.plan(recipe, changes or [], output, product, together, whole_numbers(seeds, "seeds"), preset)
@@ -79,7 +82,7 @@ def command(
     for run in chosen if retry_failed and not dry_run else ():
         study.forgive(run)
     if print_commands or slurm is not None:
-        _for_a_cluster(study, chosen, None if print_commands else slurm)
+        _for_a_cluster(study, chosen, slurm)
     elif dry_run:
         _show(study, states := study.states(chosen))
         show(_time(states, share_teacher or work.jobs_of(jobs, numbers)))
@@ -102,18 +105,16 @@ def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) 
         UserError: the file of the job array can be none.
     """
     from dts_hf.experiments import sweep as work
-    from dts_hf.files import check_name, write_text_atomic
+    from dts_hf.files import check_new_file, check_output_folder, write_text_atomic
 
     if slurm is not None:
-        check_name(slurm, "--slurm")
-        if slurm.is_dir() or not slurm.absolute().parent.is_dir():
-            why = "is a folder" if slurm.is_dir() else f"lies in {slurm.parent}, which is no folder"
-            raise UserError(f"--slurm: {slurm} {why}; expected a file in a folder that is there")
+        check_new_file(slurm, "--slurm", replace=True)
     left = _left(study.states(chosen))
     if slurm is None:
         for line in work.shell_commands(study, left):
             show(line)
     elif left:
+        check_output_folder(study.folder)
         # SLURM makes no folder for its logs, and starts no task without it
         (study.folder / work.LOGS).mkdir(parents=True, exist_ok=True)
         write_text_atomic(slurm, work.slurm_script(study, left))

@@ -67,11 +67,27 @@ def _decoded(raw: bytes, number: int, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- JSON
 
 
+class _KeyTwice(ValueError):
+    """An object of JSON has a key twice; which of the two was meant, nobody can tell."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise _KeyTwice(f"the key '{twice[:80]}' is there twice, expected each key once in an object")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)  # once: json.loads would make one for each line
+
+
 def json_lines(file: Path) -> Iterator[tuple[int, str, Any]]:
     """Yield (line, place, object) of each line that is not blank.
 
     Raises:
-        UserError: as ``read_lines``, or a line that is no JSON.
+        UserError: as ``read_lines``, or a line that is no JSON, or has a key twice.
     """
     for number, raw in read_lines(file):
         where = f"{file}: line {number}"
@@ -84,7 +100,9 @@ def json_lines(file: Path) -> Iterator[tuple[int, str, Any]]:
                 "ends in .json may be one list"
             )
         try:
-            obj = json.loads(line)
+            obj = _JSON.decode(line)
+        except _KeyTwice as error:
+            raise UserError(f"{where}: {error}") from None
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise UserError(f"{where}: broken JSON: {reason}. Expected one object a line.") from error
@@ -95,7 +113,7 @@ def json_objects(file: Path) -> Iterator[tuple[int, str, Any]]:
     """Yield (number, place, object) of a ``.json`` file: a list of rows, ``{"data": [...]}``, or JSON lines after all.
 
     Raises:
-        UserError: as ``read_lines``, or it is none of the three.
+        UserError: as ``read_lines``, or it is none of the three, or an object has a key twice.
     """
     if not _is_one_value(file):
         yield from json_lines(file)
@@ -131,11 +149,12 @@ def _document(file: Path) -> list[Any]:
         )
     if len(raw) > limits.most_bytes(file):
         raise limits.expands(file)
+    text = _decoded(raw, 1, str(file))
     try:
-        value = json.loads(_decoded(raw, 1, str(file)))
+        value = _JSON.decode(text)
+    except _KeyTwice as error:
+        raise UserError(f"{file}: {_place_of_twice(text)}{error}") from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = str(error)
         if isinstance(error, json.JSONDecodeError):
             reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
@@ -148,6 +167,28 @@ def _document(file: Path) -> list[Any]:
         f'{file}: expected a list of rows, or {{"{DOCUMENT_KEY}": [...]}} with the rows in it; found one object with the '
         f"keys {keys or 'none'}"
     )
+
+
+def _place_of_twice(text: str) -> str:
+    """``row 3: ``, of the first row in which an object has a key twice; nothing where that is around the rows."""
+
+    def marked(pairs: list[tuple[str, Any]]) -> Any:
+        try:
+            return _object(pairs)
+        except _KeyTwice as error:
+            return error
+
+    def has_one(value: Any) -> bool:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return isinstance(value, _KeyTwice) or any(map(has_one, inner))
+
+    try:
+        value = json.loads(text, object_pairs_hook=marked)
+    except (ValueError, RecursionError):  # what comes behind it is broken, too
+        return ""
+    rows = value.get(DOCUMENT_KEY) if isinstance(value, dict) else value
+    number = next((place for place, row in enumerate(rows, 1) if has_one(row)), 0) if isinstance(rows, list) else 0
+    return f"row {number}: " if number else ""
 
 
 # -------------------------------------------------------------------------------------------------------- CSV and TSV

@@ -24,7 +24,7 @@ from dts_hf.data_prep.same_question import identity, without
 from dts_hf.data_prep.upstream import UPSTREAM
 from dts_hf.errors import UserError
 from dts_hf.evaluation.benchmark_sets import KNOWN_SETS, MANIFEST, read_manifest
-from dts_hf.files import file_sha256, naming, write_json_atomic
+from dts_hf.files import check_output_folder, file_sha256, naming, write_json_atomic
 
 #: Splits whose rows give way to those of the held-out splits; ``valid`` (Dolly's) gives way to ``test`` too.
 GIVES_WAY = ("valid", "train")
@@ -38,11 +38,15 @@ class Job:
         arguments: as parsed by :func:`dts_hf.data_prep.arguments.parser`.
         licence: of the rows, with what is known about parts; None: that of the table of sources.
         source: shared between the tasks of GLUE; None: made from the arguments.
+
+    Raises:
+        UserError: nothing can be written in the output folder.
     """
 
     def __init__(
         self, name: str, arguments: argparse.Namespace, licence: str | None = None, source: Source | None = None
     ) -> None:
+        check_output_folder(arguments.output)  # before anything is downloaded
         self.name, self.arguments = name, arguments
         self.licence = licence or UPSTREAM[name].licence
         self.source = source or Source(

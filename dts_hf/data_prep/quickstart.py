@@ -32,7 +32,7 @@ from typing import NamedTuple
 from dts_hf.console import show
 from dts_hf.data_prep.arguments import described, run
 from dts_hf.errors import UserError
-from dts_hf.files import write_text_atomic
+from dts_hf.files import check_output_folder, write_text_atomic
 
 HERE = Path(__file__).resolve().parent
 LISTS = HERE / "quickstart_lists"
@@ -401,8 +401,10 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Write both files, or compare them.
 
     Raises:
-        UserError: with ``--check``, a file is missing or differs.
+        UserError: with ``--check``, a file is missing or differs; else the folder cannot be written.
     """
+    if not arguments.check:
+        check_output_folder(arguments.output)
     stale = []
     for name, text in build().items():
         path = arguments.output / name

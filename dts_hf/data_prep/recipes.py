@@ -16,6 +16,7 @@ from pathlib import Path
 from dts_hf.console import show
 from dts_hf.data_prep.arguments import described
 from dts_hf.errors import UserError
+from dts_hf.files import check_output_folder
 from dts_hf.recipe.shipped import shipped_folder
 
 
@@ -30,9 +31,10 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Copy every shipped file to the output folder.
 
     Raises:
-        UserError: a file of another content is in the way.
+        UserError: a file of another content is in the way, or the folder cannot be written.
     """
     folder, output = shipped_folder(), arguments.output
+    check_output_folder(output)
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     changed = [
         str(output / file)

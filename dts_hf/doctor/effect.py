@@ -19,6 +19,7 @@ from dts_hf.loss.distillation_loss import DistillationLoss
 from dts_hf.models.head import Head
 from dts_hf.temperature.base import Reads, RowStats, StepStats, TemperaturePolicy, Temperatures
 from dts_hf.temperature.constant import Constant
+from dts_hf.temperature.parts.token_selection import TokenSelection
 
 #: The temperature is multiplied by this to see whether the gradient follows.
 NUDGE = 1.25
@@ -238,6 +239,8 @@ def check_schedule(check: Check, loss: DistillationLoss, sample: Sample, steps: 
     # Policies that leave the student at T = 1 move the teacher, which shows in the soft loss
     soft = [now["kd"] for now in followed]
     still = name == "constant" or loss.temperature.raises is not None  # of one token it is another T, if a fixed one
+    # What chooses tokens has its work there, even if nothing moves here: its share follows a loss that falls
+    still |= any(isinstance(mechanism, TokenSelection) for mechanism in loss.temperature.mechanisms)
     if not still and high - low <= 1e-6 * high and max(soft) - min(soft) <= 1e-6:
         check.warn(
             "temperature-never-moves",

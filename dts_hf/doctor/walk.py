@@ -32,6 +32,7 @@ from dts_hf.models.loading import load_tokenizers
 from dts_hf.models.quantization import check_quantization
 from dts_hf.models.student_init import StudentInit
 from dts_hf.recipe.schema import Recipe, Teacher
+from dts_hf.recipe.training_arguments import check_trackers
 from dts_hf.runs.memory import device_of, resident_bytes
 from dts_hf.task import Data, Models, Rows, Task
 from dts_hf.training.arguments import checked_arguments
@@ -110,6 +111,7 @@ class Walk(ABC):
         """
         with self.diagnosis.check("training") as check:
             try:
+                check_trackers(self.recipe)
                 self.args = arguments_of(self.task)
             except UserError as error:
                 check.error("refused", str(error), "Is this the machine that the recipe is meant for?")

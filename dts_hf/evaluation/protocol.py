@@ -55,8 +55,8 @@ class Protocol:
     backend: str = "dts_hf"
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds: got {list(self.seeds)}, expected at least one whole number, each once")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds: got {list(self.seeds)}, expected at least one whole number from 0, each once")
         if self.backend not in ("dts_hf", "vllm"):
             raise UserError(f"backend: got {self.backend!r}, expected 'dts_hf' or 'vllm'")
 

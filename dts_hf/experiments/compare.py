@@ -28,7 +28,7 @@ from dts_hf.experiments.intervals import (
     paired_difference,
     unpaired_difference,
 )
-from dts_hf.experiments.kinds import Kind, baseline_of, read_kinds
+from dts_hf.experiments.kinds import ONE_KIND, Kind, baseline_of, read_kinds
 from dts_hf.experiments.runs import MAY_LACK, OF_ANSWERS, OF_RUNS, OWN_TEXT, Run
 from dts_hf.experiments.verdicts import Verdict, digits_of, verdict
 
@@ -139,7 +139,7 @@ def compare_kinds(kinds: Sequence[Kind], baseline: Kind, margin: float | None = 
     """
     check_margin(margin)
     if len(kinds) < 2:
-        raise UserError("compare: all runs have the same recipe but for seeds; expected at least two kinds of runs")
+        raise UserError(ONE_KIND)
     ordered = [baseline, *(kind for kind in kinds if kind is not baseline)]
     margins = {**MARGINS, **dict.fromkeys(IN_POINTS, margin or POINTS)}
     tables: list[Table] = []

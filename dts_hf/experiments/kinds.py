@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dts_hf.experiments.identity import contents, is_replayed, is_under
 from dts_hf.experiments.runs import OF_ROWS, Run, names_of_kinds, read_run
 from dts_hf.files import json_digest
 from dts_hf.runs.lock import LOCK
+
+ONE_KIND = "compare: all runs have the same recipe but for seeds; expected at least two kinds of runs"
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ def _with_contents(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def baseline_of(kinds: Sequence[Kind], wanted: str | None) -> Kind:
     """The kind that ``wanted`` names: by a run directory, or words of its name; None: the first one.
 
+    A whole name counts more than settings in one, and these more than parts of words: ``value=1`` is not ``value=16``.
+
     Raises:
         UserError: it names none, or several.
     """
@@ -165,11 +170,14 @@ def baseline_of(kinds: Sequence[Kind], wanted: str | None) -> Kind:
         paths = [os.path.realpath(run.path) for run in (*kind.runs.values(), *kind.failed)]
         if kind.name == wanted or place in paths:
             return kind
-    found = [kind for kind in kinds if wanted in kind.name]
+    part = re.escape(wanted)
+    number = rf"{part}(\.0+)?"  # what a recipe has as 1 stands as 1.0 in the name
+    for way in (number, rf"(.*(?<!\w))?{number}(?![\w.]).*", rf".*{part}.*"):
+        if found := [kind for kind in kinds if re.fullmatch(way, kind.name, re.DOTALL)]:
+            break
     if len(found) != 1:
-        names = [kind.name for kind in kinds]
+        names = [kind.name for kind in found or kinds]
         which = "fits several kinds" if found else "is no kind of these runs"
-        raise UserError(
-            f"baseline: {wanted!r} {which}, expected one of {'; '.join(names)}, or a run directory.{nearest(wanted, names)}"
-        )
+        near = "" if found else nearest(wanted, names)
+        raise UserError(f"baseline: {wanted!r} {which}, expected one of {'; '.join(names)}, or a run directory.{near}")
     return found[0]

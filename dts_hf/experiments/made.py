@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts_hf.errors import Interrupted, UserError, nearest
+from dts_hf.experiments.identity import settings_of
+from dts_hf.experiments.kinds import ONE_KIND
 from dts_hf.experiments.progress import Progress
 from dts_hf.experiments.sweep import Planned, Study, Sweep, plan
+from dts_hf.recipe.loading import load_recipe
 from dts_hf.recipe.shipped import shipped_recipes
 
 if TYPE_CHECKING:
@@ -61,6 +64,21 @@ def plan_runs(recipes: Sequence[Path], seeds: Sequence[int], output: Path | None
                 )
             known[run.id] = recipe
     return studies
+
+
+def check_kinds(studies: Sequence[tuple[Path, Study]]) -> None:
+    """Refuse runs that all differ in their seed alone, before they are trained.
+
+    Raises:
+        UserError: they do.
+    """
+    first: dict[str, Any] | None = None
+    for recipe, study in studies:
+        for run in study.runs:
+            settings = settings_of(load_recipe(recipe, [*run.overrides, "sweep=null"]))
+            if settings != (first := settings if first is None else first):
+                return
+    raise UserError(ONE_KIND)
 
 
 def _folder_of(recipe: Path, recipes: Sequence[Path]) -> str:

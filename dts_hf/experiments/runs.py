@@ -178,6 +178,8 @@ def _answers(run: RunDirectory) -> dict[str, dict[str, dict[tuple[str, int], flo
                 raise UserError(f"{where}: answer {line}: row {key[0]!r} is there twice with the seed {seed}")
             scale = 100.0 if measure in IN_PERCENT else 1.0
             place[key] = scale * _number(score, f"answer {line}: {measure}", where)
+            if not math.isfinite(place[key]):  # 1e999
+                raise UserError(f"{where}: answer {line}: {measure}: got {score}, expected a finite number")
     return found
 
 

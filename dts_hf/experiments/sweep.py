@@ -25,7 +25,7 @@ from dts_hf.experiments import presets
 from dts_hf.experiments.estimate import Size
 from dts_hf.experiments.grid import Grid, of_grids, overrides_of, short
 from dts_hf.experiments.identity import run_id
-from dts_hf.files import check_folder, last_lines, read_sealed, write_sealed
+from dts_hf.files import check_folder, check_output_folder, last_lines, read_sealed, write_sealed
 from dts_hf.recipe.loading import load_recipe
 from dts_hf.runs.directory import RunDirectory
 from dts_hf.runs.lock import BUSY, is_locked
@@ -249,7 +249,10 @@ class Sweep:
 
         Raises:
             Interrupted: asked to stop (SIGINT, SIGTERM): the runs at work were told so, and can be gone on with.
+            UserError: nothing can be written in the study's folder.
         """
+        if self.waiting:
+            check_output_folder(self.study.folder)
         before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (self.waiting or self.at_work) and self._stop is None:

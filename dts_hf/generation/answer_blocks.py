@@ -57,7 +57,7 @@ class AnswerBlocks:
         world: int = 1,
         *,
         folder: Path | None = None,
-        key: str = "--out",
+        key: str = "--output",
         private: bool = False,
     ) -> None:
         self.path, self.rank, self.world, self.key, self.private = path, rank, world, key, private

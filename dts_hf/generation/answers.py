@@ -1,7 +1,7 @@
 """Sequence-level KD (Kim and Rush 2016, arXiv 1606.07947): a model answers every prompt of a data set, once and for all.
 
-``dts-hf generate --out`` and ``data.responses: teacher`` take this road. The rows come one by one; a block of them is
-encoded, answered, filtered and written down as a whole, by one process. So the rows that come out depend on no kill, on
+``dts-hf generate --for-training`` and ``data.responses: teacher`` take this road. The rows come one by one; a block of them
+is encoded, answered, filtered and written down as a whole, by one process. So the rows that come out depend on no kill, on
 no number of processes and, in fp32, on no batch size: the sampling noise of an answer follows the seed, the id of its row
 and its number, and below fp32, where the rows beside it matter in near-ties, a block is always the same rows.
 """

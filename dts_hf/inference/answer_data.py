@@ -1,4 +1,4 @@
-"""``dts-hf generate --out``: a model's answers to the rows of a data set, as rows that ``data.train`` takes."""
+"""``dts-hf generate --for-training``: a model's answers to the rows of a data set, as rows that ``data.train`` takes."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class AnswerDataOptions:
 
     Args:
         data: rows in any form that training takes, with or without responses: file, folder, pattern or Hub data set.
-        out: the JSON lines that are written.
+        output: the JSON lines that are written.
         settings: how rows are answered, and which answers are kept.
         scorer: Hub name, folder or run directory of the model that chooses the best answer; None: the one that answers.
         split: of a Hub data set, or of a folder whose files are called after splits.
         rows: answer the first so many; None: all.
         template: name of the prompt template of the model that answers; None: that of the run, or of the folder.
         dtype: of the weights of both models; None: as the run evaluates, for a model float32.
-        overwrite: replace other rows in ``out``, or begin anew what was begun with other settings.
+        overwrite: replace other rows in ``output``, or begin anew what was begun with other settings.
     """
 
     data: str
-    out: Path
+    output: Path
     settings: AnswerSettings
     scorer: str | None = None
     split: str = "train"
@@ -83,13 +83,13 @@ def write_answer_data(model: str, options: AnswerDataOptions) -> tuple[Mapping[s
 
     Raises:
         UserError: a row is wrong, the template cannot hold one, an option, a model that cannot be loaded, or rows in
-            ``out`` that are of other settings or nobody's. Every process raises it.
+            ``output`` that are of other settings or nobody's. Every process raises it.
     """
     if options.scorer is not None and options.settings.best_of is None:
         raise UserError("--scorer: chooses among the answers to a row; expected --best-of mean with it")
     device = join_processes()
     rank, world = process()
-    blocks = AnswerBlocks(options.out, rank, world)
+    blocks = AnswerBlocks(options.output, rank, world)
     on_first_process(lambda: _check_paths(options), rank, world)
     read = on_first_process(lambda: _read(options), rank, world)
     known = _identity(options, read)
@@ -126,15 +126,19 @@ def write_answer_data(model: str, options: AnswerDataOptions) -> tuple[Mapping[s
 
 def _check_paths(options: AnswerDataOptions) -> None:
     """Refuse what cannot hold the rows, or would replace what they are made from."""
-    if options.out.suffix != ".jsonl":
-        raise UserError(f"--out: got {options.out}, expected the name of a file of JSON lines, such as answers.jsonl")
+    if options.output.suffix != ".jsonl":
+        raise UserError(
+            f"--output: got {options.output}, expected the name of a file of JSON lines, such as answers.jsonl"
+        )
     for file in source_files(options.data, split=options.split) or ():
-        if os.path.realpath(file) == os.path.realpath(options.out):
-            raise UserError(f"--out: {options.out} is a file of --data, whose rows would be lost. Choose another file")
+        if os.path.realpath(file) == os.path.realpath(options.output):
+            raise UserError(
+                f"--output: {options.output} is a file of --data, whose rows would be lost. Choose another file"
+            )
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: {options.out.parent}: cannot make this folder: {error.strerror}") from None
+        raise UserError(f"--output: {options.output.parent}: cannot make this folder: {error.strerror}") from None
 
 
 def _records(options: AnswerDataOptions) -> Iterator[tuple[Row, Any]]:

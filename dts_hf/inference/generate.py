@@ -64,12 +64,12 @@ class GenerateOptions:
         )
 
 
-def check_options(options: GenerateOptions, out: Path | None, of_rows: Mapping[str, object]) -> None:
+def check_options(options: GenerateOptions, for_training: bool, of_rows: Mapping[str, object]) -> None:
     """Refuse options that do not belong together.
 
     Args:
         options: of the command.
-        out: its ``--out``.
+        for_training: its ``--for-training``: what is written are rows to train on.
         of_rows: by name, those that only rows to train on have; what is not given is false.
 
     Raises:
@@ -80,12 +80,10 @@ def check_options(options: GenerateOptions, out: Path | None, of_rows: Mapping[s
             "--top-p: is of sampling, and without it has no effect; expected a --temperature above 0 with it"
         )
     given = [f"--{name}" for name, value in of_rows.items() if value]
-    if out is None and given:
-        raise UserError(f"{given[0]}: is for rows to train on; expected --data and --out FILE.jsonl with it")
-    if out is not None and options.output is not None:
-        raise UserError("--out, --output: expected one of them: rows to train on, or answers for dts-hf score")
-    if out is not None and (options.prompts or options.data is None):
-        raise UserError("--out: expected rows to answer: --data FILE, and no --prompt")
+    if not for_training and given:
+        raise UserError(f"{given[0]}: is for rows to train on; expected --for-training with it")
+    if for_training and (options.prompts or options.data is None or options.output is None):
+        raise UserError("--for-training: expected --data FILE, --output FILE.jsonl and no --prompt with it")
 
 
 def generate_answers(model: str, options: GenerateOptions) -> list[dict[str, Any]]:

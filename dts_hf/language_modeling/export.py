@@ -22,7 +22,7 @@ from dts_hf.data.encoding import EncodedDataset, encode_rows
 from dts_hf.data.sources import load_rows
 from dts_hf.errors import RunError, UserError
 from dts_hf.evaluation.subject import Subject, find_subject
-from dts_hf.files import check_name, read_json
+from dts_hf.files import check_can_write, check_name, read_json
 from dts_hf.language_modeling.task import LanguageModeling
 from dts_hf.models.calibration import Calibration
 from dts_hf.models.fake_quantization import (
@@ -149,7 +149,7 @@ def export_quantized(source: Path, out: Path, options: ExportOptions | None = No
     if "quantization_config" in config:
         raise UserError(f"{source}: its weights are quantised already, expected those of a training")
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out: {out} is inside of {folder}, whose files are the student's; choose another folder")
+        raise UserError(f"--output: {out} is inside of {folder}, whose files are the student's; choose another folder")
     quantize, trained_for = _asked(source, options, config.get(TRAINED_FOR))
     torchao_config(quantize)  # refuses a missing torchao
     transformers_logging.disable_progress_bar()
@@ -178,24 +178,25 @@ def check_out(out: Path, overwrite: bool) -> None:
     Raises:
         UserError: a file, a name that is too long, or a folder with other files than an earlier export's.
     """
-    check_name(out, "--out")
+    check_name(out, "--output")
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file, expected a folder")
+        raise UserError(f"--output: {out} is a file, expected a folder")
     if out.is_symlink():
-        raise UserError(f"--out: {out} is a link, expected a folder of its own")
+        raise UserError(f"--output: {out} is a link, expected a folder of its own")
+    check_can_write(out, "--output")
     if not out.is_dir() or not any(out.iterdir()):
         return
     quantized = read_json(out / "config.json").get("quantization_config")
     if not isinstance(quantized, Mapping) or quantized.get("quant_method") != "torchao":
-        raise UserError(f"--out: {out} is not empty and holds no quantised student; choose another folder")
+        raise UserError(f"--output: {out} is not empty and holds no quantised student; choose another folder")
     others = [path.name for path in out.iterdir() if not any(fnmatch(path.name, name) for name in WRITTEN)]
     if others:  # the folder is replaced as a whole
         raise UserError(
-            f"--out: {out} holds {min(others)!r}, which is of no export; choose another folder, or move it"
+            f"--output: {out} holds {min(others)!r}, which is of no export; choose another folder, or move it"
         )
     if not overwrite:
         raise UserError(
-            f"--out: {out} holds a quantised student. Choose another folder, or replace it with --overwrite"
+            f"--output: {out} holds a quantised student. Choose another folder, or replace it with --overwrite"
         )
 
 

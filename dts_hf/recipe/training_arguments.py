@@ -48,7 +48,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
     asked = recipe.training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     if asked and importlib.util.find_spec("deepspeed") is None:  # transformers would speak of object.__init__
         raise UserError("training: DeepSpeed is asked for and not installed: pip install 'dts-hf[deepspeed]'")
-    check_trackers(recipe.training.get("report_to"))
+    _trackers(recipe)
     watch_collectives(output_dir)
     limit_joining(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     try:
@@ -60,25 +60,32 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **more_defaults: 
         raise UserError(f"training: TrainingArguments refuses this: {error}") from error
 
 
-def check_trackers(asked: str | Sequence[str] | None) -> None:
-    """Refuse now what ``transformers.Trainer`` would refuse when it is made, after rows and models were loaded.
+def _trackers(recipe: Recipe) -> list[str]:
+    """The names in ``training.report_to``; one that is none of a tracker is refused on every machine."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-    Args:
-        asked: ``training.report_to`` of a recipe.
-
-    Raises:
-        UserError: a name is none of a tracker, or its package is not installed.
-    """
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
-    for name in [asked] if isinstance(asked, str) else asked or ():
-        if name in ("none", "all"):
-            continue
+    asked: str | Sequence[str] | None = recipe.training.get("report_to")
+    names = [name for name in ([asked] if isinstance(asked, str) else asked or ()) if name not in ("none", "all")]
+    for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(
                 f"training.report_to: got {name!r}, expected one of {', '.join(INTEGRATION_TO_CALLBACK)}, none or all."
                 f"{nearest(name, INTEGRATION_TO_CALLBACK)}"
             )
+    return names
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse now what ``transformers.Trainer`` would refuse when it is made, after rows and models were loaded.
+
+    It is asked where a trainer will be made alone: who plans runs for other machines needs no tracker.
+
+    Raises:
+        UserError: the package of a tracker is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    for name in _trackers(recipe):
         # Of the others a package has another name, or transformers does not say whether it is there
         packaged = name in ("mlflow", "tensorboard", "trackio", "wandb")
         if packaged and name not in get_available_reporting_integrations():

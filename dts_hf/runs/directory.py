@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -88,12 +87,7 @@ class RunDirectory:
             UserError: see ``check_content``; or a place where nothing can be written.
         """
         cls.check_content(path, overwrite, resume)
-        existing = next(folder for folder in [Path(path), *Path(path).absolute().parents] if os.path.lexists(folder))
-        try:  # os.access says yes to root in /proc and on some network drives
-            os.rmdir(tempfile.mkdtemp(prefix=".dts_hf-", dir=existing))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"output.dir: cannot write in {existing} ({reason}). Choose another folder") from None
+        files.check_can_write(Path(path), "output.dir")
 
     @classmethod
     def check_content(cls, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:

@@ -1,7 +1,7 @@
 """``data.responses: teacher``: the rows of a recipe with its teacher's answers, which are made once and kept in the cache.
 
-The road is that of ``dts-hf generate --out`` (``generation/answers.py``). The file is named after everything that the
-text depends on, so a changed prompt, teacher or limit is answered anew.
+The road is that of ``dts-hf generate --for-training`` (``generation/answers.py``). The file is named after everything that
+the text depends on, so a changed prompt, teacher or limit is answered anew.
 """
 
 from __future__ import annotations

@@ -76,6 +76,11 @@ class ATS(TemperaturePolicy):
         """That of the student."""
         return self.value
 
+    @property
+    def highest(self) -> float:
+        """The highest one of the three, whether one token has it or all others."""
+        return max(self.value, self.tau_y, self.tau_rest)
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, rows: RowStats) -> Temperatures:
         """Give T_s and tau_rest, and by how much tau_y moves the token's logit.
 

@@ -196,7 +196,9 @@ def test_a_search_for_layers_is_not_waited_for() -> None:
         ({"name": "adakd", "c": 0, "keep": "auto"}, {"hottest": 1.0, "moves": False, "kd_ratio": 0.5}),
         ({"name": "constant", "value": 1.0, "teacher_value": 3.0}, {"hottest": 3.0, "moves": False}),
         ({"name": "taid", "value": 2.0}, {"hottest": 2.0, "moves": False}),
-        ({"name": "ats"}, {"hottest": None, "moves": False}),
+        ({"name": "ats"}, {"hottest": 2.0, "moves": False}),
+        ({"name": "ats", "tau_y": 1.5, "tau_rest": 3.0}, {"hottest": 3.0, "moves": False}),
+        ({"name": "ats", "value": 4.0}, {"hottest": 4.0, "moves": False}),
         ({"name": "cist"}, {"hottest": None, "moves": True}),
         ({"name": "dts", "range": "auto"}, {"hottest": None, "moves": True}),
     ],
@@ -214,7 +216,7 @@ def test_a_control_is_as_hot_as_the_run_that_it_repeats() -> None:
         advise(case_of_policy({"name": "replay", "run": "nowhere"}), rows=4)
 
 
-@pytest.mark.parametrize("temperature", [{"name": "cist"}, {"name": "ats"}, {"name": "dts", "range": "auto"}])
+@pytest.mark.parametrize("temperature", [{"name": "cist"}, {"name": "dts", "range": "auto"}])
 def test_where_nobody_knows_how_high_t_goes_rules_that_ask_do_not_apply(temperature: dict[str, Any]) -> None:
     advice = advise(case_of_policy(temperature), rows=4)
     assert f"how high T goes with {temperature['name']} only training knows" in advice.found.notes[0]
@@ -288,7 +290,7 @@ def test_names_of_files_are_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("dts_hf.advice.advise.look", lambda *args: pytest.fail("it was measured"))
     Path("there.yaml").write_text("")
     for options, said in (
-        (["--write", "there.yaml"], "is there already"), (["--write", "recipe.yaml"], "is the recipe itself"),
+        (["--write", "there.yaml"], "is there already"), (["--write", "recipe.yaml"], "is there already"),
         (["--write", "sweep.txt"], "ends in .yaml"), (["--write", "no/sweep.yaml"], "is no folder"),
         (["--output", "there.yaml"], "is a file"), (["loss.kd_ratoi=1"], "kd_ratio"),
     ):  # fmt: skip

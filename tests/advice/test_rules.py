@@ -261,6 +261,16 @@ def test_a_range_ends_at_the_ceiling_where_it_can(policy: dict[str, Any], capped
     assert [one for one in wanted if isinstance(one, dict)] == [{"name": policy["name"], **capped}]
 
 
+@pytest.mark.parametrize(
+    ("teacher_value", "kept"), [(3.0, [{"name": "constant", "value": 1.0, "teacher_value": 3.0}]), (1.0, [])]
+)
+def test_a_temperature_for_each_model_is_in_the_sweep(teacher_value: float, kept: list[dict[str, Any]]) -> None:
+    given = recipe(temperature={"name": "constant", "value": 1.0, "teacher_value": teacher_value})
+    wanted = arms(given, found := planted(), advise_on(found))
+    assert [arm.values["temperature"] for arm in wanted if isinstance(arm.temperature, dict)] == kept
+    assert any("T = 1 (student), 3 (teacher)" in arm.label for arm in wanted) == bool(kept)
+
+
 def test_between_the_temperatures_of_the_grid_curves_are_interpolated() -> None:
     found = planted()
     points = [near(float(place)) for place in range(7)]

@@ -142,6 +142,16 @@ def test_the_gap_of_this_run_is_not_missed_where_another_ones_is_replayed() -> N
     assert not check.problems and "if the gap closes" not in check.summary
 
 
+@pytest.mark.parametrize(("keep", "said"), [("auto", []), (0.5, []), (1.0, ["temperature-never-moves"])])
+def test_a_policy_that_chooses_tokens_alone_is_not_one_that_does_nothing(keep: float | str, said: list[str]) -> None:
+    """Its share follows the loss of a student that learns, and the doctor's does not."""
+    diagnosis = Diagnosis("x")
+    loss = DistillationLoss(temperature=build_temperature("adakd", c=0, keep=keep))
+    with diagnosis.check("temperature") as check:
+        check_schedule(check, loss, a_sample(), 100)
+    assert list(problems(diagnosis)) == said
+
+
 def test_a_task_offers_classes() -> None:
     sample = planted(two_level(2.0, 3), torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     loss = DistillationLoss(temperature=build_temperature("constant", value=1.0))

@@ -300,6 +300,8 @@ def test_damaged_scores_are_named(study: list[Path], name: str, change: Callable
         ("expected set, id", lambda rows: rows[3].pop("id")),
         ("expected set, id", lambda rows: rows[3].update(seed="x")),
         ("rougeL: got", lambda rows: rows[3].update(rougeL=True)),
+        ("broken JSON: NaN is no number", lambda rows: rows[3].update(rougeL=float("nan"))),
+        ("broken JSON: Infinity is no number", lambda rows: rows[3].update(rougeL=float("inf"))),
     ],
 )
 def test_damaged_answers_are_named(study: list[Path], said: str, change: Callable[[list[Any]], Any]) -> None:
@@ -307,7 +309,15 @@ def test_damaged_answers_are_named(study: list[Path], said: str, change: Callabl
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     change(rows)
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(UserError, match=f"student.jsonl: answer .*{said}"):
+    with pytest.raises(UserError, match=f"student.jsonl: (answer|line 4:).*{said}"):
+        compare(study)
+
+
+def test_a_score_beyond_all_numbers_is_named(study: list[Path]) -> None:
+    path = study[4] / "predictions" / "student.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps(json.loads(first) | {"rougeL": 0.5}).replace("0.5", "1e999") + "\n" + rest)
+    with pytest.raises(UserError, match=r"student.jsonl: answer 1: rougeL: got inf, expected a finite number"):
         compare(study)
 
 

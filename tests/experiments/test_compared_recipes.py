@@ -107,6 +107,10 @@ def test_what_is_wrong_without_a_run_is_refused_before_any_is_trained(recipes: l
     ):  # fmt: skip
         result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["compare", "t1.yaml", "t2.yaml", *options])
         assert result.exit_code == 2 and said in result.output, result.output
+    Path("again.yaml").write_text(recipes[0].read_text().replace("logging_steps: 2", "logging_steps: 2\n  seed: 7"))
+    for one_kind in (["t1.yaml", "--seeds", "1,2"], ["t1.yaml", "again.yaml"]):
+        result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["compare", *one_kind, "--output", "out"])
+        assert result.exit_code == 2 and "expected at least two kinds of runs" in result.output, result.output
     assert not list(tmp_path.rglob("began.txt"))
 
 

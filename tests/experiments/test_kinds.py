@@ -138,6 +138,22 @@ def test_a_baseline_is_found_by_the_folder_of_a_run_that_failed(tmp_path: Path) 
         baseline_of(kinds, "temperature.value=3")
 
 
+def test_a_setting_is_no_part_of_another_one(tmp_path: Path) -> None:
+    kinds = read_kinds([plant(tmp_path / f"{value:g}", value, 1) for value in (1.0, 1.5, 16.0)])
+    for wanted in ("temperature.value=1", "value=1", "value=1.0", "temperature.value=1.0"):
+        assert baseline_of(kinds, wanted).name == "temperature.value=1.0"
+    assert baseline_of(kinds, "value=16").name == "temperature.value=16.0"
+    assert baseline_of(kinds, "=1.5").name == "temperature.value=1.5"
+
+
+def test_a_baseline_that_fits_several_kinds_names_them(tmp_path: Path) -> None:
+    fine = [plant(tmp_path / f"{t:g}-{rate:g}", t, 1, learning_rate=rate) for t in (1.0, 16.0) for rate in (0.1, 0.2)]
+    with pytest.raises(UserError) as caught:
+        baseline_of(read_kinds(fine), "temperature.value=1")
+    assert "fits several kinds" in str(caught.value) and str(caught.value).count("temperature.value=1.0") == 2
+    assert "16" not in str(caught.value)
+
+
 def test_controls_that_replay_the_run_of_their_own_seed_are_one_kind(tmp_path: Path) -> None:
     seeds = (1, 2, 3)
     warm, cold = (

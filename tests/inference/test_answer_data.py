@@ -1,4 +1,4 @@
-"""``dts-hf generate --out``: rows to train on that no kill, no number of processes and no batch size changes."""
+"""``dts-hf generate --for-training``: rows to train on that no kill, no number of processes and no batch size changes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,18 @@ def written(
 
 
 def test_rows_keep_their_columns_and_are_trained_on_as_they_are(place: Path) -> None:
-    said = generated("--out", "new/a.jsonl", *SAMPLING, "--max-new-tokens", "60", "--cut", "keep", "--answers", "2")
+    said = generated(
+        "--for-training",
+        "--output",
+        "new/a.jsonl",
+        *SAMPLING,
+        "--max-new-tokens",
+        "60",
+        "--cut",
+        "keep",
+        "--answers",
+        "2",
+    )
     rows, manifest = read("new/a.jsonl"), json.loads(Path("new/a.manifest.json").read_text())
     assert "of 42 answers to 21 rows kept" in said and sorted(path.name for path in Path("new").iterdir()) == [
         "a.jsonl", "a.manifest.json"]  # fmt: skip
@@ -116,7 +127,7 @@ def test_a_student_is_trained_on_what_was_written(place: Path) -> None:
     from dts_hf.distill import distill
     from dts_hf.recipe.schema import Recipe
 
-    generated("--out", "a.jsonl", *SAMPLING, "--cut", "keep")
+    generated("--for-training", "--output", "a.jsonl", *SAMPLING, "--cut", "keep")
     recipe = Recipe.from_dict(
         {
             "student": {"init": {"from": "teacher", "layers": 1}},
@@ -191,7 +202,7 @@ def test_answers_of_each_fault_are_left_out_and_counted(place: Path, monkeypatch
 
     monkeypatch.setattr(road.Answerer, "__init__", _with_answer(road.Answerer.__init__, answer))
     write("rows.jsonl", [*ROWS[:7], {"id": "long", "instruction": "Say " * 2000, "output": "no"}])
-    line = generated("--out", "drop.jsonl").strip()
+    line = generated("--for-training", "--output", "drop.jsonl").strip()
     counts = json.loads(Path("drop.manifest.json").read_text())["counts"]
     assert [row["output"] for row in read("drop.jsonl")] == [said["r0"][0], said["r4"][0]]
     assert counts == {
@@ -206,7 +217,7 @@ def test_answers_of_each_fault_are_left_out_and_counted(place: Path, monkeypatch
         "6 (r1, r2, r3, r5, r6, ...)",
     ):
         assert words in line, line
-    generated("--out", "keep.jsonl", "--cut", "keep", "--max-repetition", "1")
+    generated("--for-training", "--output", "keep.jsonl", "--cut", "keep", "--max-repetition", "1")
     kept = read("keep.jsonl")
     assert [row["id"] for row in kept] == ["r0", "r2", "r3", "r4", "r6"]
     assert [row["finish_reason"] for row in kept] == ["stop", "length", "stop", "stop", "length"]
@@ -221,7 +232,7 @@ def _with_answer(init: Any, answer: Any) -> Any:
 
 def test_answers_get_no_id_that_another_row_has(place: Path) -> None:
     write("rows.jsonl", [{**ROWS[0], "id": "x#2"}, {**ROWS[1], "id": "x"}])
-    several = ("--out", "a.jsonl", *SAMPLING, "--cut", "keep", "--answers")
+    several = ("--for-training", "--output", "a.jsonl", *SAMPLING, "--cut", "keep", "--answers")
     said = refused(*several, "2", model="no-such-model")
     assert "row 1 has the id 'x#2', which answer 2 to row 'x' would get, too" in said
     generated(*several, "2", "--best-of", "mean")  # one answer keeps the id of its row
@@ -230,7 +241,7 @@ def test_answers_get_no_id_that_another_row_has(place: Path) -> None:
     generated(*several, "2", "--overwrite")
     ids = {(row["id"], row["source_id"]) for row in read("a.jsonl")}
     assert len(ids) == len(read("a.jsonl")) > 3 and all(mine.startswith(f"{of}#") for mine, of in ids)
-    generated(*several[:1], "b.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2", "--data", "a.jsonl")
+    generated(*several[:2], "b.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2", "--data", "a.jsonl")
     assert {row["source_id"] for row in read("b.jsonl")} <= {one for one, _ in ids}
 
 
@@ -250,13 +261,13 @@ def test_a_file_without_a_row_is_a_failure_with_advice(
 
     monkeypatch.setattr(road.Answerer, "__init__", _with_answer(road.Answerer.__init__, answer))
     for there in ("", "there already: "):
-        done = invoke("generate", "model", "--data", "rows.jsonl", "--out", "a.jsonl")
+        done = invoke("generate", "model", "--data", "rows.jsonl", "--for-training", "--output", "a.jsonl")
         assert done.exit_code == 1 and f"a.jsonl: {there}0 of 21 answers" in done.stdout
         said = " ".join(done.stderr.split())
         assert "a.jsonl: no answer was kept" in said and advice in said and "Traceback" not in said
     if not finished:
         assert len(read("a.jsonl")) == 0
-        generated("--out", "a.jsonl", "--cut", "keep", "--overwrite")
+        generated("--for-training", "--output", "a.jsonl", "--cut", "keep", "--overwrite")
         assert len(read("a.jsonl")) == 21
 
 
@@ -385,7 +396,7 @@ def test_what_is_there_is_not_made_again_and_what_is_damaged_is(place: Path, mon
 
     monkeypatch.setattr(road.Answerer, "__init__", _with_answer(road.Answerer.__init__, counted))
     assert written("a.jsonl", answers=2)[0] == whole and asked == [16, 10]
-    assert generated("--out", "a.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2").startswith(
+    assert generated("--for-training", "--output", "a.jsonl", *SAMPLING, "--cut", "keep", "--answers", "2").startswith(
         "a.jsonl: there already"
     )
     assert asked == [16, 10]
@@ -403,7 +414,7 @@ def test_what_is_there_is_not_made_again_and_what_is_damaged_is(place: Path, mon
 def test_other_settings_do_not_go_on_with_what_was_begun(
     place: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...], words: str
 ) -> None:
-    same_as_begun = (*SAMPLING, "--cut", "keep", "--answers", "2", "--out", "a.jsonl")
+    same_as_begun = (*SAMPLING, "--cut", "keep", "--answers", "2", "--for-training", "--output", "a.jsonl")
     half_done(monkeypatch, "a.jsonl", answers=2)
     before = {path: path.read_bytes() for path in Path("a.jsonl.unfinished").iterdir()}
     said = refused(*same_as_begun, *change)
@@ -416,7 +427,7 @@ def test_other_settings_do_not_go_on_with_what_was_begun(
 
 def test_another_model_or_changed_rows_do_not_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half_done(monkeypatch, "a.jsonl", answers=2)
-    command = (*SAMPLING, "--cut", "keep", "--answers", "2", "--out", "a.jsonl")
+    command = (*SAMPLING, "--cut", "keep", "--answers", "2", "--for-training", "--output", "a.jsonl")
     tiny_llama(seed=1).save_pretrained("model")
     assert "model.weights" in refused(*command)
     tiny_llama(seed=0).save_pretrained("model")
@@ -427,7 +438,7 @@ def test_another_model_or_changed_rows_do_not_go_on(place: Path, monkeypatch: py
 
 
 def test_a_file_that_is_not_its_own_is_never_replaced(place: Path) -> None:
-    command = (*SAMPLING, "--cut", "keep", "--out")
+    command = (*SAMPLING, "--cut", "keep", "--for-training", "--output")
     Path("mine.jsonl").write_text("mine\n")
     assert "does not say that its rows are ours" in refused(*command, "mine.jsonl", model="no-such-model")
     generated(*command, "a.jsonl")
@@ -464,7 +475,7 @@ def test_a_second_call_for_the_same_file_is_refused_while_the_first_one_writes(
         write_block(self, number, *rest)
         with monkeypatch.context() as patch:
             patch.setattr(road_of_rows, "load_speaker", lambda *_, **__: pytest.fail("loaded"))
-            with pytest.raises(UserError, match=r"--out: another process is writing a.jsonl. Wait for its end"):
+            with pytest.raises(UserError, match=r"--output: another process is writing a.jsonl. Wait for its end"):
                 written("a.jsonl", **values)
         refusals.append(number)
 
@@ -540,16 +551,16 @@ def test_rows_that_change_while_they_are_answered_are_told(place: Path, monkeypa
     ("arguments", "words"),
     [
         (("--answers", "2"), "--answers: is for rows to train on"),
-        (("--out", "a.jsonl", "--answers", "2"), "with temperature 0"),
-        (("--out", "a.jsonl", "--best-of", "mean", "--temperature", "1"), "one answer a row"),
-        (("--out", "a.jsonl", "--scorer", "model"), "--best-of mean"),
+        (("--for-training", "--output", "a.jsonl", "--answers", "2"), "with temperature 0"),
+        (("--for-training", "--output", "a.jsonl", "--best-of", "mean", "--temperature", "1"), "one answer a row"),
+        (("--for-training", "--output", "a.jsonl", "--scorer", "model"), "--best-of mean"),
         (("--top-p", "0.9"), "--top-p: is of sampling"),
         (("--top-p", "1.1"), "--top-p"),
         (("--top-p", "0", "--temperature", "1"), "top_p: got 0.0"),
-        (("--out", "a.jsonl", "--output", "b.jsonl"), "expected one of them"),
-        (("--out", "a.csv"), "JSON lines"),
-        (("--out", "rows.jsonl"), "is a file of --data"),
-        (("--out", "a.jsonl", "--prompt", "hello"), "no --prompt"),
+        (("--for-training",), "--for-training: expected --data FILE, --output FILE.jsonl"),
+        (("--for-training", "--output", "a.csv"), "JSON lines"),
+        (("--for-training", "--output", "rows.jsonl"), "is a file of --data"),
+        (("--for-training", "--output", "a.jsonl", "--prompt", "hello"), "no --prompt"),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_loaded(place: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -567,7 +578,7 @@ def test_wrong_options_are_told_before_anything_is_loaded(place: Path, arguments
 )
 def test_wrong_rows_are_told_before_the_model_is_loaded(place: Path, rows: list[Any], words: str) -> None:
     write("rows.jsonl", rows)
-    assert words in refused("--out", "a.jsonl", model="no-such-model")
+    assert words in refused("--for-training", "--output", "a.jsonl", model="no-such-model")
 
 
 def test_answers_of_all_tokens_are_those_of_before_top_p_was_known() -> None:

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from dts_hf.cli.app import app
 from dts_hf.data.columns import FIELDS
+from dts_hf.distill import distill
+from dts_hf.doctor.run import diagnose
 from dts_hf.errors import UserError
 from dts_hf.recipe.editor_schema import editor_schema
 from dts_hf.recipe.loading import load_recipe
@@ -364,15 +368,27 @@ def test_the_home_folder_of_a_run_directory(minimal: Path, tmp_path: Path, monke
     assert load_recipe(minimal, ["output.dir=./runs/x"]).output.dir == "./runs/x"
 
 
-def test_a_tracker_without_its_package_is_refused_before_anything_is_loaded(
+def test_a_tracker_without_its_package_is_refused_where_it_is_trained_alone(
     minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything is loaded; a login node plans such runs, and needs no tracker."""
     import transformers.integrations
 
     monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", lambda: ["wandb"])
-    asked = load_recipe(minimal, ["training.report_to=[wandb, tensorboard]", "training.use_cpu=true"])
-    with pytest.raises(UserError, match="report_to: 'tensorboard' needs the package tensorboard: pip install tensorb"):
-        training_arguments(asked, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    reporting = ["training.report_to=[wandb, tensorboard]", "training.use_cpu=true"]
+    asked = load_recipe(minimal, reporting)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "Name a tree.", "output": "An oak."}))
+    needed = "report_to: 'tensorboard' needs the package tensorboard: pip install tensorboard"
+    with pytest.raises(UserError, match=needed):
+        distill(asked)
+    assert any(needed in problem.text for problem in diagnose(minimal, reporting).problems)
+    varied = ["sweep", str(minimal), *reporting, "--set", "temperature=1,2", "--output", "out"]
+    for how in (["--dry-run"], ["--print-commands"], ["--slurm", "array.sh"]):
+        planned = CliRunner().invoke(app, [*varied, *how])
+        assert planned.exit_code == 0, planned.output
+    mistyped = CliRunner().invoke(app, [*varied[:2], "training.report_to=wandbb", *varied[4:], "--dry-run"])
+    assert mistyped.exit_code == 2 and "Did you mean 'wandb'?" in mistyped.output
 
 
 @pytest.mark.parametrize(("kind", "on_cpu"), [(None, True), ("cuda", False), ("xpu", False), ("mps", True)])

@@ -64,6 +64,18 @@ def test_the_install_page_names_every_extra() -> None:
     assert len(extras) >= 5 and extras <= set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
 
 
+def test_there_is_one_way_to_install_it() -> None:
+    """From the repository; of an index neither page may speak before the package is on it."""
+    said = {re.findall(r"^pip install .*dts-hf.*$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)[0]
+            for name in ("README.md", "docs/install.md")}  # fmt: skip
+    repository = re.search(
+        r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert repository and said == {f"pip install 'dts-hf[gguf] @ git+{repository[1]}'"}
+    for path in (ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "examples").iterdir()):
+        assert not path.is_file() or "pip install dts-hf" not in path.read_text(encoding="utf-8"), path
+
+
 def test_the_start_page_leads_to_every_page() -> None:
     page = (DOCS / "index.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\]\(([\w/]+\.md)", page))

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dts_hf.errors import UserError
-from dts_hf.files import check_name, try_lock
+from dts_hf.files import check_can_write, check_name, try_lock
 from dts_hf.teachers.cached.layout import MANIFEST, METADATA, shards_in
 from dts_hf.teachers.cached.manifest_form import ANSWERS, HEAD, INDEX, is_answers_name, is_shard_name
 from dts_hf.teachers.kept_answers import read_answers
@@ -41,8 +41,7 @@ def check_folder(folder: Path) -> None:
     if not there.is_dir():
         what = "a link to nothing" if there.is_symlink() else "a file"
         raise UserError(f"--output: {there} is {what}, expected a folder. {ELSEWHERE}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--output: cannot write in {there}, which is read-only or not yours. Choose another folder")
+    check_can_write(there, "--output")
     if there != folder:
         return
     for path in sorted(folder.iterdir()):
