@@ -293,6 +293,18 @@ def test_what_a_kill_leaves_of_a_removed_checkpoint_is_still_ours(tmp_path, monk
     assert "the save was interrupted" in (why_incomplete(folder) or "")
 
 
+def test_what_is_left_of_a_run_may_have_no_label(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4,
+               "train_sampling_strategy": "sequential"}  # fmt: skip
+    rows = plain()[:8]
+    rows[4:] = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[4:]]
+    straight = trainer_for(tmp_path, rows=rows, options=options)
+    straight.train()
+    again = trainer_for(tmp_path, tiny_llama(seed=9), rows=rows, options=options)
+    assert again.train(str(tmp_path / "checkpoint-1")).global_step == 2
+    assert_equal_weights(again, straight)
+
+
 # ------------------------------------------------------------------------------------------------- the order of the rows
 
 
