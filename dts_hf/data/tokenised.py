@@ -339,7 +339,7 @@ class NumberedCollator:
 def _without_first_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The labels ``[B, T]`` of a batch without those behind padding on the left, where it has some."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape and mask.dim() == 2):
+    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape):
         return {}
     padding = mask.cumsum(1) == 0
     if not padding.any():
