@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from dts_hf.alignment.batch import ALIGNED
 from dts_hf.data.teacher_context import TEACHER_IDS, TEACHER_LABELS
+from dts_hf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -107,6 +108,24 @@ class SomeRows(Dataset[dict[str, Any]]):
         return dict(self.dataset[self.places[index]])
 
 
+def check_whole_batch(rows: int, batch: int) -> None:
+    """Refuse to leave out the incomplete last batch where it is the only one: an epoch would have no step, for ever.
+
+    Args:
+        rows: of the training data.
+        batch: rows of a batch of all processes together.
+
+    Raises:
+        UserError: there are fewer of them.
+    """
+    if rows < batch:
+        raise UserError(
+            f"training.dataloader_drop_last: got True, which leaves out batches that are not full, and {rows} rows of "
+            f"train_dataset fill none of {batch}; expected more rows, a smaller batch, or False",
+            everywhere=True,
+        )
+
+
 class FilledStream(IterableDataset[dict[str, Any]]):
     """The rows of a stream, then dummy rows up to a multiple of a step's rows: ``PadToMultiple`` for rows without a number.
 
@@ -117,6 +136,9 @@ class FilledStream(IterableDataset[dict[str, Any]]):
         multiple: rows of an optimizer step of all processes together.
         without_label: makes a dummy row of the first row.
         whole: of an incomplete last step, the rows beyond a multiple of this are left out.
+
+    Raises (when it is iterated over):
+        UserError: nothing would be left.
     """
 
     def __init__(
@@ -131,7 +153,9 @@ class FilledStream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows, first = iter(self.stream), None
         while step := list(islice(rows, self.multiple)):
-            first = step[0] if first is None else first
+            if first is None:
+                first = step[0]
+                check_whole_batch(len(step), self.whole)
             if len(step) < self.multiple:
                 step = step[: len(step) - len(step) % self.whole]
                 step += [self.without_label(first) for _ in range(-len(step) % self.multiple)]

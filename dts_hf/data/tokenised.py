@@ -316,6 +316,8 @@ class TokenisedDataset(Dataset[dict[str, Any]]):
 class NumberedCollator:
     """A collator of the user's, which sees neither ``row_id``, teacher nor dummy_rows; all come back in its batch.
 
+    Where it pads on the left, the first token of a row has no label: only the padding before it would predict it.
+
     Args:
         collator: rows to a batch.
     """
@@ -330,7 +332,21 @@ class NumberedCollator:
         batch = dict(self.collator(rows))
         if not real:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        batch |= _without_first_tokens(batch)
         return {**batch, **{name: torch.tensor([example[name] for example in chosen]) for name in ours}}
+
+
+def _without_first_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The labels ``[B, T]`` of a batch without those behind padding on the left, where it has some."""
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape):
+        return {}
+    padding = mask.cumsum(1) == 0
+    if not padding.any():
+        return {}
+    behind = torch.zeros_like(padding)
+    behind[:, 1:] = padding[:, :-1]
+    return {"labels": labels.masked_fill(behind, IGNORE_INDEX)}
 
 
 #: In a batch: how many of its labels count, a number on the host.

@@ -27,6 +27,7 @@ from dts_hf.data.samplers import (
     PackSampler,
     PadToMultiple,
     best_fit,
+    check_whole_batch,
     dummy_row,
     real_tokens,
     total_steps,
@@ -146,6 +147,8 @@ class EvenBatchesTrainer(Trainer):
             self.train_sampler = sampler = PackSampler(dataset.lengths, self.pack_tokens, self._order_seed, world)
             packs = Packs(dataset, self.without_label)
             return self._get_dataloader(packs, "Training", 1, sampler_fn=lambda _: sampler, is_training=True)
+        if self.args.dataloader_drop_last and hasattr(dataset, "__len__"):
+            check_whole_batch(len(dataset), self._train_batch_size * world)
         if world == 1 or self.args.dataloader_drop_last or self.length_bucket_size(dataset) is None:
             return super().get_train_dataloader()
         size = self._train_batch_size

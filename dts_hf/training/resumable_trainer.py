@@ -11,6 +11,7 @@ modules beside them need none.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,7 @@ from dts_hf.training.silence import SilenceCallback
 from dts_hf.training.tracking import facts_for_trackers
 from dts_hf.training.unused_parameters import may_leave_unused
 
+logger = logging.getLogger(__name__)
 #: Every private name of ``transformers.Trainer`` that this package overrides or reads: a method with its signature, or an
 #: attribute of the instance (None). tests/training/test_trainer_contract.py compares them with the transformers that is
 #: installed, and says what has changed.
@@ -628,6 +630,12 @@ class ResumableTrainer(EvenBatchesTrainer):
             self.control = self.callback_handler.on_epoch_end(args, state, self.control)
             self._log_evaluate_save()
         self.control.should_training_stop |= due["stop"]
+        if due["stop"] and state.global_step < state.max_steps and self.is_world_process_zero():
+            logger.warning(
+                "%s: a callback ended the run at step %d of %d, as it would have without a break, so nothing is left to "
+                "train; to train on, leave that callback out and go on from an earlier checkpoint",
+                self.resumed_from, state.global_step, state.max_steps,
+            )  # fmt: skip
 
     def _restore_total_loss(self, total: float | None, unlogged: float) -> None:
         """The mean that ``train`` returns is over the whole run, as without a break; over this attempt if nobody knows."""

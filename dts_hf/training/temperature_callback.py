@@ -55,10 +55,10 @@ class TemperatureCallback(TrainerCallback):
         self.totals_of_step, self.prepare_run = totals_of_step, prepare_run
         self.agree_to_stop, self.observe_loss = agree_to_stop, observe_loss
         self.generated_step, self.own_labels = generated_step, own_labels
-        self.labelled_steps = self.unlabelled_steps = 0  # since ``train`` was called
+        self.unlabelled_steps = 0  # since ``train`` was called
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        self.labelled_steps = self.unlabelled_steps = 0
+        self.unlabelled_steps = 0
         self.prepare_run(state.global_step, state.max_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -77,7 +77,6 @@ class TemperatureCallback(TrainerCallback):
             if self.unlabelled_steps == 1 and state.is_world_process_zero:
                 logger.warning("step %d: none of its rows has a label, so it teaches nothing", state.global_step)
             return
-        self.labelled_steps += 1
         # 2. What was in force in the step that ends here goes into the log, before the policy moves on.
         totals.add_policy_values({"temperature_cosine": self.policy.cosine, **self.policy.log_values()})
         self.sums.mean_log.add(totals.of_generated_text() if self.generated_step() else totals)
@@ -87,8 +86,9 @@ class TemperatureCallback(TrainerCallback):
             self.policy.end_step(totals.step_stats())
         self.observe_loss(math.isfinite(totals[CE.sum]) and math.isfinite(totals[KD.sum]))
 
-    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        if self.unlabelled_steps and not self.labelled_steps:  # an iterable data set is not seen whole before
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        # An iterable data set is not seen whole before. What a resume goes on from has been trained.
+        if 0 < self.unlabelled_steps == state.global_step:
             raise UserError(
                 f"train_dataset: none of the rows of {self.unlabelled_steps:,} steps has a label, so nothing was trained; "
                 "expected labels other than -100",

@@ -352,9 +352,14 @@ def test_other_things_that_are_no_data_set(tmp_path):
 # ---------------------------------------------------------------------------------------------- the user's collators
 
 
-def test_labels_from_the_collator_for_language_models(tmp_path):
-    """Hugging Face's standard: every token is a label. Missing labels, and labels that are None."""
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_from_the_collator_for_language_models(tmp_path, side):
+    """Hugging Face's standard: every token is a label. Missing labels, and labels that are None.
+
+    On the left the first token of a row stands behind padding, which predicts nothing.
+    """
     tokenizer = tiny_tokenizer(pad="own")
+    tokenizer.padding_side = side
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     bare = [{"input_ids": row["input_ids"]} for row in plain()]
     full = [{**row, "labels": row["input_ids"]} for row in bare]

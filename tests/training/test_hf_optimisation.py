@@ -217,6 +217,16 @@ def test_training_without_rows(tmp_path: Path) -> None:
         trainer_for(tmp_path, rows=[])
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}], ids=str)
+def test_rows_that_fill_no_batch(tmp_path: Path, length: dict[str, Any]) -> None:
+    """refused: dataloader_drop_last with fewer rows than a batch, of a list or a stream"""
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 8, **length}
+    kinds: list[Any] = [ROWS[:5], *([] if length["max_steps"] < 0 else [lambda: iter(ROWS[:5])])]
+    for rows in kinds:
+        with pytest.raises(UserError, match=r"dataloader_drop_last: got True.* 5 rows .* fill none of 8"):
+            trainer_for(tmp_path, rows=rows, options=options).train()
+
+
 # ----------------------------------------------------------------------------------------------------------- precision
 
 

@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from dts_hf.errors import UserError
 from dts_hf.runs.checkpoints import mark_complete, read_complete, remove, why_incomplete
@@ -291,6 +291,33 @@ def test_what_a_kill_leaves_of_a_removed_checkpoint_is_still_ours(tmp_path, monk
     remove(folder)
     assert [path.name for path in folder.iterdir()] == ["rank_0.json"]
     assert "the save was interrupted" in (why_incomplete(folder) or "")
+
+
+class StopAt2(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == 2
+
+
+def test_a_run_that_a_callback_has_ended_has_nothing_left_and_says_so(tmp_path, caplog):
+    """As a run without a break; who stops by the clock, to go on later, must know."""
+    options = {**CONSTANT, "save_steps": 1, "max_steps": 4}
+    assert trainer_for(tmp_path, options=options, callbacks=[StopAt2()]).train().global_step == 2
+    again = trainer_for(tmp_path, options=options)
+    assert again.train(True).global_step == 2
+    assert "a callback ended the run at step 2 of 4" in caplog.text
+    assert again.train(str(tmp_path / "checkpoint-1")).global_step == 4
+
+
+def test_what_is_left_of_a_run_may_have_no_label(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4,
+               "train_sampling_strategy": "sequential"}  # fmt: skip
+    rows = plain()[:8]
+    rows[4:] = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[4:]]
+    straight = trainer_for(tmp_path, rows=rows, options=options)
+    straight.train()
+    again = trainer_for(tmp_path, tiny_llama(seed=9), rows=rows, options=options)
+    assert again.train(str(tmp_path / "checkpoint-1")).global_step == 2
+    assert_equal_weights(again, straight)
 
 
 # ------------------------------------------------------------------------------------------------- the order of the rows
