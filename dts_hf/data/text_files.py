@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -179,7 +179,7 @@ def _place_of_twice(text: str) -> str:
             return error
 
     def has_one(value: Any) -> bool:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inner: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         return isinstance(value, _KeyTwice) or any(map(has_one, inner))
 
     try:
