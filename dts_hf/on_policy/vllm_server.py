@@ -16,7 +16,6 @@ What is given up is what ``vllm_rollouts`` gives up.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import logging
@@ -161,7 +160,9 @@ class VllmServer:
         descriptor = None
         try:
             if process()[0] == 0:
-                with contextlib.suppress(OSError):  # no such folder, which is told later; no locks here
+                with contextlib.suppress(OSError, ImportError):  # no such folder, which is told later; no locks here
+                    import fcntl  # not everywhere
+
                     self.folder.mkdir(parents=True, exist_ok=True)
                     descriptor = os.open(self.folder, os.O_RDONLY)
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
