@@ -81,7 +81,6 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
     # 3. Teacher and student. What generation would refuse later is refused now, and what a resume finds changed.
     made = student_init(recipe, args, data, start)
     models = load_models(task, args, record, made, tokenizer, teacher_tokenizer)
-    student = models.student
     task.check_context_length(models.loaded, tokenizer, rows)
 
     # 4. Sequence-level KD: train on what the teacher itself would say.
@@ -111,10 +110,10 @@ def distill(recipe: Recipe, resume: bool = False) -> RunDirectory:
         trainer.add_callback(callback)
     score_untrained(scorer, trainer, models, start)
     trainer.train(resume_from_checkpoint=start.checkpoint)
-    scorer.score("student", student)
+    scorer.score("student", models.student)
 
     # 8. The student as from_pretrained reads it. Then metrics.json, which marks the run as finished; report and upload.
-    save(task, student, tokenizer, run)
+    save(task, models.student, tokenizer, run)
     if trainer.is_world_process_zero():
         with naming(run.path):
             scorer.finish(training_facts(trainer, started))

@@ -72,9 +72,7 @@ def command(
     from dts_hf.experiments import sweep as work
     from dts_hf.experiments.grid import varied
 
-    instead = {"--dry-run": dry_run, "--print-commands": print_commands, "--slurm": slurm is not None}
-    if len(given := [name for name, value in instead.items() if value]) > 1:
-        raise UserError(f"{', '.join(given)}: each is in the place of the runs, expected one of them")
+    _check_instead({"--dry-run": dry_run, "--print-commands": print_commands, "--slurm": slurm is not None})
     _check_share(share_teacher, jobs, devices, print_commands or slurm is not None)
     product, together = varied(set_ or [], "--set"), varied(zip_ or [], "--zip")
     study = work.plan(recipe, changes or [], output, product, together, whole_numbers(seeds, "seeds"), preset)
@@ -96,6 +94,16 @@ def command(
         _show(study, states := study.states(chosen))
         if "failed" in states.values():
             raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _check_instead(options: Mapping[str, bool]) -> None:
+    """Refuse several of the ``options`` that do something else than the runs.
+
+    Raises:
+        UserError: names those that are given.
+    """
+    if len(given := [name for name, value in options.items() if value]) > 1:
+        raise UserError(f"{', '.join(given)}: each is in the place of the runs, expected one of them")
 
 
 def _for_a_cluster(study: Study, chosen: Sequence[Planned], slurm: Path | None) -> None:
