@@ -126,6 +126,16 @@ def test_blocks_have_the_length_that_was_asked_for(measured, block, expected):
     assert expected in lengths
 
 
+def test_blocks_of_a_short_run_are_no_permutation_of_single_steps(tmp_path):
+    """A twentieth of 39 gaps is one: such a control was `permuted` under another name."""
+    gaps = [3.0 - 0.05 * k for k in range(40)]
+    run = record(tmp_path / "run", {"temperature": [2.0] * 40, "teacher_temperature": [2.0] * 40, "gap": gaps})
+    policy = build_temperature("dts", gap_source={"replay": run, "order": "blocks"})
+    policy.begin_run()
+    pairs = set(itertools.pairwise(policy.gaps.recorded))
+    assert {(gaps[k], gaps[k + 1]) for k in range(0, 38, 2)} <= pairs and policy.gaps.recorded != gaps[:-1]
+
+
 def test_a_permutation_is_that_of_its_seed_and_touches_no_generator(measured):
     run = measured[0]
     before = random.getstate(), torch.get_rng_state().clone()

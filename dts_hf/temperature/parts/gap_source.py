@@ -6,7 +6,8 @@ training has seen before, the gap no longer says how far the student is: it turn
 its schedule. See [the gap](gap.md) for what it costs.
 
 ``gap_source: {replay: RUN, order: ORDER}`` plays the gaps of RUN: ``recorded`` as they came, ``permuted`` one by one, or in
-permuted ``blocks`` of ``block`` steps (a twentieth of the run when left out), by a generator of its own with ``seed``.
+permuted ``blocks`` of ``block`` steps (a twentieth of the run and at least 2 when left out), by a generator of its own with
+``seed``.
 Whatever this run measures is then without effect on its temperature. RUN must be as long as the run that replays it, and
 the policy one that takes the mean gap of a step: a log has one gap for each.
 """
@@ -29,6 +30,8 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 BLOCK, SEED = Between(low=1), Between(low=0)
 #: ``order: blocks`` cuts the run into so many blocks where no length is given.
 BLOCKS = 20
+#: And into no shorter ones: of one step they would be what ``permuted`` is.
+LEAST_BLOCK = 2
 _WORDS = ("measured", "held_out")
 #: Held-out rows: how many optimizer steps from one measurement to the next, and on how many rows.
 EVERY, ROWS = Between(low=1), Between(low=1)
@@ -161,7 +164,7 @@ class ReplayedGaps(RecordedRun, MeasuredGaps):
             raise UserError(f"temperature.{self.option}: {self.run} has one optimizer step, expected two or more")
         if self.order == "recorded":
             return gaps
-        length = 1 if self.order == "permuted" else self.block or max(1, len(gaps) // BLOCKS)
+        length = 1 if self.order == "permuted" else self.block or max(LEAST_BLOCK, len(gaps) // BLOCKS)
         blocks = [gaps[start : start + length] for start in range(0, len(gaps), length)]
         random.Random(f"dts permutes gaps {self.seed or 0}").shuffle(blocks)
         return [gap for block in blocks for gap in block]
