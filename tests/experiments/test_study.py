@@ -309,7 +309,8 @@ def test_stage_c_compares_fine_tuned_teachers_where_they_can_be_compared(study) 
     finding = next(line for line in text.splitlines() if line.startswith("| F5 |"))
     assert "1 epoch: better by 0.4" in finding and "10 epochs: worse by 0.4" in finding
     assert (
-        "better: T = 1, teacher fine-tuned for 1 epoch.\nworse: T = 1, teacher fine-tuned for 10 epochs.\n" in teachers
+        "- better: T = 1, teacher fine-tuned for 1 epoch\n- worse: T = 1, teacher fine-tuned for 10 epochs\n"
+        in teachers
     )
 
 
