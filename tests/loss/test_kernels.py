@@ -284,13 +284,17 @@ EXTREME_DAILY = EXTREME_CASES[::37]
 
 def compare_extreme(extreme: str, form: str, policy: str, device: str) -> None:
     """As near float64 as anywhere, or as PyTorch is in fp32; at logits of 1e4 to the digits that their size leaves."""
-    tolerance = 1e-3 if "1e4" in extreme else 2e-5
+    tolerance, least, of_slope = (1e-3 if "1e4" in extreme else 2e-5), 1e-3, 1.0
+    if "1e4" in extreme and form.startswith("csd"):
+        # fp32 has such logits to 1e-3. It squares their differences: where those are alike, 1e-6 is left of it, and of its
+        # slope in T, a product of such a rest and of differences of 2e4, some 40.
+        least, of_slope = 1e-2, 1e5
     chunk, asked = extremes(device)[extreme], policy_named(policy)
     exact, exact_grad = by_plain(chunk, FORMS[form], asked, torch.float64)
     plain, plain_grad = by_plain(chunk, FORMS[form], asked, torch.float32)
     sums, grad = by_kernels(chunk, FORMS[form], asked)
     for name, value in exact.items():
-        parts = abs(float(exact["kd"])) + 1.0 if name == "temperature_grad" else 1e-3
+        parts = abs(float(exact["kd"])) + of_slope if name == "temperature_grad" else least
         assert apart(sums[name], value, parts) <= max(tolerance, 4.0 * apart(plain[name], value, parts)), name
     assert apart(grad, exact_grad, 1e-6) <= max(tolerance, 4.0 * apart(plain_grad, exact_grad, 1e-6))
 
