@@ -331,12 +331,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path, may_end_early: bool = False, finite: bool = True) -> Iterator[dict[str, Any]]:
     """The objects in a file of lines, none where there is no file.
 
     Args:
         path: the file.
         may_end_early: a broken last line, as a killed process leaves it, is left out.
+        finite: refuse NaN and Infinity, which are no JSON.
 
     Raises:
         UserError: a line is broken.
@@ -345,7 +346,7 @@ def read_jsonl(path: Path, may_end_early: bool = False) -> Iterator[dict[str, An
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                yield json.loads(line, parse_constant=_no_constant)
+                yield json.loads(line, parse_constant=_no_constant if finite else None)
         except (ValueError, RecursionError) as error:
             if may_end_early and number == len(lines):
                 return

@@ -350,7 +350,7 @@ class RunDirectory:
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the records of ``log.jsonl``; a last line that a killed process left half-written is left out."""
-        return list(files.read_jsonl(self.log_path, may_end_early=True))
+        return list(files.read_jsonl(self.log_path, may_end_early=True, finite=False))
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write ``predictions/{name}.jsonl``.
