@@ -29,7 +29,9 @@ def student(workplace):
     return {"model": "student"}
 
 
-@pytest.mark.parametrize("data", [{}, {"packing": True}], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "data", [pytest.param({}, marks=pytest.mark.soak), {"packing": True}], ids=["padded", "packed"]
+)
 def test_with_every_token_kept_a_run_is_the_live_run(student, data):
     sections = {"student": student, "data": data}
     cache(**sections, options=CacheOptions("float32", compact=TINY_VOCAB))

@@ -156,7 +156,7 @@ def limited(cpu_seconds: float = CPU_SECONDS) -> Iterator[None]:
 def cases(count: int) -> Callable[[Any], Any]:
     """``count`` cases of the 11,000."""
     return settings(
-        max_examples=count if ALL else count // 5,
+        max_examples=count if ALL else count // 10,
         deadline=None,
         derandomize=not ALL,
         database=None,

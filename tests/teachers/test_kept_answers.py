@@ -25,6 +25,7 @@ from dts_hf.teachers.kept_answers import KeptAnswers
 from dts_hf.teachers.remote import RemoteTeacher
 from tests.support.cached import cache_of
 from tests.support.cached_runs import invoke, log_of, quick
+from tests.support.daily import one_in
 from tests.support.launching import WORKERS
 from tests.support.recipes import recipe, write_rows
 from tests.support.served import running, served_tiny
@@ -77,7 +78,7 @@ def records(folder: Path) -> list[Path]:
     return sorted(folder.glob("answers-*.rows"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", one_in(2, [2, 0]))
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_three_epochs_and_another_run_ask_once(tmp_path, packing, workers):
     options = {"packing": packing, "options": {"dataloader_num_workers": workers}}

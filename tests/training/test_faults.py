@@ -473,7 +473,8 @@ def launched_by(launcher: str, folder: Path, grace: int = 30, **faults: Any) -> 
         process.wait()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_a_launcher_ends_the_others_of_a_killed_process(lives: Lives, straight_two: Path, launcher: str) -> None:
     folder = lives.folder(per_device_train_batch_size=2, ddp_backend="gloo")
     with launched_by(launcher, folder, step=3) as run:

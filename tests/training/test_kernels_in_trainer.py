@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", one_in(2, CASES))
+@pytest.mark.parametrize("case", one_in(6, CASES))
 def test_kernels_train_as_pytorch_does(case: str, tmp_path: Path) -> None:
     """By plain gradient descent: Adam would make much of the last bits of small gradients."""
     given = {"temperature": {"name": "dts"}, **CASES[case]}

@@ -154,7 +154,7 @@ def test_the_buffers_of_a_whole_chunk_are_counted(dtype: torch.dtype, monkeypatc
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    "names", [("fp32", "lora"), pytest.param(("bf16", "checkpointing"), marks=pytest.mark.soak),
+    "names", [("lora",), pytest.param(("fp32", "bf16", "checkpointing"), marks=pytest.mark.soak),
               pytest.param(("ddp", "zero2", "zero3"), marks=pytest.mark.soak)],
     ids=["one process", "other dtypes", "two processes"],
 )  # fmt: skip
